@@ -1,0 +1,1 @@
+"""The net of the paper: layers, presets, initialisation, cost."""

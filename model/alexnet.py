@@ -1,0 +1,144 @@
+"""AlexNet as published in 2012: five convolutions, three fully connected layers, two towers.
+
+Two presets, because the paper's text and the code behind its numbers differ:
+
+- `paper`     the text (sections 3.3 to 3.5 and 5): ReLU, then local response normalisation over
+              all channels with α = 1e-4 on the sum; every weight from N(0, .01²).
+- `code2012`  layers-145.cfg of the published source: α divided by the window's size, windows that
+              end at the tower's edge, the first normalisation before its ReLU, a 5×5 in-map one
+              after the second, conv3 to conv5 from N(0, .03²).
+
+Either has 60,965,224 parameters and 724,406,816 multiply-accumulates at 224 px and 1000 classes.
+
+Departures from both: one device instead of two (grouped convolutions compute what the two towers
+did), and pool5 is flattened in HWC order, so that channels_last needs no copy on the way to fc6.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.lrn import local_response_norm, spatial_response_norm
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What the text and the code disagree on; all else is common."""
+
+    lrn_alpha: float  # on the sum of squares
+    lrn_towers: int
+    lrn1_before_relu: bool
+    spatial_norm: bool
+    conv345_std: float
+
+
+PRESETS = {
+    "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01),
+    "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03),
+}
+
+
+class Dropout2012(nn.Module):
+    """Dropout as in 2012: units are zeroed in training, all are halved at test (section 4.2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.empty_like(x).bernoulli_(0.5) if self.training else x * 0.5
+
+
+DROPOUTS = {"2012": Dropout2012, "inverted": lambda: nn.Dropout(0.5), "off": nn.Identity}
+
+
+class AlexNet(nn.Module):
+    """The net, with weights drawn from torch's global generator.
+
+    classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
+    frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
+    input in pixels; the paper's is 224, the least is 67.
+
+    Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
+    as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
+    may then never leave the loss ln(classes).
+    """
+
+    def __init__(self, classes: int = 1000, preset: str = "paper", dropout: str = "2012", crop: int = 224):
+        super().__init__()
+        self.preset = PRESETS[preset]
+        # The 2012 code rounds the number of windows up, which is zeros on the right and bottom.
+        self.conv1_pad = (11 - crop) % 4
+        side = (crop + self.conv1_pad - 11) // 4 + 1
+        for _ in range(3):
+            side = (side - 3) // 2 + 1
+        if side < 1:
+            raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 67")
+
+        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)
+        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=2)
+        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
+        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=2)
+        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=2)
+        self.fc6 = nn.Linear(256 * side * side, 4096)
+        self.fc7 = nn.Linear(4096, 4096)
+        self.fc8 = nn.Linear(4096, classes)
+        self.drop6 = DROPOUTS[dropout]()
+        self.drop7 = DROPOUTS[dropout]()
+        self.pool = nn.MaxPool2d(3, stride=2)  # overlapping (section 3.4)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Section 5: normal weights; bias 1 where it gives the ReLUs positive input at first."""
+        for name, layer in self.named_children():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                std = self.preset.conv345_std if name in ("conv3", "conv4", "conv5") else 0.01
+                nn.init.normal_(layer.weight, std=std)
+                nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc6", "fc7")))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        return local_response_norm(x, alpha=self.preset.lrn_alpha, towers=self.preset.lrn_towers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,3,crop,crop] → logits [N,classes]. Shapes below are those of a 224-px crop."""
+        x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
+        x = self.conv1(x)  # [N,96,55,55]
+        if self.preset.lrn1_before_relu:
+            x = F.relu(self.pool(self._normalise(x)))  # [N,96,27,27]
+        else:
+            x = self.pool(self._normalise(F.relu(x)))
+        x = self._normalise(F.relu(self.conv2(x)))  # [N,256,27,27]
+        if self.preset.spatial_norm:
+            x = spatial_response_norm(x)
+        x = self.pool(x)  # [N,256,13,13]
+        x = F.relu(self.conv3(x))  # [N,384,13,13]
+        x = F.relu(self.conv4(x))  # [N,384,13,13]
+        x = self.pool(F.relu(self.conv5(x)))  # [N,256,6,6]
+        x = x.permute(0, 2, 3, 1).flatten(1)  # [N,9216]
+        x = self.drop6(F.relu(self.fc6(x)))
+        x = self.drop7(F.relu(self.fc7(x)))
+        return self.fc8(x)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trained values."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, crop: int = 224) -> int:
+    """Multiply-accumulates of one image's forward pass, convolutions and linear layers alone.
+
+    Runs on the meta device: nothing is computed, and the model is left as it was.
+    """
+    total = 0
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    hooks = [m.register_forward_hook(add) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    try:
+        meta = {name: value.to("meta") for name, value in model.state_dict().items()}
+        torch.func.functional_call(model, meta, torch.empty(1, 3, crop, crop, device="meta"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total

@@ -1,0 +1,86 @@
+"""Response normalisation over channels-last activations, in fp32 whatever autocast says.
+
+x² overflows fp16 above |x| = 256 and the output would silently become zero, so both functions
+compute in fp32 (fp64 for fp64 input) and return the input's type. The channel axis is the
+contiguous one here: a window over channels is a sum of shifted views, without the NCHW copies
+that `torch.nn.functional.local_response_norm` makes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _window_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over `size` neighbours (odd) along the last axis, clipped at its ends."""
+    channels = x.shape[-1]
+    padded = F.pad(x, (size // 2, size // 2))
+    total = padded[..., :channels].clone()
+    for shift in range(1, size):
+        total += padded[..., shift : shift + channels]
+    return total
+
+
+def _inverse_power(d: Tensor, beta: float) -> Tensor:
+    """d^-beta. The paper's .75 is two square roots, several times cheaper than `pow`."""
+    if beta == 0.75:
+        root = d.rsqrt()
+        return root * root.sqrt()
+    return d.pow(-beta)
+
+
+class _LocalResponseNorm(torch.autograd.Function):
+    """b = a·d^-β with d = k + α·Σa² over the last axis.
+
+    Written out because autograd would keep every shifted view. With g the gradient of b, that of
+    a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1)): the window is symmetric, so its sum is its own adjoint.
+    """
+
+    @staticmethod
+    def forward(ctx, a, size, alpha, beta, k):
+        d = _window_sum(a * a, size).mul_(alpha).add_(k)
+        scale = _inverse_power(d, beta)
+        ctx.save_for_backward(a, d, scale)
+        ctx.size, ctx.factor = size, -2.0 * alpha * beta
+        return a * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, d, scale = ctx.saved_tensors
+        direct = grad * scale
+        shared = _window_sum((direct * a).div_(d), ctx.size)
+        return direct.addcmul_(a, shared, value=ctx.factor), None, None, None, None
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def local_response_norm(
+    x: Tensor, size: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 2.0, towers: int = 1
+) -> Tensor:
+    """Normalise across neighbouring channels (paper, section 3.3).
+
+    b = a / (k + α·Σa²)^β, the sum over `size` channels (odd) around each, clipped at the ends of
+    its tower. α multiplies the *sum*; torch's own layer averages, so there it is size·α.
+
+    x: [N,C,H,W], best channels_last; `towers` divides C. Returns the same shape and type.
+    """
+    n, c, h, w = x.shape
+    a = _at_least_fp32(x).permute(0, 2, 3, 1).reshape(n, h, w, towers, c // towers)
+    b = _LocalResponseNorm.apply(a, size, alpha, beta, k)
+    return b.reshape(n, h, w, c).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def spatial_response_norm(
+    x: Tensor, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """Normalise within each map: b = a / (k + α/size²·Σa²)^β over a size×size window.
+
+    Not in the paper: the 2012 code runs it after its second local response normalisation
+    (`cnorm2` in layers-145.cfg). x: [N,C,H,W]; returns the same shape and type.
+    """
+    a = _at_least_fp32(x)
+    mean_square = F.avg_pool2d(a * a, size, stride=1, padding=size // 2)  # padding counts: Σa²/size²
+    return (a * _inverse_power(k + alpha * mean_square, beta)).to(x.dtype)

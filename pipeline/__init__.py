@@ -1,0 +1,1 @@
+"""From a packed dataset to batches of augmented images: manifest, shards, plan, graph, loader."""

@@ -1,0 +1,34 @@
+"""Fancy PCA: one colour offset for an image each time it is used (section 4.1 of the paper).
+
+The paper adds [p1,p2,p3]·[α1λ1, α2λ2, α3λ3]ᵀ to each pixel, α ~ N(0, .1²). It does not say on which
+scale its eigenvalues λ are; on 0–255 they would blot the image out (14,830), so here:
+
+- `paper`     the text's formula with pixels on 0–1: on 0–255 a standard deviation of .1·λ/255;
+- `code2012`  what the published code does: √λ for λ, and the sum divided by 1.1, so that the
+              variance stays near that of the test images;
+- `off`       no offset.
+"""
+
+import numpy as np
+
+from pipeline.manifest import Pixels
+
+COLOURS = ("paper", "code2012", "off")
+_ALPHA_STD = 0.1
+
+
+def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:
+    """Standard deviations [3] of the offset along the principal components, on the 0–255 scale."""
+    eigenvalues = np.array(pixels.eigenvalues)
+    deviations = {"paper": eigenvalues / 255, "code2012": np.sqrt(eigenvalues), "off": np.zeros(3)}
+    return _ALPHA_STD * deviations[colour]
+
+
+def colour_offsets(colour: str, pixels: Pixels, normal: np.ndarray) -> np.ndarray:
+    """RGB offsets [n,3] to add, on the 0–255 scale, from standard normal draws [n,3]."""
+    return (normal * colour_deviations(colour, pixels)) @ np.array(pixels.eigenvectors).T
+
+
+def colour_divisor(colour: str) -> float:
+    """By what the code of 2012 divides pixels that carry colour noise: one plus its strength."""
+    return 1.0 + _ALPHA_STD if colour == "code2012" else 1.0

@@ -1,0 +1,129 @@
+"""The DALI graphs, training and evaluation side by side; the only importer of DALI.
+
+One graph serves both backends: on a GPU the decoder is `mixed` and all else runs there; without
+one (`device_id=None`) the same operators run on the CPU. Every random number comes in from the
+plan, so nothing in here is random.
+
+Inputs of a training sample, from `fn.external_source`:
+
+    jpeg    uint8 [bytes]   the file
+    label   int64 []
+    mean    float [3]       subtracted; the colour offset of fancy PCA is already taken off it
+    scale   float []        divides after that
+    x, y    float []        place of the crop, 0 to 1 over the room that there is
+    mirror  int32 []        1 to flip left to right
+
+Outputs: pixels [crop,crop,3] (HWC), label. Ten crops stack theirs as [10,crop,crop,3].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nvidia.dali import fn, pipeline_def, types
+
+CENTRE = (0.5, 0.5)
+TEN_CROP_PLACES = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), CENTRE)  # and each one's mirror image
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What a graph is built for.
+
+    crop: side in pixels. resize_shorter: to which the shorter side is brought first, or None for
+    shards that hold images of that size. max_width, max_height: of the dataset, in pixels, for
+    buffers that never grow. device_id: the GPU, or None for the CPU. batch: images at most.
+    """
+
+    batch: int
+    crop: int
+    resize_shorter: int | None
+    max_width: int
+    max_height: int
+    device_id: int | None = None
+    threads: int = 2
+    prefetch: int = 2
+
+
+def _decode(jpeg: Any, options: GraphOptions) -> Any:
+    """JPEG bytes to RGB [h,w,3], with its shorter side as the options say."""
+    on_gpu = options.device_id is not None
+    hints = {"preallocate_width_hint": options.max_width, "preallocate_height_hint": options.max_height}
+    images = fn.decoders.image(
+        jpeg, device="mixed" if on_gpu else "cpu", output_type=types.RGB, **(hints if on_gpu else {})
+    )
+    if options.resize_shorter is not None:
+        images = fn.resize(
+            images, resize_shorter=options.resize_shorter, interp_type=types.INTERP_LINEAR, antialias=True
+        )
+    return images
+
+
+def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
+    """Crop, mirror, subtract, divide and convert in one operator; fp16 is for the GPU: on a CPU
+    converting to it costs more than all the rest."""
+    return fn.crop_mirror_normalize(
+        images,
+        crop=(options.crop, options.crop),
+        dtype=types.FLOAT if options.device_id is None else types.FLOAT16,
+        output_layout="HWC",
+        **arguments,
+    )
+
+
+def _train(source: Callable, options: GraphOptions) -> tuple:
+    jpeg, label, mean, scale, x, y, mirror = fn.external_source(
+        source=source,
+        num_outputs=7,
+        batch=True,
+        no_copy=True,
+        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
+        ndim=[1, 0, 1, 0, 0, 0, 0],
+    )
+    pixels = _crop(
+        _decode(jpeg, options), options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale
+    )
+    return pixels, _to_device(label, options)
+
+
+def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten: bool) -> tuple:
+    jpeg, label = fn.external_source(
+        source=source, num_outputs=2, batch=True, no_copy=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+    )
+    images = _decode(jpeg, options)
+    places = [(x, y, mirror) for mirror in (0, 1) for x, y in TEN_CROP_PLACES] if ten else [(*CENTRE, 0)]
+    crops = [
+        _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=list(mean))
+        for x, y, mirror in places
+    ]
+    return fn.stack(*crops) if ten else crops[0], _to_device(label, options)
+
+
+def _to_device(label: Any, options: GraphOptions) -> Any:
+    return label if options.device_id is None else label.gpu()
+
+
+def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
+    pipeline = pipeline_def(graph)(
+        *arguments,
+        batch_size=options.batch,
+        num_threads=options.threads,
+        device_id=options.device_id,
+        prefetch_queue_depth=options.prefetch,
+    )
+    pipeline.build()
+    return pipeline
+
+
+def train_pipeline(source: Callable, options: GraphOptions) -> Any:
+    """Random crop, mirror and colour. source() returns the seven inputs of a batch, each a list
+    or an array with a row a sample, or raises StopIteration."""
+    return _build(_train, options, source, options)
+
+
+def evaluation_pipeline(source: Callable, options: GraphOptions, mean: Sequence[float], crops: int) -> Any:
+    """The centre crop (crops=1), or corners and centre with their mirror images (crops=10,
+    section 4.1). source() returns jpeg and label. mean: RGB [3], subtracted."""
+    if crops not in (1, 10):
+        raise ValueError(f"{crops} crops are not possible: 1 (centre) or 10 (corners, centre, mirrored)")
+    return _build(_evaluate, options, source, options, mean, crops == 10)

@@ -1,0 +1,122 @@
+"""dataset.json: what a packed dataset is, and its checks when opened.
+
+The packer writes it last, so a folder without it is not a dataset. All that a run needs to know
+about its data stands in it: lengths, classes, mean, PCA; nothing is scanned and nothing is a
+constant in code.
+"""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+FORMAT = 1
+NAME = "dataset.json"
+HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
+
+
+class DatasetError(ValueError):
+    """A dataset that cannot be used; the message says what is wrong and what to do."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Shard(_Record):
+    """One tar file. `bytes` and both digests are of the whole file and of its first 64 KiB."""
+
+    file: str
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+    head_sha256: str
+
+
+class Split(_Record):
+    """One part of the dataset; `index` is the array with a row for each sample."""
+
+    samples: PositiveInt
+    index: str
+    index_sha256: str
+    shards: tuple[Shard, ...]
+
+
+class Class(_Record):
+    """A class; its label is its place in `Manifest.classes`."""
+
+    id: str
+    name: str
+
+
+class Pixels(_Record):
+    """Statistics of the training pixels, RGB on the 0–255 scale.
+
+    mean: [3]. eigenvalues: [3], variances along the principal components, largest first.
+    eigenvectors: [3,3], column j belongs to eigenvalue j (section 4.1 of the paper).
+    """
+
+    mean: tuple[float, float, float]
+    eigenvalues: tuple[float, float, float]
+    eigenvectors: tuple[tuple[float, float, float], ...]
+
+
+class Manifest(_Record):
+    """The content of dataset.json."""
+
+    format: Literal[1]
+    geometry: Literal["256", "short256", "original"]
+    size: PositiveInt  # of the shorter side in pixels, after resizing
+    max_width: PositiveInt
+    max_height: PositiveInt
+    classes: tuple[Class, ...]
+    splits: dict[str, Split]
+    pixels: Pixels
+    packed: dict[str, str | int | float]
+    repaired: dict[str, NonNegativeInt]
+    rejected: dict[str, NonNegativeInt]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ between any two different datasets."""
+        return sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises DatasetError, naming those there are."""
+        if name not in self.splits:
+            raise DatasetError(f"the dataset has no split '{name}', only: {', '.join(self.splits)}")
+        return self.splits[name]
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write dataset.json into `root`, whole or not at all."""
+    partial = root / f".{NAME}.partial"
+    partial.write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
+    partial.replace(root / NAME)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read `root`/dataset.json. Raises DatasetError if it is absent, newer or broken."""
+    path = root / NAME
+    if not path.is_file():
+        state = "has no dataset.json" if root.is_dir() else "does not exist"
+        raise DatasetError(
+            f"no dataset at {root}: the folder {state}. Pack one: python tools/make_shards.py --input IMAGES --output {root}"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise DatasetError(
+                f"{path} has format {content['format']} and this version reads format {FORMAT}: upgrade alexnet-train"
+            )
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DatasetError(f"{path} is not a dataset.json: {where}: {first['msg']}. Pack the dataset again") from error
+    except ValueError as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error

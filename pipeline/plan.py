@@ -1,0 +1,133 @@
+"""Which image comes when, and how it is augmented: pure functions of (seed, epoch, position).
+
+Training is one endless row of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which
+each of the N samples comes exactly once; step k takes the positions k·B to (k+1)·B − 1, whatever
+epoch they fall in. So every batch is full, ranks end together, a run resumes at one integer, and
+no draw depends on the number of ranks, on threads or on prefetching: rank r of W takes the r-th
+of W equal parts of each step.
+
+Random numbers are words of Philox streams. NumPy keeps a bit generator's stream the same from
+version to version, which it does not promise for `permutation` or `normal`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+_ORDER, _AUGMENT = 0, 1  # streams
+_WORDS = 8  # 64-bit words for each position of the augmentation stream; Philox makes 4 a count
+
+
+def _philox(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.Philox:
+    key = np.random.SeedSequence((seed, epoch, stream)).generate_state(2, np.uint64)
+    return np.random.Philox(key=key, counter=position * (_WORDS // 4))
+
+
+def _uniform(words: np.ndarray) -> np.ndarray:
+    """Uniform in [0, 1) from the upper 53 bits."""
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int = 0) -> np.ndarray:
+    """The epoch's permutation of all samples, int64 [sum(shard_samples)].
+
+    window: how many shards are shuffled together; 0 is all of them, a true global shuffle.
+    With fewer, the shards' order is permuted, and samples are permuted within each window, so
+    that data larger than memory is read a few shards at a time.
+    """
+    shards, samples = len(shard_samples), int(np.sum(shard_samples))
+    words = _philox(seed, epoch, _ORDER).random_raw(shards + samples)
+    rank = np.argsort(np.argsort(words[:shards], kind="stable"), kind="stable")
+    windows = np.repeat(rank // (window or shards), shard_samples)
+    return np.lexsort((words[shards:], windows))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of n positions: uniform [n,2] for x and y, mirror [n], normal [n,3]."""
+
+    uniform: np.ndarray
+    mirror: np.ndarray
+    normal: np.ndarray
+
+
+def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
+    """Random numbers for the positions start to start+count−1 of an epoch."""
+    words = _philox(seed, epoch, _AUGMENT, start).random_raw(count * _WORDS).reshape(count, _WORDS)
+    u = _uniform(words)
+    # Box–Muller, on 1 − u to keep log away from 0; the fourth normal is not needed.
+    radius = np.sqrt(-2.0 * np.log1p(-u[:, 4:6]))
+    angle = 2.0 * np.pi * u[:, 6:8]
+    normal = np.concatenate((radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])), axis=1)
+    return Draws(u[:, 0:2], words[:, 2] >> np.uint64(63) == 1, normal)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of one step. `epoch` [n] differs within a batch where an epoch ends."""
+
+    samples: np.ndarray
+    epoch: np.ndarray
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of a whole run.
+
+    shard_samples: samples in each shard. batch: images in a step over all ranks. window: as for
+    `epoch_order`. Raises ValueError for a batch that is not positive.
+    """
+
+    seed: int
+    batch: int
+    shard_samples: tuple[int, ...]
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"a batch of {self.batch} images is not possible; it must be 1 or more")
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch."""
+        return sum(self.shard_samples)
+
+    def steps(self, epochs: int) -> int:
+        """Steps after which each sample has come `epochs` times. The last one is filled up from
+        the next epoch, so some samples have come once more."""
+        return -(-epochs * self.samples // self.batch)
+
+    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
+        if self.batch % world:
+            raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
+        part = self.batch // world
+        position = step * self.batch + rank * part
+        samples, epochs, parts = [], [], []
+        while part:
+            epoch, start = divmod(position, self.samples)
+            count = min(part, self.samples - start)
+            samples.append(_cached_order(self, epoch)[start : start + count])
+            epochs.append(np.full(count, epoch))
+            parts.append(draws(self.seed, epoch, start, count))
+            position, part = position + count, part - count
+        joined = (np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal"))
+        return Batch(np.concatenate(samples), np.concatenate(epochs), Draws(*joined))
+
+
+@lru_cache(maxsize=2)
+def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
+    return epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
+
+
+def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int) -> np.ndarray:
+    """Integer offsets, uniform over 0 to extent − crop inclusive: 33 for 224 out of 256 px."""
+    return np.floor(uniform * (extent - crop + 1)).astype(np.int64)
+
+
+def share(samples: int, rank: int, world: int) -> range:
+    """Rank's samples in an evaluation: contiguous, and each sample on exactly one rank."""
+    return range(samples * rank // world, samples * (rank + 1) // world)

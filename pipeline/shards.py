@@ -1,0 +1,181 @@
+"""Shards: plain WebDataset tars with an index, written once and read by memory map.
+
+A sample is `<key>.jpg` and `<key>.cls` (its label in decimal). Beside each tar lies DALI's own
+index, and beside each split one array with a row a sample, which is all that this project reads
+besides the JPEG bytes themselves.
+"""
+
+import io
+import mmap
+import os
+import resource
+import tarfile
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # place in Split.shards
+        ("offset", "<u8"),  # of the JPEG in the tar, in bytes
+        ("size", "<u4"),  # of the JPEG, in bytes
+        ("label", "<u4"),
+        ("width", "<u2"),  # in pixels
+        ("height", "<u2"),
+    ]
+)
+_BLOCK = 512  # tar's unit, in bytes
+
+
+class Sample(NamedTuple):
+    """An image on its way into a shard: JPEG bytes with their label and size in pixels."""
+
+    key: str
+    jpeg: bytes
+    label: int
+    width: int
+    height: int
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np.ndarray]:
+    """Write one tar and its DALI index; returns its record and its rows, with `shard` left 0.
+
+    The same samples give the same bytes: ustar headers without time, owner or host. Files get
+    their names when they are whole and on the disk. Without samples nothing is written and the
+    record is None.
+    """
+    rows, lines = [], []
+    partial = path.with_name(f".{path.name}.partial")
+    digest, head, offset = sha256(), b"", 0
+    with open(partial, "wb") as file:
+
+        def write(data: bytes) -> None:
+            nonlocal offset, head
+            file.write(data)
+            digest.update(data)
+            if len(head) < HEAD_BYTES:
+                head += data[: HEAD_BYTES - len(head)]
+            offset += len(data)
+
+        def member(name: str, data: bytes) -> int:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            write(header.tobuf(tarfile.USTAR_FORMAT))
+            start = offset
+            write(data + bytes(-len(data) % _BLOCK))
+            return start
+
+        for key, jpeg, label, width, height in samples:
+            start = member(f"{key}.jpg", jpeg)
+            text = str(label).encode()
+            label_start = member(f"{key}.cls", text)
+            rows.append((0, start, len(jpeg), label, width, height))
+            lines.append(f"jpg {start} {len(jpeg)} {key}.jpg cls {label_start} {len(text)} {key}.cls\n")
+        if rows:
+            write(bytes(-(offset + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
+        file.flush()
+        os.fsync(file.fileno())
+    if not rows:
+        partial.unlink()
+        return None, np.empty(0, INDEX_DTYPE)
+    path.with_suffix(".idx").write_text(f"v1.2 {len(rows)}\n" + "".join(lines))
+    partial.replace(path)
+    record = Shard(
+        file=path.name,
+        samples=len(rows),
+        bytes=offset,
+        sha256=digest.hexdigest(),
+        head_sha256=sha256(head).hexdigest(),
+    )
+    return record, np.array(rows, INDEX_DTYPE)
+
+
+def write_index(path: Path, rows: np.ndarray) -> str:
+    """Write a split's array of rows; returns the file's sha256."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+    return sha256(buffer.getvalue()).hexdigest()
+
+
+class ShardReader:
+    """A split's samples by number, as views of its mapped tars.
+
+    rows: [samples] of INDEX_DTYPE. Opening checks that each file is there, as long as packed, and
+    begins with the bytes that were packed; it raises DatasetError that names the first that is
+    not. Whole-file checksums are a matter for a verifying tool: they would read everything.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, split: str):
+        self.root = root
+        self.split = manifest.split(split)
+        self.rows = self._read_index(len(manifest.classes))
+        _allow_open_files(len(self.split.shards))
+        self._maps = [_map_shard(root / shard.file, shard) for shard in self.split.shards]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def jpeg(self, number: int) -> np.ndarray:
+        """The file bytes of sample `number` as a read-only uint8 view: nothing is copied."""
+        shard, offset, size, *_ = self.rows[number].item()
+        return self._maps[shard][offset : offset + size]
+
+    def name(self, number: int) -> str:
+        """Where a sample lies, for messages."""
+        row = self.rows[number]
+        return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
+
+    def _read_index(self, classes: int) -> np.ndarray:
+        path = self.root / self.split.index
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
+        if sha256(content).hexdigest() != self.split.index_sha256:
+            raise DatasetError(
+                f"the index {path} is not the one that dataset.json was written with: copy the dataset again"
+            )
+        rows = np.load(io.BytesIO(content), allow_pickle=False)
+        ends = np.array([shard.bytes for shard in self.split.shards], np.uint64)
+        if (
+            rows.dtype != INDEX_DTYPE
+            or len(rows) != self.split.samples
+            or rows["shard"].max() >= len(ends)
+            or (rows["offset"] + rows["size"] > ends[rows["shard"]]).any()
+            or rows["label"].max() >= classes
+        ):
+            raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
+        return rows
+
+
+def _map_shard(path: Path, shard: Shard) -> np.ndarray:
+    """The whole file as uint8. A tar cut short would kill the process later, so it is checked."""
+    try:
+        with open(path, "rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != shard.bytes:
+                raise DatasetError(
+                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+                )
+            if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
+                raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except FileNotFoundError:
+        raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
+
+
+def _allow_open_files(count: int) -> None:
+    """Each map holds a file open; the usual soft limit of 1024 is fewer than large sets have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

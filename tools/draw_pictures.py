@@ -1,0 +1,91 @@
+"""Draw a labelled picture set whose classes are a shape and a colour together.
+
+    python tools/draw_pictures.py --output pictures
+
+Ten classes: five shapes, each in a warm and in a cold colour, at any place, size and angle, on a
+background with stains of both colours. Neither the colour nor the shape alone tells the class,
+and no pixel is always the same.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SHAPES = ("disc", "square", "triangle", "cross", "ring")
+HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
+SIDE = 144  # pixels
+_SCALE = 2  # drawn larger, then reduced, for smooth edges
+
+
+def class_names() -> list[str]:
+    return [f"{hue}_{shape}" for hue in HUES for shape in SHAPES]
+
+
+def draw(name: str, rng: np.random.Generator) -> Image.Image:
+    """One picture of a class: RGB, SIDE×SIDE."""
+    hue, shape = name.split("_")
+    canvas = _background(rng)
+    radius = rng.uniform(0.2, 0.34) * canvas.width
+    centre = rng.uniform(radius, canvas.width - radius, 2)
+    _draw_shape(ImageDraw.Draw(canvas), shape, centre, radius, rng.uniform(0, 2 * math.pi), _colour(hue, rng))
+    canvas = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
+    noise = rng.normal(0, 8, (SIDE, SIDE, 3))
+    return Image.fromarray(np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8))
+
+
+def _colour(hue: str, rng: np.random.Generator, strength: float = 1.0) -> tuple[int, int, int]:
+    degrees = rng.uniform(*HUES[hue]) % 360
+    hsv = (degrees / 360 * 255, rng.uniform(160, 255) * strength, rng.uniform(130, 255))
+    return Image.new("HSV", (1, 1), tuple(int(v) for v in hsv)).convert("RGB").getpixel((0, 0))
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+    side = SIDE * _SCALE
+    canvas = Image.new("RGB", (side, side), tuple(int(v) for v in rng.uniform(60, 200, 3)))
+    pen = ImageDraw.Draw(canvas)
+    for hue in rng.permutation([*HUES, *HUES, *HUES]):
+        x, y, radius = *rng.uniform(0, side, 2), rng.uniform(0.05, 0.2) * side
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(hue, rng, 0.6))
+    return canvas.filter(ImageFilter.GaussianBlur(0.04 * side))
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float, angle: float, colour) -> None:
+    x, y = centre
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "disc":
+        pen.ellipse(box, fill=colour)
+    elif shape == "ring":
+        pen.ellipse(box, outline=colour, width=round(radius * 0.45))
+    else:
+        corners = {
+            "triangle": [(1.15, k * 120) for k in range(3)],
+            "square": [(1.15, 45 + k * 90) for k in range(4)],
+            # Twelve corners: the ends of the arms, and where the arms meet.
+            "cross": [(r, a + k * 90) for k in range(4) for r, a in ((1.15, -17), (1.15, 17), (0.47, 45))],
+        }[shape]
+        points = [(r * radius, math.radians(degrees) + angle) for r, degrees in corners]
+        pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=colour)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=300, metavar="N", help="pictures of a class (default 300)")
+    parser.add_argument("--val", type=int, default=50, metavar="N", help="likewise, for validation (default 50)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for number, (split, count) in enumerate((("train", options.train), ("val", options.val))):
+        for label, name in enumerate(class_names()):
+            folder = options.output / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for picture in range(count):
+                rng = np.random.default_rng((options.seed, number, label, picture))
+                draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
+    print(f"{len(class_names()) * (options.train + options.val):,} pictures of {len(class_names())} classes in {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""From settings to the objects that they describe, the same for training and evaluation."""
+
+import os
+
+import torch
+
+from model.alexnet import AlexNet
+from pipeline.loader import Decoding
+from trainer.settings import Settings
+
+
+def build_model(settings: Settings, classes: int, device: torch.device) -> AlexNet:
+    """The net with weights drawn by the seed, channels_last on the device."""
+    torch.manual_seed(settings.seed)
+    model = AlexNet(classes, settings.preset, settings.dropout, settings.crop)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def build_decoding(settings: Settings, device: torch.device) -> Decoding:
+    """How images are decoded: by as many threads as this process's share of the cores."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    return Decoding(settings.crop, device, threads, settings.prefetch)

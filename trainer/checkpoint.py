@@ -1,0 +1,77 @@
+"""Checkpoints: written whole or not at all, verified when loaded, the newest few kept.
+
+A checkpoint is a file of `torch.save`, which is a zip archive with a CRC-32 of each record; reading
+all records checks them. It is loaded without running any code that it may contain.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PATTERN = "step-{:09d}.pt"
+
+
+class CheckpointError(ValueError):
+    """No checkpoint that can be used; the message says where."""
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write the state after `step` steps, then delete all but the newest `keep`.
+
+    The file gets its name once it is on the disk. Raises OSError; what was there stays.
+    """
+    folder.mkdir(exist_ok=True)
+    path = folder / _PATTERN.format(step)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # what torch makes of a failed write
+            raise OSError(f"the checkpoint {path} cannot be written: is the disk full?") from error
+        raise
+    partial.replace(path)
+    _fsync_folder(folder)
+    for old in saved(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def load_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
+    """The state of the newest good checkpoint, and a line about each damaged one passed over.
+
+    The state is None if there has never been one. Raises CheckpointError if all are damaged.
+    """
+    damaged = []
+    for path in reversed(saved(folder)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+            if bad is None:
+                return torch.load(path, map_location=device, weights_only=True), damaged
+            damaged.append(f"{path} is damaged in {bad}")
+        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as error:
+            damaged.append(f"{path} is damaged: {error}")
+    if damaged:
+        raise CheckpointError("; ".join(damaged) + ": no checkpoint is left to continue from; delete them to start anew")
+    return None, damaged
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename last through a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

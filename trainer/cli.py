@@ -1,0 +1,99 @@
+"""The command `alexnet-train`: train (also without the word), evaluate, demo.
+
+Help and refusals come before torch is imported.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.manifest import DatasetError, read_manifest
+from trainer.run import Run
+from trainer.settings import SettingsError, load_settings
+
+DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py has packed, or continue the run in --out.
+Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.
+Other commands: 'alexnet-train evaluate' and 'alexnet-train demo', each with --help."""
+
+
+def main() -> None:
+    """Run the command line. What a user can mend is one line on stderr and exit code 1 or 2."""
+    commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
+    arguments = sys.argv[1:]
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    try:
+        if command not in commands:
+            raise SettingsError(f"unknown command '{command}': there are {', '.join(commands)}")
+        commands[command](arguments)
+    except SettingsError as error:
+        _complain(error, 2)
+    except (DatasetError, OSError) as error:
+        _complain(error, 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(error: Exception, code: int) -> None:
+    print(f"alexnet-train: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    settings = load_settings(arguments, description=DESCRIPTION)
+    world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    if settings.batch % world:
+        raise SettingsError(
+            f"--batch {settings.batch} cannot be divided among {world} processes: "
+            f"take {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
+        )
+    manifest = read_manifest(settings.data)
+    for split in ("train", "val"):
+        manifest.split(split)
+    if settings.crop > manifest.size:
+        raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
+    run = Run(settings.run_folder)
+    if os.environ.get("RANK", "0") == "0":
+        run.begin(settings, manifest)
+
+    from trainer.train import train
+
+    train(settings, run)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="alexnet-train evaluate", description="Top-1 and top-5 error of a run's newest checkpoint.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
+    parser.add_argument("--split", default="val", help="which part of the dataset (default val)")
+    parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="centre, or ten crops as in the paper")
+    options = parser.parse_args(arguments)
+    settings = Run(options.run).settings()
+    if options.data:
+        settings = settings.model_copy(update={"data": options.data})
+    read_manifest(settings.data).split(options.split)
+
+    from trainer.evaluate import evaluate_run
+
+    print(evaluate_run(settings, Run(options.run), options.split, options.crops))
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="alexnet-train demo",
+        description="Draw a picture set, pack it, train on it and evaluate: the whole way in a few minutes, without any data.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where all of it goes (default demo)")
+    options = parser.parse_args(arguments)
+
+    from trainer.demo import demo
+
+    sys.exit(demo(options.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How a run shows itself: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from trainer.evaluate import Scores
+from trainer.meter import Interval
+
+
+class Display:
+    """Shows a run of `steps` steps of which `done` are done; silent on all ranks but the first."""
+
+    def __init__(self, steps: int, done: int, silent: bool = False):
+        self.steps, self.silent = steps, silent
+        live = sys.stderr.isatty() and not silent
+        self._seconds_per_step: float | None = None
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            disable=not live,
+            speed_estimate_period=120,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=done, epoch=0.0, text="starting")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.silent:
+            return
+        if self._progress.disable:
+            print(text, flush=True)
+        else:
+            self._progress.console.print(text, highlight=False, markup=False)
+
+    def interval(self, step: int, epoch: float, learning_rate: float, interval: Interval) -> None:
+        text = (
+            f"loss {interval.loss:.3f}  error {interval.error:.1%}  "
+            f"{interval.images_per_second:,.1f} images/s  input wait {interval.wait_ratio:.1%}"
+        )
+        self._progress.update(self._task, completed=step, epoch=epoch, text=text)
+        if self._progress.disable:
+            left = _duration((self.steps - step) * interval.seconds / interval.steps)
+            self.say(f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left")
+
+    def scores(self, epoch: float, scores: Scores) -> None:
+        self.say(
+            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, top-5 error {scores.top5_error:.1%}, "
+            f"loss {scores.loss:.3f} over {scores.images:,} images"
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

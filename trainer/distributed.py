@@ -1,0 +1,57 @@
+"""The world that torchrun made, or a world of one."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. local_rank: among those of this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def world_size() -> int:
+    """Processes of the run, as torchrun says in the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device: str) -> World:
+    """Join the run's processes. device: `auto`, `cuda` or `cpu`. Raises ValueError without a GPU."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave the setting away to train on the CPU")
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
+    return World(rank, size, local_rank, where)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

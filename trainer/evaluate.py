@@ -1,0 +1,115 @@
+"""Top-1 and top-5 error over a split, every image once whatever the number of processes."""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.loader import Dataset, evaluation_loader
+from trainer import checkpoint, distributed
+from trainer.build import build_decoding, build_model
+from trainer.distributed import World
+from trainer.metrics import Metrics
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
+from trainer.step import autocast, prepare, resolve_precision
+
+PROTOCOLS = {1: "centre", 10: "ten"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors are ratios 0 to 1; loss is the mean cross-entropy, of the mean probability with ten crops."""
+
+    top1_error: float
+    top5_error: float
+    loss: float
+    images: int
+
+
+def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
+    """[n,3,h,w] or [n,crops,3,h,w] → [n,classes], averaging the crops' softmax (section 4.1)."""
+    if pixels.dim() == 4:
+        return F.log_softmax(model(pixels).float(), 1)
+    crops = pixels.shape[1]
+    logits = model(pixels.flatten(0, 1)).float()
+    return F.log_softmax(logits, 1).unflatten(0, (-1, crops)).logsumexp(1) - math.log(crops)
+
+
+def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many rows of [n,classes] lack their label among the best one and the best five: [2]."""
+    best = scores.topk(min(5, scores.shape[1])).indices
+    hits = best == labels[:, None]
+    return torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()])
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, precision: str, batches: Iterable[tuple[Tensor, Tensor]], world: World, metrics: Metrics
+) -> Scores:
+    """Evaluate over this process's batches and add up those of all processes."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    waiting = time.monotonic()
+    begun = waiting
+    for pixels, labels in batches:
+        metrics.input_wait_seconds["eval"].observe(time.monotonic() - waiting)
+        with autocast(precision, world.device):
+            scores = log_probabilities(model, prepare(pixels, precision))
+        loss = F.nll_loss(scores, labels, reduction="sum")
+        sums += torch.stack([*count_errors(scores, labels), loss, torch.tensor(len(labels), device=world.device)])
+        metrics.images["eval"].inc(len(labels))
+        metrics.progress()
+        now = time.monotonic()
+        metrics.step_seconds["eval"].observe(now - begun)
+        waiting = begun = now
+    top1, top5, loss, images = world.sum(sums).tolist()
+    model.train()
+    return Scores(top1 / images, top5 / images, loss / images, int(images))
+
+
+def evaluate_run(settings: Settings, run: Run, split: str, crops: int) -> str:
+    """Evaluate the newest checkpoint of a run; returns a line that says what came of it.
+
+    Raises SettingsError where the dataset is not the one trained on in its classes, or there is
+    no checkpoint yet.
+    """
+    world = distributed.join(settings.device)
+    try:
+        dataset = Dataset(settings.data)
+        state, notes = checkpoint.load_newest(run.checkpoints, world.device)
+        if state is None:
+            raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first")
+        classes = len(dataset.manifest.classes)
+        if len(state["model"]["fc8.bias"]) != classes:
+            raise SettingsError(
+                f"the run in {run.folder} was trained on {len(state['model']['fc8.bias'])} classes and "
+                f"{settings.data} has {classes}: give the dataset that it was trained on with --data"
+            )
+        model = build_model(settings, classes, world.device)
+        model.load_state_dict(state["model"])
+        batches = evaluation_loader(
+            dataset,
+            split,
+            max(1, settings.evaluation_batch // crops),
+            build_decoding(settings, world.device),
+            crops=crops,
+            rank=world.rank,
+            world=world.size,
+        )
+        precision = resolve_precision(settings.precision, world.device)
+        scores = evaluate(model, precision, batches, world, Metrics())
+    finally:
+        distributed.leave()
+    return "\n".join(
+        [
+            *notes,
+            f"step {state['step']}, {split}, {PROTOCOLS[crops]} crop{'s' if crops > 1 else ''}: top-1 error "
+            f"{scores.top1_error:.2%}, top-5 error {scores.top5_error:.2%}, loss {scores.loss:.4f} "
+            f"over {scores.images:,} images",
+        ]
+    )

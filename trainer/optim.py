@@ -1,0 +1,89 @@
+"""The paper's update rule and how the learning rate falls: pure functions around torch's SGD.
+
+Section 5 of the paper:  v ← .9·v − .0005·ε·w − ε·g,  w ← w + v, with the learning rate ε inside v.
+`torch.optim.SGD` keeps u with v = −ε·u. That is the same while ε is constant; when ε changes, u has
+to be rescaled by old/new for v to stay what it was, which `set_learning_rate` does.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trainer.settings import Settings
+
+DROP = 0.1  # "divide the learning rate by 10 when the validation error stops improving"
+MAX_DROPS = 3  # "reduced three times prior to termination"
+_MIN_IMPROVEMENT = 0.001  # of the error; less is noise of 50,000 validation images
+
+
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
+    """Weights and biases, those of the first layer apart, each with its `scale` of the learning rate."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        bias, first = name.endswith("bias"), "conv1" in name
+        groups.setdefault(
+            (bias, first),
+            {
+                "params": [],
+                "scale": settings.bias_learning_rate if bias else 1.0,
+                "freeze_epoch": settings.freeze_conv1_epoch if first else None,
+                "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
+            },
+        )["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
+    """SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
+    return torch.optim.SGD(parameter_groups(model, settings), lr=0.0, momentum=settings.momentum, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
+    """Set ε of every group, times its scale, keeping the velocity v as it was.
+
+    A group is frozen, with ε = 0, from its `freeze_epoch` on.
+    """
+    for group in optimizer.param_groups:
+        frozen = group.get("freeze_epoch") is not None and epoch >= group["freeze_epoch"]
+        old, new = group["lr"], 0.0 if frozen else learning_rate * group.get("scale", 1.0)
+        if old != new and old and new:
+            velocities = _velocities(optimizer, group["params"])
+            if velocities:
+                torch._foreach_mul_(velocities, old / new)
+        group["lr"] = new
+
+
+def _velocities(optimizer: torch.optim.SGD, parameters: Iterable[Tensor]) -> list[Tensor]:
+    states = (optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in parameters)
+    return [velocity for velocity in states if velocity is not None]
+
+
+def plateau_drops(errors: Sequence[float], patience: int) -> int:
+    """How often the learning rate has been divided, after these validation errors, an epoch each.
+
+    It is divided when the least error has not fallen for `patience` epochs, at most three times.
+    """
+    best, stale, drops = math.inf, 0, 0
+    for error in errors:
+        if error < best - _MIN_IMPROVEMENT:
+            best, stale = error, 0
+        else:
+            stale += 1
+        if stale == patience:
+            drops, stale = drops + 1, 0
+    return min(drops, MAX_DROPS)
+
+
+def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
+    """ε of a step: `epoch` is where it ends, with the fraction; errors are the validation's so far."""
+    rate = settings.learning_rate
+    if epoch < settings.warmup_epochs:
+        return rate * epoch / settings.warmup_epochs
+    if settings.schedule == "plateau":
+        return rate * DROP ** plateau_drops(errors, settings.patience)
+    if settings.schedule == "steps":
+        return rate * DROP ** sum(epoch >= drop for drop in settings.drop_epochs)
+    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2

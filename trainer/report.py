@@ -1,0 +1,92 @@
+"""report.md with its curves: what a run did, from the files in its folder."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: there may be no screen
+import matplotlib.pyplot as plt
+
+from pipeline.manifest import Manifest
+from trainer.run import Run
+
+Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values
+
+
+def write_report(run: Run, manifest: Manifest) -> Path:
+    """Write report.md and its PNG curves into the run folder; returns the report's path."""
+    steps, evaluations = run.metrics.rows(), run.evaluations.rows()
+
+    def series(name: str, rows: list[dict[str, float]], column: str) -> tuple[str, list[float], list[float]]:
+        return name, [row["epoch"] for row in rows], [row[column] for row in rows]
+
+    _plot(
+        run.folder / "loss.png",
+        "cross-entropy",
+        [series("training", steps, "loss"), series("validation", evaluations, "loss")],
+    )
+    _plot(
+        run.folder / "error.png",
+        "error",
+        [
+            series("training, top-1", steps, "error"),
+            series("validation, top-1", evaluations, "top1_error"),
+            series("validation, top-5", evaluations, "top5_error"),
+        ],
+    )
+    _plot(run.folder / "images_per_second.png", "images/s", [series("training", steps, "images_per_second")])
+    path = run.folder / "report.md"
+    path.write_text(_text(run, manifest, steps, evaluations), encoding="utf-8")
+    return path
+
+
+def _plot(path: Path, label: str, series: Series) -> None:
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for name, epochs, values in series:
+        axes.plot(epochs, values, label=name, marker="o" if "validation" in name else None, markersize=3)
+    axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
+    settings = json.loads((run.folder / "settings.json").read_text())
+    environment = json.loads((run.folder / "environment.json").read_text())[-1]
+    images = manifest.splits["train"].samples
+    rates = sorted(row["images_per_second"] for row in steps)
+    last = evaluations[-1]
+    return "\n".join(
+        [
+            f"# {run.folder.name}: recipe {settings['recipe']}",
+            "",
+            f"After {last['epoch']:.2f} epochs of {images:,} images in {len(manifest.classes):,} classes: validation "
+            f"top-1 error {last['top1_error']:.2%}, top-5 error {last['top5_error']:.2%} "
+            f"(centre crop, {manifest.splits['val'].samples:,} images).",
+            "",
+            f"Training ran at {rates[len(rates) // 2]:,.1f} images/s (median of {len(rates)} intervals, "
+            f"{rates[0]:,.1f} to {rates[-1]:,.1f}).",
+            "",
+            *(f"![{name}]({name}.png)" for name in ("loss", "error", "images_per_second")),
+            "",
+            "## Validation",
+            "",
+            "| epoch | top-1 error | top-5 error | loss |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['epoch']:.2f} | {row['top1_error']:.2%} | {row['top5_error']:.2%} | {row['loss']:.4f} |"
+                for row in evaluations
+            ),
+            "",
+            "## Settings",
+            "",
+            *(f"- {name}: {value}" for name, value in settings.items() if value is not None),
+            "",
+            "## Environment of the last start",
+            "",
+            *(f"- {name}: {value}" for name, value in environment.items()),
+            "",
+        ]
+    )

@@ -1,0 +1,154 @@
+"""The run folder: what belongs to one run, and the refusal to mix two.
+
+    settings.json      resolved settings and the dataset's fingerprint
+    environment.json   versions, commit and machine of each start
+    metrics.csv        a row each log interval
+    evaluations.csv    a row each evaluation
+    checkpoints/       see trainer/checkpoint.py
+    report.md, *.png   at the end
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.manifest import Manifest
+from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
+
+_SETTINGS, _ENVIRONMENT = "settings.json", "environment.json"
+_PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
+
+
+class Run:
+    """A run folder, new or to be continued."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.metrics = Table(folder / "metrics.csv")
+        self.evaluations = Table(folder / "evaluations.csv")
+        self.checkpoints = folder / "checkpoints"
+
+    def begin(self, settings: Settings, manifest: Manifest) -> None:
+        """Make the folder, or check that what it holds is this run.
+
+        Raises SettingsError where it holds another run, naming what differs, or foreign files.
+        """
+        identity = {"dataset": manifest.fingerprint, **json.loads(settings.model_dump_json(exclude=FREE_TO_CHANGE))}
+        path = self.folder / _SETTINGS
+        if path.exists():
+            held = json.loads(path.read_text())
+            differing = [
+                f"{key} ({held.get(key)} there, {identity.get(key)} here)"
+                for key in identity
+                if held.get(key) != identity[key]
+            ]
+            if differing:
+                raise SettingsError(
+                    f"{self.folder} already holds another run, which differs in {', '.join(differing)}: "
+                    "choose another --out, or give that run's settings to continue it"
+                )
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {**identity, **json.loads(settings.model_dump_json())}
+        _write_json(path, whole)
+
+    def settings(self) -> Settings:
+        """The settings that the run was begun with. Raises SettingsError if it holds no run."""
+        try:
+            held = json.loads((self.folder / _SETTINGS).read_text())
+        except FileNotFoundError:
+            raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}") from None
+        held.pop("dataset")
+        return Settings.model_validate(held)
+
+    def record_environment(self, device: str) -> dict[str, str]:
+        """Add this start to environment.json; returns what was added."""
+        path = self.folder / _ENVIRONMENT
+        starts = json.loads(path.read_text()) if path.exists() else []
+        starts.append(environment(device))
+        _write_json(path, starts)
+        return starts[-1]
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions, commit and machine, for a run's record and a measurement's."""
+    return {
+        "device": device,
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "commit": _git_commit(),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _git_commit() -> str:
+    """The commit that this code is of, with a mark if it was changed; `unknown` outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _write_json(path: Path, content: object) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+class Table:
+    """A CSV file that grows by rows, each with a `step`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def rows(self) -> list[dict[str, float]]:
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after a step, which will be done again."""
+        if not self.path.exists():
+            return
+        head, *lines = self.path.read_text().splitlines(keepends=True)
+        column = head.strip().split(",").index("step")
+        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join([head, *kept]))
+        partial.replace(self.path)

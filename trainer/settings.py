@@ -1,0 +1,176 @@
+"""All settings of a run, from four places; the later wins.
+
+    defaults < recipe (--recipe NAME or a TOML file) < environment (ALEXNET_EPOCHS=90) < command line
+
+Unknown names are errors that say the nearest known one. Nothing here imports torch or DALI, so
+that help and refusals come at once.
+"""
+
+import argparse
+import os
+import tomllib
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
+
+PREFIX = "ALEXNET_"
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message names the setting and what would do."""
+
+
+class Settings(BaseSettings):
+    """Everything that a run depends on."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, use_attribute_docstrings=True, validate_default=True
+    )
+
+    data: Path = Path("shards")
+    """Folder with the packed dataset."""
+    out: Path | None = None
+    """Run folder; the same command again continues the run in it. Without it, runs/RECIPE."""
+    recipe: str = "paper"
+    """Recipe by name, or a TOML file of settings."""
+    seed: Count = 0
+    """Of weights, order, augmentation and dropout."""
+
+    preset: Literal["paper", "code2012"] = "paper"
+    """The net of the paper's text, or of the code that produced its numbers."""
+    dropout: Literal["2012", "inverted", "off"] = "2012"
+    """2012 halves units at test, inverted doubles them in training."""
+    crop: PositiveInt = 224
+    """Side of the net's input in pixels."""
+
+    batch: PositiveInt = 128
+    """Images in a step over all processes."""
+    colour: Literal["paper", "code2012", "off"] = "paper"
+    """Strength of the colour augmentation (fancy PCA)."""
+    colour_epochs: Count | None = None
+    """Epochs after which colour augmentation ends."""
+    shuffle_window: Count = 0
+    """Shards that are shuffled together; 0 is all of them."""
+
+    epochs: PositiveInt = 90
+    """Passes over the training images."""
+    learning_rate: PositiveFloat = 0.01
+    """At first, or after the warm-up."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs over which the learning rate rises from 0."""
+    schedule: Literal["plateau", "steps", "cosine"] = "plateau"
+    """How the learning rate falls: by ten when validation error stops improving, by ten at set epochs, or to 0."""
+    patience: PositiveInt = 5
+    """Epochs without improvement that make a plateau."""
+    drop_epochs: tuple[PositiveFloat, ...] = ()
+    """Epochs at which the schedule 'steps' divides by ten."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of the gradient descent."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0005
+    """Share of each weight that is taken off, times the learning rate."""
+    bias_learning_rate: PositiveFloat = 1.0
+    """Learning rate of biases over that of weights."""
+    bias_decay: bool = True
+    """Whether weight decay applies to biases."""
+    freeze_conv1_epoch: Count | None = None
+    """Epoch from which the first layer learns no more."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto is the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of autocast; auto is bf16 where the hardware has it."""
+    compile: bool = False
+    """Whether to run the model through torch.compile."""
+    threads: Count = 0
+    """DALI's threads in each process; 0 is one for each core."""
+    prefetch: PositiveInt = 2
+    """Batches that are prepared ahead."""
+    evaluation_batch: PositiveInt = 128
+    """Images in an evaluation step of each process."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 9410
+    """Of the metrics server; process r of a machine takes port+r, and 0 is none."""
+    address: str = "0.0.0.0"  # noqa: S104 - metrics are for other hosts, and are all that is served
+    """Address that the metrics server binds."""
+    log_every: PositiveInt = 20
+    """Steps between two lines of metrics."""
+    checkpoint_steps: Count = 0
+    """Steps between two checkpoints; 0 is at the end of each epoch alone."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+    @property
+    def run_folder(self) -> Path:
+        return self.out or Path("runs") / Path(self.recipe).stem
+
+
+# These may differ when a run is continued: they change how it is watched, not what it computes.
+FREE_TO_CHANGE = frozenset(
+    {"data", "out", "recipe", "device", "threads", "prefetch", "evaluation_batch", "port", "address",
+     "log_every", "checkpoint_steps", "keep_checkpoints"}
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            name = unknown.split()[0]
+            message = f"unknown setting {name}{_nearest(name, (_flag(f) for f in Settings.model_fields))}"
+        raise SettingsError(message)
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name.split("=")[0], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def load_settings(arguments: Sequence[str], command: str = "alexnet-train", description: str = "") -> Settings:
+    """The settings that a command line resolves to.
+
+    Prints help and exits where asked to. Raises SettingsError for an unknown or impossible one.
+    """
+    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    command_line: Any = CliSettingsSource(
+        Settings, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True
+    )(args=list(arguments))
+    known = {PREFIX + field.upper() for field in Settings.model_fields}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in known:
+            raise SettingsError(f"unknown setting {name} in the environment{_nearest(name, known)}")
+    try:
+        given = EnvSettingsSource(Settings)() | command_line()
+        recipe = read_recipe(given.get("recipe", Settings.model_fields["recipe"].default))
+        return Settings.model_validate({**recipe, **given})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
+
+
+def _explain(detail: Any) -> str:
+    field = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting '{field}' in the recipe{_nearest(field, Settings.model_fields)}"
+    return f"{_flag(field)} {detail['input']}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe. Raises SettingsError if there is none of that name."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
+        raise SettingsError(f"unknown recipe {name}{_nearest(name, known)} There are: {', '.join(known)}; or give a TOML file")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"the recipe {path} is not TOML: {error}") from None
