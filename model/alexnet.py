@@ -14,6 +14,7 @@ Departures from both: one device instead of two (grouped convolutions compute wh
 did), and pool5 is flattened in HWC order, so that channels_last needs no copy on the way to fc6.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,11 @@ class Dropout2012(nn.Module):
         return x * torch.empty_like(x).bernoulli_(0.5) if self.training else x * 0.5
 
 
-DROPOUTS = {"2012": Dropout2012, "inverted": lambda: nn.Dropout(0.5), "off": nn.Identity}
+DROPOUTS: dict[str, Callable[[], nn.Module]] = {
+    "2012": Dropout2012,
+    "inverted": lambda: nn.Dropout(0.5),
+    "off": nn.Identity,
+}
 
 
 class AlexNet(nn.Module):
@@ -92,6 +97,7 @@ class AlexNet(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 std = self.preset.conv345_std if name in ("conv3", "conv4", "conv5") else 0.01
                 nn.init.normal_(layer.weight, std=std)
+                assert layer.bias is not None
                 nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc6", "fc7")))
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ def count_macs(model: nn.Module, crop: int = 224) -> int:
     """
     total = 0
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(layer: nn.Conv2d | nn.Linear, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         total += output.numel() * layer.weight[0].numel()
 

@@ -48,9 +48,12 @@ class GraphOptions:
 def _decode(jpeg: Any, options: GraphOptions) -> Any:
     """JPEG bytes to RGB [h,w,3], with its shorter side as the options say."""
     on_gpu = options.device_id is not None
-    hints = {"preallocate_width_hint": options.max_width, "preallocate_height_hint": options.max_height}
     images = fn.decoders.image(
-        jpeg, device="mixed" if on_gpu else "cpu", output_type=types.RGB, **(hints if on_gpu else {})
+        jpeg,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        preallocate_width_hint=options.max_width if on_gpu else None,
+        preallocate_height_hint=options.max_height if on_gpu else None,
     )
     if options.resize_shorter is not None:
         images = fn.resize(
@@ -71,6 +74,12 @@ def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
     )
 
 
+def augment(jpeg: Any, options: GraphOptions, *, mean: Any, scale: Any, x: Any, y: Any, mirror: Any) -> Any:
+    """A training image from its file: the operators between the inputs above and the pixels."""
+    images = _decode(jpeg, options)
+    return _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale)
+
+
 def _train(source: Callable, options: GraphOptions) -> tuple:
     jpeg, label, mean, scale, x, y, mirror = fn.external_source(
         source=source,
@@ -80,9 +89,7 @@ def _train(source: Callable, options: GraphOptions) -> tuple:
         dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
         ndim=[1, 0, 1, 0, 0, 0, 0],
     )
-    pixels = _crop(
-        _decode(jpeg, options), options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale
-    )
+    pixels = augment(jpeg, options, mean=mean, scale=scale, x=x, y=y, mirror=mirror)
     return pixels, _to_device(label, options)
 
 

@@ -7,9 +7,10 @@ batches ahead in its own threads, and reads the JPEG bytes straight from the map
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Decoding:
     """Where and how images are decoded. crop: side in pixels. threads: of DALI. prefetch: batches."""
 
     crop: int = 224
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default=torch.device("cpu"))
     threads: int = 2
     prefetch: int = 2
 
@@ -73,20 +74,25 @@ def train_loader(
     def requests() -> Iterator[Request]:
         for step in steps:
             batch = plan.step_batch(step, rank, world)
-            x, y = _crop_places(dataset.manifest, reader.rows[batch.samples], batch.draws.uniform, decoding.crop)
+            x, y = _crop_places(
+                dataset.manifest, reader.rows[batch.samples], batch.draws.uniform, decoding.crop
+            )
             coloured = batch.epoch < (np.inf if colour_epochs is None else colour_epochs)
             offsets = np.where(coloured[:, None], colour_offsets(colour, pixels, batch.draws.normal), 0.0)
             divisor = np.where(coloured, colour_divisor(colour), 1.0)
-            yield batch.samples, (
-                (mean - offsets).astype(np.float32),
-                divisor.astype(np.float32),
-                x.astype(np.float32),
-                y.astype(np.float32),
-                batch.draws.mirror.astype(np.int32),
+            yield (
+                batch.samples,
+                (
+                    (mean - offsets).astype(np.float32),
+                    divisor.astype(np.float32),
+                    x.astype(np.float32),
+                    y.astype(np.float32),
+                    batch.draws.mirror.astype(np.int32),
+                ),
             )
 
-    def build(source: Callable) -> object:
-        return train_pipeline(source, _graph_options(dataset.manifest, decoding, plan.batch // world))
+    def build(source: Callable) -> Any:
+        return train_pipeline(source, graph_options(dataset.manifest, decoding, plan.batch // world))
 
     plan.step_batch(0, rank, world)  # so that a batch that cannot be divided is refused here
     return _run(build, reader, requests(), decoding)
@@ -113,8 +119,8 @@ def evaluation_loader(
         for start in range(mine.start, mine.stop, batch):
             yield np.arange(start, min(start + batch, mine.stop)), ()
 
-    def build(source: Callable) -> object:
-        options = _graph_options(dataset.manifest, decoding, batch)
+    def build(source: Callable) -> Any:
+        options = graph_options(dataset.manifest, decoding, batch)
         return evaluation_pipeline(source, options, dataset.manifest.pixels.mean, crops)
 
     return _run(build, reader, requests(), decoding) if mine else iter(())
@@ -132,7 +138,8 @@ def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[B
         yield pixels, labels
 
 
-def _graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOptions:
+def graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOptions:
+    """The graph for a dataset. Raises DatasetError if the crop is larger than its images."""
     if decoding.crop > manifest.size:
         raise DatasetError(
             f"a crop of {decoding.crop} px does not fit into images of {manifest.size} px: "
@@ -157,14 +164,14 @@ def _crop_places(
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     shorter = np.minimum(width, height)
     places = []
-    for axis, extent in enumerate((width, height)):
-        extent = np.rint(extent * manifest.size / shorter).astype(np.int64)
+    for axis, stored in enumerate((width, height)):
+        extent = np.rint(stored * manifest.size / shorter).astype(np.int64)
         places.append(crop_offsets(uniform[:, axis], extent, crop) / np.maximum(extent - crop, 1))
     return places[0], places[1]
 
 
 def _run(
-    build: Callable[[Callable], object], reader: ShardReader, requests: Iterable[Request], decoding: Decoding
+    build: Callable[[Callable], Any], reader: ShardReader, requests: Iterable[Request], decoding: Decoding
 ) -> Iterator[Batch]:
     """Feed the requests to a pipeline and yield what comes out."""
     # DALI reads the arrays where they are, so those of every batch under way are kept.
@@ -206,5 +213,7 @@ def _explained(error: RuntimeError, reader: ShardReader, under_way: Iterable) ->
                 with Image.open(BytesIO(jpeg.tobytes())) as image:
                     image.load()
             except Exception:  # whatever a damaged file makes Pillow raise
-                return DatasetError(f"the sample in {reader.name(sample)} cannot be decoded: copy the shard again")
+                return DatasetError(
+                    f"the sample in {reader.name(sample)} cannot be decoded: copy the shard again"
+                )
     return DatasetError(f"DALI cannot decode a batch: {error}")

@@ -66,7 +66,7 @@ class Pixels(_Record):
 class Manifest(_Record):
     """The content of dataset.json."""
 
-    format: Literal[1]
+    format: Literal[1]  # FORMAT
     geometry: Literal["256", "short256", "original"]
     size: PositiveInt  # of the shorter side in pixels, after resizing
     max_width: PositiveInt
@@ -103,19 +103,27 @@ def read_manifest(root: Path) -> Manifest:
     if not path.is_file():
         state = "has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
-            f"no dataset at {root}: the folder {state}. Pack one: python tools/make_shards.py --input IMAGES --output {root}"
+            f"no dataset at {root}: the folder {state}. "
+            f"Pack one: python tools/make_shards.py --input IMAGES --output {root}"
         )
     try:
         content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        if (
+            isinstance(content, dict)
+            and isinstance(content.get("format"), int)
+            and content["format"] > FORMAT
+        ):
             raise DatasetError(
-                f"{path} has format {content['format']} and this version reads format {FORMAT}: upgrade alexnet-train"
+                f"{path} has format {content['format']} and this version reads format {FORMAT}: "
+                "upgrade alexnet-train"
             )
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DatasetError(f"{path} is not a dataset.json: {where}: {first['msg']}. Pack the dataset again") from error
+        raise DatasetError(
+            f"{path} is not a dataset.json: {where}: {first['msg']}. Pack the dataset again"
+        ) from error
     except ValueError as error:
         if isinstance(error, DatasetError):
             raise

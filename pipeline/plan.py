@@ -114,7 +114,9 @@ class Plan:
             epochs.append(np.full(count, epoch))
             parts.append(draws(self.seed, epoch, start, count))
             position, part = position + count, part - count
-        joined = (np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal"))
+        joined = (
+            np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
+        )
         return Batch(np.concatenate(samples), np.concatenate(epochs), Draws(*joined))
 
 

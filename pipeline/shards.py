@@ -138,7 +138,9 @@ class ShardReader:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
+            raise DatasetError(
+                f"the index {path} is missing: copy it again, or pack the dataset again"
+            ) from None
         if sha256(content).hexdigest() != self.split.index_sha256:
             raise DatasetError(
                 f"the index {path} is not the one that dataset.json was written with: copy the dataset again"

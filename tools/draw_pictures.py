@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
@@ -28,31 +28,34 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
     """One picture of a class: RGB, SIDE×SIDE."""
     hue, shape = name.split("_")
     canvas = _background(rng)
-    radius = rng.uniform(0.2, 0.34) * canvas.width
+    radius = rng.uniform(0.26, 0.38) * canvas.width
     centre = rng.uniform(radius, canvas.width - radius, 2)
-    _draw_shape(ImageDraw.Draw(canvas), shape, centre, radius, rng.uniform(0, 2 * math.pi), _colour(hue, rng))
+    _draw_shape(ImageDraw.Draw(canvas), shape, centre, radius, rng.uniform(-0.3, 0.3), _colour(hue, rng))
     canvas = canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
     noise = rng.normal(0, 8, (SIDE, SIDE, 3))
     return Image.fromarray(np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8))
 
 
-def _colour(hue: str, rng: np.random.Generator, strength: float = 1.0) -> tuple[int, int, int]:
+def _colour(hue: str, rng: np.random.Generator, strength: float = 1.0) -> tuple[int, ...]:
     degrees = rng.uniform(*HUES[hue]) % 360
-    hsv = (degrees / 360 * 255, rng.uniform(160, 255) * strength, rng.uniform(130, 255))
-    return Image.new("HSV", (1, 1), tuple(int(v) for v in hsv)).convert("RGB").getpixel((0, 0))
+    saturation, value = rng.uniform(0.63, 1.0) * strength, rng.uniform(0.5, 1.0)
+    return ImageColor.getrgb(f"hsv({degrees}, {saturation:.0%}, {value:.0%})")
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
     side = SIDE * _SCALE
-    canvas = Image.new("RGB", (side, side), tuple(int(v) for v in rng.uniform(60, 200, 3)))
+    tone = rng.uniform(60, 200) + rng.uniform(-25, 25, 3)
+    canvas = Image.new("RGB", (side, side), tuple(int(v) for v in tone))
     pen = ImageDraw.Draw(canvas)
-    for hue in rng.permutation([*HUES, *HUES, *HUES]):
-        x, y, radius = *rng.uniform(0, side, 2), rng.uniform(0.05, 0.2) * side
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(hue, rng, 0.6))
+    for hue in rng.permutation([*HUES, *HUES]):
+        x, y, radius = *rng.uniform(0, side, 2), rng.uniform(0.05, 0.15) * side
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(hue, rng, 0.4))
     return canvas.filter(ImageFilter.GaussianBlur(0.04 * side))
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float, angle: float, colour) -> None:
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float, angle: float, colour
+) -> None:
     x, y = centre
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "disc":
@@ -73,8 +76,12 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--train", type=int, default=300, metavar="N", help="pictures of a class (default 300)")
-    parser.add_argument("--val", type=int, default=50, metavar="N", help="likewise, for validation (default 50)")
+    parser.add_argument(
+        "--train", type=int, default=300, metavar="N", help="pictures of a class (default 300)"
+    )
+    parser.add_argument(
+        "--val", type=int, default=50, metavar="N", help="likewise, for validation (default 50)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     for number, (split, count) in enumerate((("train", options.train), ("val", options.val))):
@@ -84,7 +91,8 @@ def main() -> None:
             for picture in range(count):
                 rng = np.random.default_rng((options.seed, number, label, picture))
                 draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
-    print(f"{len(class_names()) * (options.train + options.val):,} pictures of {len(class_names())} classes in {options.output}")
+    classes = len(class_names())
+    print(f"{classes * (options.train + options.val):,} pictures of {classes} classes in {options.output}")
 
 
 if __name__ == "__main__":

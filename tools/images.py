@@ -82,7 +82,7 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int) -> P
 def _decode(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     """The picture in RGB, upright, with the repairs that this took."""
     try:
-        image = Image.open(BytesIO(content), formats=FORMATS)
+        image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:

@@ -11,54 +11,34 @@ by itself: a rerun gives the same bytes, with any number of workers.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import PIL
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.manifest import FORMAT, NAME, Class, DatasetError, Manifest, Shard, Split, read_manifest, write_manifest
-from pipeline.shards import Sample, write_index, write_shard
-from tools.images import RESAMPLING, SUBSAMPLING, Geometry, RejectedError, pack_image
+from pipeline.manifest import (
+    NAME,
+    Class,
+    DatasetError,
+    Manifest,
+    Split,
+    read_manifest,
+    write_manifest,
+)
+from pipeline.shards import write_index
+from tools.images import RESAMPLING, SUBSAMPLING, Geometry
+from tools.packing import Result, Task, run_tasks
 from tools.pixel_sums import PixelSums
-from tools.sources import Source, SourceError, Sources, find_sources, read_class_names
+from tools.sources import SourceError, Sources, find_sources, read_class_names
 
 REPORT = "report.tsv"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One output shard: a pure function of these fields and of the files named."""
-
-    input: Path
-    path: Path
-    first_key: int
-    sources: tuple[Source, ...]
-    measured: bool  # training pixels, of which mean and PCA are taken
-    geometry: Geometry
-    size: int
-    quality: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a task. events: (path, `repaired` or `rejected`, reason)."""
-
-    shard: Shard | None
-    rows: np.ndarray
-    sums: PixelSums
-    events: list[tuple[str, str, str]]
 
 
 def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[Task]]:
@@ -84,79 +64,20 @@ def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[
     return tasks
 
 
-_done = None  # in a worker: how many files all workers together are through with
-
-
-def _start_worker(done) -> None:
-    global _done
-    _done = done
-
-
-def pack_shard(task: Task) -> Result:
-    """Pack one shard; this is what runs in the worker processes."""
-    sums, events = PixelSums(), []
-
-    def samples() -> Iterator[Sample]:
-        for key, source in enumerate(task.sources, task.first_key):
-            if _done is not None:
-                with _done.get_lock():
-                    _done.value += 1
-            try:
-                packed = pack_image(_read(task.input / source.path), task.geometry, task.size, task.quality)
-            except RejectedError as rejection:
-                events.append((source.path, "rejected", str(rejection)))
-                continue
-            events.extend((source.path, "repaired", repair) for repair in packed.repairs)
-            if task.measured:
-                sums.add_image(packed.pixels)
-            yield Sample(f"{key:09d}", packed.jpeg, source.label, packed.width, packed.height)
-
-    shard, rows = write_shard(task.path, samples())
-    return Result(shard, rows, sums, events)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        raise RejectedError("unreadable") from None
-
-
-def run_tasks(tasks: list[Task], workers: int) -> list[Result]:
-    """The results in the order of the tasks, with a progress bar on a terminal."""
-    # Spawned, not forked: the bar has a thread, and what it locks would stay locked in a child.
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("q", 0)
-    columns = TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("images,"), TimeRemainingColumn()
-    with (
-        Progress(*columns, disable=not sys.stderr.isatty()) as progress,
-        ProcessPoolExecutor(workers, context, _start_worker, (done,)) as pool,
-    ):
-        bar = progress.add_task("", total=sum(len(task.sources) for task in tasks))
-        futures = [pool.submit(pack_shard, task) for task in tasks]
-        pending: set[Future] = set(futures)
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()  # an error ends the run here, not after all other shards
-                progress.update(bar, completed=done.value)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [future.result() for future in futures]
-
-
 def write_split(output: Path, split: str, results: list[Result]) -> Split:
     """Write the index of a split. Raises SourceError if nothing of it could be used."""
     shards = [result.shard for result in results if result.shard is not None]
     if not shards:
-        raise SourceError(f"none of the files for the split '{split}' can be used: {output / REPORT} says why")
+        raise SourceError(
+            f"none of the files for the split '{split}' can be used: {output / REPORT} says why"
+        )
     parts = [result.rows for result in results if result.shard is not None]
     for number, rows in enumerate(parts):
         rows["shard"] = number
     rows, name = np.concatenate(parts), f"{split}.index.npy"
-    return Split(samples=len(rows), index=name, index_sha256=write_index(output / name, rows), shards=shards)
+    return Split(
+        samples=len(rows), index=name, index_sha256=write_index(output / name, rows), shards=tuple(shards)
+    )
 
 
 def write_report(output: Path, sources: Sources, results: list[Result]) -> dict[str, dict[str, int]]:
@@ -177,7 +98,9 @@ def prepare_output(output: Path, overwrite: bool) -> None:
     """Make the folder. Raises SourceError if it holds a dataset that is not to be replaced."""
     if (output / NAME).exists():
         if not overwrite:
-            raise SourceError(f"{output} already holds a dataset: choose another --output, or replace it with --overwrite")
+            raise SourceError(
+                f"{output} already holds a dataset: choose another --output, or replace it with --overwrite"
+            )
         old = read_manifest(output)
         (output / NAME).unlink()
         for split in old.splits.values():
@@ -203,12 +126,12 @@ def pack(options: argparse.Namespace) -> Manifest:
             sums.add(result.sums)
     rows = np.concatenate([result.rows for result in results])
     manifest = Manifest(
-        format=FORMAT,
+        format=1,
         geometry=options.geometry,
         size=options.size,
         max_width=rows["width"].max(),
         max_height=rows["height"].max(),
-        classes=[Class(id=name, name=names.get(name, name)) for name in sources.classes],
+        classes=tuple(Class(id=name, name=names.get(name, name)) for name in sources.classes),
         splits=splits,
         pixels=sums.statistics(),
         packed={
@@ -262,15 +185,37 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--input", type=Path, required=True, metavar="DIR", help="images: train/<class>/…, val/<class>/…")
     add("--output", type=Path, required=True, metavar="DIR", help="where the shards go")
     add("--geometry", choices=get_args(Geometry), default="256",
-        help="256: shorter side to 256 px, central square, as in the paper (default); short256: without the cut; "
+        help="256: shorter side to 256 px and its central square, as in the paper; short256: not cut; "
         "original: the files' own bytes where they are sound")  # fmt: skip
-    add("--size", type=integer(16, 4096), default=256, metavar="PX", help="another length for the shorter side (default 256)")
+    add(
+        "--size",
+        type=integer(16, 4096),
+        default=256,
+        metavar="PX",
+        help="of the shorter side (default 256)",
+    )
     add("--quality", type=integer(1, 100), default=90, help="of the JPEGs (default 90)")
-    add("--val-fraction", type=fraction, metavar="F", help="of each class, kept for validation, if DIR has no val")
+    add(
+        "--val-fraction",
+        type=fraction,
+        metavar="F",
+        help="of each class, kept for validation, if DIR has no val",
+    )
     add("--class-names", type=Path, metavar="FILE", help="lines of a class folder's name and a name to show")
-    add("--shard-samples", type=integer(1, 10**6), default=1000, metavar="N", help="images in a shard at most (default 1000)")
+    add(
+        "--shard-samples",
+        type=integer(1, 10**6),
+        default=1000,
+        metavar="N",
+        help="images in a shard at most (default 1000)",
+    )
     add("--seed", type=integer(0, 2**63), default=0, help="of the order of images (default 0)")
-    add("--workers", type=integer(1, 1024), default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+    add(
+        "--workers",
+        type=integer(1, 1024),
+        default=len(os.sched_getaffinity(0)),
+        help="processes (default: one a core)",
+    )
     add("--overwrite", action="store_true", help="replace the dataset that --output holds")
     return parser.parse_args(arguments)
 
@@ -281,11 +226,16 @@ def main() -> None:
     try:
         manifest = pack(options)
     except BrokenProcessPool:
-        sys.exit("make_shards: a worker process died, perhaps for want of memory: try again with fewer --workers")
+        sys.exit(
+            "make_shards: a worker process died, perhaps for want of memory: try again with fewer --workers"
+        )
     except (SourceError, DatasetError) as error:
         sys.exit(f"make_shards: {error}")
     except OSError as error:
-        sys.exit(f"make_shards: {error.strerror}: {error.filename or options.output}. Nothing is packed until {NAME} is written: mend it and run again")
+        sys.exit(
+            f"make_shards: {error.strerror}: {error.filename or options.output}. The folder is no dataset "
+            f"until {NAME} is written: mend the cause and run again"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
     print(summary(manifest, options, time.monotonic() - start))

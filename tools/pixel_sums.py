@@ -36,6 +36,14 @@ class PixelSums:
         values, vectors = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))
         values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
         vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
+
         # Rounded, so that another BLAS does not change the manifest in its last digits.
-        mean, values, *vectors = ([round(float(v), 6) for v in row] for row in (mean, values, *vectors))
-        return Pixels(mean=mean, eigenvalues=values, eigenvectors=vectors)
+        def rounded(row: np.ndarray) -> tuple[float, float, float]:
+            red, green, blue = (round(float(value), 6) for value in row)
+            return red, green, blue
+
+        return Pixels(
+            mean=rounded(mean),
+            eigenvalues=rounded(values),
+            eigenvectors=tuple(rounded(row) for row in vectors),
+        )

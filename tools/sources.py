@@ -35,6 +35,40 @@ def find_sources(root: Path, val_fraction: float | None, seed: int) -> Sources:
     Every file in a class folder counts, at any depth and whatever its name. Raises SourceError
     where nothing can be packed, or where it is unclear what is to be kept for validation.
     """
+    folders = _split_folders(root, val_fraction)
+    classes = sorted(entry.name for entry in folders["train"].iterdir() if entry.is_dir())
+    if not classes:
+        raise SourceError(
+            f"{folders['train']} has no class folders: images are expected as "
+            f"{folders['train']}/<class>/<image>"
+        )
+    labels = {name: label for label, name in enumerate(classes)}
+    splits: dict[str, list[Source]] = {split: [] for split in folders}
+    strays = []
+    for split, folder in folders.items():
+        for entry in sorted(folder.iterdir()):
+            if not entry.is_dir():
+                strays.append(str(entry.relative_to(root)))
+            elif entry.name not in labels:
+                raise SourceError(f"the class {entry.name} is in {folder} but not in {folders['train']}")
+            else:
+                files = (
+                    Path(where, name)
+                    for where, _, names in os.walk(entry, followlinks=True)
+                    for name in names
+                )
+                paths = sorted(str(path.relative_to(root)) for path in files)
+                splits[split].extend(Source(path, labels[entry.name]) for path in paths)
+    if val_fraction is not None:
+        splits = _hold_out(splits["train"], val_fraction, seed)
+    for split, sources in splits.items():
+        if not sources:
+            raise SourceError(f"{root} has no files for the split '{split}'")
+    return Sources(classes, splits, strays)
+
+
+def _split_folders(root: Path, val_fraction: float | None) -> dict[str, Path]:
+    """Where the class folders of each split are."""
     if not root.is_dir():
         raise SourceError(f"--input {root} is not a folder")
     has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
@@ -50,32 +84,13 @@ def find_sources(root: Path, val_fraction: float | None, seed: int) -> Sources:
             f"{root} has no folders train and val. If it holds class folders, "
             "--val-fraction 0.1 keeps a tenth of each for validation"
         )
-    folders = {"train": root / "train", "val": root / "val"} if has_train else {"train": root}
+    return {"train": root / "train", "val": root / "val"} if has_train else {"train": root}
 
-    classes = sorted(entry.name for entry in folders["train"].iterdir() if entry.is_dir())
-    if not classes:
-        raise SourceError(
-            f"{folders['train']} has no class folders: images are expected as {folders['train']}/<class>/<image>"
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[Source]] = {split: [] for split in folders}
-    strays = []
-    for split, folder in folders.items():
-        for entry in sorted(folder.iterdir()):
-            if not entry.is_dir():
-                strays.append(str(entry.relative_to(root)))
-            elif entry.name not in labels:
-                raise SourceError(f"the class {entry.name} is in {folder} but not in {folders['train']}")
-            else:
-                files = (Path(where, name) for where, _, names in os.walk(entry, followlinks=True) for name in names)
-                paths = sorted(str(path.relative_to(root)) for path in files)
-                splits[split].extend(Source(path, labels[entry.name]) for path in paths)
-    if val_fraction is not None:
-        splits = _hold_out(splits["train"], val_fraction, seed)
-    for split, sources in splits.items():
-        if not sources:
-            raise SourceError(f"{root} has no files for the split '{split}'")
-    return Sources(classes, splits, strays)
+
+def _files(folder: Path, root: Path) -> list[str]:
+    """All files below a folder, relative to the root and sorted."""
+    found = (Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(str(path.relative_to(root)) for path in found)
 
 
 def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, list[Source]]:

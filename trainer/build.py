@@ -13,7 +13,7 @@ def build_model(settings: Settings, classes: int, device: torch.device) -> AlexN
     """The net with weights drawn by the seed, channels_last on the device."""
     torch.manual_seed(settings.seed)
     model = AlexNet(classes, settings.preset, settings.dropout, settings.crop)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:

@@ -5,23 +5,23 @@ all records checks them. It is loaded without running any code that it may conta
 """
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainer.run import RunError
+
 _PATTERN = "step-{:09d}.pt"
-
-
-class CheckpointError(ValueError):
-    """No checkpoint that can be used; the message says where."""
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write the state after `step` steps, then delete all but the newest `keep`.
 
-    The file gets its name once it is on the disk. Raises OSError; what was there stays.
+    The file gets its name once it is on the disk. Raises RunError if it cannot be written; what was
+    there stays.
     """
     folder.mkdir(exist_ok=True)
     path = folder / _PATTERN.format(step)
@@ -33,9 +33,11 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # what torch makes of a failed write
-            raise OSError(f"the checkpoint {path} cannot be written: is the disk full?") from error
-        raise
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"  # torch does not say
+        raise RunError(
+            f"the checkpoint {path} cannot be written: {reason}. Mend it and give the same command again: "
+            "the run continues from its last checkpoint"
+        ) from error
     partial.replace(path)
     _fsync_folder(folder)
     for old in saved(folder)[:-keep]:
@@ -51,9 +53,9 @@ def saved(folder: Path) -> list[Path]:
 def load_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any] | None, list[str]]:
     """The state of the newest good checkpoint, and a line about each damaged one passed over.
 
-    The state is None if there has never been one. Raises CheckpointError if all are damaged.
+    The state is None if there has never been one. Raises RunError if all are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in reversed(saved(folder)):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -61,10 +63,12 @@ def load_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any] | No
             if bad is None:
                 return torch.load(path, map_location=device, weights_only=True), damaged
             damaged.append(f"{path} is damaged in {bad}")
-        except (zipfile.BadZipFile, OSError, RuntimeError, EOFError) as error:
-            damaged.append(f"{path} is damaged: {error}")
+        except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, RuntimeError, EOFError) as error:
+            damaged.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
     if damaged:
-        raise CheckpointError("; ".join(damaged) + ": no checkpoint is left to continue from; delete them to start anew")
+        raise RunError(
+            "; ".join(damaged) + ": no checkpoint is left to continue from; delete them to start anew"
+        )
     return None, damaged
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.manifest import DatasetError, read_manifest
-from trainer.run import Run
+from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
 
-DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py has packed, or continue the run in --out.
+DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py packed, or continue the run in --out.
 Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.
 Other commands: 'alexnet-train evaluate' and 'alexnet-train demo', each with --help."""
 
@@ -29,13 +29,15 @@ def main() -> None:
         commands[command](arguments)
     except SettingsError as error:
         _complain(error, 2)
-    except (DatasetError, OSError) as error:
+    except (DatasetError, RunError) as error:
         _complain(error, 1)
+    except OSError as error:
+        _complain(f"{error.strerror}: {error.filename}" if error.filename else error, 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _complain(error: Exception, code: int) -> None:
+def _complain(error: object, code: int) -> None:
     print(f"alexnet-train: {error}", file=sys.stderr)
     sys.exit(code)
 
@@ -64,12 +66,16 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="alexnet-train evaluate", description="Top-1 and top-5 error of a run's newest checkpoint.", allow_abbrev=False
+        prog="alexnet-train evaluate",
+        description="Top-1 and top-5 error of a run's newest checkpoint.",
+        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
     parser.add_argument("--split", default="val", help="which part of the dataset (default val)")
-    parser.add_argument("--crops", type=int, choices=(1, 10), default=1, help="centre, or ten crops as in the paper")
+    parser.add_argument(
+        "--crops", type=int, choices=(1, 10), default=1, help="centre, or ten crops as in the paper"
+    )
     options = parser.parse_args(arguments)
     settings = Run(options.run).settings()
     if options.data:
@@ -84,10 +90,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _demo(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="alexnet-train demo",
-        description="Draw a picture set, pack it, train on it and evaluate: the whole way in a few minutes, without any data.",
+        description="Draw pictures, pack them, train and evaluate: the whole way, without any data.",
         allow_abbrev=False,
     )
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where all of it goes (default demo)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="where all of it goes (default demo)"
+    )
     options = parser.parse_args(arguments)
 
     from trainer.demo import demo

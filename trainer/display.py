@@ -52,12 +52,14 @@ class Display:
         self._progress.update(self._task, completed=step, epoch=epoch, text=text)
         if self._progress.disable:
             left = _duration((self.steps - step) * interval.seconds / interval.steps)
-            self.say(f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left")
+            self.say(
+                f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
+            )
 
     def scores(self, epoch: float, scores: Scores) -> None:
         self.say(
-            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, top-5 error {scores.top5_error:.1%}, "
-            f"loss {scores.loss:.3f} over {scores.images:,} images"
+            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, "
+            f"top-5 error {scores.top5_error:.1%}, loss {scores.loss:.3f} over {scores.images:,} images"
         )
 
 

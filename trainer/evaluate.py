@@ -61,7 +61,9 @@ def evaluate(
         with autocast(precision, world.device):
             scores = log_probabilities(model, prepare(pixels, precision))
         loss = F.nll_loss(scores, labels, reduction="sum")
-        sums += torch.stack([*count_errors(scores, labels), loss, torch.tensor(len(labels), device=world.device)])
+        sums += torch.stack(
+            [*count_errors(scores, labels), loss, torch.tensor(len(labels), device=world.device)]
+        )
         metrics.images["eval"].inc(len(labels))
         metrics.progress()
         now = time.monotonic()

@@ -18,7 +18,6 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-
 if TYPE_CHECKING:
     from trainer.evaluate import Scores
     from trainer.meter import Interval
@@ -48,14 +47,18 @@ class Metrics:
             return {phase: family.labels(phase) for phase in PHASES}
 
         self.images = by_phase(counter("images", "Images processed by this process.", "phase"))
-        self.step_seconds = by_phase(histogram("step_seconds", "Wall time of a step, its wait for input included.", _SECONDS, "phase"))
+        self.step_seconds = by_phase(
+            histogram("step_seconds", "Wall time of a step, its wait for input included.", _SECONDS, "phase")
+        )
         self.input_wait_seconds = by_phase(
             histogram("input_wait_seconds", "Host time blocked on the loader.", _SECONDS, "phase")
         )
         self.busy_seconds = counter("gpu_busy_seconds", "Device time from batch ready to optimiser end.")
         activity = counter("activity_seconds", "Wall time by activity.", "activity")
         self._activity = {name: activity.labels(name) for name in ("start-up", "train", "eval", "checkpoint")}
-        self.images_per_second = gauge("images_per_second", "Images of all processes over the last log interval.")
+        self.images_per_second = gauge(
+            "images_per_second", "Images of all processes over the last log interval."
+        )
         self.step = gauge("step", "Steps done.")
         self.epoch = gauge("epoch", "Epochs done, with the fraction.")
         self.progress_ratio = gauge("progress_ratio", "Share of the run that is done, 0 to 1.")
@@ -64,7 +67,9 @@ class Metrics:
         self.grad_scale = gauge("grad_scale", "Factor on the loss under fp16.")
         self.skipped_steps = counter("skipped_steps", "Updates left out because fp16 gradients overflowed.")
         self.eval_error_ratio = gauge("eval_error_ratio", "Validation error, 0 to 1.", "protocol", "k")
-        self.checkpoint_timestamp = gauge("checkpoint_timestamp_seconds", "Unix time of the last good checkpoint.")
+        self.checkpoint_timestamp = gauge(
+            "checkpoint_timestamp_seconds", "Unix time of the last good checkpoint."
+        )
         self.checkpoint_seconds = histogram("checkpoint_seconds", "Time to save a checkpoint.", _SAVE_SECONDS)
         self.gpu_memory_peak = gauge("gpu_memory_peak_bytes", "Most GPU memory that torch has held.")
         self.gpu_utilization = gauge("gpu_utilization_ratio", "As NVML gives it, 0 to 1.")
@@ -77,7 +82,9 @@ class Metrics:
         """Note that the run is alive."""
         self._last_progress = time.monotonic()
 
-    def harvested(self, interval: "Interval", learning_rate: float, grad_scale: float, device: torch.device) -> None:
+    def harvested(
+        self, interval: "Interval", learning_rate: float, grad_scale: float, device: torch.device
+    ) -> None:
         """Take over what an interval of training came to."""
         self.loss["train"].set(interval.loss)
         self.learning_rate.set(learning_rate)
@@ -127,7 +134,7 @@ class MetricsServer:
 
     def __init__(self, metrics: Metrics, address: str, port: int):
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802 - the base class's name
+            def do_GET(self) -> None:
                 if self.path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(metrics.registry))
                 elif self.path == "/healthz":

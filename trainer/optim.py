@@ -20,7 +20,7 @@ _MIN_IMPROVEMENT = 0.001  # of the error; less is noise of 50,000 validation ima
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Weights and biases, those of the first layer apart, each with its `scale` of the learning rate."""
-    groups = {}
+    groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         bias, first = name.endswith("bias"), "conv1" in name
         groups.setdefault(

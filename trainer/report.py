@@ -62,8 +62,8 @@ def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dic
         [
             f"# {run.folder.name}: recipe {settings['recipe']}",
             "",
-            f"After {last['epoch']:.2f} epochs of {images:,} images in {len(manifest.classes):,} classes: validation "
-            f"top-1 error {last['top1_error']:.2%}, top-5 error {last['top5_error']:.2%} "
+            f"After {last['epoch']:.2f} epochs of {images:,} images in {len(manifest.classes):,} classes: "
+            f"validation top-1 error {last['top1_error']:.2%}, top-5 error {last['top5_error']:.2%} "
             f"(centre crop, {manifest.splits['val'].samples:,} images).",
             "",
             f"Training ran at {rates[len(rates) // 2]:,.1f} images/s (median of {len(rates)} intervals, "
@@ -76,7 +76,7 @@ def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dic
             "| epoch | top-1 error | top-5 error | loss |",
             "|---|---|---|---|",
             *(
-                f"| {row['epoch']:.2f} | {row['top1_error']:.2%} | {row['top5_error']:.2%} | {row['loss']:.4f} |"
+                "| {epoch:.2f} | {top1_error:.2%} | {top5_error:.2%} | {loss:.4f} |".format(**row)
                 for row in evaluations
             ),
             "",

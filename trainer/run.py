@@ -1,11 +1,11 @@
 """The run folder: what belongs to one run, and the refusal to mix two.
 
-    settings.json      resolved settings and the dataset's fingerprint
-    environment.json   versions, commit and machine of each start
-    metrics.csv        a row each log interval
-    evaluations.csv    a row each evaluation
-    checkpoints/       see trainer/checkpoint.py
-    report.md, *.png   at the end
+settings.json      resolved settings and the dataset's fingerprint
+environment.json   versions, commit and machine of each start
+metrics.csv        a row each log interval
+evaluations.csv    a row each evaluation
+checkpoints/       see trainer/checkpoint.py
+report.md, *.png   at the end
 """
 
 import csv
@@ -25,6 +25,10 @@ _SETTINGS, _ENVIRONMENT = "settings.json", "environment.json"
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
+class RunError(ValueError):
+    """A run that cannot go on; the message says why and what to do."""
+
+
 class Run:
     """A run folder, new or to be continued."""
 
@@ -39,7 +43,10 @@ class Run:
 
         Raises SettingsError where it holds another run, naming what differs, or foreign files.
         """
-        identity = {"dataset": manifest.fingerprint, **json.loads(settings.model_dump_json(exclude=FREE_TO_CHANGE))}
+        identity = {
+            "dataset": manifest.fingerprint,
+            **json.loads(settings.model_dump_json(exclude=set(FREE_TO_CHANGE))),
+        }
         path = self.folder / _SETTINGS
         if path.exists():
             held = json.loads(path.read_text())

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
@@ -66,7 +71,7 @@ class Settings(BaseSettings):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     """Epochs over which the learning rate rises from 0."""
     schedule: Literal["plateau", "steps", "cosine"] = "plateau"
-    """How the learning rate falls: by ten when validation error stops improving, by ten at set epochs, or to 0."""
+    """How the learning rate falls: by ten on a plateau of the error, by ten at set epochs, or to 0."""
     patience: PositiveInt = 5
     """Epochs without improvement that make a plateau."""
     drop_epochs: tuple[PositiveFloat, ...] = ()
@@ -97,7 +102,7 @@ class Settings(BaseSettings):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 9410
     """Of the metrics server; process r of a machine takes port+r, and 0 is none."""
-    address: str = "0.0.0.0"  # noqa: S104 - metrics are for other hosts, and are all that is served
+    address: str = "0.0.0.0"
     """Address that the metrics server binds."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
@@ -132,11 +137,13 @@ def _flag(field: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name.split("=")[0], list(known), n=1, cutoff=0.5)
+    close = get_close_matches(name.split("=", maxsplit=1)[0], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def load_settings(arguments: Sequence[str], command: str = "alexnet-train", description: str = "") -> Settings:
+def load_settings(
+    arguments: Sequence[str], command: str = "alexnet-train", description: str = ""
+) -> Settings:
     """The settings that a command line resolves to.
 
     Prints help and exits where asked to. Raises SettingsError for an unknown or impossible one.
@@ -169,7 +176,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
-        raise SettingsError(f"unknown recipe {name}{_nearest(name, known)} There are: {', '.join(known)}; or give a TOML file")
+        raise SettingsError(
+            f"unknown recipe {name}{_nearest(name, known)} There are: {', '.join(known)}; or give a TOML file"
+        )
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

@@ -1,10 +1,11 @@
 """One step: forward under autocast, loss, backward, update."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,7 +37,13 @@ class Step:
     fp16 has its gradients scaled, and a step whose gradients overflow is skipped (`GradScaler`).
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, precision: str, device: torch.device):
+    def __init__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        precision: str,
+        device: torch.device,
+    ):
         self.model, self.optimizer = model, optimizer
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -1,16 +1,16 @@
 """The training loop, top to bottom: section 5 of the paper around the loader, the net and the metrics."""
 
 import errno
-import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.loader import Dataset, evaluation_loader, train_loader
+from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
@@ -28,7 +28,7 @@ from trainer.step import Step, resolve_precision
 def train(settings: Settings, run: Run) -> None:
     """Train as the settings say, or continue the run that is in the folder, and write its report.
 
-    Raises SettingsError, DatasetError, CheckpointError or OSError with a message for people.
+    Raises SettingsError, DatasetError, RunError or OSError with a message for people.
     """
     world = distributed.join(settings.device)
     server = None
@@ -54,7 +54,9 @@ def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer |
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise SettingsError(f"--address {settings.address} --port {port}: {error.strerror}") from error
-        raise SettingsError(f"port {port} is in use: choose another with --port, or 0 for no metrics") from error
+        raise SettingsError(
+            f"port {port} is in use: choose another with --port, or 0 for no metrics"
+        ) from error
 
 
 class Trainer:
@@ -79,9 +81,9 @@ class Trainer:
         self.model = build_model(settings, len(self.dataset.manifest.classes), world.device)
         self.optimizer = make_optimizer(self.model, settings)
         self.precision = resolve_precision(settings.precision, world.device)
-        trained: nn.Module = self.model
+        trained: Callable[[Tensor], Tensor] = self.model
         if world.size > 1:
-            trained = DistributedDataParallel(trained)
+            trained = DistributedDataParallel(self.model)
         if settings.compile:
             trained = torch.compile(trained)
         self.train_step = Step(trained, self.optimizer, self.precision, world.device)
@@ -93,24 +95,20 @@ class Trainer:
         """Epochs done after `step` steps, with the fraction."""
         return step * self.plan.batch / self.plan.samples
 
+    def _epochs_done(self, step: int) -> int:
+        return step * self.plan.batch // self.plan.samples
+
     def run_to_end(self) -> None:
         with self.display:
             self._introduce()
-            batches = train_loader(
-                self.dataset,
-                self.plan,
-                range(self.step, self.steps),
-                self.decoding,
-                colour=self.settings.colour,
-                colour_epochs=self.settings.colour_epochs,
-                rank=self.world.rank,
-                world=self.world.size,
-            )
+            batches = self.batches()
             while self.step < self.steps:
                 with self.metrics.activity("train"):
-                    self._train_one(batches)
-                epoch_ends = math.floor(self.epoch_at(self.step)) > math.floor(self.epoch_at(self.step - 1))
-                checkpoint_due = self.settings.checkpoint_steps and self.step % self.settings.checkpoint_steps == 0
+                    self.train_one(batches)
+                epoch_ends = self._epochs_done(self.step) > self._epochs_done(self.step - 1)
+                checkpoint_due = (
+                    self.settings.checkpoint_steps and self.step % self.settings.checkpoint_steps == 0
+                )
                 if epoch_ends or checkpoint_due or self.step % self.settings.log_every == 0:
                     self._log()
                 if epoch_ends:
@@ -122,7 +120,20 @@ class Trainer:
 
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
-    def _train_one(self, batches) -> None:
+    def batches(self) -> Iterator[Batch]:
+        """This process's part of all steps that are left."""
+        return train_loader(
+            self.dataset,
+            self.plan,
+            range(self.step, self.steps),
+            self.decoding,
+            colour=self.settings.colour,
+            colour_epochs=self.settings.colour_epochs,
+            rank=self.world.rank,
+            world=self.world.size,
+        )
+
+    def train_one(self, batches: Iterator[Batch]) -> None:
         """One step: wait for the batch, set the learning rate, update."""
         begun = time.monotonic()
         pixels, labels = next(batches)
@@ -152,7 +163,9 @@ class Trainer:
         """Fetch what the device has summed up, and show it everywhere."""
         interval = self.meter.harvest()
         epoch = self.epoch_at(self.step)
-        self.metrics.harvested(interval, self.learning_rate, self.train_step.scaler.get_scale(), self.world.device)
+        self.metrics.harvested(
+            interval, self.learning_rate, self.train_step.scaler.get_scale(), self.world.device
+        )
         if self.world.is_main:
             row = {"step": self.step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
             row |= {"learning_rate": self.learning_rate, "images_per_second": interval.images_per_second}
@@ -174,7 +187,9 @@ class Trainer:
         self.errors.append(scores.top1_error)
         self.metrics.evaluated(PROTOCOLS[1], scores)
         if self.world.is_main:
-            self.run.evaluations.append({"step": self.step, "epoch": self.epoch_at(self.step), **asdict(scores)})
+            self.run.evaluations.append(
+                {"step": self.step, "epoch": self.epoch_at(self.step), **asdict(scores)}
+            )
         self.display.scores(self.epoch_at(self.step), scores)
         self.meter.restart()
 
@@ -201,7 +216,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.train_step.scaler.load_state_dict(state["scaler"])
             self.step, self.errors = state["step"], state["errors"]
-            notes.append(f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}")
+            notes.append(
+                f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
+            )
         if self.world.is_main:
             self.run.metrics.truncate(self.step)
             self.run.evaluations.truncate(self.step)
@@ -216,8 +233,9 @@ class Trainer:
             self.metrics.run_info.info({"recipe": self.settings.recipe, "precision": self.precision, **about})
         train, val = (self.dataset.manifest.split(split).samples for split in ("train", "val"))
         self.display.say(
-            f"{self.run.folder}: recipe {self.settings.recipe}, {train:,} training and {val:,} validation images in "
-            f"{len(self.dataset.manifest.classes):,} classes, on {self.world.size} × {name} in {self.precision}"
+            f"{self.run.folder}: recipe {self.settings.recipe}, {train:,} training and {val:,} validation "
+            f"images in {len(self.dataset.manifest.classes):,} classes, "
+            f"on {self.world.size} × {name} in {self.precision}"
         )
         if self.port is not None:
             self.display.say(f"metrics: http://{self.settings.address}:{self.port}/metrics")

@@ -1,0 +1,44 @@
+# make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
+# make test    all tests         make lint   style and types
+# make bench   images/s of each stage on the demo's pictures
+# make setup   the environment in .venv alone, which the others make by themselves
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The same version as pyproject.toml's pillow, over which it goes.
+PILLOW_SIMD := pillow-simd==12.1.1.post0
+AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
+
+.PHONY: setup demo test lint bench
+
+setup: .venv/.ready
+
+demo: setup
+	$(BIN)/alexnet-train demo
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy pipeline model trainer tools
+
+bench: demo
+	$(BIN)/python tools/bench.py all --data demo/shards --input demo/pictures --recipe demo
+
+.venv/.ready: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+		{ echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@command -v cc >/dev/null || \
+		{ echo "a C compiler is missing, which pillow-simd is built with: apt-get install build-essential"; exit 1; }
+	@echo '#include <Python.h>' | cc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
+		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
+	@for header in jpeglib.h zlib.h; do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
+		{ echo "the header $$header is missing, which pillow-simd is built with: apt-get install libjpeg-dev zlib1g-dev"; exit 1; }; done
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	CC="cc $(AVX2)" $(BIN)/pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary pillow-simd $(PILLOW_SIMD)
+	@touch $@

@@ -1,0 +1,46 @@
+"""Datasets that tests of several modules share, each made once a session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from tools.draw_pictures import class_names, draw
+from tools.make_shards import pack, parse_arguments
+
+settings.register_profile("shared machine", deadline=None)  # other jobs run beside the tests
+settings.load_profile("shared machine")
+
+PHOTOS = Path(__file__).resolve().parents[1].parent / "shared/data/photos"
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """A few thousand real photos of 16 classes, train and val, which are not part of the repository."""
+    if not PHOTOS.is_dir():
+        pytest.skip(f"no real photos at {PHOTOS}")
+    return PHOTOS
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn pictures, 144 px square: ten classes, of each 6 to train on and 2 to validate on."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number, (split, count) in enumerate((("train", 6), ("val", 2))):
+        for label, name in enumerate(class_names()):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for picture in range(count):
+                image = draw(name, np.random.default_rng((number, label, picture)))
+                image.save(folder / f"{name}_{picture}.JPEG", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn pictures packed: 80 px square, 60 of train in three shards and 20 of val in one."""
+    output = tmp_path_factory.mktemp("packed")
+    sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
+    pack(parse_arguments(["--input", str(pictures), "--output", str(output), *sizes]))
+    return output

@@ -1,0 +1,210 @@
+"""The net against the numbers of the paper, and against a second forward pass written with torch's layers."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.alexnet import PRESETS, AlexNet, count_macs, count_parameters
+
+PARAMETERS = {
+    "conv1": 34_944,
+    "conv2": 307_456,
+    "conv3": 885_120,
+    "conv4": 663_936,
+    "conv5": 442_624,
+    "fc6": 37_752_832,
+    "fc7": 16_781_312,
+    "fc8": 4_097_000,
+}
+MAPS = {  # of a 224 px crop
+    "conv1": [(96, 55, 55)],
+    "conv2": [(256, 27, 27)],
+    "conv3": [(384, 13, 13)],
+    "conv4": [(384, 13, 13)],
+    "conv5": [(256, 13, 13)],
+    "pool": [(96, 27, 27), (256, 13, 13), (256, 6, 6)],
+}
+BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
+
+
+def meta_net(**options) -> AlexNet:
+    """A net of shapes alone, which costs nothing."""
+    with torch.device("meta"):
+        return AlexNet(**options)
+
+
+def some_pixels(count: int, crop: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Smooth images of random colours on 0–255 less 127.5, channels_last."""
+    coarse = 255 * torch.rand(count, 3, 7, 7, generator=torch.Generator().manual_seed(1)) - 127.5
+    pixels = F.interpolate(coarse, crop, mode="bilinear").to(dtype)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def recorded(net: nn.Module, *names: str) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Inputs and outputs of the named layers in the forward passes within, in order."""
+    seen, hooks = defaultdict(list), []
+    for name in names:
+
+        def hook(layer: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
+            seen[name].append((inputs[0], output))
+
+        hooks.append(net.get_submodule(name).register_forward_hook(hook))
+    yield seen
+    for handle in hooks:
+        handle.remove()
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def net(request: pytest.FixtureRequest) -> AlexNet:
+    """The whole net as it is before training, without dropout."""
+    torch.manual_seed(0)
+    return AlexNet(preset=request.param, dropout="off").to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def small(request: pytest.FixtureRequest) -> AlexNet:
+    """In fp64, for testing, with 2×2 values in each map of pool5: their order into fc6 matters.
+
+    A crop of 96 px needs padding of 3, as 224 does, and pooling leaves no value of any map out.
+    """
+    torch.manual_seed(0)
+    net = AlexNet(classes=10, preset=request.param, crop=96)
+    return net.to(torch.float64, memory_format=torch.channels_last).eval()
+
+
+def test_parameters(net):
+    layers = {name: count_parameters(layer) for name, layer in net.named_children()}
+    assert {name: count for name, count in layers.items() if count} == PARAMETERS
+    assert count_parameters(net) == sum(PARAMETERS.values()) == 60_965_224
+
+
+def test_multiply_accumulates(net):
+    state = torch.random.get_rng_state()
+    assert count_macs(net) == 724_406_816
+    assert net.conv1.weight.device.type == "cpu"
+    assert not net.conv1._forward_hooks
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_map_sizes(preset):
+    net = meta_net(preset=preset)
+    with recorded(net, *MAPS, "fc6") as seen:
+        assert net(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+    assert {name: [tuple(output.shape[1:]) for _, output in seen[name]] for name in MAPS} == MAPS
+    assert seen["fc6"][0][0].shape == (2, 9216)
+
+
+@pytest.mark.parametrize("crop", [67, 96, 112, 128, 160, 224, 227])
+def test_other_crops(crop):
+    assert meta_net(classes=16, crop=crop)(torch.empty(2, 3, crop, crop, device="meta")).shape == (2, 16)
+
+
+@pytest.mark.parametrize("crop", [1, 32, 63])
+def test_too_small_a_crop_is_refused(crop):
+    with pytest.raises(ValueError, match=f"crop of {crop} px is too small"):
+        meta_net(crop=crop)
+
+
+def test_conv1_is_padded_on_the_right_and_bottom_alone(net):
+    x = some_pixels(1, 224, torch.float32)
+    with torch.inference_mode(), recorded(net, "conv1") as seen:
+        net(x)
+        ours, weight, bias = seen["conv1"][0][1], net.conv1.weight, net.conv1.bias
+        # Without any padding, 54 windows fit: they are the first 54 of 55.
+        torch.testing.assert_close(
+            ours[..., :54, :54], F.conv2d(x, weight, bias, stride=4), rtol=1e-4, atol=1e-4
+        )
+        # The last window begins at pixel 4·54 and holds the 8 that are left.
+        corner = (weight[..., :8, :8] * x[..., 216:, 216:]).sum((1, 2, 3)) + bias
+        torch.testing.assert_close(ours[0, :, 54, 54], corner, rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_at_the_right_and_bottom_edge_matter(small):
+    x = some_pixels(2, 96).requires_grad_()
+    gradient = torch.autograd.grad(small(x).sum(), x)[0]
+    assert gradient[..., -1].all()
+    assert gradient[..., -1, :].all()
+
+
+def test_initial_weights_are_normal(net, request):
+    conv345 = {"paper": 0.01, "code2012": 0.03}[request.node.callspec.params["net"]]
+    for name in PARAMETERS:
+        layer = net.get_submodule(name)
+        n, std = layer.weight.numel(), conv345 if name in ("conv3", "conv4", "conv5") else 0.01
+        # Five standard errors of the mean, of the standard deviation and of the share within one.
+        assert abs(layer.weight.mean()) < 5 * std / math.sqrt(n), name
+        assert abs(layer.weight.std() - std) < 5 * std / math.sqrt(2 * n), name
+        share = (layer.weight.abs() < std).float().mean().item()
+        assert abs(share - math.erf(math.sqrt(0.5))) < 5 * math.sqrt(0.683 * 0.317 / n), name
+        assert (layer.bias == float(name in BIAS_ONE)).all(), name
+
+
+def test_initial_logits_tell_images_apart(net, request):
+    with torch.inference_mode():
+        spread = net(some_pixels(8, 224, torch.float32)).std(0).mean().item()
+    if request.node.callspec.params["net"] == "code2012":
+        assert spread >= 0.05
+    else:
+        assert (
+            0.003 < spread < 0.03
+        )  # the text's weights are a third, thrice: the facts' section 3 says .0092
+
+
+def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
+    """Sections 0 to 2 of the facts in torch's own layers, two towers by hand."""
+
+    def convolve(name: str, x: Tensor, groups: int = 1, **options) -> Tensor:
+        layer = net.get_submodule(name)
+        parts = zip(x.chunk(groups, 1), layer.weight.chunk(groups), layer.bias.chunk(groups), strict=True)
+        return torch.cat([F.conv2d(a, weight, bias, **options) for a, weight, bias in parts], 1)
+
+    def normalise(x: Tensor) -> Tensor:
+        if preset == "paper":
+            return F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
+        return torch.cat(
+            [F.local_response_norm(a, 5, alpha=1e-4, beta=0.75, k=2.0) for a in x.chunk(2, 1)], 1
+        )
+
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, 2)
+
+    x = convolve("conv1", F.pad(x, (0, (11 - x.shape[3]) % 4, 0, (11 - x.shape[2]) % 4)), stride=4)
+    x = pool(normalise(x.relu())) if preset == "paper" else pool(normalise(x)).relu()
+    x = normalise(convolve("conv2", x, groups=2, padding=2).relu())
+    if preset == "code2012":
+        x = x / (1 + 0.001 / 25 * F.conv2d(x**2, x.new_ones(256, 1, 5, 5), padding=2, groups=256)) ** 0.75
+    x = convolve("conv3", pool(x), padding=1).relu()
+    x = convolve("conv4", x, groups=2, padding=1).relu()
+    x = pool(convolve("conv5", x, groups=2, padding=1).relu())
+    x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
+    x = F.linear(x, net.fc6.weight, net.fc6.bias).relu() / 2
+    x = F.linear(x, net.fc7.weight, net.fc7.bias).relu() / 2
+    return F.linear(x, net.fc8.weight, net.fc8.bias)
+
+
+def test_forward_pass(small, request):
+    x = some_pixels(3, 96)
+    with torch.inference_mode():
+        expected = reference_logits(small, x, request.node.callspec.params["small"])
+        torch.testing.assert_close(small(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_channels_last_is_never_copied_back(small):
+    with recorded(small, "conv1", "conv2", "conv3", "conv4", "conv5", "pool", "fc6") as seen:
+        small(some_pixels(2, 96))
+    flat = seen.pop("fc6")[0][0]
+    for name, calls in seen.items():
+        for tensor in (t for call in calls for t in call):
+            assert tensor.is_contiguous(memory_format=torch.channels_last), name
+            assert not tensor.is_contiguous(), name
+    pool5 = seen["pool"][2][1]
+    assert flat.data_ptr() == pool5.data_ptr()
+    assert torch.equal(flat, pool5.permute(0, 2, 3, 1).flatten(1))

@@ -1,0 +1,158 @@
+"""The order of samples: each once an epoch, whatever the ranks, the windows and where a run resumes."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pipeline.plan import Batch, Plan, draws, epoch_order, share
+
+seeds = st.integers(0, 2**63)
+layouts = st.lists(st.integers(1, 12), min_size=1, max_size=8)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    return Plan(
+        seed=draw(seeds),
+        batch=draw(st.integers(1, 40)),
+        shard_samples=tuple(draw(layouts)),
+        window=draw(st.integers(0, 9)),
+    )
+
+
+def joined(batches: list[Batch]) -> dict[str, np.ndarray]:
+    """The fields of batches in a row."""
+    fields = {"samples": [b.samples for b in batches], "epoch": [b.epoch for b in batches]}
+    for name in ("uniform", "mirror", "normal"):
+        fields[name] = [getattr(b.draws, name) for b in batches]
+    return {name: np.concatenate(parts) for name, parts in fields.items()}
+
+
+def assert_equal(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Bit for bit."""
+    for name, values in expected.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+
+
+@given(plans(), st.integers(1, 3))
+def test_each_sample_comes_once_an_epoch(plan, epochs):
+    run = joined([plan.step_batch(step) for step in range(plan.steps(epochs))])
+    for epoch in range(epochs):
+        part = slice(epoch * plan.samples, (epoch + 1) * plan.samples)
+        assert (run["epoch"][part] == epoch).all()
+        assert sorted(run["samples"][part]) == list(range(plan.samples))
+    assert (run["epoch"][epochs * plan.samples :] >= epochs).all()
+
+
+@given(plans(), st.integers(0, 5))
+def test_steps_are_as_few_as_cover_the_epochs(plan, epochs):
+    steps, images = plan.steps(epochs), epochs * plan.samples
+    assert steps * plan.batch >= images
+    assert (steps - 1) * plan.batch < images
+
+
+@given(st.data(), plans(), st.integers(0, 20))
+def test_ranks_take_the_parts_of_what_one_alone_takes(data, plan, step):
+    world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
+    parts = [plan.step_batch(step, rank, world) for rank in range(world)]
+    assert {len(part.samples) for part in parts} == {plan.batch // world}
+    assert_equal(joined(parts), joined([plan.step_batch(step)]))
+
+
+@given(plans(), st.integers(2, 41))
+def test_a_world_that_does_not_divide_the_batch_is_refused(plan, world):
+    assume(plan.batch % world)
+    with pytest.raises(ValueError, match=f"batch of {plan.batch} images .* {world} processes"):
+        plan.step_batch(0, 0, world)
+
+
+@pytest.mark.parametrize("batch", [0, -8])
+def test_a_batch_of_nothing_is_refused(batch):
+    with pytest.raises(ValueError, match=f"a batch of {batch} images is not possible"):
+        Plan(seed=0, batch=batch, shard_samples=(3,))
+
+
+@given(plans(), st.permutations(range(8)))
+def test_a_step_does_not_depend_on_those_before_it(plan, order):
+    forwards = {step: joined([plan.step_batch(step)]) for step in range(8)}
+    for step in order:
+        batch = plan.step_batch(step)
+        assert_equal(joined([batch]), forwards[step])
+        batch.samples[:] = -1  # a caller's own: the next to ask gets the plan's numbers
+
+
+@given(plans(), st.integers(0, 30))
+def test_a_position_has_the_same_image_and_draws_in_batches_of_any_size(plan, step):
+    one_by_one = Plan(plan.seed, 1, plan.shard_samples, plan.window)
+    positions = range(step * plan.batch, (step + 1) * plan.batch)
+    singles = joined([one_by_one.step_batch(position) for position in positions])
+    assert_equal(singles, joined([plan.step_batch(step)]))
+
+
+@given(seeds, st.integers(0, 9), st.integers(0, 99), st.integers(1, 20))
+def test_draws_from_the_middle_are_those_of_the_whole_epoch(seed, epoch, start, count):
+    part, whole = draws(seed, epoch, start, count), draws(seed, epoch, 0, 120)
+    for name in ("uniform", "mirror", "normal"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[start : start + count])
+
+
+@given(seeds, st.integers(0, 99), st.integers(0, 9))
+def test_seeds_and_epochs_differ(seed, epoch, window):
+    other = {"another seed": (seed + 1, epoch), "another epoch": (seed, epoch + 1)}
+    layout = [9] * 10
+    for numbers in other.values():
+        ours, theirs = epoch_order(seed, epoch, layout, window), epoch_order(*numbers, layout, window)
+        assert (ours == theirs).mean() < 0.5
+        assert (draws(seed, epoch, 0, 5).uniform != draws(*numbers, 0, 5).uniform).all()
+        assert (draws(seed, epoch, 0, 5).normal != draws(*numbers, 0, 5).normal).all()
+
+
+@given(seeds, layouts, st.integers(1, 9))
+def test_samples_mix_within_windows_of_shards_alone(seed, layout, window):
+    order = epoch_order(seed, 0, layout, window)
+    shard = np.repeat(range(len(layout)), layout)[order]
+    in_order_of_appearance = list(dict.fromkeys(shard.tolist()))
+    start = 0
+    for first in range(0, len(layout), window):
+        together = in_order_of_appearance[first : first + window]
+        end = start + sum(layout[number] for number in together)
+        assert set(shard[start:end]) == set(together)
+        start = end
+    assert sorted(order) == list(range(sum(layout)))
+
+
+def test_both_shards_and_samples_are_shuffled_in_windows():
+    layout, window, samples = [50] * 8, 2, 100
+    orders = np.array([epoch_order(0, epoch, layout, window) for epoch in range(40)])
+    first = orders[:, :samples] // 50
+    # Two of the eight shards open an epoch; that one never does in 40 has a chance below 8 · .75^40 < 1e-4.
+    assert set(first.ravel()) == set(range(8))
+    # In a window, 50 of 99 neighbours come from different shards, within five standard errors.
+    changes = (first[:, 1:] != first[:, :-1]).mean()
+    assert abs(changes - 50 / 99) < 5 * 0.5 / np.sqrt(99 * 40)
+
+
+@given(seeds, layouts, st.integers(0, 5))
+def test_a_window_of_all_shards_is_a_global_shuffle(seed, layout, more):
+    everything = epoch_order(seed, 0, layout, 0)
+    np.testing.assert_array_equal(epoch_order(seed, 0, layout, len(layout) + more), everything)
+    assert sorted(everything) == list(range(sum(layout)))
+
+
+def test_a_global_shuffle_brings_each_sample_anywhere():
+    samples, epochs = 20, 4000
+    places = np.argsort([epoch_order(1, epoch, [5, 1, 14]) for epoch in range(epochs)], axis=1)
+    counts = np.array([np.bincount(places[:, sample], minlength=samples) for sample in range(samples)])
+    expected = epochs / samples
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = (samples - 1) ** 2  # of a table whose rows and columns all have the same sum
+    chi_square = statistic * (samples - 1) / samples  # one permutation's places are not independent
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)  # five standard deviations
+
+
+@given(st.integers(0, 500), st.integers(1, 40))
+def test_share_puts_each_sample_on_one_rank(samples, world):
+    shares = [share(samples, rank, world) for rank in range(world)]
+    assert [number for part in shares for number in part] == list(range(samples))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

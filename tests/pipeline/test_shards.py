@@ -1,0 +1,217 @@
+"""Shards: plain tars that tarfile, webdataset and DALI read, and that are refused when damaged."""
+
+import hashlib
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from nvidia.dali import fn, pipeline_def, types
+
+from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read_manifest
+from pipeline.shards import INDEX_DTYPE, Sample, ShardReader, write_index, write_shard
+
+SPLITS = ("train", "val")
+
+
+def noise(seed: int, count: int) -> list[Sample]:
+    """Samples of 8 kB: a dozen are more than the 64 KiB that are hashed at opening."""
+    rng = np.random.default_rng(seed)
+    return [
+        Sample(f"{key:09d}", rng.bytes(8000 + 37 * key), int(rng.integers(10)), 80 + key, 80)
+        for key in range(count)
+    ]
+
+
+def written(root: Path, *parts: list[Sample]) -> Manifest:
+    """A dataset of one split whose shards are the parts."""
+    shards, rows = [], []
+    for number, part in enumerate(parts):
+        shard, part_rows = write_shard(root / f"train-{number:06d}.tar", part)
+        part_rows["shard"] = number
+        shards.append(shard)
+        rows.append(part_rows)
+    return with_index(root, shards, np.concatenate(rows))
+
+
+def with_index(root: Path, shards: list, rows: np.ndarray) -> Manifest:
+    digest = write_index(root / "train.index.npy", rows)
+    samples = sum(shard.samples for shard in shards)
+    split = Split(samples=samples, index="train.index.npy", index_sha256=digest, shards=shards)
+    axes = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    return Manifest(
+        format=1,
+        geometry="256",
+        size=80,
+        max_width=99,
+        max_height=80,
+        classes=[Class(id=str(n), name=str(n)) for n in range(10)],
+        splits={"train": split},
+        pixels=Pixels(mean=(0, 0, 0), eigenvalues=(0, 0, 0), eigenvectors=axes),
+        packed={},
+        repaired={},
+        rejected={},
+    )
+
+
+def everything_in(reader: ShardReader) -> list[tuple[bytes, int]]:
+    """JPEG bytes and label of each sample, in order."""
+    return [(reader.jpeg(n).tobytes(), int(reader.rows["label"][n])) for n in range(len(reader))]
+
+
+def test_samples_come_back_from_views_of_the_tars(tmp_path):
+    parts = [noise(0, 3), noise(1, 1), noise(2, 12)]
+    reader = ShardReader(tmp_path, written(tmp_path, *parts), "train")
+    everything = [(shard, sample) for shard, part in enumerate(parts) for sample in part]
+    assert len(reader) == len(everything)
+    for number, (shard, sample) in enumerate(everything):
+        jpeg, row = reader.jpeg(number), reader.rows[number]
+        assert jpeg.tobytes() == sample.jpeg
+        assert (row["label"], row["width"], row["height"]) == (sample.label, sample.width, sample.height)
+        assert not jpeg.flags.owndata
+        assert not jpeg.flags.writeable
+        assert np.shares_memory(jpeg, reader.jpeg(number))
+        path = tmp_path / f"train-{shard:06d}.tar"
+        assert reader.name(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
+
+
+def test_the_record_describes_the_file(tmp_path):
+    samples = noise(0, 12)
+    shard, rows = write_shard(tmp_path / "train-000000.tar", samples)
+    content = (tmp_path / "train-000000.tar").read_bytes()
+    assert (shard.file, shard.samples, shard.bytes) == ("train-000000.tar", 12, len(content))
+    assert shard.sha256 == hashlib.sha256(content).hexdigest()
+    assert shard.head_sha256 == hashlib.sha256(content[:65536]).hexdigest() != shard.sha256
+    assert rows.dtype == INDEX_DTYPE
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    contents = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, noise(0, 3), noise(1, 2))
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1]
+    tars = {f"train-00000{n}.{kind}" for n in (0, 1) for kind in ("tar", "idx")}
+    assert set(contents[0]) == tars | {"train.index.npy"}  # and nothing under a partial name
+
+
+def test_no_samples_make_no_shard(tmp_path):
+    shard, rows = write_shard(tmp_path / "train-000000.tar", [])
+    assert shard is None
+    assert rows.dtype == INDEX_DTYPE
+    assert len(rows) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_tarfile_reads_it(packed, split):
+    reader = ShardReader(packed, read_manifest(packed), split)
+    found = []
+    for shard in reader.split.shards:
+        with tarfile.open(packed / shard.file) as tar:
+            members = [(member, tar.extractfile(member).read()) for member in tar]
+        assert all(
+            (m.type, m.mtime, m.uid, m.gid, m.uname, m.gname) == (tarfile.REGTYPE, 0, 0, 0, "", "")
+            for m, _ in members
+        )
+        names, contents = [m.name for m, _ in members], [content for _, content in members]
+        assert names == [f"{name[:-4]}{kind}" for name in names[::2] for kind in (".jpg", ".cls")]
+        found += zip(contents[::2], map(int, contents[1::2]), strict=True)
+    assert found == everything_in(reader)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_webdataset_reads_it(packed, split):
+    reader = ShardReader(packed, read_manifest(packed), split)
+    urls = [str(packed / shard.file) for shard in reader.split.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == everything_in(reader)
+    assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(len(samples))]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_dali_reads_it_with_our_index(packed, split):
+    reader = ShardReader(packed, read_manifest(packed), split)
+    tars = [packed / shard.file for shard in reader.split.shards]
+
+    @pipeline_def(batch_size=len(reader), num_threads=1, device_id=None)
+    def graph() -> tuple:
+        jpegs, labels = fn.readers.webdataset(
+            paths=list(map(str, tars)),
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=["jpg", "cls"],
+            dtypes=[types.UINT8, types.UINT8],
+            missing_component_behavior="error",
+        )
+        return jpegs, labels
+
+    jpegs, labels = ([np.array(item) for item in output] for output in graph().run())
+    found = [(jpeg.tobytes(), int(label.tobytes())) for jpeg, label in zip(jpegs, labels, strict=True)]
+    assert found == everything_in(reader)
+
+
+def change_one_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "absent": (Path.unlink, "is missing"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 20479 bytes and .* says 20480"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 20481 bytes and .* says 20480"),
+    "empty": (lambda path: path.write_bytes(b""), "has 0 bytes"),
+    "another": (change_one_byte, "was replaced"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_named(damage, tmp_path):
+    manifest = written(tmp_path, noise(0, 2), noise(1, 2))
+    path = tmp_path / "train-000001.tar"
+    change, reason = DAMAGES[damage]
+    change(path)
+    with pytest.raises(DatasetError, match=f"the shard {path} {reason}.*: copy it again"):
+        ShardReader(tmp_path, manifest, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(Path.unlink, "is missing"), (change_one_byte, "is not the one that dataset.json")]
+)
+def test_an_absent_or_another_index_is_named(change, reason, tmp_path):
+    manifest = written(tmp_path, noise(0, 4))
+    path = tmp_path / "train.index.npy"
+    change(path)
+    with pytest.raises(DatasetError, match=f"the index {path} {reason}.*: copy"):
+        ShardReader(tmp_path, manifest, "train")
+
+
+def with_value(field: str, value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(rows: np.ndarray) -> np.ndarray:
+        rows[field][-1] = value
+        return rows
+
+    return change
+
+
+MISMATCHES = {
+    "a row less": lambda rows: rows[:-1],
+    "a row more": lambda rows: np.concatenate((rows, rows[:1])),
+    "another type": lambda rows: rows.astype([(name, "<i8") for name in rows.dtype.names]),
+    "no such shard": with_value("shard", 1),
+    "no such class": with_value("label", 10),
+    "beyond the end": with_value("offset", 40000),
+    "longer than the file": with_value("size", 2**32 - 1),
+}
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_an_index_that_does_not_fit_is_refused(mismatch, tmp_path):
+    shard, rows = write_shard(tmp_path / "train-000000.tar", noise(0, 4))
+    ShardReader(tmp_path, with_index(tmp_path, [shard], rows), "train")
+    manifest = with_index(tmp_path, [shard], MISMATCHES[mismatch](rows))
+    with pytest.raises(DatasetError, match=f"the index {tmp_path / 'train.index.npy'} disagrees .*: pack"):
+        ShardReader(tmp_path, manifest, "train")

@@ -1,0 +1,87 @@
+"""Drawn pictures: repeatable, and of classes that take both the colour and the shape to tell."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools import draw_pictures
+from tools.draw_pictures import HUES, SHAPES, SIDE, class_names, draw
+
+
+def pixels(name: str, seed: int) -> np.ndarray:
+    return np.asarray(draw(name, np.random.default_rng(seed)), float)
+
+
+def silhouette(shape: str, seed: int) -> np.ndarray:
+    """Where the shape is: there alone the two hues of one drawing differ."""
+    return np.abs(pixels(f"warm_{shape}", seed) - pixels(f"cold_{shape}", seed)).max(2) > 40
+
+
+def draw_set(output: Path, seed: int, monkeypatch) -> dict[str, bytes]:
+    arguments = ["--output", str(output), "--train", "2", "--val", "1", "--seed", str(seed)]
+    monkeypatch.setattr(sys, "argv", ["draw_pictures.py", *arguments])
+    draw_pictures.main()
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.JPEG")}
+
+
+def test_ten_classes_are_every_shape_in_every_colour():
+    assert len(set(class_names())) == len(class_names()) == 10
+    assert {tuple(name.split("_")) for name in class_names()} == set(itertools.product(HUES, SHAPES))
+
+
+def test_the_command_draws_each_class_of_each_split_from_the_seed(tmp_path, monkeypatch):
+    first = draw_set(tmp_path / "a", 0, monkeypatch)
+    counts = {name: len(list((tmp_path / "a").glob(f"{name}/*"))) for name in ("train/*", "val/*")}
+    assert counts == {"train/*": 20, "val/*": 10}
+    assert {Path(name).parts[1] for name in first} == set(class_names())
+    assert len(set(first.values())) == 30  # no picture twice, above all none in both splits
+    for path in (tmp_path / "a").rglob("*.JPEG"):
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIDE, SIDE))
+
+    assert draw_set(tmp_path / "b", 0, monkeypatch) == first
+    other = draw_set(tmp_path / "c", 1, monkeypatch)
+    assert set(other) == set(first)
+    assert not set(other.values()) & set(first.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shape_is_red_to_yellow_or_green_to_blue(shape):
+    for seed in range(8):
+        mask = silhouette(shape, seed)
+        assert 0.02 < mask.mean() < 0.6
+        warm, cold = (pixels(f"{hue}_{shape}", seed)[mask].mean(0) for hue in ("warm", "cold"))
+        assert warm[0] > warm[2] + 20  # more red than blue
+        assert cold[2] > cold[0] + 20
+
+
+def test_the_five_shapes_have_different_outlines():
+    for seed in range(8):
+        outlines = {shape: silhouette(shape, seed) for shape in SHAPES}
+        for one, other in itertools.combinations(outlines.values(), 2):
+            assert (one & other).sum() < 0.9 * (one | other).sum()
+        assert (outlines["ring"] & ~outlines["disc"]).sum() < 20  # pixels; only edges
+        assert outlines["ring"].sum() < 0.9 * outlines["disc"].sum()
+
+
+def test_the_mean_colour_does_not_tell_the_class():
+    def mean_colours(seeds: range) -> np.ndarray:  # [classes, seeds, 3]
+        seeded = itertools.product(enumerate(class_names()), seeds)
+        means = [pixels(name, 1000 * label + seed).mean((0, 1)) for (label, name), seed in seeded]
+        return np.reshape(means, (10, len(seeds), 3))
+
+    centres = mean_colours(range(20)).mean(1)
+    distances = np.linalg.norm(mean_colours(range(20, 40))[:, :, None] - centres, axis=-1)
+    error = (distances.argmin(-1) != np.arange(10)[:, None]).mean()
+    assert error > 0.65  # by chance .9; .8 for one that sees the hue and nothing else
+
+
+def test_no_pixel_is_always_the_same():
+    pictures = np.stack([pixels(name, seed) for seed, name in enumerate(class_names() * 4)])
+    assert pictures.std(0).min() > 8
+    corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.std(0).min() > 8  # nor is the frame

@@ -1,0 +1,169 @@
+"""Which files are packed, into which split, under which label and name."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools.sources import Source, SourceError, find_sources, read_class_names
+
+
+def fill(root: Path, *paths: str) -> Path:
+    """Empty files; a path that ends in / is a folder."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).mkdir() if path.endswith("/") else (root / path).touch()
+    return root
+
+
+def flat(root: Path, *counts: int) -> Path:
+    return fill(
+        root, *(f"class{label}/{n:03d}.jpg" for label, count in enumerate(counts) for n in range(count))
+    )
+
+
+def test_imagenet_layout(tmp_path):
+    fill(
+        tmp_path,
+        "train/n02/b.JPEG",
+        "train/n02/a.JPEG",
+        "train/n01/c.JPEG",
+        "val/n01/d.JPEG",
+        "val/n02/e.JPEG",
+    )
+    sources = find_sources(tmp_path, None, 0)
+    assert sources.classes == ["n01", "n02"]
+    assert sources.splits == {
+        "train": [
+            Source("train/n01/c.JPEG", 0),
+            Source("train/n02/a.JPEG", 1),
+            Source("train/n02/b.JPEG", 1),
+        ],
+        "val": [Source("val/n01/d.JPEG", 0), Source("val/n02/e.JPEG", 1)],
+    }
+    assert sources.strays == []
+
+
+def test_any_name_at_any_depth_is_a_file_of_its_class(tmp_path):
+    fill(tmp_path, "train/a/images/deep/1", "train/a/.hidden", "train/a/no jpg.txt", "val/a/2.png")
+    sources = find_sources(tmp_path, None, 0)
+    assert [source.path for source in sources.splits["train"]] == [
+        "train/a/.hidden",
+        "train/a/images/deep/1",
+        "train/a/no jpg.txt",
+    ]
+
+
+def test_files_behind_links_are_found_and_dangling_links_are_kept_for_the_report(tmp_path):
+    fill(tmp_path, "elsewhere/1.jpg", "in/train/a/2.jpg", "in/val/a/3.jpg")
+    (tmp_path / "in/train/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/train/a/gone.jpg").symlink_to(tmp_path / "nothing")
+    sources = find_sources(tmp_path / "in", None, 0)
+    assert sources.classes == ["a", "b"]
+    assert [source.path for source in sources.splits["train"]] == [
+        "train/a/2.jpg",
+        "train/a/gone.jpg",
+        "train/b/1.jpg",
+    ]
+
+
+def test_files_outside_class_folders_are_listed(tmp_path):
+    fill(tmp_path, "train/readme", "train/a/1.jpg", "val/a/1.jpg", "val/labels.txt")
+    assert find_sources(tmp_path, None, 0).strays == ["train/readme", "val/labels.txt"]
+    fill(tmp_path / "flat", "a/1.jpg", "a/2.jpg", "notes")
+    assert find_sources(tmp_path / "flat", 0.5, 0).strays == ["notes"]
+
+
+@settings(max_examples=40)
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=1, max_size=5),
+    fraction=st.floats(0.3, 0.7),
+    seed=st.integers(0, 2**63),
+)
+def test_flat_layout_is_split_in_every_class(tmp_path_factory, counts, fraction, seed):
+    root = flat(tmp_path_factory.mktemp("flat"), *counts)
+    splits = find_sources(root, fraction, seed).splits
+    assert list(splits) == ["train", "val"]
+    for split in splits.values():
+        assert split == sorted(split, key=lambda source: source.path)
+    everything = sorted(path.relative_to(root).as_posix() for path in root.glob("*/*"))
+    assert sorted(source.path for split in splits.values() for source in split) == everything  # each once
+    for label, count in enumerate(counts):
+        held = sum(source.label == label for source in splits["val"])
+        assert abs(held - count * fraction) <= 0.5
+        assert all(source.path.startswith(f"class{source.label}/") for source in splits["val"])
+    assert find_sources(root, fraction, seed).splits == splits
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path):
+    flat(tmp_path, 40, 40)
+    held = {tuple(s.path for s in find_sources(tmp_path, 0.25, seed).splits["val"]) for seed in range(5)}
+    assert len(held) == 5
+    assert {len(each) for each in held} == {20}
+
+
+ERRORS = {
+    "no folder": ([], None, "missing", "is not a folder"),
+    "a file": (["missing"], None, "missing", "is not a folder"),
+    "only train": (["train/a/1.jpg"], None, "", "none named val"),
+    "only train, and a fraction": (["train/a/1.jpg"], 0.1, "", "--input .*train with --val-fraction"),
+    "val, and a fraction": (["train/a/1.jpg", "val/a/1.jpg"], 0.1, "", "leave --val-fraction away"),
+    "neither train nor val": (["a/1.jpg", "b/1.jpg"], None, "", "--val-fraction 0.1 keeps"),
+    "no classes": (["train/1.jpg", "val/1.jpg"], None, "", "no class folders"),
+    "no classes in a flat folder": (["1.jpg"], 0.1, "", "no class folders"),
+    "classes without a file": (["train/a/", "val/a/1.jpg"], None, "", "no files for the split 'train'"),
+    "nothing to validate on": (["train/a/1.jpg", "val/"], None, "", "no files for the split 'val'"),
+    "too few to hold one out": (["a/1.jpg", "b/1.jpg"], 0.1, "", "no files for the split 'val'"),
+    "a class of val alone": (
+        ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"],
+        None,
+        "",
+        "class b is in .*val but not",
+    ),
+}
+
+
+@pytest.mark.parametrize(("paths", "fraction", "root", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_cannot_be_packed_is_refused_with_the_reason(tmp_path, paths, fraction, root, message):
+    fill(tmp_path, *paths)
+    with pytest.raises(SourceError, match=message) as refusal:
+        find_sources(tmp_path / root, fraction, 0)
+    assert str(tmp_path / root) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="reported: a class without a single training file is packed in silence"
+)
+def test_a_class_without_training_files_is_refused(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "train/b/", "val/a/1.jpg", "val/b/1.jpg")
+    with pytest.raises(SourceError, match=r"\bb\b"):
+        find_sources(tmp_path, None, 0)
+
+
+@pytest.mark.xfail(strict=True, reason="reported: a folder that links to its parent multiplies every file")
+def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    (tmp_path / "train/a/loop").symlink_to(".")
+    assert [source.path for source in find_sources(tmp_path, None, 0).splits["train"]] == ["train/a/1.jpg"]
+
+
+def test_class_names_of_imagenets_synset_words(tmp_path):
+    path = tmp_path / "synset_words.txt"
+    path.write_text("n02691156 airliner, plane\nn02123045 tabby, tabby cat\n\nn00000000\n")
+    assert read_class_names(path) == {"n02691156": "airliner, plane", "n02123045": "tabby, tabby cat"}
+
+
+def test_class_names_of_a_table_end_at_the_next_tab(tmp_path):
+    path = tmp_path / "classes.tsv"
+    path.write_text("n02691156\tairplanes (airplane, aeroplane)\t140\t30\nn01\tçà et là\n", encoding="utf-8")
+    assert read_class_names(path) == {"n02691156": "airplanes (airplane, aeroplane)", "n01": "çà et là"}
+
+
+def test_class_names_are_optional_and_unreadable_ones_are_an_error(tmp_path):
+    assert read_class_names(None) == {}
+    (tmp_path / "latin1").write_bytes(b"n01 caf\xe9")
+    for path in (tmp_path / "missing", tmp_path, tmp_path / "latin1"):
+        with pytest.raises(SourceError, match=r"--class-names .* cannot be read"):
+            read_class_names(path)

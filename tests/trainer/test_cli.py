@@ -1,0 +1,145 @@
+"""Bad input: one line that names what is wrong and what to do, and nothing lost."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import checkpoint, cli
+from trainer.run import RunError
+
+TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "1", "--port", "0"]
+
+
+@pytest.fixture
+def fail(monkeypatch, capsys):
+    """Run the command; it must refuse, in one line, which is returned."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["alexnet-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        error = capsys.readouterr().err
+        assert stop.value.code in (1, 2)
+        assert error.count("\n") == 1
+        assert error.startswith("alexnet-train: ")
+        return error
+
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def data(packed, tmp_path) -> Path:
+    """A dataset to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "data"))
+
+
+def test_no_dataset(fail, tmp_path):
+    assert "does not exist" in fail("--data", tmp_path / "none", "--out", tmp_path / "run")
+    assert "has no dataset.json" in fail("--data", tmp_path, "--out", tmp_path / "run")
+    assert "make_shards.py" in fail("--data", tmp_path, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_of_a_newer_format(fail, data, tmp_path):
+    manifest = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps({**manifest, "format": 2, "new": "thing"}))
+    assert "upgrade alexnet-train" in fail("--data", data, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "replaced", "index"])
+def test_a_damaged_dataset_is_refused_with_the_files_name(fail, data, tmp_path, damage):
+    shard = data / "train-000001.tar"
+    name = shard.name
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "shorter":
+        shard.write_bytes(shard.read_bytes()[:-1024])
+    elif damage == "replaced":
+        other = (data / "train-000000.tar").read_bytes()
+        shard.write_bytes(other[: shard.stat().st_size].ljust(shard.stat().st_size, b"\0"))
+    else:
+        name = "train.index.npy"
+        shutil.copy(data / "val.index.npy", data / name)
+    before = content(data)
+    assert name in fail("--data", data, "--out", tmp_path / "run", *TINY)
+    assert content(data) == before
+
+
+def test_a_dataset_without_validation(fail, data, tmp_path):
+    manifest = json.loads((data / "dataset.json").read_text())
+    del manifest["splits"]["val"]
+    (data / "dataset.json").write_text(json.dumps(manifest))
+    assert "no split 'val'" in fail("--data", data, "--out", tmp_path / "run", *TINY)
+
+
+def test_an_output_folder_of_another_run_is_left_alone(fail, packed, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["alexnet-train", "--data", str(packed), "--out", str(out), *TINY])
+    cli.main()
+    before = content(out)
+    message = fail("--data", packed, "--out", out, *TINY, "--seed", 5, "--batch", "6")
+    assert "seed (0 there, 5 here)" in message
+    assert "batch (12 there, 6 here)" in message
+    assert content(out) == before
+
+
+def test_an_output_folder_with_other_files_is_left_alone(fail, packed, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "choose another --out" in fail("--data", packed, "--out", tmp_path, *TINY)
+    assert list(content(tmp_path)) == ["thesis.tex"]
+
+
+def test_a_run_continued_on_other_data(fail, packed, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["alexnet-train", "--data", str(packed), "--out", str(out), *TINY])
+    cli.main()
+    manifest = json.loads((data / "dataset.json").read_text())
+    manifest["classes"][0]["name"] = "another"
+    (data / "dataset.json").write_text(json.dumps(manifest))
+    assert "dataset (" in fail("--data", data, "--out", out, *TINY)
+
+
+def test_a_batch_that_the_world_does_not_divide(fail, packed, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    assert "take 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *TINY)
+
+
+def test_a_crop_larger_than_the_images(fail, packed, tmp_path):
+    assert "--crop 224" in fail("--data", packed, "--out", tmp_path / "run", "--recipe", "paper")
+
+
+def test_a_port_in_use(fail, packed, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        where = ["--address", "127.0.0.1", "--port", port]
+        message = fail("--data", packed, "--out", tmp_path / "run", *TINY, *where)
+    assert f"port {port} is in use" in message
+    assert "--port" in message
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise RunError("the checkpoint cannot be written: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    assert "No space left" in fail("--data", packed, "--out", tmp_path / "run", *TINY)
+
+
+def test_settings_that_are_not_known(fail):
+    assert "did you mean --epochs?" in fail("--epocs", 3)
+    assert "did you mean code2012?" in fail("--recipe", "code2013")
+    assert "train, evaluate, demo" in fail("trian")
+
+
+def test_evaluating_what_is_not_a_run(fail, tmp_path):
+    assert "no run in" in fail("evaluate", tmp_path)

@@ -1,0 +1,62 @@
+"""Top-1 and top-5 against numpy, ten crops against the mean of the softmax."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from trainer.distributed import World
+from trainer.evaluate import count_errors, evaluate, log_probabilities
+from trainer.metrics import Metrics
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+class Flat(nn.Module):
+    """Logits that are a linear function of the pixels."""
+
+    def __init__(self, pixels: int, classes: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(pixels, classes)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def test_errors_equal_numpys():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(500, 20, generator=generator)
+    labels = torch.randint(20, (500,), generator=generator)
+    ranked = np.argsort(-scores.numpy(), axis=1)
+    expected = [
+        int((ranked[:, 0] != labels.numpy()).sum()),
+        int((~(ranked[:, :5] == labels.numpy()[:, None]).any(1)).sum()),
+    ]
+    assert count_errors(scores, labels).tolist() == expected
+
+
+def test_fewer_than_five_classes_have_no_top5_error():
+    assert count_errors(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([0])).tolist() == [1, 0]
+
+
+def test_ten_crops_average_probabilities_and_not_logits():
+    model, pixels = Flat(3 * 4 * 4, 7), 3 * torch.randn(5, 10, 3, 4, 4)
+    logits = torch.stack([model(pixels[:, crop]) for crop in range(10)])
+    averaged = log_probabilities(model, pixels).exp()
+    torch.testing.assert_close(averaged, logits.softmax(2).mean(0))
+    assert not torch.allclose(averaged, logits.mean(0).softmax(1), atol=1e-2)
+
+
+def test_scores_do_not_depend_on_how_images_are_batched():
+    model = Flat(3 * 4 * 4, 7)
+    pixels, labels = torch.randn(23, 3, 4, 4), torch.randint(7, (23,))
+    scores = [
+        evaluate(model, "fp32", zip(pixels.split(n), labels.split(n), strict=True), ALONE, Metrics())
+        for n in (23, 5, 1)
+    ]
+    for other in scores[1:]:
+        assert other.images == 23
+        assert other.top1_error == scores[0].top1_error
+        assert other.top5_error == scores[0].top5_error
+        assert abs(other.loss - scores[0].loss) < 1e-6
+    assert model.training  # left as it was found

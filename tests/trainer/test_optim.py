@@ -1,0 +1,94 @@
+"""The update rule and the schedules, against scalar arithmetic and simulated curves."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.optim import learning_rate, make_optimizer, plateau_drops, set_learning_rate
+from trainer.settings import Settings
+
+
+def settings(**values) -> Settings:
+    return Settings(**values)
+
+
+class Layers(nn.Module):
+    """One weight and one bias in a first layer and in a later one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Linear(1, 1)
+        self.conv2 = nn.Linear(1, 1)
+        self.double()
+
+
+def test_update_is_the_papers_across_changes_of_the_learning_rate():
+    """v ← .9v − .0005·ε·w − ε·g, w ← w + v, in plain floats; torch's own rule fails this."""
+    torch.manual_seed(0)
+    model = Layers()
+    optimizer = make_optimizer(model, settings(bias_learning_rate=2.0, bias_decay=False))
+    expected = {name: [parameter.item(), 0.0] for name, parameter in model.named_parameters()}
+    gradients = torch.randn(40, len(expected), dtype=torch.float64)
+    for step, row in enumerate(gradients):
+        rate = 0.01 if step < 15 else 0.001 if step < 30 else 0.004
+        set_learning_rate(optimizer, rate)
+        for parameter, gradient in zip(model.parameters(), row, strict=True):
+            parameter.grad = gradient.reshape(parameter.shape)
+        optimizer.step()
+        for (name, value), gradient in zip(expected.items(), row.tolist(), strict=True):
+            bias = name.endswith("bias")
+            epsilon, decay = (2 * rate, 0.0) if bias else (rate, 0.0005)
+            value[1] = 0.9 * value[1] - decay * epsilon * value[0] - epsilon * gradient
+            value[0] += value[1]
+    for name, parameter in model.named_parameters():
+        assert parameter.item() == pytest.approx(expected[name][0], abs=1e-14), name
+
+
+def test_first_layer_is_frozen_from_its_epoch_on():
+    model = Layers()
+    optimizer = make_optimizer(model, settings(freeze_conv1_epoch=72))
+    for epoch, frozen in ((71.9, False), (72.0, True), (80.0, True)):
+        before = {name: parameter.item() for name, parameter in model.named_parameters()}
+        set_learning_rate(optimizer, 0.01, epoch)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert (parameter.item() == before[name]) == (frozen and name.startswith("conv1")), (epoch, name)
+
+
+def test_plateau_divides_when_the_error_stops_falling_and_three_times_at_most():
+    falling = [0.9 - 0.05 * epoch for epoch in range(10)]
+    assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
+    stuck = [*falling, *[0.45] * 20]
+    drops = [plateau_drops(stuck[:n], 3) for n in range(len(stuck) + 1)]
+    assert drops.index(1) == 13  # ten epochs fell, three did not
+    assert drops.index(2) == 16
+    assert drops.index(3) == 19
+    assert drops[-1] == 3
+
+
+def test_a_better_error_starts_the_patience_anew():
+    assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4], 3) == 0
+    assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 3) == 1
+
+
+def test_plateau_schedule_gives_the_papers_rates():
+    """Initialised at .01 and reduced three times by ten (section 5)."""
+    run = settings(schedule="plateau", patience=1)
+    rates = [learning_rate(run, 50.0, [0.5] * n) for n in range(8)]
+    assert rates == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5])
+
+
+def test_steps_schedule_follows_the_log_of_2012():
+    run = settings(schedule="steps", drop_epochs=(25, 51, 79))
+    epochs = (0.5, 24.9, 25, 50.9, 51, 78.9, 79, 91)
+    expected = (1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5)
+    assert [learning_rate(run, epoch, []) for epoch in epochs] == pytest.approx(expected)
+
+
+def test_warm_up_is_linear_and_cosine_ends_at_zero():
+    run = settings(schedule="cosine", learning_rate=0.4, warmup_epochs=2, epochs=10)
+    assert [learning_rate(run, epoch, []) for epoch in (0.5, 1.0, 2.0, 6.0, 10.0)] == pytest.approx(
+        [0.1, 0.2, 0.4, 0.2, 0.0]
+    )

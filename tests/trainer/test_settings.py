@@ -1,0 +1,115 @@
+"""Settings: which source wins, and that nothing unknown or impossible passes."""
+
+import subprocess
+import sys
+
+import pytest
+
+from trainer.settings import RECIPES, SettingsError, load_settings, read_recipe
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_around(monkeypatch):
+    import os
+
+    for name in [name for name in os.environ if name.startswith("ALEXNET_")]:
+        monkeypatch.delenv(name)
+
+
+def test_command_line_over_environment_over_recipe_over_default(monkeypatch):
+    assert load_settings([]).epochs == 90
+    assert load_settings(["--recipe", "code2012"]).epochs == 91
+    monkeypatch.setenv("ALEXNET_EPOCHS", "7")
+    assert load_settings(["--recipe", "code2012"]).epochs == 7
+    assert load_settings(["--recipe", "code2012", "--epochs", "3"]).epochs == 3
+    assert load_settings(["--recipe", "code2012", "--epochs=3"]).drop_epochs == (25, 51, 79)
+
+
+def test_the_recipe_too_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("ALEXNET_RECIPE", "code2012")
+    assert load_settings([]).preset == "code2012"
+
+
+def test_flags_lists_and_the_run_folder():
+    settings = load_settings(["--recipe", "fast", "--no-compile", "--drop-epochs", "3,5.5", "--data", "d"])
+    assert settings.compile is False
+    assert settings.drop_epochs == (3.0, 5.5)
+    assert str(settings.run_folder) == "runs/fast"
+    assert str(load_settings(["--out", "x"]).run_folder) == "x"
+
+
+def test_every_recipe_is_valid_and_says_how_to_run_it():
+    names = sorted(path.stem for path in RECIPES.glob("*.toml"))
+    assert {"paper", "code2012", "fast", "demo", "small"} <= set(names)
+    for name in names:
+        assert read_recipe(name)
+        load_settings(["--recipe", name])
+
+
+def test_recipe_from_a_file(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("epochs = 5\nlearning_rate = 0.3\n")
+    settings = load_settings(["--recipe", str(path)])
+    assert (settings.epochs, settings.learning_rate) == (5, 0.3)
+    assert str(settings.run_folder) == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epocs", "3"], "--epocs; did you mean --epochs?"),
+        (["--epocs=3"], "--epocs=3; did you mean --epochs?"),
+        (["--recipe", "papr"], "papr; did you mean paper?"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--epochs", "many"], "--epochs many"),
+        (["--momentum", "1"], "--momentum 1"),
+        (["--precision", "fp8"], "'bf16', 'fp16' or 'fp32'"),
+        (["--port", "70000"], "--port 70000"),
+        (["--epochs"], "--epochs"),
+        (["stray"], "stray"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments, message):
+    with pytest.raises(SettingsError) as error:
+        load_settings(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("epocs = 5\n")
+    with pytest.raises(SettingsError, match=r"'epocs' in the recipe; did you mean epochs\?"):
+        load_settings(["--recipe", str(path)])
+    path.write_text("epochs == 5\n")
+    with pytest.raises(SettingsError, match="not TOML"):
+        load_settings(["--recipe", str(path)])
+    monkeypatch.setenv("ALEXNET_EPOCS", "5")
+    with pytest.raises(SettingsError, match=r"ALEXNET_EPOCS .*did you mean ALEXNET_EPOCHS\?"):
+        load_settings([])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trainer/cli.py", "--help"],
+        ["trainer/cli.py", "evaluate", "--help"],
+        ["trainer/cli.py", "demo", "--help"],
+        ["trainer/cli.py", "--epocs", "3"],
+        ["trainer/cli.py", "--data", "/nowhere"],
+        ["tools/make_shards.py", "--help"],
+        ["tools/draw_pictures.py", "--help"],
+        ["tools/bench.py", "--help"],
+    ],
+)
+def test_help_and_refusals_do_not_wait_for_torch_or_dali(arguments):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'nvidia.dali', 'webdataset', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,63 @@
+"""One step: its loss and gradients, in each precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trainer.step import Step, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
+
+
+def test_fp32_step_is_one_update_by_the_mean_gradient(batch):
+    model, reference = tiny(), tiny()
+    loss, wrong = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), "fp32", CPU)(*batch)
+    expected = F.cross_entropy(reference(batch[0]), batch[1])
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    assert wrong == (reference(batch[0]).argmax(1) != batch[1]).sum()
+    for parameter, before in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), (before - 0.1 * before.grad).detach())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_comes_near_fp32(batch, precision):
+    model, reference = tiny(), tiny()
+    loss, _ = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision, CPU)(*batch)
+    expected, _ = Step(reference, torch.optim.SGD(reference.parameters(), lr=0.1), "fp32", CPU)(*batch)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    for parameter, exact in zip(model.parameters(), reference.parameters(), strict=True):
+        assert parameter.dtype == torch.float32
+        torch.testing.assert_close(parameter, exact, rtol=0, atol=3e-3)
+
+
+def test_an_overflowing_fp16_step_changes_no_weight_and_halves_the_scale(batch):
+    model = tiny()
+    before = [parameter.clone() for parameter in model.parameters()]
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), "fp16", CPU)
+    scale = step.scaler.get_scale()
+    step(batch[0] * 1e5, batch[1])  # past fp16's 65504
+    assert step.scaler.get_scale() == scale / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_auto_precision_on_a_cpu_is_bf16_only_with_avx512(monkeypatch):
+    for capability, expected in (("AVX512", "bf16"), ("AVX2", "fp32")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("fp16", CPU) == "fp16"

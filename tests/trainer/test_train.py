@@ -1,0 +1,139 @@
+"""The loop as the command runs it: resume after SIGKILL, many processes, metrics meanwhile, report."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+# 60 training images: 5 steps an epoch. The smallest net, and a row in metrics.csv for each step.
+TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "3", "--log-every", "1"]
+EXACT = ("step", "epoch", "loss", "error", "learning_rate")
+
+
+def command(data: Path, out: Path, *arguments: str) -> list[str]:
+    return ["-m", "trainer.cli", "--data", str(data), "--out", str(out), "--port", "0", *TINY, *arguments]
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def exact(path: Path) -> list[tuple[str, ...]]:
+    """What must be equal bit for bit, as the text that was written."""
+    return [tuple(row[name] for name in EXACT) for row in rows(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(packed, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*command(packed, out, "--checkpoint-steps", "2"))
+    return out
+
+
+def test_a_run_that_is_killed_twice_gives_the_losses_of_one_that_is_not(packed, whole, tmp_path):
+    out = tmp_path / "run"
+    for steps in (4, 9):
+        process = subprocess.Popen([sys.executable, *command(packed, out, "--checkpoint-steps", "2")])
+        while len(rows(out / "metrics.csv")) < steps and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    output = run(*command(packed, out, "--checkpoint-steps", "2"))
+    assert "continuing" in output
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_losses_are_the_same(packed, whole, tmp_path):
+    out = tmp_path / "run"
+    run(*command(packed, out, "--checkpoint-steps", "2"))
+    newest = sorted((out / "checkpoints").iterdir())[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    output = run(*command(packed, out, "--checkpoint-steps", "2"))
+    assert f"{newest} is damaged" in output
+    assert "continuing" in output
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+
+
+def test_the_run_folder_says_what_ran_and_what_came_of_it(packed, whole):
+    settings = json.loads((whole / "settings.json").read_text())
+    assert (settings["recipe"], settings["batch"], settings["schedule"]) == ("demo", 12, "cosine")
+    environment = json.loads((whole / "environment.json").read_text())[-1]
+    assert {"torch", "nvidia-dali-cuda130", "commit", "cpu", "cores"} <= environment.keys()
+    assert [int(row["step"]) for row in rows(whole / "metrics.csv")] == list(range(1, 16))
+    assert [int(row["step"]) for row in rows(whole / "evaluations.csv")] == [5, 10, 15]
+    report = (whole / "report.md").read_text()
+    last = rows(whole / "evaluations.csv")[-1]
+    assert f"{float(last['top1_error']):.2%}" in report
+    for picture in ("loss.png", "error.png", "images_per_second.png"):
+        assert f"({picture})" in report
+        assert (whole / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_gives_the_error_that_training_ended_with(packed, whole):
+    last = rows(whole / "evaluations.csv")[-1]
+    centre = run("-m", "trainer.cli", "evaluate", str(whole), "--data", str(packed))
+    assert f"top-1 error {float(last['top1_error']):.2%}" in centre
+    assert "over 20 images" in centre
+    assert "ten crops" in run("-m", "trainer.cli", "evaluate", str(whole), "--crops", "10")
+
+
+def test_two_processes_train_like_one(packed, tmp_path):
+    """Same images in the same steps and the same mean gradient; only the order of sums differs."""
+    losses = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        run(*torchrun, *command(packed, out, "--dropout", "off", "--epochs", "2"))
+        losses[processes] = [float(row["loss"]) for row in rows(out / "metrics.csv")]
+        (evaluation, _) = rows(out / "evaluations.csv")
+        assert evaluation["images"] == "20"
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_metrics_are_served_while_it_trains(packed, tmp_path):
+    environment = {**os.environ, "ALEXNET_PORT": "0"}
+    arguments = [
+        argument for argument in command(packed, tmp_path / "run") if argument not in ("--port", "0")
+    ]
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["ALEXNET_PORT"] = str(free.getsockname()[1])
+    process = subprocess.Popen([sys.executable, *arguments, "--epochs", "100"], env=environment)
+    try:
+        text, url = "", f"http://127.0.0.1:{environment['ALEXNET_PORT']}"
+        while 'alexnet_eval_error_ratio{k="1",protocol="centre"}' not in text:
+            assert process.poll() is None
+            time.sleep(0.1)
+            try:
+                text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+            except OSError:
+                continue  # not up yet
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        steps = float(values["alexnet_step"])
+        assert steps >= 5
+        assert float(values['alexnet_images_total{phase="train"}']) == 12 * steps
+        assert float(values["alexnet_loss" + '{phase="train"}']) > 0
+        assert urllib.request.urlopen(f"{url}/healthz", timeout=10).read() == b"ok\n"
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,226 @@
+"""Measure images/s of each stage on this machine: a table, then JSON on the last line.
+
+    python tools/bench.py loader --data shards
+    python tools/bench.py all --data shards --input ILSVRC2012 --batch 32
+
+    read    JPEG bytes out of the mapped shards in the plan's order, beside DALI's own reader
+    loader  read, decode, crop, mirror, normalise, beside DALI's own reader feeding the same graph
+    model   forward, backward and update on a batch that lies ready, in each precision
+    train   the training loop, beside its loader alone and its model alone
+    pack    image files to shards, in one process and in all
+
+What is compared runs by turns in one process after a warm-up. A figure is the median of its runs,
+with the least and the greatest; a ratio is the median over runs that stood side by side. Other
+options are settings of alexnet-train (--batch, --recipe, --threads, …).
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.manifest import DatasetError, read_manifest
+from trainer.run import Run, environment
+from trainer.settings import Settings, SettingsError, load_settings
+
+Stage = dict[str, Callable[[], float]]  # what is compared: each does one run and returns its images/s
+
+
+def rate(work: Callable[[], int], seconds: float, synchronize: Callable[[], None]) -> float:
+    """Images/s of `work`, which does a batch and returns its images, over at least `seconds`."""
+    synchronize()
+    start, images = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        images += work()
+    synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def by_turns(stage: Stage, runs: int) -> dict[str, list[float]]:
+    """Each once to warm up, then all by turns: a machine that slows down slows all of them."""
+    for run in stage.values():
+        run()
+    rates: dict[str, list[float]] = {name: [] for name in stage}
+    for _ in range(runs):
+        for name, run in stage.items():
+            rates[name].append(run())
+    return rates
+
+
+class Bench:
+    """The stages on one dataset with one group of settings."""
+
+    def __init__(self, settings: Settings, seconds: float, images: Path | None):
+        import torch
+
+        from pipeline.loader import Dataset, graph_options
+        from pipeline.plan import Plan
+        from trainer.build import build_decoding
+        from trainer.distributed import join
+
+        self.settings, self.seconds, self.images = settings, seconds, images
+        self.world = join(settings.device)
+        self.device = self.world.device
+        self.synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        self.dataset = Dataset(settings.data)
+        self.decoding = build_decoding(settings, self.device)
+        self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
+        shards = self.dataset.manifest.split("train").shards
+        self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
+
+    def _run(self, work: Callable[[], int]) -> Callable[[], float]:
+        return lambda: rate(work, self.seconds, self.synchronize)
+
+    def _loader(self) -> Callable[[], int]:
+        from pipeline.loader import train_loader
+
+        endless = range(sys.maxsize)
+        batches = train_loader(self.dataset, self.plan, endless, self.decoding, colour=self.settings.colour)
+        return lambda: len(next(batches)[1])
+
+    def read(self) -> Stage:
+        from tools import peers
+
+        steps = iter(range(sys.maxsize))
+        reader = self.dataset.reader("train")
+        plan = peers.external_source_bytes(
+            reader, lambda: self.plan.step_batch(next(steps)).samples, self.options
+        )
+        return {
+            "plan": self._run(plan),
+            "DALI's reader": self._run(peers.dali_reader_bytes(self.dataset, self.options)),
+        }
+
+    def loader(self) -> Stage:
+        from tools import peers
+
+        return {
+            "loader": self._run(self._loader()),
+            "DALI's reader": self._run(peers.dali_reader_images(self.dataset, self.options)),
+        }
+
+    def _model(self, precision: str) -> Callable[[], int]:
+        import torch
+
+        from pipeline.loader import synthetic_loader
+        from trainer.build import build_model
+        from trainer.optim import make_optimizer, set_learning_rate
+        from trainer.step import Step
+
+        classes = len(self.dataset.manifest.classes)
+        model = build_model(self.settings, classes, self.device)
+        optimizer = make_optimizer(model, self.settings)
+        set_learning_rate(optimizer, 1e-6)
+        trained = torch.compile(model) if self.settings.compile else model
+        step = Step(trained, optimizer, precision, self.device)
+        batches = synthetic_loader(self.settings.batch, classes, self.decoding)
+
+        def work() -> int:
+            pixels, labels = next(batches)
+            step(pixels, labels)
+            return len(labels)
+
+        return work
+
+    def model(self) -> Stage:
+        return {precision: self._run(self._model(precision)) for precision in ("fp32", "bf16")}
+
+    def train(self) -> Stage:
+        from trainer.metrics import Metrics
+        from trainer.step import resolve_precision
+        from trainer.train import Trainer
+
+        run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
+        settings = self.settings.model_copy(update={"epochs": 10**9})
+        trainer = Trainer(settings, run, self.world, Metrics(), port=None)
+        batches = trainer.batches()
+
+        def work() -> int:
+            trainer.train_one(batches)
+            return settings.batch
+
+        return {
+            "train": self._run(work),
+            "loader alone": self._run(self._loader()),
+            "model alone": self._run(self._model(resolve_precision(settings.precision, self.device))),
+        }
+
+    def pack(self) -> Stage:
+        if self.images is None:
+            raise SettingsError("pack needs --input: a folder of images to pack")
+        from tools.make_shards import pack, parse_arguments
+
+        def packing(workers: int) -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                where = ["--input", str(self.images), "--output", folder]
+                options = parse_arguments([*where, "--workers", str(workers), "--shard-samples", "200"])
+                start = time.perf_counter()
+                manifest = pack(options)
+                return sum(split.samples for split in manifest.splits.values()) / (
+                    time.perf_counter() - start
+                )
+
+        workers = sorted({1, self.decoding.threads})
+        return {f"{n} process{'es' if n > 1 else ''}": partial(packing, n) for n in workers}
+
+
+STAGES = ("read", "loader", "model", "train", "pack")
+
+
+def table(stage: str, rates: dict[str, list[float]]) -> Iterator[str]:
+    """A line for each contestant; ratios are to the first."""
+    first = next(iter(rates.values()))
+    for name, values in rates.items():
+        ratio = median(a / b for a, b in zip(first, values, strict=True))
+        spread = f"{min(values):,.1f} to {max(values):,.1f}"
+        yield f"{stage:8}{name:16}{median(values):>12,.1f} images/s   {spread:24}" + (
+            f"{ratio:.2f} × it is the first" if values is not first else ""
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument(
+        "--runs", type=int, default=5, metavar="N", help="runs that count, of each (default 5)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="S", help="least length of a run (default 5)"
+    )
+    parser.add_argument("--input", type=Path, metavar="DIR", help="images for `pack`")
+    options, rest = parser.parse_known_args()
+    results: dict[str, Any] = {}
+    try:
+        settings = load_settings(rest, command="bench.py")
+        read_manifest(settings.data)
+        bench = Bench(settings, options.seconds, options.input)
+        chosen = (
+            [options.stage] if options.stage != "all" else [s for s in STAGES if s != "pack" or options.input]
+        )
+        for stage in chosen:
+            results[stage] = by_turns(getattr(bench, stage)(), options.runs)
+            print(*table(stage, results[stage]), sep="\n", flush=True)
+    except (SettingsError, DatasetError, OSError) as error:
+        sys.exit(f"bench: {error}")
+    record = {
+        "command": " ".join(sys.argv),
+        "batch": settings.batch,
+        "crop": settings.crop,
+        "geometry": bench.dataset.manifest.geometry,
+        "environment": environment(bench.name),
+        "images_per_second": results,
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The same work done by others, for `tools/bench.py` to measure beside ours."""
+
+from collections.abc import Callable
+from typing import Any
+
+from nvidia.dali import fn, pipeline_def, types
+
+from pipeline.graph import GraphOptions, augment
+from pipeline.loader import Dataset
+from pipeline.shards import ShardReader
+
+
+def _reader(dataset: Dataset) -> tuple[Any, Any]:
+    """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer."""
+    files = [dataset.root / shard.file for shard in dataset.manifest.split("train").shards]
+    return fn.readers.webdataset(  # type: ignore[return-value]
+        paths=[str(file) for file in files],
+        index_paths=[str(file.with_suffix(".idx")) for file in files],
+        ext=["jpg", "cls"],
+        dtypes=[types.UINT8, types.UINT8],
+        random_shuffle=True,
+        initial_fill=1024,
+        name="reader",
+    )
+
+
+def dali_reader_bytes(dataset: Dataset, options: GraphOptions) -> Callable[[], int]:
+    """Read only. Each call takes a batch and returns its number of images."""
+
+    @pipeline_def
+    def graph() -> tuple:
+        jpeg, label = _reader(dataset)
+        return jpeg, label
+
+    return _batches(graph, options)
+
+
+def external_source_bytes(
+    reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
+) -> Callable[[], int]:
+    """Read only, along the plan: `batches()` returns sample numbers."""
+
+    def source() -> tuple:
+        samples = batches()
+        return [reader.jpeg(sample) for sample in samples], reader.rows["label"][samples].astype("int64")
+
+    @pipeline_def
+    def graph() -> tuple:
+        return tuple(
+            fn.external_source(
+                source=source,
+                num_outputs=2,
+                batch=True,
+                no_copy=True,
+                dtype=[types.UINT8, types.INT64],
+                ndim=[1, 0],
+            )
+        )
+
+    return _batches(graph, options)
+
+
+def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], int]:
+    """DALI's reader feeding the training graph, with DALI's own random numbers."""
+
+    @pipeline_def
+    def graph() -> tuple:
+        jpeg, label = _reader(dataset)
+        pixels = augment(
+            jpeg,
+            options,
+            mean=types.Constant(list(dataset.manifest.pixels.mean), dtype=types.FLOAT),
+            scale=1.0,
+            x=fn.random.uniform(range=(0.0, 1.0)),
+            y=fn.random.uniform(range=(0.0, 1.0)),
+            mirror=fn.random.coin_flip(),
+        )
+        return pixels, label
+
+    return _batches(graph, options)
+
+
+def _batches(graph: Callable, options: GraphOptions) -> Callable[[], int]:
+    pipeline = graph(
+        batch_size=options.batch,
+        num_threads=options.threads,
+        device_id=options.device_id,
+        prefetch_queue_depth=options.prefetch,
+    )
+    pipeline.build()
+    return lambda: len(pipeline.run()[0])
