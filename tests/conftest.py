@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from PIL import Image
 
 from tools.draw_pictures import class_names, draw
 from tools.make_shards import pack, parse_arguments
@@ -13,6 +14,8 @@ settings.register_profile("shared machine", deadline=None)  # other jobs run bes
 settings.load_profile("shared machine")
 
 PHOTOS = Path(__file__).resolve().parents[1].parent / "shared/data/photos"
+OBLONG = (144, 120), (120, 138), (132, 120), (120, 126), (143, 110), (110, 132), (121, 110), (125, 140)
+OBLONG += (90, 126), (117, 90)  # width and height in pixels
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +37,21 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for picture in range(count):
                 image = draw(name, np.random.default_rng((number, label, picture)))
                 image.save(folder / f"{name}_{picture}.JPEG", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def oblong(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upright and broad pictures, one of each class to train on and one to validate on.
+
+    Resized to a shorter side of 100 px, their longer one comes to a whole number of pixels too.
+    """
+    root = tmp_path_factory.mktemp("oblong")
+    for split in ("train", "val"):
+        for size, folder in zip(OBLONG, sorted((pictures / split).iterdir()), strict=True):
+            (root / split / folder.name).mkdir(parents=True)
+            with Image.open(folder / f"{folder.name}_0.JPEG") as image:
+                image.crop((0, 0, *size)).save(root / split / folder.name / "oblong.JPEG", quality=90)
     return root
 
 

@@ -24,6 +24,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     there stays.
     """
     folder.mkdir(exist_ok=True)
+    for left_behind in folder.glob(".*.partial"):  # by a process that was killed
+        left_behind.unlink()
     path = folder / _PATTERN.format(step)
     partial = path.with_name(f".{path.name}.partial")
     try:

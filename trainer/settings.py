@@ -12,13 +12,14 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
+    NoDecode,
     SettingsConfigDict,
 )
 
@@ -74,8 +75,8 @@ class Settings(BaseSettings):
     """How the learning rate falls: by ten on a plateau of the error, by ten at set epochs, or to 0."""
     patience: PositiveInt = 5
     """Epochs without improvement that make a plateau."""
-    drop_epochs: tuple[PositiveFloat, ...] = ()
-    """Epochs at which the schedule 'steps' divides by ten."""
+    drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode] = ()
+    """Epochs at which the schedule 'steps' divides by ten, with commas between them."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of the gradient descent."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0005
@@ -110,6 +111,17 @@ class Settings(BaseSettings):
     """Steps between two checkpoints; 0 is at the end of each epoch alone."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+
+    @field_validator("drop_epochs", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: object) -> object:
+        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _warms_up_before_the_end(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"--warmup-epochs {self.warmup_epochs} must be less than --epochs {self.epochs}")
+        return self
 
     @property
     def run_folder(self) -> Path:
@@ -165,6 +177,8 @@ def load_settings(
 
 
 def _explain(detail: Any) -> str:
+    if not detail["loc"]:  # of several settings together
+        return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{field}' in the recipe{_nearest(field, Settings.model_fields)}"
@@ -177,7 +191,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
         raise SettingsError(
-            f"unknown recipe {name}{_nearest(name, known)} There are: {', '.join(known)}; or give a TOML file"
+            f"unknown recipe {name}{_nearest(name, known)} "
+            f"(there are {', '.join(known)}, or give a TOML file)"
         )
     try:
         return tomllib.loads(path.read_text())

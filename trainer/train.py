@@ -72,7 +72,8 @@ class Trainer:
             shard_samples=tuple(shard.samples for shard in self.dataset.manifest.split("train").shards),
             window=settings.shuffle_window,
         )
-        self.dataset.reader("train"), self.dataset.reader("val")  # damage is found now, not in an hour
+        for split in ("train", "val"):
+            self.dataset.reader(split)  # damage is found now, not in an hour
         self.decoding = build_decoding(settings, world.device)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0

@@ -1,0 +1,146 @@
+"""The DALI graphs against Pillow and numpy: decode, resize, crop, mirror, subtract, divide."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.graph import GraphOptions, evaluation_pipeline, train_pipeline
+from pipeline.manifest import Manifest
+from pipeline.shards import ShardReader
+from tools.make_shards import pack, parse_arguments
+
+GEOMETRIES = ("256", "short256", "original")
+SIZE, CROP = 100, 88  # of `oblong`; less than the paper's, to be quick
+
+
+@pytest.fixture(scope="module")
+def some_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real photos of each of 16 classes to train on, and one to validate on."""
+    root = tmp_path_factory.mktemp("some_photos")
+    for split, count in (("train", 2), ("val", 1)):
+        for folder in sorted((photos / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                (root / split / folder.name / file.name).symlink_to(file)
+    return root
+
+
+class Packed:
+    """A packed folder, and what its pictures look like to Pillow."""
+
+    def __init__(self, source: Path, output: Path, geometry: str, whole: bool):
+        """whole: the longer sides come to whole pixels."""
+        self.whole = whole
+        options = ["--geometry", geometry, "--size", str(SIZE), "--workers", "1"]
+        self.manifest: Manifest = pack(
+            parse_arguments(["--input", str(source), "--output", str(output), *options])
+        )
+        self.train = ShardReader(output, self.manifest, "train")
+        self.val = ShardReader(output, self.manifest, "val")
+        self.options = GraphOptions(
+            batch=len(self.train),
+            crop=CROP,
+            resize_shorter=SIZE if geometry == "original" else None,
+            max_width=self.manifest.max_width,
+            max_height=self.manifest.max_height,
+        )
+
+    def shown(self, jpeg: np.ndarray) -> np.ndarray:
+        """The picture [h,w,3] of which a crop is taken."""
+        image = Image.open(BytesIO(jpeg.tobytes()))
+        if self.manifest.geometry == "original":
+            size = [round(side * SIZE / min(image.size)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(image).astype(np.float64)
+
+    def assert_close(self, ours: np.ndarray, expected: np.ndarray) -> None:
+        """In levels of 255.
+
+        Both decode with libjpeg-turbo, whose builds may round one level apart. Resizing rounds once
+        in DALI and twice in Pillow. Where the longer side does not come to whole pixels, DALI keeps
+        the scale and Pillow the edges, so pixels lie up to half a pixel apart: no bound on any one.
+        """
+        difference = abs(ours.astype(np.float64) - expected)
+        if self.manifest.geometry != "original":
+            assert difference.max() < 1.001
+            assert difference.mean() < 0.05
+        elif self.whole:
+            assert difference.max() < 2.001
+            assert difference.mean() < 0.5
+        else:
+            assert difference.mean() < 4
+
+
+@pytest.fixture(
+    scope="module",
+    params=[f"{kind} {geometry}" for kind in ("oblong", "some_photos") for geometry in GEOMETRIES],
+)
+def packed_as(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    kind, geometry = request.param.split()
+    return Packed(
+        request.getfixturevalue(kind), tmp_path_factory.mktemp("shards"), geometry, kind == "oblong"
+    )
+
+
+def crop(image: np.ndarray, left: int, top: int, mirror: bool) -> np.ndarray:
+    return image[top : top + CROP, left : left + CROP][:, :: -1 if mirror else 1]
+
+
+def test_training_graph(packed_as):
+    reader, rng = packed_as.train, np.random.default_rng(0)
+    jpegs = [reader.jpeg(number) for number in range(len(reader))]
+    shown = [packed_as.shown(jpeg) for jpeg in jpegs]
+    room = np.array([image.shape[1::-1] for image in shown]) - CROP
+    places = rng.integers(0, room + 1)
+    places[:4] = [[0, 0], [1, 0], [0, 1], [1, 1]] * room[:4]
+    mirror = rng.integers(0, 2, len(jpegs), np.int32)
+    mean, offset = np.array([120.5, 110.25, 99.0]), rng.normal(0, 12, (len(jpegs), 3))
+    divisor = np.where(rng.integers(0, 2, len(jpegs)), 1.1, 1.0)
+    labels = reader.rows["label"].astype(np.int64)
+    x, y = np.ascontiguousarray((places / room).T, np.float32)
+    inputs = jpegs, labels, (mean - offset).astype(np.float32), divisor.astype(np.float32), x, y, mirror
+
+    pixels, out_labels = train_pipeline(lambda: inputs, packed_as.options).run()
+    pixels = pixels.as_array()
+    assert pixels.shape == (len(jpegs), CROP, CROP, 3)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(out_labels.as_array(), labels)
+    for n, image in enumerate(shown):
+        expected = (crop(image, *places[n], mirror[n]) - mean + offset[n]) / divisor[n]
+        packed_as.assert_close(pixels[n], expected)
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_evaluation_graph(packed_as, crops):
+    reader, mean = packed_as.val, (120.5, 110.25, 99.0)
+    jpegs = [reader.jpeg(number) for number in range(len(reader))]
+    labels = reader.rows["label"].astype(np.int64)
+    pixels, out_labels = evaluation_pipeline(lambda: (jpegs, labels), packed_as.options, mean, crops).run()
+    np.testing.assert_array_equal(out_labels.as_array(), labels)
+    for n, jpeg in enumerate(jpegs):
+        image = packed_as.shown(jpeg)
+        right, bottom = image.shape[1] - CROP, image.shape[0] - CROP
+        centre = (right + 1) // 2, (bottom + 1) // 2  # DALI documents that halves are rounded up
+        places = [(0, 0), (right, 0), (0, bottom), (right, bottom), centre]
+        ten = [crop(image, *place, mirror) for mirror in (False, True) for place in places]
+        expected = np.stack(ten) if crops == 10 else crop(image, *centre, mirror=False)
+        packed_as.assert_close(np.array(pixels[n]), expected - mean)
+
+
+def test_both_upright_and_broad_pictures_are_among_them(packed_as):
+    shapes = {packed_as.shown(packed_as.train.jpeg(n)).shape[:2] for n in range(len(packed_as.train))}
+    if packed_as.manifest.geometry == "256":
+        assert shapes == {(SIZE, SIZE)}
+    else:
+        assert {np.sign(height - width) for height, width in shapes} >= {-1, 1}
+        assert all(min(shape) == SIZE for shape in shapes)
+
+
+@pytest.mark.parametrize("crops", [0, 2, 5])
+def test_other_numbers_of_crops_are_refused(crops):
+    options = GraphOptions(batch=1, crop=CROP, resize_shorter=None, max_width=SIZE, max_height=SIZE)
+    with pytest.raises(ValueError, match=f"{crops} crops are not possible"):
+        evaluation_pipeline(lambda: None, options, (0.0, 0.0, 0.0), crops)

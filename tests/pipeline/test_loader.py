@@ -1,0 +1,237 @@
+"""Loaders: the plan's batches as torch tensors, whatever the ranks, the threads and the prefetching."""
+
+import shutil
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import pipeline.loader
+from pipeline.colour import colour_offsets
+from pipeline.graph import train_pipeline
+from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthetic_loader, train_loader
+from pipeline.manifest import DatasetError
+from pipeline.plan import Plan
+from tools.make_shards import pack, parse_arguments
+
+CROP = 64
+DECODING = Decoding(crop=CROP)
+
+
+@pytest.fixture(scope="module")
+def dataset(packed: Path) -> Dataset:
+    return Dataset(packed)
+
+
+def plan_of(dataset: Dataset, batch: int = 12) -> Plan:
+    return Plan(
+        seed=7, batch=batch, shard_samples=tuple(s.samples for s in dataset.manifest.split("train").shards)
+    )
+
+
+def train(dataset: Dataset, steps: range, decoding: Decoding = DECODING, **options) -> list[Batch]:
+    """Batches of code2012's colours, copied as they come."""
+    loader = train_loader(dataset, plan_of(dataset), steps, decoding, colour="code2012", **options)
+    return [(pixels.clone(), labels.clone()) for pixels, labels in loader]
+
+
+def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
+    """Bit for bit."""
+    assert len(ours) == len(expected)
+    for (pixels, labels), (expected_pixels, expected_labels) in zip(ours, expected, strict=True):
+        assert torch.equal(pixels, expected_pixels)
+        assert torch.equal(labels, expected_labels)
+
+
+@pytest.fixture(scope="module")
+def reference(dataset: Dataset) -> list[Batch]:
+    """Eight steps, in which one epoch of 60 samples ends."""
+    return train(dataset, range(8))
+
+
+@pytest.fixture(scope="module", params=["256", "short256", "original"])
+def any_geometry(
+    request: pytest.FixtureRequest, oblong: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Dataset:
+    """Ten images to train on; but for `256` upright and broad ones."""
+    output = tmp_path_factory.mktemp("shards")
+    options = ["--geometry", request.param, "--size", "100", "--workers", "1"]
+    pack(parse_arguments(["--input", str(oblong), "--output", str(output), *options]))
+    return Dataset(output)
+
+
+def shown(jpeg: np.ndarray, shorter: int) -> np.ndarray:
+    """The picture [h,w,3] of which a crop is taken."""
+    image = Image.open(BytesIO(jpeg.tobytes()))
+    size = [round(side * shorter / min(image.size)) for side in image.size]
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+
+
+def test_training_batches_are_what_the_plan_says(any_geometry):
+    reader, statistics = any_geometry.reader("train"), any_geometry.manifest.pixels
+    plan = plan_of(any_geometry)
+    loader = train_loader(any_geometry, plan, range(4), DECODING, colour="code2012")
+    for step, (pixels, labels) in enumerate(loader):
+        samples, draws = plan.step_batch(step).samples, plan.step_batch(step).draws
+        np.testing.assert_array_equal(labels, reader.rows["label"][samples])
+        offsets = colour_offsets("code2012", statistics, draws.normal)
+        for n, sample in enumerate(samples):
+            image = shown(reader.jpeg(sample), shorter=100)
+            room = np.array([image.shape[1], image.shape[0]]) - CROP
+            left, top = np.floor(draws.uniform[n] * (room + 1)).astype(int)
+            expected = image[top : top + CROP, left : left + CROP][:, :: -1 if draws.mirror[n] else 1]
+            expected = (expected - statistics.mean + offsets[n]) / 1.1
+            # Builds of libjpeg-turbo may round one level apart; DALI and Pillow, another in resizing.
+            difference = abs(pixels[n].permute(1, 2, 0).numpy() - expected)
+            assert difference.max() < 2.001
+            assert difference.mean() < 0.5
+
+
+def test_shapes_and_types(reference):
+    for pixels, labels in reference:
+        assert (pixels.shape, pixels.dtype) == ((12, 3, CROP, CROP), torch.float32)
+        assert (labels.shape, labels.dtype) == ((12,), torch.int64)
+
+
+def test_tensors_are_dalis_own_memory_in_channels_last(dataset, monkeypatch):
+    outputs = []
+
+    def watched(*arguments) -> object:
+        dali = train_pipeline(*arguments)
+        run = dali.run
+        dali.run = lambda *stream: outputs.append(run(*stream)) or outputs[-1]
+        return dali
+
+    monkeypatch.setattr(pipeline.loader, "train_pipeline", watched)
+    batches = list(train_loader(dataset, plan_of(dataset), range(3), DECODING))
+    assert len(outputs) == 3
+    for batch, output in zip(batches, outputs, strict=True):
+        assert [t.data_ptr() for t in batch] == [t.as_tensor().data_ptr() for t in output]
+        assert batch[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batches_that_are_held_stay_as_they_are(dataset, reference):
+    held = list(train_loader(dataset, plan_of(dataset), range(8), DECODING, colour="code2012"))
+    assert_equal(held, reference)
+
+
+@pytest.mark.parametrize("world", [2, 3, 12])
+def test_ranks_see_together_what_one_alone_sees(dataset, reference, world):
+    ranks = [train(dataset, range(8), rank=rank, world=world) for rank in range(world)]
+    together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
+    assert_equal(together, reference)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_a_run_may_begin_at_any_step(dataset, reference, start):
+    assert_equal(train(dataset, range(start, 8)), reference[start:])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_neither_threads_nor_prefetching_change_anything(dataset, reference, threads, prefetch):
+    decoding = Decoding(crop=CROP, threads=threads, prefetch=prefetch)
+    assert_equal(train(dataset, range(8), decoding), reference)
+
+
+def test_colour_ends_with_the_epoch_within_a_batch(dataset):
+    plan = plan_of(dataset, batch=16)  # of step 3, 12 images are of the first epoch and 4 of the second
+    runs = {}
+    for colour, epochs in (("code2012", 1), ("code2012", None), ("off", None)):
+        loader = train_loader(dataset, plan, range(5), DECODING, colour=colour, colour_epochs=epochs)
+        runs[colour, epochs] = torch.cat([pixels for pixels, _ in loader])
+    ends, on, off = runs.values()
+    assert torch.equal(ends[:60], on[:60])
+    assert torch.equal(ends[60:], off[60:])
+    assert (on != off).flatten(1).any(1).all()
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused_at_once(dataset):
+    with pytest.raises(ValueError, match="batch of 12 images cannot be divided among 5"):
+        train_loader(dataset, plan_of(dataset), range(1), DECODING, world=5)
+
+
+@pytest.fixture(scope="module")
+def validation(dataset: Dataset) -> tuple[Tensor, np.ndarray]:
+    """Of the 20 images of val in order: central pixels minus the mean, and labels."""
+    reader, margin = dataset.reader("val"), (80 - CROP) // 2
+    images = [np.asarray(Image.open(BytesIO(reader.jpeg(n).tobytes()))) for n in range(len(reader))]
+    centres = np.stack(images)[:, margin:-margin, margin:-margin] - np.array(dataset.manifest.pixels.mean)
+    return torch.from_numpy(centres).movedim(-1, 1), reader.rows["label"]
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 20), (1, 7), (2, 4), (3, 6), (3, 100), (23, 2)])
+def test_an_evaluation_sees_each_image_once(dataset, validation, world, batch):
+    batches = []
+    for rank in range(world):
+        mine = list(evaluation_loader(dataset, "val", batch, DECODING, rank=rank, world=world))
+        assert all(len(labels) == len(pixels) == batch for pixels, labels in mine[:-1])
+        batches += mine
+    pixels, labels = map(torch.cat, zip(*batches, strict=True))
+    np.testing.assert_array_equal(labels, validation[1])
+    torch.testing.assert_close(pixels.double(), validation[0], rtol=0, atol=1.001)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part, _ in batches)
+
+
+def test_ten_crops_are_a_dimension_of_their_own(dataset, validation):
+    batches = list(evaluation_loader(dataset, "val", 8, DECODING, crops=10))
+    assert [tuple(pixels.shape) for pixels, _ in batches] == [(n, 10, 3, CROP, CROP) for n in (8, 8, 4)]
+    for pixels, _ in batches:
+        flat = pixels.flatten(0, 1)
+        assert flat.is_contiguous(memory_format=torch.channels_last)
+        assert flat.data_ptr() == pixels.data_ptr()
+    centres = torch.cat([pixels[:, 4] for pixels, _ in batches])
+    torch.testing.assert_close(centres.double(), validation[0], rtol=0, atol=1.001)
+
+
+@pytest.fixture
+def damaged(packed: Path, tmp_path: Path) -> tuple[Dataset, int, str]:
+    """A dataset with a sample overwritten where opening does not look, its number and its place."""
+    shutil.copytree(packed, tmp_path / "data")
+    dataset = Dataset(tmp_path / "data")
+    row = dataset.reader("val").rows
+    number = int(np.flatnonzero(row["offset"] > 65536)[1])
+    path, offset = tmp_path / "data" / "val-000000.tar", int(row["offset"][number])
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 200] = bytes(200)
+    path.write_bytes(content)
+    return Dataset(tmp_path / "data"), number, f"{path} at byte {offset}"
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])
+@pytest.mark.parametrize("batch", [1, 5, 20])
+def test_a_damaged_sample_is_named(damaged, validation, batch, prefetch):
+    dataset, number, place = damaged
+    loader = evaluation_loader(dataset, "val", batch, Decoding(crop=CROP, prefetch=prefetch))
+    sound = list(islice(loader, number // batch))
+    assert sum(len(labels) for _, labels in sound) == number // batch * batch
+    with pytest.raises(DatasetError, match=f"the sample in {place} cannot be decoded: copy the shard again"):
+        next(loader)
+
+
+def test_too_large_a_crop_is_refused_at_once(dataset):
+    loaders = {
+        "train": lambda decoding: train_loader(dataset, plan_of(dataset), range(1), decoding),
+        "val": lambda decoding: evaluation_loader(dataset, "val", 4, decoding),
+    }
+    for load in loaders.values():
+        assert next(load(Decoding(crop=80)))[0].shape[2:] == (80, 80)
+        with pytest.raises(
+            DatasetError, match="crop of 81 px does not fit into images of 80 px: set --crop to at"
+        ):
+            load(Decoding(crop=81))
+
+
+def test_a_synthetic_batch_is_like_a_real_one(reference):
+    first, second = islice(synthetic_loader(12, 10, DECODING), 2)
+    assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
+    for ours, real in zip(first, reference[0], strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+    assert set(first[1].tolist()) <= set(range(10))
+    assert -128 <= first[0].min() < -100
+    assert 100 < first[0].max() <= 127

@@ -1,0 +1,28 @@
+"""The whole way by one command."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_the_demo_learns_its_classes_and_says_where_the_report_is(tmp_path):
+    folder = tmp_path / "demo"
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.cli", "demo", "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ALEXNET_PORT": "0"},
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    with open(folder / "run/evaluations.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert float(last["images"]) == 500
+    assert float(last["top1_error"]) < 0.2  # chance is .9
+    assert str(folder / "run/report.md") in done.stdout
+    assert (folder / "run/report.md").is_file()

@@ -1,0 +1,64 @@
+"""What only a GPU can show: the same graph, and the same loop, there."""
+
+import pytest
+import torch
+
+from pipeline.loader import Dataset, Decoding, evaluation_loader, train_loader
+from pipeline.plan import Plan
+from trainer.optim import make_optimizer, set_learning_rate
+from trainer.settings import Settings
+from trainer.step import Step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def batches(packed):
+    dataset = Dataset(packed)
+    shards = dataset.manifest.split("train").shards
+    plan = Plan(0, 12, tuple(shard.samples for shard in shards))
+
+    def on(device: torch.device) -> list:
+        decoding = Decoding(crop=67, device=device)
+        return list(train_loader(dataset, plan, range(8), decoding, colour="code2012"))
+
+    return on
+
+
+def test_the_gpu_graph_gives_the_cpus_pictures(batches):
+    for (gpu, gpu_labels), (cpu, cpu_labels) in zip(batches(GPU), batches(CPU), strict=True):
+        assert gpu.dtype == torch.float16
+        assert gpu.device == GPU
+        assert gpu.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(gpu_labels.cpu(), cpu_labels)
+        # The decoders differ in their inverse DCT by a level or two, and in how they spread chroma
+        # at edges; a wrong crop, mirror or colour would be tens of levels off everywhere.
+        difference = (gpu.cpu().float() - cpu).abs()
+        assert difference.mean() < 2.0
+        assert difference.quantile(0.99) < 16.0
+
+
+def test_ten_crops_on_the_gpu(packed):
+    pixels, labels = next(evaluation_loader(Dataset(packed), "val", 4, Decoding(67, GPU), crops=10))
+    assert pixels.shape == (4, 10, 3, 67, 67)
+    assert labels.device == GPU
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_few_steps_lower_the_loss_in_each_precision(batches, precision):
+    from trainer.build import build_model
+
+    settings = Settings(preset="code2012", dropout="off", crop=67)
+    model = build_model(settings, 10, GPU)
+    optimizer = make_optimizer(model, settings)
+    step = Step(model, optimizer, precision, GPU)
+    pixels, labels = batches(GPU)[0]
+    losses = []
+    for _ in range(30):
+        set_learning_rate(optimizer, 1e-3)
+        losses.append(step(pixels, labels)[0])
+    assert losses[-1] < 0.8 * losses[0]
