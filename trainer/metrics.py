@@ -11,16 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
 
 import pynvml
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-if TYPE_CHECKING:
-    from trainer.evaluate import Scores
-    from trainer.meter import Interval
+from trainer.meter import Interval
 
 STALLED_SECONDS = 600.0  # without a step or an evaluation batch: /healthz is no longer healthy
 PHASES = ("train", "eval")
@@ -83,7 +80,7 @@ class Metrics:
         self._last_progress = time.monotonic()
 
     def harvested(
-        self, interval: "Interval", learning_rate: float, grad_scale: float, device: torch.device
+        self, interval: Interval, learning_rate: float, grad_scale: float, device: torch.device
     ) -> None:
         """Take over what an interval of training came to."""
         self.loss["train"].set(interval.loss)
@@ -100,11 +97,11 @@ class Metrics:
             self.gpu_utilization.set(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
             self.jpeg_utilization.set(pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100)
 
-    def evaluated(self, protocol: str, scores: "Scores") -> None:
+    def evaluated(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
         """Take over what an evaluation came to."""
-        self.loss["eval"].set(scores.loss)
-        self.eval_error_ratio.labels(protocol, "1").set(scores.top1_error)
-        self.eval_error_ratio.labels(protocol, "5").set(scores.top5_error)
+        self.loss["eval"].set(loss)
+        self.eval_error_ratio.labels(protocol, "1").set(top1_error)
+        self.eval_error_ratio.labels(protocol, "5").set(top5_error)
 
     def stalled_seconds(self) -> float:
         """Time since the last `progress`."""

@@ -186,7 +186,9 @@ class Trainer:
             )
             scores = evaluate(self.model, self.precision, batches, self.world, self.metrics)
         self.errors.append(scores.top1_error)
-        self.metrics.evaluated(PROTOCOLS[1], scores)
+        self.metrics.evaluated(
+            PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
+        )
         if self.world.is_main:
             self.run.evaluations.append(
                 {"step": self.step, "epoch": self.epoch_at(self.step), **asdict(scores)}

@@ -8,7 +8,6 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from trainer import metrics as module
-from trainer.evaluate import Scores
 from trainer.meter import Interval
 from trainer.metrics import Metrics, MetricsServer
 
@@ -50,7 +49,7 @@ def get(url: str) -> str:
 
 def test_the_metrics_of_the_design_are_served(served):
     metrics, url = served
-    metrics.evaluated("centre", Scores(0.4, 0.2, 1.5, 100))
+    metrics.evaluated("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
     families = {family.name: family for family in text_string_to_metric_families(get(f"{url}/metrics"))}
     assert {name: families[name].type for name in DESIGN if name in families} == DESIGN
 
@@ -61,7 +60,7 @@ def test_an_interval_and_an_evaluation_reach_the_scraper(served):
         steps=10, images=1280, loss=2.5, error=0.5, seconds=2.0, wait_seconds=0.1, busy_seconds=1.8
     )
     metrics.harvested(interval, 0.01, 1.0, torch.device("cpu"))
-    metrics.evaluated("ten", Scores(0.4, 0.2, 1.5, 100))
+    metrics.evaluated("ten", loss=1.5, top1_error=0.4, top5_error=0.2)
     metrics.images["train"].inc(1280)
     text = get(f"{url}/metrics")
     for line in (
