@@ -12,6 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from pipeline.files import whole_file
+
 FORMAT = 1
 NAME = "dataset.json"
 HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
@@ -92,9 +94,8 @@ class Manifest(_Record):
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write dataset.json into `root`, whole or not at all."""
-    partial = root / f".{NAME}.partial"
-    partial.write_text(json.dumps(manifest.model_dump(), indent=1) + "\n")
-    partial.replace(root / NAME)
+    with whole_file(root / NAME) as file:
+        file.write(json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
 
 
 def read_manifest(root: Path) -> Manifest:

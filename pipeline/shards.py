@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.files import whole_file
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
 
 INDEX_DTYPE = np.dtype(
@@ -50,9 +51,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
     record is None.
     """
     rows, lines = [], []
-    partial = path.with_name(f".{path.name}.partial")
     digest, head, offset = sha256(), b"", 0
-    with open(partial, "wb") as file:
+    with whole_file(path) as file:
 
         def write(data: bytes) -> None:
             nonlocal offset, head
@@ -78,13 +78,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
             lines.append(f"jpg {start} {len(jpeg)} {key}.jpg cls {label_start} {len(text)} {key}.cls\n")
         if rows:
             write(bytes(-(offset + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
-        file.flush()
-        os.fsync(file.fileno())
     if not rows:
-        partial.unlink()
+        path.unlink()
         return None, np.empty(0, INDEX_DTYPE)
-    path.with_suffix(".idx").write_text(f"v1.2 {len(rows)}\n" + "".join(lines))
-    partial.replace(path)
+    with whole_file(path.with_suffix(".idx")) as index:
+        index.write(f"v1.2 {len(rows)}\n{''.join(lines)}".encode())
     record = Shard(
         file=path.name,
         samples=len(rows),
@@ -99,9 +97,8 @@ def write_index(path: Path, rows: np.ndarray) -> str:
     """Write a split's array of rows; returns the file's sha256."""
     buffer = io.BytesIO()
     np.save(buffer, rows)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(buffer.getvalue())
     return sha256(buffer.getvalue()).hexdigest()
 
 

@@ -69,8 +69,7 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int) -> P
         image, repairs = _decode(content)
     if geometry == "original":
         shown = _resize_shorter(image, size)
-        sound = not repairs and "progressive" not in image.info
-        jpeg = content if sound else _encode(image, quality)
+        jpeg = content if not repairs and _is_plain_jpeg(content) else _encode(image, quality)
         return Packed(jpeg, *image.size, shown, repairs)
     image = _resize_shorter(image, size)
     if geometry == "256":
@@ -104,7 +103,7 @@ def _decode(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
     if image.format != "JPEG":
         repairs.append("not a JPEG")
     orientation = _orientation(image)
-    if image.mode != "RGB":
+    if image.mode != "RGB" or image.has_transparency_data:
         repairs.append("not RGB")
         image = _to_rgb(image)
     if orientation != 1:
@@ -131,6 +130,29 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return orientation if orientation in _TRANSPOSITIONS else 1
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    """Whether any decoder takes it: baseline, YCbCr, 8-bit tables, nothing between its segments.
+
+    Pillow forgives more than DALI and nvJPEG do, which would stop a run over such a file.
+    """
+    place, baseline = 2, False
+    while content[place : place + 1] == b"\xff":
+        marker = content[place + 1]
+        end = place + 2 + int.from_bytes(content[place + 2 : place + 4])
+        segment = content[place + 4 : end]
+        if marker == 0xDA:  # start of scan
+            return baseline
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # no segment starts so
+            return False
+        if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # quantisation of 16 bits
+            return False
+        if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
+            return False
+        baseline |= marker == 0xC0
+        place = end
+    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -39,6 +39,7 @@ from tools.pixel_sums import PixelSums
 from tools.sources import SourceError, Sources, find_sources, read_class_names
 
 REPORT = "report.tsv"
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may hold them
 
 
 def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[Task]]:
@@ -84,8 +85,8 @@ def write_report(output: Path, sources: Sources, results: list[Result]) -> dict[
     """List what was repaired and rejected; returns the counts by outcome and reason."""
     events = [(path, "rejected", "not in a class folder") for path in sources.strays]
     events += [event for result in results for event in result.events]
-    lines = ["\t".join(("file", "outcome", "reason")), *("\t".join(event) for event in sorted(events))]
-    text = "\n".join(lines) + "\n"
+    rows = (("file", "outcome", "reason"), *sorted(events))
+    text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)
     (output / REPORT).write_text(text, encoding="utf-8", errors="surrogateescape")
     counts = Counter(event[1:] for event in events)
     return {
@@ -101,9 +102,12 @@ def prepare_output(output: Path, overwrite: bool) -> None:
             raise SourceError(
                 f"{output} already holds a dataset: choose another --output, or replace it with --overwrite"
             )
-        old = read_manifest(output)
+        try:
+            splits = read_manifest(output).splits
+        except DatasetError:
+            splits = {}  # broken: what it named is overwritten or left
         (output / NAME).unlink()
-        for split in old.splits.values():
+        for split in splits.values():
             for path in (output / split.index, *(output / shard.file for shard in split.shards)):
                 path.unlink(missing_ok=True)
                 path.with_suffix(".idx").unlink(missing_ok=True)

@@ -52,18 +52,18 @@ def find_sources(root: Path, val_fraction: float | None, seed: int) -> Sources:
             elif entry.name not in labels:
                 raise SourceError(f"the class {entry.name} is in {folder} but not in {folders['train']}")
             else:
-                files = (
-                    Path(where, name)
-                    for where, _, names in os.walk(entry, followlinks=True)
-                    for name in names
-                )
-                paths = sorted(str(path.relative_to(root)) for path in files)
-                splits[split].extend(Source(path, labels[entry.name]) for path in paths)
+                splits[split].extend(Source(path, labels[entry.name]) for path in _files(entry, root))
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
     for split, sources in splits.items():
         if not sources:
             raise SourceError(f"{root} has no files for the split '{split}'")
+    untrained = set(range(len(classes))) - {source.label for source in splits["train"]}
+    if untrained:
+        names = ", ".join(classes[label] for label in sorted(untrained))
+        raise SourceError(
+            f"{folders['train']} has no files for the classes {names}: add some or remove the folders"
+        )
     return Sources(classes, splits, strays)
 
 
@@ -89,8 +89,15 @@ def _split_folders(root: Path, val_fraction: float | None) -> dict[str, Path]:
 
 def _files(folder: Path, root: Path) -> list[str]:
     """All files below a folder, relative to the root and sorted."""
-    found = (Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(str(path.relative_to(root)) for path in found)
+    found: list[str] = []
+    seen = {os.path.realpath(folder)}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        found.extend(str(Path(where, name).relative_to(root)) for name in names)
+        # Of two links to one folder it is always the same that counts, and none leads into a circle.
+        real = {os.path.realpath(Path(where, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(real[path] for path in real.keys() - seen)
+        seen.update(real)
+    return sorted(found)
 
 
 def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, list[Source]]:

@@ -4,7 +4,6 @@ A checkpoint is a file of `torch.save`, which is a zip archive with a CRC-32 of 
 all records checks them. It is loaded without running any code that it may contain.
 """
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.files import whole_file
 from trainer.run import RunError
 
 _PATTERN = "step-{:09d}.pt"
@@ -27,21 +27,15 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     for left_behind in folder.glob(".*.partial"):  # by a process that was killed
         left_behind.unlink()
     path = folder / _PATTERN.format(step)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with whole_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"  # torch does not say
         raise RunError(
             f"the checkpoint {path} cannot be written: {reason}. Mend it and give the same command again: "
             "the run continues from its last checkpoint"
         ) from error
-    partial.replace(path)
-    _fsync_folder(folder)
     for old in saved(folder)[:-keep]:
         old.unlink()
     return path
@@ -72,12 +66,3 @@ def load_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any] | No
             "; ".join(damaged) + ": no checkpoint is left to continue from; delete them to start anew"
         )
     return None, damaged
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename last through a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

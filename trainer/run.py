@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import whole_file
 from pipeline.manifest import Manifest
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
@@ -124,9 +125,8 @@ def _git_commit() -> str:
 
 
 def _write_json(path: Path, content: object) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 class Table:
@@ -156,6 +156,5 @@ class Table:
         head, *lines = self.path.read_text().splitlines(keepends=True)
         column = head.strip().split(",").index("step")
         kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join([head, *kept]))
-        partial.replace(self.path)
+        with whole_file(self.path) as file:
+            file.write("".join([head, *kept]).encode())
