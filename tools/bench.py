@@ -180,9 +180,8 @@ def table(stage: str, rates: dict[str, list[float]]) -> Iterator[str]:
     for name, values in rates.items():
         ratio = median(a / b for a, b in zip(first, values, strict=True))
         spread = f"{min(values):,.1f} to {max(values):,.1f}"
-        yield f"{stage:8}{name:16}{median(values):>12,.1f} images/s   {spread:24}" + (
-            f"{ratio:.2f} × it is the first" if values is not first else ""
-        )
+        line = f"{stage:8}{name:16}{median(values):>12,.1f} images/s   {spread:24}"
+        yield line if values is first else f"{line}{next(iter(rates))} is {ratio:.2f} × this"
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python tools/draw_pictures.py --output pictures
 
-Ten classes: five shapes, each in a warm and in a cold colour, at any place, size and angle, on a
-background with stains of both colours. Neither the colour nor the shape alone tells the class,
+Ten classes: five shapes, each in a warm and in a cold colour, at any place and size and turned a
+little, on a background with stains of both colours. Neither the colour nor the shape alone tells the class,
 and no pixel is always the same.
 """
 

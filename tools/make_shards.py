@@ -118,6 +118,9 @@ def pack(options: argparse.Namespace) -> Manifest:
     """Pack the whole dataset. Raises SourceError, DatasetError, OSError or BrokenProcessPool."""
     sources = find_sources(options.input, options.val_fraction, options.seed)
     names = read_class_names(options.class_names)
+    inside = options.output.resolve().is_relative_to(options.input.resolve())
+    if inside and options.val_fraction is not None:
+        raise SourceError(f"--output {options.output} is inside --input, where it would be taken for a class")
     prepare_output(options.output, options.overwrite)
     tasks = plan_tasks(options, sources)
     results = run_tasks([task for split in tasks.values() for task in split], options.workers)
@@ -172,12 +175,12 @@ def summary(manifest: Manifest, options: argparse.Namespace, seconds: float) -> 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def integer(low: int, high: int):
-        def parse(text: str) -> int:
+        def whole_number(text: str) -> int:
             if not low <= int(text) <= high:
                 raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
             return int(text)
 
-        return parse
+        return whole_number
 
     def fraction(text: str) -> float:
         if not 0 < float(text) < 1:

@@ -73,6 +73,8 @@ def pack_shard(task: Task) -> Result:
 
 
 def _read(path: Path) -> bytes:
+    if not path.is_file():  # a pipe, say, which would be read for ever
+        raise RejectedError("unreadable")
     try:
         return path.read_bytes()
     except OSError:

@@ -42,6 +42,11 @@ def find_sources(root: Path, val_fraction: float | None, seed: int) -> Sources:
             f"{folders['train']} has no class folders: images are expected as "
             f"{folders['train']}/<class>/<image>"
         )
+    for name in classes:
+        if not name.isprintable():  # also bytes that are not UTF-8
+            raise SourceError(
+                f"the class folder {name!r} in {folders['train']} has a name that cannot be written"
+            )
     labels = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[Source]] = {split: [] for split in folders}
     strays = []

@@ -1,9 +1,12 @@
 """Loaders: the plan's batches as torch tensors, whatever the ranks, the threads and the prefetching."""
 
 import shutil
+import weakref
+from collections.abc import Callable
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 
 import pipeline.loader
 from pipeline.colour import colour_offsets
-from pipeline.graph import train_pipeline
+from pipeline.graph import GraphOptions, train_pipeline
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthetic_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
@@ -21,6 +24,7 @@ from tools.make_shards import pack, parse_arguments
 
 CROP = 64
 DECODING = Decoding(crop=CROP)
+Outputs = tuple[Any, Any]  # of a run of DALI
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +102,37 @@ def test_shapes_and_types(reference):
         assert (labels.shape, labels.dtype) == ((12,), torch.int64)
 
 
-def test_tensors_are_dalis_own_memory_in_channels_last(dataset, monkeypatch):
-    outputs = []
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
+    """What DALI hands out; the inputs of each batch must live until then, for DALI reads them in place."""
+    inputs, outputs = [], []
 
-    def watched(*arguments) -> object:
-        dali = train_pipeline(*arguments)
-        run = dali.run
-        dali.run = lambda *stream: outputs.append(run(*stream)) or outputs[-1]
+    def watched_pipeline(source: Callable, options: GraphOptions) -> object:
+        def watched_source() -> tuple:
+            arrays = source()
+            inputs.append([weakref.ref(array) for array in (*arrays[0], *arrays[1:])])
+            return arrays
+
+        def watched_run(*stream) -> Outputs:
+            outputs.append(run(*stream))
+            assert all(array() is not None for array in inputs[len(outputs) - 1])
+            return outputs[-1]
+
+        dali = train_pipeline(watched_source, options)
+        run, dali.run = dali.run, watched_run
         return dali
 
-    monkeypatch.setattr(pipeline.loader, "train_pipeline", watched)
-    batches = list(train_loader(dataset, plan_of(dataset), range(3), DECODING))
-    assert len(outputs) == 3
-    for batch, output in zip(batches, outputs, strict=True):
-        assert [t.data_ptr() for t in batch] == [t.as_tensor().data_ptr() for t in output]
+    monkeypatch.setattr(pipeline.loader, "train_pipeline", watched_pipeline)
+    return outputs
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_tensors_are_dalis_own_memory_in_channels_last(dataset, watched, prefetch):
+    decoding = Decoding(crop=CROP, prefetch=prefetch)
+    batches = list(train_loader(dataset, plan_of(dataset), range(8), decoding))
+    assert len(watched) == 8
+    for batch, outputs in zip(batches, watched, strict=True):
+        assert [t.data_ptr() for t in batch] == [t.as_tensor().data_ptr() for t in outputs]
         assert batch[0].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -192,26 +213,31 @@ def test_ten_crops_are_a_dimension_of_their_own(dataset, validation):
 @pytest.fixture
 def damaged(packed: Path, tmp_path: Path) -> tuple[Dataset, int, str]:
     """A dataset with a sample overwritten where opening does not look, its number and its place."""
-    shutil.copytree(packed, tmp_path / "data")
-    dataset = Dataset(tmp_path / "data")
-    row = dataset.reader("val").rows
-    number = int(np.flatnonzero(row["offset"] > 65536)[1])
-    path, offset = tmp_path / "data" / "val-000000.tar", int(row["offset"][number])
+    root = tmp_path / "data"
+    shutil.copytree(packed, root)
+    offsets = Dataset(root).reader("train").rows["offset"]
+    number = int(np.flatnonzero(offsets > 65536)[0])  # of the first shard: 40 samples and more follow
+    path, offset = root / "train-000000.tar", int(offsets[number])
     content = bytearray(path.read_bytes())
     content[offset : offset + 200] = bytes(200)
     path.write_bytes(content)
-    return Dataset(tmp_path / "data"), number, f"{path} at byte {offset}"
+    return Dataset(root), number, f"{path} at byte {offset}"
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
-@pytest.mark.parametrize("batch", [1, 5, 20])
-def test_a_damaged_sample_is_named(damaged, validation, batch, prefetch):
+@pytest.mark.parametrize("batch", [1, 5, 60])
+def test_a_damaged_sample_is_named_after_the_batches_before_it(damaged, batch, prefetch):
     dataset, number, place = damaged
-    loader = evaluation_loader(dataset, "val", batch, Decoding(crop=CROP, prefetch=prefetch))
-    sound = list(islice(loader, number // batch))
-    assert sum(len(labels) for _, labels in sound) == number // batch * batch
+    loader = evaluation_loader(dataset, "train", batch, Decoding(crop=CROP, prefetch=prefetch))
+    assert sum(len(labels) for _, labels in islice(loader, number // batch)) == number // batch * batch
     with pytest.raises(DatasetError, match=f"the sample in {place} cannot be decoded: copy the shard again"):
         next(loader)
+
+
+def test_a_damaged_sample_ends_training(damaged):
+    dataset, _, place = damaged
+    with pytest.raises(DatasetError, match=place):
+        train(dataset, range(8))
 
 
 def test_too_large_a_crop_is_refused_at_once(dataset):

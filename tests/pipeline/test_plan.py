@@ -73,10 +73,20 @@ def test_a_batch_of_nothing_is_refused(batch):
         Plan(seed=0, batch=batch, shard_samples=(3,))
 
 
-@given(plans(), st.permutations(range(8)))
-def test_a_step_does_not_depend_on_those_before_it(plan, order):
-    forwards = {step: joined([plan.step_batch(step)]) for step in range(8)}
-    for step in order:
+@given(plans(), st.integers(1, 3))
+def test_an_epoch_has_an_order_and_draws_of_its_own(plan, epochs):
+    run = joined([plan.step_batch(step) for step in range(plan.steps(epochs))])
+    for epoch in range(epochs):
+        part = slice(epoch * plan.samples, (epoch + 1) * plan.samples)
+        order = epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
+        expected = {"samples": order, **vars(draws(plan.seed, epoch, 0, plan.samples))}
+        assert_equal({name: run[name][part] for name in expected}, expected)
+
+
+@given(plans(), st.lists(st.integers(0, 5), min_size=8, max_size=12))
+def test_a_step_does_not_depend_on_those_before_it(plan, steps):
+    forwards = {step: joined([plan.step_batch(step)]) for step in range(6)}
+    for step in steps:
         batch = plan.step_batch(step)
         assert_equal(joined([batch]), forwards[step])
         batch.samples[:] = -1  # a caller's own: the next to ask gets the plan's numbers

@@ -2,7 +2,7 @@
 
 import hashlib
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,16 @@ def test_no_samples_make_no_shard(tmp_path):
     assert shard is None
     assert rows.dtype == INDEX_DTYPE
     assert len(rows) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_on_the_way_leaves_nothing(tmp_path):
+    def samples() -> Iterator[Sample]:
+        yield from noise(0, 2)
+        raise OSError("the third cannot be had")
+
+    with pytest.raises(OSError, match="the third"):
+        write_shard(tmp_path / "train-000000.tar", samples())
     assert not list(tmp_path.iterdir())
 
 

@@ -218,7 +218,11 @@ def test_original_keeps_the_bytes_of_a_plain_jpeg_and_of_nothing_else():
     kept = encode(image, "JPEG", quality=77, **METADATA)
     assert pack_image(kept, "original", 32, 90).jpeg == kept
     plain = encode(image, "JPEG")
+    coarse = encode(image, "JPEG", qtables=[[300] * 64] * 2)  # 16 bits, so SOF1 in the place of SOF0
+    assert b"\xff\xc1" in coarse
     others = [
+        coarse,
+        coarse.replace(b"\xff\xc1", b"\xff\xc0"),  # baseline in name only
         encode(image, "JPEG", progressive=True),
         encode(image, "JPEG", keep_rgb=True),  # not YCbCr inside
         encode(image.convert("L"), "JPEG"),

@@ -225,3 +225,16 @@ def test_odd_files_among_good_ones_are_all_accounted_for(make_shards, tmp_path):
     assert manifest.split("train").samples == 3 + len(rows) - len(rejected)
     assert sum(manifest.rejected.values()) == len(rejected)
     assert manifest.split("val").samples == 3
+
+
+def test_an_output_that_would_become_a_class_is_refused(pictures, make_shards):
+    run = make_shards(pictures / "train", pictures / "train/shards", "--val-fraction", "0.5")
+    assert_one_line(run, "inside --input")
+    assert not (pictures / "train/shards").exists()
+
+
+def test_a_pipe_among_the_images_is_unreadable_and_does_not_stop_the_run(pictures, make_shards, tmp_path):
+    source = shutil.copytree(pictures, tmp_path / "in")
+    os.mkfifo(next(source.glob("train/*")) / "pipe.jpg")
+    assert make_shards(source, tmp_path / "out", "--size", "32").returncode == 0
+    assert "pipe.jpg\trejected\tunreadable" in (tmp_path / "out/report.tsv").read_text()

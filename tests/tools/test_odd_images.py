@@ -128,7 +128,16 @@ def test_no_exception_of_a_plugin_gets_out():
     assert outcome(b"P6 sixty 48 255 ") == "not an image"  # ValueError in opening
     assert outcome(b"P3 2 2 255 1 2 3 four 5 6") == "corrupt"  # ValueError in decoding
     exif = b"Exif\0\0neither of the byte orders"  # SyntaxError in reading the orientation
-    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif)), Packed)
+    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif, dpi=(72, 72))), Packed)
+
+
+def test_a_marker_without_a_length_leads_no_walk_past_the_end():
+    plain = encode(noise(), "JPEG")
+    restart = plain[:2] + b"\xff\xd0" + plain[2:]  # two bytes and no length; 0xffe0 follows
+    hostile = restart.ljust(4 + 0xFFE0, b"\0") + b"\xff"  # what that would lead to, as a length
+    result = outcome(hostile, "original")
+    assert isinstance(result, Packed)
+    assert strictly_baseline(result.jpeg)
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])

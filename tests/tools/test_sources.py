@@ -1,5 +1,6 @@
 """Which files are packed, into which split, under which label and name."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,10 @@ def test_class_names_are_optional_and_unreadable_ones_are_an_error(tmp_path):
     for path in (tmp_path / "missing", tmp_path, tmp_path / "latin1"):
         with pytest.raises(SourceError, match=r"--class-names .* cannot be read"):
             read_class_names(path)
+
+
+def test_a_class_folder_whose_name_is_not_text_is_refused(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    Path(os.fsdecode(bytes(tmp_path) + b"/train/\xff")).mkdir()
+    with pytest.raises(SourceError, match="cannot be written"):
+        find_sources(tmp_path, None, 0)
