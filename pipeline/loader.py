@@ -180,8 +180,7 @@ def _run(
 
     def source() -> tuple:
         samples, arguments = next(queue)
-        jpegs = [reader.jpeg(sample) for sample in samples]
-        inputs = (jpegs, reader.rows["label"][samples].astype(np.int64), *arguments)
+        inputs = (reader.jpegs(samples), reader.rows["label"][samples].astype(np.int64), *arguments)
         under_way.append((samples, inputs))
         return inputs
 

@@ -20,9 +20,13 @@ _ORDER, _AUGMENT = 0, 1  # streams
 _WORDS = 8  # 64-bit words for each position of the augmentation stream; Philox makes 4 a count
 
 
+@lru_cache(maxsize=8)
+def _key(seed: int, epoch: int, stream: int) -> np.ndarray:
+    return np.random.SeedSequence((seed, epoch, stream)).generate_state(2, np.uint64)
+
+
 def _philox(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.Philox:
-    key = np.random.SeedSequence((seed, epoch, stream)).generate_state(2, np.uint64)
-    return np.random.Philox(key=key, counter=position * (_WORDS // 4))
+    return np.random.Philox(key=_key(seed, epoch, stream), counter=position * (_WORDS // 4))
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:

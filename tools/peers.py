@@ -42,7 +42,7 @@ def external_source_bytes(
 
     def source() -> tuple:
         samples = batches()
-        return [reader.jpeg(sample) for sample in samples], reader.rows["label"][samples].astype("int64")
+        return reader.jpegs(samples), reader.rows["label"][samples].astype("int64")
 
     @pipeline_def
     def graph() -> tuple:
