@@ -60,7 +60,7 @@ class AlexNet(nn.Module):
 
     classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
     frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
-    input in pixels; the paper's is 224, the least is 67.
+    input in pixels; the paper's is 224, the least is 64.
 
     Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
     as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
@@ -76,7 +76,7 @@ class AlexNet(nn.Module):
         for _ in range(3):
             side = (side - 3) // 2 + 1
         if side < 1:
-            raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 67")
+            raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 64")
 
         self.conv1 = nn.Conv2d(3, 96, 11, stride=4)
         self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=2)

@@ -57,7 +57,11 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
     )
     if options.resize_shorter is not None:
         images = fn.resize(
-            images, resize_shorter=options.resize_shorter, interp_type=types.INTERP_LINEAR, antialias=True
+            images,
+            resize_shorter=options.resize_shorter,
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+            subpixel_scale=False,  # as Pillow, whose resizing made the other geometries
         )
     return images
 

@@ -22,6 +22,7 @@ from pipeline.plan import Plan, crop_offsets, share
 from pipeline.shards import ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+_SOI = b"\xff\xd8"  # with which each JPEG begins
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row for each
 
 
@@ -165,7 +166,7 @@ def _crop_places(
     shorter = np.minimum(width, height)
     places = []
     for axis, stored in enumerate((width, height)):
-        extent = np.rint(stored * manifest.size / shorter).astype(np.int64)
+        extent = np.floor(stored * manifest.size / shorter + 0.5).astype(np.int64)  # as DALI rounds
         places.append(crop_offsets(uniform[:, axis], extent, crop) / np.maximum(extent - crop, 1))
     return places[0], places[1]
 
@@ -177,10 +178,16 @@ def _run(
     # DALI reads the arrays where they are, so those of every batch under way are kept.
     under_way: deque = deque(maxlen=decoding.prefetch + 2)
     queue = iter(requests)
+    overwritten: list[int] = []
 
     def source() -> tuple:
         samples, arguments = next(queue)
-        inputs = (reader.jpegs(samples), reader.rows["label"][samples].astype(np.int64), *arguments)
+        jpegs = reader.jpegs(samples)
+        inputs = (jpegs, reader.rows["label"][samples].astype(np.int64), *arguments)
+        # On bytes that do not begin like a JPEG, DALI may crash the process instead of raising.
+        overwritten.extend(n for n, jpeg in zip(samples, jpegs, strict=True) if jpeg[:2].tobytes() != _SOI)
+        if overwritten:
+            raise StopIteration  # once the batches before it are through
         under_way.append((samples, inputs))
         return inputs
 
@@ -193,6 +200,8 @@ def _run(
             try:
                 pixels, labels = pipeline.run(stream)
             except StopIteration:
+                if overwritten:
+                    raise _undecodable(reader, overwritten[0]) from None
                 return
             except RuntimeError as error:
                 raise _explained(error, reader, under_way) from error
@@ -212,7 +221,9 @@ def _explained(error: RuntimeError, reader: ShardReader, under_way: Iterable) ->
                 with Image.open(BytesIO(jpeg.tobytes())) as image:
                     image.load()
             except Exception:  # whatever a damaged file makes Pillow raise
-                return DatasetError(
-                    f"the sample in {reader.name(sample)} cannot be decoded: copy the shard again"
-                )
+                return _undecodable(reader, sample)
     return DatasetError(f"DALI cannot decode a batch: {error}")
+
+
+def _undecodable(reader: ShardReader, sample: int) -> DatasetError:
+    return DatasetError(f"the sample in {reader.name(sample)} cannot be decoded: copy the shard again")

@@ -19,6 +19,9 @@ NAME = "dataset.json"
 HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
 
 
+Row = tuple[float, float, float]
+
+
 class DatasetError(ValueError):
     """A dataset that cannot be used; the message says what is wrong and what to do."""
 
@@ -60,9 +63,9 @@ class Pixels(_Record):
     eigenvectors: [3,3], column j belongs to eigenvalue j (section 4.1 of the paper).
     """
 
-    mean: tuple[float, float, float]
-    eigenvalues: tuple[float, float, float]
-    eigenvectors: tuple[tuple[float, float, float], ...]
+    mean: Row
+    eigenvalues: Row
+    eigenvectors: tuple[Row, Row, Row]
 
 
 class Manifest(_Record):

@@ -166,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _resize_shorter(image: Image.Image, size: int) -> Image.Image:
     shorter = min(image.size)
-    width, height = (max(size, round(side * size / shorter)) for side in image.size)
+    width, height = (int(side * size / shorter + 0.5) for side in image.size)  # as DALI rounds
     return image.resize((width, height), RESAMPLING)
 
 

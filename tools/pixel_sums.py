@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import Pixels
+from pipeline.manifest import Pixels, Row
 
 
 @dataclass
@@ -38,12 +38,13 @@ class PixelSums:
         vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
 
         # Rounded, so that another BLAS does not change the manifest in its last digits.
-        def rounded(row: np.ndarray) -> tuple[float, float, float]:
+        def rounded(row: np.ndarray) -> Row:
             red, green, blue = (round(float(value), 6) for value in row)
             return red, green, blue
 
+        first, second, third = (rounded(row) for row in vectors)
         return Pixels(
             mean=rounded(mean),
             eigenvalues=rounded(values),
-            eigenvectors=tuple(rounded(row) for row in vectors),
+            eigenvectors=(first, second, third),
         )

@@ -52,7 +52,7 @@ class Packed:
         """The picture [h,w,3] of which a crop is taken."""
         image = Image.open(BytesIO(jpeg.tobytes()))
         if self.manifest.geometry == "original":
-            size = [round(side * SIZE / min(image.size)) for side in image.size]
+            size = [int(side * SIZE / min(image.size) + 0.5) for side in image.size]
             image = image.resize(size, Image.Resampling.BILINEAR)
         return np.asarray(image).astype(np.float64)
 
@@ -60,8 +60,7 @@ class Packed:
         """In levels of 255.
 
         Both decode with libjpeg-turbo, whose builds may round one level apart. Resizing rounds once
-        in DALI and twice in Pillow. Where the longer side does not come to whole pixels, DALI keeps
-        the scale and Pillow the edges, so pixels lie up to half a pixel apart: no bound on any one.
+        in DALI and twice in Pillow, which beside sharp edges is some levels on a few pixels.
         """
         difference = abs(ours.astype(np.float64) - expected)
         if self.manifest.geometry != "original":
@@ -71,7 +70,8 @@ class Packed:
             assert difference.max() < 2.001
             assert difference.mean() < 0.5
         else:
-            assert difference.mean() < 4
+            assert np.quantile(difference, 0.999) < 4
+            assert difference.mean() < 0.5
 
 
 @pytest.fixture(
