@@ -18,7 +18,6 @@ FORMAT = 1
 NAME = "dataset.json"
 HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
 
-
 Row = tuple[float, float, float]
 
 
@@ -112,15 +111,14 @@ def read_manifest(root: Path) -> Manifest:
         )
     try:
         content = json.loads(path.read_bytes())
-        if (
-            isinstance(content, dict)
-            and isinstance(content.get("format"), int)
-            and content["format"] > FORMAT
-        ):
-            raise DatasetError(
-                f"{path} has format {content['format']} and this version reads format {FORMAT}: "
-                "upgrade alexnet-train"
-            )
+    except ValueError as error:
+        raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error
+    found = content.get("format") if isinstance(content, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise DatasetError(
+            f"{path} has format {found} and this version reads format {FORMAT}: upgrade alexnet-train"
+        )
+    try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
@@ -128,7 +126,3 @@ def read_manifest(root: Path) -> Manifest:
         raise DatasetError(
             f"{path} is not a dataset.json: {where}: {first['msg']}. Pack the dataset again"
         ) from error
-    except ValueError as error:
-        if isinstance(error, DatasetError):
-            raise
-        raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error

@@ -68,7 +68,6 @@ class Bench:
         self.world = join(settings.device)
         self.device = self.world.device
         self.synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        self.name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         self.dataset = Dataset(settings.data)
         self.decoding = build_decoding(settings, self.device)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
@@ -215,7 +214,7 @@ def main() -> None:
         "batch": settings.batch,
         "crop": settings.crop,
         "geometry": bench.dataset.manifest.geometry,
-        "environment": environment(bench.name),
+        "environment": environment(bench.world.device_name),
         "images_per_second": results,
     }
     print(json.dumps(record))

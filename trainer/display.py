@@ -16,7 +16,6 @@ class Display:
     def __init__(self, steps: int, done: int, silent: bool = False):
         self.steps, self.silent = steps, silent
         live = sys.stderr.isatty() and not silent
-        self._seconds_per_step: float | None = None
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
             BarColumn(),

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.settings import SettingsError
+
 
 @dataclass(frozen=True)
 class World:
@@ -27,22 +29,19 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-
-def world_size() -> int:
-    """Processes of the run, as torchrun says in the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
 def join(device: str) -> World:
-    """Join the run's processes. device: `auto`, `cuda` or `cpu`. Raises ValueError without a GPU."""
+    """Join the run's processes. device: `auto`, `cuda` or `cpu`. Raises SettingsError without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; leave the setting away to train on the CPU")
-    rank, size = int(os.environ.get("RANK", "0")), world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        raise SettingsError("--device cuda: torch finds no GPU here; leave it away to train on the CPU")
+    rank, size, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     """The net of the paper's text, or of the code that produced its numbers."""
     dropout: Literal["2012", "inverted", "off"] = "2012"
     """2012 halves units at test, inverted doubles them in training."""
-    crop: PositiveInt = 224
+    crop: Annotated[int, Field(ge=64)] = 224  # less leaves nothing after the last pooling
     """Side of the net's input in pixels."""
 
     batch: PositiveInt = 128

@@ -229,8 +229,7 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Say what runs on what, and export it."""
-        device = self.world.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        name = self.world.device_name
         if self.world.is_main:
             about = self.run.record_environment(name)
             self.metrics.run_info.info({"recipe": self.settings.recipe, "precision": self.precision, **about})

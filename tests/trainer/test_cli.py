@@ -135,6 +135,12 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, mo
     assert "No space left" in fail("--data", packed, "--out", tmp_path / "run", *TINY)
 
 
+def test_a_gpu_that_is_not_there(fail, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = fail("--data", packed, "--out", tmp_path / "run", *TINY, "--device", "cuda")
+    assert "--device cuda: torch finds no GPU here" in message
+
+
 def test_settings_that_are_not_known(fail):
     assert "did you mean --epochs?" in fail("--epocs", 3)
     assert "did you mean code2012?" in fail("--recipe", "code2013")

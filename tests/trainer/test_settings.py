@@ -65,6 +65,7 @@ def test_recipe_from_a_file(tmp_path):
         (["--momentum", "1"], "--momentum 1"),
         (["--precision", "fp8"], "'bf16', 'fp16' or 'fp32'"),
         (["--port", "70000"], "--port 70000"),
+        (["--crop", "63"], "--crop 63: input should be greater than or equal to 64"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),
     ],
