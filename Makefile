@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/mypy pipeline model trainer tools
 
 bench: demo
-	$(BIN)/python tools/bench.py all --data demo/shards --input demo/pictures --recipe demo
+	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo
 
 .venv/.ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

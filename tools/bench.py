@@ -32,16 +32,6 @@ from trainer.settings import Settings, SettingsError, load_settings
 Stage = dict[str, Callable[[], float]]  # what is compared: each does one run and returns its images/s
 
 
-def rate(work: Callable[[], int], seconds: float, synchronize: Callable[[], None]) -> float:
-    """Images/s of `work`, which does a batch and returns its images, over at least `seconds`."""
-    synchronize()
-    start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        images += work()
-    synchronize()
-    return images / (time.perf_counter() - start)
-
-
 def by_turns(stage: Stage, runs: int) -> dict[str, list[float]]:
     """Each once to warm up, then all by turns: a machine that slows down slows all of them."""
     for run in stage.values():
@@ -57,8 +47,6 @@ class Bench:
     """The stages on one dataset with one group of settings."""
 
     def __init__(self, settings: Settings, seconds: float, images: Path | None):
-        import torch
-
         from pipeline.loader import Dataset, graph_options
         from pipeline.plan import Plan
         from trainer.build import build_decoding
@@ -67,7 +55,6 @@ class Bench:
         self.settings, self.seconds, self.images = settings, seconds, images
         self.world = join(settings.device)
         self.device = self.world.device
-        self.synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         self.dataset = Dataset(settings.data)
         self.decoding = build_decoding(settings, self.device)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
@@ -75,14 +62,18 @@ class Bench:
         self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
 
     def _run(self, work: Callable[[], int]) -> Callable[[], float]:
-        return lambda: rate(work, self.seconds, self.synchronize)
+        from trainer.ceilings import rate
+
+        return lambda: rate(work, self.seconds, self.device)
 
     def _loader(self) -> Callable[[], int]:
         from pipeline.loader import train_loader
+        from trainer.ceilings import loader_work
 
         endless = range(sys.maxsize)
-        batches = train_loader(self.dataset, self.plan, endless, self.decoding, colour=self.settings.colour)
-        return lambda: len(next(batches)[1])
+        return loader_work(
+            train_loader(self.dataset, self.plan, endless, self.decoding, colour=self.settings.colour)
+        )
 
     def read(self) -> Stage:
         from tools import peers
@@ -106,27 +97,10 @@ class Bench:
         }
 
     def _model(self, precision: str) -> Callable[[], int]:
-        import torch
-
-        from pipeline.loader import synthetic_loader
-        from trainer.build import build_model
-        from trainer.optim import make_optimizer, set_learning_rate
-        from trainer.step import Step
+        from trainer.ceilings import model_work
 
         classes = len(self.dataset.manifest.classes)
-        model = build_model(self.settings, classes, self.device)
-        optimizer = make_optimizer(model, self.settings)
-        set_learning_rate(optimizer, 1e-6)
-        trained = torch.compile(model) if self.settings.compile else model
-        step = Step(trained, optimizer, precision, self.device)
-        batches = synthetic_loader(self.settings.batch, classes, self.decoding)
-
-        def work() -> int:
-            pixels, labels = next(batches)
-            step(pixels, labels)
-            return len(labels)
-
-        return work
+        return model_work(self.settings, classes, self.decoding, self.settings.batch, precision)
 
     def model(self) -> Stage:
         return {precision: self._run(self._model(precision)) for precision in ("fp32", "bf16")}

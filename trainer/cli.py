@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.manifest import DatasetError, read_manifest
+from pipeline.manifest import NAME, DatasetError, read_manifest
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
+from trainer.stop import Stopped
 
 DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py packed, or continue the run in --out.
 Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.
@@ -19,7 +20,8 @@ Other commands: 'alexnet-train evaluate' and 'alexnet-train demo', each with --h
 
 
 def main() -> None:
-    """Run the command line. What a user can mend is one line on stderr and exit code 1 or 2."""
+    """Run the command line. What a user can mend is one line on stderr and exit code 1 or 2; a run that
+    was asked to stop, and saved, is 143 after SIGTERM and 130 after SIGINT."""
     commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
@@ -33,6 +35,8 @@ def main() -> None:
         _complain(error, 1)
     except OSError as error:
         _complain(f"{error.strerror}: {error.filename}" if error.filename else error, 1)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -49,6 +53,11 @@ def _train(arguments: Sequence[str]) -> None:
         raise SettingsError(
             f"--batch {settings.batch} cannot be divided among {world} processes: "
             f"take {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
+        )
+    if "container" in os.environ and not (settings.data / NAME).is_file():  # which docker/Dockerfile sets
+        raise SettingsError(
+            f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
+            "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
     manifest = read_manifest(settings.data)
     for split in ("train", "val"):
@@ -94,7 +103,7 @@ def _demo(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("demo"), help="where all of it goes (default demo)"
+        "--folder", type=Path, default=Path("runs/demo"), help="where all of it goes (default runs/demo)"
     )
     options = parser.parse_args(arguments)
 

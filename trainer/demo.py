@@ -1,27 +1,37 @@
 """The whole way on a small drawn picture set, by the commands that a user would type."""
 
+import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.manifest import NAME
 
 
 def demo(folder: Path) -> int:
-    """Draw, pack and train in `folder`; returns the exit code of the command that failed, or 0."""
+    """Draw, pack and train in `folder`.
+
+    Returns the exit code of a command that failed. Training takes the place of this process, so that
+    a signal reaches it.
+    """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
-    commands = {
+    preparations = {
         pictures / "val": ["tools.draw_pictures", "--output", pictures],
         shards / NAME: ["tools.make_shards", "--input", pictures, "--output", shards, "--size", "128"],
-        None: ["trainer.cli", "--data", shards, "--out", run, "--recipe", "demo"],
     }
-    for result, command in commands.items():
-        if result is not None and result.exists():
-            continue
-        arguments = ["-m", *map(str, command)]
-        print("$", shlex.join(["python", *arguments]), flush=True)
-        code = subprocess.run([sys.executable, *arguments], check=False).returncode
-        if code:
-            return code
-    return 0
+    for result, command in preparations.items():
+        if not result.exists():
+            code = subprocess.run(_announced(command), check=False).returncode
+            if code:
+                return code
+    training = _announced(["trainer.cli", "--data", shards, "--out", run, "--recipe", "demo"])
+    os.execv(sys.executable, training)
+
+
+def _announced(command: Iterable[object]) -> list[str]:
+    """The command in full, shown as a user would type it."""
+    arguments = ["-m", *map(str, command)]
+    print("$", shlex.join(["python", *arguments]), flush=True)
+    return [sys.executable, *arguments]

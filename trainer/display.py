@@ -50,7 +50,7 @@ class Display:
         )
         self._progress.update(self._task, completed=step, epoch=epoch, text=text)
         if self._progress.disable:
-            left = _duration((self.steps - step) * interval.seconds / interval.steps)
+            left = duration((self.steps - step) * interval.seconds / interval.steps)
             self.say(
                 f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
             )
@@ -62,7 +62,8 @@ class Display:
         )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the units that people would use."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

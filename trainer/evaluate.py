@@ -51,7 +51,7 @@ def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, precision: str, batches: Iterable[tuple[Tensor, Tensor]], world: World, metrics: Metrics
 ) -> Scores:
-    """Evaluate over this process's batches and add up those of all processes."""
+    """Evaluate over this process's batches and add up those of all processes; without any, scores are NaN."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
     waiting = time.monotonic()
@@ -69,9 +69,10 @@ def evaluate(
         now = time.monotonic()
         metrics.step_seconds["eval"].observe(now - begun)
         waiting = begun = now
-    top1, top5, loss, images = world.sum(sums).tolist()
     model.train()
-    return Scores(top1 / images, top5 / images, loss / images, int(images))
+    sums = world.sum(sums)
+    top1, top5, loss = (sums[:3] / sums[3]).tolist()
+    return Scores(top1, top5, loss, int(sums[3]))
 
 
 def evaluate_run(settings: Settings, run: Run, split: str, crops: int) -> str:

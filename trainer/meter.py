@@ -8,11 +8,13 @@ from torch import Tensor
 
 from trainer.distributed import World
 
+READY_SECONDS = 0.001  # a batch that takes no longer to get was ready
+
 
 @dataclass(frozen=True)
 class Interval:
-    """Means over an interval and all processes. busy_seconds and wait_seconds are this process's:
-    device time in steps, and host time blocked on the loader."""
+    """Means over an interval and all processes. This process's are busy_seconds, device time in steps;
+    wait_seconds, host time blocked on the loader; and ready, how many batches it had at once."""
 
     steps: int
     images: int
@@ -21,6 +23,7 @@ class Interval:
     seconds: float
     wait_seconds: float
     busy_seconds: float
+    ready: int
 
     @property
     def images_per_second(self) -> float:
@@ -29,6 +32,15 @@ class Interval:
     @property
     def wait_ratio(self) -> float:
         return self.wait_seconds / self.seconds
+
+    @property
+    def verdict(self) -> str:
+        """What limits the run, as docker/prometheus/rules/recording.yml judges it over a longer time."""
+        if self.busy_seconds >= 0.95 * self.seconds:
+            return "compute-bound"
+        if self.ready < 0.5 * self.steps:
+            return "input-bound"
+        return "host gap" if self.ready >= 0.95 * self.steps else "mixed"
 
 
 class Meter:
@@ -44,13 +56,14 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        self._steps = self._images = 0
+        self._steps = self._images = self._ready = 0
         self._waited = self._busy = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.monotonic()
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
+        self._ready += seconds <= READY_SECONDS
 
     def begin_step(self) -> None:
         """The batch is there."""
@@ -77,6 +90,15 @@ class Meter:
         images = self._images * self.world.size
         busy = self._busy + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
         seconds = time.monotonic() - self._start
-        interval = Interval(self._steps, images, loss / images, wrong / images, seconds, self._waited, busy)
+        interval = Interval(
+            steps=self._steps,
+            images=images,
+            loss=loss / images,
+            error=wrong / images,
+            seconds=seconds,
+            wait_seconds=self._waited,
+            busy_seconds=busy,
+            ready=self._ready,
+        )
         self._reset()
         return interval

@@ -1,32 +1,42 @@
-"""Every Prometheus metric of a run, and the server that shows them; the only importer of
-prometheus_client.
+"""Every Prometheus metric of a run; the only importer of prometheus_client.
 
 Counters are exported, not rates: `rate(alexnet_images_total{phase="train"}[1m])` is images/s.
 """
 
 import math
-import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pynvml
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from trainer.meter import Interval
+from trainer.meter import READY_SECONDS, Interval
 
-STALLED_SECONDS = 600.0  # without a step or an evaluation batch: /healthz is no longer healthy
 PHASES = ("train", "eval")
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+disable_created_metrics()  # a second gauge for each counter, which nobody here reads
+_SECONDS = (READY_SECONDS, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_HISTORY = 240  # intervals that the live page draws
 _SAVE_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
     """The metrics of one process, in a registry of its own."""
+
+    CONTENT_TYPE = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -68,10 +78,19 @@ class Metrics:
             "checkpoint_timestamp_seconds", "Unix time of the last good checkpoint."
         )
         self.checkpoint_seconds = histogram("checkpoint_seconds", "Time to save a checkpoint.", _SAVE_SECONDS)
-        self.gpu_memory_peak = gauge("gpu_memory_peak_bytes", "Most GPU memory that torch has held.")
-        self.gpu_utilization = gauge("gpu_utilization_ratio", "As NVML gives it, 0 to 1.")
-        self.jpeg_utilization = gauge("jpeg_engine_utilization_ratio", "As NVML gives it, 0 to 1.")
-        self.run_info = Info("alexnet_run", "What is running.", registry=registry)
+        # With a label, so that there are none where there is no GPU.
+        self._gpu = {
+            "memory_peak": gauge("gpu_memory_peak_bytes", "Most GPU memory that torch has held.", "gpu"),
+            "memory_used": gauge(
+                "gpu_memory_used_ratio", "Of the whole GPU, DALI's memory included, 0 to 1.", "gpu"
+            ),
+            "busy": gauge("gpu_utilization_ratio", "As NVML gives it, 0 to 1.", "gpu"),
+            "jpeg_engine": gauge("jpeg_engine_utilization_ratio", "As NVML gives it, 0 to 1.", "gpu"),
+        }
+        self._ceiling = gauge("ceiling_images_per_second", "Loader or model of this process alone.", "path")
+        self._run_info = Info("alexnet_run", "What is running.", registry=registry)
+        ProcessCollector(registry=registry)
+        self.history: deque[Interval] = deque(maxlen=_HISTORY)
         self._last_progress = time.monotonic()
         self._grad_scale: float | None = None
 
@@ -83,6 +102,7 @@ class Metrics:
         self, interval: Interval, learning_rate: float, grad_scale: float, device: torch.device
     ) -> None:
         """Take over what an interval of training came to."""
+        self.history.append(interval)
         self.loss["train"].set(interval.loss)
         self.learning_rate.set(learning_rate)
         self.images_per_second.set(interval.images_per_second)
@@ -92,16 +112,37 @@ class Metrics:
         self._grad_scale = grad_scale
         self.grad_scale.set(grad_scale)
         if device.type == "cuda":
-            self.gpu_memory_peak.set(torch.cuda.max_memory_allocated(device))
-            handle = _nvml_handle(device)
-            self.gpu_utilization.set(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-            self.jpeg_utilization.set(pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100)
+            self._look_at_gpu(device)
+
+    def _look_at_gpu(self, device: torch.device) -> None:
+        handle = _nvml_handle(device)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        values = {
+            "memory_peak": torch.cuda.max_memory_allocated(device),
+            "memory_used": memory.used / memory.total,
+            "busy": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "jpeg_engine": pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100,
+        }
+        for name, value in values.items():
+            self._gpu[name].labels(str(device.index)).set(value)
 
     def evaluated(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
         """Take over what an evaluation came to."""
         self.loss["eval"].set(loss)
         self.eval_error_ratio.labels(protocol, "1").set(top1_error)
         self.eval_error_ratio.labels(protocol, "5").set(top5_error)
+
+    def ceiling(self, path: str, images_per_second: float) -> None:
+        """Take over what `loader` or `model` can do alone."""
+        self._ceiling.labels(path).set(images_per_second)
+
+    def describe(self, about: Mapping[str, str]) -> None:
+        """Say what is running, in labels."""
+        self._run_info.info({name.replace("-", "_"): value for name, value in about.items()})
+
+    def exposition(self) -> str:
+        """All of them as Prometheus reads them."""
+        return generate_latest(self.registry).decode()
 
     def stalled_seconds(self) -> float:
         """Time since the last `progress`."""
@@ -121,45 +162,3 @@ class Metrics:
 def _nvml_handle(device: torch.device):
     pynvml.nvmlInit()
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-
-class MetricsServer:
-    """Serves /metrics and /healthz from a thread until closed.
-
-    Raises OSError if the port is taken.
-    """
-
-    def __init__(self, metrics: Metrics, address: str, port: int):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(metrics.registry))
-                elif self.path == "/healthz":
-                    stalled = metrics.stalled_seconds()
-                    healthy = stalled < STALLED_SECONDS
-                    text = "ok\n" if healthy else f"no progress for {stalled:.0f} seconds\n"
-                    self._answer(200 if healthy else 503, "text/plain", text.encode())
-                else:
-                    self._answer(404, "text/plain", b"there are /metrics and /healthz\n")
-
-            def _answer(self, status: int, content_type: str, body: bytes) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", content_type)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                """Scrapes are not worth a line each."""
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            allow_reuse_address = True  # of a port in TIME_WAIT, not of one in use
-
-        self._server = Server((address, port), Handler)
-        self.port = self._server.server_address[1]
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()

@@ -23,6 +23,7 @@ from pipeline.manifest import Manifest
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
 _SETTINGS, _ENVIRONMENT = "settings.json", "environment.json"
+_COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
@@ -115,7 +116,9 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str:
-    """The commit that this code is of, with a mark if it was changed; `unknown` outside a clone."""
+    """The commit of this code, with a mark if it was changed; `unknown` outside a clone and an image."""
+    if _COMMIT.exists():
+        return _COMMIT.read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)

@@ -105,6 +105,8 @@ class Settings(BaseSettings):
     """Of the metrics server; process r of a machine takes port+r, and 0 is none."""
     address: str = "0.0.0.0"
     """Address that the metrics server binds."""
+    calibrate: bool = False
+    """Whether to measure first what the loader and the model can each do alone, for the dashboard."""
     log_every: PositiveInt = 20
     """Steps between two lines of metrics."""
     checkpoint_steps: Count = 0
@@ -131,7 +133,7 @@ class Settings(BaseSettings):
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
     {"data", "out", "recipe", "device", "threads", "prefetch", "evaluation_batch", "port", "address",
-     "log_every", "checkpoint_steps", "keep_checkpoints"}
+     "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
 )  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 """The training loop, top to bottom: section 5 of the paper around the loader, the net and the metrics."""
 
 import errno
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import takewhile
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,21 +18,27 @@ from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
+from trainer.ceilings import loader_work, model_work, rate
 from trainer.display import Display
 from trainer.distributed import World
 from trainer.evaluate import PROTOCOLS, evaluate
 from trainer.meter import Meter
-from trainer.metrics import Metrics, MetricsServer
+from trainer.metrics import Metrics
 from trainer.optim import learning_rate, make_optimizer, set_learning_rate
 from trainer.run import Run
+from trainer.server import MetricsServer
 from trainer.settings import Settings, SettingsError
 from trainer.step import Step, resolve_precision
+from trainer.stop import Stopped, StopRequest
+
+CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 
 
 def train(settings: Settings, run: Run) -> None:
     """Train as the settings say, or continue the run that is in the folder, and write its report.
 
-    Raises SettingsError, DatasetError, RunError or OSError with a message for people.
+    Raises SettingsError, DatasetError, RunError or OSError with a message for people, and Stopped
+    after SIGTERM or SIGINT, its checkpoint saved.
     """
     world = distributed.join(settings.device)
     server = None
@@ -37,6 +47,8 @@ def train(settings: Settings, run: Run) -> None:
         with metrics.activity("start-up"):
             server = serve(metrics, settings, world)
             trainer = Trainer(settings, run, world, metrics, server.port if server else None)
+            if settings.calibrate:
+                trainer.calibrate()
         trainer.run_to_end()
     finally:
         if server is not None:
@@ -78,6 +90,9 @@ class Trainer:
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
         self.errors: list[float] = []  # validation top-1, an epoch each
+        self.evaluated = 0  # epochs done when that was last measured
+        self.stop = StopRequest()
+        self.stopping = False  # as all processes have agreed
 
         self.model = build_model(settings, len(self.dataset.manifest.classes), world.device)
         self.optimizer = make_optimizer(self.model, settings)
@@ -96,37 +111,57 @@ class Trainer:
         """Epochs done after `step` steps, with the fraction."""
         return step * self.plan.batch / self.plan.samples
 
-    def _epochs_done(self, step: int) -> int:
-        return step * self.plan.batch // self.plan.samples
+    @property
+    def epochs_done(self) -> int:
+        return self.step * self.plan.batch // self.plan.samples
+
+    def calibrate(self) -> None:
+        """Measure the two ceilings, on a loader and a net of their own."""
+        classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
+        works = {
+            "loader": loader_work(self.batches()),
+            "model": model_work(self.settings, classes, self.decoding, share, self.precision),
+        }
+        for path, work in works.items():
+            work()  # to warm up
+            self.metrics.ceiling(path, rate(work, CALIBRATION_SECONDS, self.world.device))
+            self.metrics.progress()
 
     def run_to_end(self) -> None:
-        with self.display:
+        with self.display, self.stop:
             self._introduce()
             batches = self.batches()
-            while self.step < self.steps:
+            save_due = False
+            while True:
+                if self.epochs_done > self.evaluated and not self.stopping:
+                    self._evaluate()
+                    save_due = True
+                if save_due or self.stopping:
+                    self._save()
+                if self.stopping:
+                    self._leave()
+                if self.step == self.steps:
+                    break
                 with self.metrics.activity("train"):
                     self.train_one(batches)
-                epoch_ends = self._epochs_done(self.step) > self._epochs_done(self.step - 1)
-                checkpoint_due = (
-                    self.settings.checkpoint_steps and self.step % self.settings.checkpoint_steps == 0
-                )
-                if epoch_ends or checkpoint_due or self.step % self.settings.log_every == 0:
+                every = self.settings.checkpoint_steps
+                save_due = every > 0 and self.step % every == 0
+                log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
+                # Several processes must stop at the same step: they agree on it when they log.
+                if log_due or save_due or (self.stop.is_made and self.world.size == 1):
                     self._log()
-                if epoch_ends:
-                    self._evaluate()
-                if epoch_ends or checkpoint_due:
-                    self._save()
+                    self.stopping = self.world.any(self.stop.is_made)
             if self.world.is_main:
                 from trainer.report import write_report
 
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
     def batches(self) -> Iterator[Batch]:
-        """This process's part of all steps that are left."""
+        """This process's part of each step from here on."""
         return train_loader(
             self.dataset,
             self.plan,
-            range(self.step, self.steps),
+            range(self.step, sys.maxsize),
             self.decoding,
             colour=self.settings.colour,
             colour_epochs=self.settings.colour_epochs,
@@ -174,7 +209,7 @@ class Trainer:
         self.display.interval(self.step, epoch, self.learning_rate, interval)
 
     def _evaluate(self) -> None:
-        """Errors over the whole validation set, centre crop."""
+        """Errors over the whole validation set, centre crop; given up when a process is asked to stop."""
         with self.metrics.activity("eval"):
             batches = evaluation_loader(
                 self.dataset,
@@ -184,8 +219,13 @@ class Trainer:
                 rank=self.world.rank,
                 world=self.world.size,
             )
+            batches = takewhile(lambda _: not self.stop.is_made, batches)
             scores = evaluate(self.model, self.precision, batches, self.world, self.metrics)
+        self.stopping = self.world.any(self.stop.is_made)
+        if self.stopping:
+            return
         self.errors.append(scores.top1_error)
+        self.evaluated = self.epochs_done
         self.metrics.evaluated(
             PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
         )
@@ -199,17 +239,27 @@ class Trainer:
     def _save(self) -> None:
         with self.metrics.activity("checkpoint"):
             if self.world.is_main:
+                now = time.time()
                 state = {
                     "step": self.step,
                     "errors": self.errors,
+                    "evaluated": self.evaluated,
+                    "time": now,
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.train_step.scaler.state_dict(),
                 }
                 with self.metrics.checkpoint_seconds.time():
                     checkpoint.save(self.run.checkpoints, self.step, state, self.settings.keep_checkpoints)
-                self.metrics.checkpoint_timestamp.set_to_current_time()
+                self.metrics.checkpoint_timestamp.set(now)
         self.meter.restart()
+
+    def _leave(self) -> NoReturn:
+        """End as asked, the checkpoint being saved."""
+        by = self.stop.signal or signal.SIGTERM
+        self.display.say(f"{by.name}: saved after step {self.step}; the same command again continues the run")
+        self.world.wait()  # torchrun ends the others as soon as one is gone
+        raise Stopped(by)
 
     def _resume(self) -> list[str]:
         """Take up the newest good checkpoint, if there is one; returns what there is to say of it."""
@@ -218,13 +268,22 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.train_step.scaler.load_state_dict(state["scaler"])
-            self.step, self.errors = state["step"], state["errors"]
+            self.step, self.errors, self.evaluated = state["step"], state["errors"], state["evaluated"]
+            if self.world.is_main:
+                self.metrics.checkpoint_timestamp.set(state["time"])
             notes.append(
                 f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
             )
         if self.world.is_main:
             self.run.metrics.truncate(self.step)
             self.run.evaluations.truncate(self.step)
+            for row in self.run.evaluations.rows()[-1:]:
+                self.metrics.evaluated(
+                    PROTOCOLS[1],
+                    loss=row["loss"],
+                    top1_error=row["top1_error"],
+                    top5_error=row["top5_error"],
+                )
         return notes
 
     def _introduce(self) -> None:
@@ -232,7 +291,14 @@ class Trainer:
         name = self.world.device_name
         if self.world.is_main:
             about = self.run.record_environment(name)
-            self.metrics.run_info.info({"recipe": self.settings.recipe, "precision": self.precision, **about})
+            self.metrics.describe(
+                {
+                    "run": str(self.run.folder),
+                    "recipe": self.settings.recipe,
+                    "precision": self.precision,
+                    **about,
+                }
+            )
         train, val = (self.dataset.manifest.split(split).samples for split in ("train", "val"))
         self.display.say(
             f"{self.run.folder}: recipe {self.settings.recipe}, {train:,} training and {val:,} validation "
@@ -240,6 +306,8 @@ class Trainer:
             f"on {self.world.size} × {name} in {self.precision}"
         )
         if self.port is not None:
-            self.display.say(f"metrics: http://{self.settings.address}:{self.port}/metrics")
+            self.display.say(
+                f"live page: http://{self.settings.address}:{self.port}/ and metrics at /metrics"
+            )
         for note in self.notes:
             self.display.say(note)

@@ -9,12 +9,6 @@ import pytest
 from tools import bench
 
 
-def test_rate_is_images_over_seconds(monkeypatch):
-    clock = iter([0.0, 0.0, 1.0, 2.0, 2.0])  # start, three looks at the time, end
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    assert bench.rate(lambda: 30, seconds=2.0, synchronize=lambda: None) == 30.0
-
-
 def test_contestants_run_by_turns_after_a_warm_up():
     order = []
 

@@ -48,6 +48,14 @@ def test_no_dataset(fail, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_container_without_a_dataset_says_what_to_mount(fail, tmp_path, monkeypatch):
+    monkeypatch.setenv("container", "oci")
+    monkeypatch.setenv("ALEXNET_DATA", str(tmp_path / "data"))
+    message = fail()
+    assert f"-v $PWD/shards:{tmp_path}/data:ro" in message
+    assert "docker run alexnet-train demo" in message
+
+
 def test_a_dataset_of_a_newer_format(fail, data, tmp_path):
     manifest = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps({**manifest, "format": 2, "new": "thing"}))

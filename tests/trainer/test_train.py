@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.loader import evaluation_loader
+from trainer import cli
+
 # 60 training images: 5 steps an epoch. The smallest net, and a row in metrics.csv for each step.
 TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "3", "--log-every", "1"]
 EXACT = ("step", "epoch", "loss", "error", "learning_rate")
@@ -59,6 +62,60 @@ def test_a_run_that_is_killed_twice_gives_the_losses_of_one_that_is_not(packed, 
     assert "continuing" in output
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def terminate_after(steps: int, arguments: list[str], out: Path) -> tuple[int, str]:
+    """Send SIGTERM once so many rows are there; returns the exit code and what was printed."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    while len(rows(out / "metrics.csv")) < steps and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def test_sigterm_saves_what_was_done_and_the_same_command_goes_on(packed, whole, tmp_path):
+    out = tmp_path / "run"
+    code, output = terminate_after(7, command(packed, out), out)
+    assert code == 143
+    (newest,) = sorted(path.name for path in (out / "checkpoints").iterdir())[-1:]
+    done = int(rows(out / "metrics.csv")[-1]["step"])
+    assert newest == f"step-{done:09d}.pt"
+    assert f"SIGTERM: saved after step {done}" in output
+    assert f"after step {done}" in run(*command(packed, out))
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path, monkeypatch):
+    """SIGTERM comes with the first batch of the second epoch's evaluation, and of the last one's."""
+    out = tmp_path / "run"
+    for epochs in (1, 2):
+
+        def interrupted(*arguments, epochs=epochs, **options):
+            for batch in evaluation_loader(*arguments, **options):
+                if len(rows(out / "evaluations.csv")) == epochs:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        monkeypatch.setattr("trainer.train.evaluation_loader", interrupted)
+        monkeypatch.setattr(sys, "argv", command(packed, out)[1:])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 143
+        assert len(rows(out / "evaluations.csv")) == epochs
+    run(*command(packed, out))
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_two_processes_stop_at_the_same_step(packed, tmp_path):
+    out = tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    _, output = terminate_after(3, [*torchrun, *command(packed, out, "--epochs", "500")], out)
+    done = int(rows(out / "metrics.csv")[-1]["step"])
+    assert f"SIGTERM: saved after step {done}" in output
+    assert (out / "checkpoints" / f"step-{done:09d}.pt").is_file()
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_losses_are_the_same(packed, whole, tmp_path):
@@ -118,7 +175,9 @@ def test_metrics_are_served_while_it_trains(packed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment["ALEXNET_PORT"] = str(free.getsockname()[1])
-    process = subprocess.Popen([sys.executable, *arguments, "--epochs", "100"], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, *arguments, "--epochs", "100", "--calibrate"], env=environment
+    )
     try:
         text, url = "", f"http://127.0.0.1:{environment['ALEXNET_PORT']}"
         while 'alexnet_eval_error_ratio{k="1",protocol="centre"}' not in text:
@@ -132,7 +191,9 @@ def test_metrics_are_served_while_it_trains(packed, tmp_path):
         steps = float(values["alexnet_step"])
         assert steps >= 5
         assert float(values['alexnet_images_total{phase="train"}']) == 12 * steps
-        assert float(values["alexnet_loss" + '{phase="train"}']) > 0
+        assert float(values['alexnet_loss{phase="train"}']) > 0
+        for path in ("loader", "model"):
+            assert float(values[f'alexnet_ceiling_images_per_second{{path="{path}"}}']) > 0
         assert urllib.request.urlopen(f"{url}/healthz", timeout=10).read() == b"ok\n"
     finally:
         process.kill()

@@ -1,0 +1,41 @@
+"""Ending a run on request: a signal is noted, and the loop saves and leaves when it has done its step."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818 – no error
+    """A run that was asked to stop, after its checkpoint was saved."""
+
+    def __init__(self, by: signal.Signals):
+        super().__init__(f"stopped by {by.name}")
+        self.exit_code = 128 + by  # as a shell reports a process that a signal ended
+
+
+class StopRequest:
+    """Notes the first SIGTERM and the first SIGINT while entered; a second of the same kind acts as ever.
+
+    Only of the same kind: torchrun answers Ctrl-C, which its processes see too, by sending them SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def is_made(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, self._before[self.signal])
