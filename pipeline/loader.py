@@ -6,9 +6,10 @@ batches ahead in its own threads, and reads the JPEG bytes straight from the map
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.shards import ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 _SOI = b"\xff\xd8"  # with which each JPEG begins
+LeaveOut = Callable[[str], None]  # told where a sample lies that cannot be decoded
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row for each
 
 
@@ -63,10 +65,13 @@ def train_loader(
     colour_epochs: int | None = None,
     rank: int = 0,
     world: int = 1,
+    leave_out: LeaveOut | None = None,
 ) -> Iterator[Batch]:
     """A rank's part of each step: random crop, mirror and colour.
 
     colour: one of COLOURS. colour_epochs: epochs after which it is switched off, if it is.
+    leave_out: called with the place of each sample that cannot be decoded, for which the next one of
+    the dataset is taken, with the draws that were for it; None makes it a DatasetError.
     Raises ValueError if `world` does not divide the plan's batch, DatasetError for damaged data.
     """
     reader, pixels = dataset.reader("train"), dataset.manifest.pixels
@@ -96,7 +101,7 @@ def train_loader(
         return train_pipeline(source, graph_options(dataset.manifest, decoding, plan.batch // world))
 
     plan.step_batch(0, rank, world)  # so that a batch that cannot be divided is refused here
-    return _run(build, reader, requests(), decoding)
+    return _Stream(build, reader, requests(), decoding, leave_out, replace=True).batches()
 
 
 def evaluation_loader(
@@ -108,10 +113,12 @@ def evaluation_loader(
     crops: int = 1,
     rank: int = 0,
     world: int = 1,
+    leave_out: LeaveOut | None = None,
 ) -> Iterator[Batch]:
     """A rank's share of a split, in order, each sample once; the last batch may be smaller.
 
-    crops: 1 for the centre or 10; with ten, pixels are [n,10,3,crop,crop].
+    crops: 1 for the centre or 10; with ten, pixels are [n,10,3,crop,crop]. leave_out: called with the
+    place of each sample that cannot be decoded and is left out; None makes it a DatasetError.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)
@@ -124,7 +131,7 @@ def evaluation_loader(
         options = graph_options(dataset.manifest, decoding, batch)
         return evaluation_pipeline(source, options, dataset.manifest.pixels.mean, crops)
 
-    return _run(build, reader, requests(), decoding) if mine else iter(())
+    return _Stream(build, reader, requests(), decoding, leave_out, replace=False).batches()
 
 
 def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[Batch]:
@@ -171,59 +178,103 @@ def _crop_places(
     return places[0], places[1]
 
 
-def _run(
-    build: Callable[[Callable], Any], reader: ShardReader, requests: Iterable[Request], decoding: Decoding
-) -> Iterator[Batch]:
-    """Feed the requests to a pipeline and yield what comes out."""
-    # DALI reads the arrays where they are, so those of every batch under way are kept.
-    under_way: deque = deque(maxlen=decoding.prefetch + 2)
-    queue = iter(requests)
-    overwritten: list[int] = []
+class _Stream:
+    """Feeds requests to a DALI pipeline and yields what comes out.
 
-    def source() -> tuple:
-        samples, arguments = next(queue)
-        jpegs = reader.jpegs(samples)
-        inputs = (jpegs, reader.rows["label"][samples].astype(np.int64), *arguments)
-        # On bytes that do not begin like a JPEG, DALI may crash the process instead of raising.
-        overwritten.extend(n for n, jpeg in zip(samples, jpegs, strict=True) if jpeg[:2].tobytes() != _SOI)
-        if overwritten:
-            raise StopIteration  # once the batches before it are through
-        under_way.append((samples, inputs))
-        return inputs
+    leave_out: is told the name of each sample that cannot be decoded; without it, such a sample is an
+    error. replace: whether the next one takes its place, or its batch becomes smaller.
+    """
 
-    pipeline = build(source)
+    def __init__(
+        self,
+        build: Callable[[Callable], Any],
+        reader: ShardReader,
+        requests: Iterator[Request],
+        decoding: Decoding,
+        leave_out: LeaveOut | None,
+        replace: bool,
+    ):
+        self.build, self.reader, self.requests, self.decoding = build, reader, requests, decoding
+        self.leave_out, self.replace = leave_out, replace
+        self.bad: set[int] = set()
+        self.failure: DatasetError | None = None
+        self.under_way: deque[Request] = deque()  # which DALI has and has not answered
+        # DALI reads the arrays where they are, on a GPU also after it has answered.
+        self.inputs: deque[tuple] = deque(maxlen=decoding.prefetch + 2)
+        self.pipeline = build(self._source)
 
-    def batches() -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
+        device = self.decoding.device
         while True:
             # On a GPU the outputs are ready in the order of torch's stream: the host does not wait.
-            stream = torch.cuda.current_stream(decoding.device) if decoding.device.type == "cuda" else None
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             try:
-                pixels, labels = pipeline.run(stream)
+                pixels, labels = self.pipeline.run(stream)
             except StopIteration:
-                if overwritten:
-                    raise _undecodable(reader, overwritten[0]) from None
+                if self.failure is not None:
+                    raise self.failure from None
                 return
             except RuntimeError as error:
-                raise _explained(error, reader, under_way) from error
+                self._find_bad(error)
+                self.requests = chain(self.under_way, self.requests)
+                self.under_way = deque()
+                self.pipeline = self.build(self._source)
+                continue
+            self.under_way.popleft()
             # HWC in memory and CHW in shape is what torch calls channels_last.
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), torch.from_dlpack(labels.as_tensor())
 
-    return batches()
+    def _source(self) -> tuple:
+        """What DALI shall work on next."""
+        samples = np.array([], np.int64)
+        while not samples.size:
+            samples, arguments = next(self.requests)
+            try:
+                samples = self._without_bad(samples)
+            except DatasetError as error:
+                self.failure = error  # for when the batches before it are through
+                raise StopIteration from None
+        self.under_way.append((samples, arguments))
+        labels = self.reader.rows["label"][samples].astype(np.int64)
+        self.inputs.append((self.reader.jpegs(samples), labels, *arguments))
+        return self.inputs[-1]
+
+    def _without_bad(self, samples: np.ndarray) -> np.ndarray:
+        while True:
+            # On bytes that do not begin like a JPEG, DALI may crash the process instead of raising.
+            for number, jpeg in zip(samples.tolist(), self.reader.jpegs(samples), strict=True):
+                if jpeg[:2].tobytes() != _SOI and number not in self.bad:
+                    self._note_bad(number)
+            bad = np.isin(samples, list(self.bad))
+            if not bad.any():
+                return samples
+            samples = (
+                np.where(bad, (samples + 1) % len(self.reader), samples) if self.replace else samples[~bad]
+            )
+
+    def _note_bad(self, number: int) -> None:
+        name = self.reader.name(number)
+        if self.leave_out is None or len(self.bad) == len(self.reader) - 1:
+            raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again")
+        self.bad.add(number)
+        self.leave_out(name)
+
+    def _find_bad(self, error: RuntimeError) -> None:
+        """DALI does not say which sample it could not decode: look at all that it had."""
+        numbers = [n for samples, _ in self.under_way for n in samples.tolist()]
+        undecodable = [n for n in dict.fromkeys(numbers) if not _decodes(self.reader.jpeg(n))]
+        if not undecodable:
+            raise DatasetError(f"DALI cannot decode a batch: {error}") from error
+        for number in undecodable:
+            self._note_bad(number)
 
 
-def _explained(error: RuntimeError, reader: ShardReader, under_way: Iterable) -> DatasetError:
-    """DALI does not say which sample it could not decode: find it among those under way."""
+def _decodes(jpeg: np.ndarray) -> bool:
     from PIL import Image
 
-    for samples, (jpegs, *_) in under_way:
-        for sample, jpeg in zip(samples, jpegs, strict=True):
-            try:
-                with Image.open(BytesIO(jpeg.tobytes())) as image:
-                    image.load()
-            except Exception:  # whatever a damaged file makes Pillow raise
-                return _undecodable(reader, sample)
-    return DatasetError(f"DALI cannot decode a batch: {error}")
-
-
-def _undecodable(reader: ShardReader, sample: int) -> DatasetError:
-    return DatasetError(f"the sample in {reader.name(sample)} cannot be decoded: copy the shard again")
+    try:
+        with Image.open(BytesIO(jpeg.tobytes())) as image:
+            image.load()
+    except Exception:  # whatever a damaged file makes Pillow raise
+        return False
+    return True

@@ -36,8 +36,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self.silent:
-            return
+        if not self.silent:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, from any rank."""
         if self._progress.disable:
             print(text, flush=True)
         else:

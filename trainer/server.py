@@ -1,10 +1,13 @@
 """The HTTP server of a process: /metrics for Prometheus, /healthz for supervisors, / for people."""
 
+import errno
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from trainer.distributed import World
 from trainer.live import live_page
 from trainer.metrics import Metrics
+from trainer.settings import Settings, SettingsError
 
 STALLED_SECONDS = 600.0  # without a step or an evaluation batch: /healthz is no longer healthy
 # The live page holds its own style and script, and asks this server alone.
@@ -62,3 +65,18 @@ class MetricsServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
+    """Start the metrics server. Raises SettingsError if its port is taken."""
+    if settings.port == 0:
+        return None
+    port = settings.port + world.local_rank
+    try:
+        return MetricsServer(metrics, settings.address, port)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise SettingsError(f"--address {settings.address} --port {port}: {error.strerror}") from error
+        raise SettingsError(
+            f"port {port} is in use: choose another with --port, or 0 for no metrics"
+        ) from error

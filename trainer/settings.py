@@ -98,6 +98,8 @@ class Settings(BaseSettings):
     """DALI's threads in each process; 0 is one for each core."""
     prefetch: PositiveInt = 2
     """Batches that are prepared ahead."""
+    max_bad_samples: Count = 100
+    """Samples that cannot be decoded and are left out before training ends with an error."""
     evaluation_batch: PositiveInt = 128
     """Images in an evaluation step of each process."""
 
@@ -132,8 +134,8 @@ class Settings(BaseSettings):
 
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
-    {"data", "out", "recipe", "device", "threads", "prefetch", "evaluation_batch", "port", "address",
-     "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
+    {"data", "out", "recipe", "device", "threads", "prefetch", "max_bad_samples", "evaluation_batch",
+     "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
 )  # fmt: skip
 
 

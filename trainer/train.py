@@ -1,6 +1,5 @@
 """The training loop, top to bottom: section 5 of the paper around the loader, the net and the metrics."""
 
-import errno
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
+from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
@@ -26,8 +26,8 @@ from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, make_optimizer, set_learning_rate
 from trainer.run import Run
-from trainer.server import MetricsServer
-from trainer.settings import Settings, SettingsError
+from trainer.server import serve
+from trainer.settings import Settings
 from trainer.step import Step, resolve_precision
 from trainer.stop import Stopped, StopRequest
 
@@ -56,21 +56,6 @@ def train(settings: Settings, run: Run) -> None:
         distributed.leave()
 
 
-def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
-    """Start the metrics server. Raises SettingsError if its port is taken."""
-    if settings.port == 0:
-        return None
-    port = settings.port + world.local_rank
-    try:
-        return MetricsServer(metrics, settings.address, port)
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise SettingsError(f"--address {settings.address} --port {port}: {error.strerror}") from error
-        raise SettingsError(
-            f"port {port} is in use: choose another with --port, or 0 for no metrics"
-        ) from error
-
-
 class Trainer:
     """A run between two of its steps."""
 
@@ -91,6 +76,7 @@ class Trainer:
         self.step = 0
         self.errors: list[float] = []  # validation top-1, an epoch each
         self.evaluated = 0  # epochs done when that was last measured
+        self.bad: set[str] = set()  # places of samples that were left out
         self.stop = StopRequest()
         self.stopping = False  # as all processes have agreed
 
@@ -167,7 +153,19 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
+            leave_out=self._leave_out,
         )
+
+    def _leave_out(self, place: str) -> None:
+        """Count a sample that cannot be decoded. Raises DatasetError if there are too many."""
+        self.metrics.undecodable.inc()
+        self.display.warn(f"left out: the sample in {place}, which cannot be decoded")
+        self.bad.add(place)
+        if len(self.bad) > self.settings.max_bad_samples:
+            raise DatasetError(
+                f"more than {self.settings.max_bad_samples} samples cannot be decoded, the last in {place}: "
+                "copy or pack the dataset again, or allow more with --max-bad-samples"
+            )
 
     def train_one(self, batches: Iterator[Batch]) -> None:
         """One step: wait for the batch, set the learning rate, update."""
@@ -218,6 +216,7 @@ class Trainer:
                 self.decoding,
                 rank=self.world.rank,
                 world=self.world.size,
+                leave_out=self._leave_out,
             )
             batches = takewhile(lambda _: not self.stop.is_made, batches)
             scores = evaluate(self.model, self.precision, batches, self.world, self.metrics)

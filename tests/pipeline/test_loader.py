@@ -1,8 +1,11 @@
 """Loaders: the plan's batches as torch tensors, whatever the ranks, the threads and the prefetching."""
 
+import dataclasses
+import json
 import shutil
 import weakref
 from collections.abc import Callable
+from hashlib import sha256
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -17,7 +20,7 @@ import pipeline.loader
 from pipeline.colour import colour_offsets
 from pipeline.graph import GraphOptions, train_pipeline
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthetic_loader, train_loader
-from pipeline.manifest import DatasetError
+from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
 from tools.make_shards import pack, parse_arguments
 
@@ -207,6 +210,66 @@ def test_a_damaged_sample_ends_training(damaged):
     dataset, _, place = damaged
     with pytest.raises(DatasetError, match=place):
         train(dataset, range(8))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
+    dataset, damaged, world, prefetch, monkeypatch
+):
+    broken, number, place = damaged
+    decoding = Decoding(crop=CROP, prefetch=prefetch)
+    left_out = [[] for _ in range(world)]
+    ours = [
+        train(broken, range(8), decoding, rank=rank, world=world, leave_out=left_out[rank].append)
+        for rank in range(world)
+    ]
+    step_batch = Plan.step_batch
+
+    def of_the_next(plan: Plan, *where: int):
+        batch = step_batch(plan, *where)
+        samples = np.where(batch.samples == number, number + 1, batch.samples)
+        return dataclasses.replace(batch, samples=samples)
+
+    monkeypatch.setattr(Plan, "step_batch", of_the_next)
+    for rank in range(world):
+        assert_equal(ours[rank], train(dataset, range(8), rank=rank, world=world))
+    assert [place] in left_out  # once, though it comes in both epochs
+    assert all(places in ([], [place]) for places in left_out)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_a_sample_that_is_left_out_is_missing_from_an_evaluation(dataset, damaged, batch):
+    broken, number, place = damaged
+    left_out: list[str] = []
+    ours = [
+        (pixels.clone(), labels.clone())
+        for pixels, labels in evaluation_loader(broken, "train", batch, DECODING, leave_out=left_out.append)
+    ]
+    whole = [
+        (pixels.clone(), labels.clone())
+        for pixels, labels in evaluation_loader(dataset, "train", batch, DECODING)
+    ]
+    others = [n for n in range(60) if n != number]
+    assert torch.equal(torch.cat([pixels for pixels, _ in ours]), torch.cat([p for p, _ in whole])[others])
+    assert torch.equal(torch.cat([labels for _, labels in ours]), torch.cat([n for _, n in whole])[others])
+    assert left_out == [place]
+
+
+def test_a_dataset_of_which_nothing_can_be_decoded_is_an_error(packed, tmp_path):
+    root = Path(shutil.copytree(packed, tmp_path / "data"))
+    reader = Dataset(root).reader("val")
+    (shard,) = reader.split.shards
+    with open(root / shard.file, "r+b") as file:
+        for offset in reader.rows["offset"].tolist():
+            file.seek(offset)
+            file.write(bytes(2))
+    manifest = json.loads((root / "dataset.json").read_text())
+    head = (root / shard.file).read_bytes()[:HEAD_BYTES]
+    manifest["splits"]["val"]["shards"][0]["head_sha256"] = sha256(head).hexdigest()
+    (root / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(DatasetError, match="cannot be decoded"):
+        list(evaluation_loader(Dataset(root), "val", 4, DECODING, leave_out=lambda place: None))
 
 
 def test_too_large_a_crop_is_refused_at_once(dataset):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_two_processes_train_like_one(packed, tmp_path):
         (evaluation, _) = rows(out / "evaluations.csv")
         assert evaluation["images"] == "20"
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_path):
+    data = Path(shutil.copytree(packed, tmp_path / "data"))
+    shard = data / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"\xff\xd8\xff", 2**16)  # where opening does not look
+    content[place : place + 200] = bytes(200)
+    shard.write_bytes(content)
+    output = run(*command(data, tmp_path / "run"))
+    assert f"left out: the sample in {shard} at byte {place}" in output
+    assert [int(row["step"]) for row in rows(tmp_path / "run/evaluations.csv")] == [5, 10, 15]
+    strict = [sys.executable, *command(data, tmp_path / "strict", "--max-bad-samples", "0")]
+    done = subprocess.run(strict, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"alexnet-train: more than 0 samples cannot be decoded, the last in {shard} at byte {place}"
+    )
 
 
 def test_metrics_are_served_while_it_trains(packed, tmp_path):
