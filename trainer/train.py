@@ -130,13 +130,13 @@ class Trainer:
                     break
                 with self.metrics.activity("train"):
                     self.train_one(batches)
-                every = self.settings.checkpoint_steps
-                save_due = every > 0 and self.step % every == 0
-                log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
-                # Several processes must stop at the same step: they agree on it when they log.
-                if log_due or save_due or (self.stop.is_made and self.world.size == 1):
-                    self._log()
-                    self.stopping = self.world.any(self.stop.is_made)
+                    every = self.settings.checkpoint_steps
+                    save_due = every > 0 and self.step % every == 0
+                    log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
+                    # Several processes must stop at the same step: they agree on it when they log.
+                    if log_due or save_due or (self.stop.is_made and self.world.size == 1):
+                        self._log()
+                        self.stopping = self.world.any(self.stop.is_made)
             if self.world.is_main:
                 from trainer.report import write_report
 
