@@ -1,0 +1,206 @@
+"""The manifests against Kubernetes' own schemas, the trainer's settings, the image, and each other.
+
+There is no cluster for tests, so nothing here is scheduled; that a run resumes is tested in tests/trainer.
+"""
+
+import copy
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import torch
+import yaml
+
+from model.alexnet import AlexNet
+from trainer.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "docker/kubernetes"
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+Manifest = dict[str, Any]
+
+
+def manifests() -> list[Manifest]:
+    return [
+        document
+        for path in sorted(MANIFESTS.glob("*.yaml"))
+        for document in yaml.safe_load_all(path.read_text())
+    ]
+
+
+def one(kind: str, name: str) -> Manifest:
+    (found,) = (each for each in manifests() if (each["kind"], each["metadata"]["name"]) == (kind, name))
+    return found
+
+
+ONE_GPU, MULTI_NODE = one("Job", "imagenet-1gpu"), one("Job", "imagenet-16gpu")
+SERVICE, POD_MONITOR = one("Service", "imagenet-16gpu"), one("PodMonitor", "alexnet-train")
+jobs = pytest.mark.parametrize("job", [ONE_GPU, MULTI_NODE], ids=lambda job: job["metadata"]["name"])
+
+
+def pod(job: Manifest) -> Manifest:
+    return job["spec"]["template"]["spec"]
+
+
+def trainer(job: Manifest) -> Manifest:
+    (container,) = pod(job)["containers"]
+    return container
+
+
+def torchrun() -> dict[str, str]:
+    """The flags of the command in the pods of several nodes."""
+    words = shlex.split(trainer(MULTI_NODE)["args"][0])
+    flags = words[words.index("torchrun") + 1 : words.index("-m")]
+    return dict(zip(flags[::2], flags[1::2], strict=True))
+
+
+def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the trainer makes of a Job's arguments and environment, and the image's."""
+    monkeypatch.setenv("ALEXNET_DATA", re.search(r"\bALEXNET_DATA=(\S+)", DOCKERFILE)[1])
+    for variable in trainer(job).get("env", []):
+        if "value" in variable:
+            monkeypatch.setenv(variable["name"], variable["value"])
+        else:
+            section, resource = variable["valueFrom"]["resourceFieldRef"]["resource"].split(".")
+            monkeypatch.setenv(variable["name"], str(trainer(job)["resources"][section][resource]))
+    words = [word for argument in trainer(job)["args"] for word in shlex.split(argument)]
+    return load_settings(words[words.index("trainer.cli") + 1 :] if "trainer.cli" in words else words)
+
+
+def labels(job: Manifest) -> dict[str, str]:
+    """Of a Job's pods, with the one that Kubernetes adds."""
+    return job["spec"]["template"]["metadata"]["labels"] | {
+        "batch.kubernetes.io/job-name": job["metadata"]["name"]
+    }
+
+
+def checkpoint_bytes() -> int:
+    """Weights and momentum of ImageNet's thousand classes."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in AlexNet(1000).parameters())
+    return 2 * 4 * parameters
+
+
+def complaint(manifest: Manifest) -> str:
+    """What Kubernetes, or Prometheus Operator for its own kind, has against a manifest."""
+    if manifest["kind"] == "PodMonitor":
+        from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so here
+
+        understood = PodMonitor.model_validate(manifest)
+        again = understood.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        return "" if again == manifest else f"only this is known of it: {again}"
+    try:
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "manifest", manifests(), ids=lambda each: f"{each['kind']} {each['metadata']['name']}"
+)
+def test_a_manifest_is_valid_and_a_misspelled_field_of_it_would_not_be(manifest):
+    assert complaint(manifest) == ""
+    misspelled = copy.deepcopy(manifest)
+    misspelled["spec"]["selectors"] = {}
+    assert "selectors" in complaint(misspelled) or "only this" in complaint(misspelled)
+
+
+@jobs
+def test_the_settings_fit_the_volumes_and_the_run_has_the_jobs_name(job, monkeypatch):
+    got = settings(job, monkeypatch)
+    claims = {
+        volume["name"]: volume["persistentVolumeClaim"]
+        for volume in pod(job)["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    places = {mount["mountPath"]: claims.get(mount["name"]) for mount in trainer(job)["volumeMounts"]}
+    assert places[str(got.data)]["readOnly"]
+    assert "readOnly" not in places[str(got.run_folder.parent)]
+    assert got.run_folder.name == job["metadata"]["name"]
+    for claim in claims.values():
+        assert one("PersistentVolumeClaim", claim["claimName"])
+
+
+@jobs
+def test_every_process_has_a_gpu_a_part_of_the_batch_and_a_port_that_is_scraped(job, monkeypatch):
+    got = settings(job, monkeypatch)
+    processes, nodes = 1, 1
+    if job is MULTI_NODE:
+        processes, nodes = int(torchrun()["--nproc-per-node"]), int(torchrun()["--nnodes"])
+    assert trainer(job)["resources"]["limits"]["nvidia.com/gpu"] == processes
+    assert got.batch % (processes * nodes) == 0
+    ports = trainer(job)["ports"]
+    assert [port["containerPort"] for port in ports] == [got.port + rank for rank in range(processes)]
+    assert got.port == int(re.search(r"EXPOSE (\d+)", DOCKERFILE)[1])
+    scraped = {endpoint["port"] for endpoint in POD_MONITOR["spec"]["podMetricsEndpoints"]}
+    assert {port["name"] for port in ports} <= scraped
+
+
+def test_the_probes_ask_the_first_process_which_has_ten_minutes_to_open_its_port():
+    startup, liveness = (trainer(ONE_GPU)[f"{name}Probe"] for name in ("startup", "liveness"))
+    for probe in (startup, liveness):
+        assert probe["httpGet"] == {"path": "/healthz", "port": trainer(ONE_GPU)["ports"][0]["name"]}
+    assert startup["periodSeconds"] * startup["failureThreshold"] >= 600
+
+
+@jobs
+def test_there_is_time_for_two_checkpoints_at_ten_megabytes_a_second(job):
+    save_seconds = checkpoint_bytes() / 10e6
+    stated = f"{checkpoint_bytes() / 1e6:.0f} MB, {save_seconds:.0f} s where storage takes 10 MB/s"
+    assert stated in (MANIFESTS / "one-gpu.yaml").read_text()
+    assert pod(job)["terminationGracePeriodSeconds"] > 2 * save_seconds
+    if job is MULTI_NODE:
+        patience = int(torchrun()["--shutdown-timeout"])
+        assert 2 * save_seconds < patience < pod(job)["terminationGracePeriodSeconds"]
+
+
+def test_a_graceful_stop_is_no_failure_and_a_refused_setting_is_final():
+    rules = ONE_GPU["spec"]["podFailurePolicy"]["rules"]
+    assert {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule} == {
+        128 + 15: "Ignore",  # SIGTERM
+        2: "FailJob",
+    }
+
+
+@jobs
+def test_an_eviction_is_no_failure(job):
+    first = job["spec"]["podFailurePolicy"]["rules"][0]
+    assert first == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert pod(job)["restartPolicy"] == "Never"
+
+
+@jobs
+def test_a_pod_meets_the_restricted_standard_as_the_images_user_on_a_read_only_root(job):
+    of_pod, of_container = pod(job)["securityContext"], trainer(job)["securityContext"]
+    assert of_pod["runAsNonRoot"]
+    assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert of_pod["runAsUser"] == of_pod["fsGroup"] == int(re.search(r"ARG UID=(\d+)", DOCKERFILE)[1])
+    assert of_container == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert "/tmp" in {mount["mountPath"] for mount in trainer(job)["volumeMounts"]}
+
+
+@jobs
+def test_the_selectors_find_the_pods(job):
+    selectors = [POD_MONITOR["spec"]["selector"]["matchLabels"]]
+    if job is MULTI_NODE:
+        selectors.append(SERVICE["spec"]["selector"])
+    for selector in selectors:
+        assert selector.items() <= labels(job).items()
+    assert labels(job)[POD_MONITOR["spec"]["jobLabel"]] == job["metadata"]["name"]
+
+
+def test_the_nodes_meet_at_the_first_pod_by_its_name_in_the_service():
+    name, spec, flags = MULTI_NODE["metadata"]["name"], MULTI_NODE["spec"], torchrun()
+    assert spec["completionMode"] == "Indexed"
+    assert int(flags["--nnodes"]) == spec["completions"] == spec["parallelism"]
+    assert pod(MULTI_NODE)["subdomain"] == SERVICE["metadata"]["name"]
+    assert flags["--rdzv-endpoint"].split(":")[0] == f"{name}-0.{SERVICE['metadata']['name']}"
+    assert SERVICE["spec"]["clusterIP"] == "None"
