@@ -1,6 +1,8 @@
 # make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
 # make test    all tests         make lint   style and types
 # make bench   images/s of each stage on the demo's pictures
+# make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
+# make image-test   the image, and compose.yaml, on a real Docker engine
 # make setup   the environment in .venv alone, which the others make by themselves
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ BIN := .venv/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench image image-test
 
 setup: .venv/.ready
 
@@ -26,6 +28,14 @@ lint: setup
 
 bench: demo
 	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo
+
+image: TARGET ?= cuda
+image:
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train --build-arg TARGET=$(TARGET) \
+		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*') $(BUILD_OPTIONS) .
+
+image-test: setup
+	ALEXNET_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
 
 .venv/.ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,0 +1,106 @@
+"""The image and its containers, for the tests marked `image`.
+
+`make image-test` names the image in ALEXNET_IMAGE, and then a missing engine is a failure. Without the
+name these tests skip, since an image takes minutes to build.
+"""
+
+import json
+import os
+import re
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+def run_docker(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the client; both streams are captured, and a failure shows them."""
+    command = ["docker", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done
+
+
+class Container:
+    """A container that was started in the background."""
+
+    def __init__(self, *arguments: object):
+        self.id = run_docker("run", "--detach", *arguments).stdout.strip()
+
+    def state(self) -> dict[str, Any]:
+        return json.loads(run_docker("inspect", "--format", "{{json .State}}", self.id).stdout)
+
+    def health(self) -> str:
+        return self.state()["Health"]["Status"]
+
+    def logs(self) -> str:
+        done = run_docker("logs", self.id)
+        return done.stdout + done.stderr
+
+    def sh(self, script: str, *, user: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a shell inside, whatever it exits with."""
+        options = ["--user", user] if user else []
+        return run_docker("exec", *options, self.id, "sh", "-c", script, check=False)
+
+    def stop(self, seconds: int = 120) -> int:
+        """Ask it to end, as `docker stop` does; returns the exit code, 137 if it had to be killed."""
+        run_docker("stop", "--time", seconds, self.id)
+        return self.state()["ExitCode"]
+
+    def metric(self, sample: str) -> float | None:
+        """A sample such as `name{label="value"}` of the published /metrics; None before the port answers."""
+        port = run_docker("port", self.id, "9410/tcp").stdout.split(":")[-1].strip()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return None
+        found = re.search(rf"^{re.escape(sample)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else None
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Poll; pytest's time limit is the only one. Fails once the container has ended."""
+        while not condition():
+            assert self.state()["Running"], self.logs()
+            time.sleep(0.2)
+
+    def wait_for_images(self, more_than: float = 0) -> float:
+        """Until it has trained on more images than that; returns how many."""
+        self.wait_until(lambda: (self.metric('alexnet_images_total{phase="train"}') or 0) > more_than)
+        return self.metric('alexnet_images_total{phase="train"}') or 0
+
+    def remove(self) -> None:
+        run_docker("rm", "--force", "--volumes", self.id)
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The image's name."""
+    name = os.environ.get("ALEXNET_IMAGE")
+    if not name:
+        pytest.skip("ALEXNET_IMAGE is not set, which `make image-test` does")
+    run_docker("image", "inspect", name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def docker(image: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the client where there is an image."""
+    return run_docker
+
+
+@pytest.fixture(scope="module")
+def start(image: str) -> Iterator[Callable[..., Container]]:
+    """Start containers, each with these arguments of `docker run`; they are removed after the module."""
+    containers: list[Container] = []
+
+    def begin(*arguments: object) -> Container:
+        containers.append(Container(*arguments))
+        return containers[-1]
+
+    yield begin
+    for container in containers:
+        container.remove()

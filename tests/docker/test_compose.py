@@ -1,0 +1,164 @@
+"""compose.yaml by Compose itself; marked `image`, what it starts on a real engine.
+
+That test leaves Grafana out, whose image only a registry has: its part of the file is checked, never run.
+In the place of Prometheus' image may stand Debian's Prometheus, by prometheus.Dockerfile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.settings import Settings
+
+FOLDER = Path(__file__).parents[2] / "docker"
+COMPOSE, GPU = FOLDER / "compose.yaml", FOLDER / "compose.gpu.yaml"
+VARIABLES = ("BIND", "DATA", "GRAFANA_PASSWORD", "RECIPE", "RUN_AS", "TARGET", "TORCH_INDEX")
+
+
+def compose(files: list[Path], *arguments: str, **variables: str) -> str:
+    """What docker-compose prints, with these variables and not the user's."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("docker-compose"), *(f"--file={file}" for file in files), *arguments],
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def services(*files: Path, **variables: str) -> dict[str, Any]:
+    arguments = ("--profile", "exporters", "config", "--format", "json")
+    return json.loads(compose([COMPOSE, *files], *arguments, **variables))["services"]
+
+
+def test_the_exporters_come_only_when_asked_for_and_the_gpus_only_with_the_gpu():
+    usual = {"trainer", "prometheus", "grafana"}
+    for files, exporters in (
+        ([COMPOSE], {"node-exporter"}),
+        ([COMPOSE, GPU], {"node-exporter", "dcgm-exporter"}),
+    ):
+        assert set(compose(files, "config", "--services").split()) == usual
+        assert (
+            set(compose(files, "--profile", "exporters", "config", "--services").split()) == usual | exporters
+        )
+
+
+def test_only_the_override_reserves_a_gpu():
+    assert "deploy" not in services()["trainer"]
+    (device,) = services(GPU)["trainer"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+
+
+@pytest.mark.parametrize(("given", "mount", "command"), [("", "volume", "demo\n"), ("/shards", "bind", "\n")])
+def test_the_trainer_takes_the_data_or_else_the_demo(given, mount, command, tmp_path):
+    trainer = services(DATA=given, RECIPE="small")["trainer"]
+    (data,) = (volume for volume in trainer["volumes"] if volume["target"] == "/data")
+    assert data["type"] == mount
+    assert data["read_only"]
+    stub = tmp_path / "alexnet-train"
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(0o755)
+    script = trainer["entrypoint"][-1].replace("$$", "$")
+    environment = trainer["environment"] | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == command
+    assert environment["ALEXNET_RECIPE"] == "small"
+
+
+def test_the_ports_are_those_of_the_services_and_open_to_this_machine_alone_unless_told():
+    port = Settings.model_fields["port"].default
+    for variables, address in (({}, "127.0.0.1"), ({"BIND": "0.0.0.0"}, "0.0.0.0")):
+        ports = {
+            name: service["ports"] for name, service in services(**variables).items() if "ports" in service
+        }
+        assert {name: (each["host_ip"], each["target"]) for name, (each,) in ports.items()} == {
+            "trainer": (address, port),
+            "prometheus": (address, 9090),
+            "grafana": (address, 3000),
+        }
+
+
+def test_what_is_mounted_is_there_and_the_first_dashboard_in_it():
+    grafana = services()["grafana"]
+    mounts = {
+        mount["target"]: Path(mount["source"]) for mount in grafana["volumes"] if mount["type"] == "bind"
+    }
+    mounts |= {
+        m["target"]: Path(m["source"]) for m in services()["prometheus"]["volumes"] if m["type"] == "bind"
+    }
+    for source in mounts.values():
+        assert source.is_dir()
+    assert (mounts["/etc/prometheus"] / "prometheus.yml").is_file()
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (mounts[str(home.parent)] / home.name).is_file()
+
+
+def test_a_stop_waits_as_long_as_in_kubernetes():
+    job = yaml.safe_load((FOLDER / "kubernetes/one-gpu.yaml").read_text())
+    seconds = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert services()["trainer"]["stop_grace_period"] == f"{seconds // 60}m{seconds % 60}s"
+
+
+@pytest.fixture(scope="module")
+def running(image: str, packed: Path) -> Iterator[Callable[..., str]]:
+    """The trainer on the packed pictures and Prometheus, up and healthy; calls compose on them."""
+    files = [COMPOSE, Path(__file__).with_name("compose.test.yaml")]
+    variables = {"DATA": str(packed), "RECIPE": "demo", "RUN_AS": str(os.getuid())}
+    variables |= dict.fromkeys(("TRAINER_PORT", "PROMETHEUS_PORT"), "0")
+
+    def call(*arguments: str) -> str:
+        return compose(files, "--project-name", "alexnet-test", *arguments, **variables)
+
+    try:
+        call("up", "--detach", "--wait", "--no-build")
+        yield call
+    finally:
+        call("down", "--volumes")
+
+
+def value(running: Callable[..., str], query: str) -> float:
+    """The one value that Prometheus has for a query; 0 where it has none yet."""
+    address = running("port", "prometheus", "9090").strip()
+    url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    result = json.load(urllib.request.urlopen(url, timeout=10))["data"]["result"]
+    return float(result[0]["value"][1]) if result else 0.0
+
+
+@pytest.mark.image
+def test_prometheus_scrapes_the_trainer_by_name_and_sees_it_train(running):
+    images = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="train"}'
+    while not (before := value(running, images)):
+        time.sleep(1)
+    while value(running, images) <= before:
+        time.sleep(1)
+    assert value(running, 'up{job="alexnet"}') == 1
+
+
+@pytest.mark.image
+def test_the_run_continues_after_a_stop_and_by_itself_after_a_crash(running):
+    running("stop", "trainer")
+    trainer = json.loads(running("ps", "--all", "--format", "json", "trainer"))
+    assert trainer["ExitCode"] == 128 + 15  # SIGTERM
+    assert "saved after step" in running("logs", "trainer")
+
+    def await_continuation(number: int) -> None:
+        while running("logs", "trainer").count("continuing runs/demo after step") < number:
+            time.sleep(1)
+
+    running("up", "--detach", "--no-build")
+    await_continuation(1)
+    running("exec", "trainer", "sh", "-c", "kill -KILL -1")  # all but tini
+    await_continuation(2)

@@ -1,0 +1,185 @@
+"""The image: what it is built from, and, marked `image`, what it does on a real engine."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda")}
+
+# As an orchestrator that trusts nobody runs it.
+HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+PUBLISHED = ("--publish", "127.0.0.1::9410")
+# The smallest net and a line each step; more epochs than any test waits for.
+SMALL = [
+    part
+    for setting in ("RECIPE=demo", "CROP=67", "BATCH=12", "EPOCHS=10000", "LOG_EVERY=1")
+    for part in ("--env", f"ALEXNET_{setting}")
+]
+PROCESS = "$(cat /proc/1/task/1/children)"  # the trainer, as tini's only child
+
+
+def locked(name: str) -> dict[str, str]:
+    """Package and version of each line; fails on one that is not pinned, or has no hash."""
+    text = re.sub(r"^ *#.*\n", "", LOCKS[name].read_text(), flags=re.MULTILINE)
+    versions = {}
+    for line in text.replace("\\\n", "").split("\n"):
+        if not line:
+            continue
+        pinned = re.fullmatch(r"([\w.-]+)==(\S+)((?: +--hash=sha256:[0-9a-f]{64})+) *", line)
+        assert pinned, f"{name}: {line}"
+        versions[canonicalize_name(pinned[1])] = pinned[2]
+    return versions
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_a_lock_has_what_the_project_depends_on(name):
+    versions = locked(name)
+    assert "pillow" not in versions
+    versions["pillow"] = versions["pillow-simd"].partition(".post")[0]
+    for text in PROJECT["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
+
+
+def test_the_locks_agree_with_each_other():
+    build, cpu, cuda = (locked(name) for name in LOCKS)
+    assert cpu.pop("torch").partition("+")[0] == cuda["torch"]
+    assert cpu.items() <= cuda.items()
+    assert build["setuptools"] == cuda["setuptools"]
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile():
+    command = [Path(sys.executable).with_name("hadolint"), ROOT / "docker/Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def demo(image, start):
+    """The demo, which trains on and on, with nothing but a volume to write to."""
+    health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
+    container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
+    container.wait_for_images()
+    return container
+
+
+@pytest.mark.image
+def test_without_a_dataset_it_says_what_to_mount_and_ends(docker, image):
+    done = docker("run", "--rm", image, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert ":/data:ro" in line
+    assert "docker run alexnet-train demo" in line
+
+
+@pytest.mark.image
+def test_the_labels_say_what_it_is_and_the_user_is_not_root(docker, image):
+    def inspect(what: str) -> str:
+        return docker("image", "inspect", "--format", f"{{{{{what}}}}}", image).stdout.strip()
+
+    expected = {
+        "title": PROJECT["name"],
+        "description": PROJECT["description"],
+        "licenses": PROJECT["license"],
+        "version": PROJECT["version"],
+    }
+    for label, value in expected.items():
+        assert inspect(f'index .Config.Labels "org.opencontainers.image.{label}"') == value
+    assert int(inspect(".Config.User")) > 0
+
+
+@pytest.mark.image
+def test_it_decodes_with_pillow_simd_and_has_a_compiler_only_for_cuda(docker, image):
+    script = "import PIL, shutil, torch; print(PIL.__version__, shutil.which('gcc'), torch.version.cuda)"
+    done = docker("run", "--rm", "--entrypoint", "python", image, "-c", script)
+    pillow, compiler, cuda = done.stdout.split()
+    assert ".post" in pillow
+    assert (compiler == "None") == (cuda == "None")
+
+
+@pytest.mark.image
+def test_the_metrics_are_published_and_grow(demo):
+    demo.wait_for_images(more_than=demo.wait_for_images())
+
+
+@pytest.mark.image
+def test_the_run_records_the_commit_of_the_image(docker, demo, image):
+    label = '{{index .Config.Labels "org.opencontainers.image.revision"}}'
+    revision = docker("image", "inspect", "--format", label, image).stdout.strip()
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", revision)
+    assert demo.sh(f'grep "\\"commit\\": \\"{revision}\\"" /runs/demo/run/environment.json').returncode == 0
+
+
+@pytest.mark.image
+def test_no_process_is_roots(docker, demo):
+    users = docker("top", demo.id, "-eo", "uid,pid,args").stdout.splitlines()[1:]
+    assert any("trainer.cli" in user for user in users)
+    assert all(int(user.split()[0]) > 0 for user in users)
+
+
+@pytest.mark.image
+def test_the_root_file_system_is_read_only_even_for_root(demo):
+    refused = demo.sh("echo > /venv/written", user="0")
+    assert refused.returncode != 0
+    assert "Read-only file system" in refused.stderr
+
+
+@pytest.mark.image
+def test_it_is_healthy_until_the_trainer_hangs(demo):
+    demo.wait_until(lambda: demo.health() == "healthy")
+    assert demo.sh(f"kill -STOP {PROCESS}").returncode == 0
+    demo.wait_until(lambda: demo.health() == "unhealthy")
+    assert demo.sh(f"kill -CONT {PROCESS}").returncode == 0
+    demo.wait_until(lambda: demo.health() == "healthy")
+
+
+@pytest.fixture(scope="module")
+def data(packed):
+    """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""
+    packed.chmod(0o755)
+    return "--volume", f"{packed}:/data:ro"
+
+
+@pytest.mark.image
+def test_a_stop_saves_and_the_next_start_continues_as_any_user(image, data, start):
+    options = (*HARDENED, *PUBLISHED, *SMALL, "--user", "4321:4321", *data)
+
+    first = start(*options, "--volume", "/runs", image)
+    first.wait_for_images()
+    assert first.sh(f"stat -c %u /proc/{PROCESS}").stdout.strip() == "4321"
+    assert first.stop() == 143
+    saved = re.search(r"^SIGTERM: saved after step (\d+)", first.logs(), re.MULTILINE)
+    assert saved, first.logs()
+
+    second = start(*options, "--volumes-from", first.id, image)
+    second.wait_for_images()
+    assert f"continuing runs/demo after step {saved[1]}," in second.logs()
+    assert second.metric("alexnet_step") > int(saved[1])
+
+
+@pytest.mark.image
+def test_a_stop_during_start_up_ends_it_too(image, data, start):
+    container = start(*SMALL, *data, image)
+    assert container.stop() == 143
+    assert "saved" not in container.logs()
+
+
+@pytest.mark.image
+def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
+    pictures.chmod(0o755)
+    tmp_path.chmod(0o777)
+    mounts = ("--volume", f"{pictures}:/pictures:ro", "--volume", f"{tmp_path}:/packed")
+    command = ("--input", "/pictures", "--output", "/packed/shards", "--size", "80")
+    docker("run", "--rm", *HARDENED, *mounts, "--entrypoint", "make-shards", image, *command)
+    manifest = read_manifest(tmp_path / "shards")
+    assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
