@@ -159,8 +159,9 @@ class Trainer:
     def _leave_out(self, place: str) -> None:
         """Count a sample that cannot be decoded. Raises DatasetError if there are too many."""
         self.metrics.undecodable.inc()
-        self.display.warn(f"left out: the sample in {place}, which cannot be decoded")
-        self.bad.add(place)
+        if place not in self.bad:
+            self.display.warn(f"left out: the sample in {place}, which cannot be decoded")
+            self.bad.add(place)
         if len(self.bad) > self.settings.max_bad_samples:
             raise DatasetError(
                 f"more than {self.settings.max_bad_samples} samples cannot be decoded, the last in {place}: "
