@@ -35,7 +35,7 @@ image:
 		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*') $(BUILD_OPTIONS) .
 
 image-test: setup
-	ALEXNET_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
+	TEST_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
 
 .venv/.ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

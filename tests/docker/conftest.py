@@ -1,6 +1,6 @@
 """The image and its containers, for the tests marked `image`.
 
-`make image-test` names the image in ALEXNET_IMAGE, and then a missing engine is a failure. Without the
+`make image-test` names the image in TEST_IMAGE, and then a missing engine is a failure. Without the
 name these tests skip, since an image takes minutes to build.
 """
 
@@ -79,9 +79,9 @@ class Container:
 @pytest.fixture(scope="session")
 def image() -> str:
     """The image's name."""
-    name = os.environ.get("ALEXNET_IMAGE")
+    name = os.environ.get("TEST_IMAGE")
     if not name:
-        pytest.skip("ALEXNET_IMAGE is not set, which `make image-test` does")
+        pytest.skip("TEST_IMAGE is not set, which `make image-test` does")
     run_docker("image", "inspect", name)
     return name
 

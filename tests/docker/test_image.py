@@ -64,15 +64,6 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.fixture(scope="module")
-def demo(image, start):
-    """The demo, which trains on and on, with nothing but a volume to write to."""
-    health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
-    container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
-    container.wait_for_images()
-    return container
-
-
 @pytest.mark.image
 def test_without_a_dataset_it_says_what_to_mount_and_ends(docker, image):
     done = docker("run", "--rm", image, check=False)
@@ -105,6 +96,58 @@ def test_it_decodes_with_pillow_simd_and_has_a_compiler_only_for_cuda(docker, im
     pillow, compiler, cuda = done.stdout.split()
     assert ".post" in pillow
     assert (compiler == "None") == (cuda == "None")
+
+
+@pytest.fixture(scope="module")
+def data(packed):
+    """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""
+    packed.chmod(0o755)
+    return "--volume", f"{packed}:/data:ro"
+
+
+@pytest.mark.image
+def test_a_stop_saves_and_the_next_start_continues_as_any_user(image, data, start):
+    options = (*HARDENED, *PUBLISHED, *SMALL, "--user", "4321:4321", *data)
+
+    first = start(*options, "--volume", "/runs", image)
+    first.wait_for_images()
+    assert first.sh(f"stat -c %u /proc/{PROCESS}").stdout.strip() == "4321"
+    assert first.stop() == 143
+    saved = re.search(r"^SIGTERM: saved after step (\d+)", first.logs(), re.MULTILINE)
+    assert saved, first.logs()
+
+    second = start(*options, "--volumes-from", first.id, image)
+    second.wait_for_images()
+    assert f"continuing runs/demo after step {saved[1]}," in second.logs()
+    assert second.metric("alexnet_step") > int(saved[1])
+    assert second.stop() == 143
+
+
+@pytest.mark.image
+def test_a_stop_during_start_up_ends_it_too(image, data, start):
+    container = start(*SMALL, *data, image)
+    assert container.stop() == 143
+    assert "saved" not in container.logs()
+
+
+@pytest.mark.image
+def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
+    pictures.chmod(0o755)
+    tmp_path.chmod(0o777)
+    mounts = ("--volume", f"{pictures}:/pictures:ro", "--volume", f"{tmp_path}:/packed")
+    command = ("--input", "/pictures", "--output", "/packed/shards", "--size", "80")
+    docker("run", "--rm", *HARDENED, *mounts, "--entrypoint", "make-shards", image, *command)
+    manifest = read_manifest(tmp_path / "shards")
+    assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
+
+
+@pytest.fixture(scope="module")
+def demo(image, start):
+    """The demo, which trains on and on, with nothing but a volume to write to."""
+    health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
+    container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
+    container.wait_for_images()
+    return container
 
 
 @pytest.mark.image
@@ -141,45 +184,3 @@ def test_it_is_healthy_until_the_trainer_hangs(demo):
     demo.wait_until(lambda: demo.health() == "unhealthy")
     assert demo.sh(f"kill -CONT {PROCESS}").returncode == 0
     demo.wait_until(lambda: demo.health() == "healthy")
-
-
-@pytest.fixture(scope="module")
-def data(packed):
-    """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""
-    packed.chmod(0o755)
-    return "--volume", f"{packed}:/data:ro"
-
-
-@pytest.mark.image
-def test_a_stop_saves_and_the_next_start_continues_as_any_user(image, data, start):
-    options = (*HARDENED, *PUBLISHED, *SMALL, "--user", "4321:4321", *data)
-
-    first = start(*options, "--volume", "/runs", image)
-    first.wait_for_images()
-    assert first.sh(f"stat -c %u /proc/{PROCESS}").stdout.strip() == "4321"
-    assert first.stop() == 143
-    saved = re.search(r"^SIGTERM: saved after step (\d+)", first.logs(), re.MULTILINE)
-    assert saved, first.logs()
-
-    second = start(*options, "--volumes-from", first.id, image)
-    second.wait_for_images()
-    assert f"continuing runs/demo after step {saved[1]}," in second.logs()
-    assert second.metric("alexnet_step") > int(saved[1])
-
-
-@pytest.mark.image
-def test_a_stop_during_start_up_ends_it_too(image, data, start):
-    container = start(*SMALL, *data, image)
-    assert container.stop() == 143
-    assert "saved" not in container.logs()
-
-
-@pytest.mark.image
-def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
-    pictures.chmod(0o755)
-    tmp_path.chmod(0o777)
-    mounts = ("--volume", f"{pictures}:/pictures:ro", "--volume", f"{tmp_path}:/packed")
-    command = ("--input", "/pictures", "--output", "/packed/shards", "--size", "80")
-    docker("run", "--rm", *HARDENED, *mounts, "--entrypoint", "make-shards", image, *command)
-    manifest = read_manifest(tmp_path / "shards")
-    assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
