@@ -52,6 +52,7 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
         jpeg,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
+        adjust_orientation=False,  # the packer turned what was rotated; DALI reads broken EXIF otherwise
         preallocate_width_hint=options.max_width if on_gpu else None,
         preallocate_height_hint=options.max_height if on_gpu else None,
     )

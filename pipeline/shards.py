@@ -10,7 +10,7 @@ import mmap
 import os
 import resource
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.files import whole_file
-from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
+from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard, Split
 
 INDEX_DTYPE = np.dtype(
     [
@@ -31,6 +31,16 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 _BLOCK = 512  # tar's unit, in bytes
+
+
+class Place(NamedTuple):
+    """Where a sample lies in its tar, in bytes."""
+
+    key: str
+    jpeg_offset: int
+    jpeg_size: int
+    label_offset: int
+    label_size: int
 
 
 class Sample(NamedTuple):
@@ -50,7 +60,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
     their names when they are whole and on the disk. Without samples nothing is written and the
     record is None.
     """
-    rows, lines = [], []
+    rows, places = [], []
     digest, head, offset = sha256(), b"", 0
     with whole_file(path) as file:
 
@@ -75,14 +85,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
             text = str(label).encode()
             label_start = member(f"{key}.cls", text)
             rows.append((0, start, len(jpeg), label, width, height))
-            lines.append(f"jpg {start} {len(jpeg)} {key}.jpg cls {label_start} {len(text)} {key}.cls\n")
+            places.append(Place(key, start, len(jpeg), label_start, len(text)))
         if rows:
             write(bytes(-(offset + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
     if not rows:
         path.unlink()
         return None, np.empty(0, INDEX_DTYPE)
     with whole_file(path.with_suffix(".idx")) as index:
-        index.write(f"v1.2 {len(rows)}\n{''.join(lines)}".encode())
+        index.write(dali_index(places))
     record = Shard(
         file=path.name,
         samples=len(rows),
@@ -93,6 +103,16 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
     return record, np.array(rows, INDEX_DTYPE)
 
 
+def dali_index(places: Sequence[Place]) -> bytes:
+    """The content of a tar's .idx, by which DALI's own reader finds the samples."""
+    lines = (
+        f"jpg {place.jpeg_offset} {place.jpeg_size} {place.key}.jpg "
+        f"cls {place.label_offset} {place.label_size} {place.key}.cls\n"
+        for place in places
+    )
+    return f"v1.2 {len(places)}\n{''.join(lines)}".encode()
+
+
 def write_index(path: Path, rows: np.ndarray) -> str:
     """Write a split's array of rows; returns the file's sha256."""
     buffer = io.BytesIO()
@@ -100,6 +120,39 @@ def write_index(path: Path, rows: np.ndarray) -> str:
     with whole_file(path) as file:
         file.write(buffer.getvalue())
     return sha256(buffer.getvalue()).hexdigest()
+
+
+def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
+    """A split's rows, in the order of its shards. Raises DatasetError where they do not fit the split."""
+    path = root / split.index
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
+    if sha256(content).hexdigest() != split.index_sha256:
+        raise DatasetError(
+            f"the index {path} is not the one that dataset.json was written with: copy the dataset again"
+        )
+    try:
+        rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        fits = _fits(rows, split, classes)
+    except (ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
+    return rows
+
+
+def _fits(rows: np.ndarray, split: Split, classes: int) -> bool:
+    samples = [shard.samples for shard in split.shards]
+    if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,) or sum(samples) != split.samples:
+        return False
+    ends = np.repeat(np.array([shard.bytes for shard in split.shards], np.uint64), samples)
+    return bool(
+        np.array_equal(rows["shard"], np.repeat(np.arange(len(samples)), samples))
+        and (rows["offset"] + rows["size"] <= ends).all()
+        and rows["label"].max() < classes
+    )
 
 
 class ShardReader:
@@ -113,7 +166,7 @@ class ShardReader:
     def __init__(self, root: Path, manifest: Manifest, split: str):
         self.root = root
         self.split = manifest.split(split)
-        self.rows = self._read_index(len(manifest.classes))
+        self.rows = read_index(root, self.split, len(manifest.classes))
         _allow_open_files(len(self.split.shards))
         self._maps = [_map_shard(root / shard.file, shard) for shard in self.split.shards]
 
@@ -129,34 +182,20 @@ class ShardReader:
         rows = self.rows[numbers].tolist()
         return [self._maps[shard][offset : offset + size] for shard, offset, size, *_ in rows]
 
+    def key(self, number: int) -> str:
+        """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
+        shard, offset, *_ = self.rows[number].tolist()
+        block = self._maps[shard][offset - _BLOCK : offset].tobytes()
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
+        return header.name.removesuffix(".jpg")
+
     def name(self, number: int) -> str:
         """Where a sample lies, for messages."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
-
-    def _read_index(self, classes: int) -> np.ndarray:
-        path = self.root / self.split.index
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise DatasetError(
-                f"the index {path} is missing: copy it again, or pack the dataset again"
-            ) from None
-        if sha256(content).hexdigest() != self.split.index_sha256:
-            raise DatasetError(
-                f"the index {path} is not the one that dataset.json was written with: copy the dataset again"
-            )
-        rows = np.load(io.BytesIO(content), allow_pickle=False)
-        ends = np.array([shard.bytes for shard in self.split.shards], np.uint64)
-        if (
-            rows.dtype != INDEX_DTYPE
-            or len(rows) != self.split.samples
-            or rows["shard"].max() >= len(ends)
-            or (rows["offset"] + rows["size"] > ends[rows["shard"]]).any()
-            or rows["label"].max() >= classes
-        ):
-            raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
-        return rows
 
 
 def _map_shard(path: Path, shard: Shard) -> np.ndarray:

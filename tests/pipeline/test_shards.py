@@ -75,6 +75,7 @@ def test_samples_come_back_from_views_of_the_tars(tmp_path):
         assert np.shares_memory(jpeg, reader.jpeg(number))
         path = tmp_path / f"train-{shard:06d}.tar"
         assert reader.name(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
+        assert reader.key(number) == sample.key
 
 
 def test_the_record_describes_the_file(tmp_path):
@@ -212,6 +213,8 @@ MISMATCHES = {
     "a row more": lambda rows: np.concatenate((rows, rows[:1])),
     "another type": lambda rows: rows.astype([(name, "<i8") for name in rows.dtype.names]),
     "no such shard": with_value("shard", 1),
+    "no array": lambda rows: np.array([]),
+    "several dimensions": lambda rows: rows[:, None],
     "no such class": with_value("label", 10),
     "beyond the end": with_value("offset", 40000),
     "longer than the file": with_value("size", 2**32 - 1),
@@ -225,3 +228,34 @@ def test_an_index_that_does_not_fit_is_refused(mismatch, tmp_path):
     manifest = with_index(tmp_path, [shard], MISMATCHES[mismatch](rows))
     with pytest.raises(DatasetError, match=f"the index {tmp_path / 'train.index.npy'} disagrees .*: pack"):
         ShardReader(tmp_path, manifest, "train")
+
+
+def test_rows_stand_in_the_order_of_their_shards(tmp_path):
+    manifest = written(tmp_path, noise(0, 2), noise(1, 2))
+    rows = np.load(tmp_path / "train.index.npy")
+    wrong = with_index(tmp_path, list(manifest.split("train").shards), rows[[0, 2, 1, 3]])
+    with pytest.raises(DatasetError, match="disagrees"):
+        ShardReader(tmp_path, wrong, "train")
+
+
+def test_an_index_that_is_no_array_is_refused(tmp_path):
+    manifest = written(tmp_path, noise(0, 2))
+    (tmp_path / "train.index.npy").write_bytes(b"no array")
+    digest = hashlib.sha256(b"no array").hexdigest()
+    split = manifest.split("train").model_copy(update={"index_sha256": digest})
+    with pytest.raises(DatasetError, match="disagrees"):
+        ShardReader(tmp_path, manifest.model_copy(update={"splits": {"train": split}}), "train")
+
+
+def test_a_key_cannot_be_had_from_a_damaged_header(tmp_path):
+    """Behind the 64 KiB that opening looks at."""
+    manifest = written(tmp_path, noise(0, 12))
+    path = tmp_path / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"000000010.jpg")
+    content[place] ^= 1
+    path.write_bytes(content)
+    reader = ShardReader(tmp_path, manifest, "train")
+    assert reader.key(11) == "000000011"
+    with pytest.raises(DatasetError, match=f"no tar header before {path} at byte {place + 512}: copy"):
+        reader.key(10)
