@@ -7,7 +7,7 @@
     loader  read, decode, crop, mirror, normalise, beside DALI's own reader feeding the same graph
     model   forward, backward and update on a batch that lies ready, in each precision
     train   the training loop, beside its loader alone and its model alone
-    pack    image files to shards, in one process and in all
+    pack    image files to shards, in one process and in all; with --peers, beside others' packing
 
 What is compared runs by turns in one process after a warm-up. A figure is the median of its runs,
 with the least and the greatest; a ratio is the median over runs that stood side by side. Other
@@ -16,6 +16,7 @@ options are settings of alexnet-train (--batch, --recipe, --threads, …).
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,13 +47,13 @@ def by_turns(stage: Stage, runs: int) -> dict[str, list[float]]:
 class Bench:
     """The stages on one dataset with one group of settings."""
 
-    def __init__(self, settings: Settings, seconds: float, images: Path | None):
+    def __init__(self, settings: Settings, seconds: float, images: Path | None, peers: Path | None = None):
         from pipeline.loader import Dataset, graph_options
         from pipeline.plan import Plan
         from trainer.build import build_decoding
         from trainer.distributed import join
 
-        self.settings, self.seconds, self.images = settings, seconds, images
+        self.settings, self.seconds, self.images, self.peers = settings, seconds, images, peers
         self.world = join(settings.device)
         self.device = self.world.device
         self.dataset = Dataset(settings.data)
@@ -130,18 +131,33 @@ class Bench:
             raise SettingsError("pack needs --input: a folder of images to pack")
         from tools.make_shards import pack, parse_arguments
 
-        def packing(workers: int) -> float:
+        workers = self.decoding.threads
+
+        def ours(workers: int, geometry: str = "256") -> float:
             with tempfile.TemporaryDirectory() as folder:
-                where = ["--input", str(self.images), "--output", folder]
+                where = ["--input", str(self.images), "--output", folder, "--geometry", geometry]
                 options = parse_arguments([*where, "--workers", str(workers), "--shard-samples", "200"])
                 start = time.perf_counter()
                 manifest = pack(options)
-                return sum(split.samples for split in manifest.splits.values()) / (
-                    time.perf_counter() - start
-                )
+                seconds = time.perf_counter() - start
+            return sum(split.samples for split in manifest.splits.values()) / seconds
 
-        workers = sorted({1, self.decoding.threads})
-        return {f"{n} process{'es' if n > 1 else ''}": partial(packing, n) for n in workers}
+        def theirs(peer: str) -> float:
+            with tempfile.TemporaryDirectory() as folder:
+                where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+                command = [str(self.peers), str(Path(__file__).with_name("pack_peers.py")), peer, *where]
+                start = time.perf_counter()
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                seconds = time.perf_counter() - start
+            if done.returncode:
+                raise SettingsError(f"--peers {self.peers} cannot run {peer}: {done.stderr.strip()[-300:]}")
+            return int(done.stdout.split()[-1]) / seconds
+
+        stage: Stage = {f"{workers} processes": partial(ours, workers), "1 process": partial(ours, 1)}
+        if self.peers:
+            stage |= {peer: partial(theirs, peer) for peer in ("shardwriter", "img2dataset")}
+            stage |= {"original": partial(ours, workers, "original"), "copy": partial(theirs, "copy")}
+        return stage
 
 
 STAGES = ("read", "loader", "model", "train", "pack")
@@ -169,12 +185,15 @@ def main() -> None:
         "--seconds", type=float, default=5.0, metavar="S", help="least length of a run (default 5)"
     )
     parser.add_argument("--input", type=Path, metavar="DIR", help="images for `pack`")
+    parser.add_argument(
+        "--peers", type=Path, metavar="PYTHON", help="of an environment for pack_peers.py: .peers/bin/python"
+    )
     options, rest = parser.parse_known_args()
     results: dict[str, Any] = {}
     try:
         settings = load_settings(rest, command="bench.py")
         read_manifest(settings.data)
-        bench = Bench(settings, options.seconds, options.input)
+        bench = Bench(settings, options.seconds, options.input, options.peers)
         chosen = (
             [options.stage] if options.stage != "all" else [s for s in STAGES if s != "pack" or options.input]
         )

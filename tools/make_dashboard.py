@@ -12,8 +12,8 @@ from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
 
-from tools import dashboard_rows as rows
-from tools.dashboard_panels import (
+from tools.dashboard import rows
+from tools.dashboard.panels import (
     GREEN,
     GREY,
     PURPLE,

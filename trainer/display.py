@@ -2,12 +2,13 @@
 
 import sys
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from trainer.evaluate import Scores
-from trainer.meter import Interval
+if TYPE_CHECKING:  # they import torch, and tools/packing/progress.py does not
+    from trainer.evaluate import Scores
+    from trainer.meter import Interval
 
 
 class Display:
@@ -46,7 +47,7 @@ class Display:
         else:
             self._progress.console.print(text, highlight=False, markup=False)
 
-    def interval(self, step: int, epoch: float, learning_rate: float, interval: Interval) -> None:
+    def interval(self, step: int, epoch: float, learning_rate: float, interval: "Interval") -> None:
         text = (
             f"loss {interval.loss:.3f}  error {interval.error:.1%}  "
             f"{interval.images_per_second:,.1f} images/s  input wait {interval.wait_ratio:.1%}"
@@ -58,7 +59,7 @@ class Display:
                 f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
             )
 
-    def scores(self, epoch: float, scores: Scores) -> None:
+    def scores(self, epoch: float, scores: "Scores") -> None:
         self.say(
             f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, "
             f"top-5 error {scores.top5_error:.1%}, loss {scores.loss:.3f} over {scores.images:,} images"

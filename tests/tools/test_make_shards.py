@@ -13,12 +13,13 @@ from PIL import Image
 
 from pipeline.manifest import Manifest, read_manifest
 from tools.draw_pictures import class_names, draw
-from tools.make_shards import parse_arguments, plan_tasks
-from tools.sources import Source, Sources
+from tools.inputs.sources import Source, Sources
+from tools.make_shards import parse_arguments
+from tools.packing.dataset import plan_tasks
 
 SIZE = 48
 CLASSES = sorted(class_names())  # labels are places in the sorted order
-SETTINGS = ("--size", str(SIZE), "--shard-samples", "16")
+SETTINGS = ("--size", str(SIZE), "--shard-samples", "16", "--max-reject-ratio", "0.1")
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_the_manifest_is_written_last(dataset):
 
 
 def planned(seed: int, count: int, limit: int) -> list[list[str]]:
-    files = [Source(f"train/a/{number}", 0) for number in range(count)]
+    files = [Source(f"train/a/{number}", 0, f"/in/train/a/{number}") for number in range(count)]
     options = argparse.Namespace(**vars(parse_arguments(["--input", "i", "--output", "o"])))
     options.seed, options.shard_samples = seed, limit
     tasks = plan_tasks(options, Sources(["a"], {"train": files, "val": files}, []))

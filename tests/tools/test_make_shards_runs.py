@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,11 @@ import pytest
 from pipeline.manifest import read_manifest
 from tools import make_shards as module
 from tools.draw_pictures import draw
-from tools.sources import Sources
+from tools.inputs.sources import Sources
+from tools.packing import executors
+from tools.packing.dataset import write_report
+from tools.packing.shard import PackingError
+from tools.storage import UNFINISHED, Folder
 
 ODD = Path(__file__).resolve().parents[2].parent / "shared/data/odd-images"
 
@@ -111,30 +114,45 @@ def test_overwrite_with_an_input_of_no_use_leaves_the_dataset_alone(packed, mess
     assert content(output) == before
 
 
-def test_overwrite_replaces_a_dataset_whose_manifest_is_broken(tmp_path):
+def test_overwrite_replaces_a_dataset_whose_manifest_is_broken(pictures, make_shards, tmp_path):
     (tmp_path / "dataset.json").write_text("{")
-    module.prepare_output(tmp_path, overwrite=True)
-
-
-def test_a_full_disk_is_named_and_leaves_no_dataset(pictures, make_shards, tmp_path):
-    # The first shard is written; the second meets a device on which each write finds no space.
-    (tmp_path / ".train-000001.tar.partial").symlink_to("/dev/full")
-    run = make_shards(pictures, tmp_path, "--size", "32", "--shard-samples", "30")
-    assert_one_line(run, os.strerror(errno.ENOSPC), str(tmp_path))
-    names = {path.name for path in tmp_path.iterdir() if path.suffix == ".tar"}
-    assert names <= {"train-000000.tar", "val-000000.tar"}
-    for name in names:
-        with tarfile.open(tmp_path / name) as tar:
-            assert len(tar.getnames()) in (2 * 30, 2 * 20)
-    assert not (tmp_path / "dataset.json").exists()
-    assert not list(tmp_path.glob("*.partial"))
-
-    assert make_shards(pictures, tmp_path, "--size", "32", "--shard-samples", "30").returncode == 0  # mended
+    assert make_shards(pictures, tmp_path, "--overwrite", "--size", "32").returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == files_named(tmp_path)
 
 
+FULL_DISK = """
+import errno, os
+real = os.fsync
+def fsync(file):  # at the second shard, the disk is full
+    if os.path.basename(os.readlink(f"/proc/self/fd/{file}")).startswith(".train-000001.tar"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    real(file)
+os.fsync = fsync
+"""
+
+
+def test_a_full_disk_is_named_and_the_same_command_continues(pictures, make_shards, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/sitecustomize.py").write_text(FULL_DISK)
+    output, settings = tmp_path / "out", ("--size", "32", "--shard-samples", "30")
+    run = make_shards(pictures, output, *settings, PYTHONPATH=str(tmp_path / "full"))
+    assert_one_line(run, os.strerror(errno.ENOSPC), str(output), "same command")
+    names = {path.name for path in output.iterdir()}
+    assert {"train-000000.tar", "train-000000.idx"} <= names
+    assert not {"train-000001.tar", "dataset.json"} & names
+    for path in output.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert len(tar.getnames()) in (2 * 30, 2 * 20)
+    assert not list(output.rglob("*.partial"))
+    before = (output / "train-000000.tar").stat()
+
+    assert make_shards(pictures, output, *settings).returncode == 0  # mended
+    assert {path.name for path in output.iterdir()} == files_named(output)
+    assert (output / "train-000000.tar").stat() == before
+
+
 FAILURES = {
-    "a worker died": (BrokenProcessPool(), "fewer --workers"),
+    "a worker died": (PackingError("a worker died: fewer --workers"), "fewer --workers"),
     "an input folder went away": (FileNotFoundError(2, "No such file or directory", "/gone"), "/gone"),
     "no space, no name": (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     "interrupted": (KeyboardInterrupt(), None),
@@ -148,13 +166,13 @@ def test_an_error_while_packing_is_one_line_and_leaves_no_manifest(
     def run_tasks(*_):
         raise error
 
-    monkeypatch.setattr(module, "run_tasks", run_tasks)
+    monkeypatch.setattr(executors, "run_tasks", run_tasks)
     end = message(pictures, tmp_path)
     if words is None:
         assert end == 130  # 128 + SIGINT, as shells have it
     else:
         assert re.fullmatch(rf"make_shards: .*{words}.*", end)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
 
 
 def test_a_split_without_a_single_usable_file_is_an_error(message, tmp_path):
@@ -169,7 +187,8 @@ def test_a_split_without_a_single_usable_file_is_an_error(message, tmp_path):
 
 
 def test_any_file_name_is_one_row_of_the_report(tmp_path):
-    module.write_report(tmp_path, Sources([], {}, ["two\nlines", "a\ttab"]), [])
+    (tmp_path / UNFINISHED).mkdir()
+    write_report(Folder(tmp_path), Sources([], {}, ["two\nlines", "a\ttab"]), [])
     rows = (tmp_path / "report.tsv").read_text().splitlines()
     assert [row.count("\t") for row in rows] == [2, 2, 2]
 
@@ -185,6 +204,7 @@ def test_a_missing_input_is_one_line(make_shards, tmp_path):
         *("--quality 0", "--quality 101", "--quality 200", "--quality ten", "--size 15", "--size 4097"),
         *("--val-fraction 0", "--val-fraction 1", "--val-fraction 2", "--val-fraction nan", "--geometry 224"),
         *("--workers 0", "--shard-samples 0", "--seed -1", "--epochs 3", "--over"),
+        *("--max-reject-ratio 1.1", "--metrics-port 0", "--executor dask", "--scheduler tcp://h:1"),
     ],
 )
 def test_arguments_out_of_bounds_are_refused_by_name(bad, capsys):
@@ -212,7 +232,7 @@ def test_odd_files_among_good_ones_are_all_accounted_for(make_shards, tmp_path):
             image = draw("warm_disc", np.random.default_rng(number))
             image.save(tmp_path / "in" / split / "good" / f"{number}.JPEG")
     (tmp_path / "in/train/odd").symlink_to(ODD / "files")
-    run = make_shards(tmp_path / "in", tmp_path / "out", "--size", "32")
+    run = make_shards(tmp_path / "in", tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.5")
     assert run.returncode == 0, run.stderr
     report = [line.split("\t") for line in (tmp_path / "out/report.tsv").read_text().splitlines()[1:]]
     rejected = {Path(path).name for path, outcome, _ in report if outcome == "rejected"}
@@ -233,8 +253,26 @@ def test_an_output_that_would_become_a_class_is_refused(pictures, make_shards):
     assert not (pictures / "train/shards").exists()
 
 
+@pytest.mark.parametrize(("limit", "code"), [("0.04", 1), ("0.06", 0)])
+def test_too_many_rejects_are_an_error_at_the_end_that_keeps_the_dataset(
+    pictures, make_shards, tmp_path, limit, code
+):
+    source = shutil.copytree(pictures, tmp_path / "in")
+    for path in list(source.glob("train/*/*_0.JPEG"))[:4]:  # 4 of 80: .05
+        path.write_bytes(b"")
+    run = make_shards(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", limit)
+    assert run.returncode == code, run.stderr
+    assert run.stdout.startswith("76 images (56 train, 20 val)")
+    assert read_manifest(tmp_path / "out").rejected == {"empty": 4}
+    if code:
+        words = "4 of 80 files were rejected (5.0%), more than --max-reject-ratio 0.04"
+        assert run.stderr.startswith(f"make_shards: {words}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files_named(tmp_path / "out")
+
+
 def test_a_pipe_among_the_images_is_unreadable_and_does_not_stop_the_run(pictures, make_shards, tmp_path):
     source = shutil.copytree(pictures, tmp_path / "in")
     os.mkfifo(next(source.glob("train/*")) / "pipe.jpg")
-    assert make_shards(source, tmp_path / "out", "--size", "32").returncode == 0
+    run = make_shards(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.02")
+    assert run.returncode == 0, run.stderr
     assert "pipe.jpg\trejected\tunreadable" in (tmp_path / "out/report.tsv").read_text()

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools import images
-from tools.images import Packed, RejectedError, pack_image
+from tools.packing import images
+from tools.packing.images import Packed, RejectedError, pack_image
 
 ODD = Path(__file__).resolve().parents[2].parent / "shared/data/odd-images"
 ROWS = list(csv.DictReader((ODD / "MANIFEST.tsv").open(), delimiter="\t")) if ODD.is_dir() else []

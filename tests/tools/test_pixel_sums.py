@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.pixel_sums import PixelSums
+from tools.packing.pixel_sums import PixelSums
 
 ROUNDING = 5e-7  # of the six decimals that are kept
 

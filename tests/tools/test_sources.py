@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.sources import Source, SourceError, find_sources, read_class_names
+from tools.inputs.listing import SourceError
+from tools.inputs.sources import Source, find_sources
 
 
 def fill(root: Path, *paths: str) -> Path:
@@ -37,11 +38,14 @@ def test_imagenet_layout(tmp_path):
     assert sources.classes == ["n01", "n02"]
     assert sources.splits == {
         "train": [
-            Source("train/n01/c.JPEG", 0),
-            Source("train/n02/a.JPEG", 1),
-            Source("train/n02/b.JPEG", 1),
+            Source("train/n01/c.JPEG", 0, f"{tmp_path}/train/n01/c.JPEG"),
+            Source("train/n02/a.JPEG", 1, f"{tmp_path}/train/n02/a.JPEG"),
+            Source("train/n02/b.JPEG", 1, f"{tmp_path}/train/n02/b.JPEG"),
         ],
-        "val": [Source("val/n01/d.JPEG", 0), Source("val/n02/e.JPEG", 1)],
+        "val": [
+            Source("val/n01/d.JPEG", 0, f"{tmp_path}/val/n01/d.JPEG"),
+            Source("val/n02/e.JPEG", 1, f"{tmp_path}/val/n02/e.JPEG"),
+        ],
     }
     assert sources.strays == []
 
@@ -148,28 +152,19 @@ def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
     assert [source.path for source in find_sources(tmp_path, None, 0).splits["train"]] == ["train/a/1.jpg"]
 
 
-def test_class_names_of_imagenets_synset_words(tmp_path):
-    path = tmp_path / "synset_words.txt"
-    path.write_text("n02691156 airliner, plane\nn02123045 tabby, tabby cat\n\nn00000000\n")
-    assert read_class_names(path) == {"n02691156": "airliner, plane", "n02123045": "tabby, tabby cat"}
-
-
-def test_class_names_of_a_table_end_at_the_next_tab(tmp_path):
-    path = tmp_path / "classes.tsv"
-    path.write_text("n02691156\tairplanes (airplane, aeroplane)\t140\t30\nn01\tçà et là\n", encoding="utf-8")
-    assert read_class_names(path) == {"n02691156": "airplanes (airplane, aeroplane)", "n01": "çà et là"}
-
-
-def test_class_names_are_optional_and_unreadable_ones_are_an_error(tmp_path):
-    assert read_class_names(None) == {}
-    (tmp_path / "latin1").write_bytes(b"n01 caf\xe9")
-    for path in (tmp_path / "missing", tmp_path, tmp_path / "latin1"):
-        with pytest.raises(SourceError, match=r"--class-names .* cannot be read"):
-            read_class_names(path)
-
-
 def test_a_class_folder_whose_name_is_not_text_is_refused(tmp_path):
     fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
     Path(os.fsdecode(bytes(tmp_path) + b"/train/\xff")).mkdir()
     with pytest.raises(SourceError, match="cannot be written"):
         find_sources(tmp_path, None, 0)
+
+
+def test_a_relative_input_gives_files_that_any_working_directory_finds(tmp_path, monkeypatch):
+    fill(tmp_path, "in/train/a/1.jpg", "in/val/a/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert find_sources("in", None, 0) == find_sources(tmp_path / "in", None, 0)
+
+
+def test_a_class_folder_is_sorted_by_its_own_name_whatever_follows(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "train/a-b/1.jpg", "val/a/1.jpg")  # "-" sorts before "/"
+    assert [source.label for source in find_sources(tmp_path, None, 0).splits["train"]] == [0, 1]

@@ -1,6 +1,6 @@
 """The dashboard's rows under its first screen: each panel, and what to conclude from it."""
 
-from tools.dashboard_panels import RATIO, buckets, curves, figure_now, labels_of, series_of, stacked
+from tools.dashboard.panels import RATIO, buckets, curves, figure_now, labels_of, series_of, stacked
 
 NO_GPU = "no GPU"
 NO_EXPORTERS = "the exporters are not started"

@@ -1,11 +1,16 @@
 """Mean and principal components of pixels, from exact streamed sums."""
 
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 
 import numpy as np
 from PIL import Image
 
 from pipeline.manifest import Pixels, Row
+
+_PAIRS = tuple(combinations_with_replacement(range(3), 2))
+# Pixels: 255² × 65,536 fits into 32 bits. einsum, as BLAS would start threads in each worker process.
+_BLOCK = 65536
 
 
 @dataclass
@@ -17,10 +22,14 @@ class PixelSums:
     products: np.ndarray = field(default_factory=lambda: np.zeros((3, 3), np.int64))
 
     def add_image(self, image: Image.Image) -> None:
-        pixels = np.asarray(image).reshape(-1, 3).astype(np.float64)  # exact up to 2^53, and BLAS is fast
-        self.count += len(pixels)
-        self.total += pixels.sum(0).astype(np.int64)
-        self.products += (pixels.T @ pixels).astype(np.int64)
+        channels = [np.asarray(channel).ravel() for channel in image.split()]
+        self.count += len(channels[0])
+        for start in range(0, len(channels[0]), _BLOCK):
+            block = [channel[start : start + _BLOCK].astype(np.uint32) for channel in channels]
+            self.total += [np.einsum("i->", channel) for channel in block]
+            for one, other in _PAIRS:
+                self.products[one, other] += np.einsum("i,i->", block[one], block[other])
+                self.products[other, one] = self.products[one, other]
 
     def add(self, other: "PixelSums") -> None:
         self.count += other.count

@@ -1,0 +1,1 @@
+"""The rows and panels of the dashboard that make_dashboard.py writes."""

@@ -1,0 +1,1 @@
+"""What there is to pack: class folders, archives, tables, here or behind a URL."""

@@ -1,0 +1,136 @@
+"""The files below --input, by name: in a folder of this machine or behind a URL."""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tools import storage
+
+
+class SourceError(ValueError):
+    """Input that cannot be packed; the message says what is wrong and what to do."""
+
+
+class Labelled(NamedTuple):
+    """An image and its class. path: its name in the report. The rest: what storage.read opens."""
+
+    path: str
+    class_id: str
+    file: str
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split as it was found. place: for messages. classes: also those without images. strays:
+    files which no class has."""
+
+    place: str
+    classes: list[str]
+    images: Iterable[Labelled]
+    strays: list[str] = field(default_factory=list)
+
+
+class LocalFolder:
+    def __init__(self, root: str):
+        self.name = root
+        self.root = Path(storage.absolute(root))
+
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        """Folders and other files in a folder, sorted; none where there is no folder."""
+        folder = self.root / below
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        folders = [entry.name for entry in found if entry.is_dir()]
+        return folders, [entry.name for entry in found if not entry.is_dir()]
+
+    def files(self, below: str) -> list[str]:
+        """All files at any depth below a folder, relative to it and sorted."""
+        folder = str(self.root / below)
+        found: list[str] = []
+        seen = {os.path.realpath(folder)}
+        for where, folders, names in os.walk(folder, followlinks=True):
+            prefix = where[len(folder) + 1 :]
+            found.extend(f"{prefix}/{name}" if prefix else name for name in names)
+            # Of two links to one folder it is always the same that counts, and none leads into a circle.
+            real = {os.path.realpath(Path(where, name)): name for name in sorted(folders, reverse=True)}
+            folders[:] = sorted(real[path] for path in real.keys() - seen)
+            seen.update(real)
+        return sorted(found)
+
+    def locate(self, name: str) -> str:
+        """What storage.read opens."""
+        return str(self.root / name)
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+
+class RemoteFolder:
+    """The same behind a URL. It is listed once, and has no links and no empty folders."""
+
+    def __init__(self, url: str):
+        self.name = url.rstrip("/")
+        with _as_source_error(url):
+            folder = storage.Folder(url)
+            self._fs, self._root = folder.fs, folder.path.rstrip("/")
+            start = len(self._root) + 1
+            self._names = sorted(n[start:] for n in self._fs.find(self._root) if not n.endswith("/"))
+        if not self._names:
+            with suppress(FileNotFoundError), _as_source_error(url):
+                self._fs.ls(self._root)  # raises what was wrong, which `find` leaves out
+            raise SourceError(f"--input {url} is not a folder: nothing is listed there")
+
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        names = self.files(below)
+        folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+        return list(folders), [name for name in names if "/" not in name]
+
+    def files(self, below: str) -> list[str]:
+        prefix = f"{below}/" if below else ""
+        first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
+        return [name[len(prefix) :] for name in self._names[first:last]]
+
+    def locate(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def size(self, name: str) -> int:
+        with _as_source_error(self.locate(name)):
+            return int(self._fs.size(f"{self._root}/{name}"))
+
+
+InputFolder = LocalFolder | RemoteFolder
+
+
+def open_folder(name: str) -> InputFolder:
+    """Raises SourceError where there is none, and OSError."""
+    if storage.is_url(name):
+        return RemoteFolder(name)
+    if not Path(name).is_dir():
+        raise SourceError(f"--input {name} is not a folder, nor a table (.csv, .tsv or .parquet)")
+    return LocalFolder(name)
+
+
+def open_file(name: str) -> BinaryIO:
+    """Raises SourceError where there is none, or OSError."""
+    if not storage.is_url(name):
+        return open(name, "rb")
+    folder, _, file = name.rpartition("/")
+    with _as_source_error(name):
+        where = storage.Folder(folder)
+        return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
+
+
+@contextmanager
+def _as_source_error(name: str) -> Iterator[None]:
+    """Each kind of storage has errors of its own."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{name} cannot be read: {error or type(error).__name__}") from error

@@ -1,0 +1,131 @@
+"""From the images found to the tasks that pack them, and from the results to a dataset."""
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+
+import numpy as np
+import PIL
+
+from pipeline.manifest import Class, Manifest, Split, write_manifest
+from pipeline.shards import write_index
+from tools.inputs.sources import SourceError, Sources
+from tools.packing.images import RESAMPLING, SUBSAMPLING
+from tools.packing.journal import REPORT, Plan
+from tools.packing.pixel_sums import PixelSums
+from tools.packing.results import Result
+from tools.packing.shard import Recipe, Task, versions
+from tools.storage import Folder, absolute
+
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may hold them
+
+
+def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[Task]]:
+    """The shards of each split: its files in a seeded order, in equal parts."""
+    recipe = Recipe(options.geometry, options.size, options.quality, versions())
+    tasks: dict[str, list[Task]] = {}
+    for number, (split, files) in enumerate(sources.splits.items()):
+        order = np.random.default_rng((options.seed, 2, number)).permutation(len(files))
+        parts = np.array_split(order, -(-len(files) // options.shard_samples))
+        firsts = np.cumsum([0, *map(len, parts)])
+        tasks[split] = [
+            Task(
+                output=absolute(options.output),
+                name=f"{split}-{shard:06d}.tar",
+                first_key=int(first),
+                sources=tuple(files[i] for i in part),
+                measured=split == "train",
+                recipe=recipe,
+            )
+            for shard, (first, part) in enumerate(zip(firsts, parts, strict=False))
+        ]
+    return tasks
+
+
+def describe_plan(options: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
+    """All that the shards depend on, by the name that a user knows it by."""
+    files = sha256()
+    for task in tasks:
+        files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())
+    return {
+        "--input": absolute(options.input),
+        "--geometry": options.geometry,
+        "--size": options.size,
+        "--quality": options.quality,
+        "--val-fraction": options.val_fraction,
+        "--shard-samples": options.shard_samples,
+        "--seed": options.seed,
+        "the files found": files.hexdigest(),
+        "the packer": {"subsampling": SUBSAMPLING, "resampling": RESAMPLING.name.lower(), **versions()},
+    }
+
+
+def write_dataset(
+    options: argparse.Namespace,
+    sources: Sources,
+    tasks: Mapping[str, Sequence[Task]],
+    results: Sequence[Result],
+) -> Manifest:
+    """Write report, indices and, last, the manifest. Raises SourceError if no file of a split can be used."""
+    output = Folder(options.output)
+    counts = write_report(output, sources, results)
+    sums, rest = PixelSums(), iter(results)
+    parts = {split: [next(rest) for _ in planned] for split, planned in tasks.items()}
+    for result in results:
+        sums.add(result.sums)
+    splits = {split: _write_split(output, split, part) for split, part in parts.items()}
+    rows = np.concatenate([result.rows for result in results])
+    manifest = Manifest(
+        format=1,
+        geometry=options.geometry,
+        size=options.size,
+        max_width=rows["width"].max(),
+        max_height=rows["height"].max(),
+        classes=tuple(Class(id=name, name=sources.names.get(name, name)) for name in sources.classes),
+        splits=splits,
+        pixels=sums.statistics(),
+        packed={
+            "by": f"alexnet-train {version('alexnet-train')}",
+            "pillow": PIL.__version__,
+            "quality": options.quality,
+            "subsampling": SUBSAMPLING,
+            "resampling": RESAMPLING.name.lower(),
+            "seed": options.seed,
+            "shard_samples": options.shard_samples,
+        },
+        **counts,
+    )
+    with output.staged() as folder:
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split:
+    shards = [result.shard for result in results if result.shard is not None]
+    if not shards:
+        raise SourceError(
+            f"none of the files for the split '{split}' can be used: {output}/{REPORT} says why. "
+            "When they are mended, give the same command with --overwrite"
+        )
+    rows, name = np.concatenate([result.rows for result in results]), f"{split}.index.npy"
+    rows["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    with output.staged() as folder:
+        digest = write_index(folder / name, rows)
+    return Split(samples=len(rows), index=name, index_sha256=digest, shards=tuple(shards))
+
+
+def write_report(output: Folder, sources: Sources, results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    """List what was repaired and rejected; returns the counts by outcome and reason."""
+    events = [(path, "rejected", "not in a class folder") for path in sources.strays]
+    events += [event for result in results for event in result.events]
+    rows = (("file", "outcome", "reason"), *sorted(events))
+    text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)
+    with output.staged() as folder:
+        (folder / REPORT).write_text(text, encoding="utf-8", errors="surrogateescape")
+    counts = Counter(event[1:] for event in events)
+    return {
+        outcome: {reason: n for (kind, reason), n in sorted(counts.items()) if kind == outcome}
+        for outcome in ("repaired", "rejected")
+    }
