@@ -1,0 +1,245 @@
+"""shard_checks: every damage of a shard is named with its member and byte."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.manifest import Shard, read_manifest
+from pipeline.shards import Place, Sample, dali_index, read_index, write_shard
+from tools.shard_checks import Decode, Task, check_shard
+
+TAR = "train-000001.tar"  # samples 20 to 39 of train
+
+
+@pytest.fixture
+def folder(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the drawn pictures' shards to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
+
+
+def task_of(folder: Path, decode: Decode = "sampled") -> Task:
+    split = read_manifest(folder).split("train")
+    return Task(folder, split.shards[1], read_index(folder, split, 10)[20:40], 10, decode)
+
+
+def named(task: Task) -> list[str]:
+    found = check_shard(task)
+    assert found.count == len(found.damages)
+    return [str(damage) for damage in found.damages]
+
+
+def found_in(folder: Path, decode: Decode = "sampled") -> list[str]:
+    return named(task_of(folder, decode))
+
+
+def edit(path: Path, place: int, new: bytes) -> None:
+    content = bytearray(path.read_bytes())
+    assert content[place : place + len(new)] != new
+    content[place : place + len(new)] = new
+    path.write_bytes(content)
+
+
+def jpeg_at(root: Path, number: int) -> int:
+    """The byte at which the JPEG of a sample of TAR begins."""
+    return int(np.load(root / "train.index.npy")["offset"][20 + number])
+
+
+def test_a_shard_that_is_a_folder_is_no_shard(folder):
+    (folder / TAR).unlink()
+    (folder / TAR).mkdir()
+    assert found_in(folder) == [f"{TAR}: cannot be read: Is a directory"]
+
+
+def test_a_flipped_byte_of_a_header_is_found_and_hides_nothing_else(folder):
+    tar = folder / TAR
+    header, other = jpeg_at(folder, 3) - 512, jpeg_at(folder, 7)
+    edit(tar, header + 2, b"x")
+    edit(tar, other, b"\0\0")
+    assert found_in(folder) == [
+        f"{TAR}, byte {header}: no sound header of a member",
+        f"{TAR}, 000000023.cls, byte {jpeg_at(folder, 4) - 1024}: does not belong to a .jpg before it",
+        f"{TAR}, 000000027.jpg, byte {other}: is no JPEG",
+        f"{TAR}, byte {header + 512}: no sample here, nor at 0 more places of the index",
+        f"{TAR}: its sha256 is not the one in dataset.json",
+        f"{TAR}: has 19 samples and dataset.json says 20",
+    ]
+
+
+def test_a_page_of_zeros_is_found_where_it_is(folder):
+    place = jpeg_at(folder, 5) - 512
+    edit(folder / TAR, place, bytes(1024))
+    found = found_in(folder)
+    assert found[0] == f"{TAR}, byte {place}: zeros where a header is due"
+    assert f"{TAR}, byte {place + 512}: no sample here, nor at 0 more places of the index" in found
+
+
+def test_a_tar_cut_short_names_what_it_ends_in(folder):
+    place = jpeg_at(folder, 15)
+    size = (folder / TAR).stat().st_size
+    os.truncate(folder / TAR, place + 100)
+    assert found_in(folder) == [
+        f"{TAR}, byte {place - 512}: no sound header of a member",
+        f"{TAR}, byte {place + 100}: it ends without the zeros that end a tar",
+        f"{TAR}, byte {place}: no sample here, nor at 4 more places of the index",
+        f"{TAR}: has {place + 100} bytes and dataset.json says {size}",
+        f"{TAR}: has 15 samples and dataset.json says 20",
+    ]
+
+
+def test_bytes_behind_the_end_are_found(folder):
+    size = (folder / TAR).stat().st_size
+    with open(folder / TAR, "ab") as file:
+        file.write(b"x" * 512)
+    assert f"{TAR}: has {size + 512} bytes and dataset.json says {size}" in found_in(folder)
+
+
+def test_padding_that_is_not_zero_names_its_byte(folder):
+    row = np.load(folder / "train.index.npy")[20]
+    place = int(row["offset"]) + int(row["size"])
+    assert place % 512
+    edit(folder / TAR, place, b"x")
+    assert found_in(folder) == [
+        f"{TAR}, 000000020.jpg, byte {place}: bytes other than zero behind it",
+        f"{TAR}: its sha256 is not the one in dataset.json",
+    ]
+
+
+def test_a_wrong_checksum_has_every_picture_decoded(folder):
+    """By itself `sampled` takes every second of twenty; the damaged one is the 12th."""
+    row = np.load(folder / "train.index.npy")[31]
+    end = int(row["offset"]) + int(row["size"])
+    place = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
+    edit(folder / TAR, place, bytes(end - place))
+    found = found_in(folder)
+    assert found[0].startswith(f"{TAR}, 000000031.jpg, byte {row['offset']}: does not decode: ")
+    assert found[1:] == [f"{TAR}: its sha256 is not the one in dataset.json"]
+    assert found_in(folder, "none") == found[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [(b"a", "is 'a' and no label"), (b"\xff", r"is '\xff' and no label")]
+)
+def test_a_label_that_is_none_is_named(folder, text, what):
+    place = jpeg_at(folder, 2) - 1024
+    edit(folder / TAR, place, text)
+    assert f"{TAR}, 000000021.cls, byte {place}: {what}" in found_in(folder)
+
+
+def jpeg(width: int = 16, height: int = 16, mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (width, height)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray], None]) -> list[str]:
+    """What is found in a new shard of these samples whose index is what `change` makes of the right one."""
+    shard, rows = write_shard(folder / "new.tar", samples)
+    change(rows)
+    return [line.removeprefix("new.tar, ") for line in named(Task(folder, shard, rows, 10, "sampled"))]
+
+
+def test_a_picture_is_what_the_packer_promises(tmp_path):
+    samples = [
+        Sample("0", jpeg(), 0, 16, 16),
+        Sample("1", b"no picture", 1, 16, 16),
+        Sample("2", jpeg(mode="L"), 2, 16, 16),
+        Sample("3", jpeg(24, 8), 3, 16, 16),
+        Sample("4", jpeg(), 10, 16, 16),
+    ]
+    found = in_shard(tmp_path, samples, lambda rows: None)
+    offsets = [(tmp_path / "new.tar").read_bytes().index(f"{key}.jpg".encode()) + 512 for key in range(5)]
+    assert found == [
+        f"1.jpg, byte {offsets[1]}: is no JPEG",
+        f"2.jpg, byte {offsets[2]}: is L, not RGB",
+        f"3.jpg, byte {offsets[3]}: its width is 24 and the index says 16",
+        f"3.jpg, byte {offsets[3]}: its height is 8 and the index says 16",
+        f"4.cls, byte {offsets[4] + 1536}: its label is 10, of 10 classes",
+    ]
+
+
+def test_members_that_make_no_sample_are_named(tmp_path):
+    file, link = tarfile.REGTYPE, tarfile.SYMTYPE
+    members = [("a.jpg", jpeg(), file), ("a.cls", b"0", file), ("b.cls", b"0", file), ("c.jpg", jpeg(), file)]
+    members += [("d.jpg", jpeg(), file), ("e.cls", b"0", file), ("f.txt", b"0", file), ("l\n.jpg", b"", link)]
+    at, place = {}, 0  # where the content of each begins
+    with tarfile.open(tmp_path / "new.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(content), kind
+            tar.addfile(info, io.BytesIO(content))
+            at[name[0]] = place + 512
+            place = at[name[0]] + len(content) + -len(content) % 512
+    content = (tmp_path / "new.tar").read_bytes()
+    digest = sha256(content).hexdigest()  # of the whole and, being less than 64 KiB, of its head
+    shard = Shard(file="new.tar", samples=2, bytes=len(content), sha256=digest, head_sha256=digest)
+    assert named(Task(tmp_path, shard, None, 10, "sampled")) == [
+        f"new.tar, b.cls, byte {at['b']}: does not belong to a .jpg before it",
+        f"new.tar, c.jpg, byte {at['c']}: has no .cls behind it",
+        f"new.tar, e.cls, byte {at['e']}: does not belong to a .jpg before it",
+        f"new.tar, f.txt, byte {at['f']}: does not belong to a .jpg before it",
+        rf"new.tar, 'l\n.jpg', byte {at['l'] - 512}: is no regular file",
+        f"new.tar, d.jpg, byte {at['d']}: has no .cls behind it",
+        "new.tar: has 1 samples and dataset.json says 2",
+        "new.idx: is missing",
+    ]
+
+
+def test_a_head_that_readers_would_refuse_is_named(folder):
+    task = task_of(folder)
+    shard = task.shard.model_copy(update={"head_sha256": "0" * 64})
+    what = "the sha256 of its first 64 KiB is not the one in dataset.json"
+    assert named(replace(task, shard=shard)) == [f"{TAR}: {what}"]
+
+
+def test_an_index_that_disagrees_with_the_tar_is_named_by_sample(tmp_path):
+    def change(rows: np.ndarray) -> None:
+        rows["label"][1] += 1
+        rows["size"][2] -= 1
+        rows["offset"][3] += 512
+
+    found = in_shard(tmp_path, [Sample(str(n), jpeg(), n, 16, 16) for n in range(5)], change)
+    offsets = [(tmp_path / "new.tar").read_bytes().index(f"{key}.jpg".encode()) + 512 for key in range(5)]
+    size = len(jpeg())
+    assert found == [
+        f"1.jpg, byte {offsets[1]}: its label is 1 and the index says 2",
+        f"2.jpg, byte {offsets[2]}: its size is {size} and the index says {size - 1}",
+        f"3.jpg, byte {offsets[3]}: is not in the index",
+        f"byte {offsets[3] + 512}: no sample here, nor at 0 more places of the index",
+    ]
+
+
+def test_an_idx_is_compared_with_its_tar(folder):
+    path = folder / TAR.replace("tar", "idx")
+    lines = path.read_text().splitlines()
+    jpg, offset, *rest = lines[7].split(" ")
+    wrong = " ".join([jpg, str(int(offset) + 1), *rest])
+    path.write_text("\n".join([*lines[:7], wrong, *lines[8:], ""]))
+    assert found_in(folder) == [f"{path.name}: line 8 is '{wrong}', by the tar it is '{lines[7]}'"]
+    path.write_text("\n".join([*lines[:7], ""]))
+    assert found_in(folder) == [f"{path.name}: line 8 is '', by the tar it is '{lines[7]}'"]
+    path.write_text("\n".join([*lines, "", ""]))
+    assert found_in(folder) == [f"{path.name}: line 23 is '', by the tar it is '(nothing)'"]
+
+
+def test_dalis_index_is_what_wds2idx_makes(folder, tmp_path):
+    """DALI's own tool, on its own reading of the tar."""
+    made = tmp_path / "made.idx"
+    command = [Path(sys.executable).with_name("wds2idx"), folder / TAR, made]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    places = []
+    for line in made.read_text().splitlines()[1:]:
+        _, jpeg_offset, jpeg_size, name, _, label_offset, label_size, _ = line.split()
+        numbers = map(int, (jpeg_offset, jpeg_size, label_offset, label_size))
+        places.append(Place(name.removesuffix(".jpg"), *numbers))
+    assert dali_index(places) == (folder / TAR.replace("tar", "idx")).read_bytes()

@@ -1,0 +1,274 @@
+"""verify_shards: every damage is found and named, and nothing else is."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pipeline.manifest import DatasetError, read_manifest
+from pipeline.shards import write_index
+from tools import verify_shards
+from tools.verify_shards import repair, verify
+
+REPO = Path(__file__).resolve().parents[2]
+TAR = "train-000001.tar"  # samples 20 to 39 of train
+
+
+def run(data: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "tools/verify_shards.py", "--data", data, "--workers", "1", *arguments],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    """The checks in this process; those that run the command have real workers."""
+
+    @contextmanager
+    def here(*_):
+        yield SimpleNamespace(map=map)
+
+    monkeypatch.setattr(verify_shards, "ProcessPoolExecutor", here)
+
+
+@pytest.fixture
+def dataset(packed: Path, tmp_path: Path) -> Path:
+    """A copy to damage: 60 of train in three shards of 20, 20 of val in one."""
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
+
+
+def found_in(root: Path, decode: str = "sampled") -> list[str]:
+    verdict = verify(root, decode, 1)
+    assert verdict.count == len(verdict.damages)
+    return [str(damage) for damage in verdict.damages]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def test_a_sound_dataset_is_sound(packed):
+    before = contents(packed)
+    done = run(packed, "--decode", "all")
+    assert (done.returncode, done.stderr) == (0, "")
+    header, train, val, last = done.stdout.splitlines()
+    assert header.split() == ["split", "shards", "damaged", "samples", "decoded", "bytes"]
+    sizes = {n: sum(p.stat().st_size for p in packed.glob(f"{n}-*.tar")) for n in ("train", "val")}
+    assert train.split() == ["train", "3", "0", "60", "60", f"{sizes['train']:,}"]
+    assert val.split() == ["val", "1", "0", "20", "20", f"{sizes['val']:,}"]
+    assert last == "sound"
+    assert contents(packed) == before
+
+
+@pytest.mark.parametrize(("decode", "expected"), [("none", 0), ("sampled", 40), ("all", 80)])
+def test_decode_says_how_many_pictures_are_decoded(packed, decode, expected):
+    verdict = verify(packed, decode, 1)
+    assert sum(row.decoded for row in verdict.splits.values()) == expected
+    assert not verdict.count
+
+
+def test_every_shard_and_its_idx_must_be_there(dataset):
+    (dataset / TAR).unlink()
+    (dataset / "train-000002.idx").unlink()
+    assert found_in(dataset) == [f"{TAR}: is missing", "train-000002.idx: is missing"]
+
+
+def test_pictures_larger_than_dataset_json_says_are_named(dataset):
+    with_manifest(dataset, lambda content: content.update(max_width=79))
+    indices = ("train.index.npy", "val.index.npy")
+    assert found_in(dataset) == [
+        f"dataset.json: says that no width is over 79, and {index} has 80" for index in indices
+    ]
+
+
+def with_rows(root: Path, change: Callable[[np.ndarray], None]) -> None:
+    """Let the index of train be what `change` makes of it, and dataset.json know it."""
+    rows = np.load(root / "train.index.npy")
+    change(rows)
+    digest = write_index(root / "train.index.npy", rows)
+    with_manifest(root, lambda content: content["splits"]["train"].update(index_sha256=digest))
+
+
+def test_the_index_of_another_dataset_is_refused(dataset):
+    shutil.copy(dataset / "val.index.npy", dataset / "train.index.npy")
+    (line,) = found_in(dataset)
+    assert line.startswith("train.index.npy: the index ")
+    assert "is not the one that dataset.json was written with" in line
+
+
+def test_strays_are_named(dataset):
+    strays = ("train-000003.tar", "train-000003.idx", "more.index.npy", ".train-000000.tar.partial")
+    for name in strays:
+        (dataset / name).write_bytes(b"")
+    assert found_in(dataset) == [f"{name}: is not named by dataset.json" for name in sorted(strays)]
+
+
+def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((root / "dataset.json").read_bytes())
+    change(content)
+    (root / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["", "..", "../val-000000.tar", "/etc/passwd", "a\0.tar", "\ud800.tar"])
+def test_names_that_lead_elsewhere_are_not_followed(dataset, name):
+    def index(split: dict) -> None:
+        split["index"] = name
+
+    def shard(split: dict) -> None:
+        split["shards"][0]["file"] = name
+
+    for change in (index, shard):
+        with_manifest(dataset, lambda content, change=change: change(content["splits"]["train"]))
+        assert f"dataset.json: names {name!a}, which is no file of its folder" in found_in(dataset)
+
+
+def test_sums_in_dataset_json_must_agree(dataset):
+    with_manifest(dataset, lambda content: content["splits"]["train"].update(samples=61))
+    assert found_in(dataset) == ["dataset.json: gives train 61 samples, and its shards 60 together"]
+
+
+def test_one_shard_under_two_names_is_found(dataset):
+    def change(content: dict) -> None:
+        shards = content["splits"]["train"]["shards"]
+        shards[1] = shards[0]
+
+    with_manifest(dataset, change)
+    assert found_in(dataset)[0] == "dataset.json: names train-000000.tar twice"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe garbage", b"[" * 10**5, b"{}", b"[]", b'{"format": 2}'])
+def test_garbage_for_dataset_json_is_one_line(dataset, content):
+    (dataset / "dataset.json").write_bytes(content)
+    done = run(dataset)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("verify_shards: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_dataset_is_one_line(tmp_path):
+    done = run(tmp_path / "none")
+    assert done.returncode == 1
+    assert done.stderr == f"verify_shards: {error_of(tmp_path / 'none')}\n"
+
+
+def error_of(root: Path) -> str:
+    with pytest.raises(DatasetError) as error:
+        read_manifest(root)
+    return str(error.value)
+
+
+def test_damages_are_printed_up_to_a_number_and_counted(dataset):
+    def change(rows: np.ndarray) -> None:
+        rows["width"] -= 1
+        rows["height"] -= 1
+        rows["label"] = 9 - rows["label"]
+
+    with_rows(dataset, change)
+    (dataset / "val.index.npy").unlink()
+    done = run(dataset)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[1].split()[:4] == ["train", "3", "3", "60"]
+    for shard in range(3):
+        assert sum(line.startswith(f"train-{shard:06d}.tar, ") for line in lines) == 20
+    assert lines[-3:] == ["and 120 more", "", "damaged: 181 findings"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_changed_is_found_without_a_traceback(packed, tmp_path, seed):
+    """dataset.json has no checksum of its own: of it only the second half of this holds."""
+    rng = np.random.default_rng(seed)
+    for path in sorted(packed.iterdir()):
+        if path.name == "report.tsv":
+            continue
+        root = Path(shutil.copytree(packed, tmp_path / path.name))
+        content = bytearray(path.read_bytes())
+        place = int(rng.integers(len(content)))
+        kind = rng.choice(["flip", "cut", "insert", "zeros"])
+        if kind == "flip":
+            content[place] ^= 1 << int(rng.integers(8))
+        elif kind == "cut":
+            del content[place:]
+        elif kind == "insert":
+            content[place:place] = rng.bytes(int(rng.integers(1, 600)))
+        else:
+            content[place : place + 4096] = bytes(len(content[place : place + 4096]))
+        (root / path.name).write_bytes(content)
+        same = bytes(content) == path.read_bytes()  # zeros over zeros
+        try:
+            verdict = verify(root, "all", 1)
+        except (DatasetError, RecursionError):
+            assert path.name == "dataset.json"
+        else:
+            assert verdict.count or same or path.name == "dataset.json", f"{kind} at {place} of {path.name}"
+        shutil.rmtree(root)
+
+
+DAMAGED_INDICES = {
+    "nothing": lambda _: None,
+    "no idx": lambda root: (root / "train-000001.idx").unlink(),
+    "a wrong idx": lambda root: (root / "val-000000.idx").write_text("v1.2 0\n"),
+    "no index": lambda root: (root / "train.index.npy").unlink(),
+    "another index": lambda root: shutil.copy(root / "val.index.npy", root / "train.index.npy"),
+    "all of it": lambda root: [path.unlink() for path in root.iterdir() if path.suffix in (".idx", ".npy")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_INDICES)
+def test_repair_makes_the_very_files_that_were_packed(dataset, damage):
+    before = contents(dataset)
+    DAMAGED_INDICES[damage](dataset)
+    lost = sorted(name for name, content in before.items() if contents(dataset).get(name) != content)
+    assert sorted(repair(dataset, 1)) == lost
+    assert contents(dataset) == before
+
+
+def test_repair_brings_dataset_json_to_an_index_that_was_packed_wrongly(dataset):
+    before = contents(dataset)
+
+    def change(rows: np.ndarray) -> None:
+        rows["label"][7] ^= 1
+
+    with_rows(dataset, change)
+    assert len(found_in(dataset)) == 1
+    assert repair(dataset, 1) == ["train.index.npy", "dataset.json"]
+    assert contents(dataset) == before
+
+
+def test_repair_refuses_where_a_tar_is_not_sound(dataset):
+    (dataset / "train.index.npy").unlink()
+    (dataset / "val-000000.idx").unlink()
+    tar = bytearray((dataset / TAR).read_bytes())
+    tar[len(tar) // 2] ^= 1
+    (dataset / TAR).write_bytes(tar)
+    before = contents(dataset)
+    done = run(dataset, "--repair-index")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("verify_shards: nothing is repaired while this is wrong:\n  ")
+    assert f"{TAR}: its sha256 is not the one in dataset.json" in done.stderr
+    assert contents(dataset) == before
+
+
+def test_the_command_says_that_indices_can_be_repaired(dataset):
+    (dataset / "train-000000.idx").unlink()
+    (dataset / "train.index.npy").unlink()
+    done = run(dataset)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("no tar is damaged: --repair-index")
+    done = run(dataset, "--repair-index")
+    assert (done.returncode, done.stdout) == (0, "written: train-000000.idx, train.index.npy\n")
+    done = run(dataset, "--repair-index")
+    assert (done.returncode, done.stdout) == (0, "nothing to repair\n")
+    assert run(dataset).returncode == 0

@@ -1,0 +1,269 @@
+"""Show what is in a packed dataset: classes, sizes, samples, duplicates.
+
+    python tools/inspect_shards.py --data shards --output report
+
+Writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the samples of each class;
+and duplicates.tsv with the samples that are there more than once, byte for byte after packing.
+Those that training and validation share make the validation error too small.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.shards import ShardReader
+
+LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
+_PART = 4096  # samples that a thread hashes at a time
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset. counts: samples of each class by split, [classes]."""
+
+    manifest: Manifest
+    readers: dict[str, ShardReader]
+    counts: dict[str, np.ndarray]
+
+
+class Copy(NamedTuple):
+    """One of several samples with the same bytes."""
+
+    split: str
+    shard: str
+    key: str
+    label: int
+
+
+Groups = list[list[Copy]]
+
+
+def open_dataset(root: Path) -> Dataset:
+    """Raises DatasetError where it is missing or damaged."""
+    manifest = read_manifest(root)
+    readers = {split: ShardReader(root, manifest, split) for split in manifest.splits}
+    counts = {
+        split: np.bincount(reader.rows["label"], minlength=len(manifest.classes))
+        for split, reader in readers.items()
+    }
+    return Dataset(manifest, readers, counts)
+
+
+def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
+    """Groups of samples with the same bytes, in the order of their first samples.
+
+    Threads are enough for it: hashing lets the others run.
+    """
+
+    def digests(part: tuple[ShardReader, range]) -> bytes:
+        reader, numbers = part
+        jpegs = reader.jpegs(np.array(numbers))
+        return b"".join(blake2b(jpeg.data, digest_size=16).digest() for jpeg in jpegs)
+
+    samples = list(readers.items())
+    parts = [
+        (reader, range(start, min(start + _PART, len(reader))))
+        for _, reader in samples
+        for start in range(0, len(reader), _PART)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        found = np.frombuffer(b"".join(pool.map(digests, parts)), "V16")
+    _, ids, counts = np.unique(found, return_inverse=True, return_counts=True)
+    ends = np.cumsum([len(reader) for _, reader in samples])
+    groups: dict[int, list[Copy]] = {}
+    for place in np.flatnonzero(counts[ids] > 1):
+        which = int(np.searchsorted(ends, place, side="right"))
+        split, reader = samples[which]
+        number = int(place - ends[which] + len(reader))
+        row = reader.rows[number]
+        copy = Copy(split, reader.split.shards[row["shard"]].file, reader.key(number), int(row["label"]))
+        groups.setdefault(int(ids[place]), []).append(copy)
+    return list(groups.values())
+
+
+def report(name: str, dataset: Dataset, groups: Groups) -> str:
+    """The text of report.md."""
+    manifest = dataset.manifest
+    total = sum(map(len, dataset.readers.values()))
+    lines = [
+        f"# {name}: {total:,} images in {len(manifest.classes):,} classes",
+        "",
+        f"Geometry {manifest.geometry}, shorter side {manifest.size} px, packed by "
+        f"{manifest.packed.get('by', 'an unknown packer')}; fingerprint {manifest.fingerprint}.",
+        "",
+        *_table(("split", "shards", "images", "MB", "in a class: least", "median", "most"), _splits(dataset)),
+        "",
+        *_absent(dataset),
+        *_outcomes(manifest),
+        "## Classes",
+        "",
+        "![samples by class](classes.png)",
+        "",
+        *_extremes(dataset),
+        "",
+        "## Sizes",
+        "",
+        "![histograms of bytes, width and height](sizes.png)",
+        "",
+        *_table(("of", "split", "least", "1 %", "median", "99 %", "most"), _sizes(dataset)),
+        "",
+        "## Samples",
+        "",
+        "![samples with their labels](samples.png)",
+        "",
+        "## Duplicates",
+        "",
+        *_duplicates(dataset, groups),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+
+
+def _splits(dataset: Dataset) -> Iterable[tuple[str, ...]]:
+    for split, reader in dataset.readers.items():
+        counts, shards = dataset.counts[split], reader.split.shards
+        megabytes = sum(shard.bytes for shard in shards) / 1e6
+        balance = (f"{counts.min():,}", f"{np.median(counts):,g}", f"{counts.max():,}")
+        yield (split, f"{len(shards):,}", f"{len(reader):,}", f"{megabytes:,.1f}", *balance)
+
+
+def _class(dataset: Dataset, label: int) -> str:
+    entry = dataset.manifest.classes[label]
+    return entry.id if entry.name == entry.id else f"{entry.id} {entry.name}"
+
+
+def _absent(dataset: Dataset) -> list[str]:
+    lines = []
+    for split, counts in dataset.counts.items():
+        absent = [_class(dataset, int(label)) for label in np.flatnonzero(counts == 0)]
+        if absent:
+            more = f" and {len(absent) - LISTED:,} more" if len(absent) > LISTED else ""
+            lines += [f"**Not in {split}:** {', '.join(absent[:LISTED])}{more}.", ""]
+    return lines
+
+
+def _outcomes(manifest: Manifest) -> list[str]:
+    lines = []
+    for outcome, counts in (("Repaired", manifest.repaired), ("Rejected", manifest.rejected)):
+        if counts:
+            lines += [f"{outcome}: " + ", ".join(f"{n:,} {reason}" for reason, n in counts.items()) + ".", ""]
+    return lines
+
+
+def _extremes(dataset: Dataset) -> list[str]:
+    """The classes with the most and the fewest samples in the first split."""
+    head, half = ("label", "class", *dataset.counts), LISTED // 2
+    order = np.argsort(-next(iter(dataset.counts.values())), kind="stable").tolist()
+    rows = [
+        (str(label), _class(dataset, label), *(f"{counts[label]:,}" for counts in dataset.counts.values()))
+        for label in (order if len(order) <= LISTED else order[:half] + order[-half:])
+    ]
+    title = [f"The {half} largest and the {half} smallest; all are in classes.tsv.", ""]
+    return [*(title if len(order) > LISTED else []), *_table(head, rows)]
+
+
+def _sizes(dataset: Dataset) -> Iterable[tuple[str, ...]]:
+    for title, column in (("bytes", "size"), ("width", "width"), ("height", "height")):
+        for split, reader in dataset.readers.items():
+            marks = np.percentile(reader.rows[column], (0, 1, 50, 99, 100))
+            yield (title, split, *(f"{mark:,.0f}" for mark in marks))
+
+
+def _duplicates(dataset: Dataset, groups: Groups) -> list[str]:
+    if not groups:
+        return ["No two samples have the same bytes."]
+    copies = sum(len(group) - 1 for group in groups)
+    lines = [f"- Samples that repeat another byte for byte: {copies:,}, in groups: {len(groups):,}"]
+    if "train" in dataset.readers:
+        for split in [name for name in dataset.readers if name != "train"]:
+            leaked = [group for group in groups if {"train", split} <= {copy.split for copy in group}]
+            count = sum(copy.split == split for group in leaked for copy in group)
+            if count:
+                share = count / len(dataset.readers[split])
+                lines.append(f"- **Samples of {split} that are also in train: {count:,} ({share:.2%})**")
+    conflicts = sum(len({copy.label for copy in group}) > 1 for group in groups)
+    if conflicts:
+        lines.append(f"- **Groups with different labels: {conflicts:,}**")
+    # What harms most first: shared by splits, labelled differently, many.
+    worst = sorted(groups, key=lambda group: [-len({copy[i] for copy in group}) for i in (0, 3)])
+    rows = ((_names(dataset, group),) for group in worst[:LISTED])
+    lines += ["", *_table(("the same picture: split, key, class",), rows)]
+    if len(groups) > LISTED:
+        lines += ["", f"and {len(groups) - LISTED:,} more groups: all are in duplicates.tsv."]
+    return lines
+
+
+def _names(dataset: Dataset, group: list[Copy]) -> str:
+    names = [f"{copy.split} {copy.key} ({_class(dataset, copy.label)})" for copy in group[:6]]
+    return "; ".join(names) + (f"; and {len(group) - 6:,} more" if len(group) > 6 else "")
+
+
+def _write_tsv(path: Path, head: Iterable[str], rows: Iterable[Iterable]) -> None:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        csv.writer(file, "excel-tab", lineterminator="\n").writerows([head, *rows])
+
+
+def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
+    """Write the report; returns the duplicates. Raises DatasetError or OSError."""
+    from tools import shard_figures
+
+    dataset = open_dataset(data)
+    groups = find_duplicates(dataset.readers, threads)
+    output.mkdir(parents=True, exist_ok=True)
+    classes = [(entry.id, entry.name) for entry in dataset.manifest.classes]
+    _write_tsv(
+        output / "classes.tsv",
+        ("label", "class", "name", *dataset.counts),
+        ((n, *ids, *c) for n, (ids, *c) in enumerate(zip(classes, *dataset.counts.values(), strict=True))),
+    )
+    _write_tsv(
+        output / "duplicates.tsv",
+        ("group", "split", "shard", "key", "label", "class"),
+        ((n, *copy, classes[copy.label][0]) for n, group in enumerate(groups) for copy in group),
+    )
+    names = [entry.name for entry in dataset.manifest.classes]
+    shard_figures.draw_classes(output / "classes.png", names, dataset.counts)
+    shard_figures.draw_sizes(
+        output / "sizes.png", {split: reader.rows for split, reader in dataset.readers.items()}
+    )
+    first = next(iter(dataset.readers.values()))
+    shard_figures.draw_samples(output / "samples.png", names, first, seed)
+    (output / "report.md").write_text(
+        report(data.resolve().name, dataset, groups), encoding="utf-8", errors="surrogateescape"
+    )
+    return groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="the packed dataset")
+    add("--output", type=Path, required=True, metavar="DIR", help="where the report goes")
+    add("--seed", type=int, default=0, help="of the choice of samples that are shown (default 0)")
+    options = parser.parse_args()
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed} is negative")
+    try:
+        groups = inspect(options.data, options.output, options.seed, len(os.sched_getaffinity(0)))
+    except (DatasetError, OSError) as error:
+        sys.exit(f"inspect_shards: {error}")
+    print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
+
+
+if __name__ == "__main__":
+    main()

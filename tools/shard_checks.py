@@ -1,0 +1,280 @@
+"""One shard against what dataset.json and the index say of it, down to the byte.
+
+A tar is read once, from its first byte to its last: hashed, walked header by header, each picture
+compared with its row of the index and, where asked, decoded. Behind a broken header the walk goes on
+at the next sound one, so that one flipped byte does not hide the rest.
+"""
+
+import os
+import tarfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pipeline.manifest import HEAD_BYTES, Shard
+from pipeline.shards import INDEX_DTYPE, Place, dali_index
+
+Decode = Literal["all", "sampled", "none"]
+SAMPLED = 16  # pictures of a shard
+KEPT = 20  # damages of a shard that are named; the others are counted
+_BLOCK = tarfile.BLOCKSIZE
+
+
+class Damage(NamedTuple):
+    """What is wrong, and where: at which byte of the file, in which member of the tar."""
+
+    file: str
+    what: str
+    byte: int | None = None
+    member: str = ""
+
+    def __str__(self) -> str:
+        where = [self.file]
+        if self.member:
+            where.append(self.member if self.member.isprintable() else ascii(self.member))
+        if self.byte is not None:
+            where.append(f"byte {self.byte}")
+        return f"{', '.join(where)}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to check. rows: what the index says of it, or None where there is no sound index."""
+
+    root: Path
+    shard: Shard
+    rows: np.ndarray | None
+    classes: int
+    decode: Decode
+
+
+@dataclass
+class Found:
+    """What a shard holds. damages: the first KEPT of `count`. rows: what the index must say of it, with
+    `shard` left 0. index: what its .idx must be, or None if that is what it is."""
+
+    damages: list[Damage] = field(default_factory=list)
+    count: int = 0
+    decoded: int = 0
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))
+    index: bytes | None = None
+
+    def add(self, *damage) -> None:
+        self.count += 1
+        if self.count <= KEPT:
+            self.damages.append(Damage(*damage))
+
+
+def check_shard(task: Task) -> Found:
+    """Check one shard and its .idx; this is what runs in the worker processes.
+
+    Where the checksum is wrong, `sampled` decodes everything: that may name the sample.
+    """
+    found, places, same = _check_tar(task)
+    if not same and task.decode == "sampled":
+        found, places, same = _check_tar(replace(task, decode="all"))
+    path = task.root / Path(task.shard.file).with_suffix(".idx")
+    try:
+        index = path.read_bytes()
+    except FileNotFoundError:
+        index = None
+        found.add(path.name, "is missing")
+    except OSError as error:
+        index = None
+        found.add(path.name, f"cannot be read: {error.strerror}")
+    if same:  # else a difference would be the tar's
+        wanted = dali_index(places)
+        if index != wanted:
+            found.index = wanted
+        if index is not None and index != wanted:
+            found.add(path.name, _first_difference(index, wanted))
+    return found
+
+
+def _first_difference(index: bytes, wanted: bytes) -> str:
+    lines = zip_longest(index.split(b"\n"), wanted.split(b"\n"), fillvalue=b"(nothing)")
+    number, (line, right) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    return f"line {number} is {str(line[:80])[1:]}, by the tar it is {str(right)[1:]}"
+
+
+def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
+    """Also the places of the samples, and whether the tar is byte for byte the packed one."""
+    found, shard = Found(), task.shard
+    samples = _Samples(task, found)
+    try:
+        with open(task.root / shard.file, "rb") as opened, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata in pictures
+            size = os.fstat(opened.fileno()).st_size
+            head = sha256(opened.read(HEAD_BYTES)).hexdigest()
+            opened.seek(0)
+            file = _Hashed(opened)
+            for member in _members(file, size, shard.file, found):
+                samples.take(member)
+            samples.finish()
+    except FileNotFoundError:
+        found.add(shard.file, "is missing")
+        return found, [], False
+    except OSError as error:
+        found.add(shard.file, f"cannot be read: {error.strerror}")
+        return found, [], False
+    same = file.digest.hexdigest() == shard.sha256
+    if size != shard.bytes:
+        found.add(shard.file, f"has {size} bytes and dataset.json says {shard.bytes}")
+    elif not same:
+        found.add(shard.file, "its sha256 is not the one in dataset.json")
+    elif head != shard.head_sha256:
+        found.add(shard.file, "the sha256 of its first 64 KiB is not the one in dataset.json")
+    if len(samples.places) != shard.samples:
+        found.add(shard.file, f"has {len(samples.places)} samples and dataset.json says {shard.samples}")
+    found.rows = np.array(samples.rows, INDEX_DTYPE)
+    return found, samples.places, same
+
+
+class _Hashed:
+    """A file read forwards, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.place, self.digest = file, 0, sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.place += len(data)
+        self.digest.update(data)
+        return data
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int  # of the content
+    content: bytes
+
+
+def _members(file: _Hashed, size: int, name: str, found: Found) -> Iterator[_Member]:
+    """The sound members of a tar of `size` bytes; what else is in it is damage. Reads to the end."""
+    lost = False  # behind a broken header, until there is a sound one
+    end = None  # where zeros began, which nothing may follow
+    while len(block := file.read(_BLOCK)) == _BLOCK:
+        start = file.place - _BLOCK
+        if not any(block):
+            end = start if end is None else end
+            continue
+        if end is not None and not lost:
+            found.add(name, "zeros where a header is due", end)
+        end = None
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            sound = 0 <= header.size <= size - file.place
+        except tarfile.HeaderError:
+            sound = False
+        if not sound:
+            if not lost:
+                found.add(name, "no sound header of a member", start)
+            lost = True
+            continue
+        lost = False
+        content, padding = file.read(header.size), file.read(-header.size % _BLOCK)
+        if any(padding):
+            found.add(name, "bytes other than zero behind it", file.place - len(padding), header.name)
+        if header.isreg():
+            yield _Member(header.name, start + _BLOCK, content)
+        else:
+            found.add(name, "is no regular file", start, header.name)
+    if end is None:
+        found.add(name, "it ends without the zeros that end a tar", file.place)
+
+
+class _Samples:
+    """Pairs the members up to samples and compares these with their rows."""
+
+    def __init__(self, task: Task, found: Found):
+        self.task, self.found = task, found
+        self.places: list[Place] = []
+        self.rows: list[tuple[int, ...]] = []
+        self._jpeg: _Member | None = None  # waits for its label
+        self._expected = None if task.rows is None else {int(row["offset"]): row for row in task.rows}
+        self._stride = {"all": 1, "sampled": -(-task.shard.samples // SAMPLED), "none": 0}[task.decode]
+
+    def take(self, member: _Member) -> None:
+        jpeg, key = self._jpeg, member.name.removesuffix(".cls")
+        if member.name.endswith(".jpg"):
+            self._unlabelled()
+            self._jpeg = member
+        elif jpeg is not None and member.name.endswith(".cls") and jpeg.name == f"{key}.jpg":
+            self._jpeg = None
+            self._sample(key, jpeg, member)
+        else:
+            self._damage("does not belong to a .jpg before it", member)
+
+    def finish(self) -> None:
+        self._unlabelled()
+        if self._expected:
+            first, *others = sorted(self._expected)
+            what = f"no sample here, nor at {len(others)} more places of the index"
+            self.found.add(self.task.shard.file, what, first)
+
+    def _damage(self, what: str, member: _Member) -> None:
+        self.found.add(self.task.shard.file, what, member.offset, member.name)
+
+    def _unlabelled(self) -> None:
+        if self._jpeg is not None:
+            self._damage("has no .cls behind it", self._jpeg)
+
+    def _sample(self, key: str, jpeg: _Member, cls: _Member) -> None:
+        ordinal = len(self.places)
+        self.places.append(Place(key, jpeg.offset, len(jpeg.content), cls.offset, len(cls.content)))
+        row = None
+        if self._expected is not None:
+            row = self._expected.pop(jpeg.offset, None)
+            if row is None:
+                self._damage("is not in the index", jpeg)
+        label = self._label(cls)
+        image = self._open(jpeg)
+        if image is None or label is None:
+            return
+        self.rows.append((0, jpeg.offset, len(jpeg.content), label, *image.size))
+        differs = row is not None and self._compare(jpeg, row, self.rows[-1])
+        if self._stride and ordinal % self._stride == 0 and not differs:
+            self._decode(jpeg, image)
+
+    def _compare(self, jpeg: _Member, row: np.ndarray, here: tuple[int, ...]) -> bool:
+        differs = False
+        for name, value in zip(("size", "label", "width", "height"), here[2:], strict=True):
+            if row[name] != value:
+                self._damage(f"its {name} is {value} and the index says {row[name]}", jpeg)
+                differs = True
+        return differs
+
+    def _open(self, jpeg: _Member) -> Image.Image | None:
+        try:
+            image = Image.open(BytesIO(jpeg.content), formats=["JPEG"])
+        except Exception:  # damaged bytes may break the decoder in any way
+            self._damage("is no JPEG", jpeg)
+            return None
+        if image.mode != "RGB":
+            self._damage(f"is {image.mode}, not RGB", jpeg)
+        return image
+
+    def _decode(self, jpeg: _Member, image: Image.Image) -> None:
+        self.found.decoded += 1
+        try:
+            image.load()
+        except Exception as error:
+            self._damage(f"does not decode: {error}", jpeg)
+
+    def _label(self, cls: _Member) -> int | None:
+        text, classes = cls.content, self.task.classes
+        if not (text.isdigit() and len(text) < 10):
+            self._damage(f"is {text[:20].decode('latin-1')!a} and no label", cls)
+        elif int(text) >= classes:
+            self._damage(f"its label is {int(text)}, of {classes} classes", cls)
+        else:
+            return int(text)
+        return None
