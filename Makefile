@@ -29,6 +29,11 @@ lint: setup
 bench: demo
 	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo
 
+# Others' packers, with which `tools/bench.py pack --peers .peers/bin/python` compares ours.
+.peers:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet img2dataset==1.47.0 pillow==12.1.1
+
 image: TARGET ?= cuda
 image:
 	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train --build-arg TARGET=$(TARGET) \
