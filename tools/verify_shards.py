@@ -111,7 +111,7 @@ def check_shards(
             (name, Task(root, shard, part, len(manifest.classes), decode))
             for shard, part in zip(split.shards, parts, strict=True)
         ]
-    context = multiprocessing.get_context("spawn")  # the bar has a thread, see packing.py
+    context = multiprocessing.get_context("spawn")  # the bar has a thread, see executors.py
     with (
         Progress(disable=not sys.stderr.isatty()) as progress,
         ProcessPoolExecutor(workers, context) as pool,
