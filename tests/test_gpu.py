@@ -5,6 +5,8 @@ import torch
 
 from pipeline.loader import Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.plan import Plan
+from trainer.meter import Interval
+from trainer.metrics import Metrics
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
 from trainer.step import Step
@@ -62,3 +64,13 @@ def test_a_few_steps_lower_the_loss_in_each_precision(batches, precision):
         set_learning_rate(optimizer, 1e-3)
         losses.append(step(pixels, labels)[0])
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_gpu_has_its_gauges():
+    metrics = Metrics()
+    interval = Interval(1, 1, 1.0, 0.0, 1.0, wait_seconds=0.0, busy_seconds=1.0, ready=1)
+    metrics.harvested(interval, 0.01, 1.0, GPU)
+    for name in ("memory_used_ratio", "utilization_ratio"):
+        assert 0 <= metrics.registry.get_sample_value(f"alexnet_gpu_{name}", {"gpu": "0"}) <= 1
+    assert 0 <= metrics.registry.get_sample_value("alexnet_jpeg_engine_utilization_ratio", {"gpu": "0"}) <= 1
+    assert metrics.registry.get_sample_value("alexnet_gpu_memory_peak_bytes", {"gpu": "0"}) >= 0
