@@ -24,8 +24,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a crash."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the new name last through a crash
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)

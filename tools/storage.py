@@ -9,6 +9,8 @@ from pathlib import Path
 import fsspec
 from fsspec.core import url_to_fs
 
+from pipeline.files import sync_folder
+
 UNFINISHED = ".packing"  # what a run needs until its dataset is whole, in the dataset's folder
 
 
@@ -70,11 +72,7 @@ class Folder:
                 self.fs.put_file(str(file), target)
             return
         file.replace(target)
-        folder = os.open(Path(target).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the new name last through a crash
-        finally:
-            os.close(folder)
+        sync_folder(Path(target).parent)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """The bytes of a file in it, or the first `size`."""

@@ -21,15 +21,15 @@ def query(expr: str, name: str = "", ref: str = "A") -> prometheus.Dataquery:
     return prometheus.Dataquery().expr(expr).legend_format(name).ref_id(ref).range()
 
 
+def headed(panel, title: str, description: str, width: int, height: int):
+    """A panel of any kind with what all have."""
+    return panel.title(title).description(description).datasource(SOURCE).span(width).height(height)
+
+
 def figure(title: str, expr: str, unit: str, description: str, width: int, height: int = 5) -> stat.Panel:
     """The last value in large: what a run ended with stays."""
     return (
-        stat.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .span(width)
-        .height(height)
+        headed(stat.Panel(), title, description, width, height)
         .with_target(query(expr))
         .unit(unit)
         .color_scheme(dashboard.FieldColor().mode(model.FieldColorModeId.FIXED).fixed_color("text"))
@@ -81,12 +81,7 @@ def curves(
     """shown: names and their queries. A name with labels gives many curves, in shades of its colour."""
     legend = common.VizLegendOptions().display_mode(options.LegendDisplayMode.LIST).show_legend(True)
     panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .span(width)
-        .height(8)
+        headed(timeseries.Panel(), title, description, width, 8)
         .interval(MIN_INTERVAL)
         .unit(unit)
         .no_value(otherwise)
@@ -115,12 +110,7 @@ def stacked(panel: timeseries.Panel) -> timeseries.Panel:
 def buckets(title: str, expr: str, unit: str, description: str, width: int) -> heatmap.Panel:
     """expr: increase of a histogram's buckets, by `le`."""
     return (
-        heatmap.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .span(width)
-        .height(8)
+        headed(heatmap.Panel(), title, description, width, 8)
         .interval(MIN_INTERVAL)
         .with_target(query(expr, "{{le}}").format(PromQueryFormat.HEATMAP))
         .calculate(False)
@@ -135,12 +125,7 @@ def listing(
 ) -> table.Panel:
     """What there is now. change: the transformation of the query's result; how: its options."""
     return (
-        table.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .span(12)
-        .height(9)
+        headed(table.Panel(), title, description, 12, 9)
         .with_target(target.instant())
         .with_transformation(model.DataTransformerConfig(id_val=change, options=how))
         .align(options.FieldTextAlignment.LEFT)
