@@ -1,16 +1,18 @@
 """Mean and principal components of pixels, from exact streamed sums."""
 
 from dataclasses import dataclass, field
-from itertools import combinations_with_replacement
 
 import numpy as np
 from PIL import Image
 
 from pipeline.manifest import Pixels, Row
 
-_PAIRS = tuple(combinations_with_replacement(range(3), 2))
-# Pixels: 255² × 65,536 fits into 32 bits. einsum, as BLAS would start threads in each worker process.
-_BLOCK = 65536
+# Pixels in a row of products. 255² × 256 < 2²⁴: float32 holds every such sum, and every part of it,
+# exactly, in whatever order BLAS adds. For so short a row, BLAS starts no threads in a worker process.
+_BLOCK = 256
+# Of red, green, blue and one. The last three are the totals.
+_FACTORS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3))
+_PRODUCTS = np.array([[0, 1, 2], [1, 3, 4], [2, 4, 5]])  # where in _FACTORS each pair of channels is
 
 
 @dataclass
@@ -22,14 +24,18 @@ class PixelSums:
     products: np.ndarray = field(default_factory=lambda: np.zeros((3, 3), np.int64))
 
     def add_image(self, image: Image.Image) -> None:
-        channels = [np.asarray(channel).ravel() for channel in image.split()]
-        self.count += len(channels[0])
-        for start in range(0, len(channels[0]), _BLOCK):
-            block = [channel[start : start + _BLOCK].astype(np.uint32) for channel in channels]
-            self.total += [np.einsum("i->", channel) for channel in block]
-            for one, other in _PAIRS:
-                self.products[one, other] += np.einsum("i,i->", block[one], block[other])
-                self.products[other, one] = self.products[one, other]
+        """image: RGB."""
+        width, height = image.size
+        self.count += width * height
+        channels = [np.frombuffer(image.tobytes("raw", band), np.uint8) for band in "RGB"]
+        for left in range(0, width, _BLOCK):
+            columns = slice(left, left + _BLOCK)
+            block = [channel.reshape(height, width)[:, columns].astype(np.float32) for channel in channels]
+            block.append(np.ones_like(block[0][0]))
+            rows = np.array([np.vecdot(block[one], block[other]) for one, other in _FACTORS])
+            sums = rows.sum(1, np.int64)
+            self.products += sums[_PRODUCTS]
+            self.total += sums[6:]
 
     def add(self, other: "PixelSums") -> None:
         self.count += other.count
