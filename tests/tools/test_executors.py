@@ -259,7 +259,9 @@ def test_a_dask_scheduler_that_goes_away_is_named_and_processes_may_continue(
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://"])
 def test_a_scheduler_that_is_not_there_is_one_line(address):
-    dask = pytest.importorskip("dask", reason="needs the extra `dask`")
+    pytest.importorskip("distributed", reason="needs the extra `dask`")
+    import dask  # whose settings are whole only now
+
     refused = pytest.raises(PackingError, match=f"--scheduler {address}")
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), refused, executors.dask(address):
         pass

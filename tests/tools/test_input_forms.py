@@ -3,7 +3,6 @@
 import csv
 import io
 import socket
-import tarfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,61 +15,14 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 from pyarrow import parquet
-from s3fs import S3FileSystem
 
+from tests.tools.conftest import Tree, class_folders, tar_of, tars, val_files, write
 from tools.draw_pictures import class_names, draw
 from tools.inputs.listing import SourceError
 from tools.inputs.sources import Sources, find_sources
 from tools.make_shards import pack, parse_arguments
 from tools.storage import read
-
-Tree = dict[str, dict[str, dict[str, bytes]]]  # split, class, file, content
-
-
-def write(path: Path, content: bytes | str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def tar_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def val_files(tree: Tree) -> dict[str, tuple[str, bytes]]:
-    """Class and content by name, sorted: in val, names do not repeat."""
-    pairs = (
-        (name, (wnid, content)) for wnid, files in tree["val"].items() for name, content in files.items()
-    )
-    return dict(sorted(pairs))
-
-
-def class_folders(tree: Tree, root: Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
-    for split in splits:
-        for wnid, files in tree[split].items():
-            for name, content in files.items():
-                write(root / split / wnid / name, content)
-    return root
-
-
-def tars(tree: Tree, root: Path) -> Path:
-    """As downloaded, with the ground truth by numbers. Neither the classes nor the files are in order."""
-    numbers = {wnid: number for number, wnid in enumerate(reversed(tree["train"]), 1)}
-    inside = {f"{wnid}.tar": tar_of(tree["train"][wnid]) for wnid in numbers}
-    flat = val_files(tree)
-    write(root / "ILSVRC2012_img_train.tar", tar_of(inside))
-    write(root / "ILSVRC2012_img_val.tar", tar_of({name: flat[name][1] for name in reversed(flat)}))
-    truth = "".join(f"{numbers[wnid]}\n" for wnid, _ in flat.values())
-    write(root / "ILSVRC2012_validation_ground_truth.txt", truth)
-    write(root / "map_clsloc.txt", "".join(f"{wnid} {number} words\n" for wnid, number in numbers.items()))
-    return root
 
 
 def tars_of_2010(tree: Tree, root: Path) -> Path:
@@ -207,24 +159,6 @@ def upload(root: Path, url: str) -> None:
     for file in root.rglob("*"):
         if file.is_file():
             fs.pipe_file(f"{path}/{file.relative_to(root)}", file.read_bytes())
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory) -> Iterator[str]:
-    """The URL of a bucket on a server that speaks S3's protocol."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        S3FileSystem.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("images")
-        yield "s3://images"
-    S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 TREE: Tree = {

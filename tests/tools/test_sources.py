@@ -168,3 +168,17 @@ def test_a_relative_input_gives_files_that_any_working_directory_finds(tmp_path,
 def test_a_class_folder_is_sorted_by_its_own_name_whatever_follows(tmp_path):
     fill(tmp_path, "train/a/1.jpg", "train/a-b/1.jpg", "val/a/1.jpg")  # "-" sorts before "/"
     assert [source.label for source in find_sources(tmp_path, None, 0).splits["train"]] == [0, 1]
+
+
+def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    names = ["0", "1", "2", "9", "10", "100"]
+    fill(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in names))
+    sources = find_sources(tmp_path, None, 0)
+    assert sources.classes == names
+    assert [source.path for source in sources.splits["val"]] == [f"val/{name}/1.jpg" for name in names]
+
+
+@pytest.mark.parametrize("names", [["10", "2", "a"], ["1.5", "10", "2"], ["-1", "10", "2"], ["10", "2", "²"]])
+def test_a_class_that_is_no_number_makes_all_of_them_text(tmp_path, names):
+    fill(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in names))
+    assert find_sources(tmp_path, None, 0).classes == names

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,36 +22,12 @@ REPO = Path(__file__).resolve().parents[2]
 SETTINGS = ("--size", "32", "--shard-samples", "10")
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of a bucket on a server of S3's protocol on this machine."""
-    server_module = pytest.importorskip("moto.server", reason="needs moto[server]")
-    s3fs = pytest.importorskip("s3fs", reason="needs the extra `s3`")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
 @pytest.fixture(params=["local", "s3"])
 def folder(request, tmp_path) -> Folder:
     if request.param == "local":
         (tmp_path / "folder" / UNFINISHED).mkdir(parents=True)
         return Folder(tmp_path / "folder")
-    return Folder(f"{request.getfixturevalue('bucket')}/{tmp_path.name}")
+    return Folder(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
 
 
 def put(folder: Folder, name: str, content: bytes, below: str = ".") -> None:
@@ -154,35 +129,35 @@ def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, bucket, whole):
-    run = make_shards(pictures, f"{bucket}/first", *SETTINGS)
+def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, s3, whole):
+    run = make_shards(pictures, f"{s3}/first", *SETTINGS)
     assert run.returncode == 0, run.stderr
-    assert f"alexnet-train --data {bucket}/first" in run.stdout
-    assert files_in(Folder(f"{bucket}/first")) == whole
-    again = make_shards(pictures, f"{bucket}/first", *SETTINGS)
+    assert f"alexnet-train --data {s3}/first" in run.stdout
+    assert files_in(Folder(f"{s3}/first")) == whole
+    again = make_shards(pictures, f"{s3}/first", *SETTINGS)
     assert again.returncode == 1
-    assert "s3://bucket/first already holds a dataset" in again.stderr
-    assert make_shards(pictures, f"{bucket}/first", "--overwrite", "--size", "32").returncode == 0
-    assert {name for name in Folder(f"{bucket}/first").sizes() if name.endswith(".tar")} == {
+    assert f"{s3}/first already holds a dataset" in again.stderr
+    assert make_shards(pictures, f"{s3}/first", "--overwrite", "--size", "32").returncode == 0
+    assert {name for name in Folder(f"{s3}/first").sizes() if name.endswith(".tar")} == {
         "train-000000.tar",
         "val-000000.tar",
     }
 
 
 @pytest.mark.slow
-def test_a_bucket_is_packed_like_a_folder(pictures, make_shards, bucket, whole, tmp_path):
+def test_a_bucket_is_packed_like_a_folder(pictures, make_shards, s3, whole, tmp_path):
     for path in pictures.rglob("*.JPEG"):
         name = path.relative_to(pictures)
-        put(Folder(f"{bucket}/pictures/{name.parent}"), name.name, path.read_bytes())
-    run = make_shards(f"{bucket}/pictures", tmp_path / "out", *SETTINGS)
+        put(Folder(f"{s3}/pictures/{name.parent}"), name.name, path.read_bytes())
+    run = make_shards(f"{s3}/pictures", tmp_path / "out", *SETTINGS)
     assert run.returncode == 0, run.stderr
     assert files_in(Folder(tmp_path / "out")) == whole
 
 
 @pytest.mark.slow
-def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, bucket, tmp_path, make_shards):
+def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path, make_shards):
     settings = ("--size", "448", "--shard-samples", "4")
-    output = Folder(f"{bucket}/killed")
+    output = Folder(f"{s3}/killed")
     command = [sys.executable, "tools/make_shards.py", "--input", str(pictures), "--output", str(output)]
     process = subprocess.Popen([*command, *settings, "--workers=2"], cwd=REPO, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -203,8 +178,8 @@ def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, bucket, tmp_
     assert files_in(output) == files_in(Folder(tmp_path / "whole"))
 
 
-def test_more_files_than_are_read_ahead_keep_their_order(pictures, bucket, tmp_path):
-    target = Folder(f"{bucket}/order")
+def test_more_files_than_are_read_ahead_keep_their_order(pictures, s3, tmp_path):
+    target = Folder(f"{s3}/order")
     with target.staged() as staging:
         for number in range(2 * READ_AHEAD + 3):
             (staging / str(number)).write_bytes(str(number).encode())

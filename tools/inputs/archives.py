@@ -1,4 +1,4 @@
-"""ILSVRC's tars as they are downloaded, read where they lie.
+"""Tars read where they lie, and ILSVRC's as they are downloaded.
 
 A class tar is stored uncompressed in the tar of all classes, so an image has one place in the outer
 file. Only headers are read to find it, and each is checked: Python's tarfile would take a damaged
@@ -7,12 +7,12 @@ header for the end.
 
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tools import storage
 from tools.inputs.labels import Annotations, is_image
@@ -22,6 +22,10 @@ _BLOCK = 512  # tar's unit, in bytes
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _CONNECTIONS = 32  # a header behind a URL is a request, which mostly waits
+_AHEAD = 8192  # bytes
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Member(NamedTuple):
@@ -32,13 +36,28 @@ class Member(NamedTuple):
     size: int
 
 
-def members(file: str, start: int, end: int) -> Iterator[Member]:
+class ReadAhead:
+    """storage.read that asks for more, up to the file's end: small members and their headers come at once."""
+
+    def __init__(self, end: int):
+        self.end, self.start, self.content = end, 0, b""
+
+    def __call__(self, file: str, offset: int, size: int) -> bytes:
+        if not self.start <= offset <= offset + size <= self.start + len(self.content):
+            self.start = offset
+            self.content = storage.read(file, offset, min(max(size, _AHEAD), self.end - offset))
+        return self.content[offset - self.start :][:size]
+
+
+def members(
+    file: str, start: int, end: int, read: Callable[[str, int, int], bytes] = storage.read
+) -> Iterator[Member]:
     """The files of the tar between two bytes of a file. Raises SourceError where it is damaged."""
     place, extensions = start, b""
     while True:
         if place + _BLOCK > end:
             raise SourceError(f"{file} is cut short: the tar has no end at byte {end}")
-        header = storage.read(file, place, _BLOCK)
+        header = read(file, place, _BLOCK)
         if not any(header):
             return
         try:
@@ -53,13 +72,19 @@ def members(file: str, start: int, end: int) -> Iterator[Member]:
             raise SourceError(f"{file} is cut short or damaged: {info.name} at byte {place} goes beyond it")
         place = offset + -(-info.size // _BLOCK) * _BLOCK
         if info.type in _EXTENSIONS:
-            extensions += storage.read(file, offset - _BLOCK, place - offset + _BLOCK)
+            extensions += read(file, offset - _BLOCK, place - offset + _BLOCK)
             continue
         extensions = b""
         if info.type in _FILES:
             yield Member(posixpath.normpath(info.name), offset, info.size)
         elif not info.isdir():
             raise SourceError(f"{file} has {info.name} as a link or in pieces at byte {offset}: extract it")
+
+
+def read_each(place: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What `read` gives for each, in order: for many at once if the place is behind a URL."""
+    with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(place) else 1) as pool:
+        yield from pool.map(read, items)
 
 
 def class_tars(folder: InputFolder, name: str) -> Part:
@@ -75,9 +100,8 @@ def class_tars(folder: InputFolder, name: str) -> Part:
 
 
 def _images(file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
-    with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(file) else 1) as pool:
-        for images in pool.map(partial(_class_images, file), tars.items()):
-            yield from images
+    for images in read_each(file, partial(_class_images, file), tars.items()):
+        yield from images
 
 
 def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:

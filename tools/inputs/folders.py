@@ -6,6 +6,7 @@ The forms:
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's, flat val
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val goes before its tar
     <class>/…                              with --val-fraction
+    *.tar                                  WebDataset's at any depth, where none of these is
 """
 
 import re
@@ -16,6 +17,7 @@ from tools import storage
 from tools.inputs.archives import class_tars, flat_tar
 from tools.inputs.labels import Annotations, is_image
 from tools.inputs.listing import InputFolder, Labelled, Part, SourceError
+from tools.inputs.webdataset import find_tars, webdataset_tars
 
 _KAGGLE = "Data/CLS-LOC"
 _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # where folders train and val are
@@ -28,7 +30,9 @@ def find_parts(folder: InputFolder, val_fraction: float | None) -> tuple[dict[st
     places: dict[str, str] = {
         split: _join(base, split) for split in ("train", "val") if split in folder.entries(base)[0]
     }
-    tars = _find_tars(folder)
+    tars = _imagenet_tars(folder)
+    if not tars and (shards := find_tars(folder, places.get("train", ""))):
+        return webdataset_tars(folder, shards, val_fraction), Annotations(folder)
     _check_splits(folder, places, tars, val_fraction)
     annotations = Annotations(folder, (_parent(folder),) if base == _KAGGLE else ())
     if val_fraction is not None:
@@ -95,7 +99,7 @@ def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> Pa
     return Part(folder.locate(below), [], images(), strays)
 
 
-def _find_tars(folder: InputFolder) -> dict[str, str]:
+def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
     tars: dict[str, str] = {}
     for name in folder.entries()[1]:
         if match := _TAR.fullmatch(name):

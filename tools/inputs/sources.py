@@ -1,5 +1,7 @@
 """What there is to pack: the image files of each split, their labels and the classes' names."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +17,8 @@ from tools.inputs.tables import is_table, read_table
 class Source:
     """An image to pack.
 
-    path: its name for sorting and for the report, `train/<class>/<file>` whatever form the input
-    has. file: what storage.read opens; with offset and size where it is a member of a tar.
+    path: its name for sorting and for the report, mostly `train/<class>/<file>` whatever form the
+    input has. file: what storage.read opens; with offset and size where it is a member of a tar.
     """
 
     path: str
@@ -60,7 +62,7 @@ def find_sources(
 def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names: dict[str, str]) -> Sources:
     """Give the classes their labels, and check that there is enough to train and validate on."""
     train = parts["train"]
-    classes = sorted(train.classes)
+    classes = _in_order(train.classes)
     if not classes:
         raise SourceError(
             f"{train.place} has no class folders: images are expected as {train.place}/<class>/<image>"
@@ -87,6 +89,13 @@ def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names
         listed = ", ".join(classes[label] for label in sorted(untrained))
         raise SourceError(f"{train.place} has no files for the classes {listed}: add some or remove these")
     return Sources(classes, splits, [stray for part in parts.values() for stray in part.strays], names)
+
+
+def _in_order(classes: Iterable[str]) -> list[str]:
+    """By size if all are decimal numbers, which are labels already: 2 comes before 10."""
+    if all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
+        return sorted(classes, key=lambda name: (int(name), name))
+    return sorted(classes)
 
 
 def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, list[Source]]:
