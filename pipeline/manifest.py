@@ -71,6 +71,7 @@ class Manifest(_Record):
     """The content of dataset.json."""
 
     format: Literal[1]  # FORMAT
+    in_place: bool = False  # the tars are somebody else's, and may hold more than the index names
     geometry: Literal["256", "short256", "original"]
     size: PositiveInt  # of the shorter side in pixels, after resizing
     max_width: PositiveInt

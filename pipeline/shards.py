@@ -31,6 +31,7 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 _BLOCK = 512  # tar's unit, in bytes
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 class Place(NamedTuple):
@@ -72,18 +73,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
                 head += data[: HEAD_BYTES - len(head)]
             offset += len(data)
 
-        def member(name: str, data: bytes) -> int:
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            write(header.tobuf(tarfile.USTAR_FORMAT))
-            start = offset
-            write(data + bytes(-len(data) % _BLOCK))
-            return start
-
         for key, jpeg, label, width, height in samples:
-            start = member(f"{key}.jpg", jpeg)
-            text = str(label).encode()
-            label_start = member(f"{key}.cls", text)
+            text, start = str(label).encode(), offset + _BLOCK
+            image = _member(f"{key}.jpg", jpeg)
+            label_start = offset + len(image) + _BLOCK
+            write(image + _member(f"{key}.cls", text))
             rows.append((0, start, len(jpeg), label, width, height))
             places.append(Place(key, start, len(jpeg), label_start, len(text)))
         if rows:
@@ -101,6 +95,33 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
         head_sha256=sha256(head).hexdigest(),
     )
     return record, np.array(rows, INDEX_DTYPE)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    """A file as tarfile writes it, in a fifth of the time. name: at most 100 bytes."""
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % len(data)
+    header[148:156] = b" " * 8  # as which the checksum counts itself
+    header[148:155] = b"%06o\0" % sum(header)
+    return b"".join((header, data, bytes(-len(data) % _BLOCK)))
+
+
+def describe_shard(root: Path, file: str, samples: int) -> Shard:
+    """The record of a tar that somebody else wrote, by reading all of it."""
+    digest, head, size = sha256(), b"", 0
+    with open(root / file, "rb") as opened:
+        while part := opened.read(1 << 20):
+            head = head or part[:HEAD_BYTES]
+            digest.update(part)
+            size += len(part)
+    return Shard(
+        file=file,
+        samples=samples,
+        bytes=size,
+        sha256=digest.hexdigest(),
+        head_sha256=sha256(head).hexdigest(),
+    )
 
 
 def dali_index(places: Sequence[Place]) -> bytes:
@@ -190,7 +211,8 @@ class ShardReader:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
-        return header.name.removesuffix(".jpg")
+        folder, slash, name = header.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
 
     def name(self, number: int) -> str:
         """Where a sample lies, for messages."""

@@ -133,10 +133,10 @@ class Bench:
 
         workers = self.decoding.threads
 
-        def ours(workers: int, geometry: str = "256") -> float:
+        def ours(workers: int, *arguments: str) -> float:
             with tempfile.TemporaryDirectory() as folder:
-                where = ["--input", str(self.images), "--output", folder, "--geometry", geometry]
-                options = parse_arguments([*where, "--workers", str(workers), "--shard-samples", "200"])
+                where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+                options = parse_arguments([*where, "--shard-samples", "500", *arguments])
                 start = time.perf_counter()
                 manifest = pack(options)
                 seconds = time.perf_counter() - start
@@ -156,7 +156,9 @@ class Bench:
         stage: Stage = {f"{workers} processes": partial(ours, workers), "1 process": partial(ours, 1)}
         if self.peers:
             stage |= {peer: partial(theirs, peer) for peer in ("shardwriter", "img2dataset")}
-            stage |= {"original": partial(ours, workers, "original"), "copy": partial(theirs, "copy")}
+            original = partial(ours, workers, "--geometry", "original")
+            stage |= {"original": original, "headers": partial(original, "--check", "headers")}
+            stage |= {"copy": partial(theirs, "copy")}
         return stage
 
 

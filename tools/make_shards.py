@@ -28,7 +28,7 @@ from tools.packing.images import Geometry
 from tools.packing.journal import REPORT
 from tools.packing.progress import Progress
 from tools.packing.results import Result, load_result
-from tools.packing.shard import PackingError, Task
+from tools.packing.shard import DECODED, Check, PackingError, Task
 from tools.storage import Folder, absolute, is_url
 
 
@@ -40,7 +40,7 @@ def pack(options: argparse.Namespace, progress: Progress | None = None) -> Manif
     every = [task for split in tasks.values() for task in split]
     output = Folder(options.output)
     with journal.locked(output):
-        if journal.begin(output, describe_plan(options, every), options.overwrite):
+        if journal.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
             manifest = Manifest.model_validate_json(output.read(NAME))
         else:
             results = _results(options, every, output, progress or Progress())
@@ -61,8 +61,9 @@ def _results(
 ) -> list[Result]:
     """Of all tasks, those that an earlier run finished among them."""
     sizes = output.sizes()
+    sizes |= {task.tar: Path(options.output, task.tar).stat().st_size for task in tasks if task.tar}
     with ThreadPoolExecutor(16) as pool:  # behind a URL, each record is a request or two
-        results = list(pool.map(lambda task: load_result(output, task.name, sizes), tasks))
+        results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
     missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
     total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))
     progress.begin(total, total - left)
@@ -128,15 +129,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--input", required=True, metavar="FOLDER",
-        help="class folders train/<class>/… and val/<class>/…, ILSVRC's tars, Kaggle's download, or "
-        "a table (CSV, TSV, Parquet); here or behind a URL")
-    add("--output", required=True, metavar="DIR", help="where the shards go, here or behind a URL")
+        help="class folders train/<class>/… and val/<class>/…, ILSVRC's tars, Kaggle's download, "
+        "WebDataset shards, or a table (CSV, TSV, Parquet); here or behind a URL")
+    add("--output", metavar="DIR", help="where the shards go, here or behind a URL")
+    add("--in-place", action="store_true",
+        help="write no shards, but index the WebDataset shards of --input; what is no plain JPEG is left out")
     add("--geometry", choices=get_args(Geometry), default="256",
         help="256: shorter side to 256 px and its central square, as in the paper; short256: not cut; "
-        "original: the files' own bytes where they are sound")
+        "original: the files' own bytes, without metadata, where they are sound")
     add("--size", type=_number(int, 16, 4096), default=256, metavar="PX",
         help="of the shorter side (default 256)")
     add("--quality", type=_number(int, 1, 100), default=90, help="of the JPEGs (default 90)")
+    add("--check", choices=get_args(Check), default="decode",
+        help="of files that are kept as they are: decode all, or believe headers and decode one in "
+        f"{DECODED}, for mean and components (default decode)")
     add("--val-fraction", type=_fraction, metavar="F",
         help="of each class, kept for validation, if DIR has no val")
     add("--class-names", type=Path, metavar="FILE",
@@ -157,6 +163,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.executor == "dask") != (options.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS go together")
+    if options.in_place == (options.output is not None):
+        parser.error("one of --output DIR and --in-place is needed")
+    if options.in_place:
+        for name in ("geometry", "quality", "val_fraction", "shard_samples", "seed"):
+            if getattr(options, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for writing shards, and --in-place writes none")
+        if is_url(options.input):
+            parser.error("--in-place is for a folder of this machine")
+        options.output = options.input
+    elif options.check == "headers" and options.geometry != "original":
+        parser.error("--check headers is for --geometry original and --in-place, which keep files")
     return options
 # fmt: on
 

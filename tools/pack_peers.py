@@ -16,7 +16,7 @@ from io import BytesIO
 from multiprocessing import Pool
 from pathlib import Path
 
-SIZE, QUALITY, SHARD_SAMPLES = 256, 90, 200
+SIZE, QUALITY, SHARD_SAMPLES = 256, 90, 500
 
 
 def files(root: Path) -> list[Path]:

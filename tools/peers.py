@@ -1,6 +1,7 @@
 """The same work done by others, for `tools/bench.py` to measure beside ours."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
@@ -13,9 +14,10 @@ from pipeline.shards import ShardReader
 def _reader(dataset: Dataset) -> tuple[Any, Any]:
     """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer."""
     files = [dataset.root / shard.file for shard in dataset.manifest.split("train").shards]
+    indices = [file.with_suffix(".idx") for file in files]
     return fn.readers.webdataset(  # type: ignore[return-value]
         paths=[str(file) for file in files],
-        index_paths=[str(file.with_suffix(".idx")) for file in files],
+        index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
         ext=["jpg", "cls"],
         dtypes=[types.UINT8, types.UINT8],
         random_shuffle=True,

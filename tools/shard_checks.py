@@ -54,6 +54,7 @@ class Task:
     rows: np.ndarray | None
     classes: int
     decode: Decode
+    in_place: bool = False  # a tar of somebody else's: only what the index names in it is looked at
 
 
 @dataclass
@@ -81,6 +82,8 @@ def check_shard(task: Task) -> Found:
     found, places, same = _check_tar(task)
     if not same and task.decode == "sampled":
         found, places, same = _check_tar(replace(task, decode="all"))
+    if task.in_place:
+        return found
     path = task.root / Path(task.shard.file).with_suffix(".idx")
     try:
         index = path.read_bytes()
@@ -116,9 +119,13 @@ def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
             head = sha256(opened.read(HEAD_BYTES)).hexdigest()
             opened.seek(0)
             file = _Hashed(opened)
-            for member in _members(file, size, shard.file, found):
-                samples.take(member)
-            samples.finish()
+            if task.in_place:
+                for jpeg, row in _indexed(file, task.rows):
+                    samples.take_indexed(jpeg, row)
+            else:
+                for member in _members(file, size, shard.file, found):
+                    samples.take(member)
+                samples.finish()
     except FileNotFoundError:
         found.add(shard.file, "is missing")
         return found, [], False
@@ -132,7 +139,7 @@ def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
         found.add(shard.file, "its sha256 is not the one in dataset.json")
     elif head != shard.head_sha256:
         found.add(shard.file, "the sha256 of its first 64 KiB is not the one in dataset.json")
-    if len(samples.places) != shard.samples:
+    if not task.in_place and len(samples.places) != shard.samples:
         found.add(shard.file, f"has {len(samples.places)} samples and dataset.json says {shard.samples}")
     found.rows = np.array(samples.rows, INDEX_DTYPE)
     return found, samples.places, same
@@ -191,6 +198,16 @@ def _members(file: _Hashed, size: int, name: str, found: Found) -> Iterator[_Mem
         found.add(name, "it ends without the zeros that end a tar", file.place)
 
 
+def _indexed(file: _Hashed, rows: np.ndarray | None) -> Iterator[tuple[_Member, np.ndarray]]:
+    """The members that rows name, by rows. Reads to the end."""
+    for row in () if rows is None else np.sort(rows, order="offset"):
+        before = file.read(int(row["offset"]) - file.place)
+        name = before[-_BLOCK:][:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
+        yield _Member(name, file.place, file.read(int(row["size"]))), row
+    while file.read(1 << 20):
+        pass
+
+
 class _Samples:
     """Pairs the members up to samples and compares these with their rows."""
 
@@ -212,6 +229,14 @@ class _Samples:
             self._sample(key, jpeg, member)
         else:
             self._damage("does not belong to a .jpg before it", member)
+
+    def take_indexed(self, jpeg: _Member, row: np.ndarray) -> None:
+        """One whose label only the index is asked for."""
+        ordinal = len(self.rows)
+        image = self._open(jpeg)
+        if image is not None:
+            self.rows.append((0, jpeg.offset, len(jpeg.content), int(row["label"]), *image.size))
+            self._finish_sample(ordinal, jpeg, image, row)
 
     def finish(self) -> None:
         self._unlabelled()
@@ -240,6 +265,9 @@ class _Samples:
         if image is None or label is None:
             return
         self.rows.append((0, jpeg.offset, len(jpeg.content), label, *image.size))
+        self._finish_sample(ordinal, jpeg, image, row)
+
+    def _finish_sample(self, ordinal: int, jpeg: _Member, image: Image.Image, row: np.ndarray | None) -> None:
         differs = row is not None and self._compare(jpeg, row, self.rows[-1])
         if self._stride and ordinal % self._stride == 0 and not differs:
             self._decode(jpeg, image)
@@ -258,7 +286,7 @@ class _Samples:
         except Exception:  # damaged bytes may break the decoder in any way
             self._damage("is no JPEG", jpeg)
             return None
-        if image.mode != "RGB":
+        if image.mode != "RGB" and not (self.task.in_place and image.mode == "L"):
             self._damage(f"is {image.mode}, not RGB", jpeg)
         return image
 

@@ -63,16 +63,15 @@ class Folder:
         scratch = Path(self.path, UNFINISHED) if self.is_local else None
         with tempfile.TemporaryDirectory(dir=scratch) as staging:
             yield Path(staging)
+            target = os.path.normpath(f"{self.path}/{below}")
             for file in sorted(Path(staging).iterdir()):
-                self._take(file, os.path.normpath(f"{self.path}/{below}/{file.name}"))
-
-    def _take(self, file: Path, target: str) -> None:
-        if not self.is_local:
-            with _as_os_error(str(self)):
-                self.fs.put_file(str(file), target)
-            return
-        file.replace(target)
-        sync_folder(Path(target).parent)
+                if self.is_local:
+                    file.replace(f"{target}/{file.name}")
+                else:
+                    with _as_os_error(str(self)):
+                        self.fs.put_file(str(file), f"{target}/{file.name}")
+            if self.is_local:
+                sync_folder(Path(target))
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """The bytes of a file in it, or the first `size`."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import numpy as np
@@ -64,8 +64,7 @@ def check_dataset(root: Path, manifest: Manifest) -> list[Damage]:
     for name, split in manifest.splits.items():
         tars = [shard.file for shard in split.shards]
         for file in (split.index, *tars):
-            sound = Path(file).name == file and file.isprintable() and Path(file).suffix in (".tar", ".npy")
-            if not sound:
+            if not _is_below(file, manifest.in_place):
                 damages.append(Damage(NAME, f"names {file!a}, which is no file of its folder"))
             elif file in named:
                 damages.append(Damage(NAME, f"names {file} twice"))
@@ -76,10 +75,19 @@ def check_dataset(root: Path, manifest: Manifest) -> list[Damage]:
             damages.append(
                 Damage(NAME, f"gives {name} {split.samples} samples, and its shards {samples} together")
             )
-    kinds = (".tar", ".idx", ".index.npy", ".partial")
+    kinds = (".index.npy", ".partial") if manifest.in_place else (".tar", ".idx", ".index.npy", ".partial")
     strays = (path.name for path in root.iterdir() if path.name.endswith(kinds))
     damages += [Damage(file, f"is not named by {NAME}") for file in sorted(set(strays) - named)]
     return damages
+
+
+def _is_below(file: str, folders: bool) -> bool:
+    """Whether it is a name of a file in the dataset's folder, or in folders of it."""
+    path = PurePosixPath(file)
+    inside = not path.is_absolute() and ".." not in path.parts and str(path) == file
+    return (
+        inside and (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
+    )
 
 
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
@@ -108,7 +116,7 @@ def check_shards(
         index = rows[name]
         parts = [None] * len(ends) if index is None else np.split(index, ends[:-1])
         tasks += [
-            (name, Task(root, shard, part, len(manifest.classes), decode))
+            (name, Task(root, shard, part, len(manifest.classes), decode, manifest.in_place))
             for shard, part in zip(split.shards, parts, strict=True)
         ]
     context = multiprocessing.get_context("spawn")  # the bar has a thread, see executors.py
@@ -144,9 +152,13 @@ def verify(root: Path, decode: Decode, workers: int) -> Verdict:
 def repair(root: Path, workers: int) -> list[str]:
     """Write the .idx and index files that are missing or wrong; returns the names of what was written.
 
-    Raises DatasetError where a tar is not the one that was packed.
+    Raises DatasetError where a tar is not the one that was packed, or was packed by somebody else.
     """
     manifest = read_manifest(root)
+    if manifest.in_place:
+        raise DatasetError(
+            f"its tars were indexed in place: make_shards --input {root} --in-place --overwrite does so again"
+        )
     damages = [damage for damage in check_dataset(root, manifest) if damage.file == NAME]
     rows: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
     files: dict[str, bytes] = {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from tools.packing.images import RejectedError, pack_image
+from tools.packing.images import RejectedError, check_image, pack_image
 
 ORIENTATION = 0x0112
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -80,7 +80,8 @@ def test_an_orientation_that_does_not_exist_is_ignored(orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     content = encode(Image.fromarray(quadrants()), "JPEG", exif=exif)
-    assert pack_image(content, "original", 32, 90).jpeg == content
+    assert pack_image(content, "original", 32, 90).jpeg == encode(Image.fromarray(quadrants()), "JPEG")
+    assert check_image(content, 32).jpeg is content
 
 
 def test_cmyk_is_not_inverted():
@@ -213,28 +214,89 @@ def test_reencoded_jpegs_are_baseline_without_metadata(progressive):
         assert image.getexif() == {}
 
 
-def test_original_keeps_the_bytes_of_a_plain_jpeg_and_of_nothing_else():
+@pytest.mark.parametrize("decode_it", [True, False])
+def test_original_keeps_a_plain_jpeg_but_not_its_metadata(decode_it):
     image = noise(40, 48)
-    kept = encode(image, "JPEG", quality=77, **METADATA)
-    assert pack_image(kept, "original", 32, 90).jpeg == kept
+    kept = encode(image, "JPEG", quality=77)
+    assert pack_image(kept, "original", 32, 90, decode_it).jpeg is kept
+    for metadata in (METADATA, {"exif": METADATA["exif"]}, {"comment": b"a comment"}):
+        content = encode(image, "JPEG", quality=77, **metadata)
+        assert content != kept
+        assert pack_image(content, "original", 32, 90, decode_it).jpeg == kept
+
+
+def adobe(transform: int) -> bytes:
+    return b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+
+
+def test_what_tells_the_colours_is_no_metadata():
+    plain = encode(noise(16, 16), "JPEG")
+    content = plain[:20] + adobe(1) + plain[20:]
+    assert pack_image(content, "original", 16, 90).jpeg is content
+
+
+def other_jpegs(image: Image.Image) -> list[bytes]:
+    """Pillow takes them, but not each decoder of JPEG."""
     plain = encode(image, "JPEG")
     coarse = encode(image, "JPEG", qtables=[[300] * 64] * 2)  # 16 bits, so SOF1 in the place of SOF0
     assert b"\xff\xc1" in coarse
-    others = [
+    return [
         coarse,
         coarse.replace(b"\xff\xc1", b"\xff\xc0"),  # baseline in name only
-        encode(image, "JPEG", progressive=True),
         encode(image, "JPEG", keep_rgb=True),  # not YCbCr inside
+        plain[:20] + adobe(0) + plain[20:],  # nor this one, as it says
+        plain[:20] + b"junk!" + plain[20:],  # after the JFIF segment: Pillow skips it, DALI refuses it
+        plain[:20] + b"\xff\xd0" + plain[20:],  # a restart marker before the scan
+    ]
+
+
+@pytest.mark.parametrize("decode_it", [True, False])
+def test_original_keeps_nothing_but_plain_jpegs(decode_it):
+    image = noise(40, 48)
+    others = [
+        *other_jpegs(image),
+        encode(image, "JPEG", progressive=True),
         encode(image.convert("L"), "JPEG"),
         encode(image.convert("CMYK"), "JPEG"),
         encode(image, "MPO", save_all=True, append_images=[image]),
         encode(image, "PNG"),
-        plain[:20] + b"junk!" + plain[20:],  # after the JFIF segment: Pillow skips it, DALI refuses it
-        plain[:20] + b"\xff\xd0" + plain[20:],  # a restart marker before the scan
     ]
     for content in others:
-        packed = pack_image(content, "original", 32, 90)
+        packed = pack_image(content, "original", 32, 90, decode_it)
         assert packed.jpeg != content
+        assert packed.pixels is not None
         jpeg = decode(packed.jpeg)
         assert (jpeg.format, jpeg.mode, jpeg.size) == ("JPEG", "RGB", (40, 48))
         assert "progressive" not in jpeg.info
+
+
+@pytest.mark.parametrize("decode_it", [True, False])
+def test_what_cannot_be_repaired_is_kept_if_any_decoder_takes_it(decode_it):
+    image, rotated = noise(40, 48), Image.Exif()
+    rotated[ORIENTATION] = 6
+    for settings in ({}, METADATA, {"progressive": True}):
+        for content in (encode(picture, "JPEG", **settings) for picture in (image, image.convert("L"))):
+            kept = check_image(content, 32, decode_it)
+            assert kept.jpeg is content
+            assert (kept.width, kept.height, kept.repairs) == (40, 48, ())
+            assert (kept.pixels is None) == (not decode_it)
+    reasons = {
+        "not a JPEG": encode(image, "PNG"),
+        "not RGB": encode(image.convert("CMYK"), "JPEG"),
+        "rotated": encode(image, "JPEG", exif=rotated),
+        "truncated": encode(image, "JPEG")[:-200],
+        "empty": b"",
+        "too elongated": encode(noise(21, 1), "JPEG"),
+    }
+    for reason, content in [*reasons.items(), *(("not plain", other) for other in other_jpegs(image))]:
+        with pytest.raises(RejectedError, match=f"^{reason}$"):
+            check_image(content, 32, decode_it)
+
+
+def test_headers_are_believed_only_of_files_that_end_as_jpegs_do():
+    content = bytearray(encode(noise(64, 64), "JPEG"))
+    content[-400:-2] = bytes(398)  # the headers are sound, and the picture is not
+    assert pack_image(bytes(content), "original", 64, 90, decode=False).pixels is None
+    assert pack_image(bytes(content) + b"more", "original", 64, 90, decode=False).pixels is not None
+    with pytest.raises(RejectedError, match="truncated"):
+        pack_image(bytes(content[:-402]), "original", 64, 90, decode=False)

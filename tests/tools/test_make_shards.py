@@ -43,7 +43,7 @@ def source(tmp_path_factory) -> Path:
 
 
 REJECTED = {
-    "train/notes.txt": "not in a class folder",
+    "train/notes.txt": "in no class",
     "train/warm_disc/empty.JPEG": "empty",
     "train/cold_ring/text.JPEG": "not an image",
     "train/cold_ring/gone.JPEG": "unreadable",

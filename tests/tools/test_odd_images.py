@@ -3,7 +3,6 @@
 import csv
 import re
 import struct
-import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
@@ -15,20 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tools.packing import images
-from tools.packing.images import Packed, RejectedError, pack_image
+from tools.packing.images import Packed, RejectedError, check_image, pack_image
 
 ODD = Path(__file__).resolve().parents[2].parent / "shared/data/odd-images"
 ROWS = list(csv.DictReader((ODD / "MANIFEST.tsv").open(), delimiter="\t")) if ODD.is_dir() else []
 
-# The words that the module's docstring defines: what a file is rejected as, what it is repaired from.
-REJECTED, REPAIRED = (
-    set(re.findall(r"^ {4}(\S+(?: \S+)*) {2}", part, re.M)) for part in images.__doc__.split("**repaired**")
+# The words that the module's docstring defines: what a file is rejected as, what it is repaired from, and
+# what one that cannot be repaired is rejected as, too.
+REJECTED, REPAIRED, UNFIT = (
+    set(re.findall(r"^ {4}(\S+(?: \S+)*) {2}", part, re.M))
+    for part in re.split(r"\*\*repaired\*\*|`check_image`", images.__doc__)
 )
 
 
 def test_the_documented_words_are_found():
     assert {"empty", "not an image", "too large", "truncated", "corrupt", "too elongated"} <= REJECTED
     assert {"not a JPEG", "not RGB", "rotated"} == REPAIRED
+    assert {"not plain"} == UNFIT
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -52,18 +54,15 @@ def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | s
     if packed is None:
         assert reason in REJECTED
         return reason
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata in bytes that `original` kept
-        jpeg = Image.open(BytesIO(packed.jpeg), formats=["JPEG", "MPO"])
-        jpeg.load()
+    jpeg = Image.open(BytesIO(packed.jpeg), formats=["JPEG"])
+    jpeg.load()
     assert (jpeg.mode, jpeg.size) == ("RGB", (packed.width, packed.height))
     assert packed.pixels.mode == "RGB"
     assert set(packed.repairs) <= REPAIRED
     if geometry == "256":
         assert packed.pixels.size == jpeg.size == (size, size)
-    if packed.jpeg != content:
-        assert {name for name, _ in jpeg.applist} == {"APP0"}  # no EXIF, ICC, XMP or comment
-        assert "progressive" not in jpeg.info
+    assert {name for name, _ in jpeg.applist} <= {"APP0", "APP14"}  # no EXIF, ICC, XMP or comment
+    assert "progressive" not in jpeg.info
     return packed
 
 
@@ -82,6 +81,36 @@ def test_odd_files_do_what_their_manifest_says(row, geometry):
     if isinstance(result, Packed) and result.jpeg == content:
         assert geometry == "original"
         assert not result.repairs
+
+
+@pytest.mark.skipif(not ROWS, reason=f"no odd images at {ODD}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
+def test_odd_files_that_cannot_be_repaired_are_kept_or_rejected(row):
+    content, reason = (ODD / "files" / row["file"]).read_bytes(), None
+    try:
+        kept = check_image(content, 256)
+    except RejectedError as rejection:
+        reason = str(rejection)
+    if reason is not None:
+        assert reason in REJECTED | REPAIRED | UNFIT
+        return
+    assert not row["expected"].startswith("reject")
+    assert kept.jpeg is content
+    np.testing.assert_allclose(by_dali(content), Image.open(BytesIO(content)).convert("RGB"), atol=2)
+
+
+def by_dali(jpeg: bytes) -> np.ndarray:
+    """Decoded as the loader does it: [h,w,3]."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def graph():
+        content = fn.external_source(source=lambda: [np.frombuffer(jpeg, np.uint8)], batch=True)
+        return fn.decoders.image(content, output_type=types.RGB, adjust_orientation=False)
+
+    pipeline = graph()
+    pipeline.build()
+    return np.asarray(pipeline.run()[0][0], int)
 
 
 def strictly_baseline(jpeg: bytes) -> bool:

@@ -1,6 +1,7 @@
 """From the images found to the tasks that pack them, and from the results to a dataset."""
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -11,8 +12,8 @@ import PIL
 
 from pipeline.manifest import Class, Manifest, Split, write_manifest
 from pipeline.shards import write_index
-from tools.inputs.sources import SourceError, Sources
-from tools.packing.images import RESAMPLING, SUBSAMPLING
+from tools.inputs.sources import Source, SourceError, Sources
+from tools.packing.images import RESAMPLING, SUBSAMPLING, Geometry
 from tools.packing.journal import REPORT, Plan
 from tools.packing.pixel_sums import PixelSums
 from tools.packing.results import Result
@@ -23,8 +24,27 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names 
 
 
 def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[Task]]:
-    """The shards of each split: its files in a seeded order, in equal parts."""
-    recipe = Recipe(options.geometry, options.size, options.quality, versions())
+    """The shards of each split: its files in a seeded order, in equal parts.
+
+    In place, each tar is a shard. Raises SourceError where there are files outside tars.
+    """
+    recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
+    if options.in_place:
+        return {
+            split: [
+                Task(
+                    output=absolute(options.output),
+                    name=f"{split}-{number:06d}.tar",
+                    first_key=0,
+                    sources=members,
+                    measured=split == "train",
+                    recipe=recipe,
+                    tar=tar,
+                )
+                for number, (tar, members) in enumerate(_tars(options, files))
+            ]
+            for split, files in sources.splits.items()
+        }
     tasks: dict[str, list[Task]] = {}
     for number, (split, files) in enumerate(sources.splits.items()):
         order = np.random.default_rng((options.seed, 2, number)).permutation(len(files))
@@ -44,6 +64,16 @@ def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[
     return tasks
 
 
+def _tars(options: argparse.Namespace, files: Sequence[Source]) -> list[tuple[str, tuple[Source, ...]]]:
+    """Each tar by its name in the output, with its images in the order in which they lie there."""
+    tars: dict[str, list[Source]] = {}
+    for source in files:
+        if source.size is None:
+            raise SourceError(f"--in-place is for images in tars, and {source.file} is a file by itself")
+        tars.setdefault(os.path.relpath(source.file, options.output), []).append(source)
+    return [(tar, tuple(sorted(tars[tar], key=lambda source: source.offset))) for tar in sorted(tars)]
+
+
 def describe_plan(options: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
     """All that the shards depend on, by the name that a user knows it by."""
     files = sha256()
@@ -51,9 +81,11 @@ def describe_plan(options: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
         files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())
     return {
         "--input": absolute(options.input),
+        "--in-place": options.in_place,
         "--geometry": options.geometry,
         "--size": options.size,
         "--quality": options.quality,
+        "--check": options.check,
         "--val-fraction": options.val_fraction,
         "--shard-samples": options.shard_samples,
         "--seed": options.seed,
@@ -79,27 +111,45 @@ def write_dataset(
     rows = np.concatenate([result.rows for result in results])
     manifest = Manifest(
         format=1,
-        geometry=options.geometry,
+        in_place=options.in_place,
+        geometry=_geometry(rows, options.size) if options.in_place else options.geometry,
         size=options.size,
         max_width=rows["width"].max(),
         max_height=rows["height"].max(),
         classes=tuple(Class(id=name, name=sources.names.get(name, name)) for name in sources.classes),
         splits=splits,
         pixels=sums.statistics(),
-        packed={
-            "by": f"alexnet-train {version('alexnet-train')}",
-            "pillow": PIL.__version__,
-            "quality": options.quality,
-            "subsampling": SUBSAMPLING,
-            "resampling": RESAMPLING.name.lower(),
-            "seed": options.seed,
-            "shard_samples": options.shard_samples,
-        },
+        packed=_packed(options),
         **counts,
     )
     with output.staged() as folder:
         write_manifest(folder, manifest)
     return manifest
+
+
+def _packed(options: argparse.Namespace) -> dict[str, str | int | float]:
+    """How it was made."""
+    how = {
+        "by": f"alexnet-train {version('alexnet-train')}",
+        "pillow": PIL.__version__,
+        "check": options.check,
+    }
+    if options.in_place:
+        return how
+    return how | {
+        "quality": options.quality,
+        "subsampling": SUBSAMPLING,
+        "resampling": RESAMPLING.name.lower(),
+        "seed": options.seed,
+        "shard_samples": options.shard_samples,
+    }
+
+
+def _geometry(rows: np.ndarray, size: int) -> Geometry:
+    """Which one the images have that somebody else has packed."""
+    if (np.minimum(rows["width"], rows["height"]) != size).any():
+        return "original"
+    return "256" if (rows["width"] == rows["height"]).all() else "short256"
 
 
 def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split:
@@ -118,7 +168,7 @@ def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split
 
 def write_report(output: Folder, sources: Sources, results: Sequence[Result]) -> dict[str, dict[str, int]]:
     """List what was repaired and rejected; returns the counts by outcome and reason."""
-    events = [(path, "rejected", "not in a class folder") for path in sources.strays]
+    events = [(path, "rejected", "in no class") for path in sources.strays]
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))
     text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)

@@ -16,6 +16,11 @@ Small ones are scaled up, as section 2 of the paper scales all. A file is **repa
     not RGB        gray is repeated; CMYK and palettes are converted; 16 bits are scaled to 8;
                    what is transparent becomes white
     rotated        EXIF said how to hold it; a broken EXIF block is ignored
+
+What has to stay as it is cannot be repaired, so `check_image` rejects it for these reasons, but for gray
+JPEGs, which decoders repeat by themselves, and as
+
+    not plain      Pillow takes it, but not any decoder: jpeg.py
 """
 
 import warnings
@@ -25,6 +30,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from tools.packing.jpeg import END, read_layout, without_metadata
 
 Geometry = Literal["256", "short256", "original"]
 
@@ -44,33 +51,33 @@ class RejectedError(Exception):
 
 @dataclass(frozen=True)
 class Packed:
-    """A JPEG for a shard. `pixels`: what it shows, for statistics. `repairs`: see above."""
+    """A JPEG for a shard. `pixels`: what it shows, for statistics, or None if it was not decoded.
+    `repairs`: see above."""
 
     jpeg: bytes
     width: int
     height: int
-    pixels: Image.Image
+    pixels: Image.Image | None
     repairs: tuple[str, ...]
 
 
-def pack_image(content: bytes, geometry: Geometry, size: int, quality: int) -> Packed:
+def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True) -> Packed:
     """Check, orient, convert, resize and encode one file.
 
     size: pixels of the shorter side after resizing (section 2 of the paper: 256). geometry: `256`
     also cuts out the central square, `short256` does not, and `original` keeps the file's own
-    bytes if it is a baseline RGB JPEG that needed no repair. quality: of the JPEG, 1 to 100.
+    bytes, without metadata, if it is a baseline RGB JPEG that needs no repair. quality: of the JPEG, 1 to
+    100. decode: False believes the headers of a file that is kept, if it ends as a JPEG does.
 
     Raises RejectedError.
     """
-    if not content:
-        raise RejectedError("empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata that is dropped anyway
-        image, repairs = _decode(content)
+    if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
+        return packed
+    image, repairs = _decode(_open(content))
     if geometry == "original":
-        shown = _resize_shorter(image, size)
-        jpeg = content if not repairs and _is_plain_jpeg(content) else _encode(image, quality)
-        return Packed(jpeg, *image.size, shown, repairs)
+        layout = None if repairs else read_layout(content)
+        kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
+        return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
     image = _resize_shorter(image, size)
     if geometry == "256":
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -78,10 +85,41 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int) -> P
     return Packed(_encode(image, quality), *image.size, image, repairs)
 
 
-def _decode(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture in RGB, upright, with the repairs that this took."""
+def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
+    """The same for a file that stays where it is, byte for byte. Raises RejectedError."""
+    if not decode and (packed := _by_header(content, stays=True)):
+        return packed
+    opened = _open(content)
+    gray = opened.mode == "L"
+    image, repairs = _decode(opened)
+    reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
+    if reasons or read_layout(content) is None:
+        raise RejectedError(reasons[0] if reasons else "not plain")
+    return Packed(content, *image.size, _resize_shorter(image, size), ())
+
+
+def _by_header(content: bytes, stays: bool) -> Packed | None:
+    """A file that is kept, if its header and its end say that it can be."""
+    layout = read_layout(content) if content.endswith(END) else None
+    if layout is None or not (stays or layout.baseline_rgb):
+        return None
+    if layout.metadata:
+        image = _open(content)
+        if image.format != "JPEG" or _orientation(image) != 1:
+            return None
+    width, height = layout.width, layout.height
+    if width * height > MAX_PIXELS or _is_elongated(width, height):
+        return None
+    return Packed(content if stays else without_metadata(content, layout), width, height, None, ())
+
+
+def _open(content: bytes) -> Image.Image:
+    """The picture by its header."""
+    if not content:
+        raise RejectedError("empty")
     try:
-        image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
+        with warnings.catch_warnings(action="ignore"):  # of metadata that is dropped anyway
+            image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:
@@ -91,14 +129,18 @@ def _decode(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         raise RejectedError("corrupt") from None
     if image.width * image.height > MAX_PIXELS:
         raise RejectedError("too large")
+    return image
+
+
+def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """The picture in RGB, upright, with the repairs that this took."""
     try:
-        image.load()
+        with warnings.catch_warnings(action="ignore"):
+            image.load()
     except Exception as error:
         raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
-    shorter, longer = sorted(image.size)
-    if longer > MAX_ASPECT * shorter:
+    if _is_elongated(*image.size):
         raise RejectedError("too elongated")
-
     repairs = []
     if image.format != "JPEG":
         repairs.append("not a JPEG")
@@ -110,6 +152,10 @@ def _decode(content: bytes) -> tuple[Image.Image, tuple[str, ...]]:
         repairs.append("rotated")
         image = image.transpose(_TRANSPOSITIONS[orientation])
     return image, tuple(repairs)
+
+
+def _is_elongated(*sides: int) -> bool:
+    return max(sides) > MAX_ASPECT * min(sides)
 
 
 _TRANSPOSITIONS = {
@@ -126,33 +172,11 @@ _TRANSPOSITIONS = {
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 (upright) to 8; 1 where there is none or the block is broken."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        with warnings.catch_warnings(action="ignore"):
+            orientation = image.getexif().get(_ORIENTATION)
     except Exception:
         return 1
     return orientation if orientation in _TRANSPOSITIONS else 1
-
-
-def _is_plain_jpeg(content: bytes) -> bool:
-    """Whether any decoder takes it: baseline, YCbCr, 8-bit tables, nothing between its segments.
-
-    Pillow forgives more than DALI and nvJPEG do, which would stop a run over such a file.
-    """
-    place, baseline = 2, False
-    while content[place : place + 1] == b"\xff":
-        marker = content[place + 1]
-        end = place + 2 + int.from_bytes(content[place + 2 : place + 4])
-        segment = content[place + 4 : end]
-        if marker == 0xDA:  # start of scan
-            return baseline
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # no segment starts so
-            return False
-        if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # quantisation of 16 bits
-            return False
-        if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
-            return False
-        baseline |= marker == 0xC0
-        place = end
-    return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -26,7 +26,8 @@ from tools.storage import UNFINISHED, Folder
 
 REPORT = "report.tsv"
 _PLAN = "plan.json"
-_OURS = re.compile(rf"(train|val)(-\d{{6,}}\.(tar|idx)|\.index\.npy)|{re.escape(NAME)}|{re.escape(REPORT)}")
+_SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
+_OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(NAME)}|{re.escape(REPORT)}")
 
 Plan = Mapping[str, object]
 
@@ -68,14 +69,17 @@ def _lock(folder: Path, output: Folder) -> TextIO:
         lock.close()
 
 
-def begin(output: Folder, plan: Plan, overwrite: bool) -> bool:
+def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     """Make an output ready for a plan; returns whether its dataset is whole already.
 
-    Raises SourceError if it holds something else that is not to be replaced.
+    in_place: its tars are not to be replaced. Raises SourceError if it holds something else that is not.
     """
     files, recorded = output.sizes(), _read_plan(output)
     if recorded == plan:
         return NAME in files
+    shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
+    if shards and not _packed_here(output, files, recorded):
+        raise SourceError(f"{output} holds {shards[0]}, which was not packed there: choose another --output")
     if recorded is not None and not overwrite:
         differing = (name for name in {**plan, **recorded} if plan.get(name) != recorded.get(name))
         raise SourceError(
@@ -87,12 +91,22 @@ def begin(output: Folder, plan: Plan, overwrite: bool) -> bool:
             f"{output} already holds a dataset: choose another --output, or replace it with --overwrite"
         )
     if NAME in files or recorded is not None:
-        _write_plan(output, {})  # killed amid this, the same command is back here
+        _write_plan(output, {"--in-place": in_place})  # killed amid this, the same command is back here
         output.remove({NAME} & files.keys())
-        output.remove(name for name in files if _OURS.fullmatch(name) and name != NAME)
+        output.remove([*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != NAME)])
         _remove_records(output)
     _write_plan(output, plan)
     return False
+
+
+def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
+    """Whether the shards there are of a packing, and not only indexed or nobody's."""
+    if recorded is not None:
+        return not recorded.get("--in-place")
+    try:
+        return NAME in files and not json.loads(output.read(NAME)).get("in_place")
+    except (ValueError, AttributeError):  # a broken manifest
+        return True
 
 
 def end(output: Folder) -> None:

@@ -1,7 +1,7 @@
 """What came of a shard, kept beside it until the dataset is whole, so that a run can be continued."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -15,15 +15,17 @@ from tools.storage import UNFINISHED, Folder
 
 SUFFIX = ".result.json"
 
+Event = tuple[str, str, str]  # path, `repaired` or `rejected`, reason
+
 
 @dataclass(frozen=True)
 class Result:
-    """shard: None if no image of it could be used. events: (path, `repaired` or `rejected`, reason)."""
+    """shard: None if no image of it could be used."""
 
     shard: Shard | None
     rows: np.ndarray
     sums: PixelSums
-    events: list[tuple[str, str, str]]
+    events: list[Event]
 
     @property
     def rejected(self) -> int:
@@ -46,8 +48,8 @@ def save_result(output: Folder, name: str, result: Result) -> None:
         file.write(json.dumps(record).encode())
 
 
-def load_result(output: Folder, name: str, sizes: Mapping[str, int]) -> Result | None:
-    """The record, if the shard is there as it says. sizes: of the files of the output."""
+def load_result(output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]) -> Result | None:
+    """The record, if the shard is there as it says, with its files. sizes: of those of the output."""
     try:
         record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
         shard = record["shard"] and Shard.model_validate(record["shard"])
@@ -63,10 +65,8 @@ def load_result(output: Folder, name: str, sizes: Mapping[str, int]) -> Result |
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged: packed again
         return None
-    return result if shard is None or _is_whole(output, shard, sizes) else None
-
-
-def _is_whole(output: Folder, shard: Shard, sizes: Mapping[str, int]) -> bool:
-    if sizes.get(shard.file) != shard.bytes or not sizes.get(f"{shard.file.removesuffix('.tar')}.idx"):
-        return False
-    return sha256(output.read(shard.file, HEAD_BYTES)).hexdigest() == shard.head_sha256
+    if shard is None:
+        return result
+    there = all(sizes.get(file) for file in files) and sizes.get(shard.file) == shard.bytes
+    same = there and sha256(output.read(shard.file, HEAD_BYTES)).hexdigest() == shard.head_sha256
+    return result if same else None
