@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 
@@ -24,54 +24,47 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names 
 
 
 def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[Task]]:
-    """The shards of each split: its files in a seeded order, in equal parts.
-
-    In place, each tar is a shard. Raises SourceError where there are files outside tars.
-    """
+    """The shards of each split. Raises SourceError for files outside tars, where tars are to be indexed."""
     recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
-    if options.in_place:
-        return {
-            split: [
-                Task(
-                    output=absolute(options.output),
-                    name=f"{split}-{number:06d}.tar",
-                    first_key=0,
-                    sources=members,
-                    measured=split == "train",
-                    recipe=recipe,
-                    tar=tar,
-                )
-                for number, (tar, members) in enumerate(_tars(options, files))
-            ]
-            for split, files in sources.splits.items()
-        }
-    tasks: dict[str, list[Task]] = {}
-    for number, (split, files) in enumerate(sources.splits.items()):
-        order = np.random.default_rng((options.seed, 2, number)).permutation(len(files))
-        parts = np.array_split(order, -(-len(files) // options.shard_samples))
-        firsts = np.cumsum([0, *map(len, parts)])
-        tasks[split] = [
+    parts = _tars if options.in_place else _shards
+    return {
+        split: [
             Task(
                 output=absolute(options.output),
-                name=f"{split}-{shard:06d}.tar",
-                first_key=int(first),
-                sources=tuple(files[i] for i in part),
+                name=f"{split}-{number:06d}.tar",
+                first_key=first,
+                sources=tuple(part),
                 measured=split == "train",
                 recipe=recipe,
+                tar=tar,
             )
-            for shard, (first, part) in enumerate(zip(firsts, parts, strict=False))
+            for number, (first, part, tar) in enumerate(parts(options, files, place))
         ]
-    return tasks
+        for place, (split, files) in enumerate(sources.splits.items())
+    }
 
 
-def _tars(options: argparse.Namespace, files: Sequence[Source]) -> list[tuple[str, tuple[Source, ...]]]:
-    """Each tar by its name in the output, with its images in the order in which they lie there."""
+Parts = Iterator[tuple[int, list[Source], str | None]]  # first key, files, and the tar that holds them
+
+
+def _shards(options: argparse.Namespace, files: Sequence[Source], split: int) -> Parts:
+    """The files in a seeded order, in equal parts."""
+    order = np.random.default_rng((options.seed, 2, split)).permutation(len(files))
+    first = 0
+    for part in np.array_split(order, -(-len(files) // options.shard_samples)):
+        yield first, [files[i] for i in part], None
+        first += len(part)
+
+
+def _tars(options: argparse.Namespace, files: Sequence[Source], split: int) -> Parts:
+    """Each tar, by its name in the output, with its images in the order in which they lie there."""
     tars: dict[str, list[Source]] = {}
     for source in files:
         if source.size is None:
             raise SourceError(f"--in-place is for images in tars, and {source.file} is a file by itself")
         tars.setdefault(os.path.relpath(source.file, options.output), []).append(source)
-    return [(tar, tuple(sorted(tars[tar], key=lambda source: source.offset))) for tar in sorted(tars)]
+    for tar in sorted(tars):
+        yield 0, sorted(tars[tar], key=lambda source: source.offset), tar
 
 
 def describe_plan(options: argparse.Namespace, tasks: Sequence[Task]) -> Plan:
