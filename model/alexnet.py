@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.lrn import local_response_norm, spatial_response_norm
+from model.fused import normalise_and_pool
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,14 @@ class AlexNet(nn.Module):
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc6", "fc7")))
 
-    def _normalise(self, x: Tensor) -> Tensor:
-        return local_response_norm(x, alpha=self.preset.lrn_alpha, towers=self.preset.lrn_towers)
-
     def forward(self, x: Tensor) -> Tensor:
         """[N,3,crop,crop] → logits [N,classes]. Shapes below are those of a 224-px crop."""
+        norm = self.preset.lrn_alpha, self.preset.lrn_towers
         x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
         x = self.conv1(x)  # [N,96,55,55]
-        if self.preset.lrn1_before_relu:
-            x = F.relu(self.pool(self._normalise(x)))  # [N,96,27,27]
-        else:
-            x = self.pool(self._normalise(F.relu(x)))
-        x = self._normalise(F.relu(self.conv2(x)))  # [N,256,27,27]
-        if self.preset.spatial_norm:
-            x = spatial_response_norm(x)
-        x = self.pool(x)  # [N,256,13,13]
+        x = normalise_and_pool(x, *norm, relu_first=not self.preset.lrn1_before_relu)  # [N,96,27,27]
+        x = self.conv2(x)  # [N,256,27,27]
+        x = normalise_and_pool(x, *norm, spatial_norm=self.preset.spatial_norm)  # [N,256,13,13]
         x = F.relu(self.conv3(x))  # [N,384,13,13]
         x = F.relu(self.conv4(x))  # [N,384,13,13]
         x = self.pool(F.relu(self.conv5(x)))  # [N,256,6,6]

@@ -1,0 +1,74 @@
+"""ReLU, response normalisation and overlapping pooling as one operation that keeps its input alone.
+
+A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
+CPU they are made a few images at a time, which stay in the cache, and once more for the gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.lrn import local_response_norm, spatial_response_norm
+
+SLICE_BYTES = 4 << 20  # of input, a few images: what is computed from them stays in the cache
+
+
+def plain_normalise_and_pool(
+    x: Tensor, alpha: float, towers: int = 1, relu_first: bool = True, spatial_norm: bool = False
+) -> Tensor:
+    """The operation as one reads it in the paper, and what its fast forms are tested against."""
+    x = local_response_norm(F.relu(x) if relu_first else x, alpha=alpha, towers=towers)
+    if spatial_norm:
+        x = spatial_response_norm(x)
+    x = F.max_pool2d(x, 3, stride=2)  # overlapping (section 3.4)
+    return x if relu_first else F.relu(x)
+
+
+def normalise_and_pool(
+    x: Tensor, alpha: float, towers: int = 1, relu_first: bool = True, spatial_norm: bool = False
+) -> Tensor:
+    """ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
+
+    alpha, towers: as in `local_response_norm`. relu_first: whether the ReLU comes before all else or
+    after it. spatial_norm: whether `spatial_response_norm` follows the local one.
+
+    x: [N,C,H,W], best channels_last. Returns [N,C,(H-1)//2,(W-1)//2] of the same type and layout.
+    """
+
+    def plain(x: Tensor) -> Tensor:
+        return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)
+
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Sliced.apply(x, plain)
+    return plain(x)
+
+
+class _Sliced(torch.autograd.Function):
+    """`function(x)` of a function that treats each image by itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.function = function
+        return torch.cat([function(part) for part in x.split(_images_in_a_slice(x))])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        result = torch.empty_like(x)
+        images = _images_in_a_slice(x)
+        for part, part_grad, part_result in zip(
+            x.split(images), grad.split(images), result.split(images), strict=True
+        ):
+            leaf = part.detach().requires_grad_()
+            with torch.enable_grad():
+                output = ctx.function(leaf)
+            part_result.copy_(*torch.autograd.grad(output, leaf, part_grad))
+        return result, None
+
+
+def _images_in_a_slice(x: Tensor) -> int:
+    return max(1, SLICE_BYTES // (x[:1].numel() * x.element_size()))

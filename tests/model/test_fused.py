@@ -1,0 +1,58 @@
+"""The fast forms of ReLU, normalisation and pooling against the plain one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import fused
+from model.fused import normalise_and_pool, plain_normalise_and_pool
+
+# Both presets' stages, with a larger α than theirs, so that the norm weighs.
+STAGES = [
+    pytest.param({"alpha": 1e-3}, id="paper"),
+    pytest.param({"alpha": 1e-3, "towers": 2, "relu_first": False}, id="code2012-1"),
+    pytest.param({"alpha": 1e-3, "towers": 2, "spatial_norm": True}, id="code2012-2"),
+]
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal values whose squares weigh as much as k, channels_last."""
+    x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def result_and_gradient(function, x: Tensor, **options) -> tuple[Tensor, Tensor]:
+    output = function(x, **options)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grad = torch.autograd.grad(output, x, weights.to(output))
+    return output.detach(), *grad
+
+
+@pytest.mark.parametrize("options", STAGES)
+@pytest.mark.parametrize("images", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_slices_of_a_batch_give_what_the_whole_gives(options, images, dtype, monkeypatch):
+    x = activations(8, 12, 9, 8, dtype=dtype)
+    monkeypatch.setattr(fused, "SLICE_BYTES", images * x[0].numel() * x.element_size())
+    output, gradient = result_and_gradient(normalise_and_pool, x, **options)
+    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, x, **options)
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    # The same operations in the same order; only where a loop's vectors end may differ.
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_gradient_by_finite_differences(options, monkeypatch):
+    x = activations(2, 4, 5, 5)
+    monkeypatch.setattr(fused, "SLICE_BYTES", 1)
+    assert torch.autograd.gradcheck(lambda x: normalise_and_pool(x, **options), x)
+
+
+def test_nothing_but_the_input_is_kept():
+    x, kept = activations(2, 8, 9, 9), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        normalise_and_pool(x, alpha=1e-3)
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]

@@ -1,0 +1,25 @@
+"""The peer of the model stage computes what ours does, and its step trains."""
+
+import pytest
+import torch
+
+from model.alexnet import AlexNet
+from tools.stock import LAYOUTS, stock_alexnet, stock_work
+
+
+def test_stock_net_is_ours_with_fc6s_inputs_in_another_order():
+    torch.manual_seed(0)
+    ours, stock = AlexNet(10, "paper", "inverted").eval(), stock_alexnet(10).eval()
+    state = [parameter.detach() for parameter in ours.parameters()]
+    hwc = state[10].view(4096, 6, 6, 256)  # after five convolutions' weights and biases
+    state[10] = hwc.permute(0, 3, 1, 2).flatten(1)
+    stock.load_state_dict(dict(zip(stock.state_dict(), state, strict=True)))
+    x = 255 * torch.rand(2, 3, 224, 224) - 127.5
+    with torch.inference_mode():
+        torch.testing.assert_close(stock(x), ours(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stock_step_counts_its_images(layout):
+    work = stock_work(torch.zeros(2, 3, 224, 224), torch.tensor([3, 4]), 10, layout, torch.float32)
+    assert work() == 2
