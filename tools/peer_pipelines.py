@@ -1,0 +1,325 @@
+"""The pipelines of `loader_peers.py`, each as its own documentation recommends, with all cores.
+
+All do the same: a JPEG decoded, a random crop, mirrored or not, normalised, as float32, batch after
+batch in random order, without end. An epoch is made long where its end would empty the queues, since
+the datasets to measure on are small. What cannot read tars gets files or its own format, made first
+and not measured.
+
+    pytorch     DataLoader of processes, torchvision's ImageFolder and transforms, as in its examples
+    timm        create_loader, which crops likewise when told to keep area and shape
+    webdataset  shards resampled, shuffled in a buffer, decoded by Pillow, batched in WebLoader's processes
+    dali        readers.webdataset and DALIGenericIterator, decoding the crop alone, in threads
+    spdl        a pipeline of threads, decoding by FFmpeg
+    litdata     StreamingDataset over chunks of the same JPEG bytes
+    streaming   MosaicML's, over MDS shards of the same JPEG bytes
+    ffcv        .beton of JPEGs, compressed again at quality 90 as it has no way to take bytes, in threads
+"""
+
+import io
+import json
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
+LONG_EPOCH = 1_000_000  # samples, about ImageNet's
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [N,3,crop,crop] in any layout, labels [N]
+
+
+@dataclass(frozen=True)
+class Job:
+    data: Path  # of dataset.json
+    batch: int
+    crop: int
+    threads: int  # or processes
+    scratch: Path = Path()  # for what is made of the shards
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.data / "dataset.json").read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"{self.data} holds no packed dataset: see make-shards") from None
+
+    @property
+    def tars(self) -> list[str]:
+        return [str(self.data / shard["file"]) for shard in self.manifest["splits"]["train"]["shards"]]
+
+    @property
+    def share(self) -> float:
+        """The crop's part of the area of a packed image."""
+        return (self.crop / self.manifest["size"]) ** 2
+
+    def samples(self) -> Iterator[tuple[bytes, int]]:
+        """JPEG bytes and label, in the order of the shards."""
+        for path in self.tars:
+            with tarfile.open(path) as tar:
+                parts = ((Path(member.name), tar.extractfile(member)) for member in tar)
+                contents = {(name.stem, name.suffix): part.read() for name, part in parts if part}
+            for (key, suffix), content in contents.items():
+                if suffix == ".jpg":
+                    yield content, int(contents[key, ".cls"])
+
+    def files(self) -> list[tuple[str, int]]:
+        """The same as files in a folder for each class: paths and labels."""
+        written = []
+        for number, (jpeg, label) in enumerate(self.samples()):
+            path = self.scratch / "files" / f"{label:04d}" / f"{number:08d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+            written.append((str(path), label))
+        return written
+
+
+def _torchvision() -> None:
+    """Make torchvision importable beside PyTorch's CPU build too.
+
+    Its wheels on PyPI are built for CUDA: beside a CPU build their operators do not load, and two
+    whose absence fails the import are declared here, unused.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "() -> ()")
+        import torchvision  # noqa: F401
+
+
+def _transform(job: Job) -> Callable[[Any], torch.Tensor]:
+    """Of a PIL image, as in PyTorch's ImageNet example."""
+    _torchvision()
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomCrop(job.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _endless(loader: Iterable) -> Batches:
+    while True:
+        yield from loader
+
+
+def pytorch(job: Job) -> Batches:
+    transform = _transform(job)
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision.datasets import ImageFolder
+
+    job.files()
+    images = ImageFolder(str(job.scratch / "files"), transform)
+    sampler = RandomSampler(images, replacement=True, num_samples=LONG_EPOCH)
+    yield from _endless(
+        DataLoader(
+            images,
+            job.batch,
+            sampler=sampler,
+            num_workers=job.threads,
+            persistent_workers=True,
+            drop_last=True,
+        )
+    )
+
+
+def timm(job: Job) -> Batches:
+    _torchvision()
+    from timm.data import create_dataset, create_loader
+
+    job.files()
+    yield from _endless(
+        create_loader(
+            create_dataset("", root=str(job.scratch / "files"), is_training=True),
+            input_size=(3, job.crop, job.crop),
+            batch_size=job.batch,
+            is_training=True,
+            scale=(job.share, job.share),
+            ratio=(1.0, 1.0),
+            color_jitter=None,
+            num_workers=job.threads,
+            use_multi_epochs_loader=True,
+            device=torch.device("cpu"),
+        )
+    )
+
+
+def webdataset(job: Job) -> Batches:
+    transform = _transform(job)
+    from webdataset import WebDataset, WebLoader
+
+    samples = WebDataset(job.tars, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
+    batches = samples.to_tuple("jpg", "cls").map_tuple(transform).batched(job.batch, partial=False)
+    yield from WebLoader(batches, batch_size=None, num_workers=job.threads)
+
+
+def dali(job: Job) -> Batches:
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
+
+    indices = [Path(tar).with_suffix(".idx") for tar in job.tars]
+
+    @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=None)
+    def graph() -> tuple:
+        jpeg, digits = fn.readers.webdataset(
+            paths=job.tars,
+            index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
+            ext=["jpg", "cls"],
+            random_shuffle=True,
+            initial_fill=1024,
+            name="reader",
+        )
+        pixels = fn.decoders.image_crop(
+            jpeg,
+            crop=(job.crop, job.crop),
+            crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
+            crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
+        )
+        pixels = fn.crop_mirror_normalize(
+            pixels,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * mean for mean in MEAN],
+            std=[255 * std for std in STD],
+            mirror=fn.random.coin_flip(),
+        )
+        return pixels, fn.pad(digits)  # the labels' text, of equal length
+
+    iterator = DALIGenericIterator(
+        graph(), ["data", "label"], reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
+    )
+    yield from ((batch["data"], batch["label"]) for [batch] in _endless(iterator))
+
+
+def spdl(job: Job) -> Batches:
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    files, size = job.files(), job.manifest["size"]
+    mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (MEAN, STD))
+
+    def source() -> Iterator[tuple[str, int]]:
+        while True:
+            yield from random.sample(files, len(files))
+
+    def decode(sample: tuple[str, int]) -> tuple[Any, int]:
+        path, label = sample
+        left, top = (random.randint(0, size - job.crop) for _ in range(2))
+        mirror = "hflip," if random.random() < 0.5 else ""
+        filters = f"crop={job.crop}:{job.crop}:{left}:{top},{mirror}format=pix_fmts=rgb24"
+        return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=filters), label
+
+    def normalised(samples: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        frames, labels = zip(*samples, strict=True)
+        pixels = spdl.io.to_torch(spdl.io.convert_frames(list(frames))).permute(0, 3, 1, 2)
+        return pixels.float().sub_(mean).div_(std), torch.tensor(labels)
+
+    builder = PipelineBuilder().add_source(source()).pipe(decode, concurrency=job.threads)
+    builder = builder.aggregate(job.batch).pipe(normalised).add_sink(2)
+    pipeline = builder.build(num_threads=job.threads)
+    with pipeline.auto_stop():
+        yield from pipeline
+
+
+def _chunk(sample: tuple[bytes, int]) -> dict[str, Any]:
+    return {"image": sample[0], "class": sample[1]}
+
+
+def litdata(job: Job) -> Batches:
+    transform = _transform(job)
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
+    from PIL import Image
+
+    samples, chunks = list(job.samples()), str(job.scratch / "chunks")
+    optimize(fn=_chunk, inputs=samples, output_dir=chunks, num_workers=job.threads, chunk_bytes="64MB")
+
+    def decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["class"]
+
+    images = StreamingDataset(chunks, transform=decoded, subsample=LONG_EPOCH / len(samples), drop_last=True)
+    yield from _endless(
+        StreamingDataLoader(
+            images,
+            batch_size=job.batch,
+            num_workers=job.threads,
+            shuffle=True,
+            multiprocessing_context="fork",
+            persistent_workers=True,
+        )
+    )
+
+
+def streaming(job: Job) -> Batches:
+    transform = _transform(job)
+    from PIL import Image
+    from streaming import MDSWriter, StreamingDataset
+    from torch.utils.data import DataLoader
+
+    class Images(StreamingDataset):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            sample = super().__getitem__(index)
+            return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["class"]
+
+    shards = str(job.scratch / "mds")
+    with MDSWriter(out=shards, columns={"image": "bytes", "class": "int"}) as writer:
+        for jpeg, label in job.samples():
+            writer.write({"image": jpeg, "class": label})
+    images = Images(local=shards, shuffle=True, batch_size=job.batch, epoch_size=LONG_EPOCH)
+    yield from _endless(
+        DataLoader(images, job.batch, num_workers=job.threads, persistent_workers=True, drop_last=True)
+    )
+
+
+def ffcv(job: Job) -> Batches:
+    _torchvision()
+    import numpy as np
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    job.files()
+    images, beton = ImageFolder(str(job.scratch / "files")), str(job.scratch / "train.beton")
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
+    DatasetWriter(beton, fields, num_workers=job.threads).from_indexed_dataset(images)
+    crop = RandomResizedCropRGBImageDecoder(
+        (job.crop, job.crop), scale=(job.share, job.share), ratio=(1.0, 1.0)
+    )
+    normalise = NormalizeImage(255 * np.array(MEAN), 255 * np.array(STD), np.float32)
+    yield from _endless(
+        Loader(
+            beton,
+            batch_size=job.batch,
+            num_workers=job.threads,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            indices=np.resize(np.arange(len(images)), LONG_EPOCH),
+            pipelines={
+                "image": [crop, RandomHorizontalFlip(), normalise, ToTensor(), ToTorchImage()],
+                "label": [IntDecoder(), ToTensor(), Squeeze()],
+            },
+        )
+    )
+
+
+# Each with the packages that its figures depend on.
+PEERS: dict[str, tuple[Callable[[Job], Any], tuple[str, ...]]] = {
+    "pytorch": (pytorch, ("torch", "torchvision", "pillow")),
+    "timm": (timm, ("timm", "torch", "torchvision", "pillow")),
+    "webdataset": (webdataset, ("webdataset", "torch", "torchvision", "pillow")),
+    "dali": (dali, ("nvidia-dali-cuda130", "torch")),
+    "spdl": (spdl, ("spdl-core", "spdl-io", "torch")),
+    "litdata": (litdata, ("litdata", "torch", "torchvision", "pillow")),
+    "streaming": (streaming, ("mosaicml-streaming", "torch", "torchvision", "pillow")),
+    "ffcv": (ffcv, ("ffcv", "numba", "torch")),
+}
