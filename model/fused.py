@@ -2,9 +2,11 @@
 
 A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
 CPU they are made a few images at a time, which stay in the cache, and once more for the gradient.
+On a GPU they are one Triton kernel forward and one backward, save where a spatial norm comes between.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from model.lrn import local_response_norm, spatial_response_norm
 
+HAS_TRITON = find_spec("triton") is not None
 SLICE_BYTES = 4 << 20  # of input, a few images: what is computed from them stays in the cache
 
 
@@ -36,6 +39,11 @@ def normalise_and_pool(
 
     x: [N,C,H,W], best channels_last. Returns [N,C,(H-1)//2,(W-1)//2] of the same type and layout.
     """
+
+    if x.is_cuda and x.dtype != torch.float64 and HAS_TRITON and not spatial_norm:
+        from model import triton_pool
+
+        return triton_pool.normalise_and_pool(x, alpha, towers, relu_first)[0]
 
     def plain(x: Tensor) -> Tensor:
         return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)

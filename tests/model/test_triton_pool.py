@@ -1,0 +1,98 @@
+"""The Triton kernels against the plain form: on a GPU, or on a CPU in Triton's own interpreter."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import fused
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported for the first time
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from model import triton_pool  # noqa: E402
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+STAGES = [
+    pytest.param({"towers": 1, "relu_first": True}, id="paper"),
+    pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
+    pytest.param({"towers": 2, "relu_first": True}, id="towers"),
+]
+ALPHA = 1e-3  # larger than the paper's, so that the norm weighs
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not GPU, reason="in Triton's interpreter bf16 is cut, not rounded"),
+]
+# Of both, one rounding apart; fp32 has the kernel's approximate roots and another order of sums.
+TOLERANCES = [
+    pytest.param(torch.float32, 1e-5, id="fp32"),
+    pytest.param(torch.float16, 2**-10, id="fp16"),
+    pytest.param(torch.bfloat16, 2**-7, id="bf16", marks=on_gpu),
+]
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def kernel(x: Tensor, towers: int, relu_first: bool) -> Tensor:
+    return triton_pool.normalise_and_pool(x, ALPHA, towers, relu_first)[0]
+
+
+def assert_same(x: Tensor, tolerance: float, **options) -> None:
+    output, expected = kernel(x, **options), fused.plain_normalise_and_pool(x, ALPHA, **options)
+    assert output.dtype == x.dtype
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    (gradient,) = torch.autograd.grad(output, x, weights)
+    (expected,) = torch.autograd.grad(expected, x, weights)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=4 * tolerance)  # up to four are added
+
+
+@pytest.mark.parametrize("options", STAGES)
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+def test_kernels_are_the_plain_form(options, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(triton_pool, "BLOCK", 64)  # several blocks of columns, the last one in part
+    assert_same(activations(2, 12, 5, 12, dtype=dtype), tolerance, **options)
+
+
+@pytest.mark.parametrize("options", STAGES)
+def test_a_tower_as_wide_as_its_block_ends_there(options):
+    assert_same(activations(1, 16, 5, 5), 1e-5, **options)
+
+
+def test_of_equal_values_the_first_has_the_gradient_and_at_zero_the_relu_has_none(monkeypatch):
+    monkeypatch.setattr(triton_pool, "BLOCK", 32)
+    x = activations(1, 4, 7, 7).detach().mul(0.05).round()  # few values, many of them 0
+    assert_same(x.requires_grad_(), 1e-5, towers=1, relu_first=True)
+    assert_same(x, 1e-5, towers=1, relu_first=False)
+
+
+def test_not_a_number_is_passed_on(monkeypatch):
+    monkeypatch.setattr(triton_pool, "BLOCK", 32)
+    x = activations(1, 8, 5, 5).detach()
+    x[0, 3, 2, 2] = torch.nan
+    for relu_first in (True, False):
+        expected = fused.plain_normalise_and_pool(x, ALPHA, relu_first=relu_first)
+        assert torch.equal(kernel(x, 1, relu_first).isnan(), expected.isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second is CUDA graphs
+def test_compiled_step_is_the_eager_one(mode):
+    x = activations(4, 96, 55, 55, dtype=torch.bfloat16)
+
+    def loss(x: Tensor) -> Tensor:
+        return fused.normalise_and_pool(x * 2, ALPHA).float().square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    for _ in range(3):  # warm-up, capture, replay
+        (gradient,) = torch.autograd.grad(torch.compile(loss, mode=mode, fullgraph=True)(x), x)
+        torch.testing.assert_close(gradient, expected)
