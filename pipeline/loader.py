@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.colour import colour_divisor, colour_offsets
-from pipeline.graph import GraphOptions, evaluation_pipeline, train_pipeline
+from pipeline.graph import GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
 from pipeline.shards import ShardReader
@@ -196,7 +196,8 @@ class _Stream:
     ):
         self.build, self.reader, self.requests, self.decoding = build, reader, requests, decoding
         self.leave_out, self.replace = leave_out, replace
-        self.bad: set[int] = set()
+        self.seen = np.zeros(len(reader), bool)  # whose first bytes were looked at
+        self.bad = np.zeros(len(reader), bool)  # which are left out
         self.failure: DatasetError | None = None
         self.under_way: deque[Request] = deque()  # which DALI has and has not answered
         # DALI reads the arrays where they are, on a GPU also after it has answered.
@@ -236,16 +237,18 @@ class _Stream:
                 raise StopIteration from None
         self.under_way.append((samples, arguments))
         labels = self.reader.rows["label"][samples].astype(np.int64)
-        self.inputs.append((self.reader.jpegs(samples), labels, *arguments))
+        self.inputs.append((jpeg_batch(self.reader.jpegs(samples)), labels, *arguments))
         return self.inputs[-1]
 
     def _without_bad(self, samples: np.ndarray) -> np.ndarray:
         while True:
             # On bytes that do not begin like a JPEG, DALI may crash the process instead of raising.
-            for number, jpeg in zip(samples.tolist(), self.reader.jpegs(samples), strict=True):
-                if jpeg[:2].tobytes() != _SOI and number not in self.bad:
+            unseen = samples[~self.seen[samples]]
+            for number, jpeg in zip(unseen.tolist(), self.reader.jpegs(unseen), strict=True):
+                if jpeg[:2].tobytes() != _SOI and not self.bad[number]:
                     self._note_bad(number)
-            bad = np.isin(samples, list(self.bad))
+            self.seen[unseen] = True
+            bad = self.bad[samples]
             if not bad.any():
                 return samples
             samples = (
@@ -254,9 +257,9 @@ class _Stream:
 
     def _note_bad(self, number: int) -> None:
         name = self.reader.name(number)
-        if self.leave_out is None or len(self.bad) == len(self.reader) - 1:
+        if self.leave_out is None or self.bad.sum() == len(self.reader) - 1:
             raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again")
-        self.bad.add(number)
+        self.bad[number] = True
         self.leave_out(name)
 
     def _find_bad(self, error: RuntimeError) -> None:

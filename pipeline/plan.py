@@ -12,7 +12,7 @@ version to version, which it does not promise for `permutation` or `normal`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class Plan:
         if self.batch < 1:
             raise ValueError(f"a batch of {self.batch} images is not possible; it must be 1 or more")
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """Samples in an epoch."""
         return sum(self.shard_samples)

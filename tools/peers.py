@@ -6,7 +6,7 @@ from typing import Any
 
 from nvidia.dali import fn, pipeline_def, types
 
-from pipeline.graph import GraphOptions, augment
+from pipeline.graph import GraphOptions, augment, jpeg_batch
 from pipeline.loader import Dataset
 from pipeline.shards import ShardReader
 
@@ -44,7 +44,7 @@ def external_source_bytes(
 
     def source() -> tuple:
         samples = batches()
-        return reader.jpegs(samples), reader.rows["label"][samples].astype("int64")
+        return jpeg_batch(reader.jpegs(samples)), reader.rows["label"][samples].astype("int64")
 
     @pipeline_def
     def graph() -> tuple:

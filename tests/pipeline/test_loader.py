@@ -112,7 +112,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
     def watched_pipeline(source: Callable, options: GraphOptions) -> object:
         def watched_source() -> tuple:
             arrays = source()
-            inputs.append([weakref.ref(array) for array in (*arrays[0], *arrays[1:])])
+            inputs.append([weakref.ref(array) for array in arrays])
             return arrays
 
         def watched_run(*stream) -> Outputs:
