@@ -34,6 +34,17 @@ bench: demo
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet img2dataset==1.47.0 pillow==12.1.1
 
+# Others' input pipelines, with which `tools/bench.py peers` compares ours. They do not get on with
+# img2dataset's webdataset. SPDL decodes by FFmpeg's libraries (apt-get install libavdevice59); FFCV is
+# compiled against OpenCV and TurboJPEG (pkg-config libopencv-dev libturbojpeg0-dev), or left out.
+.loader-peers:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0 pillow==12.1.1 numpy==2.1.3 timm==1.0.31 \
+		webdataset==1.0.2 spdl==0.8.0 litdata==0.2.76 mosaicml-streaming==0.13.0
+	$@/bin/pip install --quiet numba==0.68.1 opencv-python-headless==4.14.0.94 pytorch-pfn-extras==0.9.0 \
+		fastargs==1.2.0 terminaltables==3.1.10 assertpy==1.1 psutil==7.2.2
+	$@/bin/pip install --quiet --no-deps ffcv==1.0.2 || echo "FFCV is left out: it was not compiled"
+
 image: TARGET ?= cuda
 image:
 	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train --build-arg TARGET=$(TARGET) \

@@ -20,7 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from tools.peer_pipelines import PEERS, Job
+from tools.peer_job import Job
+from tools.peer_pipelines import PEERS
 
 REPO = Path(__file__).resolve().parents[1]
 LEAD_SECONDS = 1.0
@@ -55,14 +56,16 @@ class Contestant:
         options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop, "threads": job.threads}
         command = [str(python), "-m", "tools.loader_peers", name, f"--seconds={seconds}"]
         command += [f"--{option}={value}" for option, value in options.items()]
-        self.errors: IO[str] = tempfile.TemporaryFile("w+")
-        try:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=REPO
-            )
-        except OSError as error:
-            raise PeerError(f"{python} does not run: {error.strerror}") from None
+        self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close())
+        self.process = self._start(command)
         self.versions: dict[str, str] = self._answer()["versions"]
+
+    def _start(self, command: list[str]) -> subprocess.Popen:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        try:
+            return subprocess.Popen(command, text=True, cwd=REPO, **pipes)
+        except OSError as error:
+            raise PeerError(f"{command[0]} does not run: {error.strerror}") from None
 
     def measure(self) -> float:
         """Images/s of one turn."""
@@ -90,12 +93,18 @@ class Contestant:
 
 
 def serve(name: str, job: Job, seconds: float, answers: IO[str]) -> None:
+    """Answer on `answers`, a line each, as the module's docstring says."""
+
+    def answer(**content: Any) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    job.check()
     pipeline, packages = PEERS[name]
     batches = pipeline(job)
     next(batches)
-    print(json.dumps({"versions": {package: version(package) for package in packages}}), file=answers, flush=True)
+    answer(versions={package: version(package) for package in packages})
     for _ in sys.stdin:
-        print(json.dumps({"images_per_second": rate(batches, seconds)}), file=answers, flush=True)
+        answer(images_per_second=rate(batches, seconds))
     batches.close()
 
 
@@ -107,8 +116,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed by make-shards")
     parser.add_argument("--batch", type=int, default=128, metavar="N")
     parser.add_argument("--crop", type=int, default=224, metavar="PX")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="or processes")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a measurement")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--threads", type=int, default=cores, metavar="N", help="or processes (default: cores)"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a turn")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some packages print

@@ -16,65 +16,19 @@ and not measured.
 """
 
 import io
-import json
 import random
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tools.peer_job import Job
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
 LONG_EPOCH = 1_000_000  # samples, about ImageNet's
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [N,3,crop,crop] in any layout, labels [N]
-
-
-@dataclass(frozen=True)
-class Job:
-    data: Path  # of dataset.json
-    batch: int
-    crop: int
-    threads: int  # or processes
-    scratch: Path = Path()  # for what is made of the shards
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.data / "dataset.json").read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"{self.data} holds no packed dataset: see make-shards") from None
-
-    @property
-    def tars(self) -> list[str]:
-        return [str(self.data / shard["file"]) for shard in self.manifest["splits"]["train"]["shards"]]
-
-    @property
-    def share(self) -> float:
-        """The crop's part of the area of a packed image."""
-        return (self.crop / self.manifest["size"]) ** 2
-
-    def samples(self) -> Iterator[tuple[bytes, int]]:
-        """JPEG bytes and label, in the order of the shards."""
-        for path in self.tars:
-            with tarfile.open(path) as tar:
-                parts = ((Path(member.name), tar.extractfile(member)) for member in tar)
-                contents = {(name.stem, name.suffix): part.read() for name, part in parts if part}
-            for (key, suffix), content in contents.items():
-                if suffix == ".jpg":
-                    yield content, int(contents[key, ".cls"])
-
-    def files(self) -> list[tuple[str, int]]:
-        """The same as files in a folder for each class: paths and labels."""
-        written = []
-        for number, (jpeg, label) in enumerate(self.samples()):
-            path = self.scratch / "files" / f"{label:04d}" / f"{number:08d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg)
-            written.append((str(path), label))
-        return written
 
 
 def _torchvision() -> None:
@@ -106,7 +60,7 @@ def _transform(job: Job) -> Callable[[Any], torch.Tensor]:
     )
 
 
-def _endless(loader: Iterable) -> Batches:
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from loader
 
@@ -169,7 +123,7 @@ def dali(job: Job) -> Batches:
 
     @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=None)
     def graph() -> tuple:
-        jpeg, digits = fn.readers.webdataset(
+        jpeg, digits = fn.readers.webdataset(  # type: ignore[misc]
             paths=job.tars,
             index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
             ext=["jpg", "cls"],
@@ -193,8 +147,9 @@ def dali(job: Job) -> Batches:
         )
         return pixels, fn.pad(digits)  # the labels' text, of equal length
 
+    outputs, drop = ["data", "label"], LastBatchPolicy.DROP
     iterator = DALIGenericIterator(
-        graph(), ["data", "label"], reader_name="reader", auto_reset=True, last_batch_policy=LastBatchPolicy.DROP
+        graph(), outputs, reader_name="reader", auto_reset=True, last_batch_policy=drop
     )
     yield from ((batch["data"], batch["label"]) for [batch] in _endless(iterator))
 
@@ -203,7 +158,7 @@ def spdl(job: Job) -> Batches:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    files, size = job.files(), job.manifest["size"]
+    files, size = job.files(), job.size
     mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (MEAN, STD))
 
     def source() -> Iterator[tuple[str, int]]:
@@ -233,16 +188,22 @@ def _chunk(sample: tuple[bytes, int]) -> dict[str, Any]:
     return {"image": sample[0], "class": sample[1]}
 
 
+def _opened(jpeg: bytes) -> Any:
+    """By Pillow, as torchvision's folders do."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(jpeg)).convert("RGB")
+
+
 def litdata(job: Job) -> Batches:
     transform = _transform(job)
     from litdata import StreamingDataLoader, StreamingDataset, optimize
-    from PIL import Image
 
     samples, chunks = list(job.samples()), str(job.scratch / "chunks")
     optimize(fn=_chunk, inputs=samples, output_dir=chunks, num_workers=job.threads, chunk_bytes="64MB")
 
     def decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["class"]
+        return transform(_opened(sample["image"])), sample["class"]
 
     images = StreamingDataset(chunks, transform=decoded, subsample=LONG_EPOCH / len(samples), drop_last=True)
     yield from _endless(
@@ -259,14 +220,13 @@ def litdata(job: Job) -> Batches:
 
 def streaming(job: Job) -> Batches:
     transform = _transform(job)
-    from PIL import Image
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 
     class Images(StreamingDataset):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             sample = super().__getitem__(index)
-            return transform(Image.open(io.BytesIO(sample["image"])).convert("RGB")), sample["class"]
+            return transform(_opened(sample["image"])), sample["class"]
 
     shards = str(job.scratch / "mds")
     with MDSWriter(out=shards, columns={"image": "bytes", "class": "int"}) as writer:

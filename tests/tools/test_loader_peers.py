@@ -1,0 +1,113 @@
+"""Others' input pipelines: the protocol of turns, what they deliver, and what is said when they cannot."""
+
+import itertools
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.loader_peers import Contestant, PeerError, rate
+from tools.peer_job import Job
+from tools.peer_pipelines import PEERS
+
+REPO = Path(__file__).resolve().parents[2]
+PEERS_PYTHON = REPO / ".loader-peers/bin/python"
+
+
+@pytest.fixture
+def job(packed, tmp_path) -> Job:
+    """20 of the 60 pictures in a batch, so that several epochs are soon over."""
+    return Job(packed, batch=20, crop=67, threads=2, scratch=tmp_path)
+
+
+def python_of(peer: str) -> Path:
+    if peer != "dali" and not PEERS_PYTHON.exists():
+        pytest.skip("their environment is not here: make .loader-peers")
+    return Path(sys.executable) if peer == "dali" else PEERS_PYTHON
+
+
+def refusal(*arguments: str) -> str:
+    command = [sys.executable, "-m", "tools.loader_peers", *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_images_prefetched_before_a_turn_do_not_count(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def batches():
+        for number in itertools.count():
+            now[0] += 0.0 if number < 50 else 0.25  # fifty lie ready, then four a second come
+            yield None, [0] * 10
+
+    assert rate(batches(), seconds=5.0) == 40.0
+
+
+def test_samples_and_files_are_those_of_the_train_shards(job):
+    samples = list(job.samples())
+    assert len(samples) == 60
+    assert [sum(label == wanted for _, label in samples) for wanted in range(10)] == [6] * 10
+    files = job.files()
+    assert [(Path(path).read_bytes(), label) for path, label in files] == samples
+    assert {(Path(path).parent.name, label) for path, label in files} == {(f"{n:04d}", n) for n in range(10)}
+
+
+def test_the_crop_has_its_share_of_a_packed_image(job):
+    assert job.share == (67 / 80) ** 2
+
+
+def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
+    batches = list(itertools.islice(PEERS["dali"][0](job), 5))
+    for images, labels in batches:
+        assert images.shape == (20, 3, 67, 67)
+        assert images.dtype == torch.float32
+        assert len(labels) == 20
+    pixels = torch.cat([images for images, _ in batches])
+    assert pixels.min() < 0 < pixels.max() < 2.7  # (1 - .406) / .225
+    assert not torch.equal(batches[0][0], batches[3][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_contestant_is_started_once_and_measured_by_turns(peer, job):
+    contestant = Contestant(python_of(peer), peer, job, seconds=0.2)
+    try:
+        assert contestant.versions["torch"]
+        assert contestant.measure() > 0
+        assert contestant.measure() > 0
+    finally:
+        contestant.close()
+    assert contestant.process.returncode == 0
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
+def test_a_package_that_is_missing_is_one_line(packed):
+    line = refusal("pytorch", "--data", str(packed), "--crop", "67")
+    assert line.startswith("loader_peers: pytorch is not in ")
+    assert "torchvision" in line
+    assert line.count("\n") == 1
+
+
+def test_a_folder_without_a_dataset_is_one_line(tmp_path):
+    line = refusal("dali", "--data", str(tmp_path))
+    assert line == f"loader_peers: {tmp_path} holds no packed dataset: see make-shards\n"
+
+
+def test_a_crop_larger_than_the_packed_images_is_one_line(packed):
+    line = refusal("dali", "--data", str(packed), "--crop", "90")
+    assert line == "loader_peers: a crop of 90 px does not fit in images of 80 px\n"
+
+
+def test_who_asks_for_a_contestant_that_cannot_run_gets_its_reason(tmp_path):
+    job = Job(tmp_path, batch=2, crop=67, threads=1)
+    with pytest.raises(PeerError, match=f"^dali: {tmp_path} holds no packed dataset: see make-shards$"):
+        Contestant(Path(sys.executable), "dali", job, seconds=0.1)
+    with pytest.raises(PeerError, match=r"^/nowhere/python does not run: No such file or directory$"):
+        Contestant(Path("/nowhere/python"), "dali", job, seconds=0.1)

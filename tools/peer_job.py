@@ -1,0 +1,65 @@
+"""What `loader_peers.py` has others do, and the packed photos in the forms that they read."""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    data: Path  # of dataset.json
+    batch: int
+    crop: int
+    threads: int  # or processes
+    scratch: Path = Path()  # for what is made of the shards
+
+    def check(self) -> None:
+        """Raises ValueError where the work cannot be done on this data."""
+        if self.manifest["geometry"] != "256":
+            raise ValueError(f"{self.data} is not packed in squares: see --geometry of make-shards")
+        if not 0 < self.crop <= self.size:
+            raise ValueError(f"a crop of {self.crop} px does not fit in images of {self.size} px")
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.data / "dataset.json").read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"{self.data} holds no packed dataset: see make-shards") from None
+
+    @property
+    def tars(self) -> list[str]:
+        return [str(self.data / shard["file"]) for shard in self.manifest["splits"]["train"]["shards"]]
+
+    @property
+    def size(self) -> int:
+        """Width and height of every packed image, in pixels."""
+        return self.manifest["size"]
+
+    @property
+    def share(self) -> float:
+        """The crop's part of the area of a packed image."""
+        return (self.crop / self.size) ** 2
+
+    def samples(self) -> Iterator[tuple[bytes, int]]:
+        """JPEG bytes and label, in the order of the shards."""
+        for path in self.tars:
+            with tarfile.open(path) as tar:
+                parts = ((Path(member.name), tar.extractfile(member)) for member in tar)
+                contents = {(name.stem, name.suffix): part.read() for name, part in parts if part}
+            for (key, suffix), content in contents.items():
+                if suffix == ".jpg":
+                    yield content, int(contents[key, ".cls"])
+
+    def files(self) -> list[tuple[str, int]]:
+        """The same as files in a folder for each class: paths and labels."""
+        written = []
+        for number, (jpeg, label) in enumerate(self.samples()):
+            path = self.scratch / "files" / f"{label:04d}" / f"{number:08d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+            written.append((str(path), label))
+        return written
