@@ -27,14 +27,15 @@ lint: setup
 	$(BIN)/mypy pipeline model trainer tools
 
 bench: demo
-	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo
+	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo --gates
 
-# Others' packers, with which `tools/bench.py pack --peers .peers/bin/python` compares ours.
-.peers:
+# Others' packers, with which `tools/bench.py pack --pack-peers .pack-peers/bin/python` compares ours.
+.pack-peers:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet img2dataset==1.47.0 pillow==12.1.1
 
-# Others' input pipelines, with which `tools/bench.py peers` compares ours. They do not get on with
+# Others' input pipelines, with which `tools/bench.py peers --loader-peers
+# .loader-peers/bin/python` compares ours. They do not get on with
 # img2dataset's webdataset. SPDL decodes by FFmpeg's libraries (apt-get install libavdevice59); FFCV is
 # compiled against OpenCV and TurboJPEG (pkg-config libopencv-dev libturbojpeg0-dev), or left out.
 .loader-peers:

@@ -5,7 +5,9 @@ CPU they are made a few images at a time, which stay in the cache, and once more
 On a GPU they are one Triton kernel forward and one backward, save where a spatial norm comes between.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from model.lrn import local_response_norm, spatial_response_norm
 
-HAS_TRITON = find_spec("triton") is not None
 SLICE_BYTES = 4 << 20  # of input, a few images: what is computed from them stays in the cache
 
 
@@ -40,7 +41,7 @@ def normalise_and_pool(
     x: [N,C,H,W], best channels_last. Returns [N,C,(H-1)//2,(W-1)//2] of the same type and layout.
     """
 
-    if x.is_cuda and x.dtype != torch.float64 and HAS_TRITON and not spatial_norm:
+    if x.is_cuda and x.dtype != torch.float64 and not spatial_norm and _has_kernels():
         from model import triton_pool
 
         return triton_pool.normalise_and_pool(x, alpha, towers, relu_first)[0]
@@ -51,6 +52,22 @@ def normalise_and_pool(
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Sliced.apply(x, plain)
     return plain(x)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_kernels() -> bool:
+    """Whether the kernels can be built here: that takes Triton and, at run time, a C compiler."""
+    if find_spec("triton") is None:
+        return False
+    from model import triton_pool
+
+    try:
+        triton_pool.normalise_and_pool(torch.zeros(1, 16, 3, 3, device="cuda"), 1e-4, 1, True)
+    except Exception as error:  # whatever a compiler and a driver can raise
+        warnings.warn(f"slower, without the fused kernels, which cannot be built: {error}", stacklevel=2)
+        return False
+    return True
 
 
 class _Sliced(torch.autograd.Function):

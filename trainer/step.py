@@ -50,11 +50,11 @@ class Step:
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One update. Returns the mean loss and the number of top-1 errors, on the device."""
+        self.optimizer.zero_grad(set_to_none=True)  # before the pass forward, which can use their memory
         with autocast(self.precision, self.device):
             logits = self.model(prepare(pixels, self.precision))
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -28,28 +28,89 @@ def test_table_has_medians_and_ratios_of_neighbouring_runs():
     assert "2.00 ×" in second  # of 2, 4 and 2
 
 
-def test_every_stage_measures_and_the_last_line_is_json(packed, pictures):
-    small = ["--crop", "67", "--batch", "4", "--recipe", "demo", "--runs", "1", "--seconds", "0.1"]
-    command = ["tools.bench", "all", "--data", str(packed), "--input", str(pictures), *small]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+def test_a_gate_compares_runs_that_stood_side_by_side():
+    figures = {
+        "ours": [30.0, 20.0, 40.0],
+        "a": [10.0, 10.0, 10.0],
+        "b": [5.0, 20.0, 80.0],
+        "c": [1.0, 1.0, 1.0],
+    }
+    assert bench.Gate("x", 1.0, ("a", "b")).reached(figures) == 1.0  # of 3, 1 and .5
+    assert bench.Gate("x", 1.0, ("a", "b"), pick=min).reached(figures) == 4.0  # of 6, 2 and 4
+    assert bench.Gate("x", 1.0).reached(figures) == 30.0
+    assert bench.Gate("x", 1.0, ("not measured",)).reached(figures) is None
+
+
+@pytest.mark.parametrize(("ours", "passed"), [(2.0, True), (0.95, True), (0.85, False)])
+def test_a_gate_is_missed_by_more_than_noise(ours, passed):
+    lines, good = bench.judge({"read": {"plan": [ours], "DALI's reader": [1.0]}}, "cpu")
+    assert good == passed
+    assert [line.rsplit(": ")[-1] for line in lines] == ["passed" if passed else "MISSED"]
+
+
+def test_amounts_are_asked_of_a_gpu_alone():
+    figures = {"model": {"bf16": [70_000.0]}}
+    assert bench.judge(figures, "cpu") == ([], True)
+    assert bench.judge(figures, "cuda")[1] is False
+    assert bench.judge({"model": {"bf16": [90_000.0]}}, "cuda")[1] is True
+
+
+def run(*arguments: str, settings=("--crop", "67", "--batch", "4", "--recipe", "demo")):
+    command = [sys.executable, "-m", "tools.bench", *arguments, *settings]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+QUICK = ("--runs", "1", "--seconds", "0.1")
+
+
+def test_every_stage_measures_and_the_last_line_is_json(packed, pictures, tmp_path):
+    trace = tmp_path / "trace.json"
+    done = run("all", "--data", str(packed), "--input", str(pictures), *QUICK, "--trace", str(trace))
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
-    assert list(record["images_per_second"]) == ["read", "loader", "model", "train", "pack"]
-    assert list(record["images_per_second"]["train"]) == ["train", "loader alone", "model alone"]
-    for stage in record["images_per_second"].values():
-        for rates in stage.values():
-            assert len(rates) == 1
-            assert rates[0] > 0
+    measured = record["images_per_second"]
+    assert list(measured) == ["read", "loader", "model", "train", "pack"]
+    assert list(measured["train"]) == ["train", "loader alone", "model alone"]
+    for stage in (*measured.values(), record["seconds"]["start"]):
+        for values in stage.values() if isinstance(stage, dict) else [stage]:
+            assert len(values) == 1
+            assert values[0] > 0
     assert (record["batch"], record["crop"]) == (4, 67)
     assert {"cpu", "cores", "torch", "commit"} <= record["environment"].keys()
+    assert any("conv" in str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"])
 
 
-@pytest.mark.parametrize("arguments", [["loader", "--data", "/nowhere"], ["loader", "--bach", "3"], ["pack"]])
+def test_a_setting_is_swept_by_turns(packed):
+    done = run("loader", "--data", str(packed), *QUICK, "--sweep", "threads", "1", "2")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert list(record["images_per_second"]["loader"]) == ["threads 1", "threads 2"]
+
+
+def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "GATES", (bench.Gate("read", 1e9),))
+    for gates, code in (((), 0), (("--gates",), 1)):
+        settings = ("--data", str(packed), "--crop", "67", "--batch", "4", "--recipe", "demo", *QUICK)
+        monkeypatch.setattr(sys, "argv", ["bench", "read", *settings, *gates])
+        with pytest.raises(SystemExit) as ended:
+            bench.main()
+        assert ended.value.code == code
+        assert "MISSED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["loader", "--data", "/nowhere"],
+        ["loader", "--bach", "3"],
+        ["loader", "--sweep", "bach", "3"],
+        ["loader", "--sweep", "threads", "-1"],
+        ["pack"],
+        ["peers"],
+    ],
+)
 def test_what_cannot_be_measured_is_one_line(arguments, packed):
-    if arguments == ["pack"]:
-        arguments = ["pack", "--data", str(packed), "--crop", "67"]
-    command = [sys.executable, "-m", "tools.bench", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(*arguments, *(() if "--data" in arguments else ("--data", str(packed))))
     assert done.returncode != 0
     assert done.stderr.startswith("bench: ")
     assert done.stderr.count("\n") == 1

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.loader_peers import Contestant, PeerError, rate
-from tools.peer_job import Job
-from tools.peer_pipelines import PEERS
+from tools.benchmarks.loader_peers import Contestant, PeerError, rate
+from tools.benchmarks.peer_job import Job
+from tools.benchmarks.peer_pipelines import PEERS
 
 REPO = Path(__file__).resolve().parents[2]
 PEERS_PYTHON = REPO / ".loader-peers/bin/python"
@@ -31,7 +31,7 @@ def python_of(peer: str) -> Path:
 
 
 def refusal(*arguments: str) -> str:
-    command = [sys.executable, "-m", "tools.loader_peers", *arguments]
+    command = [sys.executable, "-m", "tools.benchmarks.loader_peers", *arguments]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stdout == ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.alexnet import AlexNet
-from tools.stock import LAYOUTS, stock_alexnet, stock_work
+from tools.benchmarks.stock import LAYOUTS, stock_alexnet, stock_work
 
 
 def test_stock_net_is_ours_with_fc6s_inputs_in_another_order():
@@ -21,5 +21,5 @@ def test_stock_net_is_ours_with_fc6s_inputs_in_another_order():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stock_step_counts_its_images(layout):
-    work = stock_work(torch.zeros(2, 3, 224, 224), torch.tensor([3, 4]), 10, layout, torch.float32)
+    work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, layout, "fp32")
     assert work() == 2

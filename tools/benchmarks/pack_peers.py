@@ -1,8 +1,8 @@
 """Packing as others do it, for `tools/bench.py pack` to measure beside ours.
 
-    .peers/bin/python tools/pack_peers.py shardwriter --input FOLDER --output FOLDER --workers 2
+    .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --output FOLDER --workers 2
 
-It runs in an environment of its own (`make .peers`), since Pillow and pillow-simd are both imported
+It runs in an environment of its own (`make .pack-peers`), since Pillow and pillow-simd are both imported
 as PIL. The last word printed is the number of images that were packed.
 
     shardwriter  what one writes first: Pillow in a pool of processes, webdataset's ShardWriter

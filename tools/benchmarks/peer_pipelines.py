@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tools.peer_job import Job
+from tools.benchmarks.peer_job import Job
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
 LONG_EPOCH = 1_000_000  # samples, about ImageNet's

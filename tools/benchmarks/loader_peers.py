@@ -1,6 +1,6 @@
 """Input pipelines as others build them, for `tools/bench.py` to measure beside ours.
 
-    .loader-peers/bin/python -m tools.loader_peers pytorch --data shards
+    .loader-peers/bin/python -m tools.benchmarks.loader_peers pytorch --data shards
 
 It runs in an environment of its own (`make .loader-peers`); `dali` runs in the project's. Once the
 first batch is there, a line tells the versions. From then on each line of stdin is answered by one
@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from tools.peer_job import Job
-from tools.peer_pipelines import PEERS
+from tools.benchmarks.peer_job import Job
+from tools.benchmarks.peer_pipelines import PEERS
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 LEAD_SECONDS = 1.0
 
 
@@ -54,7 +54,7 @@ class Contestant:
     def __init__(self, python: Path, name: str, job: Job, seconds: float):
         self.name, self.seconds = name, seconds
         options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop, "threads": job.threads}
-        command = [str(python), "-m", "tools.loader_peers", name, f"--seconds={seconds}"]
+        command = [str(python), "-m", "tools.benchmarks.loader_peers", name, f"--seconds={seconds}"]
         command += [f"--{option}={value}" for option, value in options.items()]
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close())
         self.process = self._start(command)

@@ -1,0 +1,57 @@
+"""The plots of the benchmarks: what is drawn, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tools.draw_benchmarks import read_records, spread
+
+
+def write(path: Path, *records: tuple[str, dict]) -> None:
+    lines = (json.dumps({"command": command, "images_per_second": found}) for command, found in records)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def draw(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.draw_benchmarks", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
+    old, new = {"ours": [1.0], "theirs": [2.0]}, {"ours": [3.0, 5.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
+    swept = {"threads 1": [1.0], "threads 2": [2.0]}
+    write(tmp_path / "2026-11-21.jsonl", ("bench.py all", {"read": old, "loader": old}))
+    sweep = ("bench.py loader --sweep threads 1 2", {"loader": swept})
+    write(
+        tmp_path / "2026-11-22.jsonl",
+        ("bench.py loader", {"loader": old}),
+        ("bench.py loader", {"loader": new}),
+        sweep,
+    )
+    assert read_records(tmp_path) == ({"read": old, "loader": new}, {"loader by threads": swept})
+    done = draw(tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("stages.png", "sweeps.png"):
+        assert str(tmp_path / name) in done.stdout
+        assert Image.open(tmp_path / name).width == 1100
+
+
+def test_bars_reach_from_the_least_to_the_greatest():
+    assert spread([5.0, 1.0, 4.0]) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("no JSON", "line 1, is no record"), ('{"a": 1}', "line 1"), (None, "has no records")],
+)
+def test_what_cannot_be_drawn_is_one_line(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "a.jsonl").write_text(content)
+    done = draw(tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,223 @@
+"""The contestants of each stage of tools/bench.py."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, train_loader
+from pipeline.plan import Plan
+from trainer.build import build_decoding
+from trainer.ceilings import Work, loader_work, model_work, rate
+from trainer.distributed import World
+from trainer.metrics import Metrics
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
+from trainer.step import resolve_precision
+from trainer.train import Trainer
+
+Stage = dict[str, Callable[[], float]]  # what is compared: each does one run and returns its figure
+
+TRACED = 10  # steps
+
+
+class Stages:
+    """Of one dataset and one group of settings. options: of the command line, what they need besides."""
+
+    def __init__(self, settings: Settings, world: World, options: argparse.Namespace):
+        self.settings, self.world, self.seconds = settings, world, options.seconds
+        self.images: Path | None = options.input
+        self.loader_peers: Path | None = options.loader_peers
+        self.pack_peers: Path | None = options.pack_peers
+        self.device = world.device
+        self.dataset = Dataset(settings.data)
+        self.classes = len(self.dataset.manifest.classes)
+        self.decoding = build_decoding(settings, self.device)
+        self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
+        shards = self.dataset.manifest.split("train").shards
+        self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
+
+    def describe(self) -> dict[str, str | int]:
+        """What the figures depend on, besides the machine."""
+        memory = {}
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            memory = {"gpu_memory_bytes": total - free}  # after all that was measured, torch's and DALI's
+        return {
+            "batch": self.settings.batch,
+            "crop": self.settings.crop,
+            "geometry": self.dataset.manifest.geometry,
+            "precision": resolve_precision(self.settings.precision, self.device),
+            **memory,
+        }
+
+    def _run(self, work: Work) -> Callable[[], float]:
+        return lambda: rate(work, self.seconds, self.device)
+
+    def _train_loader(self) -> Iterator[Batch]:
+        endless = range(sys.maxsize)
+        return train_loader(self.dataset, self.plan, endless, self.decoding, colour=self.settings.colour)
+
+    def _loader(self) -> Work:
+        return loader_work(self._train_loader())
+
+    def _model(self, precision: str) -> Work:
+        return model_work(self.settings, self.classes, self.decoding, self.settings.batch, precision)
+
+    def _trainer(self) -> Work:
+        run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
+        settings = self.settings.model_copy(update={"epochs": 10**9})
+        trainer = Trainer(settings, run, self.world, Metrics(), port=None)
+        batches = trainer.batches()
+
+        def work() -> int:
+            trainer.train_one(batches)
+            return settings.batch
+
+        return work
+
+    def read(self) -> Stage:
+        from tools.benchmarks import dali_peers
+
+        steps = iter(range(sys.maxsize))
+        reader = self.dataset.reader("train")
+        plan = dali_peers.external_source_bytes(
+            reader, lambda: self.plan.step_batch(next(steps)).samples, self.options
+        )
+        return {
+            "plan": self._run(plan),
+            "DALI's reader": self._run(dali_peers.dali_reader_bytes(self.dataset, self.options)),
+        }
+
+    def loader(self) -> Stage:
+        from tools.benchmarks import dali_peers
+
+        return {
+            "loader": self._run(self._loader()),
+            "DALI's reader": self._run(dali_peers.dali_reader_images(self.dataset, self.options)),
+        }
+
+    def peers(self) -> Stage:
+        from tools.benchmarks import loader_peers
+        from tools.benchmarks.peer_job import Job
+        from tools.benchmarks.peer_pipelines import PEERS
+
+        if self.loader_peers is None:
+            raise SettingsError("peers needs --loader-peers: make .loader-peers, .loader-peers/bin/python")
+        stage: Stage = {"loader": partial(loader_peers.rate, self._train_loader(), self.seconds)}
+        job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads)
+        for name in PEERS:
+            python = Path(sys.executable) if name == "dali" else self.loader_peers
+            try:
+                stage[name] = loader_peers.Contestant(python, name, job, self.seconds).measure
+            except loader_peers.PeerError as error:
+                print(f"peers   not measured: {error}", file=sys.stderr)
+        return stage
+
+    def model(self) -> Stage:
+        from tools.benchmarks.stock import LAYOUTS, stock_work
+
+        precision = resolve_precision(self.settings.precision, self.device)
+        stage = {precision: self._run(self._model(precision))}
+        pixels, labels = next(synthetic_loader(self.settings.batch, self.classes, self.decoding))
+        for compiled in sorted({False, self.settings.compile}):
+            for layout in LAYOUTS:
+                work = stock_work(pixels, labels, self.classes, layout, precision, compiled)
+                stage[f"stock {layout}{' compiled' * compiled}"] = self._run(work)
+        return stage
+
+    def train(self) -> Stage:
+        precision = resolve_precision(self.settings.precision, self.device)
+        return {
+            "train": self._run(self._trainer()),
+            "loader alone": self._run(self._loader()),
+            "model alone": self._run(self._model(precision)),
+        }
+
+    def trace(self, path: Path) -> None:
+        """Write what host and device do in a few steps of training, for chrome://tracing or Perfetto."""
+        work = self._trainer()
+        for _ in range(3):  # to warm up
+            work()
+        with torch.profiler.profile() as profile:
+            for _ in range(TRACED):
+                work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+        profile.export_chrome_trace(str(path))
+
+    def start(self) -> Stage:
+        """Seconds from the command to the end of its first step, which may find compiled code or not."""
+        if not self.settings.compile:
+            return {"start": partial(self._first_step, None)}
+        cache = tempfile.mkdtemp(prefix="alexnet-bench-")
+        return {"warm": partial(self._first_step, cache), "cold": partial(self._first_step, None)}
+
+    def _first_step(self, cache: str | None) -> float:
+        with tempfile.TemporaryDirectory(prefix="alexnet-bench-") as folder:
+            recipe, log = Path(folder, "settings.toml"), Path(folder, "log")
+            given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
+            given |= {"log_every": 1, "port": 0}
+            recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
+            command = [sys.executable, "-m", "trainer.cli", "--recipe", str(recipe), "--out", f"{folder}/run"]
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or f"{folder}/cache"}
+            start = time.perf_counter()
+            with open(log, "w") as output:
+                process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+            while " step 1/" not in log.read_text() and process.poll() is None:
+                time.sleep(0.01)
+            seconds = time.perf_counter() - start
+            process.kill()
+            process.wait()
+            if " step 1/" not in log.read_text():
+                raise SettingsError(f"training does not start: {log.read_text().strip()[-300:]}")
+        return seconds
+
+    def pack(self) -> Stage:
+        if self.images is None:
+            raise SettingsError("pack needs --input: a folder of images to pack")
+        workers = self.decoding.threads
+        stage: Stage = {
+            f"{workers} processes": partial(self._pack, workers),
+            "1 process": partial(self._pack, 1),
+        }
+        if self.pack_peers:
+            stage |= {
+                peer: partial(self._pack_of_peer, peer, workers) for peer in ("shardwriter", "img2dataset")
+            }
+            original = partial(self._pack, workers, "--geometry", "original")
+            stage |= {"original": original, "headers": partial(original, "--check", "headers")}
+            stage |= {"copy": partial(self._pack_of_peer, "copy", workers)}
+        return stage
+
+    def _pack(self, workers: int, *arguments: str) -> float:
+        from tools.make_shards import pack, parse_arguments
+
+        with tempfile.TemporaryDirectory() as folder:
+            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            options = parse_arguments([*where, "--shard-samples", "500", *arguments])
+            start = time.perf_counter()
+            manifest = pack(options)
+            seconds = time.perf_counter() - start
+        return sum(split.samples for split in manifest.splits.values()) / seconds
+
+    def _pack_of_peer(self, peer: str, workers: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            command = [str(self.pack_peers), str(Path(__file__).with_name("pack_peers.py")), peer, *where]
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            seconds = time.perf_counter() - start
+        if done.returncode:
+            raise SettingsError(
+                f"--pack-peers {self.pack_peers} cannot run {peer}: {done.stderr.strip()[-300:]}"
+            )
+        return int(done.stdout.split()[-1]) / seconds
