@@ -7,13 +7,12 @@ plan, so nothing in here is random.
 Inputs of a training sample, from `fn.external_source`:
 
     jpeg    uint8 [bytes]   the file
-    label   int64 []
     mean    float [3]       subtracted; the colour offset of fancy PCA is already taken off it
     scale   float []        divides after that
     x, y    float []        place of the crop, 0 to 1 over the room that there is
     mirror  int32 []        1 to flip left to right
 
-Outputs: pixels [crop,crop,3] (HWC), label. Ten crops stack theirs as [10,crop,crop,3].
+Output: pixels [crop,crop,3] (HWC). Ten crops stack theirs as [10,crop,crop,3].
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -93,22 +92,21 @@ def augment(jpeg: Any, options: GraphOptions, *, mean: Any, scale: Any, x: Any, 
     return _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale)
 
 
-def _train(source: Callable, options: GraphOptions) -> tuple:
-    jpeg, label, mean, scale, x, y, mirror = fn.external_source(
+def _train(source: Callable, options: GraphOptions) -> Any:
+    jpeg, mean, scale, x, y, mirror = fn.external_source(
         source=source,
-        num_outputs=7,
+        num_outputs=6,
         batch=True,
         no_copy=True,
-        dtype=[types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 0, 1, 0, 0, 0, 0],
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
+        ndim=[1, 1, 0, 0, 0, 0],
     )
-    pixels = augment(jpeg, options, mean=mean, scale=scale, x=x, y=y, mirror=mirror)
-    return pixels, _to_device(label, options)
+    return augment(jpeg, options, mean=mean, scale=scale, x=x, y=y, mirror=mirror)
 
 
-def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten: bool) -> tuple:
-    jpeg, label = fn.external_source(
-        source=source, num_outputs=2, batch=True, no_copy=True, dtype=[types.UINT8, types.INT64], ndim=[1, 0]
+def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten: bool) -> Any:
+    [jpeg] = fn.external_source(
+        source=source, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
     )
     images = _decode(jpeg, options)
     places = [(x, y, mirror) for mirror in (0, 1) for x, y in TEN_CROP_PLACES] if ten else [(*CENTRE, 0)]
@@ -116,11 +114,7 @@ def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], te
         _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=list(mean))
         for x, y, mirror in places
     ]
-    return fn.stack(*crops) if ten else crops[0], _to_device(label, options)
-
-
-def _to_device(label: Any, options: GraphOptions) -> Any:
-    return label if options.device_id is None else label.gpu()
+    return fn.stack(*crops) if ten else crops[0]
 
 
 def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
@@ -136,14 +130,14 @@ def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
 
 
 def train_pipeline(source: Callable, options: GraphOptions) -> Any:
-    """Random crop, mirror and colour. source() returns the seven inputs of a batch, each a list
+    """Random crop, mirror and colour. source() returns the six inputs of a batch, each a list
     or an array with a row a sample, or raises StopIteration."""
     return _build(_train, options, source, options)
 
 
 def evaluation_pipeline(source: Callable, options: GraphOptions, mean: Sequence[float], crops: int) -> Any:
     """The centre crop (crops=1), or corners and centre with their mirror images (crops=10,
-    section 4.1). source() returns jpeg and label. mean: RGB [3], subtracted."""
+    section 4.1). source() returns a tuple of jpeg alone. mean: RGB [3], subtracted."""
     if crops not in (1, 10):
         raise ValueError(f"{crops} crops are not possible: 1 (centre) or 10 (corners, centre, mirrored)")
     return _build(_evaluate, options, source, options, mean, crops == 10)

@@ -210,7 +210,7 @@ class _Stream:
             # On a GPU the outputs are ready in the order of torch's stream: the host does not wait.
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             try:
-                pixels, labels = self.pipeline.run(stream)
+                [pixels] = self.pipeline.run(stream)
             except StopIteration:
                 if self.failure is not None:
                     raise self.failure from None
@@ -221,9 +221,10 @@ class _Stream:
                 self.under_way = deque()
                 self.pipeline = self.build(self._source)
                 continue
-            self.under_way.popleft()
+            samples, _ = self.under_way.popleft()
+            labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))
             # HWC in memory and CHW in shape is what torch calls channels_last.
-            yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), torch.from_dlpack(labels.as_tensor())
+            yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
 
     def _source(self) -> tuple:
         """What DALI shall work on next."""
@@ -236,8 +237,7 @@ class _Stream:
                 self.failure = error  # for when the batches before it are through
                 raise StopIteration from None
         self.under_way.append((samples, arguments))
-        labels = self.reader.rows["label"][samples].astype(np.int64)
-        self.inputs.append((jpeg_batch(self.reader.jpegs(samples)), labels, *arguments))
+        self.inputs.append((jpeg_batch(self.reader.jpegs(samples)), *arguments))
         return self.inputs[-1]
 
     def _without_bad(self, samples: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The same work done by others, for `tools/bench.py` to measure beside ours."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,24 +41,20 @@ def dali_reader_bytes(dataset: Dataset, options: GraphOptions) -> Callable[[], i
 def external_source_bytes(
     reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
 ) -> Callable[[], int]:
-    """Read only, along the plan: `batches()` returns sample numbers."""
+    """Read only, along the plan, labels beside: `batches()` returns sample numbers."""
+    labels: deque[Any] = deque(maxlen=options.prefetch)
 
     def source() -> tuple:
         samples = batches()
-        return jpeg_batch(reader.jpegs(samples)), reader.rows["label"][samples].astype("int64")
+        labels.append(reader.rows["label"][samples])
+        return (jpeg_batch(reader.jpegs(samples)),)
 
     @pipeline_def
-    def graph() -> tuple:
-        return tuple(
-            fn.external_source(
-                source=source,
-                num_outputs=2,
-                batch=True,
-                no_copy=True,
-                dtype=[types.UINT8, types.INT64],
-                ndim=[1, 0],
-            )
+    def graph() -> Any:
+        [jpeg] = fn.external_source(
+            source=source, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
         )
+        return jpeg
 
     return _batches(graph, options)
 
