@@ -55,8 +55,11 @@ def draw_stage(panel: Axes, stage: str, figures: Figures) -> None:
     middles = [median(figures[name]) for name in names]
     errors = list(zip(*(spread(figures[name]) for name in names), strict=True))
     colours = ["tab:orange" if name == names[-1] else "tab:blue" for name in names]
-    bars = panel.barh(names, middles, xerr=errors, color=colours, capsize=3)
-    panel.bar_label(bars, [f"{middle:,.0f}" for middle in middles], label_type="center", color="white")
+    places = range(len(names))
+    panel.barh(places, middles, xerr=errors, color=colours, capsize=3)
+    digits = 0 if max(middles) >= 100 else 1
+    captions = [f"{name}  {middle:,.{digits}f}" for name, middle in zip(names, middles, strict=True)]
+    panel.set_yticks(places, captions)
     panel.set(title=stage, xlabel="images/s")
     panel.grid(axis="x", alpha=0.3)
 

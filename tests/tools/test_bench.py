@@ -43,7 +43,7 @@ def test_a_gate_compares_runs_that_stood_side_by_side():
 
 @pytest.mark.parametrize(("ours", "passed"), [(2.0, True), (0.95, True), (0.85, False)])
 def test_a_gate_is_missed_by_more_than_noise(ours, passed):
-    lines, good = bench.judge({"read": {"plan": [ours], "DALI's reader": [1.0]}}, "cpu")
+    lines, good = bench.judge({"loader": {"loader": [ours], "DALI's reader": [1.0]}}, "cpu")
     assert good == passed
     assert [line.rsplit(": ")[-1] for line in lines] == ["passed" if passed else "MISSED"]
 
