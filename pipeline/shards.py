@@ -61,40 +61,47 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
     their names when they are whole and on the disk. Without samples nothing is written and the
     record is None.
     """
-    rows, places = [], []
-    digest, head, offset = sha256(), b"", 0
+    rows, places, known = [], [], _Known()
     with whole_file(path) as file:
-
-        def write(data: bytes) -> None:
-            nonlocal offset, head
-            file.write(data)
-            digest.update(data)
-            if len(head) < HEAD_BYTES:
-                head += data[: HEAD_BYTES - len(head)]
-            offset += len(data)
-
         for key, jpeg, label, width, height in samples:
-            text, start = str(label).encode(), offset + _BLOCK
+            text, start = str(label).encode(), known.size + _BLOCK
             image = _member(f"{key}.jpg", jpeg)
-            label_start = offset + len(image) + _BLOCK
-            write(image + _member(f"{key}.cls", text))
+            label_start = known.size + len(image) + _BLOCK
+            file.write(known.add(image + _member(f"{key}.cls", text)))
             rows.append((0, start, len(jpeg), label, width, height))
             places.append(Place(key, start, len(jpeg), label_start, len(text)))
         if rows:
-            write(bytes(-(offset + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK))
+            file.write(known.add(bytes(-(known.size + 2 * _BLOCK) % tarfile.RECORDSIZE + 2 * _BLOCK)))
     if not rows:
         path.unlink()
         return None, np.empty(0, INDEX_DTYPE)
     with whole_file(path.with_suffix(".idx")) as index:
         index.write(dali_index(places))
-    record = Shard(
-        file=path.name,
-        samples=len(rows),
-        bytes=offset,
-        sha256=digest.hexdigest(),
-        head_sha256=sha256(head).hexdigest(),
-    )
-    return record, np.array(rows, INDEX_DTYPE)
+    return known.record(path.name, len(rows)), np.array(rows, INDEX_DTYPE)
+
+
+class _Known:
+    """What dataset.json says of a tar, from its bytes in their order."""
+
+    def __init__(self) -> None:
+        self.digest, self.head, self.size = sha256(), b"", 0
+
+    def add(self, data: bytes) -> bytes:
+        """Take in the next bytes, and return them."""
+        self.digest.update(data)
+        if len(self.head) < HEAD_BYTES:
+            self.head += data[: HEAD_BYTES - len(self.head)]
+        self.size += len(data)
+        return data
+
+    def record(self, file: str, samples: int) -> Shard:
+        return Shard(
+            file=file,
+            samples=samples,
+            bytes=self.size,
+            sha256=self.digest.hexdigest(),
+            head_sha256=sha256(self.head).hexdigest(),
+        )
 
 
 def _member(name: str, data: bytes) -> bytes:
@@ -109,19 +116,11 @@ def _member(name: str, data: bytes) -> bytes:
 
 def describe_shard(root: Path, file: str, samples: int) -> Shard:
     """The record of a tar that somebody else wrote, by reading all of it."""
-    digest, head, size = sha256(), b"", 0
+    known = _Known()
     with open(root / file, "rb") as opened:
         while part := opened.read(1 << 20):
-            head = head or part[:HEAD_BYTES]
-            digest.update(part)
-            size += len(part)
-    return Shard(
-        file=file,
-        samples=samples,
-        bytes=size,
-        sha256=digest.hexdigest(),
-        head_sha256=sha256(head).hexdigest(),
-    )
+            known.add(part)
+    return known.record(file, samples)
 
 
 def dali_index(places: Sequence[Place]) -> bytes:
