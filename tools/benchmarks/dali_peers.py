@@ -13,11 +13,15 @@ from pipeline.shards import ShardReader
 
 
 def _reader(dataset: Dataset) -> tuple[Any, Any]:
+    shards = dataset.manifest.split("train").shards
+    return webdataset_reader([str(dataset.root / shard.file) for shard in shards])
+
+
+def webdataset_reader(tars: list[str]) -> tuple[Any, Any]:
     """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer."""
-    files = [dataset.root / shard.file for shard in dataset.manifest.split("train").shards]
-    indices = [file.with_suffix(".idx") for file in files]
+    indices = [Path(tar).with_suffix(".idx") for tar in tars]
     return fn.readers.webdataset(  # type: ignore[return-value]
-        paths=[str(file) for file in files],
+        paths=tars,
         index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
         ext=["jpg", "cls"],
         dtypes=[types.UINT8, types.UINT8],

@@ -18,7 +18,6 @@ and not measured.
 import io
 import random
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,18 +118,11 @@ def dali(job: Job) -> Batches:
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
 
-    indices = [Path(tar).with_suffix(".idx") for tar in job.tars]
+    from tools.benchmarks.dali_peers import webdataset_reader
 
     @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=None)
     def graph() -> tuple:
-        jpeg, digits = fn.readers.webdataset(  # type: ignore[misc]
-            paths=job.tars,
-            index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
-            ext=["jpg", "cls"],
-            random_shuffle=True,
-            initial_fill=1024,
-            name="reader",
-        )
+        jpeg, digits = webdataset_reader(job.tars)
         pixels = fn.decoders.image_crop(
             jpeg,
             crop=(job.crop, job.crop),

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -59,8 +59,10 @@ class Stages:
             **memory,
         }
 
-    def _run(self, work: Work) -> Callable[[], float]:
-        return lambda: rate(work, self.seconds, self.device)
+    def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
+        """A run of work that is made for the first of them: what is never run is never made."""
+        make = cache(make)
+        return lambda: rate(make(), self.seconds, self.device)
 
     def _train_loader(self) -> Iterator[Batch]:
         endless = range(sys.maxsize)
@@ -89,21 +91,20 @@ class Stages:
 
         steps = iter(range(sys.maxsize))
         reader = self.dataset.reader("train")
-        plan = dali_peers.external_source_bytes(
-            reader, lambda: self.plan.step_batch(next(steps)).samples, self.options
+        plan = partial(
+            dali_peers.external_source_bytes,
+            reader,
+            lambda: self.plan.step_batch(next(steps)).samples,
+            self.options,
         )
-        return {
-            "plan": self._run(plan),
-            "DALI's reader": self._run(dali_peers.dali_reader_bytes(self.dataset, self.options)),
-        }
+        theirs = partial(dali_peers.dali_reader_bytes, self.dataset, self.options)
+        return {"plan": self._run(plan), "DALI's reader": self._run(theirs)}
 
     def loader(self) -> Stage:
         from tools.benchmarks import dali_peers
 
-        return {
-            "loader": self._run(self._loader()),
-            "DALI's reader": self._run(dali_peers.dali_reader_images(self.dataset, self.options)),
-        }
+        theirs = partial(dali_peers.dali_reader_images, self.dataset, self.options)
+        return {"loader": self._run(self._loader), "DALI's reader": self._run(theirs)}
 
     def peers(self) -> Stage:
         from tools.benchmarks import loader_peers
@@ -126,20 +127,20 @@ class Stages:
         from tools.benchmarks.stock import LAYOUTS, stock_work
 
         precision = resolve_precision(self.settings.precision, self.device)
-        stage = {precision: self._run(self._model(precision))}
+        stage = {precision: self._run(partial(self._model, precision))}
         pixels, labels = next(synthetic_loader(self.settings.batch, self.classes, self.decoding))
         for compiled in sorted({False, self.settings.compile}):
             for layout in LAYOUTS:
-                work = stock_work(pixels, labels, self.classes, layout, precision, compiled)
+                work = partial(stock_work, pixels, labels, self.classes, layout, precision, compiled)
                 stage[f"stock {layout}{' compiled' * compiled}"] = self._run(work)
         return stage
 
     def train(self) -> Stage:
         precision = resolve_precision(self.settings.precision, self.device)
         return {
-            "train": self._run(self._trainer()),
-            "loader alone": self._run(self._loader()),
-            "model alone": self._run(self._model(precision)),
+            "train": self._run(self._trainer),
+            "loader alone": self._run(self._loader),
+            "model alone": self._run(partial(self._model, precision)),
         }
 
     def trace(self, path: Path) -> None:
