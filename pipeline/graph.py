@@ -34,6 +34,7 @@ class GraphOptions:
     crop: side in pixels. resize_shorter: to which the shorter side is brought first, or None for
     shards that hold images of that size. max_width, max_height: of the dataset, in pixels, for
     buffers that never grow. device_id: the GPU, or None for the CPU. batch: images at most.
+    hw_decoder_load: the share of them for the GPU's JPEG engine.
     """
 
     batch: int
@@ -44,6 +45,7 @@ class GraphOptions:
     device_id: int | None = None
     threads: int = 2
     prefetch: int = 2
+    hw_decoder_load: float = 0.65
 
 
 def jpeg_batch(jpegs: Iterable[np.ndarray]) -> TensorListCPU:
@@ -62,6 +64,7 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
         adjust_orientation=False,  # the packer turned what was rotated; DALI reads broken EXIF otherwise
         preallocate_width_hint=options.max_width if on_gpu else None,
         preallocate_height_hint=options.max_height if on_gpu else None,
+        hw_decoder_load=options.hw_decoder_load if on_gpu else None,
     )
     if options.resize_shorter is not None:
         images = fn.resize(

@@ -47,12 +47,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Where and how images are decoded. crop: side in pixels. threads: of DALI. prefetch: batches."""
+    """Where and how images are decoded. crop: side in pixels. threads: of DALI. prefetch: batches.
+    hw_decoder_load: the share of the images that a GPU's JPEG engine decodes, where it has one."""
 
     crop: int = 224
     device: torch.device = field(default=torch.device("cpu"))
     threads: int = 2
     prefetch: int = 2
+    hw_decoder_load: float = 0.65  # DALI's own default
 
 
 def train_loader(
@@ -162,6 +164,7 @@ def graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOp
         device_id=decoding.device.index or 0 if decoding.device.type == "cuda" else None,
         threads=decoding.threads,
         prefetch=decoding.prefetch,
+        hw_decoder_load=decoding.hw_decoder_load,
     )
 
 

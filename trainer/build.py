@@ -20,4 +20,5 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """How images are decoded: by as many threads as this process's share of the cores."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-    return Decoding(settings.crop, device, threads, settings.prefetch)
+    share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
+    return Decoding(settings.crop, device, threads, settings.prefetch, share)

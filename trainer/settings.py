@@ -95,7 +95,9 @@ class Settings(BaseSettings):
     compile: bool = False
     """Whether to run the model through torch.compile."""
     threads: Count = 0
-    """DALI's threads in each process; 0 is one for each core."""
+    """DALI's threads in each process; 0 is one for each core, or on a GPU what is fastest there."""
+    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the images that a GPU's JPEG engine decodes; without it, what is fastest there."""
     prefetch: PositiveInt = 2
     """Batches that are prepared ahead."""
     max_bad_samples: Count = 100
@@ -134,8 +136,8 @@ class Settings(BaseSettings):
 
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
-    {"data", "out", "recipe", "device", "threads", "prefetch", "max_bad_samples", "evaluation_batch",
-     "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
+    {"data", "out", "recipe", "device", "threads", "hw_decoder_load", "prefetch", "max_bad_samples",
+     "evaluation_batch", "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from trainer.server import serve
 from trainer.settings import Settings
 from trainer.step import Step, resolve_precision
 from trainer.stop import Stopped, StopRequest
+from trainer.tuning import tuned
 
 CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 
@@ -71,7 +72,8 @@ class Trainer:
         )
         for split in ("train", "val"):
             self.dataset.reader(split)  # damage is found now, not in an hour
-        self.decoding = build_decoding(settings, world.device)
+        decoding = build_decoding(settings, world.device)
+        self.decoding, notes = tuned(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
         self.errors: list[float] = []  # validation top-1, an epoch each
@@ -90,7 +92,7 @@ class Trainer:
             trained = torch.compile(trained)
         self.train_step = Step(trained, self.optimizer, self.precision, world.device)
         self.meter = Meter(world)
-        self.notes = self._resume()
+        self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
 
     def epoch_at(self, step: int) -> float:

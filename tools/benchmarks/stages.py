@@ -23,6 +23,7 @@ from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 from trainer.step import resolve_precision
 from trainer.train import Trainer
+from trainer.tuning import tuned
 
 Stage = dict[str, Callable[[], float]]  # what is compared: each does one run and returns its figure
 
@@ -40,10 +41,11 @@ class Stages:
         self.device = world.device
         self.dataset = Dataset(settings.data)
         self.classes = len(self.dataset.manifest.classes)
-        self.decoding = build_decoding(settings, self.device)
-        self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
         shards = self.dataset.manifest.split("train").shards
         self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
+        decoding = build_decoding(settings, self.device)
+        self.decoding, _ = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, str | int]:
         """What the figures depend on, besides the machine."""

@@ -1,0 +1,110 @@
+"""What decodes fastest is looked for once. The search is tested here; what it finds is for a GPU to show."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipeline.loader import Dataset, Decoding
+from pipeline.plan import Plan
+from trainer import distributed, tuning
+from trainer.settings import Settings
+
+
+@pytest.fixture
+def dataset(packed):
+    return Dataset(packed)
+
+
+@pytest.fixture
+def plan(dataset):
+    return Plan(0, 12, tuple(shard.samples for shard in dataset.manifest.split("train").shards))
+
+
+def test_each_setting_is_tried_with_the_best_of_the_one_before():
+    tried = []
+
+    def images_per_second(decoding: Decoding) -> float:
+        tried.append((decoding.threads, decoding.hw_decoder_load))
+        return 100 - abs(decoding.threads - 6) - 50 * abs(decoding.hw_decoder_load - 0.8)
+
+    best = tuning.fastest(Decoding(threads=8), (0.65, 0.8, 1.0), (8, 6, 4), images_per_second)
+    assert (best.threads, best.hw_decoder_load) == (6, 0.8)
+    assert tried == [(8, 0.65), (8, 0.8), (8, 1.0), (8, 0.8), (6, 0.8), (4, 0.8)]
+
+
+def test_a_loader_is_measured_over_whole_batches_of_its_own(dataset, plan, monkeypatch):
+    monkeypatch.setattr(tuning, "IMAGES", 24)
+    world = distributed.World(0, 1, 0, Decoding.device)
+    clock = iter([0.0, 2.0])
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
+    assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 12.0  # 24 images in two seconds
+
+
+def test_without_a_gpu_nothing_is_measured(dataset, plan, monkeypatch):
+    monkeypatch.setattr(tuning, "measure", None)
+    world = distributed.join("cpu")
+    assert tuning.tuned(Decoding(67), Settings(), dataset, plan, world) == (Decoding(67), [])
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """As on a GPU that is fastest with six threads and .9 of its engine; returns what was measured."""
+    measured = []
+
+    def measure(decoding, *_):
+        measured.append(decoding)
+        return -abs(decoding.threads - 6) - abs(decoding.hw_decoder_load - 0.9)
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(distributed.World, "device_name", "a GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return measured
+
+
+def cuda(local_rank: int = 0):
+    device = tuning.torch.device("cuda", local_rank)
+    return distributed.World(local_rank, 1, local_rank, device), Decoding(67, device, threads=8)
+
+
+def test_what_was_found_is_remembered_for_this_machine_and_dataset(on_gpu, dataset, plan):
+    world, decoding = cuda()
+    first = tuning.tuned(decoding, Settings(), dataset, plan, world)
+    assert first == (
+        replace(decoding, threads=6, hw_decoder_load=0.9),
+        ["decoding with 6 threads and 90% on the JPEG engine"],
+    )
+    measured = len(on_gpu)
+    assert tuning.tuned(decoding, Settings(), dataset, plan, world) == first
+    assert len(on_gpu) == measured
+    tuning.tuned(decoding, Settings(), dataset, replace(plan, batch=6), world)
+    assert len(on_gpu) > measured
+
+
+def test_what_the_settings_fix_stays(on_gpu, dataset, plan):
+    world, decoding = cuda()
+    settings = Settings(threads=8, hw_decoder_load=0.65)
+    assert tuning.tuned(decoding, settings, dataset, plan, world) == (decoding, [])
+    settings = Settings(hw_decoder_load=0.65)
+    chosen, _ = tuning.tuned(decoding, settings, dataset, plan, world)
+    assert (chosen.threads, chosen.hw_decoder_load) == (6, 0.65)
+
+
+def test_a_damaged_memory_is_written_anew_by_one_process_of_the_machine(on_gpu, dataset, plan, tmp_path):
+    path = tmp_path / "alexnet-train" / "decoding.json"
+    path.parent.mkdir()
+    path.write_text('{"cut')
+    world, decoding = cuda(local_rank=1)
+    assert tuning.tuned(decoding, Settings(), dataset, plan, world)[0].threads == 6
+    assert path.read_text() == '{"cut'
+    world, decoding = cuda()
+    tuning.tuned(decoding, Settings(), dataset, plan, world)
+    assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
+
+
+def test_a_memory_that_cannot_be_written_is_said_and_harms_nothing(on_gpu, dataset, plan, tmp_path):
+    (tmp_path / "alexnet-train").write_text("in the way")
+    world, decoding = cuda()
+    chosen, notes = tuning.tuned(decoding, Settings(), dataset, plan, world)
+    assert chosen.threads == 6
+    assert notes[1].startswith("this is measured again at the next start: ")

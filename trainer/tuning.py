@@ -1,0 +1,118 @@
+"""With how many threads, and how much of the GPU's JPEG engine, this machine decodes a dataset fastest.
+
+Measured at the first start and remembered for the next ones. Without a GPU nothing is measured: one
+thread a core has been within the noise of the best wherever it was swept (docs/benchmarks.md).
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.files import whole_file
+from pipeline.loader import Dataset, Decoding, train_loader
+from pipeline.plan import Plan
+from trainer.distributed import World
+from trainer.run import environment
+from trainer.settings import Settings
+
+ENGINE_SHARES = (0.65, 0.8, 0.9, 1.0)  # of the images; the rest is for the threads and the GPU's cores
+IMAGES = 8192  # to measure a candidate on, half a second or less of a modern GPU
+
+
+def tuned(
+    decoding: Decoding, settings: Settings, dataset: Dataset, plan: Plan, world: World
+) -> tuple[Decoding, list[str]]:
+    """The decoding with what is fastest here, and what there is to say of it.
+
+    What the settings fix stays. Raises DatasetError, as the loader does.
+    """
+    threads = [decoding.threads]
+    if not settings.threads:
+        threads += [max(1, decoding.threads * part // 4) for part in (3, 2)]
+    shares = ENGINE_SHARES if settings.hw_decoder_load is None else (settings.hw_decoder_load,)
+    if decoding.device.type != "cuda" or len(threads) == len(shares) == 1:
+        return decoding, []
+
+    def images_per_second(candidate: Decoding) -> float:
+        return measure(candidate, dataset, plan, world)
+
+    def find() -> dict[str, Any]:
+        images_per_second(decoding)  # so that none pays for the disk
+        best = fastest(decoding, shares, threads, images_per_second)
+        return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
+
+    about = environment(world.device_name)
+    machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
+    work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
+    path = cache_folder() / "decoding.json"
+    chosen, notes = remembered(path, json.dumps([machine, work]), find, write=world.local_rank == 0)
+    said = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
+    return replace(decoding, **chosen), [said, *notes]
+
+
+def fastest(
+    decoding: Decoding,
+    shares: Iterable[float],
+    threads: Iterable[int],
+    images_per_second: Callable[[Decoding], float],
+) -> Decoding:
+    """The best share of the engine with the threads as they are, then the best number of threads with it."""
+    best = max((replace(decoding, hw_decoder_load=share) for share in shares), key=images_per_second)
+    return max((replace(best, threads=count) for count in threads), key=images_per_second)
+
+
+def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
+    """Images/s of this process's loader over the first steps of the run."""
+    lead, steps = decoding.prefetch + 1, -(-IMAGES // plan.batch)
+    batches = train_loader(
+        dataset, plan, range(lead + steps), decoding, rank=world.rank, world=world.size, leave_out=_pass_over
+    )
+    for _ in range(lead):
+        next(batches)
+    _finish(decoding.device)
+    begun = time.perf_counter()
+    images = sum(len(labels) for _, labels in batches)
+    _finish(decoding.device)
+    return images / (time.perf_counter() - begun)
+
+
+def _pass_over(_place: str) -> None:
+    """Training counts what cannot be decoded, and says so."""
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
+
+
+def remembered(
+    path: Path, key: str, find: Callable[[], dict[str, Any]], write: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """What the file holds under a key, else what `find` finds, written there if it can be; and notes."""
+    try:
+        known = json.loads(path.read_text())
+        if key in known:
+            return known[key], []
+    except (OSError, ValueError):
+        known = {}  # none yet, or one that was cut short: it can be found again
+    found = find()
+    if not write:
+        return found, []
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write(json.dumps({**known, key: found}, indent=1).encode())
+    except OSError as error:
+        return found, [f"this is measured again at the next start: {path}: {error.strerror}"]
+    return found, []
