@@ -23,6 +23,7 @@ from pipeline.plan import Plan, crop_offsets, share
 from pipeline.shards import ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+LOOK_AHEAD = 1024  # samples that are fetched from the disk before DALI asks for them
 _SOI = b"\xff\xd8"  # with which each JPEG begins
 LeaveOut = Callable[[str], None]  # told where a sample lies that cannot be decoded
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row for each
@@ -197,7 +198,8 @@ class _Stream:
         leave_out: LeaveOut | None,
         replace: bool,
     ):
-        self.build, self.reader, self.requests, self.decoding = build, reader, requests, decoding
+        self.build, self.reader, self.decoding = build, reader, decoding
+        self.requests = self._fetched_ahead(requests)
         self.leave_out, self.replace = leave_out, replace
         self.seen = np.zeros(len(reader), bool)  # whose first bytes were looked at
         self.bad = np.zeros(len(reader), bool)  # which are left out
@@ -228,6 +230,21 @@ class _Stream:
             labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))
             # HWC in memory and CHW in shape is what torch calls channels_last.
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
+
+    def _fetched_ahead(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """The requests, while what the next ones need comes from the disk: many reads at a time, where
+        DALI and the look at first bytes would wait for one after the other."""
+        waiting: deque[Request] = deque()
+        samples, once = 0, self.reader.stays_in_memory
+        for request in requests:
+            numbers = request[0]
+            self.reader.will_need(numbers[~self.seen[numbers]] if once else numbers)
+            waiting.append(request)
+            samples += len(numbers)
+            while samples - len(waiting[0][0]) >= LOOK_AHEAD:
+                samples -= len(waiting[0][0])
+                yield waiting.popleft()
+        yield from waiting
 
     def _source(self) -> tuple:
         """What DALI shall work on next."""

@@ -11,9 +11,10 @@ import os
 import resource
 import tarfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ INDEX_DTYPE = np.dtype(
         ("height", "<u2"),
     ]
 )
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _BLOCK = 512  # tar's unit, in bytes
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
@@ -187,8 +189,9 @@ class ShardReader:
         self.root = root
         self.split = manifest.split(split)
         self.rows = read_index(root, self.split, len(manifest.classes))
-        _allow_open_files(len(self.split.shards))
-        self._maps = [_map_shard(root / shard.file, shard) for shard in self.split.shards]
+        _allow_open_files(2 * len(self.split.shards))
+        self._files = [_open_shard(root / shard.file, shard) for shard in self.split.shards]
+        self._maps = [_map_shard(file) for file in self._files]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -201,6 +204,19 @@ class ShardReader:
         """The same for many samples, at a microsecond each."""
         rows = self.rows[numbers].tolist()
         return [self._maps[shard][offset : offset + size] for shard, offset, size, *_ in rows]
+
+    def will_need(self, numbers: np.ndarray) -> None:
+        """Have the kernel fetch what of these samples is not in memory, without waiting for it."""
+        for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order of the disk
+            os.posix_fadvise(self._files[shard].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def stays_in_memory(self) -> bool:
+        """Whether the split, once read, can be expected to stay in the page cache."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with suppress(OSError, ValueError):  # where there is no limit
+            memory = min(memory, int(_CGROUP_LIMIT.read_text()))
+        return 2 * sum(shard.bytes for shard in self.split.shards) < memory
 
     def key(self, number: int) -> str:
         """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
@@ -219,24 +235,29 @@ class ShardReader:
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
-def _map_shard(path: Path, shard: Shard) -> np.ndarray:
-    """The whole file as uint8. A tar cut short would kill the process later, so it is checked."""
+def _open_shard(path: Path, shard: Shard) -> BinaryIO:
+    """A tar cut short would kill the process later, so it is checked."""
     try:
-        with open(path, "rb") as file:
-            actual = os.fstat(file.fileno()).st_size
-            if actual != shard.bytes:
-                raise DatasetError(
-                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
-                )
-            if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
-                raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the reader)
     except FileNotFoundError:
         raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
+    actual = os.fstat(file.fileno()).st_size
+    if actual != shard.bytes:
+        raise DatasetError(
+            f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+        )
+    if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
+        raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
+    return file
+
+
+def _map_shard(file: BinaryIO) -> np.ndarray:
+    """The whole file as uint8."""
+    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _allow_open_files(count: int) -> None:
-    """Each map holds a file open; the usual soft limit of 1024 is fewer than large sets have."""
+    """The usual soft limit of 1024 is fewer than large sets have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -22,6 +22,7 @@ from pipeline.graph import GraphOptions, train_pipeline
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthetic_loader, train_loader
 from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
+from pipeline.shards import ShardReader
 from tools.make_shards import pack, parse_arguments
 
 CROP = 64
@@ -293,3 +294,22 @@ def test_a_synthetic_batch_is_like_a_real_one(reference):
     assert set(first[1].tolist()) <= set(range(10))
     assert -128 <= first[0].min() < -100
     assert 100 < first[0].max() <= 127
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("batch", [12, 24, 60])
+def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypatch):
+    """Each the first time it comes, or each time if the dataset does not stay in memory."""
+    fetched: list[int] = []
+    monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 20)
+    monkeypatch.setattr(ShardReader, "stays_in_memory", stays)
+    monkeypatch.setattr(ShardReader, "will_need", lambda self, numbers: fetched.extend(numbers.tolist()))
+    plan = plan_of(dataset, batch)
+    used = 0
+    for _, labels in train_loader(dataset, plan, range(120 // batch), DECODING):
+        used += len(labels)
+        assert len(fetched) >= min(used + 20, 60)
+    order = np.concatenate([plan.step_batch(step).samples for step in range(120 // batch)]).tolist()
+    assert set(fetched) == set(order)
+    if not stays:
+        assert fetched == order

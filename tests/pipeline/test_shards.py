@@ -1,7 +1,9 @@
 """Shards: plain tars that tarfile, webdataset and DALI read, and that are refused when damaged."""
 
 import hashlib
+import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
+import pipeline.shards
 from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read_manifest
 from pipeline.shards import INDEX_DTYPE, Sample, ShardReader, write_index, write_shard
 
@@ -259,3 +262,45 @@ def test_a_key_cannot_be_had_from_a_damaged_header(tmp_path):
     assert reader.key(11) == "000000011"
     with pytest.raises(DatasetError, match=f"no tar header before {path} at byte {place + 512}: copy"):
         reader.key(10)
+
+
+def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
+    reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12), noise(1, 12)), "train")
+    paths = [tmp_path / shard.file for shard in reader.split.shards]
+    del reader._maps[:]  # the kernel keeps what is mapped
+
+    def in_memory(number: int) -> bool:
+        row = reader.rows[number]
+        with open(paths[row["shard"]], "rb") as file:
+            try:
+                wanted = int(row["size"])
+                return os.preadv(file.fileno(), [bytearray(wanted)], row["offset"], os.RWF_NOWAIT) == wanted
+            except BlockingIOError:
+                return False
+
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        if in_memory(20):
+            pytest.skip("this file system keeps what it is told to forget")
+    except OSError:
+        pytest.skip("this file system does not say what is in memory")
+
+    reader.will_need(np.array([20, 5]))
+    deadline = time.monotonic() + 30
+    while not (in_memory(20) and in_memory(5)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not in_memory(12)
+
+
+@pytest.mark.parametrize(("memory", "stays"), [(10**9, True), (10**5, False), ("max", True)])
+def test_a_split_larger_than_half_of_the_memory_does_not_stay(memory, stays, tmp_path, monkeypatch):
+    reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12)), "train")  # 100 kB
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{memory}\n")
+    monkeypatch.setattr(pipeline.shards, "_CGROUP_LIMIT", limit)
+    assert reader.stays_in_memory == stays
+    limit.unlink()
+    assert reader.stays_in_memory
