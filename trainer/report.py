@@ -54,7 +54,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = json.loads((run.folder / "settings.json").read_text())
-    environment = json.loads((run.folder / "environment.json").read_text())[-1]
+    environment = run.starts()[-1]
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)
     last = evaluations[-1]

@@ -80,11 +80,14 @@ class Run:
 
     def record_environment(self, device: str) -> dict[str, str]:
         """Add this start to environment.json; returns what was added."""
-        path = self.folder / _ENVIRONMENT
-        starts = json.loads(path.read_text()) if path.exists() else []
-        starts.append(environment(device))
-        _write_json(path, starts)
+        starts = [*self.starts(), environment(device)]
+        _write_json(self.folder / _ENVIRONMENT, starts)
         return starts[-1]
+
+    def starts(self) -> list[dict[str, str]]:
+        """What was recorded of each start, the latest last."""
+        path = self.folder / _ENVIRONMENT
+        return json.loads(path.read_text()) if path.exists() else []
 
 
 def environment(device: str) -> dict[str, str]:

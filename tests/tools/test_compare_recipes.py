@@ -1,0 +1,64 @@
+"""Recipes side by side: short trainings on drawn pictures, and the arithmetic of their table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import compare_recipes
+
+COMMON = ("--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.compare_recipes", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_points_are_of_the_means_over_the_first():
+    scores = {
+        "a": {"top1_error": [40.0, 50.0], "top5_error": [10.0, 10.0]},
+        "b": {"top1_error": [42.0, 44.0], "top5_error": [8.0, 12.0]},
+    }
+    first, second = compare_recipes.table(scores)
+    assert "45.0 % (40.0 to 50.0)" in first
+    assert first.endswith("+0.0 points")
+    assert second.endswith("-2.0 points")
+
+
+def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path):
+    slow = tmp_path / "slow.toml"
+    slow.write_text('preset = "code2012"\ndropout = "off"\nlearning_rate = 1e-9\n')
+    arguments = ["demo", slow, "--data", packed, "--out", tmp_path / "runs", "--seeds", "1", "--jobs", "2"]
+    done = run(*arguments, *COMMON)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert set(record["percent"]) == {"demo", "slow"}
+    for name, measured in record["percent"].items():
+        rows = (tmp_path / "runs" / f"{name}-0" / "evaluations.csv").read_text().splitlines()
+        columns = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
+        assert measured["top1_error"] == [pytest.approx(100 * float(columns["top1_error"]))]
+    weights = sorted(Path(tmp_path).rglob("checkpoints/*"))
+    before = [path.stat().st_mtime_ns for path in weights]
+    gap = record["percent"]["demo"]["top1_error"][0] - record["percent"]["slow"]["top1_error"][0]
+    assert run(*arguments, *COMMON, "--within", gap - 0.1).returncode == 1
+    assert [path.stat().st_mtime_ns for path in weights] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fast", "pap"], "unknown recipe pap"),
+        (["fast", "fast"], "two recipes have the same name"),
+        (["fast", "--epoch", "1"], "unknown setting --epoch"),
+        (["fast", "--seeds", "0"], "take 1 or more"),
+        (["fast", "--seeds", "1", "--data", "nowhere"], "fast-0 ended with 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(arguments, message, tmp_path):
+    done = run(*arguments, "--out", tmp_path / "runs")
+    assert done.returncode in (1, 2)
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,110 @@
+"""Does a recipe cost accuracy? Each is trained from several seeds: a table of errors, then JSON.
+
+    python tools/compare_recipes.py fast code2012 --data shards --seeds 3 --within 1.0
+
+Errors are those of the last validation, in percent: the mean over the seeds, with the least and the
+greatest. --within ends with 1 if the first recipe's mean top-1 error is above another's by more points.
+Recipes are names or TOML files; other options are settings of alexnet-train, the same for all. The same
+command continues what was interrupted, and what is finished is not trained again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+from trainer.run import Run
+from trainer.settings import SettingsError, load_settings, read_recipe
+
+MEASURES = ("top1_error", "top5_error")
+
+Scores = dict[str, list[float]]  # of each measure, a value a seed
+
+
+class TrainingError(RuntimeError):
+    """A training that failed, in one line."""
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Also the settings that are left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("recipes", nargs="+", metavar="RECIPE", help="the first is compared with the others")
+    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--out", type=Path, default=Path("runs/compared"), metavar="DIR", help="a run folder each goes there")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--within", type=float, metavar="POINTS", help="end with 1 if the first is worse by more")
+    options, settings = parser.parse_known_args()
+    if options.seeds < 1 or options.jobs < 1:
+        parser.error("--seeds and --jobs take 1 or more")
+    if len({Path(recipe).stem for recipe in options.recipes}) < len(options.recipes):
+        parser.error("two recipes have the same name")
+    return options, settings
+
+
+def train(recipe: str, seed: int, out: Path, settings: list[str]) -> dict[str, float]:
+    """The last validation of a run, trained or continued in a process of its own. Raises TrainingError."""
+    folder = out / f"{Path(recipe).stem}-{seed}"
+    arguments = ["--recipe", recipe, "--seed", str(seed), "--out", str(folder), "--port", "0", *settings]
+    log = folder.with_suffix(".log")
+    with open(log, "a") as file:
+        command = [sys.executable, "-m", "trainer.cli", *arguments]
+        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    if done.returncode:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise TrainingError(f"{folder.name} ended with {done.returncode}, see {log}: {' '.join(last)}")
+    return Run(folder).evaluations.rows()[-1]
+
+
+def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Scores]:
+    """The scores of each recipe, in percent."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs = [(recipe, seed) for seed in range(options.seeds) for recipe in options.recipes]
+    scores: dict[str, Scores] = {
+        Path(recipe).stem: {measure: [] for measure in MEASURES} for recipe in options.recipes
+    }
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = pool.map(lambda run: train(run[0], run[1], options.out, settings), runs)
+        for (recipe, seed), evaluation in zip(runs, done, strict=True):
+            print(f"{Path(recipe).stem}, seed {seed}: top-1 error {evaluation['top1_error']:.1%}", flush=True)
+            for measure in MEASURES:
+                scores[Path(recipe).stem][measure].append(100 * evaluation[measure])
+    return scores
+
+
+def table(scores: dict[str, Scores]) -> Iterator[str]:
+    """A line for each recipe; points are those of its mean top-1 error over the first's."""
+    first = mean(next(iter(scores.values()))["top1_error"])
+    for name, measured in scores.items():
+        columns = (
+            f"{measure[:4]} {mean(values):5.1f} % ({min(values):.1f} to {max(values):.1f})"
+            for measure, values in measured.items()
+        )
+        points = mean(measured["top1_error"]) - first
+        yield f"{name:20}{'   '.join(columns)}   {points:+.1f} points"
+
+
+def main() -> None:
+    options, settings = parse_arguments()
+    try:
+        for recipe in options.recipes:
+            read_recipe(recipe)
+        load_settings(settings, command="compare_recipes.py")
+        scores = compare(options, settings)
+    except (SettingsError, TrainingError, OSError) as error:
+        sys.exit(f"compare_recipes: {error}")
+    print(*table(scores), sep="\n")
+    about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
+    print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))
+    first, *others = (mean(measured["top1_error"]) for measured in scores.values())
+    sys.exit(options.within is not None and any(first - other > options.within for other in others))
+
+
+if __name__ == "__main__":
+    main()
