@@ -1,6 +1,7 @@
 # make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
 # make test    all tests         make lint   style and types
 # make bench   images/s of each stage on the demo's pictures
+# make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
 # make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
 # make image-test   the image, and compose.yaml, on a real Docker engine
 # make setup   the environment in .venv alone, which the others make by themselves
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test lint bench image image-test
+.PHONY: setup demo test lint bench gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
 
 setup: .venv/.ready
 
@@ -28,6 +29,29 @@ lint: setup
 
 bench: demo
 	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo --gates
+
+# Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
+gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
+gpu-%: DATA ?= runs/demo/shards
+gpu-%: RECORD ?= runs/gpu.jsonl
+gpu-%: BENCH = $(BIN)/python tools/bench.py
+gpu-%: GIVEN = --data $(DATA) --recipe fast --record $(RECORD)
+
+gpu-tests: setup
+	$(BIN)/pytest -m gpu
+
+gpu-speed: setup
+	$(BENCH) all $(GIVEN) --gates --trace $(RECORD:.jsonl=.json) \
+		$(if $(wildcard .loader-peers),--loader-peers .loader-peers/bin/python)
+
+gpu-sweeps: setup
+	$(BENCH) loader $(GIVEN) --runs 3 --sweep hw-decoder-load 0 0.5 0.65 0.8 0.9 1
+	$(BENCH) loader $(GIVEN) --runs 3 --sweep threads 4 8 12 16
+	$(BENCH) loader $(GIVEN) --runs 3 --sweep prefetch 1 2 3 4
+	$(BENCH) model $(GIVEN) --runs 3 --sweep batch 128 256 512 1024 2048
+
+gpu-accuracy: setup
+	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --within 1
 
 # Others' packers, with which `tools/bench.py pack --pack-peers .pack-peers/bin/python` compares ours.
 .pack-peers:

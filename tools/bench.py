@@ -10,12 +10,13 @@
     model   forward, backward and update on a batch that lies ready, beside the net as torch has it
     train   the training loop, beside its loader alone and its model alone
     start   seconds from the command to the end of its first step
+    memory  of the GPU, in GB, that training has taken by then
     pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
 
 What is compared runs by turns after a warm-up. A figure is the median of its runs, with the least and
-the greatest; a ratio is the median over runs that stood side by side. --gates ends with 1 where a ratio
-is below what it has been by more than a shared machine's noise. Other options are settings of alexnet-train
-(--batch, --recipe, --threads, …).
+the greatest; a ratio is the median over runs that stood side by side. --gates ends with 1 where a ratio is
+below what it has been, or on a GPU an amount short of what an H200 shall do, by more than a shared machine's
+noise. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
 """
 
 import argparse
@@ -33,8 +34,9 @@ from trainer.settings import SettingsError, load_settings
 if TYPE_CHECKING:
     from tools.benchmarks.stages import Stage, Stages
 
-STAGES = ("read", "loader", "peers", "model", "train", "start", "pack")
-UNITS = {"start": "s"}  # of the others, images/s
+STAGES = ("read", "loader", "peers", "model", "train", "start", "memory", "pack")
+UNITS = {"start": "s", "memory": "GB"}  # of the others, images/s
+RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
 NOISE = 0.9  # of a gate, which has to be reached
 
 Figures = dict[str, list[float]]  # of each contestant, a figure a run
@@ -44,10 +46,18 @@ class Gate(NamedTuple):
     """What the first contestant of a stage has to reach: a multiple of others, or on a GPU an amount."""
 
     stage: str
-    least: float
+    goal: float
     others: tuple[str, ...] = ()
     pick: Callable[..., float] = max  # which of several others counts
-    device: str = "any"
+    device: str = ""  # where the gate stands; any
+    geometry: str = ""  # likewise
+    at_most: bool = False
+
+    def stands(self, device: str, geometry: str) -> bool:
+        return self.device in ("", device) and self.geometry in ("", geometry)
+
+    def passes(self, reached: float) -> bool:
+        return reached <= self.goal / NOISE if self.at_most else reached >= self.goal * NOISE
 
     def reached(self, figures: Figures) -> float | None:
         """None where nothing was measured to compare with."""
@@ -61,12 +71,15 @@ class Gate(NamedTuple):
 GATES = (
     Gate("read", 0.75, ("DALI's reader",)),  # the goal is 1.0
     Gate("loader", 1.0, ("DALI's reader",)),
-    Gate("loader", 50_000, device="cuda"),
+    Gate("loader", 50_000, device="cuda", geometry="256"),
+    Gate("loader", 15_000, device="cuda", geometry="original"),
     Gate(
         "peers", 1.3, ("pytorch", "timm", "webdataset", "spdl", "litdata", "streaming", "ffcv")
     ),  # the goal is 2.0
     Gate("model", 1.5, ("stock NCHW", "stock channels_last")),
     Gate("model", 80_000, device="cuda"),
+    Gate("start", 25, device="cuda", at_most=True),
+    Gate("memory", 8, device="cuda", at_most=True),
     Gate("train", 0.97, ("loader alone", "model alone"), pick=min),
     Gate("pack", 1.4, ("shardwriter",)),
     Gate("pack", 1.0, ("img2dataset",)),
@@ -94,20 +107,21 @@ def table(stage: str, figures: Figures) -> Iterator[str]:
         yield line if values is first else f"{line}{next(iter(figures))} is {ratio:.2f} × this"
 
 
-def judge(results: dict[str, Figures], device: str) -> tuple[list[str], bool]:
+def judge(results: dict[str, Figures], device: str, geometry: str = "256") -> tuple[list[str], bool]:
     """A line for each gate that was measured, and whether all were passed."""
     lines, passed = [], True
     for gate in GATES:
-        if gate.stage not in results or gate.device not in ("any", device):
+        if gate.stage not in results or not gate.stands(device, geometry):
             continue
         reached = gate.reached(results[gate.stage])
         if reached is None:
             continue
-        good = reached >= gate.least * NOISE
-        passed &= good
-        of = f" × {gate.pick.__name__} of {', '.join(gate.others)}" if gate.others else " images/s"
-        verdict = "passed" if good else "MISSED"
-        lines.append(f"gate    {gate.stage:8}{reached:,.2f}{of}; at least {gate.least:,g}: {verdict}")
+        passed &= gate.passes(reached)
+        unit = UNITS.get(gate.stage, "images/s")
+        of = f"× {gate.pick.__name__} of {', '.join(gate.others)}" if gate.others else unit
+        limit = f"at {'most' if gate.at_most else 'least'} {gate.goal:,g}"
+        verdict = "passed" if gate.passes(reached) else "MISSED"
+        lines.append(f"gate    {gate.stage:8}{reached:,.2f} {of}; {limit}: {verdict}")
     return lines, passed
 
 
@@ -125,6 +139,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--loader-peers", type=Path, metavar="PYTHON", help="of `make .loader-peers`, likewise")
     add("--sweep", nargs="+", metavar=("SETTING", "VALUE"), help="the stage with each value of a setting")
     add("--gates", action="store_true", help="end with 1 if a gate is missed")
+    add("--record", type=Path, metavar="FILE", help="append the last line to this file, too")
     add("--trace", type=Path, metavar="FILE", help="write a profiler's trace of training there, too")
     options, rest = parser.parse_known_args()
     if options.sweep and (options.stage == "all" or len(options.sweep) < 2):
@@ -132,9 +147,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def possible(options: argparse.Namespace) -> list[str]:
+def possible(options: argparse.Namespace, device: str) -> list[str]:
     """The stages that are asked for, of all those for which everything is there."""
-    needs = {"peers": options.loader_peers, "pack": options.input}
+    needs = {"peers": options.loader_peers, "pack": options.input, "memory": device == "cuda"}
     every = [stage for stage in STAGES if needs.get(stage, True)]
     return every if options.stage == "all" else [options.stage]
 
@@ -158,21 +173,24 @@ def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any
         return Stages(settings, join(settings.device), options)
 
     stages, results = make([]), {}
-    for stage in possible(options):
+    device = stages.device.type
+    for stage in possible(options, device):
         contestants = swept(make, stage, options.sweep) if options.sweep else getattr(stages, stage)()
         results[stage] = by_turns(contestants, options.runs)
         print(*table(stage, results[stage]), sep="\n", flush=True)
     if options.trace:
         stages.trace(options.trace)
-    lines, passed = judge({} if options.sweep else results, stages.device.type)
+    about = stages.describe()
+    lines, passed = judge({} if options.sweep else results, device, about["geometry"])
     print(*lines, sep="\n", end="\n" if lines else "")
     record = {
         "command": " ".join(sys.argv),
-        **stages.describe(),
+        **about,
         "environment": environment(stages.world.device_name),
-        "images_per_second": {stage: results[stage] for stage in results if stage not in UNITS},
-        "seconds": {stage: results[stage] for stage in results if stage in UNITS},
+        "images_per_second": {},
     }
+    for stage, figures in results.items():
+        record.setdefault(RECORDED[UNITS.get(stage, "images/s")], {})[stage] = figures
     return record, passed
 
 
@@ -182,7 +200,11 @@ def main() -> None:
         record, passed = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:
         sys.exit(f"bench: {error}")
-    print(json.dumps(record))
+    line = json.dumps(record)
+    if options.record:
+        with open(options.record, "a") as file:
+            print(line, file=file)
+    print(line)
     sys.exit(options.gates and not passed)
 
 

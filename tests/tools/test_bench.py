@@ -55,6 +55,19 @@ def test_amounts_are_asked_of_a_gpu_alone():
     assert bench.judge({"model": {"bf16": [90_000.0]}}, "cuda")[1] is True
 
 
+def test_images_of_full_size_have_a_gate_of_their_own():
+    figures = {"loader": {"loader": [20_000.0], "DALI's reader": [20_000.0]}}
+    assert bench.judge(figures, "cuda", "256")[1] is False
+    assert bench.judge(figures, "cuda", "original")[1] is True
+
+
+@pytest.mark.parametrize(("seconds", "passed"), [(20.0, True), (26.0, True), (30.0, False)])
+def test_some_gates_are_upper_limits(seconds, passed):
+    [line], good = bench.judge({"start": {"warm": [seconds]}}, "cuda")
+    assert good == passed
+    assert "at most 25" in line
+
+
 def run(*arguments: str, settings=("--crop", "67", "--batch", "4", "--recipe", "demo")):
     command = [sys.executable, "-m", "tools.bench", *arguments, *settings]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -80,10 +93,13 @@ def test_every_stage_measures_and_the_last_line_is_json(packed, pictures, tmp_pa
     assert any("conv" in str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"])
 
 
-def test_a_setting_is_swept_by_turns(packed):
-    done = run("loader", "--data", str(packed), *QUICK, "--sweep", "threads", "1", "2")
+def test_a_setting_is_swept_by_turns(packed, tmp_path):
+    records = tmp_path / "records.jsonl"
+    arguments = ("loader", "--data", str(packed), *QUICK, "--record", str(records))
+    done = run(*arguments, "--sweep", "threads", "1", "2")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
+    assert [json.loads(line) for line in records.read_text().splitlines()] == [record]
     assert list(record["images_per_second"]["loader"]) == ["threads 1", "threads 2"]
 
 
@@ -107,6 +123,7 @@ def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch
         ["loader", "--sweep", "threads", "-1"],
         ["pack"],
         ["peers"],
+        ["memory", "--device", "cpu"],
     ],
 )
 def test_what_cannot_be_measured_is_one_line(arguments, packed):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,18 +48,15 @@ class Stages:
         self.decoding, _ = tuned(decoding, settings, self.dataset, self.plan, world)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, Any]:
         """What the figures depend on, besides the machine."""
-        memory = {}
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            memory = {"gpu_memory_bytes": total - free}  # after all that was measured, torch's and DALI's
         return {
             "batch": self.settings.batch,
             "crop": self.settings.crop,
             "geometry": self.dataset.manifest.geometry,
             "precision": resolve_precision(self.settings.precision, self.device),
-            **memory,
+            "threads": self.decoding.threads,
+            "hw_decoder_load": self.decoding.hw_decoder_load,
         }
 
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
@@ -160,11 +158,25 @@ class Stages:
     def start(self) -> Stage:
         """Seconds from the command to the end of its first step, which may find compiled code or not."""
         if not self.settings.compile:
-            return {"start": partial(self._first_step, None)}
+            return {"start": lambda: self._first_step(None)[0]}
         cache = tempfile.mkdtemp(prefix="alexnet-bench-")
-        return {"warm": partial(self._first_step, cache), "cold": partial(self._first_step, None)}
+        return {"warm": lambda: self._first_step(cache)[0], "cold": lambda: self._first_step(None)[0]}
 
-    def _first_step(self, cache: str | None) -> float:
+    def memory(self) -> Stage:
+        """GB of the GPU that a training takes, DALI's and the driver's included."""
+        if self.device.type != "cuda":
+            raise SettingsError("memory is measured on a GPU, and torch finds none here")
+        return {"memory": lambda: self._first_step(None)[1] / 1e9}
+
+    def _taken(self) -> int:
+        """Bytes of the GPU, by all processes."""
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    def _first_step(self, cache: str | None) -> tuple[float, int]:
+        """Seconds until it is done, and bytes of the GPU then."""
         with tempfile.TemporaryDirectory(prefix="alexnet-bench-") as folder:
             recipe, log = Path(folder, "settings.toml"), Path(folder, "log")
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
@@ -172,17 +184,17 @@ class Stages:
             recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
             command = [sys.executable, "-m", "trainer.cli", "--recipe", str(recipe), "--out", f"{folder}/run"]
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or f"{folder}/cache"}
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self._taken()
             with open(log, "w") as output:
                 process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             while " step 1/" not in log.read_text() and process.poll() is None:
                 time.sleep(0.01)
-            seconds = time.perf_counter() - start
+            seconds, taken = time.perf_counter() - start, self._taken() - before
             process.kill()
             process.wait()
             if " step 1/" not in log.read_text():
                 raise SettingsError(f"training does not start: {log.read_text().strip()[-300:]}")
-        return seconds
+        return seconds, taken
 
     def pack(self) -> Stage:
         if self.images is None:
