@@ -50,6 +50,23 @@ def test_images_prefetched_before_a_turn_do_not_count(monkeypatch):
     assert rate(batches(), seconds=5.0) == 40.0
 
 
+def test_what_a_gpu_was_asked_for_counts_when_it_is_done(monkeypatch):
+    now = [0.0]
+
+    def finish():
+        now[0] += 5.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", finish)
+
+    def batches():
+        while True:
+            now[0] += 0.25
+            yield None, [0] * 10
+
+    assert rate(batches(), seconds=5.0, device="cuda") == 20.0  # 200 asked for in 5 s, done in 10
+
+
 def test_samples_and_files_are_those_of_the_train_shards(job):
     samples = list(job.samples())
     assert len(samples) == 60
@@ -74,14 +91,21 @@ def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
     assert not torch.equal(batches[0][0], batches[3][0])
 
 
+def states(group: int) -> set[str]:
+    """Of the processes in a process group: R for running, T for stopped, …"""
+    stats = (path.read_text().rpartition(") ")[2].split() for path in Path("/proc").glob("[0-9]*/stat"))
+    return {state for state, _, of, *_ in stats if int(of) == group}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_contestant_is_started_once_and_measured_by_turns(peer, job):
+def test_a_contestant_is_started_once_measured_by_turns_and_stopped_in_between(peer, job):
     contestant = Contestant(python_of(peer), peer, job, seconds=0.2)
     try:
         assert contestant.versions["torch"]
         assert contestant.measure() > 0
         assert contestant.measure() > 0
+        assert states(contestant.process.pid) <= {"T", "Z"}
     finally:
         contestant.close()
     assert contestant.process.returncode == 0

@@ -4,13 +4,14 @@
 
 It runs in an environment of its own (`make .loader-peers`); `dali` runs in the project's. Once the
 first batch is there, a line tells the versions. From then on each line of stdin is answered by one
-measurement, {"images_per_second": …}, until stdin ends. In between a pipeline fills its queues and
-stands still, so that all contestants can be started once and measured by turns: see `Contestant`.
+measurement, {"images_per_second": …}, until stdin ends. All contestants can be started once and measured
+by turns, as each stands still in between: see `Contestant`.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 
@@ -27,17 +30,21 @@ REPO = Path(__file__).resolve().parents[2]
 LEAD_SECONDS = 1.0
 
 
-def rate(batches: Iterator[Any], seconds: float, lead_seconds: float = LEAD_SECONDS) -> float:
+def rate(batches: Iterator[Any], seconds: float, device: str = "cpu") -> float:
     """Images/s of `(images, labels)` over at least `seconds`, from one batch's arrival to another's.
 
-    What was prefetched before costs nothing now: it is used up in `lead_seconds`, which do not count.
+    What was prefetched before costs nothing now: it is used up in LEAD_SECONDS, which do not count. On a
+    GPU ("cuda") a batch has arrived when the device has done all that was asked of it.
     """
-    lead = time.perf_counter() + lead_seconds
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
+    lead = time.perf_counter() + LEAD_SECONDS
     while next(batches) and time.perf_counter() < lead:
         pass
+    finish()
     start, images = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         images += len(next(batches)[1])
+    finish()
     return images / (time.perf_counter() - start)
 
 
@@ -46,36 +53,47 @@ class PeerError(RuntimeError):
 
 
 class Contestant:
-    """One of PEERS in a process of its own, under the Python of its environment.
+    """One of PEERS in a process group of its own, under the Python of its environment.
 
-    It works only within `measure()`, give or take the filling of its queues. Raises PeerError.
+    It is stopped but for `measure()`: it would fill its queues, for seconds, in the turn of the next.
+    Raises PeerError.
     """
 
     def __init__(self, python: Path, name: str, job: Job, seconds: float):
         self.name, self.seconds = name, seconds
-        options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop, "threads": job.threads}
+        options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop}
+        options |= {"threads": job.threads, "device": job.device}
         command = [str(python), "-m", "tools.benchmarks.loader_peers", name, f"--seconds={seconds}"]
         command += [f"--{option}={value}" for option, value in options.items()]
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close())
         self.process = self._start(command)
         self.versions: dict[str, str] = self._answer()["versions"]
+        self._signal(signal.SIGSTOP)
 
     def _start(self, command: list[str]) -> subprocess.Popen:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         try:
-            return subprocess.Popen(command, text=True, cwd=REPO, **pipes)
+            return subprocess.Popen(command, text=True, cwd=REPO, process_group=0, **pipes)
         except OSError as error:
             raise PeerError(f"{command[0]} does not run: {error.strerror}") from None
 
     def measure(self) -> float:
         """Images/s of one turn."""
         assert self.process.stdin
+        self._signal(signal.SIGCONT)
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass  # its last words say why
-        return self._answer()["images_per_second"]
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        return answer["images_per_second"]
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To its workers, too."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout
@@ -88,6 +106,7 @@ class Contestant:
 
     def close(self) -> None:
         """Let it end by itself, its workers and its files with it."""
+        self._signal(signal.SIGCONT)
         self.process.communicate()
         self.errors.close()
 
@@ -104,7 +123,7 @@ def serve(name: str, job: Job, seconds: float, answers: IO[str]) -> None:
     next(batches)
     answer(versions={package: version(package) for package in packages})
     for _ in sys.stdin:
-        answer(images_per_second=rate(batches, seconds))
+        answer(images_per_second=rate(batches, seconds, job.device))
     batches.close()
 
 
@@ -120,13 +139,15 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=cores, metavar="N", help="or processes (default: cores)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are to be")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a turn")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some packages print
     try:
         with tempfile.TemporaryDirectory(prefix="loader-peers-") as scratch:
-            job = Job(options.data, options.batch, options.crop, options.threads, Path(scratch))
+            work = options.data, options.batch, options.crop, options.threads, options.device
+            job = Job(*work, Path(scratch))
             serve(options.peer, job, options.seconds, answers)
     except ImportError as error:
         sys.exit(f"loader_peers: {options.peer} is not in {sys.prefix}: {error} (make .loader-peers)")

@@ -14,6 +14,7 @@ class Job:
     batch: int
     crop: int
     threads: int  # or processes
+    device: str = "cpu"  # or cuda: where the batches are to be
     scratch: Path = Path()  # for what is made of the shards
 
     def check(self) -> None:
@@ -22,6 +23,10 @@ class Job:
             raise ValueError(f"{self.data} is not packed in squares: see --geometry of make-shards")
         if not 0 < self.crop <= self.size:
             raise ValueError(f"a crop of {self.crop} px does not fit in images of {self.size} px")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
 
     @property
     def manifest(self) -> dict[str, Any]:

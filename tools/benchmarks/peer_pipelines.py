@@ -1,7 +1,9 @@
 """The pipelines of `loader_peers.py`, each as its own documentation recommends, with all cores.
 
-All do the same: a JPEG decoded, a random crop, mirrored or not, normalised, as float32, batch after
-batch in random order, without end. An epoch is made long where its end would empty the queues, since
+All do the same: a JPEG decoded, a random crop, mirrored or not, normalised, as float32 on the job's
+device, batch after batch in random order, without end. For a GPU, what its documentation has there is
+there: the copy from pinned memory with all of them, the decoder with DALI, normalising with timm, DALI,
+SPDL and FFCV. An epoch is made long where its end would empty the queues, since
 the datasets to measure on are small. What cannot read tars gets files or its own format, made first
 and not measured.
 
@@ -9,7 +11,7 @@ and not measured.
     timm        create_loader, which crops likewise when told to keep area and shape
     webdataset  shards resampled, shuffled in a buffer, decoded by Pillow, batched in WebLoader's processes
     dali        readers.webdataset and DALIGenericIterator, decoding the crop alone, in threads
-    spdl        a pipeline of threads, decoding by FFmpeg
+    spdl        a pipeline of threads, a batch each, decoding by FFmpeg
     litdata     StreamingDataset over chunks of the same JPEG bytes
     streaming   MosaicML's, over MDS shards of the same JPEG bytes
     ffcv        .beton of JPEGs, compressed again at quality 90 as it has no way to take bytes, in threads
@@ -18,6 +20,7 @@ and not measured.
 import io
 import random
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -64,6 +67,17 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
         yield from loader
 
 
+def _workers(job: Job) -> dict[str, Any]:
+    """How a DataLoader is to work."""
+    return {"num_workers": job.threads, "persistent_workers": True, "pin_memory": job.on_gpu}
+
+
+def _delivered(loader: Iterable[Any], job: Job) -> Batches:
+    """A DataLoader's batches, which it has pinned if they are for a GPU."""
+    for images, labels in _endless(loader):
+        yield images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True)
+
+
 def pytorch(job: Job) -> Batches:
     transform = _transform(job)
     from torch.utils.data import DataLoader, RandomSampler
@@ -72,16 +86,8 @@ def pytorch(job: Job) -> Batches:
     job.files()
     images = ImageFolder(str(job.scratch / "files"), transform)
     sampler = RandomSampler(images, replacement=True, num_samples=LONG_EPOCH)
-    yield from _endless(
-        DataLoader(
-            images,
-            job.batch,
-            sampler=sampler,
-            num_workers=job.threads,
-            persistent_workers=True,
-            drop_last=True,
-        )
-    )
+    loader = DataLoader(images, job.batch, sampler=sampler, drop_last=True, **_workers(job))
+    yield from _delivered(loader, job)
 
 
 def timm(job: Job) -> Batches:
@@ -100,7 +106,8 @@ def timm(job: Job) -> Batches:
             color_jitter=None,
             num_workers=job.threads,
             use_multi_epochs_loader=True,
-            device=torch.device("cpu"),
+            pin_memory=job.on_gpu,
+            device=torch.device(job.device),
         )
     )
 
@@ -111,7 +118,8 @@ def webdataset(job: Job) -> Batches:
 
     samples = WebDataset(job.tars, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
     batches = samples.to_tuple("jpg", "cls").map_tuple(transform).batched(job.batch, partial=False)
-    yield from WebLoader(batches, batch_size=None, num_workers=job.threads)
+    loader = WebLoader(batches, batch_size=None, **_workers(job))
+    yield from _delivered(loader, job)
 
 
 def dali(job: Job) -> Batches:
@@ -120,11 +128,12 @@ def dali(job: Job) -> Batches:
 
     from tools.benchmarks.dali_peers import webdataset_reader
 
-    @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=None)
+    @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=0 if job.on_gpu else None)
     def graph() -> tuple:
         jpeg, digits = webdataset_reader(job.tars)
         pixels = fn.decoders.image_crop(
             jpeg,
+            device="mixed" if job.on_gpu else "cpu",
             crop=(job.crop, job.crop),
             crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
@@ -137,7 +146,8 @@ def dali(job: Job) -> Batches:
             std=[255 * std for std in STD],
             mirror=fn.random.coin_flip(),
         )
-        return pixels, fn.pad(digits)  # the labels' text, of equal length
+        labels = fn.pad(digits)  # their text, of equal length
+        return pixels, labels.gpu() if job.on_gpu else labels
 
     outputs, drop = ["data", "label"], LastBatchPolicy.DROP
     iterator = DALIGenericIterator(
@@ -151,27 +161,34 @@ def spdl(job: Job) -> Batches:
     from spdl.pipeline import PipelineBuilder
 
     files, size = job.files(), job.size
-    mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(x, device=job.device).mul(255).view(3, 1, 1) for x in (MEAN, STD))
+    one_thread = spdl.io.decode_config(decoder_options={"threads": "1"})  # FFmpeg starts one a core
 
     def source() -> Iterator[tuple[str, int]]:
         while True:
             yield from random.sample(files, len(files))
 
-    def decode(sample: tuple[str, int]) -> tuple[Any, int]:
-        path, label = sample
+    def frame(path: str) -> Any:
         left, top = (random.randint(0, size - job.crop) for _ in range(2))
         mirror = "hflip," if random.random() < 0.5 else ""
         filters = f"crop={job.crop}:{job.crop}:{left}:{top},{mirror}format=pix_fmts=rgb24"
-        return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=filters), label
+        packets = spdl.io.demux_image(path)
+        return spdl.io.decode_packets(packets, decode_config=one_thread, filter_desc=filters)
 
-    def normalised(samples: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        frames, labels = zip(*samples, strict=True)
-        pixels = spdl.io.to_torch(spdl.io.convert_frames(list(frames))).permute(0, 3, 1, 2)
-        return pixels.float().sub_(mean).div_(std), torch.tensor(labels)
+    def decoded(samples: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        paths, labels = zip(*samples, strict=True)
+        frames = spdl.io.convert_frames([frame(path) for path in paths])
+        return spdl.io.to_torch(frames).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
-    builder = PipelineBuilder().add_source(source()).pipe(decode, concurrency=job.threads)
-    builder = builder.aggregate(job.batch).pipe(normalised).add_sink(2)
-    pipeline = builder.build(num_threads=job.threads)
+    def normalised(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, labels = batch
+        return pixels.float().sub_(mean).div_(std), labels
+
+    builder = PipelineBuilder().add_source(source()).aggregate(job.batch)
+    builder = builder.pipe(decoded, concurrency=job.threads)
+    if job.on_gpu:
+        builder = builder.pipe(spdl.io.transfer_tensor_h2d, executor=ThreadPoolExecutor(1))
+    pipeline = builder.pipe(normalised).add_sink(2).build(num_threads=job.threads)
     with pipeline.auto_stop():
         yield from pipeline
 
@@ -198,16 +215,9 @@ def litdata(job: Job) -> Batches:
         return transform(_opened(sample["image"])), sample["class"]
 
     images = StreamingDataset(chunks, transform=decoded, subsample=LONG_EPOCH / len(samples), drop_last=True)
-    yield from _endless(
-        StreamingDataLoader(
-            images,
-            batch_size=job.batch,
-            num_workers=job.threads,
-            shuffle=True,
-            multiprocessing_context="fork",
-            persistent_workers=True,
-        )
-    )
+    how = {"multiprocessing_context": "fork"} | _workers(job)
+    loader = StreamingDataLoader(images, batch_size=job.batch, shuffle=True, **how)
+    yield from _delivered(loader, job)
 
 
 def streaming(job: Job) -> Batches:
@@ -225,20 +235,20 @@ def streaming(job: Job) -> Batches:
         for jpeg, label in job.samples():
             writer.write({"image": jpeg, "class": label})
     images = Images(local=shards, shuffle=True, batch_size=job.batch, epoch_size=LONG_EPOCH)
-    yield from _endless(
-        DataLoader(images, job.batch, num_workers=job.threads, persistent_workers=True, drop_last=True)
-    )
+    loader: DataLoader = DataLoader(images, job.batch, drop_last=True, **_workers(job))
+    yield from _delivered(loader, job)
 
 
 def ffcv(job: Job) -> Batches:
     _torchvision()
     import numpy as np
+    from ffcv import transforms as ops
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, Squeeze, ToTensor, ToTorchImage
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms import Normalize
 
     job.files()
     images, beton = ImageFolder(str(job.scratch / "files")), str(job.scratch / "train.beton")
@@ -247,21 +257,26 @@ def ffcv(job: Job) -> Batches:
     crop = RandomResizedCropRGBImageDecoder(
         (job.crop, job.crop), scale=(job.share, job.share), ratio=(1.0, 1.0)
     )
-    normalise = NormalizeImage(255 * np.array(MEAN), 255 * np.array(STD), np.float32)
-    yield from _endless(
-        Loader(
-            beton,
-            batch_size=job.batch,
-            num_workers=job.threads,
-            order=OrderOption.RANDOM,
-            os_cache=True,
-            indices=np.resize(np.arange(len(images)), LONG_EPOCH),
-            pipelines={
-                "image": [crop, RandomHorizontalFlip(), normalise, ToTensor(), ToTorchImage()],
-                "label": [IntDecoder(), ToTensor(), Squeeze()],
-            },
-        )
+    mean, std = 255 * np.array(MEAN), 255 * np.array(STD)
+    image = [crop, ops.RandomHorizontalFlip()]
+    label = [IntDecoder(), ops.ToTensor(), ops.Squeeze()]
+    if job.on_gpu:
+        to_device = ops.ToDevice(torch.device(job.device), non_blocking=True)
+        normalise = Normalize(mean.tolist(), std.tolist())  # FFCV's own needs CuPy there
+        image += [ops.ToTensor(), to_device, ops.ToTorchImage(), ops.Convert(torch.float32), normalise]
+        label.append(to_device)
+    else:
+        image += [ops.NormalizeImage(mean, std, np.float32), ops.ToTensor(), ops.ToTorchImage()]
+    loader = Loader(
+        beton,
+        batch_size=job.batch,
+        num_workers=job.threads,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        indices=np.resize(np.arange(len(images)), LONG_EPOCH),
+        pipelines={"image": image, "label": label},
     )
+    yield from _endless(loader)
 
 
 # Each with the packages that its figures depend on.

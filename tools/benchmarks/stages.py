@@ -113,8 +113,9 @@ class Stages:
 
         if self.loader_peers is None:
             raise SettingsError("peers needs --loader-peers: make .loader-peers, .loader-peers/bin/python")
-        stage: Stage = {"loader": partial(loader_peers.rate, self._train_loader(), self.seconds)}
-        job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads)
+        device = self.device.type
+        stage: Stage = {"loader": partial(loader_peers.rate, self._train_loader(), self.seconds, device)}
+        job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads, device)
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers
             try:
