@@ -60,14 +60,15 @@ gpu-accuracy: setup
 
 # Others' input pipelines, with which `tools/bench.py peers --loader-peers
 # .loader-peers/bin/python` compares ours. They do not get on with
-# img2dataset's webdataset. SPDL decodes by FFmpeg's libraries (apt-get install libavdevice59); FFCV is
-# compiled against OpenCV and TurboJPEG (pkg-config libopencv-dev libturbojpeg0-dev), or left out.
+# img2dataset's webdataset. On Debian 12 they need, besides what .venv does:
+#     apt-get install libavdevice59 pkg-config libopencv-dev libturbojpeg0-dev
+# The first is FFmpeg, by which SPDL decodes; with the others FFCV is compiled, or else left out.
 .loader-peers:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0 pillow==12.1.1 numpy==2.1.3 timm==1.0.31 \
-		webdataset==1.0.2 spdl==0.8.0 litdata==0.2.76 mosaicml-streaming==0.13.0
+		webdataset==1.0.2 spdl==0.8.0 litdata==0.2.76 mosaicml-streaming==0.13.0 || { rm -r $@; exit 1; }
 	$@/bin/pip install --quiet numba==0.68.1 opencv-python-headless==4.14.0.94 pytorch-pfn-extras==0.9.0 \
-		fastargs==1.2.0 terminaltables==3.1.10 assertpy==1.1 psutil==7.2.2
+		fastargs==1.2.0 terminaltables==3.1.10 assertpy==1.1 psutil==7.2.2 || { rm -r $@; exit 1; }
 	$@/bin/pip install --quiet --no-deps ffcv==1.0.2 || echo "FFCV is left out: it was not compiled"
 
 image: TARGET ?= cuda
