@@ -162,7 +162,6 @@ def spdl(job: Job) -> Batches:
 
     files, size = job.files(), job.size
     mean, std = (torch.tensor(x, device=job.device).mul(255).view(3, 1, 1) for x in (MEAN, STD))
-    one_thread = spdl.io.decode_config(decoder_options={"threads": "1"})  # FFmpeg starts one a core
 
     def source() -> Iterator[tuple[str, int]]:
         while True:
@@ -172,23 +171,23 @@ def spdl(job: Job) -> Batches:
         left, top = (random.randint(0, size - job.crop) for _ in range(2))
         mirror = "hflip," if random.random() < 0.5 else ""
         filters = f"crop={job.crop}:{job.crop}:{left}:{top},{mirror}format=pix_fmts=rgb24"
-        packets = spdl.io.demux_image(path)
-        return spdl.io.decode_packets(packets, decode_config=one_thread, filter_desc=filters)
+        return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=filters)
 
     def decoded(samples: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         paths, labels = zip(*samples, strict=True)
         frames = spdl.io.convert_frames([frame(path) for path in paths])
-        return spdl.io.to_torch(frames).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+        return spdl.io.to_torch(frames).permute(0, 3, 1, 2), torch.tensor(labels)
 
     def normalised(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, labels = batch
-        return pixels.float().sub_(mean).div_(std), labels
+        return pixels.contiguous().float().sub_(mean).div_(std), labels
 
     builder = PipelineBuilder().add_source(source()).aggregate(job.batch)
     builder = builder.pipe(decoded, concurrency=job.threads)
     if job.on_gpu:
         builder = builder.pipe(spdl.io.transfer_tensor_h2d, executor=ThreadPoolExecutor(1))
-    pipeline = builder.pipe(normalised).add_sink(2).build(num_threads=job.threads)
+    builder = builder.pipe(normalised, concurrency=job.threads).add_sink(2)
+    pipeline = builder.build(num_threads=job.threads)
     with pipeline.auto_stop():
         yield from pipeline
 
