@@ -15,6 +15,7 @@ Inputs of a training sample, from `fn.external_source`:
 Output: pixels [crop,crop,3] (HWC). Ten crops stack theirs as [10,crop,crop,3].
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,10 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 CENTRE = (0.5, 0.5)
 TEN_CROP_PLACES = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), CENTRE)  # and each one's mirror image
+
+# DALI keeps what it allocates above this, as it does above 32 MB by default: smaller batches would go
+# back to the system and come page by page again each time. It is read at the first allocation.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
 
 
 @dataclass(frozen=True)
