@@ -10,7 +10,7 @@ Random numbers are words of Philox streams. NumPy keeps a bit generator's stream
 version to version, which it does not promise for `permutation` or `normal`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -104,24 +104,32 @@ class Plan:
         the next epoch, so some samples have come once more."""
         return -(-epochs * self.samples // self.batch)
 
-    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
+    def _spans(self, step: int, rank: int, world: int) -> Iterator[tuple[int, int, int]]:
+        """Rank's part of a step: epoch, first position in it, and how many."""
         if self.batch % world:
             raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
         part = self.batch // world
         position = step * self.batch + rank * part
-        samples, epochs, parts = [], [], []
         while part:
             epoch, start = divmod(position, self.samples)
             count = min(part, self.samples - start)
-            samples.append(_cached_order(self, epoch)[start : start + count])
-            epochs.append(np.full(count, epoch))
-            parts.append(draws(self.seed, epoch, start, count))
+            yield epoch, start, count
             position, part = position + count, part - count
+
+    def step_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
+        """The samples of `step_batch` alone, which cost a fraction of it."""
+        spans = self._spans(step, rank, world)
+        return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
+
+    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
+        spans = list(self._spans(step, rank, world))
+        parts = [draws(self.seed, *span) for span in spans]
         joined = (
             np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
         )
-        return Batch(np.concatenate(samples), np.concatenate(epochs), Draws(*joined))
+        epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
+        return Batch(self.step_samples(step, rank, world), epochs, Draws(*joined))
 
 
 @lru_cache(maxsize=2)

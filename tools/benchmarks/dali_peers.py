@@ -46,12 +46,12 @@ def external_source_bytes(
     reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
 ) -> Callable[[], int]:
     """Read only, along the plan, labels beside: `batches()` returns sample numbers."""
-    labels: deque[Any] = deque(maxlen=options.prefetch)
+    kept: deque[tuple] = deque(maxlen=options.prefetch + 2)  # as the loader does
 
     def source() -> tuple:
         samples = batches()
-        labels.append(reader.rows["label"][samples])
-        return (jpeg_batch(reader.jpegs(samples)),)
+        kept.append((jpeg_batch(reader.jpegs(samples)), reader.rows["label"][samples]))
+        return kept[-1][:1]
 
     @pipeline_def
     def graph() -> Any:

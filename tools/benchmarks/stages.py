@@ -94,7 +94,7 @@ class Stages:
         plan = partial(
             dali_peers.external_source_bytes,
             reader,
-            lambda: self.plan.step_batch(next(steps)).samples,
+            lambda: self.plan.step_samples(next(steps)),
             self.options,
         )
         theirs = partial(dali_peers.dali_reader_bytes, self.dataset, self.options)
