@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.graph import GraphOptions, augment, jpeg_batch
@@ -64,7 +66,7 @@ def external_source_bytes(
 
 
 def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], int]:
-    """DALI's reader feeding the training graph, with DALI's own random numbers."""
+    """DALI's reader feeding the training graph, with DALI's own random numbers, to torch as ours."""
 
     @pipeline_def
     def graph() -> tuple:
@@ -78,12 +80,21 @@ def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], 
             y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
         )
-        return pixels, label
+        return pixels, fn.pad(label)  # text of equal length
 
-    return _batches(graph, options)
+    pipeline = _build(graph, options)
+
+    def batch() -> int:
+        pixels, text = pipeline.run()
+        digits = text.as_array()
+        labels = torch.from_numpy(digits.view(f"S{digits.shape[1]}")[:, 0].astype(np.int64))
+        images = torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3)
+        return len(labels.to(images.device, non_blocking=True))
+
+    return batch
 
 
-def _batches(graph: Callable, options: GraphOptions) -> Callable[[], int]:
+def _build(graph: Callable, options: GraphOptions) -> Any:
     pipeline = graph(
         batch_size=options.batch,
         num_threads=options.threads,
@@ -91,4 +102,9 @@ def _batches(graph: Callable, options: GraphOptions) -> Callable[[], int]:
         prefetch_queue_depth=options.prefetch,
     )
     pipeline.build()
+    return pipeline
+
+
+def _batches(graph: Callable, options: GraphOptions) -> Callable[[], int]:
+    pipeline = _build(graph, options)
     return lambda: len(pipeline.run()[0])
