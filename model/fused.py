@@ -2,7 +2,7 @@
 
 A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
 CPU they are made a few images at a time, which stay in the cache, and once more for the gradient.
-On a GPU they are one Triton kernel forward and one backward, save where a spatial norm comes between.
+On a GPU they are one Triton kernel forward and one backward, and with a spatial norm three and two.
 """
 
 import warnings
@@ -41,10 +41,11 @@ def normalise_and_pool(
     x: [N,C,H,W], best channels_last. Returns [N,C,(H-1)//2,(W-1)//2] of the same type and layout.
     """
 
-    if x.is_cuda and x.dtype != torch.float64 and not spatial_norm and _has_kernels():
-        from model import triton_pool
+    if x.is_cuda and x.dtype != torch.float64 and _has_kernels():
+        from model import triton_pool, triton_spatial
 
-        return triton_pool.normalise_and_pool(x, alpha, towers, relu_first)[0]
+        kernels = triton_spatial if spatial_norm else triton_pool
+        return kernels.normalise_and_pool(x, alpha, towers, relu_first)[0]
 
     def plain(x: Tensor) -> Tensor:
         return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)

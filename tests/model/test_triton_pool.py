@@ -13,13 +13,14 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported for the first time
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from model import triton_pool  # noqa: E402
+from model import triton_pool, triton_spatial  # noqa: E402
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 STAGES = [
     pytest.param({"towers": 1, "relu_first": True}, id="paper"),
     pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
     pytest.param({"towers": 2, "relu_first": True}, id="towers"),
+    pytest.param({"towers": 2, "relu_first": True, "spatial_norm": True}, id="code2012-2"),
 ]
 ALPHA = 1e-3  # larger than the paper's, so that the norm weighs
 on_gpu = [
@@ -39,8 +40,9 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def kernel(x: Tensor, towers: int, relu_first: bool) -> Tensor:
-    return triton_pool.normalise_and_pool(x, ALPHA, towers, relu_first)[0]
+def kernel(x: Tensor, towers: int, relu_first: bool, spatial_norm: bool = False) -> Tensor:
+    kernels = triton_spatial if spatial_norm else triton_pool
+    return kernels.normalise_and_pool(x, ALPHA, towers, relu_first)[0]
 
 
 def assert_same(x: Tensor, tolerance: float, **options) -> None:
@@ -72,25 +74,27 @@ def test_of_equal_values_the_first_has_the_gradient_and_at_zero_the_relu_has_non
     x = activations(1, 4, 7, 7).detach().mul(0.05).round()  # few values, many of them 0
     assert_same(x.requires_grad_(), 1e-5, towers=1, relu_first=True)
     assert_same(x, 1e-5, towers=1, relu_first=False)
+    assert_same(x, 1e-5, towers=1, relu_first=False, spatial_norm=True)
 
 
 def test_not_a_number_is_passed_on(monkeypatch):
     monkeypatch.setattr(triton_pool, "BLOCK", 32)
     x = activations(1, 8, 5, 5).detach()
     x[0, 3, 2, 2] = torch.nan
-    for relu_first in (True, False):
-        expected = fused.plain_normalise_and_pool(x, ALPHA, relu_first=relu_first)
-        assert torch.equal(kernel(x, 1, relu_first).isnan(), expected.isnan())
+    for options in ({"relu_first": True}, {"relu_first": False}, {"relu_first": True, "spatial_norm": True}):
+        expected = fused.plain_normalise_and_pool(x, ALPHA, **options)
+        assert torch.equal(kernel(x, 1, **options).isnan(), expected.isnan())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second is CUDA graphs
-def test_compiled_step_is_the_eager_one(mode):
+@pytest.mark.parametrize("spatial_norm", [False, True])
+def test_compiled_step_is_the_eager_one(mode, spatial_norm):
     x = activations(4, 96, 55, 55, dtype=torch.bfloat16)
 
     def loss(x: Tensor) -> Tensor:
-        return fused.normalise_and_pool(x * 2, ALPHA).float().square().sum()
+        return fused.normalise_and_pool(x * 2, ALPHA, spatial_norm=spatial_norm).float().square().sum()
 
     (expected,) = torch.autograd.grad(loss(x), x)
     for _ in range(3):  # warm-up, capture, replay
