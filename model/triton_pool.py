@@ -38,9 +38,12 @@ def window_sum(values):
     """
     groups: tl.constexpr = values.shape[1] // 8
     even, odd = tl.split(values.reshape(values.shape[0], groups, 2, 2, 2))
-    even, odd = tl.split(even), tl.split(odd)
-    (v0, v4), (v2, v6) = tl.split(even[0]), tl.split(even[1])
-    (v1, v5), (v3, v7) = tl.split(odd[0]), tl.split(odd[1])
+    v04, v26 = tl.split(even)
+    v15, v37 = tl.split(odd)
+    v0, v4 = tl.split(v04)
+    v2, v6 = tl.split(v26)
+    v1, v5 = tl.split(v15)
+    v3, v7 = tl.split(v37)
     v01, v23, v45, v67 = v0 + v1, v2 + v3, v4 + v5, v6 + v7
     first, middle, last = v01 + v23, v23 + v45, v45 + v67
     even = tl.join(
