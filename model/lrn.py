@@ -6,6 +6,8 @@ contiguous one here: a window over channels is a sum of shifted views, without t
 that `torch.nn.functional.local_response_norm` makes.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,19 +31,19 @@ def _inverse_power(d: Tensor, beta: float) -> Tensor:
     return d.pow(-beta)
 
 
-class _LocalResponseNorm(torch.autograd.Function):
-    """b = a·d^-β with d = k + α·Σa² over the last axis.
+class _ResponseNorm(torch.autograd.Function):
+    """b = a·d^-β with d = k + α·W(a²), where W sums or averages over a window around each value.
 
     Written out because autograd would keep every shifted view. With g the gradient of b, that of
-    a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1)): the window is symmetric, so its sum is its own adjoint.
+    a is g·d^-β − 2αβ·a·W(g·a·d^-(β+1)): the window is symmetric, so that W is its own adjoint.
     """
 
     @staticmethod
-    def forward(ctx, a, size, alpha, beta, k):
-        d = _window_sum(a * a, size).mul_(alpha).add_(k)
+    def forward(ctx, a, window, alpha, beta, k):
+        d = window(a * a).mul_(alpha).add_(k)
         scale = _inverse_power(d, beta)
         ctx.save_for_backward(a, d, scale)
-        ctx.size, ctx.factor = size, -2.0 * alpha * beta
+        ctx.window, ctx.factor = window, -2.0 * alpha * beta
         return a * scale
 
     @staticmethod
@@ -49,7 +51,7 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx, grad):
         a, d, scale = ctx.saved_tensors
         direct = grad * scale
-        shared = _window_sum((direct * a).div_(d), ctx.size)
+        shared = ctx.window((direct * a).div_(d))
         return direct.addcmul_(a, shared, value=ctx.factor), None, None, None, None
 
 
@@ -69,7 +71,7 @@ def local_response_norm(
     """
     n, c, h, w = x.shape
     a = _at_least_fp32(x).permute(0, 2, 3, 1).reshape(n, h, w, towers, c // towers)
-    b = _LocalResponseNorm.apply(a, size, alpha, beta, k)
+    b = _ResponseNorm.apply(a, partial(_window_sum, size=size), alpha, beta, k)
     return b.reshape(n, h, w, c).permute(0, 3, 1, 2).to(x.dtype)
 
 
@@ -81,6 +83,6 @@ def spatial_response_norm(
     Not in the paper: the 2012 code runs it after its second local response normalisation
     (`cnorm2` in layers-145.cfg). x: [N,C,H,W]; returns the same shape and type.
     """
-    a = _at_least_fp32(x)
-    mean_square = F.avg_pool2d(a * a, size, stride=1, padding=size // 2)  # padding counts: Σa²/size²
-    return (a * _inverse_power(k + alpha * mean_square, beta)).to(x.dtype)
+    # Its padding counts: a mean over size² values at the edge too, and so its own adjoint.
+    mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=size // 2)
+    return _ResponseNorm.apply(_at_least_fp32(x), mean, alpha, beta, k).to(x.dtype)
