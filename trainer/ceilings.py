@@ -39,12 +39,22 @@ def loader_work(batches: Iterator[Batch]) -> Work:
     return lambda: len(next(batches)[1])
 
 
-def model_work(settings: Settings, classes: int, decoding: Decoding, images: int, precision: str) -> Work:
-    """Forward, backward and update of a new net on a batch of `images` that lies ready."""
+def model_work(
+    settings: Settings,
+    classes: int,
+    decoding: Decoding,
+    images: int,
+    precision: str,
+    mode: str | None = None,
+) -> Work:
+    """Forward, backward and update of a new net on a batch of `images` that lies ready.
+
+    mode: of torch.compile, where the settings ask for it.
+    """
     model = build_model(settings, classes, decoding.device)
     optimizer = make_optimizer(model, settings)
     set_learning_rate(optimizer, 1e-6)  # so that it stays finite on the same batch for ever
-    trained = torch.compile(model) if settings.compile else model
+    trained = torch.compile(model, mode=mode) if settings.compile else model
     step = Step(trained, optimizer, precision, decoding.device)
     batches = synthetic_loader(images, classes, decoding)
 

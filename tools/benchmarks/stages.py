@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ class Stages:
     def _loader(self) -> Work:
         return loader_work(self._train_loader())
 
-    def _model(self, precision: str) -> Work:
-        return model_work(self.settings, self.classes, self.decoding, self.settings.batch, precision)
+    def _model(self, precision: str, mode: str | None = None) -> Work:
+        return model_work(self.settings, self.classes, self.decoding, self.settings.batch, precision, mode)
 
     def _trainer(self) -> Work:
         run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
@@ -129,12 +129,27 @@ class Stages:
 
         precision = resolve_precision(self.settings.precision, self.device)
         stage = {precision: self._run(partial(self._model, precision))}
+        if self.settings.compile and self.device.type == "cuda":
+            stage["with CUDA graphs"] = self._run(partial(self._model, precision, "reduce-overhead"))
         pixels, labels = next(synthetic_loader(self.settings.batch, self.classes, self.decoding))
         for compiled in sorted({False, self.settings.compile}):
             for layout in LAYOUTS:
                 work = partial(stock_work, pixels, labels, self.classes, layout, precision, compiled)
                 stage[f"stock {layout}{' compiled' * compiled}"] = self._run(work)
         return stage
+
+    def _forms(self, name: str) -> Stage:
+        from tools.benchmarks.conv_forms import LAYERS, form_work
+
+        layer = LAYERS[name]
+        precision = resolve_precision(self.settings.precision, self.device)
+        how = self.settings.batch, precision, self.device
+        return {form: self._run(partial(form_work, layer, layer.forms[form], *how)) for form in layer.forms}
+
+    conv1 = partialmethod(_forms, "conv1")
+    conv2 = partialmethod(_forms, "conv2")
+    conv4 = partialmethod(_forms, "conv4")
+    conv5 = partialmethod(_forms, "conv5")
 
     def train(self) -> Stage:
         precision = resolve_precision(self.settings.precision, self.device)
