@@ -1,0 +1,53 @@
+"""The plan of a run on 512 GPUs over ImageNet's train set: who reads what, without any of them."""
+
+import numpy as np
+import pytest
+
+from pipeline.plan import Plan
+
+SAMPLES, SHARDS, WORLD = 1_281_167, 1_282, 512
+WHOLE, REST = divmod(SAMPLES, SHARDS)
+LAYOUT = (WHOLE + 1,) * REST + (WHOLE,) * (SHARDS - REST)  # as equal as they can be, of 1,000 at most
+SHARD_OF = np.repeat(np.arange(SHARDS), LAYOUT)
+WINDOW = 16  # shards
+
+
+def parts(plan: Plan, step: int, world: int) -> list[np.ndarray]:
+    """What each rank takes in a step."""
+    return [plan.step_batch(step, rank, world).samples for rank in range(world)]
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_512_ranks_take_each_sample_once_an_epoch_and_equally_many_in_each_step(window):
+    plan = Plan(seed=0, batch=32_768, shard_samples=LAYOUT, window=window)
+    steps = [parts(plan, step, WORLD) for step in range(plan.steps(epochs=1))]
+    assert {len(part) for step in steps for part in step} == {32_768 // WORLD}
+    taken = np.concatenate([part for step in steps for part in step])
+    assert (np.bincount(taken[:SAMPLES], minlength=SAMPLES) == 1).all()
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+@pytest.mark.parametrize("batch", [1_024, 32_768])
+def test_512_ranks_go_through_the_order_of_1_and_of_8(batch, window):
+    plan = Plan(seed=0, batch=batch, shard_samples=LAYOUT, window=window)
+    last = plan.steps(epochs=1) - 1  # goes on into the next epoch
+    for step in (0, 1, last // 2, last):
+        [alone] = parts(plan, step, 1)
+        np.testing.assert_array_equal(np.concatenate(parts(plan, step, 8)), alone)
+        np.testing.assert_array_equal(np.concatenate(parts(plan, step, WORLD)), alone)
+
+
+def test_1024_images_a_step_on_512_ranks_still_cover_the_epoch():
+    plan = Plan(seed=0, batch=1_024, shard_samples=LAYOUT)
+    taken = np.concatenate([plan.step_batch(step).samples for step in range(plan.steps(epochs=1))])
+    assert (np.bincount(taken[:SAMPLES], minlength=SAMPLES) == 1).all()
+    assert {len(part) for part in parts(plan, 0, WORLD)} == {2}
+
+
+def test_a_window_bounds_the_shards_that_a_rank_reads_in_a_step():
+    plan = Plan(seed=0, batch=32_768, shard_samples=LAYOUT, window=WINDOW)
+    shards = [len(np.unique(SHARD_OF[part])) for part in parts(plan, 0, WORLD)]
+    assert max(shards) <= 2 * WINDOW  # where a window ends within the rank's images
+    everywhere = Plan(seed=0, batch=32_768, shard_samples=LAYOUT)
+    spread = [len(np.unique(SHARD_OF[part])) for part in parts(everywhere, 0, WORLD)]
+    assert min(spread) > 2 * WINDOW  # 64 images of 1,282 shards: 62 or so
