@@ -35,7 +35,7 @@ gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
 gpu-%: BENCH = $(BIN)/python tools/bench.py
-gpu-%: GIVEN = --data $(DATA) --recipe fast --record $(RECORD)
+gpu-%: GIVEN = --data $(DATA) --recipe fast --batch 1024 --record $(RECORD)
 
 gpu-tests: setup
 	$(BIN)/pytest -m gpu

@@ -14,7 +14,7 @@ WINDOW = 16  # shards
 
 def parts(plan: Plan, step: int, world: int) -> list[np.ndarray]:
     """What each rank takes in a step."""
-    return [plan.step_batch(step, rank, world).samples for rank in range(world)]
+    return [plan.step_samples(step, rank, world) for rank in range(world)]
 
 
 @pytest.mark.parametrize("window", [0, WINDOW])
@@ -39,7 +39,7 @@ def test_512_ranks_go_through_the_order_of_1_and_of_8(batch, window):
 
 def test_1024_images_a_step_on_512_ranks_still_cover_the_epoch():
     plan = Plan(seed=0, batch=1_024, shard_samples=LAYOUT)
-    taken = np.concatenate([plan.step_batch(step).samples for step in range(plan.steps(epochs=1))])
+    taken = np.concatenate([plan.step_samples(step) for step in range(plan.steps(epochs=1))])
     assert (np.bincount(taken[:SAMPLES], minlength=SAMPLES) == 1).all()
     assert {len(part) for part in parts(plan, 0, WORLD)} == {2}
 
