@@ -37,7 +37,13 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     """SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
-    return torch.optim.SGD(parameter_groups(model, settings), lr=0.0, momentum=settings.momentum, fused=True)
+    groups = parameter_groups(model, settings)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
+    for parameter in model.parameters() if settings.momentum else ():
+        # Of itself the fused update makes u without filling it, and if it then skips its first step, as
+        # fp16 does, whatever was in that memory is taken for u from the second on.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:

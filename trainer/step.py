@@ -1,11 +1,14 @@
 """One step: forward under autocast, loss, backward, update."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,11 +33,26 @@ def prepare(pixels: Tensor, precision: str) -> Tensor:
     return pixels.float() if precision == "fp32" else pixels
 
 
+class Skips(NamedTuple):
+    """Steps without an update since the last look, and how many there are at the end, one after the other."""
+
+    steps: int
+    in_a_row: int
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every element is finite, as a bool [] on the device."""
+    return get_total_norm(list(tensors), math.inf).isfinite()
+
+
 class Step:
     """Trains a model batch by batch, without waiting for the device.
 
     model: maps pixels [n,3,crop,crop] to logits [n,classes]. precision: `bf16`, `fp16` or `fp32`.
     fp16 has its gradients scaled, and a step whose gradients overflow is skipped (`GradScaler`).
+    skip_not_finite: does so in the others too; the optimizer must be a fused one, which looks on the
+    device whether to update. Losses that are not finite have such gradients.
     """
 
     def __init__(
@@ -43,10 +61,14 @@ class Step:
         optimizer: torch.optim.Optimizer,
         precision: str,
         device: torch.device,
+        skip_not_finite: bool = False,
     ):
         self.model, self.optimizer = model, optimizer
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.skips_itself = skip_not_finite and precision != "fp16"
+        assert not self.skips_itself or optimizer.defaults["fused"], "only a fused optimizer can skip"
+        self._skips = torch.zeros(2, device=device)  # as in Skips
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One update. Returns the mean loss and the number of top-1 errors, on the device."""
@@ -56,6 +78,22 @@ class Step:
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
+        if self.skips_itself:
+            self._skip_if_not_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), (logits.argmax(1) != labels).sum()
+
+    def _skip_if_not_finite(self) -> None:
+        """Tell the optimizer, as GradScaler does. The gradients are those of all processes: all skip."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        skip = (~all_finite(p.grad for p in parameters if p.grad is not None)).float()
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        steps, in_a_row = self._skips
+        self._skips = torch.stack([steps + skip, (in_a_row + 1) * skip])
+
+    def take_skips(self) -> Skips:
+        """How many there were; waits for the device. Those of fp16 show in the scale instead."""
+        steps, in_a_row = map(int, self._skips.tolist())
+        self._skips[0] = 0
+        return Skips(steps, in_a_row)

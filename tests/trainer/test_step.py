@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.step import Step, resolve_precision
+from trainer.optim import make_optimizer, set_learning_rate
+from trainer.settings import Settings
+from trainer.step import Skips, Step, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -61,3 +63,37 @@ def test_auto_precision_on_a_cpu_is_bf16_only_with_avx512(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("fp16", CPU) == "fp16"
+
+
+def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:
+    """Weights and velocities after some steps, and what was skipped of them."""
+    model = tiny()
+    optimizer = make_optimizer(model, Settings())
+    step = Step(model, optimizer, precision, CPU, skip_not_finite=True)
+    set_learning_rate(optimizer, 0.1)
+    for pixels, labels in batches:
+        step(pixels, labels)
+    velocities = [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
+    return [parameter.detach() for parameter in model.parameters()] + velocities, step.take_skips()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_skipped_might_as_well_not_have_been(batch, precision, place, value):
+    bad = batch[0].clone()
+    bad[2, 1, 3, 3] = value
+    good = [batch, (batch[0].flip(0), batch[1])]
+    expected, none = trained(good, precision)
+    found, skips = trained([*good[:place], (bad, batch[1]), *good[place:]], precision)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert none == Skips(0, 0)
+    assert skips == Skips(1, int(place == 2))
+
+
+def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(batch):
+    """torch's fused SGD would go on from memory that it has not filled."""
+    found, _ = trained([(batch[0] * 1e5, batch[1]), batch], "fp16")
+    expected, _ = trained([batch], "fp16")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
