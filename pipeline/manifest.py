@@ -8,14 +8,24 @@ constant in code.
 import json
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from pipeline.files import whole_file
 
 FORMAT = 1
 NAME = "dataset.json"
+MAX_BYTES = 1 << 28  # of dataset.json; a million shards take as much
+MAX_SIDE = 65535  # of an image in pixels: what a JPEG and the index can say
 HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
 
 Row = tuple[float, float, float]
@@ -25,6 +35,17 @@ class DatasetError(ValueError):
     """A dataset that cannot be used; the message says what is wrong and what to do."""
 
 
+def _inside(name: str) -> str:
+    """A file's name, which must not lead out of the dataset's folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name} is not in the dataset's folder")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_inside)]
+Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -32,7 +53,7 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One tar file. `bytes` and both digests are of the whole file and of its first 64 KiB."""
 
-    file: str
+    file: Name
     samples: PositiveInt
     bytes: PositiveInt
     sha256: str
@@ -43,7 +64,7 @@ class Split(_Record):
     """One part of the dataset; `index` is the array with a row for each sample."""
 
     samples: PositiveInt
-    index: str
+    index: Name
     index_sha256: str
     shards: tuple[Shard, ...]
 
@@ -73,9 +94,9 @@ class Manifest(_Record):
     format: Literal[1]  # FORMAT
     in_place: bool = False  # the tars are somebody else's, and may hold more than the index names
     geometry: Literal["256", "short256", "original"]
-    size: PositiveInt  # of the shorter side in pixels, after resizing
-    max_width: PositiveInt
-    max_height: PositiveInt
+    size: Side  # of the shorter side in pixels, after resizing
+    max_width: Side
+    max_height: Side
     classes: tuple[Class, ...]
     splits: dict[str, Split]
     pixels: Pixels
@@ -102,7 +123,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read `root`/dataset.json. Raises DatasetError if it is absent, newer or broken."""
+    """Read `root`/dataset.json. Raises DatasetError if it is absent, newer, broken or absurdly large."""
     path = root / NAME
     if not path.is_file():
         state = "has no dataset.json" if root.is_dir() else "does not exist"
@@ -110,6 +131,8 @@ def read_manifest(root: Path) -> Manifest:
             f"no dataset at {root}: the folder {state}. "
             f"Pack one: python tools/make_shards.py --input IMAGES --output {root}"
         )
+    if path.stat().st_size > MAX_BYTES:
+        raise DatasetError(f"{path} has more than {MAX_BYTES >> 20} MiB: it is not a dataset.json")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

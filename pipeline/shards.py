@@ -33,6 +33,7 @@ INDEX_DTYPE = np.dtype(
 )
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _BLOCK = 512  # tar's unit, in bytes
+_NPY_HEADER = 4096  # of an index, in bytes, at most
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
@@ -147,8 +148,10 @@ def write_index(path: Path, rows: np.ndarray) -> str:
 def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     """A split's rows, in the order of its shards. Raises DatasetError where they do not fit the split."""
     path = root / split.index
+    expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read(expected + 1)  # more is not the index, however large it is
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
     if sha256(content).hexdigest() != split.index_sha256:
@@ -158,7 +161,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     try:
         rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
         fits = _fits(rows, split, classes)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, MemoryError):
         fits = False
     if not fits:
         raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")

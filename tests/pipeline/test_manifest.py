@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.manifest import (
+    MAX_BYTES,
     Class,
     DatasetError,
     Manifest,
@@ -110,14 +111,23 @@ def test_json_of_something_else(content, tmp_path):
     assert "Pack the dataset again" in message
 
 
+def test_a_file_that_would_fill_the_memory(tmp_path):
+    with open(tmp_path / "dataset.json", "wb") as file:
+        file.truncate(MAX_BYTES + 1)  # a hole, which takes no disk
+    assert "it is not a dataset.json" in refusal(tmp_path)
+
+
 WRONG = {
     "format": 0,
     "geometry": "224",
     "size": 0,
     "max_width": "wide",
+    "max_height": 65536,
     "classes.0.name": None,
     "splits.train.samples": -1,
     "splits.train.shards.1.bytes": 0.5,
+    "splits.train.shards.0.file": "../elsewhere.tar",
+    "splits.train.index": "/elsewhere.npy",
     "pixels.mean": [1, 2],
     "rejected.empty": -1,
 }
