@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.manifest import NAME, DatasetError, read_manifest
@@ -65,12 +66,11 @@ def _train(arguments: Sequence[str]) -> None:
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
-    if os.environ.get("RANK", "0") == "0":
-        run.begin(settings, manifest)
+    first = os.environ.get("RANK", "0") == "0"
+    with run.begin(settings, manifest) if first else nullcontext():
+        from trainer.train import train
 
-    from trainer.train import train
-
-    train(settings, run)
+        train(settings, run)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:

@@ -6,23 +6,28 @@ metrics.csv        a row each log interval
 evaluations.csv    a row each evaluation
 checkpoints/       see trainer/checkpoint.py
 report.md, *.png   at the end
+.lock              locked by the process that trains, and by nobody once it has ended, however it did
 """
 
 import csv
+import fcntl
 import json
 import os
 import platform
+import socket
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.files import whole_file
 from pipeline.manifest import Manifest
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
-_SETTINGS, _ENVIRONMENT = "settings.json", "environment.json"
+_SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
+_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial"}  # what is left of a start that was killed early
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
@@ -40,15 +45,23 @@ class Run:
         self.evaluations = Table(folder / "evaluations.csv")
         self.checkpoints = folder / "checkpoints"
 
-    def begin(self, settings: Settings, manifest: Manifest) -> None:
+    def begin(self, settings: Settings, manifest: Manifest) -> TextIO:
         """Make the folder, or check that what it holds is this run.
 
-        Raises SettingsError where it holds another run, naming what differs, or foreign files.
+        Returns the lock: no other process can begin until it is closed or this one has ended. Raises
+        SettingsError where the folder holds another run, naming what differs, or foreign files, and
+        RunError where it is being trained.
         """
-        identity = {
-            "dataset": manifest.fingerprint,
-            **json.loads(settings.model_dump_json(exclude=set(FREE_TO_CHANGE))),
-        }
+        fresh = self._is_new(settings, manifest)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(self.folder)
+        if fresh and self._is_new(settings, manifest):  # it was another's until now
+            _write_json(self.folder / _SETTINGS, _identity(settings, manifest, whole=True))
+        return lock
+
+    def _is_new(self, settings: Settings, manifest: Manifest) -> bool:
+        """Whether no run has begun here; one that has must be this one."""
+        identity = _identity(settings, manifest)
         path = self.folder / _SETTINGS
         if path.exists():
             held = json.loads(path.read_text())
@@ -62,12 +75,10 @@ class Run:
                     f"{self.folder} already holds another run, which differs in {', '.join(differing)}: "
                     "choose another --out, or give that run's settings to continue it"
                 )
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+            return False
+        if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        whole = {**identity, **json.loads(settings.model_dump_json())}
-        _write_json(path, whole)
+        return True
 
     def settings(self) -> Settings:
         """The settings that the run was begun with. Raises SettingsError if it holds no run."""
@@ -88,6 +99,34 @@ class Run:
         """What was recorded of each start, the latest last."""
         path = self.folder / _ENVIRONMENT
         return json.loads(path.read_text()) if path.exists() else []
+
+
+def _identity(settings: Settings, manifest: Manifest, whole: bool = False) -> dict[str, Any]:
+    """What makes a run this run; whole: and all that may change."""
+    chosen = json.loads(settings.model_dump_json(exclude=set() if whole else set(FREE_TO_CHANGE)))
+    return {"dataset": manifest.fingerprint, **chosen}
+
+
+def _locked(folder: Path) -> TextIO:
+    """The folder's lock file, locked until it is closed. Raises RunError if another process has it."""
+    lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise RunError(
+            f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        print(
+            f"alexnet-train: {folder} cannot be locked ({error.strerror}): see that nothing else trains it",
+            file=sys.stderr,
+        )
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    return lock
 
 
 def environment(device: str) -> dict[str, str]:

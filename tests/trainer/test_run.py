@@ -1,0 +1,48 @@
+"""The run folder has one writer."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.manifest import read_manifest
+from trainer.run import Run, RunError
+from trainer.settings import load_settings
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from pipeline.manifest import read_manifest
+from trainer.run import Run
+from trainer.settings import load_settings
+
+lock = Run(Path(sys.argv[2])).begin(load_settings([]), read_manifest(Path(sys.argv[1])))
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_trainer_is_refused_until_the_first_has_ended_even_by_a_crash(packed, tmp_path):
+    out = tmp_path / "run"
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(packed), str(out)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert held.stdout.readline() == "begun\n"
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(RunError, match=f"trained by process {held.pid} on {socket.gethostname()}"):
+            Run(out).begin(load_settings([]), read_manifest(packed))
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    finally:
+        held.kill()
+        held.wait()
+    Run(out).begin(load_settings([]), read_manifest(packed)).close()
+    assert Run(out).settings() == load_settings([])
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_settings_can_be_done_again(packed, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".settings.json.partial").write_text('{"data')
+    Run(tmp_path).begin(load_settings([]), read_manifest(packed)).close()
+    assert Run(tmp_path).settings() == load_settings([])
