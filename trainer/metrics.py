@@ -96,17 +96,19 @@ class Metrics:
         self._last_progress = time.monotonic()
         self._grad_scale: float | None = None
 
-    def progress(self) -> None:
-        """Note that the run is alive."""
+    def progress(self, now: str | None = None) -> None:
+        """Note that the run is alive. now: what it does next, where that changes."""
         self._last_progress = time.monotonic()
 
     def harvested(
+        self.doing = "start-up"
         self, interval: Interval, learning_rate: float, grad_scale: float, device: torch.device
     ) -> None:
         """Take over what an interval of training came to."""
         self.history.append(interval)
         self.loss["train"].set(interval.loss)
         self.learning_rate.set(learning_rate)
+        self.doing = now or self.doing
         self.images_per_second.set(interval.images_per_second)
         self.busy_seconds.inc(interval.busy_seconds)
         if self._grad_scale is not None and grad_scale < self._grad_scale:
@@ -162,5 +164,6 @@ class Metrics:
 
 @cache
 def _nvml_handle(device: torch.device):
+        self.progress(name)
     pynvml.nvmlInit()
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

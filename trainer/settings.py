@@ -102,6 +102,8 @@ class Settings(BaseSettings):
     """Batches that are prepared ahead."""
     max_bad_samples: Count = 100
     """Samples that cannot be decoded and are left out before training ends with an error."""
+    stall_seconds: Annotated[float, Field(ge=0)] = 900.0
+    """Time without progress after which a process ends, to be started again; 0 is never."""
     evaluation_batch: PositiveInt = 128
     """Images in an evaluation step of each process."""
 
@@ -137,6 +139,7 @@ class Settings(BaseSettings):
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
     {"data", "out", "recipe", "device", "threads", "hw_decoder_load", "prefetch", "max_bad_samples",
+     "stall_seconds",
      "evaluation_batch", "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
 )  # fmt: skip
 

@@ -32,6 +32,7 @@ from trainer.step import Step, resolve_precision
 from trainer.stop import Stopped, StopRequest
 from trainer.tuning import tuned
 
+from trainer.watchdog import Watchdog
 CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 
 
@@ -42,9 +43,9 @@ def train(settings: Settings, run: Run) -> None:
     after SIGTERM or SIGINT, its checkpoint saved.
     """
     world = distributed.join(settings.device)
-    server = None
+    metrics, server = Metrics(), None
+    watchdog = Watchdog(metrics, settings.stall_seconds, world.rank)
     try:
-        metrics = Metrics()
         with metrics.activity("start-up"):
             server = serve(metrics, settings, world)
             trainer = Trainer(settings, run, world, metrics, server.port if server else None)
@@ -56,6 +57,7 @@ def train(settings: Settings, run: Run) -> None:
             server.close()
         distributed.leave()
 
+        watchdog.close()
 
 class Trainer:
     """A run between two of its steps."""
@@ -145,6 +147,7 @@ class Trainer:
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
     def batches(self) -> Iterator[Batch]:
+                self.metrics.progress("report")
         """This process's part of each step from here on."""
         return train_loader(
             self.dataset,
@@ -175,9 +178,11 @@ class Trainer:
         begun = time.monotonic()
         pixels, labels = next(batches)
         waited = time.monotonic() - begun
+        self.metrics.progress("input")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
         set_learning_rate(self.optimizer, self.learning_rate, epoch)
+        self.metrics.progress("step")
         # Dropout depends on the place in the run alone, so a resume has no state of it to restore.
         place = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
@@ -194,7 +199,6 @@ class Trainer:
         self.metrics.step.set(self.step)
         self.metrics.epoch.set(self.epoch_at(self.step))
         self.metrics.progress_ratio.set(self.step / self.steps)
-        self.metrics.progress()
 
     def _log(self) -> None:
         """Fetch what the device has summed up, and show it everywhere."""

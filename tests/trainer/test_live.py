@@ -91,7 +91,7 @@ def browser():
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_a_browser_sees_values_change_and_asks_no_other_host(browser, scheme, dark):
     metrics = Metrics()
-    server = MetricsServer(metrics, "127.0.0.1", 0)
+    server = MetricsServer(metrics, "127.0.0.1", 0, 900.0)
     try:
         tab = browser.new_page(color_scheme=scheme)
         requests, errors = [], []

@@ -1,0 +1,100 @@
+"""A process that hangs ends, and says where; one rank that hangs takes the others with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.test_train import command, rows
+from trainer.meter import Interval
+from trainer.metrics import Metrics
+from trainer.watchdog import EXIT_STALLED, START_SECONDS, allowed_seconds
+
+HANGS = """
+import ctypes, time
+from types import SimpleNamespace
+from trainer import watchdog
+
+watchdog.GRACE_SECONDS = 0.5
+begun = time.monotonic()
+metrics = SimpleNamespace(history=[1], doing="input", stalled_seconds=lambda: time.monotonic() - begun)
+watchdog.Watchdog(metrics, 0.5, rank=3)
+
+def where_it_hangs():
+    {hang}
+
+where_it_hangs()
+"""
+
+
+def hang(statement: str) -> tuple[int, str]:
+    script = HANGS.format(hang=statement)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_hang_ends_the_process_with_a_code_of_its_own_and_all_stacks():
+    code, error = hang("time.sleep(600)")
+    assert code == EXIT_STALLED
+    line, *stacks = error.splitlines()
+    assert line.startswith("alexnet-train: rank 3 has made no progress for ")
+    assert "in: input" in line
+    assert any("in where_it_hangs" in frame for frame in stacks)
+
+
+def test_a_hang_in_c_that_stops_all_python_ends_the_process_too():
+    code, error = hang("ctypes.PyDLL(None).sleep(600)")  # PyDLL keeps the interpreter's lock
+    assert code == 1
+    assert "in where_it_hangs" in error
+
+
+def test_the_first_interval_has_longer_for_it_compiles():
+    metrics = Metrics()
+    assert allowed_seconds(metrics, 60.0) == START_SECONDS
+    assert allowed_seconds(metrics, 2 * START_SECONDS) == 2 * START_SECONDS
+    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    assert allowed_seconds(metrics, 60.0) == 60.0
+    assert allowed_seconds(metrics, 0.0) == float("inf")
+
+
+def processes_of(parent: int) -> dict[str, int]:
+    """The children of torchrun by their rank."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            variables = (status.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended
+        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
+        found |= {rank: int(status.parent.name) for rank in ranks}
+    return found
+
+
+def test_a_rank_that_is_stopped_ends_the_whole_run(packed, tmp_path):
+    out = tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [*torchrun, *command(packed, out, "--epochs", "500", "--stall-seconds", "10")]
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while len(rows(out / "metrics.csv")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = processes_of(process.pid)
+    os.kill(ranks["1"], signal.SIGSTOP)
+    _, error = process.communicate(timeout=300)  # of which torchrun waits 30 s before it kills
+    assert process.returncode != 0
+    assert b"rank 0 has made no progress" in error
+    assert b"in train_one" in error
+    for pid in ranks.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
