@@ -29,6 +29,7 @@ from trainer.meter import READY_SECONDS, Interval
 PHASES = ("train", "eval")
 disable_created_metrics()  # a second gauge for each counter, which nobody here reads
 _SECONDS = (READY_SECONDS, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_LEAST_SCALE = 2.0**-149  # in fp32, before it is 0
 _HISTORY = 240  # intervals that the live page draws
 _SAVE_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -72,7 +73,14 @@ class Metrics:
         self.loss = by_phase(gauge("loss", "Mean cross-entropy last harvested.", "phase"))
         self.learning_rate = gauge("learning_rate", "Of the weights.")
         self.grad_scale = gauge("grad_scale", "Factor on the loss under fp16.")
-        self.skipped_steps = counter("skipped_steps", "Updates left out because fp16 gradients overflowed.")
+        self.skipped_steps = counter("skipped_steps", "Updates left out because gradients were not finite.")
+        unsound = counter(
+            "unsound_intervals",
+            "Log intervals whose loss or weights were not finite, whose fp16 scale had collapsed, "
+            "or whose loss was that of guessing.",
+            "reason",
+        )
+        self.unsound = {name: unsound.labels(name) for name in ("not finite", "overflow", "chance")}
         self.eval_error_ratio = gauge("eval_error_ratio", "Validation error, 0 to 1.", "protocol", "k")
         self.checkpoint_timestamp = gauge(
             "checkpoint_timestamp_seconds", "Unix time of the last good checkpoint."
@@ -93,26 +101,27 @@ class Metrics:
         self._run_info = Info("alexnet_run", "What is running.", registry=registry)
         ProcessCollector(registry=registry)
         self.history: deque[Interval] = deque(maxlen=_HISTORY)
+        self.doing = "start-up"
         self._last_progress = time.monotonic()
         self._grad_scale: float | None = None
 
     def progress(self, now: str | None = None) -> None:
         """Note that the run is alive. now: what it does next, where that changes."""
         self._last_progress = time.monotonic()
+        self.doing = now or self.doing
 
     def harvested(
-        self.doing = "start-up"
         self, interval: Interval, learning_rate: float, grad_scale: float, device: torch.device
     ) -> None:
         """Take over what an interval of training came to."""
         self.history.append(interval)
         self.loss["train"].set(interval.loss)
         self.learning_rate.set(learning_rate)
-        self.doing = now or self.doing
         self.images_per_second.set(interval.images_per_second)
         self.busy_seconds.inc(interval.busy_seconds)
         if self._grad_scale is not None and grad_scale < self._grad_scale:
-            self.skipped_steps.inc(round(math.log2(self._grad_scale / grad_scale)))  # each halves it
+            halvings = math.log2(self._grad_scale / max(grad_scale, _LEAST_SCALE))
+            self.skipped_steps.inc(round(halvings))  # one each
         self._grad_scale = grad_scale
         self.grad_scale.set(grad_scale)
         if device.type == "cuda":
@@ -155,6 +164,7 @@ class Metrics:
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
         """Add the time of the block to an activity."""
+        self.progress(name)
         start = time.monotonic()
         try:
             yield
@@ -164,6 +174,5 @@ class Metrics:
 
 @cache
 def _nvml_handle(device: torch.device):
-        self.progress(name)
     pynvml.nvmlInit()
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

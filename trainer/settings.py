@@ -102,6 +102,8 @@ class Settings(BaseSettings):
     """Batches that are prepared ahead."""
     max_bad_samples: Count = 100
     """Samples that cannot be decoded and are left out before training ends with an error."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """Whether a loss or gradients that are not finite end the run, or have their update left out."""
     stall_seconds: Annotated[float, Field(ge=0)] = 900.0
     """Time without progress after which a process ends, to be started again; 0 is never."""
     evaluation_batch: PositiveInt = 128
@@ -139,7 +141,7 @@ class Settings(BaseSettings):
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
     {"data", "out", "recipe", "device", "threads", "hw_decoder_load", "prefetch", "max_bad_samples",
-     "stall_seconds",
+     "on_nan", "stall_seconds",
      "evaluation_batch", "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
 )  # fmt: skip
 

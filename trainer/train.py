@@ -22,17 +22,18 @@ from trainer.ceilings import loader_work, model_work, rate
 from trainer.display import Display
 from trainer.distributed import World
 from trainer.evaluate import PROTOCOLS, evaluate
+from trainer.health import Health
 from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, make_optimizer, set_learning_rate
 from trainer.run import Run
 from trainer.server import serve
 from trainer.settings import Settings
-from trainer.step import Step, resolve_precision
+from trainer.step import Step, all_finite, resolve_precision
 from trainer.stop import Stopped, StopRequest
 from trainer.tuning import tuned
-
 from trainer.watchdog import Watchdog
+
 CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 
 
@@ -56,8 +57,8 @@ def train(settings: Settings, run: Run) -> None:
         if server is not None:
             server.close()
         distributed.leave()
-
         watchdog.close()
+
 
 class Trainer:
     """A run between two of its steps."""
@@ -92,8 +93,10 @@ class Trainer:
             trained = DistributedDataParallel(self.model)
         if settings.compile:
             trained = torch.compile(trained)
-        self.train_step = Step(trained, self.optimizer, self.precision, world.device)
+        skip = settings.on_nan == "skip"
+        self.train_step = Step(trained, self.optimizer, self.precision, world.device, skip)
         self.meter = Meter(world)
+        self.health = Health(settings, len(self.dataset.manifest.classes), run.checkpoints, metrics)
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
 
@@ -144,10 +147,10 @@ class Trainer:
             if self.world.is_main:
                 from trainer.report import write_report
 
+                self.metrics.progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
     def batches(self) -> Iterator[Batch]:
-                self.metrics.progress("report")
         """This process's part of each step from here on."""
         return train_loader(
             self.dataset,
@@ -175,14 +178,14 @@ class Trainer:
 
     def train_one(self, batches: Iterator[Batch]) -> None:
         """One step: wait for the batch, set the learning rate, update."""
+        self.metrics.progress("input")
         begun = time.monotonic()
         pixels, labels = next(batches)
         waited = time.monotonic() - begun
-        self.metrics.progress("input")
+        self.metrics.progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
         set_learning_rate(self.optimizer, self.learning_rate, epoch)
-        self.metrics.progress("step")
         # Dropout depends on the place in the run alone, so a resume has no state of it to restore.
         place = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
@@ -201,17 +204,21 @@ class Trainer:
         self.metrics.progress_ratio.set(self.step / self.steps)
 
     def _log(self) -> None:
-        """Fetch what the device has summed up, and show it everywhere."""
-        interval = self.meter.harvest()
+        """Fetch what the device has summed up, show it everywhere, and see whether it is sound."""
+        self.metrics.progress("log")
+        interval, scale = self.meter.harvest(), self.train_step.scaler.get_scale()
+        weights_finite = bool(all_finite(self.model.parameters()))
         epoch = self.epoch_at(self.step)
-        self.metrics.harvested(
-            interval, self.learning_rate, self.train_step.scaler.get_scale(), self.world.device
-        )
+        self.metrics.harvested(interval, self.learning_rate, scale, self.world.device)
         if self.world.is_main:
             row = {"step": self.step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
             row |= {"learning_rate": self.learning_rate, "images_per_second": interval.images_per_second}
             self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
         self.display.interval(self.step, epoch, self.learning_rate, interval)
+        skips = self.train_step.take_skips()
+        self.health.check(interval, weights_finite, scale, skips)
+        for warning in self.health.warnings(interval, skips, epoch, self.step):
+            self.display.say(warning)
 
     def _evaluate(self) -> None:
         """Errors over the whole validation set, centre crop; given up when a process is asked to stop."""

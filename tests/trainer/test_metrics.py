@@ -22,6 +22,7 @@ DESIGN = {
     "alexnet_learning_rate": "gauge",
     "alexnet_grad_scale": "gauge",
     "alexnet_skipped_steps": "counter",
+    "alexnet_unsound_intervals": "counter",
     "alexnet_eval_error_ratio": "gauge",
     "alexnet_checkpoint_timestamp_seconds": "gauge",
     "alexnet_checkpoint_seconds": "histogram",
