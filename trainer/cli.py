@@ -76,7 +76,7 @@ def _train(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="alexnet-train evaluate",
-        description="Top-1 and top-5 error of a run's newest checkpoint.",
+        description="Top-1 and top-5 error of a checkpoint of a run.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -84,6 +84,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", default="val", help="which part of the dataset (default val)")
     parser.add_argument(
         "--crops", type=int, choices=(1, 10), default=1, help="centre, or ten crops as in the paper"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=("newest", "best"),
+        default="newest",
+        help="the newest (default), or that of the epoch with the least top-1 error",
     )
     options = parser.parse_args(arguments)
     settings = Run(options.run).settings()
@@ -93,7 +99,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
     from trainer.evaluate import evaluate_run
 
-    print(evaluate_run(settings, Run(options.run), options.split, options.crops))
+    best = options.checkpoint == "best"
+    print(evaluate_run(settings, Run(options.run), options.split, options.crops, best))
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -75,8 +75,8 @@ def evaluate(
     return Scores(top1, top5, loss, int(sums[3]))
 
 
-def evaluate_run(settings: Settings, run: Run, split: str, crops: int) -> str:
-    """Evaluate the newest checkpoint of a run; returns a line that says what came of it.
+def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
+    """Evaluate the newest checkpoint of a run, or the best; returns a line that says what came of it.
 
     Raises SettingsError where the dataset is not the one trained on in its classes, or there is
     no checkpoint yet.
@@ -84,9 +84,9 @@ def evaluate_run(settings: Settings, run: Run, split: str, crops: int) -> str:
     world = distributed.join(settings.device)
     try:
         dataset = Dataset(settings.data)
-        state, notes = checkpoint.load_newest(run.checkpoints, world.device)
+        state, notes = checkpoint.load(run.checkpoints, world.device, "best" if best else "*")
         if state is None:
-            raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first")
+            raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first, an epoch for the best")
         classes = len(dataset.manifest.classes)
         if len(state["model"]["fc8.bias"]) != classes:
             raise SettingsError(

@@ -85,7 +85,14 @@ class Metrics:
         self.checkpoint_timestamp = gauge(
             "checkpoint_timestamp_seconds", "Unix time of the last good checkpoint."
         )
-        self.checkpoint_seconds = histogram("checkpoint_seconds", "Time to save a checkpoint.", _SAVE_SECONDS)
+        self.checkpoint_seconds = histogram(
+            "checkpoint_seconds", "Time to save a checkpoint, beside training.", _SAVE_SECONDS
+        )
+        self.checkpoint_stall_seconds = histogram(
+            "checkpoint_stall_seconds", "Time that training stood still for a checkpoint.", _SECONDS
+        )
+        self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the last good checkpoint.")
+        self.checkpoint_failures = counter("checkpoint_failures", "Checkpoints that could not be written.")
         # With a label, so that there are none where there is no GPU.
         self._gpu = {
             "memory_peak": gauge("gpu_memory_peak_bytes", "Most GPU memory that torch has held.", "gpu"),

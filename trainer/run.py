@@ -10,19 +10,23 @@ report.md, *.png   at the end
 """
 
 import csv
+import errno
 import fcntl
+import io
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.files import whole_file
+from pipeline.files import sync_folder, whole_file
 from pipeline.manifest import Manifest
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
@@ -79,6 +83,12 @@ class Run:
         if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
         return True
+
+    def sync(self) -> None:
+        """Have all rows on the disk, as a checkpoint after them shall be. Raises OSError."""
+        self.metrics.sync()
+        self.evaluations.sync()
+        sync_folder(self.folder)
 
     def settings(self) -> Settings:
         """The settings that the run was begun with. Raises SettingsError if it holds no run."""
@@ -179,14 +189,40 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
+        self._waiting = b""  # rows that the disk has not taken yet
+        self._lock = threading.Lock()  # checkpoints are saved from a thread, after the rows up to them
 
     def append(self, row: Mapping[str, Any]) -> None:
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
+        """Add a row. While the disk takes none, it waits for the next one, or for `sync`."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, row)
+        with self._lock, suppress(OSError):
+            if not self._waiting and not (self.path.exists() and self.path.stat().st_size):
                 writer.writeheader()
             writer.writerow(row)
+            self._waiting += text.getvalue().encode()
+            self._write()
+
+    def sync(self) -> None:
+        """Have all rows on the disk. Raises OSError."""
+        with self._lock:
+            if self._waiting:
+                self._write()
+            if self.path.exists():
+                with open(self.path, "rb") as file:
+                    os.fsync(file.fileno())
+
+    def _write(self) -> None:
+        """Write what waits, all or none of it. Raises OSError."""
+        with open(self.path, "ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(self._waiting) < len(self._waiting):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            except OSError:
+                file.truncate(before)
+                raise
+        self._waiting = b""
 
     def rows(self) -> list[dict[str, float]]:
         if not self.path.exists():
@@ -196,7 +232,7 @@ class Table:
 
     def truncate(self, step: int) -> None:
         """Drop the rows after a step, which will be done again."""
-        if not self.path.exists():
+        if not self.path.exists() or not self.path.stat().st_size:
             return
         head, *lines = self.path.read_text().splitlines(keepends=True)
         column = head.strip().split(",").index("step")

@@ -119,8 +119,10 @@ class Settings(BaseSettings):
     """Steps between two lines of metrics."""
     checkpoint_steps: Count = 0
     """Steps between two checkpoints; 0 is at the end of each epoch alone."""
+    checkpoint_seconds: Count = 0
+    """Seconds between two checkpoints, at a step that is logged; 0 does not count them."""
     keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, and the best one besides."""
 
     @field_validator("drop_epochs", mode="before")
     @classmethod
@@ -141,8 +143,8 @@ class Settings(BaseSettings):
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
     {"data", "out", "recipe", "device", "threads", "hw_decoder_load", "prefetch", "max_bad_samples",
-     "on_nan", "stall_seconds",
-     "evaluation_batch", "port", "address", "calibrate", "log_every", "checkpoint_steps", "keep_checkpoints"}
+     "on_nan", "stall_seconds", "evaluation_batch", "port", "address", "calibrate", "log_every",
+     "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
 )  # fmt: skip
 
 

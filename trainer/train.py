@@ -1,12 +1,13 @@
 """The training loop, top to bottom: section 5 of the paper around the loader, the net and the metrics."""
 
+import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import takewhile
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, make_optimizer, set_learning_rate
 from trainer.run import Run
+from trainer.saver import Saver
 from trainer.server import serve
 from trainer.settings import Settings
 from trainer.step import Step, all_finite, resolve_precision
@@ -99,6 +101,7 @@ class Trainer:
         self.health = Health(settings, len(self.dataset.manifest.classes), run.checkpoints, metrics)
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
+        self.saver = Saver(run, settings, metrics, self.display.warn)
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps, with the fraction."""
@@ -121,34 +124,45 @@ class Trainer:
             self.metrics.progress()
 
     def run_to_end(self) -> None:
-        with self.display, self.stop:
+        with self.display, self.stop, self.saver:
             self._introduce()
-            batches = self.batches()
-            save_due = False
-            while True:
-                if self.epochs_done > self.evaluated and not self.stopping:
-                    self._evaluate()
-                    save_due = True
-                if save_due or self.stopping:
-                    self._save()
-                if self.stopping:
-                    self._leave()
-                if self.step == self.steps:
-                    break
-                with self.metrics.activity("train"):
-                    self.train_one(batches)
-                    every = self.settings.checkpoint_steps
-                    save_due = every > 0 and self.step % every == 0
-                    log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
-                    # Several processes must stop at the same step: they agree on it when they log.
-                    if log_due or save_due or (self.stop.is_made and self.world.size == 1):
-                        self._log()
-                        self.stopping = self.world.any(self.stop.is_made)
+            try:
+                self._train()
+            except DatasetError:
+                if self.step:
+                    self._save()  # the last step is done and the next was not begun
+                raise
+            self.saver.drain()
             if self.world.is_main:
                 from trainer.report import write_report
 
                 self.metrics.progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
+
+    def _train(self) -> None:
+        batches = self.batches()
+        save_due = False
+        while True:
+            best = False
+            if self.epochs_done > self.evaluated and not self.stopping:
+                best = self._evaluate()
+                save_due = True
+            if save_due or self.stopping:
+                self._save(best)
+            if self.stopping:
+                self._leave()
+            if self.step == self.steps:
+                break
+            with self.metrics.activity("train"):
+                self.train_one(batches)
+                every = self.settings.checkpoint_steps
+                save_due = every > 0 and self.step % every == 0
+                log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
+                # Several processes must stop at the same step: they agree on it when they log.
+                if log_due or save_due or (self.stop.is_made and self.world.size == 1):
+                    self._log()
+                    self.stopping = self.world.any(self.stop.is_made)
+                    save_due |= self.world.is_main and self.saver.is_due()  # who alone saves
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of each step from here on."""
@@ -220,8 +234,11 @@ class Trainer:
         for warning in self.health.warnings(interval, skips, epoch, self.step):
             self.display.say(warning)
 
-    def _evaluate(self) -> None:
-        """Errors over the whole validation set, centre crop; given up when a process is asked to stop."""
+    def _evaluate(self) -> bool:
+        """Errors over the whole validation set, centre crop; given up when a process is asked to stop.
+
+        Returns whether there are fewer than ever before.
+        """
         with self.metrics.activity("eval"):
             batches = evaluation_loader(
                 self.dataset,
@@ -236,7 +253,8 @@ class Trainer:
             scores = evaluate(self.model, self.precision, batches, self.world, self.metrics)
         self.stopping = self.world.any(self.stop.is_made)
         if self.stopping:
-            return
+            return False
+        best = scores.top1_error < min(self.errors, default=math.inf)
         self.errors.append(scores.top1_error)
         self.evaluated = self.epochs_done
         self.metrics.evaluated(
@@ -248,27 +266,29 @@ class Trainer:
             )
         self.display.scores(self.epoch_at(self.step), scores)
         self.meter.restart()
+        return best
 
-    def _save(self) -> None:
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            "step": self.step,
+            "errors": self.errors,
+            "evaluated": self.evaluated,
+            "time": time.time(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(),
+        }
+
+    def _save(self, best: bool = False) -> None:
         with self.metrics.activity("checkpoint"):
             if self.world.is_main:
-                now = time.time()
-                state = {
-                    "step": self.step,
-                    "errors": self.errors,
-                    "evaluated": self.evaluated,
-                    "time": now,
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.train_step.scaler.state_dict(),
-                }
-                with self.metrics.checkpoint_seconds.time():
-                    checkpoint.save(self.run.checkpoints, self.step, state, self.settings.keep_checkpoints)
-                self.metrics.checkpoint_timestamp.set(now)
+                self.saver.save(self.state(), best)
         self.meter.restart()
 
     def _leave(self) -> NoReturn:
-        """End as asked, the checkpoint being saved."""
+        """End as asked, once the checkpoint is saved. Raises RunError if it cannot be."""
+        self.saver.drain()
         by = self.stop.signal or signal.SIGTERM
         self.display.say(f"{by.name}: saved after step {self.step}; the same command again continues the run")
         self.world.wait()  # torchrun ends the others as soon as one is gone
@@ -276,7 +296,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         """Take up the newest good checkpoint, if there is one; returns what there is to say of it."""
-        state, notes = checkpoint.load_newest(self.run.checkpoints, self.world.device)
+        state, notes = checkpoint.load(self.run.checkpoints, self.world.device)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

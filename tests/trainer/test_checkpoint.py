@@ -1,11 +1,18 @@
-"""Checkpoints: whole or not there, verified, the newest good one."""
+"""Checkpoints: whole or not there, verified, the newest good one, the best one kept."""
 
+import errno
+import os
 import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from trainer.checkpoint import load_newest, save, saved
+from trainer.checkpoint import load, saved, write
 from trainer.run import RunError
 
 CPU = torch.device("cpu")
@@ -15,55 +22,92 @@ def state(step: int) -> dict:
     return {"step": step, "model": {"weight": torch.full((1000,), float(step))}, "errors": [0.5]}
 
 
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step-")) for path in saved(folder, "step"))
+
+
 def test_the_newest_are_kept_and_the_last_is_loaded(tmp_path):
     for step in (5, 10, 100):
-        save(tmp_path, step, state(step), keep=2)
-    assert [path.name for path in saved(tmp_path)] == ["step-000000010.pt", "step-000000100.pt"]
-    loaded, notes = load_newest(tmp_path, CPU)
+        size = write(tmp_path, step, state(step), keep=2)
+    assert steps(tmp_path) == [10, 100]
+    assert size == (tmp_path / "step-000000100.pt").stat().st_size
+    loaded, notes = load(tmp_path, CPU)
     assert notes == []
     assert loaded["step"] == 100
     torch.testing.assert_close(loaded["model"]["weight"], torch.full((1000,), 100.0))
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert load_newest(tmp_path / "none", CPU) == (None, [])
+    assert load(tmp_path / "none", CPU) == (None, [])
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "one byte flipped", "not an archive"])
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_stays_until_there_is_a_better_one(tmp_path, monkeypatch, links):
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", no_links)
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step, state(step), keep=1, best=step in (1, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000000003.pt", "step-000000005.pt"]
+    assert load(tmp_path, CPU)[0]["step"] == 5
+    assert load(tmp_path, CPU, "best")[0]["step"] == 3
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "one byte flipped", "one byte more", "no archive"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
     for step in (1, 2):
-        save(tmp_path, step, state(step), keep=2)
-    newest = saved(tmp_path)[-1]
-    content = bytearray(newest.read_bytes())
-    if damage == "one byte flipped":
-        place = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 100
-        content[place] ^= 1
-    changed = {"cut short": content[: len(content) // 2], "empty": b"", "not an archive": b"x" * 1000}
-    newest.write_bytes(changed.get(damage, content))
-    loaded, notes = load_newest(tmp_path, CPU)
+        write(tmp_path, step, state(step), keep=2)
+    newest = saved(tmp_path)[0]
+    content = newest.read_bytes()
+    place = content.index(state(2)["model"]["weight"].numpy().tobytes()) + 100
+    newest.write_bytes(
+        {
+            "cut short": content[: len(content) // 2],
+            "empty": b"",
+            "one byte flipped": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+            "one byte more": content + b"\n",
+            "no archive": b"x" * 1000,
+        }[damage]
+    )
+    loaded, notes = load(tmp_path, CPU)
     assert loaded["step"] == 1
     assert len(notes) == 1
-    assert str(newest) in notes[0]
+    assert f"{newest} is damaged" in notes[0]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+    """Also in headers, padding and the sum itself, which the archive's own checksums leave out."""
+    write(tmp_path, 1, {"step": 1, "weight": torch.ones(3)}, keep=1)
+    (path,) = saved(tmp_path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(RunError, match="is damaged"):
+            load(tmp_path, CPU)
+    path.write_bytes(content)
+    assert load(tmp_path, CPU)[0]["step"] == 1
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
-    save(tmp_path, 1, state(1), keep=2)
-    saved(tmp_path)[0].write_bytes(b"")
-    with pytest.raises(RunError, match=r"step-000000001.pt is damaged.*delete"):
-        load_newest(tmp_path, CPU)
+    write(tmp_path, 1, state(1), keep=2, best=True)
+    for path in saved(tmp_path):
+        path.write_bytes(b"")
+    with pytest.raises(RunError, match=r"step-000000001.pt is damaged.*best-000000001.pt is damaged.*delete"):
+        load(tmp_path, CPU)
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path):
-    save(tmp_path, 1, state(1), keep=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the write really fails in mid-file
-    try:
-        with pytest.raises(RunError, match=r"step-000000002.pt cannot be written: .*same command again"):
-            save(tmp_path, 2, state(2), keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
-    assert load_newest(tmp_path, CPU)[0]["step"] == 1
+def test_a_run_that_went_back_keeps_what_it_saves_and_not_what_was_damaged(tmp_path):
+    for step in (1, 20, 30):
+        write(tmp_path, step, state(step), keep=3)
+    for path in saved(tmp_path)[:2]:
+        path.write_bytes(b"")
+    assert load(tmp_path, CPU)[0]["step"] == 1
+    write(tmp_path, 2, state(2), keep=2)
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_loading_runs_no_code(tmp_path):
@@ -71,7 +115,116 @@ def test_loading_runs_no_code(tmp_path):
         def __reduce__(self):
             return (tmp_path.joinpath("ran").touch, ())
 
-    torch.save({"step": 1, "model": Evil()}, tmp_path / "step-000000001.pt")
-    with pytest.raises(RunError):
-        load_newest(tmp_path, CPU)
+    write(tmp_path, 1, {"step": 1, "model": Evil()}, keep=1)
+    with pytest.raises(RunError, match="is damaged: Weights only load failed"):
+        load(tmp_path, CPU)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A disk of 64 KiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def saves_nothing_and_loses_nothing(folder: Path, code: int, big: dict) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(OSError, match=os.strerror(code)) as failed:
+        write(folder, 2, big, keep=1, best=True)
+    assert failed.value.errno == code
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert load(folder, CPU)[0]["step"] == 1
+
+
+def test_a_full_disk(disk):
+    write(disk, 1, state(1), keep=1)
+    saves_nothing_and_loses_nothing(disk, errno.ENOSPC, state(2) | {"more": torch.zeros(20_000)})
+
+
+def test_a_folder_that_is_read_only(disk):
+    write(disk, 1, state(1), keep=1)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    saves_nothing_and_loses_nothing(disk, errno.EROFS, state(2))
+
+
+def test_a_limit_on_the_size_of_files(tmp_path):
+    write(tmp_path, 1, state(1), keep=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the write really fails in mid-file
+    try:
+        saves_nothing_and_loses_nothing(tmp_path, errno.EFBIG, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_disk_that_fails(tmp_path, monkeypatch, call):
+    write(tmp_path, 1, state(1), keep=1)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if call == "write":
+
+        def failing_open(*arguments, **options):
+            file = open(*arguments, **options)  # noqa: SIM115
+            file.write = fail
+            return file
+
+        monkeypatch.setattr("pipeline.files.open", failing_open, raising=False)
+    else:
+        monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
+    saves_nothing_and_loses_nothing(tmp_path, errno.EIO, state(2))
+
+
+def test_a_disk_that_does_not_hold_what_was_written(tmp_path, monkeypatch):
+    write(tmp_path, 1, state(1), keep=1)
+
+    def forget(descriptor: int, *_: object) -> None:
+        with open(f"/proc/self/fd/{descriptor}", "r+b") as file:
+            file.seek(1000)
+            file.write(b"\xff\x00\xff")
+
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    with pytest.raises(OSError, match="reads back other than it was written"):
+        write(tmp_path, 2, state(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "call", "number", "kept"),
+    [
+        (os, "fsync", 1, [1, 2]),
+        (Path, "replace", 1, [1, 2]),
+        (Path, "replace", 2, [1, 2, 3]),
+        (Path, "unlink", 1, [1, 2, 3]),
+        (Path, "unlink", 2, [1, 2, 3]),
+    ],
+)
+def test_a_kill_at_any_point_leaves_whole_checkpoints(tmp_path, owner, call, number, kept):
+    for step in (1, 2):
+        write(tmp_path, step, state(step), keep=2, best=step == 1)
+    process = os.fork()
+    if not process:
+        done, calls = getattr(owner, call), iter(range(1, 100))
+
+        def killed(*arguments, **options):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done(*arguments, **options)
+
+        setattr(owner, call, killed)
+        write(tmp_path, 3, state(3), keep=2, best=True)
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert steps(tmp_path) == kept
+    loaded, notes = load(tmp_path, CPU)
+    assert (loaded["step"], notes) == (kept[-1], [])
+    assert load(tmp_path, CPU, "best")[0]["step"] in (1, 3)
+    write(tmp_path, 4, state(4), keep=1, best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000000004.pt", "step-000000004.pt"]

@@ -1,6 +1,8 @@
 """Bad input: one line that names what is wrong and what to do, and nothing lost."""
 
+import errno
 import json
+import re
 import shutil
 import socket
 import sys
@@ -9,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from trainer import checkpoint, cli
-from trainer.run import RunError
 
 TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "1", "--port", "0"]
 
@@ -137,10 +138,11 @@ def test_a_port_in_use(fail, packed, tmp_path):
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, monkeypatch):
     def full(*_: object) -> None:
-        raise RunError("the checkpoint cannot be written: No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", full)
-    assert "No space left" in fail("--data", packed, "--out", tmp_path / "run", *TINY)
+    monkeypatch.setattr(checkpoint, "write", full)
+    message = fail("--data", packed, "--out", tmp_path / "run", *TINY)
+    assert re.search(r"step-0000000\d\d.pt cannot be written: No space left.*same command again", message)
 
 
 def test_a_gpu_that_is_not_there(fail, packed, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The loop as the command runs it: resume after SIGKILL, many processes, metrics meanwhile, report."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from pipeline.loader import evaluation_loader
-from trainer import cli
+from pipeline.loader import evaluation_loader, train_loader
+from pipeline.manifest import DatasetError
+from trainer import checkpoint, cli
 
 # 60 training images: 5 steps an epoch. The smallest net, and a row in metrics.csv for each step.
 TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "3", "--log-every", "1"]
@@ -100,12 +103,60 @@ def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path
                 yield batch
 
         monkeypatch.setattr("trainer.train.evaluation_loader", interrupted)
-        monkeypatch.setattr(sys, "argv", command(packed, out)[1:])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 143
+        assert main(monkeypatch, command(packed, out)) == 143
         assert len(rows(out / "evaluations.csv")) == epochs
     run(*command(packed, out))
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def main(monkeypatch, arguments: list[str]) -> int:
+    """The command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_images_that_run_out_end_a_run_with_a_checkpoint_of_the_last_step(
+    packed, whole, tmp_path, monkeypatch, capsys
+):
+    def broken(*arguments, **options):
+        yield from islice(train_loader(*arguments, **options), 7)
+        raise DatasetError("too many samples cannot be decoded")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.train_loader", broken)
+        assert main(patch, command(packed, out)) == 1
+    assert capsys.readouterr().err == "alexnet-train: too many samples cannot be decoded\n"
+    assert main(monkeypatch, command(packed, out)) == 0
+    assert f"continuing {out} after step 7" in capsys.readouterr().out
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+
+
+def test_training_goes_on_while_the_disk_is_full_and_saves_as_soon_as_it_can(
+    packed, whole, tmp_path, monkeypatch, capsys
+):
+    write, saved = checkpoint.write, []
+
+    def full_at_first(folder, step, *arguments):
+        saved.append(step)
+        if step < 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(folder, step, *arguments)
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(checkpoint, "write", full_at_first)
+    monkeypatch.setattr("trainer.saver.RETRY_SECONDS", 0.0)
+    assert main(monkeypatch, command(packed, out, "--checkpoint-steps", "3", "--keep-checkpoints", "9")) == 0
+    output = capsys.readouterr().out
+    assert output.count("cannot be written: No space left on device: training goes on") == 1
+    assert saved[0] == 3
+    assert saved[1] in (4, 5)  # as soon as the failure was known
+    assert saved[-3:] == [10, 12, 15]
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
 
@@ -151,6 +202,14 @@ def test_evaluate_gives_the_error_that_training_ended_with(packed, whole):
     assert f"top-1 error {float(last['top1_error']):.2%}" in centre
     assert "over 20 images" in centre
     assert "ten crops" in run("-m", "trainer.cli", "evaluate", str(whole), "--crops", "10")
+
+
+def test_evaluate_gives_the_error_of_the_best_epoch(whole, monkeypatch, capsys):
+    evaluations = rows(whole / "evaluations.csv")
+    best = min(evaluations, key=lambda row: float(row["top1_error"]))
+    assert main(monkeypatch, ["-m", "trainer.cli", "evaluate", str(whole), "--checkpoint", "best"]) == 0
+    said = f"step {best['step']}, val, centre crop: top-1 error {float(best['top1_error']):.2%}"
+    assert said in capsys.readouterr().out
 
 
 def test_two_processes_train_like_one(packed, tmp_path):

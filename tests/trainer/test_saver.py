@@ -1,0 +1,209 @@
+"""Saving beside the training: what is saved, one at a time, and what happens when the disk fails."""
+
+import errno
+import os
+import resource
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.metrics import Metrics
+from trainer.run import Run, RunError, Table
+from trainer.saver import RETRY_SECONDS, Saver
+from trainer.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+class Fixture:
+    """A saver of a run in a folder, with what it says."""
+
+    def __init__(self, folder, **settings):
+        self.metrics, self.said = Metrics(), []
+        self.run = Run(folder)
+        self.saver = Saver(self.run, Settings(**settings), self.metrics, self.said.append)
+
+    def sample(self, name: str) -> float:
+        return self.metrics.registry.get_sample_value(f"alexnet_checkpoint_{name}")
+
+    def steps(self) -> list[int]:
+        return [int(path.stem[5:]) for path in checkpoint.saved(self.run.checkpoints, "step")]
+
+
+@pytest.fixture
+def made(tmp_path) -> Callable[..., Fixture]:
+    return lambda **settings: Fixture(tmp_path, **settings)
+
+
+def state(step: int, value: float = 0.0) -> dict:
+    weights = torch.full((200, 100), value)
+    return {"step": step, "time": 1e9 + step, "model": {"weight": weights}, "errors": [0.5], "optimizer": []}
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_saved_is_the_state_at_that_time(made, monkeypatch):
+    """Training goes on in place before the thread has begun to write, twice in the same memory."""
+    may_write, write = threading.Semaphore(0), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *given: may_write.acquire() and write(*given))
+    it = made(keep_checkpoints=2)
+    for step in (1, 2):
+        training = state(step, value=step)
+        it.saver.save(training)
+        training["model"]["weight"].zero_()
+        training["errors"].append(0.1)
+        may_write.release()
+        it.saver.drain()
+    for path in checkpoint.saved(it.run.checkpoints):
+        loaded = torch.load(path, weights_only=True)
+        assert loaded["model"]["weight"].unique().tolist() == [loaded["step"]]
+        assert loaded["errors"] == [0.5]
+    assert it.steps() == [2, 1]
+
+
+def test_a_save_waits_for_the_one_before_and_that_counts_as_a_stall(made, monkeypatch):
+    writing, write = threading.Lock(), checkpoint.write
+    slow = threading.Event()
+
+    def one_at_a_time(*given):
+        assert writing.acquire(blocking=False)
+        slow.wait(0.2)
+        size = write(*given)
+        writing.release()
+        return size
+
+    monkeypatch.setattr(checkpoint, "write", one_at_a_time)
+    it = made(keep_checkpoints=3)
+    for step in (1, 2, 3):
+        it.saver.save(state(step))
+    it.saver.drain()
+    assert it.steps() == [3, 2, 1]
+    assert it.sample("stall_seconds_count") == it.sample("seconds_count") == 3
+    assert it.sample("stall_seconds_sum") >= 0.4
+    assert it.sample("timestamp_seconds") == 1e9 + 3
+    assert it.sample("bytes") == checkpoint.path_of(it.run.checkpoints, 3).stat().st_size
+
+
+def test_a_failed_save_is_said_once_and_counted_and_made_up_for(made, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("trainer.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    it = made()
+    it.saver.save(state(1))
+    it.saver._wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", full)
+        it.saver.save(state(2))
+        it.saver._wait()
+    assert not it.saver.is_due()
+    assert not it.saver.is_due()
+    (warning,) = it.said
+    assert (
+        f"{checkpoint.path_of(it.run.checkpoints, 2)} cannot be written: No space left on device" in warning
+    )
+    assert "training goes on" in warning
+    assert it.sample("failures_total") == 1
+    assert it.sample("timestamp_seconds") == 1e9 + 1
+    now[0] = RETRY_SECONDS
+    assert it.saver.is_due()
+    it.saver.save(state(3))
+    it.saver.drain()
+    assert not it.saver.is_due()
+    assert it.steps() == [3, 1]
+
+
+def test_a_run_cannot_end_well_if_its_last_save_failed(made, monkeypatch):
+    monkeypatch.setattr(checkpoint, "write", full)
+    it = made()
+    it.saver.save(state(2))
+    with pytest.raises(RunError, match=r"step-000000002.pt cannot be written: No space.*same command again"):
+        it.saver.drain()
+    with it.saver:
+        pass  # it has been said
+
+
+def leave(saver: Saver, step: int, error: type[BaseException]) -> None:
+    with saver:
+        saver.save(state(step))
+        raise error
+
+
+def test_after_an_error_in_training_the_save_is_finished(made, monkeypatch):
+    it = made()
+    with pytest.raises(ZeroDivisionError):
+        leave(it.saver, 1, ZeroDivisionError)
+    assert it.steps() == [1]
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(ZeroDivisionError):
+        leave(it.saver, 2, ZeroDivisionError)
+    assert "step-000000002.pt cannot be written" in it.said[0]
+
+
+def test_ctrl_c_does_not_wait_for_a_disk_that_hangs(made, monkeypatch):
+    hangs = threading.Event()
+    monkeypatch.setattr(checkpoint, "write", lambda *_: hangs.wait())
+    it = made()
+    with pytest.raises(KeyboardInterrupt):
+        leave(it.saver, 1, KeyboardInterrupt)
+    hangs.set()
+
+
+def test_saves_are_due_by_the_clock(made, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("trainer.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    it, never = made(checkpoint_seconds=600), made()
+    due = []
+    for now[0] in (599.0, 600.0, 1199.0, 1201.0):
+        due.append(it.saver.is_due())
+        if due[-1]:
+            it.saver.save(state(int(now[0])))
+        assert not never.saver.is_due()
+    assert due == [False, True, False, True]
+    it.saver.drain()
+
+
+def test_what_is_not_the_disks_fault_ends_the_training(made):
+    it = made()
+    it.saver.save(state(1) | {"model": {"weight": lambda: None}})
+    it.saver._wait()
+    with pytest.raises(Exception, match="pickle"):
+        it.saver.is_due()
+
+
+def test_rows_that_the_disk_does_not_take_wait_for_room(tmp_path):
+    table = Table(tmp_path / "metrics.csv")
+    table.append({"step": 1, "loss": 0.5})
+    before = table.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, hard))  # room for three bytes of a row
+    try:
+        for step in (2, 3):
+            table.append({"step": step, "loss": 0.5})
+        with pytest.raises(OSError, match="space"):
+            table.sync()
+        assert table.path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    table.append({"step": 4, "loss": 0.5})
+    table.sync()
+    assert [row["step"] for row in table.rows()] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_is_saved_after_the_rows_up_to_it(made, monkeypatch):
+    it = made()
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "_write", full)
+        it.run.metrics.append({"step": 1, "loss": 0.5})
+        it.saver.save(state(1))
+        with pytest.raises(RunError, match="No space left"):
+            it.saver.drain()
+    assert it.steps() == []
+    it.saver.save(state(1))
+    it.saver.drain()
+    assert [row["step"] for row in it.run.metrics.rows()] == [1]
+    assert it.steps() == [1]
