@@ -12,6 +12,7 @@
     train   the training loop, beside its loader alone and its model alone
     start   seconds from the command to the end of its first step
     memory  of the GPU, in GB, that training has taken by then
+    save    seconds that a checkpoint holds training up, and until it is on the disk ($TMPDIR)
     pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
 
 What is compared runs by turns after a warm-up. A figure is the median of its runs, with the least and
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from tools.benchmarks.stages import Stage, Stages
 
 CONVOLUTIONS = ("conv1", "conv2", "conv4", "conv5")
-STAGES = ("read", "loader", "peers", "model", *CONVOLUTIONS, "train", "start", "memory", "pack")
-UNITS = {"start": "s", "memory": "GB"}  # of the others, images/s
+STAGES = ("read", "loader", "peers", "model", *CONVOLUTIONS, "train", "start", "memory", "save", "pack")
+UNITS = {"start": "s", "memory": "GB", "save": "s"}  # of the others, images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
 NOISE = 0.9  # of a gate, which has to be reached
 
@@ -102,10 +103,11 @@ def by_turns(stage: "Stage", runs: int) -> Figures:
 def table(stage: str, figures: Figures) -> Iterator[str]:
     """A line for each contestant; ratios are to the first."""
     first, unit = next(iter(figures.values())), UNITS.get(stage, "images/s")
+    digits = ",.3f" if unit == "s" else ",.1f"
     for name, values in figures.items():
         ratio = median(a / b for a, b in zip(first, values, strict=True))
-        spread = f"{min(values):,.1f} to {max(values):,.1f}"
-        line = f"{stage:8}{name:20}{median(values):>12,.1f} {unit:8}  {spread:24}"
+        spread = f"{min(values):{digits}} to {max(values):{digits}}"
+        line = f"{stage:8}{name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
         yield line if values is first else f"{line}{next(iter(figures))} is {ratio:.2f} × this"
 
 

@@ -84,7 +84,8 @@ def test_every_stage_measures_and_the_last_line_is_json(packed, pictures, tmp_pa
     measured = record["images_per_second"]
     assert list(measured) == ["read", "loader", "model", "train", "pack"]
     assert list(measured["train"]) == ["train", "loader alone", "model alone"]
-    for stage in (*measured.values(), record["seconds"]["start"]):
+    assert list(record["seconds"]["save"]) == ["stall", "until on the disk", "torch.save in line"]
+    for stage in (*measured.values(), *record["seconds"].values()):
         for values in stage.values() if isinstance(stage, dict) else [stage]:
             assert len(values) == 1
             assert values[0] > 0

@@ -212,6 +212,33 @@ class Stages:
                 raise SettingsError(f"training does not start: {log.read_text().strip()[-300:]}")
         return seconds, taken
 
+    def save(self) -> Stage:
+        """Seconds that saving holds up training, and until what is saved is on the disk."""
+        folder = Path(tempfile.mkdtemp(prefix="alexnet-bench-"))
+        trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
+        trainer.train_one(trainer.batches())  # so that there is a momentum to save
+
+        def background(held_up: bool) -> float:
+            start = time.perf_counter()
+            trainer.saver.save(trainer.state())
+            stall = time.perf_counter() - start
+            trainer.saver.drain()
+            return stall if held_up else time.perf_counter() - start
+
+        def in_line() -> float:
+            start = time.perf_counter()
+            with open(folder / "in-line.pt", "wb") as file:
+                torch.save(trainer.state(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            return time.perf_counter() - start
+
+        return {
+            "stall": partial(background, True),
+            "until on the disk": partial(background, False),
+            "torch.save in line": in_line,
+        }
+
     def pack(self) -> Stage:
         if self.images is None:
             raise SettingsError("pack needs --input: a folder of images to pack")
