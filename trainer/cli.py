@@ -39,7 +39,7 @@ def main() -> None:
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        os._exit(130)  # at once: a thread may be in the midst of a checkpoint, and a plain exit would abort
 
 
 def _complain(error: object, code: int) -> None:
