@@ -10,6 +10,7 @@ Every checkpoint is saved after such a look at the same step, so none has weight
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,11 +29,17 @@ CHANCE_EPOCHS, CHANCE_STEPS = 3.0, 1000  # of chance, both, before it is said
 class Health:
     """Judges a run's intervals in their order, and counts the unsound ones.
 
-    checkpoints: the folder of those that were saved.
+    newest_checkpoint: finds it, if one was saved, to be named.
     """
 
-    def __init__(self, settings: Settings, classes: int, checkpoints: Path, metrics: Metrics):
-        self.settings, self.checkpoints, self.metrics = settings, checkpoints, metrics
+    def __init__(
+        self,
+        settings: Settings,
+        classes: int,
+        newest_checkpoint: Callable[[], Path | None],
+        metrics: Metrics,
+    ):
+        self.settings, self.newest_checkpoint, self.metrics = settings, newest_checkpoint, metrics
         self.chance = math.log(classes)
         self._chance_since: tuple[float, int] | None = None  # epoch and step
         self._warned = False
@@ -59,7 +66,7 @@ class Health:
             self._end(f"the loss scale of fp16 fell to {scale:g}, and gradients still overflow")
 
     def _end(self, what: str, or_else: str = "") -> NoReturn:
-        saved = max(self.checkpoints.glob("step-*.pt"), default=None)
+        saved = self.newest_checkpoint()
         last = f"The last good checkpoint is {saved}" if saved else "No checkpoint has been saved yet"
         raise RunError(
             f"{what}. {last}. Start a run with a lower --learning-rate, a longer --warmup-epochs or "

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -106,6 +107,11 @@ class Saver:
         """Whether to save by the clock, or to try again what failed, which is said here."""
         self._report()
         return time.monotonic() >= self._due
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, that under way included."""
+        self._wait()
+        return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
 
     def drain(self) -> None:
         """Wait until nothing is under way. Raises RunError, once, if the last save failed."""

@@ -98,10 +98,10 @@ class Trainer:
         skip = settings.on_nan == "skip"
         self.train_step = Step(trained, self.optimizer, self.precision, world.device, skip)
         self.meter = Meter(world)
-        self.health = Health(settings, len(self.dataset.manifest.classes), run.checkpoints, metrics)
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.saver = Saver(run, settings, metrics, self.display.warn)
+        self.health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps, with the fraction."""
@@ -129,8 +129,9 @@ class Trainer:
             try:
                 self._train()
             except DatasetError:
-                if self.step:
-                    self._save()  # the last step is done and the next was not begun
+                # The last step is done and the next was not begun.
+                if self.step and all_finite(self.model.parameters()):
+                    self._save()
                 raise
             self.saver.drain()
             if self.world.is_main:

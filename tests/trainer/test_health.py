@@ -25,10 +25,9 @@ def interval(loss: float) -> Interval:
 
 @pytest.fixture
 def health(tmp_path):
-    """Of a run with two checkpoints, by its policy."""
-    for step in (20, 40):
-        (tmp_path / f"step-{step:09d}.pt").touch()
-    return lambda on_nan: Health(Settings(on_nan=on_nan, warmup_epochs=1), 1000, tmp_path, Metrics())
+    """Of a run with a checkpoint, by its policy."""
+    newest = tmp_path / "step-000000040.pt"
+    return lambda on_nan: Health(Settings(on_nan=on_nan, warmup_epochs=1), 1000, lambda: newest, Metrics())
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
