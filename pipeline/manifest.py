@@ -7,7 +7,7 @@ constant in code.
 
 import json
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -37,7 +37,8 @@ class DatasetError(ValueError):
 
 def _inside(name: str) -> str:
     """A file's name, which must not lead out of the dataset's folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name:
         raise ValueError(f"{name} is not in the dataset's folder")
     return name
 

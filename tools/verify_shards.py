@@ -82,12 +82,9 @@ def check_dataset(root: Path, manifest: Manifest) -> list[Damage]:
 
 
 def _is_below(file: str, folders: bool) -> bool:
-    """Whether it is a name of a file in the dataset's folder, or in folders of it."""
+    """Whether it is a name of ours, in the dataset's folder itself or in folders of it."""
     path = PurePosixPath(file)
-    inside = not path.is_absolute() and ".." not in path.parts and str(path) == file
-    return (
-        inside and (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
-    )
+    return (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
 
 
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,16 +121,28 @@ def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
     (root / "dataset.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("name", ["", "..", "../val-000000.tar", "/etc/passwd", "a\0.tar", "\ud800.tar"])
-def test_names_that_lead_elsewhere_are_not_followed(dataset, name):
-    def index(split: dict) -> None:
-        split["index"] = name
-
-    def shard(split: dict) -> None:
-        split["shards"][0]["file"] = name
-
-    for change in (index, shard):
+def named(dataset: Path, name: str) -> Iterator[None]:
+    """The dataset with this name for its index, then for a shard."""
+    for change in (
+        lambda split: split.update(index=name),
+        lambda split: split["shards"][0].update(file=name),
+    ):
+        before = (dataset / "dataset.json").read_text()
         with_manifest(dataset, lambda content, change=change: change(content["splits"]["train"]))
+        yield
+        (dataset / "dataset.json").write_text(before)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../val-000000.tar", "/etc/passwd"])
+def test_names_that_lead_elsewhere_are_refused(dataset, name):
+    for _ in named(dataset, name):
+        with pytest.raises(DatasetError, match="is not in the dataset's folder"):
+            found_in(dataset)
+
+
+@pytest.mark.parametrize("name", ["a\0.tar", "\ud800.tar", "train.tgz"])
+def test_names_that_packing_never_gives_are_damage(dataset, name):
+    for _ in named(dataset, name):
         assert f"dataset.json: names {name!a}, which is no file of its folder" in found_in(dataset)
 
 
