@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -192,9 +192,9 @@ class ShardReader:
         self.root = root
         self.split = manifest.split(split)
         self.rows = read_index(root, self.split, len(manifest.classes))
-        _allow_open_files(2 * len(self.split.shards))
-        self._files = [_open_shard(root / shard.file, shard) for shard in self.split.shards]
-        self._maps = [_map_shard(file) for file in self._files]
+        _allow_open_files(len(self.split.shards))
+        self._files = [_map_shard(root / shard.file, shard) for shard in self.split.shards]
+        self._maps = [np.frombuffer(file, np.uint8) for file in self._files]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -211,7 +211,8 @@ class ShardReader:
     def will_need(self, numbers: np.ndarray) -> None:
         """Have the kernel fetch what of these samples is not in memory, without waiting for it."""
         for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order of the disk
-            os.posix_fadvise(self._files[shard].fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+            before = offset % mmap.PAGESIZE
+            self._files[shard].madvise(mmap.MADV_WILLNEED, offset - before, size + before)
 
     @property
     def stays_in_memory(self) -> bool:
@@ -238,29 +239,24 @@ class ShardReader:
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
-def _open_shard(path: Path, shard: Shard) -> BinaryIO:
-    """A tar cut short would kill the process later, so it is checked."""
+def _map_shard(path: Path, shard: Shard) -> mmap.mmap:
+    """The whole file. A tar cut short would kill the process later, so it is checked."""
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the reader)
+        with open(path, "rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != shard.bytes:
+                raise DatasetError(
+                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+                )
+            if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
+                raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
-    actual = os.fstat(file.fileno()).st_size
-    if actual != shard.bytes:
-        raise DatasetError(
-            f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
-        )
-    if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
-        raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
-    return file
-
-
-def _map_shard(file: BinaryIO) -> np.ndarray:
-    """The whole file as uint8."""
-    return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _allow_open_files(count: int) -> None:
-    """The usual soft limit of 1024 is fewer than large sets have."""
+    """Each map holds a file open; the usual soft limit of 1024 is fewer than large sets have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -267,7 +267,6 @@ def test_a_key_cannot_be_had_from_a_damaged_header(tmp_path):
 def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
     reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12), noise(1, 12)), "train")
     paths = [tmp_path / shard.file for shard in reader.split.shards]
-    del reader._maps[:]  # the kernel keeps what is mapped
 
     def in_memory(number: int) -> bool:
         row = reader.rows[number]
