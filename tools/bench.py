@@ -202,6 +202,8 @@ def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any
 def main() -> None:
     options, rest = parse_arguments()
     try:
+        for file in filter(None, (options.record, options.trace)):  # not after all the work
+            file.parent.mkdir(parents=True, exist_ok=True)
         record, passed = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:
         sys.exit(f"bench: {error}")

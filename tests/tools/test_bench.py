@@ -95,7 +95,7 @@ def test_every_stage_measures_and_the_last_line_is_json(packed, pictures, tmp_pa
 
 
 def test_a_setting_is_swept_by_turns(packed, tmp_path):
-    records = tmp_path / "records.jsonl"
+    records = tmp_path / "runs" / "records.jsonl"
     arguments = ("loader", "--data", str(packed), *QUICK, "--record", str(records))
     done = run(*arguments, "--sweep", "threads", "1", "2")
     assert done.returncode == 0, done.stderr
