@@ -36,7 +36,7 @@ gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
 gpu-%: BENCH = $(BIN)/python tools/bench.py
-gpu-%: GIVEN = --data $(DATA) --recipe fast --batch 1024 --record $(RECORD)
+gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD)
 
 gpu-tests: setup
 	$(BIN)/pytest -m gpu
@@ -52,7 +52,7 @@ gpu-sweeps: setup
 	$(BENCH) model $(GIVEN) --runs 3 --sweep batch 128 256 512 1024 2048
 
 gpu-accuracy: setup
-	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --within 1
+	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --device cuda --within 1
 
 # Others' packers, with which `tools/bench.py pack --pack-peers .pack-peers/bin/python` compares ours.
 .pack-peers:
