@@ -4,34 +4,33 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
-from trainer.build import build_decoding, build_model
+from trainer.build import build_decoding
 from trainer.ceilings import loader_work, model_work, rate
 from trainer.display import Display
 from trainer.distributed import World
-from trainer.evaluate import PROTOCOLS, evaluate
+from trainer.evaluate import evaluate
 from trainer.health import Health
+from trainer.journal import Journal
+from trainer.learner import Learner
 from trainer.meter import Meter
 from trainer.metrics import Metrics
-from trainer.optim import learning_rate, make_optimizer, set_learning_rate
+from trainer.optim import learning_rate, set_learning_rate
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.server import serve
 from trainer.settings import Settings
-from trainer.step import Step, all_finite, resolve_precision
+from trainer.step import all_finite
 from trainer.stop import Stopped, StopRequest
 from trainer.tuning import tuned
 from trainer.watchdog import Watchdog
@@ -87,19 +86,12 @@ class Trainer:
         self.stop = StopRequest()
         self.stopping = False  # as all processes have agreed
 
-        self.model = build_model(settings, len(self.dataset.manifest.classes), world.device)
-        self.optimizer = make_optimizer(self.model, settings)
-        self.precision = resolve_precision(settings.precision, world.device)
-        trained: Callable[[Tensor], Tensor] = self.model
-        if world.size > 1:
-            trained = DistributedDataParallel(self.model)
-        if settings.compile:
-            trained = torch.compile(trained)
-        skip = settings.on_nan == "skip"
-        self.train_step = Step(trained, self.optimizer, self.precision, world.device, skip)
+        self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
         self.meter = Meter(world)
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
+        self.journal = Journal(run, world, metrics, self.display)
+        self.journal.go_back_to(self.step)
         self.saver = Saver(run, settings, metrics, self.display.warn)
         self.health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
 
@@ -116,7 +108,7 @@ class Trainer:
         classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
         works = {
             "loader": loader_work(self.batches()),
-            "model": model_work(self.settings, classes, self.decoding, share, self.precision),
+            "model": model_work(self.settings, classes, self.decoding, share, self.learner.precision),
         }
         for path, work in works.items():
             work()  # to warm up
@@ -125,12 +117,14 @@ class Trainer:
 
     def run_to_end(self) -> None:
         with self.display, self.stop, self.saver:
-            self._introduce()
+            self.journal.introduce(
+                self.settings, self.dataset.manifest, self.learner.precision, self.port, self.notes
+            )
             try:
                 self._train()
             except DatasetError:
                 # The last step is done and the next was not begun.
-                if self.step and all_finite(self.model.parameters()):
+                if self.step and all_finite(self.learner.model.parameters()):
                     self._save()
                 raise
             self.saver.drain()
@@ -200,13 +194,13 @@ class Trainer:
         self.metrics.progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
-        set_learning_rate(self.optimizer, self.learning_rate, epoch)
+        set_learning_rate(self.learner.optimizer, self.learning_rate, epoch)
         # Dropout depends on the place in the run alone, so a resume has no state of it to restore.
         place = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
 
         self.meter.begin_step()
-        loss, wrong = self.train_step(pixels, labels)
+        loss, wrong = self.learner.step(pixels, labels)
         self.meter.end_step(loss, wrong, len(labels))
         self.step += 1
 
@@ -221,16 +215,11 @@ class Trainer:
     def _log(self) -> None:
         """Fetch what the device has summed up, show it everywhere, and see whether it is sound."""
         self.metrics.progress("log")
-        interval, scale = self.meter.harvest(), self.train_step.scaler.get_scale()
-        weights_finite = bool(all_finite(self.model.parameters()))
+        interval, scale = self.meter.harvest(), self.learner.step.scaler.get_scale()
+        weights_finite = bool(all_finite(self.learner.model.parameters()))
         epoch = self.epoch_at(self.step)
-        self.metrics.harvested(interval, self.learning_rate, scale, self.world.device)
-        if self.world.is_main:
-            row = {"step": self.step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
-            row |= {"learning_rate": self.learning_rate, "images_per_second": interval.images_per_second}
-            self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
-        self.display.interval(self.step, epoch, self.learning_rate, interval)
-        skips = self.train_step.take_skips()
+        self.journal.interval(self.step, epoch, self.learning_rate, scale, interval)
+        skips = self.learner.step.take_skips()
         self.health.check(interval, weights_finite, scale, skips)
         for warning in self.health.warnings(interval, skips, epoch, self.step):
             self.display.say(warning)
@@ -251,21 +240,14 @@ class Trainer:
                 leave_out=self._leave_out,
             )
             batches = takewhile(lambda _: not self.stop.is_made, batches)
-            scores = evaluate(self.model, self.precision, batches, self.world, self.metrics)
+            scores = evaluate(self.learner.model, self.learner.precision, batches, self.world, self.metrics)
         self.stopping = self.world.any(self.stop.is_made)
         if self.stopping:
             return False
         best = scores.top1_error < min(self.errors, default=math.inf)
         self.errors.append(scores.top1_error)
         self.evaluated = self.epochs_done
-        self.metrics.evaluated(
-            PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
-        )
-        if self.world.is_main:
-            self.run.evaluations.append(
-                {"step": self.step, "epoch": self.epoch_at(self.step), **asdict(scores)}
-            )
-        self.display.scores(self.epoch_at(self.step), scores)
+        self.journal.scores(self.step, self.epoch_at(self.step), scores)
         self.meter.restart()
         return best
 
@@ -276,9 +258,7 @@ class Trainer:
             "errors": self.errors,
             "evaluated": self.evaluated,
             "time": time.time(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.train_step.scaler.state_dict(),
+            **self.learner.state(),
         }
 
     def _save(self, best: bool = False) -> None:
@@ -299,49 +279,11 @@ class Trainer:
         """Take up the newest good checkpoint, if there is one; returns what there is to say of it."""
         state, notes = checkpoint.load(self.run.checkpoints, self.world.device)
         if state is not None:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.train_step.scaler.load_state_dict(state["scaler"])
+            self.learner.load_state(state)
             self.step, self.errors, self.evaluated = state["step"], state["errors"], state["evaluated"]
             if self.world.is_main:
                 self.metrics.checkpoint_timestamp.set(state["time"])
             notes.append(
                 f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
             )
-        if self.world.is_main:
-            self.run.metrics.truncate(self.step)
-            self.run.evaluations.truncate(self.step)
-            for row in self.run.evaluations.rows()[-1:]:
-                self.metrics.evaluated(
-                    PROTOCOLS[1],
-                    loss=row["loss"],
-                    top1_error=row["top1_error"],
-                    top5_error=row["top5_error"],
-                )
         return notes
-
-    def _introduce(self) -> None:
-        """Say what runs on what, and export it."""
-        name = self.world.device_name
-        if self.world.is_main:
-            about = self.run.record_environment(name)
-            self.metrics.describe(
-                {
-                    "run": str(self.run.folder),
-                    "recipe": self.settings.recipe,
-                    "precision": self.precision,
-                    **about,
-                }
-            )
-        train, val = (self.dataset.manifest.split(split).samples for split in ("train", "val"))
-        self.display.say(
-            f"{self.run.folder}: recipe {self.settings.recipe}, {train:,} training and {val:,} validation "
-            f"images in {len(self.dataset.manifest.classes):,} classes, "
-            f"on {self.world.size} × {name} in {self.precision}"
-        )
-        if self.port is not None:
-            self.display.say(
-                f"live page: http://{self.settings.address}:{self.port}/ and metrics at /metrics"
-            )
-        for note in self.notes:
-            self.display.say(note)

@@ -1,0 +1,43 @@
+"""What learns: the net, its optimizer and the step, and what a checkpoint holds of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.build import build_model
+from trainer.distributed import World
+from trainer.optim import make_optimizer
+from trainer.settings import Settings
+from trainer.step import Step, resolve_precision
+
+
+class Learner:
+    """The net of this process, which has the weights of all others' after each step."""
+
+    def __init__(self, settings: Settings, classes: int, world: World):
+        self.model = build_model(settings, classes, world.device)
+        self.optimizer = make_optimizer(self.model, settings)
+        self.precision = resolve_precision(settings.precision, world.device)
+        trained: Callable[[Tensor], Tensor] = self.model
+        if world.size > 1:
+            trained = DistributedDataParallel(self.model)
+        if settings.compile:
+            trained = torch.compile(trained)
+        skip = settings.on_nan == "skip"
+        self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: references, not copies."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.step.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step.scaler.load_state_dict(state["scaler"])
