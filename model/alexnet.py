@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.fused import normalise_and_pool
+from model.fused import Activation, normalise_and_pool
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,29 @@ PRESETS = {
     "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01),
     "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03),
 }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The net with something of it changed, as in the paper's experiments; of itself, nothing is.
+
+    activation: a key of ACTIVATIONS (section 3.1). lrn: whether responses are normalised (3.3).
+    overlapping_pooling: whether pooling's windows are 3 pixels wide or 2, with a stride of 2 (3.4).
+    towers: 2, or 1 for the net that one GPU was trained with: half of each convolution but the last,
+    59,798,312 parameters (3.2). conv6: whether a sixth convolution follows the last pooling, as in the
+    net called CNN*, 61,555,304 parameters (6.1). without: a convolution from conv2 to conv5 that is
+    left out, with its activation and normalisation, or "none" (7).
+    """
+
+    activation: str = "relu"
+    lrn: bool = True
+    overlapping_pooling: bool = True
+    towers: int = 2
+    conv6: bool = False
+    without: str = "none"
+
+
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class Dropout2012(nn.Module):
@@ -60,61 +83,108 @@ class AlexNet(nn.Module):
 
     classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
     frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
-    input in pixels; the paper's is 224, the least is 64.
+    input in pixels; the paper's is 224, the least is 64. variant: what is changed.
 
     Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
     as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
     may then never leave the loss ln(classes).
     """
 
-    def __init__(self, classes: int = 1000, preset: str = "paper", dropout: str = "2012", crop: int = 224):
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+
+    def __init__(
+        self,
+        classes: int = 1000,
+        preset: str = "paper",
+        dropout: str = "2012",
+        crop: int = 224,
+        variant: Variant = Variant(),
+    ):
         super().__init__()
-        self.preset = PRESETS[preset]
+        self.preset, self.variant = PRESETS[preset], variant
+        self.activation: Activation = ACTIVATIONS[variant.activation]
+        self.window = 3 if variant.overlapping_pooling else 2
         # The 2012 code rounds the number of windows up, which is zeros on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
-        side = (crop + self.conv1_pad - 11) // 4 + 1
+        last = (crop + self.conv1_pad - 11) // 4 + 1  # the side of the maps
         for _ in range(3):
-            side = (side - 3) // 2 + 1
-        if side < 1:
+            last = (last - self.window) // 2 + 1
+        if last < 1:
             raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 64")
 
-        self.conv1 = nn.Conv2d(3, 96, 11, stride=4)
-        self.conv2 = nn.Conv2d(96, 256, 5, padding=2, groups=2)
-        self.conv3 = nn.Conv2d(256, 384, 3, padding=1)
-        self.conv4 = nn.Conv2d(384, 384, 3, padding=1, groups=2)
-        self.conv5 = nn.Conv2d(384, 256, 3, padding=1, groups=2)
-        self.fc6 = nn.Linear(256 * side * side, 4096)
+        channels = 3
+        towers = variant.towers
+        for name, kernels, side, stride, groups in (
+            ("conv1", 48 * towers, 11, 4, 1),
+            ("conv2", 128 * towers, 5, 1, towers),
+            ("conv3", 192 * towers, 3, 1, 1),
+            ("conv4", 192 * towers, 3, 1, towers),
+            ("conv5", 256, 3, 1, towers),
+            ("conv6", 256, 3, 1, 1),
+        ):
+            if name != variant.without and (name != "conv6" or variant.conv6):
+                padding = 0 if name == "conv1" else side // 2
+                layer = nn.Conv2d(channels, kernels, side, stride, padding, groups=groups)
+                self.add_module(name, layer)
+                channels = kernels
+        self.fc6 = nn.Linear(channels * last * last, 4096)
         self.fc7 = nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, classes)
         self.drop6 = DROPOUTS[dropout]()
         self.drop7 = DROPOUTS[dropout]()
-        self.pool = nn.MaxPool2d(3, stride=2)  # overlapping (section 3.4)
+        self.pool = nn.MaxPool2d(self.window, stride=2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Section 5: normal weights; bias 1 where it gives the ReLUs positive input at first."""
+        stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
+        positive = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
+        if self.variant.activation != "relu":  # which needs no such help, and would begin near its limit
+            positive = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                std = self.preset.conv345_std if name in ("conv3", "conv4", "conv5") else 0.01
-                nn.init.normal_(layer.weight, std=std)
+                nn.init.normal_(layer.weight, std=stds.get(name, 0.01))
                 assert layer.bias is not None
-                nn.init.constant_(layer.bias, float(name in ("conv2", "conv4", "conv5", "fc6", "fc7")))
+                nn.init.constant_(layer.bias, float(name in positive))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,3,crop,crop] → logits [N,classes]. Shapes below are those of a 224-px crop."""
-        norm = self.preset.lrn_alpha, self.preset.lrn_towers
+        """[N,3,crop,crop] → logits [N,classes]."""
+        return self.fc8(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """[N,3,crop,crop] → what fc8 takes [N,4096]. Shapes below are those of a 224-px crop."""
         x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
         x = self.conv1(x)  # [N,96,55,55]
-        x = normalise_and_pool(x, *norm, relu_first=not self.preset.lrn1_before_relu)  # [N,96,27,27]
-        x = self.conv2(x)  # [N,256,27,27]
-        x = normalise_and_pool(x, *norm, spatial_norm=self.preset.spatial_norm)  # [N,256,13,13]
-        x = F.relu(self.conv3(x))  # [N,384,13,13]
-        x = F.relu(self.conv4(x))  # [N,384,13,13]
-        x = self.pool(F.relu(self.conv5(x)))  # [N,256,6,6]
+        x = self._normalise_and_pool(x, relu_first=not self.preset.lrn1_before_relu)  # [N,96,27,27]
+        if self.variant.without == "conv2":
+            x = self.pool(x)
+        else:
+            x = self.conv2(x)  # [N,256,27,27]
+            x = self._normalise_and_pool(x, spatial_norm=self.preset.spatial_norm)  # [N,256,13,13]
+        x = self._convolved("conv3", x)  # [N,384,13,13]
+        x = self._convolved("conv4", x)  # [N,384,13,13]
+        x = self.pool(self._convolved("conv5", x))  # [N,256,6,6]
+        if self.variant.conv6:
+            x = self._convolved("conv6", x)
         x = x.permute(0, 2, 3, 1).flatten(1)  # [N,9216]
-        x = self.drop6(F.relu(self.fc6(x)))
-        x = self.drop7(F.relu(self.fc7(x)))
-        return self.fc8(x)
+        x = self.drop6(self.activation(self.fc6(x)))
+        return self.drop7(self.activation(self.fc7(x)))
+
+    def _convolved(self, name: str, x: Tensor) -> Tensor:
+        return x if name == self.variant.without else self.activation(self.get_submodule(name)(x))
+
+    def _normalise_and_pool(self, x: Tensor, relu_first: bool = True, spatial_norm: bool = False) -> Tensor:
+        lrn = self.variant.lrn
+        return normalise_and_pool(
+            x,
+            self.preset.lrn_alpha if lrn else None,
+            min(self.preset.lrn_towers, self.variant.towers),
+            relu_first,
+            spatial_norm and lrn,
+            activation=self.activation,
+            window=self.window,
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

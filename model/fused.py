@@ -16,39 +16,57 @@ from torch import Tensor
 
 from model.lrn import local_response_norm, spatial_response_norm
 
+Activation = Callable[[Tensor], Tensor]
 SLICE_BYTES = 4 << 20  # of input, a few images: what is computed from them stays in the cache
 
 
 def plain_normalise_and_pool(
-    x: Tensor, alpha: float, towers: int = 1, relu_first: bool = True, spatial_norm: bool = False
+    x: Tensor,
+    alpha: float | None,
+    towers: int = 1,
+    relu_first: bool = True,
+    spatial_norm: bool = False,
+    activation: Activation = F.relu,
+    window: int = 3,
 ) -> Tensor:
     """The operation as one reads it in the paper, and what its fast forms are tested against."""
-    x = local_response_norm(F.relu(x) if relu_first else x, alpha=alpha, towers=towers)
+    if relu_first:
+        x = activation(x)
+    if alpha is not None:
+        x = local_response_norm(x, alpha=alpha, towers=towers)
     if spatial_norm:
         x = spatial_response_norm(x)
-    x = F.max_pool2d(x, 3, stride=2)  # overlapping (section 3.4)
-    return x if relu_first else F.relu(x)
+    x = F.max_pool2d(x, window, stride=2)  # 3: overlapping (section 3.4)
+    return x if relu_first else activation(x)
 
 
 def normalise_and_pool(
-    x: Tensor, alpha: float, towers: int = 1, relu_first: bool = True, spatial_norm: bool = False
+    x: Tensor,
+    alpha: float | None,
+    towers: int = 1,
+    relu_first: bool = True,
+    spatial_norm: bool = False,
+    activation: Activation = F.relu,
+    window: int = 3,
 ) -> Tensor:
     """ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
 
-    alpha, towers: as in `local_response_norm`. relu_first: whether the ReLU comes before all else or
-    after it. spatial_norm: whether `spatial_response_norm` follows the local one.
+    alpha, towers: as in `local_response_norm`; without alpha there is none. relu_first: whether the ReLU
+    comes before all else or after it. spatial_norm: whether `spatial_response_norm` follows the local
+    one. activation: in the ReLU's place. window: side of pooling's windows in pixels, in that of 3.
 
-    x: [N,C,H,W], best channels_last. Returns [N,C,(H-1)//2,(W-1)//2] of the same type and layout.
+    x: [N,C,H,W], best channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type and
+    layout.
     """
-
-    if x.is_cuda and x.dtype != torch.float64 and _has_kernels():
+    published = alpha is not None and activation is F.relu and window == 3
+    if published and x.is_cuda and x.dtype != torch.float64 and _has_kernels():
         from model import triton_pool, triton_spatial
 
         kernels = triton_spatial if spatial_norm else triton_pool
         return kernels.normalise_and_pool(x, alpha, towers, relu_first)[0]
 
     def plain(x: Tensor) -> Tensor:
-        return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)
+        return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
 
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Sliced.apply(x, plain)

@@ -1,10 +1,11 @@
 """From settings to the objects that they describe, the same for training and evaluation."""
 
 import os
+from dataclasses import fields
 
 import torch
 
-from model.alexnet import AlexNet
+from model.alexnet import AlexNet, Variant
 from pipeline.loader import Decoding
 from trainer.settings import Settings
 
@@ -12,7 +13,8 @@ from trainer.settings import Settings
 def build_model(settings: Settings, classes: int, device: torch.device) -> AlexNet:
     """The net with weights drawn by the seed, channels_last on the device."""
     torch.manual_seed(settings.seed)
-    model = AlexNet(classes, settings.preset, settings.dropout, settings.crop)
+    variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
+    model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

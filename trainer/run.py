@@ -68,7 +68,8 @@ class Run:
         identity = _identity(settings, manifest)
         path = self.folder / _SETTINGS
         if path.exists():
-            held = json.loads(path.read_text())
+            # Of a run that an earlier version began: what is not there was not to be chosen then.
+            held = json.loads(Settings.model_construct().model_dump_json()) | json.loads(path.read_text())
             differing = [
                 f"{key} ({held.get(key)} there, {identity.get(key)} here)"
                 for key in identity

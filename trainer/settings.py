@@ -53,6 +53,18 @@ class Settings(BaseSettings):
     """The net of the paper's text, or of the code that produced its numbers."""
     dropout: Literal["2012", "inverted", "off"] = "2012"
     """2012 halves units at test, inverted doubles them in training."""
+    activation: Literal["relu", "tanh"] = "relu"
+    """What follows each layer but the last."""
+    lrn: bool = True
+    """Whether responses are normalised after the first two convolutions."""
+    overlapping_pooling: bool = True
+    """Whether pooling's windows are 3 pixels wide, or 2 as is their stride."""
+    towers: Annotated[int, Field(ge=1, le=2)] = 2
+    """2, or 1 for the half net that the paper trained on one GPU."""
+    conv6: bool = False
+    """Whether a sixth convolution follows the last pooling, as in CNN*."""
+    without: Literal["none", "conv2", "conv3", "conv4", "conv5"] = "none"
+    """A convolution that is left out."""
     crop: Annotated[int, Field(ge=64)] = 224  # less leaves nothing after the last pooling
     """Side of the net's input in pixels."""
 

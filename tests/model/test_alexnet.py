@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.alexnet import PRESETS, AlexNet, count_macs, count_parameters
+from model.alexnet import PRESETS, AlexNet, Variant, count_macs, count_parameters
 
 PARAMETERS = {
     "conv1": 34_944,
@@ -31,6 +31,14 @@ MAPS = {  # of a 224 px crop
     "pool": [(256, 6, 6)],
 }
 POOLED = {"conv2": (96, 27, 27), "conv3": (256, 13, 13)}  # what these take
+VARIANTS = {
+    "tanh": Variant(activation="tanh"),
+    "no LRN": Variant(lrn=False),
+    "pooling that does not overlap": Variant(overlapping_pooling=False),
+    "one tower": Variant(towers=1),
+    "CNN*": Variant(conv6=True),
+    **{f"without {name}": Variant(without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
+}
 BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
@@ -104,6 +112,21 @@ def test_map_sizes(preset):
     assert seen["fc6"][0][0].shape == (2, 9216)
 
 
+@pytest.mark.parametrize(
+    ("variant", "parameters"),
+    [(Variant(), 60_965_224), (VARIANTS["one tower"], 59_798_312), (VARIANTS["CNN*"], 61_555_304)],
+)
+def test_parameters_of_the_nets_that_were_compared(variant, parameters):
+    assert count_parameters(meta_net(variant=variant)) == parameters
+
+
+@pytest.mark.parametrize("name", ["conv2", "conv3", "conv4", "conv5"])
+def test_a_convolution_that_is_left_out_is_not_there(name):
+    net = meta_net(variant=Variant(without=name))
+    assert not hasattr(net, name)
+    assert count_macs(net) < count_macs(meta_net())
+
+
 @pytest.mark.parametrize("crop", [64, 67, 96, 112, 128, 160, 224, 227])
 def test_other_crops(crop):
     assert meta_net(classes=16, crop=crop)(torch.empty(2, 3, crop, crop, device="meta")).shape == (2, 16)
@@ -162,6 +185,10 @@ def test_initial_logits_tell_images_apart(net, request):
 
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     """Sections 0 to 2 of the facts in torch's own layers, two towers by hand."""
+    variant, towers = net.variant, net.variant.towers
+
+    def activation(x: Tensor) -> Tensor:
+        return x.relu() if variant.activation == "relu" else x.tanh()
 
     def convolve(name: str, x: Tensor, groups: int = 1, **options) -> Tensor:
         layer = net.get_submodule(name)
@@ -169,26 +196,34 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
         return torch.cat([F.conv2d(a, weight, bias, **options) for a, weight, bias in parts], 1)
 
     def normalise(x: Tensor) -> Tensor:
+        if not variant.lrn:
+            return x
         if preset == "paper":
             return F.local_response_norm(x, 5, alpha=5e-4, beta=0.75, k=2.0)
         return torch.cat(
-            [F.local_response_norm(a, 5, alpha=1e-4, beta=0.75, k=2.0) for a in x.chunk(2, 1)], 1
+            [F.local_response_norm(a, 5, alpha=1e-4, beta=0.75, k=2.0) for a in x.chunk(towers, 1)], 1
         )
 
     def pool(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3, 2)
+        return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
 
     x = convolve("conv1", F.pad(x, (0, (11 - x.shape[3]) % 4, 0, (11 - x.shape[2]) % 4)), stride=4)
-    x = pool(normalise(x.relu())) if preset == "paper" else pool(normalise(x)).relu()
-    x = normalise(convolve("conv2", x, groups=2, padding=2).relu())
-    if preset == "code2012":
-        x = x / (1 + 0.001 / 25 * F.conv2d(x**2, x.new_ones(256, 1, 5, 5), padding=2, groups=256)) ** 0.75
-    x = convolve("conv3", pool(x), padding=1).relu()
-    x = convolve("conv4", x, groups=2, padding=1).relu()
-    x = pool(convolve("conv5", x, groups=2, padding=1).relu())
+    x = pool(normalise(activation(x))) if preset == "paper" else activation(pool(normalise(x)))
+    if variant.without != "conv2":
+        x = normalise(activation(convolve("conv2", x, groups=towers, padding=2)))
+        if preset == "code2012" and variant.lrn:
+            ones = x.new_ones(x.shape[1], 1, 5, 5)
+            x = x / (1 + 0.001 / 25 * F.conv2d(x**2, ones, padding=2, groups=len(ones))) ** 0.75
+    x = pool(x)
+    for name, groups in (("conv3", 1), ("conv4", towers), ("conv5", towers)):
+        if name != variant.without:
+            x = activation(convolve(name, x, groups=groups, padding=1))
+    x = pool(x)
+    if variant.conv6:
+        x = activation(convolve("conv6", x, padding=1))
     x = x.permute(0, 2, 3, 1).reshape(len(x), -1)
-    x = F.linear(x, net.fc6.weight, net.fc6.bias).relu() / 2
-    x = F.linear(x, net.fc7.weight, net.fc7.bias).relu() / 2
+    x = activation(F.linear(x, net.fc6.weight, net.fc6.bias)) / 2
+    x = activation(F.linear(x, net.fc7.weight, net.fc7.bias)) / 2
     return F.linear(x, net.fc8.weight, net.fc8.bias)
 
 
@@ -197,6 +232,18 @@ def test_forward_pass(small, request):
     with torch.inference_mode():
         expected = reference_logits(small, x, request.node.callspec.params["small"])
         torch.testing.assert_close(small(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_forward_pass_of_a_variant(variant, preset):
+    torch.manual_seed(0)
+    net = AlexNet(10, preset, crop=96, variant=variant)
+    net.to(torch.float64, memory_format=torch.channels_last).eval()
+    x = some_pixels(2, 96)
+    with torch.inference_mode():
+        expected = reference_logits(net, x, preset)
+        torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_channels_last_is_never_copied_back(small):

@@ -7,11 +7,14 @@ from torch import Tensor
 from model import fused
 from model.fused import normalise_and_pool, plain_normalise_and_pool
 
-# Both presets' stages, with a larger α than theirs, so that the norm weighs.
+# Both presets' stages and those of experiments, with a larger α than theirs, so that the norm weighs.
 STAGES = [
     pytest.param({"alpha": 1e-3}, id="paper"),
     pytest.param({"alpha": 1e-3, "towers": 2, "relu_first": False}, id="code2012-1"),
     pytest.param({"alpha": 1e-3, "towers": 2, "spatial_norm": True}, id="code2012-2"),
+    pytest.param({"alpha": None}, id="no-lrn"),
+    pytest.param({"alpha": 1e-3, "window": 2}, id="no-overlap"),
+    pytest.param({"alpha": 1e-3, "relu_first": False, "activation": torch.tanh}, id="tanh"),
 ]
 
 

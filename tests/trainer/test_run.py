@@ -1,5 +1,6 @@
 """The run folder has one writer."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from pipeline.manifest import read_manifest
 from trainer.run import Run, RunError
-from trainer.settings import load_settings
+from trainer.settings import SettingsError, load_settings
 
 HOLDS = """
 import sys, time
@@ -46,3 +47,14 @@ def test_a_start_that_was_killed_before_it_wrote_its_settings_can_be_done_again(
     (tmp_path / ".settings.json.partial").write_text('{"data')
     Run(tmp_path).begin(load_settings([]), read_manifest(packed)).close()
     assert Run(tmp_path).settings() == load_settings([])
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp_path):
+    settings, manifest = load_settings([]), read_manifest(packed)
+    Run(tmp_path).begin(settings, manifest).close()
+    path = tmp_path / "settings.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in held.items() if name != "lrn"}))
+    Run(tmp_path).begin(settings, manifest).close()
+    with pytest.raises(SettingsError, match=r"differs in lrn \(True there, False here\)"):
+        Run(tmp_path).begin(load_settings(["--no-lrn"]), manifest)
