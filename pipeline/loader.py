@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipeline.colour import colour_divisor, colour_offsets
-from pipeline.graph import GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
+from pipeline.graph import CENTRE, GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
 from pipeline.shards import ShardReader
@@ -64,6 +64,7 @@ def train_loader(
     steps: range,
     decoding: Decoding,
     *,
+    crops_and_flips: bool = True,
     colour: str = "off",
     colour_epochs: int | None = None,
     rank: int = 0,
@@ -72,9 +73,10 @@ def train_loader(
 ) -> Iterator[Batch]:
     """A rank's part of each step: random crop, mirror and colour.
 
-    colour: one of COLOURS. colour_epochs: epochs after which it is switched off, if it is.
-    leave_out: called with the place of each sample that cannot be decoded, for which the next one of
-    the dataset is taken, with the draws that were for it; None makes it a DatasetError.
+    crops_and_flips: without, each image is its centre, as in evaluation. colour: one of COLOURS.
+    colour_epochs: epochs after which it is switched off, if it is. leave_out:
+    called with the place of each sample that cannot be decoded, for which the next one of the dataset
+    is taken, with the draws that were for it; None makes it a DatasetError.
     Raises ValueError if `world` does not divide the plan's batch, DatasetError for damaged data.
     """
     reader, pixels = dataset.reader("train"), dataset.manifest.pixels
@@ -83,9 +85,12 @@ def train_loader(
     def requests() -> Iterator[Request]:
         for step in steps:
             batch = plan.step_batch(step, rank, world)
-            x, y = _crop_places(
-                dataset.manifest, reader.rows[batch.samples], batch.draws.uniform, decoding.crop
-            )
+            if crops_and_flips:
+                rows, mirror = reader.rows[batch.samples], batch.draws.mirror
+                x, y = _crop_places(dataset.manifest, rows, batch.draws.uniform, decoding.crop)
+            else:
+                x, y = np.full((2, len(batch.samples)), CENTRE[0])
+                mirror = np.zeros(len(batch.samples))
             coloured = batch.epoch < (np.inf if colour_epochs is None else colour_epochs)
             offsets = np.where(coloured[:, None], colour_offsets(colour, pixels, batch.draws.normal), 0.0)
             divisor = np.where(coloured, colour_divisor(colour), 1.0)
@@ -96,7 +101,7 @@ def train_loader(
                     divisor.astype(np.float32),
                     x.astype(np.float32),
                     y.astype(np.float32),
-                    batch.draws.mirror.astype(np.int32),
+                    mirror.astype(np.int32),
                 ),
             )
 

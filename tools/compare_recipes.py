@@ -10,23 +10,19 @@ command continues what was interrupted, and what is finished is not trained agai
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
+from pipeline.manifest import DatasetError
+from tools.experiments.training import Training, TrainingError, train_all
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings, read_recipe
 
 MEASURES = ("top1_error", "top5_error")
 
 Scores = dict[str, list[float]]  # of each measure, a value a seed
-
-
-class TrainingError(RuntimeError):
-    """A training that failed, in one line."""
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -48,34 +44,22 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return options, settings
 
 
-def train(recipe: str, seed: int, out: Path, settings: list[str]) -> dict[str, float]:
-    """The last validation of a run, trained or continued in a process of its own. Raises TrainingError."""
-    folder = out / f"{Path(recipe).stem}-{seed}"
-    arguments = ["--recipe", recipe, "--seed", str(seed), "--out", str(folder), "--port", "0", *settings]
-    log = folder.with_suffix(".log")
-    with open(log, "a") as file:
-        command = [sys.executable, "-m", "trainer.cli", *arguments]
-        done = subprocess.run(command, stdout=file, stderr=file, check=False)
-    if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise TrainingError(f"{folder.name} ended with {done.returncode}, see {log}: {' '.join(last)}")
-    return Run(folder).evaluations.rows()[-1]
-
-
 def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Scores]:
     """The scores of each recipe, in percent."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs = [(recipe, seed) for seed in range(options.seeds) for recipe in options.recipes]
-    scores: dict[str, Scores] = {
-        Path(recipe).stem: {measure: [] for measure in MEASURES} for recipe in options.recipes
+    names = [Path(recipe).stem for recipe in options.recipes]
+    trainings = [
+        Training(options.out / f"{name}-{seed}", ["--recipe", recipe, "--seed", str(seed), *settings])
+        for seed in range(options.seeds)
+        for name, recipe in zip(names, options.recipes, strict=True)
+    ]
+    evaluations = train_all(trainings, options.jobs)
+    return {
+        name: {
+            measure: [100 * evaluation[measure] for evaluation in evaluations[number :: len(names)]]
+            for measure in MEASURES
+        }
+        for number, name in enumerate(names)
     }
-    with ThreadPoolExecutor(options.jobs) as pool:
-        done = pool.map(lambda run: train(run[0], run[1], options.out, settings), runs)
-        for (recipe, seed), evaluation in zip(runs, done, strict=True):
-            print(f"{Path(recipe).stem}, seed {seed}: top-1 error {evaluation['top1_error']:.1%}", flush=True)
-            for measure in MEASURES:
-                scores[Path(recipe).stem][measure].append(100 * evaluation[measure])
-    return scores
 
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:
@@ -97,7 +81,7 @@ def main() -> None:
             read_recipe(recipe)
         load_settings(settings, command="compare_recipes.py")
         scores = compare(options, settings)
-    except (SettingsError, TrainingError, OSError) as error:
+    except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare_recipes: {error}")
     print(*table(scores), sep="\n")
     about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]

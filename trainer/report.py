@@ -9,7 +9,7 @@ matplotlib.use("Agg")  # files only: there may be no screen
 import matplotlib.pyplot as plt
 
 from pipeline.manifest import Manifest
-from trainer.run import Run
+from trainer.run import REPORT, Run
 
 Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values
 
@@ -36,7 +36,7 @@ def write_report(run: Run, manifest: Manifest) -> Path:
         ],
     )
     _plot(run.folder / "images_per_second.png", "images/s", [series("training", steps, "images_per_second")])
-    path = run.folder / "report.md"
+    path = run.folder / REPORT
     path.write_text(_text(run, manifest, steps, evaluations), encoding="utf-8")
     return path
 

@@ -30,6 +30,7 @@ from pipeline.files import sync_folder, whole_file
 from pipeline.manifest import Manifest
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
+REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial"}  # what is left of a start that was killed early
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
@@ -56,14 +57,14 @@ class Run:
         SettingsError where the folder holds another run, naming what differs, or foreign files, and
         RunError where it is being trained.
         """
-        fresh = self._is_new(settings, manifest)
+        fresh = self.is_new(settings, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(self.folder)
-        if fresh and self._is_new(settings, manifest):  # it was another's until now
+        if fresh and self.is_new(settings, manifest):  # it was another's until now
             _write_json(self.folder / _SETTINGS, _identity(settings, manifest, whole=True))
         return lock
 
-    def _is_new(self, settings: Settings, manifest: Manifest) -> bool:
+    def is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Whether no run has begun here; one that has must be this one."""
         identity = _identity(settings, manifest)
         path = self.folder / _SETTINGS
@@ -84,6 +85,11 @@ class Run:
         if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
         return True
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last step was done, after which the report is written."""
+        return (self.folder / REPORT).exists()
 
     def sync(self) -> None:
         """Have all rows on the disk, as a checkpoint after them shall be. Raises OSError."""

@@ -70,6 +70,8 @@ class Settings(BaseSettings):
 
     batch: PositiveInt = 128
     """Images in a step over all processes."""
+    crops_and_flips: bool = True
+    """Whether to train on random crops and their mirror images, or on the centre alone."""
     colour: Literal["paper", "code2012", "off"] = "paper"
     """Strength of the colour augmentation (fancy PCA)."""
     colour_epochs: Count | None = None

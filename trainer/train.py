@@ -166,6 +166,7 @@ class Trainer:
             self.plan,
             range(self.step, sys.maxsize),
             self.decoding,
+            crops_and_flips=self.settings.crops_and_flips,
             colour=self.settings.colour,
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,

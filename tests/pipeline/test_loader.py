@@ -99,6 +99,14 @@ def test_training_batches_are_what_the_plan_says(any_geometry):
             assert difference.mean() < 0.5
 
 
+def test_without_crops_and_flips_it_trains_on_what_is_evaluated(any_geometry):
+    centres = torch.cat([pixels for pixels, _ in evaluation_loader(any_geometry, "train", 4, DECODING)])
+    plan = plan_of(any_geometry)
+    loader = train_loader(any_geometry, plan, range(4), DECODING, crops_and_flips=False)
+    for step, (pixels, _) in enumerate(loader):
+        assert torch.equal(pixels, centres[plan.step_samples(step)])
+
+
 def test_shapes_and_types(reference):
     for pixels, labels in reference:
         assert (pixels.shape, pixels.dtype) == ((12, 3, CROP, CROP), torch.float32)

@@ -54,7 +54,7 @@ def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path):
         (["fast", "fast"], "two recipes have the same name"),
         (["fast", "--epoch", "1"], "unknown setting --epoch"),
         (["fast", "--seeds", "0"], "take 1 or more"),
-        (["fast", "--seeds", "1", "--data", "nowhere"], "fast-0 ended with 1"),
+        (["fast", "--seeds", "1", "--data", "nowhere"], "no dataset at nowhere"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(arguments, message, tmp_path):

@@ -1,0 +1,90 @@
+"""tools/paper.py: a small grid really trained, and the arithmetic and text of records."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tools.experiments.record import Record, RecordError, Row, differences, spread, verdict
+
+QUICK = ("--recipe", "demo", "--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
+
+
+def paper(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.paper", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def record(*rows: Row) -> Record:
+    return Record(
+        experiment="ablations",
+        title="Ablations",
+        source="section 3",
+        data="drawn pictures",
+        command="python tools/paper.py ablations",
+        environment={"torch": "2"},
+        rows=list(rows),
+    )
+
+
+def test_a_sign_is_said_only_where_all_seeds_agree():
+    assert verdict([0.5, 2.0], 1.0) == "as published"
+    assert verdict([-0.5, -2.0], 1.0) == "opposite"
+    assert verdict([-0.5, 2.0], 1.0) == "within the spread"
+    assert verdict([0.0, 2.0], 1.0) == "within the spread"
+    assert verdict([3.0], 1.0) == "one seed"
+
+
+def test_differences_are_between_runs_of_the_same_seed():
+    whole = Row(system="AlexNet", measured={"error": [40.0, 50.0]})
+    less = Row(system="no LRN", measured={"error": [41.0, 53.0]}, than="AlexNet", published={"error": 1.4})
+    assert differences(less, whole, "error") == [1.0, 3.0]
+    cells = "+1.4 to AlexNet | 47.00 (41.00 to 53.00) | +2.00 (+1.00 to +3.00) | as published"
+    assert f"| no LRN | error | {cells} |" in str(record(whole, less))
+    assert spread([2.0]) == "2.00"
+
+
+def test_a_record_is_read_as_it_was_written_and_nothing_else_is(tmp_path):
+    written = record(Row(system="AlexNet", measured={"error (%)": [40.0]}))
+    path = written.save(tmp_path)
+    assert Record.read(path) == written
+    path.write_text('{"rows": []}')
+    with pytest.raises(RecordError, match=r"ablations.json is no record"):
+        Record.read(path)
+
+
+def test_a_grid_is_trained_once_and_reported(packed, tmp_path):
+    out = tmp_path / "paper"
+    grid = ("ablations", "--data", packed, "--out", out, "--seeds", "2", "--only", "one GPU's net", *QUICK)
+    done = paper(*grid)
+    assert done.returncode == 0, done.stderr
+    whole, half = Record.read(out / "ablations.json").rows
+    assert (whole.system, half.system, half.than) == ("AlexNet", "one GPU's net", "AlexNet")
+    assert [len(values) for row in (whole, half) for values in row.measured.values()] == [2] * 4
+    logs = {path: path.read_text() for path in (out / "ablations").glob("*.log")}
+    assert len(logs) == 4
+    assert paper(*grid).returncode == 0
+    assert {path: path.read_text() for path in logs} == logs  # nothing was trained again
+    assert paper("report", "--out", out).stdout.strip() == str(out / "results.md")
+    assert (
+        "| one GPU's net (section 3.2) | top-1 error (%) | +1.7 to AlexNet |"
+        in (out / "results.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report"], "no records in"),
+        (["report", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+        (["ablation"], "invalid choice: 'ablation'"),
+        (["ablations", "--recipe", "small"], "'no colour augmentation' is so already"),
+        (["ablations", "--data", "nowhere"], "no dataset at nowhere"),
+        (["ablations", "--epoch", "3"], "unknown setting --epoch; did you mean --epochs?"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, message, tmp_path):
+    done = paper(*arguments, "--out", tmp_path / "paper")
+    assert done.returncode in (1, 2)
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,94 @@
+"""What each part of the net and of its training is worth: the net without it, seed by seed.
+
+    python tools/paper.py ablations --data shards --seeds 3 --recipe small --epochs 20
+
+Each is trained with the same settings but one. The published differences are those of the paper's text and
+of its code's logs. Other options are settings of alexnet-train, the same for all; a recipe whose learning
+rate falls by the number of epochs (schedule `cosine`) fits any budget. What is finished is not trained again.
+"""
+
+import argparse
+from typing import NamedTuple
+
+from tools.experiments.record import Record, Row
+from tools.experiments.training import Training, about, train_all
+from trainer.settings import SettingsError, load_settings
+
+TAKES_SETTINGS = True
+TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
+WHOLE = "AlexNet"
+
+
+class Ablation(NamedTuple):
+    """top1, top5: published differences to the whole net, in points."""
+
+    settings: tuple[str, ...]
+    source: str
+    top1: float | None = None
+    top5: float | None = None
+
+
+ABLATIONS = {
+    "no LRN": Ablation(("--no-lrn",), "section 3.3", 1.4, 1.2),
+    "pooling that does not overlap": Ablation(("--no-overlapping-pooling",), "section 3.4", 0.4, 0.3),
+    "one GPU's net": Ablation(("--towers", "1"), "section 3.2", 1.7, 1.2),
+    "no colour augmentation": Ablation(("--colour", "off"), "section 4.1: over 1", 1.0),
+    "no crops or flips": Ablation(("--no-crops-and-flips",), "section 4.1: overfits substantially"),
+    "no dropout": Ablation(("--dropout", "off"), "section 4.2: overfits substantially"),
+    "tanh": Ablation(("--activation", "tanh"), "section 3.1: several times slower"),
+    **{
+        f"without {name}": Ablation(("--without", name), "section 7: about 2", 2.0)
+        for name in ("conv2", "conv3", "conv4", "conv5")
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
+
+
+def run(options: argparse.Namespace, settings: list[str]) -> Record:
+    """Train the grid, or what is left of it; returns the record. Raises SettingsError or TrainingError."""
+    chosen = {WHOLE: Ablation((), "")} | {
+        name: ablation for name, ablation in ABLATIONS.items() if not options.only or name in options.only
+    }
+    whole = load_settings(settings)
+    for name, ablation in chosen.items():
+        if name != WHOLE and load_settings([*settings, *ablation.settings]) == whole:
+            raise SettingsError(
+                f"'{name}' is so already by these settings: take a recipe that has what it leaves out, "
+                "or name the others with --only"
+            )
+    trainings = [
+        Training(
+            options.out / "ablations" / f"{name.replace(' ', '-')}-{seed}",
+            [*settings, "--seed", str(seed), *ablation.settings],
+        )
+        for seed in range(options.seeds)
+        for name, ablation in chosen.items()
+    ]
+    evaluations = train_all(trainings, options.jobs)
+    rows = []
+    for number, (name, ablation) in enumerate(chosen.items()):
+        own = evaluations[number :: len(chosen)]
+        measured = {TOP1: [100 * e["top1_error"] for e in own], TOP5: [100 * e["top5_error"] for e in own]}
+        published = {TOP1: ablation.top1, TOP5: ablation.top5}
+        rows.append(
+            Row(
+                system=name,
+                measured=measured,
+                published={measure: value for measure, value in published.items() if value is not None},
+                than="" if name == WHOLE else WHOLE,
+                note=ablation.source,
+            )
+        )
+    return Record(
+        experiment="ablations",
+        title="Ablations",
+        source="sections 3, 4 and 7; the logs of layers-147, -148 and -145-half",
+        rows=rows,
+        **about(trainings),
+    )

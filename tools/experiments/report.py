@@ -1,0 +1,28 @@
+"""results.md: every record in a folder, the paper's numbers beside those that were measured."""
+
+import argparse
+from pathlib import Path
+
+from tools.experiments.record import Record
+from trainer.settings import SettingsError
+
+TAKES_SETTINGS = False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None besides --out."""
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Path:
+    """Write results.md; returns its path. Raises RecordError for a file that is no record, and SettingsError
+    if there is none."""
+    from tools.paper import EXPERIMENTS
+
+    paths = [options.out / f"{name}.json" for name in EXPERIMENTS]
+    records = [Record.read(path) for path in paths if path.exists()]
+    if not records:
+        raise SettingsError(f"no records in {options.out}: run an experiment first, see --help")
+    path = options.out / "results.md"
+    head = "# The paper's results, measured\n\nOf several seeds: the mean, with the least and the greatest."
+    path.write_text("\n\n".join([head, *map(str, records)]) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,88 @@
+"""Trainings that an experiment needs, each `alexnet-train` in a process and a run folder of its own."""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.manifest import read_manifest
+from trainer.run import Run
+from trainer.settings import load_settings
+
+
+class TrainingError(RuntimeError):
+    """A training that failed, in one line."""
+
+
+class Training(NamedTuple):
+    """folder: of the run. settings: of alexnet-train."""
+
+    folder: Path
+    settings: Sequence[str]
+
+
+def train(training: Training) -> dict[str, float]:
+    """The last validation of a run, trained or continued if it is not finished.
+
+    Raises TrainingError, or SettingsError where the folder holds another run.
+    """
+    folder, settings = training
+    run, chosen = Run(folder), load_settings(settings)
+    if not run.is_new(chosen, read_manifest(chosen.data)) and run.is_finished:
+        return run.evaluations.rows()[-1]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_name(f"{folder.name}.log")
+    with open(log, "a") as file:
+        command = [sys.executable, "-m", "trainer.cli", "--out", str(folder), "--port", "0", *settings]
+        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+    if done.returncode:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise TrainingError(f"{folder.name} ended with {done.returncode}, see {log}: {' '.join(last)}")
+    return run.evaluations.rows()[-1]
+
+
+def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, float]]:
+    """The same for many, `jobs` at a time, telling how far they are. Raises TrainingError for the first."""
+    begun, done = time.monotonic(), 0
+
+    def train_one(training: Training) -> dict[str, float]:
+        nonlocal done
+        evaluation = train(training)
+        done += 1
+        minutes = (time.monotonic() - begun) / 60
+        print(
+            f"{done}/{len(trainings)} {training.folder.name}: top-1 error {evaluation['top1_error']:.1%}, "
+            f"after {minutes:.0f} min, about {minutes / done * (len(trainings) - done):.0f} min left",
+            flush=True,
+        )
+        return evaluation
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(train_one, trainings))
+
+
+def about(trainings: Sequence[Training]) -> dict[str, Any]:
+    """What a record says of the data, the budget and the machine, once they are trained."""
+    run = Run(trainings[0].folder)
+    settings = run.settings()
+    seeds = len({Run(training.folder).settings().seed for training in trainings})
+    return {
+        "data": f"{describe(settings.data)}; recipe {settings.recipe}, {settings.epochs} epochs at a crop of "
+        f"{settings.crop} px and a batch of {settings.batch}, {seeds} seed{'s' if seeds > 1 else ''}",
+        "command": shlex.join(["python", *sys.argv]),
+        "environment": run.starts()[-1],
+    }
+
+
+def describe(data: Path) -> str:
+    """A dataset in words."""
+    manifest = read_manifest(data)
+    train, val = (manifest.split(split).samples for split in ("train", "val"))
+    return (
+        f"{data.resolve().name}: {train:,} training and {val:,} validation images of "
+        f"{len(manifest.classes):,} classes, {manifest.size} px, fingerprint {manifest.fingerprint[:12]}"
+    )

@@ -1,0 +1,59 @@
+"""The paper's experiments, each on any packed dataset, and one report of all that was run.
+
+    python tools/paper.py ablations --data shards --recipe small --seeds 3
+    python tools/paper.py report
+
+    ablations   what each part of the net and of its training is worth
+    report      results.md of all that was run, the published numbers beside those that were measured
+
+An experiment leaves a record, its pictures and its trainings in --out; the same command goes on with what
+was interrupted. `python tools/paper.py ablations --help` says what one takes.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from pipeline.manifest import DatasetError
+from tools.experiments.record import Record, RecordError
+from tools.experiments.training import TrainingError
+from trainer.run import RunError
+from trainer.settings import SettingsError
+
+EXPERIMENTS = ("ablations",)  # in the order of the report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
+    experiment = parser.parse_args(sys.argv[1:2]).experiment
+    module = import_module(f"tools.experiments.{experiment.replace('-', '_')}")
+
+    parser = argparse.ArgumentParser(
+        prog=f"paper.py {experiment}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="default runs/paper"
+    )
+    module.add_arguments(parser)
+    options, settings = parser.parse_known_args(sys.argv[2:])
+    if settings and not module.TAKES_SETTINGS:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        result = module.run(options, settings)
+        if isinstance(result, Record):
+            result.save(options.out)
+        print(result)
+    except (SettingsError, DatasetError, RunError, RecordError, TrainingError, OSError) as error:
+        sys.exit(f"paper: {error}")
+
+
+if __name__ == "__main__":
+    main()
