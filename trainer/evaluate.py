@@ -2,14 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.loader import Dataset, evaluation_loader
+from model.alexnet import AlexNet
+from pipeline.loader import Batch, Dataset, evaluation_loader
 from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
 from trainer.distributed import World
@@ -75,43 +77,66 @@ def evaluate(
     return Scores(top1, top5, loss, int(sums[3]))
 
 
-def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
-    """Evaluate the newest checkpoint of a run, or the best; returns a line that says what came of it.
+class Trained(NamedTuple):
+    """A net as a checkpoint has it, and what it was trained with."""
 
-    Raises SettingsError where the dataset is not the one trained on in its classes, or there is
-    no checkpoint yet.
-    """
-    world = distributed.join(settings.device)
-    try:
-        dataset = Dataset(settings.data)
-        state, notes = checkpoint.load(run.checkpoints, world.device, "best" if best else "*")
-        if state is None:
-            raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first, an epoch for the best")
-        classes = len(dataset.manifest.classes)
-        if len(state["model"]["fc8.bias"]) != classes:
-            raise SettingsError(
-                f"the run in {run.folder} was trained on {len(state['model']['fc8.bias'])} classes and "
-                f"{settings.data} has {classes}: give the dataset that it was trained on with --data"
-            )
-        model = build_model(settings, classes, world.device)
-        model.load_state_dict(state["model"])
-        batches = evaluation_loader(
-            dataset,
+    model: AlexNet
+    settings: Settings
+    dataset: Dataset
+    step: int
+    notes: list[str]  # of damaged checkpoints that were passed over
+
+    def batches(self, split: str, crops: int, world: World) -> Iterator[Batch]:
+        """A process's share of a split, by crops of the model's own size."""
+        return evaluation_loader(
+            self.dataset,
             split,
-            max(1, settings.evaluation_batch // crops),
-            build_decoding(settings, world.device),
+            max(1, self.settings.evaluation_batch // crops),
+            build_decoding(self.settings, world.device),
             crops=crops,
             rank=world.rank,
             world=world.size,
         )
+
+
+def load_trained(settings: Settings, run: Run, device: torch.device, best: bool = False) -> Trained:
+    """The newest checkpoint of a run, or the best, on the dataset of the settings.
+
+    Raises SettingsError where that has other classes than the run was trained on, or there is no
+    checkpoint yet, and RunError where all are damaged.
+    """
+    dataset = Dataset(settings.data)
+    state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
+    if state is None:
+        raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first, an epoch for the best")
+    classes = len(dataset.manifest.classes)
+    if len(state["model"]["fc8.bias"]) != classes:
+        raise SettingsError(
+            f"the run in {run.folder} was trained on {len(state['model']['fc8.bias'])} classes and "
+            f"{settings.data} has {classes}: give the dataset that it was trained on with --data"
+        )
+    model = build_model(settings, classes, device)
+    model.load_state_dict(state["model"])
+    return Trained(model, settings, dataset, state["step"], notes)
+
+
+def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
+    """Evaluate the newest checkpoint of a run, or the best; returns a line that says what came of it.
+
+    Raises what `load_trained` does.
+    """
+    world = distributed.join(settings.device)
+    try:
+        trained = load_trained(settings, run, world.device, best)
         precision = resolve_precision(settings.precision, world.device)
-        scores = evaluate(model, precision, batches, world, Metrics())
+        batches = trained.batches(split, crops, world)
+        scores = evaluate(trained.model, precision, batches, world, Metrics())
     finally:
         distributed.leave()
     return "\n".join(
         [
-            *notes,
-            f"step {state['step']}, {split}, {PROTOCOLS[crops]} crop{'s' if crops > 1 else ''}: top-1 error "
+            *trained.notes,
+            f"step {trained.step}, {split}, {PROTOCOLS[crops]} crop{'s' if crops > 1 else ''}: top-1 error "
             f"{scores.top1_error:.2%}, top-5 error {scores.top5_error:.2%}, loss {scores.loss:.4f} "
             f"over {scores.images:,} images",
         ]
