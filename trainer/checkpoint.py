@@ -40,11 +40,16 @@ def write(folder: Path, step: int, state: dict[str, Any], keep: int, best: bool 
     for left_behind in folder.glob(".*.partial"):  # by a process that was killed
         left_behind.unlink()
     path = path_of(folder, step)
-    with whole_file(path) as file:
+    # The best has that name first: once it can be loaded, a run that goes on from it will not save it again.
+    first = path.with_name(path.name.replace("step", "best")) if best else path
+    with whole_file(first) as file:
         _write_with_sum(state, file)
         _read_back(file)
     if best:
-        _name_best(path)
+        _name_too(first, path)
+        for old in saved(folder, "best"):
+            if old != first:
+                old.unlink()
     # Those after this step were damaged, or the run would have been continued from them.
     of_steps = saved(folder, "step")
     here = of_steps.index(path)
@@ -99,20 +104,16 @@ def _read_back(file: BinaryIO) -> None:
         raise OSError(errno.EIO, "it reads back other than it was written") from error
 
 
-def _name_best(path: Path) -> None:
-    """Give a checkpoint the name that keeps it, and take that from the one before."""
-    best = path.with_name(path.name.replace("step", "best"))
-    partial = path.with_name(f".{best.name}.partial")
+def _name_too(path: Path, name: Path) -> None:
+    """Give a checkpoint a second name."""
+    partial = name.with_name(f".{name.name}.partial")
     try:
         partial.hardlink_to(path)
-        partial.replace(best)
+        partial.replace(name)
     except OSError:  # not every file system has links
-        with open(path, "rb") as source, whole_file(best) as copy:
+        with open(path, "rb") as source, whole_file(name) as copy:
             shutil.copyfileobj(source, copy, _CHUNK)
     sync_folder(path.parent)
-    for old in saved(path.parent, "best"):
-        if old != best:
-            old.unlink()
 
 
 def saved(folder: Path, kind: str = "*") -> list[Path]:
