@@ -222,6 +222,7 @@ class _Stream:
             try:
                 [pixels] = self.pipeline.run(stream)
             except StopIteration:
+                del self.pipeline  # it refers back to this: only the garbage collector would end its threads
                 if self.failure is not None:
                     raise self.failure from None
                 return

@@ -1,5 +1,6 @@
 """Evaluation: each image once, in order, whatever the ranks; and ten crops of each."""
 
+import gc
 from io import BytesIO
 from pathlib import Path
 
@@ -51,3 +52,16 @@ def test_ten_crops_are_a_dimension_of_their_own(dataset, validation):
         assert flat.data_ptr() == pixels.data_ptr()
     centres = torch.cat([pixels[:, 4] for pixels, _ in batches])
     torch.testing.assert_close(centres.double(), validation[0], rtol=0, atol=1.001)
+
+
+def test_an_evaluation_leaves_no_threads_behind_for_the_garbage_collector(dataset):
+    def evaluate() -> int:
+        assert len(list(evaluation_loader(dataset, "val", 8, DECODING))) == 3
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert evaluate() == evaluate()
+    finally:
+        gc.enable()
