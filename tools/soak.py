@@ -6,10 +6,11 @@ The trainer runs as ever in a process of its own, with evaluations, checkpoints 
 its net alone is made narrow, so that steps are short and 1 % of the memory is little. Meanwhile its
 server is asked for its pages, and the process with all that it starts is sampled, with the step:
 
-    memory_bytes   proportional set size: a page that several processes share counts once
-    open_files     file descriptors
+    resident_bytes    RSS, of which the pages of files are a part that the kernel may take back
+    anonymous_bytes   the rest, where leaks are: what was allocated
+    shared_bytes      shared memory that is mapped, and System V segments that they made
+    open_files        file descriptors
     threads
-    shared_bytes   shared memory that is mapped, and System V segments that they made
 
 Growth is the median of a series over the last tenth of the steps, against that over the tenth after the
 warm-up, which is the first fifth: what comes and goes with a checkpoint does not count. Ends with 1 and
@@ -20,6 +21,7 @@ be new; soak.json and soak.png are in it at the end.
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,12 +40,12 @@ from trainer.settings import SettingsError, load_settings
 if TYPE_CHECKING:  # which imports torch
     from model.alexnet import AlexNet
 
-SERIES = ("memory_bytes", "open_files", "threads", "shared_bytes")
+SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
 WARM_UP, WINDOW = 0.2, 0.1  # shares of the steps
 LEAST = 5  # samples in a window
 CHANNELS = 16  # of each layer of the net
 TRAINER = "from tools.soak import train_narrow; train_narrow()"
-SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--batch", "8"]
+SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--batch", "8", "--threads", "1"]
 SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
 
 Samples = dict[str, list[float]]  # `step`, `seconds` and SERIES
@@ -55,10 +57,10 @@ class SoakError(RuntimeError):
 
 def train_narrow() -> None:
     """alexnet-train with a narrow net, in the process that is watched."""
-    from trainer import cli, train
+    from trainer import build, cli
 
-    build = train.build_model
-    train.build_model = lambda *arguments: narrow(build(*arguments))
+    whole = build.AlexNet
+    build.AlexNet = lambda *arguments: narrow(whole(*arguments))  # type: ignore[assignment,misc]
     cli.main()
 
 
@@ -69,9 +71,9 @@ def narrow(model: "AlexNet") -> "AlexNet":
     pixels = model.fc6.in_features // model.conv5.out_channels
     for name, layer in list(model.named_children()):
         if isinstance(layer, nn.Conv2d):
-            width, side, step = min(layer.in_channels, CHANNELS), layer.kernel_size, layer.stride
-            thin = nn.Conv2d(width, CHANNELS, side, step, layer.padding, groups=layer.groups)
-            setattr(model, name, thin)
+            side, step, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+            before = min(layer.in_channels, CHANNELS)
+            setattr(model, name, nn.Conv2d(before, CHANNELS, side, step, padding, groups=layer.groups))
     model.fc6 = nn.Linear(CHANNELS * pixels, CHANNELS)
     model.fc7 = nn.Linear(CHANNELS, CHANNELS)
     model.fc8 = nn.Linear(CHANNELS, model.fc8.out_features)
@@ -95,7 +97,8 @@ def sample(pid: int) -> dict[str, float]:
         try:
             lines = (process / "smaps_rollup").read_text().splitlines()[1:]
             kilobytes = dict(line.split()[:2] for line in lines)
-            figures["memory_bytes"] += 1024 * int(kilobytes["Pss:"])
+            figures["resident_bytes"] += 1024 * int(kilobytes["Rss:"])
+            figures["anonymous_bytes"] += 1024 * int(kilobytes["Pss_Anon:"])
             figures["shared_bytes"] += 1024 * int(kilobytes["Pss_Shmem:"])
             figures["open_files"] += len(list((process / "fd").iterdir()))
             figures["threads"] += len(list((process / "task").iterdir()))
@@ -172,7 +175,7 @@ def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
     for name, figures in grown.items():
         verdict = "flat" if figures["percent"] <= limit else "GREW"
         medians = f"{figures['before']:>14,.0f} to {figures['after']:>14,.0f}"
-        yield f"{name:14}{medians}  {figures['percent']:+8.2f} %  {verdict}"
+        yield f"{name:17}{medians}  {figures['percent']:+8.2f} %  {verdict}"
 
 
 def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps: int) -> None:
@@ -182,15 +185,17 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
     matplotlib.use("Agg")  # files only: there may be no screen
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 5.6), layout="constrained")
-    for panel, (name, figures) in zip(axes.flat, grown.items(), strict=True):
+    figure, axes = plt.subplots(3, 2, figsize=(11, 8.4), layout="constrained")
+    axes.flat[-1].set_axis_off()
+    for panel, (name, figures) in zip(axes.flat, grown.items(), strict=False):
         scale, unit = (1e6, "MB") if name.endswith("_bytes") else (1, None)
         panel.plot(samples["step"], [value / scale for value in samples[name]], color="tab:blue", linewidth=1)
         for begin, value in ((WARM_UP, figures["before"]), (1 - WINDOW, figures["after"])):
             place = [begin * steps, (begin + WINDOW) * steps]
             panel.plot(place, [value / scale] * 2, color="tab:orange", linewidth=3)
         panel.axvspan(0, WARM_UP * steps, color="tab:gray", alpha=0.15)
-        panel.set(title=f"{name}: {figures['percent']:+.2f} %", xlabel="step", ylabel=unit, ylim=(0, None))
+        panel.set(title=f"{name}: {figures['percent']:+.2f} %", xlabel="step", ylabel=unit)
+        panel.set_ylim(0, 1.15 * max(samples[name]) / scale or 1)
         panel.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -199,20 +204,9 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
 def prepare(out: Path) -> Path:
     """Draw a thousand pictures and pack them; returns the dataset's folder."""
     pictures, shards = out / "pictures", out / "shards"
-    for command in (
-        ["tools.draw_pictures", "--output", pictures, "--train", "100", "--val", "10"],
-        [
-            "tools.make_shards",
-            "--input",
-            pictures,
-            "--output",
-            shards,
-            "--size",
-            "80",
-            "--shard-samples",
-            "250",
-        ],
-    ):
+    drawn = ["--output", pictures, "--train", "100", "--val", "10"]
+    packed = ["--input", pictures, "--output", shards, "--size", "80", "--shard-samples", "250"]
+    for command in (["tools.draw_pictures", *drawn], ["tools.make_shards", *packed]):
         subprocess.run([sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return shards
 
@@ -261,6 +255,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     options, rest = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the trainer, too
     try:
         record, grown = soak(options, rest)
         (options.out / "soak.json").write_text(json.dumps(record) + "\n")
