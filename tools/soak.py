@@ -156,8 +156,8 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
     """
 
     def within(begin: float) -> list[int]:
-        end = begin + WINDOW
-        return [n for n, step in enumerate(samples["step"]) if begin * steps <= step < end * steps]
+        window = range(round(begin * steps), round((begin + WINDOW) * steps))
+        return [n for n, step in enumerate(samples["step"]) if step in window]
 
     first, last = within(WARM_UP), within(1 - WINDOW)
     if min(len(first), len(last)) < LEAST:
