@@ -68,12 +68,12 @@ def narrow(model: "AlexNet") -> "AlexNet":
     """The same layers with CHANNELS channels each."""
     from torch import channels_last, nn
 
-    pixels = model.fc6.in_features // model.conv5.out_channels
-    for name, layer in list(model.named_children()):
-        if isinstance(layer, nn.Conv2d):
-            side, step, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
-            before = min(layer.in_channels, CHANNELS)
-            setattr(model, name, nn.Conv2d(before, CHANNELS, side, step, padding, groups=layer.groups))
+    convolutions = {name: part for name, part in model.named_children() if isinstance(part, nn.Conv2d)}
+    for name, layer in convolutions.items():
+        side, step, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
+        before = min(layer.in_channels, CHANNELS)
+        setattr(model, name, nn.Conv2d(before, CHANNELS, side, step, padding, groups=layer.groups))
+    pixels = model.fc6.in_features // layer.out_channels  # of the last one
     model.fc6 = nn.Linear(CHANNELS * pixels, CHANNELS)
     model.fc7 = nn.Linear(CHANNELS, CHANNELS)
     model.fc8 = nn.Linear(CHANNELS, model.fc8.out_features)
