@@ -10,7 +10,7 @@ Random numbers are words of Philox streams. NumPy keeps a bit generator's stream
 version to version, which it does not promise for `permutation` or `normal`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -43,9 +43,14 @@ def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int
     """
     shards, samples = len(shard_samples), int(np.sum(shard_samples))
     words = _philox(seed, epoch, _ORDER).random_raw(shards + samples)
-    rank = np.argsort(np.argsort(words[:shards], kind="stable"), kind="stable")
-    windows = np.repeat(rank // (window or shards), shard_samples)
-    return np.lexsort((words[shards:], windows))
+    ends = np.cumsum(shard_samples)
+    numbers = np.split(np.arange(samples), ends[:-1])  # of each shard
+    shuffled = np.argsort(words[:shards], kind="stable")
+    parts = []
+    for first in range(0, shards, window or shards):
+        together = np.concatenate([numbers[shard] for shard in np.sort(shuffled[first:][: window or shards])])
+        parts.append(together[np.argsort(words[shards + together], kind="stable")])
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Part:
     """One rank's part of one step. `epoch` [n] differs within a batch where an epoch ends."""
 
     samples: np.ndarray
@@ -118,10 +123,12 @@ class Plan:
 
     def step_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """The samples of `step_batch` alone, which cost a fraction of it."""
-        spans = self._spans(step, rank, world)
+        return self._samples_in(self._spans(step, rank, world))
+
+    def _samples_in(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
 
-    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Part:
         """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
         spans = list(self._spans(step, rank, world))
         parts = [draws(self.seed, *span) for span in spans]
@@ -129,7 +136,7 @@ class Plan:
             np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
         )
         epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
-        return Batch(self.step_samples(step, rank, world), epochs, Draws(*joined))
+        return Part(self._samples_in(spans), epochs, Draws(*joined))
 
 
 @lru_cache(maxsize=2)

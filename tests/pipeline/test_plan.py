@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.plan import Batch, Plan, draws, epoch_order, share
+from pipeline.plan import Part, Plan, draws, epoch_order, share
 
 seeds = st.integers(0, 2**63)
 layouts = st.lists(st.integers(1, 12), min_size=1, max_size=8)
@@ -21,7 +21,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-def joined(batches: list[Batch]) -> dict[str, np.ndarray]:
+def joined(batches: list[Part]) -> dict[str, np.ndarray]:
     """The fields of batches in a row."""
     fields = {"samples": [b.samples for b in batches], "epoch": [b.epoch for b in batches]}
     for name in ("uniform", "mirror", "normal"):
@@ -141,6 +141,20 @@ def test_both_shards_and_samples_are_shuffled_in_windows():
     # In a window, 50 of 99 neighbours come from different shards, within five standard errors.
     changes = (first[:, 1:] != first[:, :-1]).mean()
     assert abs(changes - 50 / 99) < 5 * 0.5 / np.sqrt(99 * 40)
+
+
+@given(seeds, st.integers(0, 9), layouts, st.integers(0, 9))
+def test_the_order_is_that_of_random_words_within_windows(seed, epoch, layout, window):
+    """One for each shard, then one for each sample: windows go by the former, their order by the latter."""
+    key = np.random.SeedSequence((seed, epoch, 0)).generate_state(2, np.uint64)
+    words = np.random.Philox(key=key).random_raw(len(layout) + sum(layout)).tolist()
+    by_word = sorted(range(len(layout)), key=lambda shard: words[shard])
+    window_of = {shard: place // (window or len(layout)) for place, shard in enumerate(by_word)}
+    shard_of = [shard for shard, samples in enumerate(layout) for _ in range(samples)]
+    expected = sorted(
+        range(sum(layout)), key=lambda sample: (window_of[shard_of[sample]], words[len(layout) + sample])
+    )
+    assert epoch_order(seed, epoch, layout, window).tolist() == expected
 
 
 @given(seeds, layouts, st.integers(0, 5))
