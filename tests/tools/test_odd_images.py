@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.jpeg import size_place
 from tools.packing import images
 from tools.packing.images import Packed, RejectedError, check_image, pack_image
 
@@ -59,11 +60,19 @@ def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | s
     assert (jpeg.mode, jpeg.size) == ("RGB", (packed.width, packed.height))
     assert packed.pixels.mode == "RGB"
     assert set(packed.repairs) <= REPAIRED
+    assert_the_loader_takes(packed)
     if geometry == "256":
         assert packed.pixels.size == jpeg.size == (size, size)
     assert {name for name, _ in jpeg.applist} <= {"APP0", "APP14"}  # no EXIF, ICC, XMP or comment
     assert "progressive" not in jpeg.info
     return packed
+
+
+def assert_the_loader_takes(packed: Packed) -> None:
+    """It compares the size in the header with the index each time."""
+    place = size_place(packed.jpeg)
+    assert place is not None
+    assert struct.unpack(">HH", packed.jpeg[place : place + 4]) == (packed.height, packed.width)
 
 
 @pytest.mark.skipif(not ROWS, reason=f"no odd images at {ODD}")
@@ -96,6 +105,7 @@ def test_odd_files_that_cannot_be_repaired_are_kept_or_rejected(row):
         return
     assert not row["expected"].startswith("reject")
     assert kept.jpeg is content
+    assert_the_loader_takes(kept)
     np.testing.assert_allclose(by_dali(content), Image.open(BytesIO(content)).convert("RGB"), atol=2)
 
 

@@ -31,7 +31,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tools.packing.jpeg import END, read_layout, without_metadata
+from pipeline.jpeg import END
+from tools.packing.jpeg import read_layout, without_metadata
 
 Geometry = Literal["256", "short256", "original"]
 

@@ -1,12 +1,11 @@
-"""A JPEG file segment by segment, as far as its first scan: no pixel is decoded."""
+"""JPEG files that any decoder takes, by their segments: no pixel is decoded."""
 
 from itertools import chain
 from typing import NamedTuple
 
-END = b"\xff\xd9"
-_SCAN = 0xDA
+from pipeline.jpeg import FRAMES, SCAN, segments
+
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that start a picture; these three start tables
 
 
 class Layout(NamedTuple):
@@ -24,28 +23,22 @@ def read_layout(content: bytes) -> Layout | None:
     Such a file has one frame, baseline or progressive, gray or YCbCr, in 8 bits like its tables, and nothing
     between its segments. Pillow forgives more than DALI and nvJPEG do, which would stop a run over it.
     """
-    place = 2 if content.startswith(b"\xff\xd8") else len(content)
     frame: tuple[int, int, bool] | None = None
     metadata: list[tuple[int, int]] = []
-    while content[place : place + 1] == b"\xff":
-        marker = int.from_bytes(content[place + 1 : place + 2])
-        end = place + 2 + int.from_bytes(content[place + 2 : place + 4])
+    for marker, place, end in segments(content):
         segment = content[place + 4 : end]
-        if marker == _SCAN:
+        if marker == SCAN:
             return Layout(*frame, tuple(metadata)) if frame else None
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # no segment starts so
-            return None
         if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # quantisation of 16 bits
             return None
         if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
             return None
-        if marker in _FRAMES:
+        if marker in FRAMES:
             frame = None if frame else _read_frame(marker, segment)
             if frame is None:
                 return None
         elif _is_metadata(marker, segment):
             metadata.append((place, end))
-        place = end
     return None
 
 
