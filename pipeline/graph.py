@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
@@ -53,7 +52,7 @@ class GraphOptions:
     hw_decoder_load: float = 0.65
 
 
-def jpeg_batch(jpegs: Iterable[np.ndarray]) -> TensorListCPU:
+def jpeg_batch(jpegs: Iterable[memoryview]) -> TensorListCPU:
     """Files as one batch for a source to return, where they are. DALI would make the same of a list
     of arrays, after looking at each of them in Python, which costs three times as much."""
     return TensorListCPU([TensorCPU(jpeg) for jpeg in jpegs], contiguous=False)  # type: ignore[call-overload]

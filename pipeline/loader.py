@@ -2,13 +2,12 @@
 
 A loader is iterated once and yields (pixels, labels) on its device: pixels [n,3,crop,crop], fp16
 on a GPU and fp32 on a CPU, raw 0–255 minus the training mean; labels int64 [n]. DALI prepares the
-batches ahead in its own threads, and reads the JPEG bytes straight from the mapped shards.
+batches ahead in its own threads, from the bytes as they were read from the shards.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.checked import CheckedReader, LeaveOut
 from pipeline.colour import colour_divisor, colour_offsets
 from pipeline.graph import CENTRE, GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
-from pipeline.shards import ShardReader
+from pipeline.reader import Files, ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 LOOK_AHEAD = 1024  # samples that are fetched from the disk before DALI asks for them
-_SOI = b"\xff\xd8"  # with which each JPEG begins
-LeaveOut = Callable[[str], None]  # told where a sample lies that cannot be decoded
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row for each
 
 
@@ -74,9 +72,9 @@ def train_loader(
     """A rank's part of each step: random crop, mirror and colour.
 
     crops_and_flips: without, each image is its centre, as in evaluation. colour: one of COLOURS.
-    colour_epochs: epochs after which it is switched off, if it is. leave_out:
-    called with the place of each sample that cannot be decoded, for which the next one of the dataset
-    is taken, with the draws that were for it; None makes it a DatasetError.
+    colour_epochs: epochs after which it is switched off, if it is. leave_out: told of each damaged
+    sample, for which the next one of the dataset is taken, with the draws that were for it; None makes
+    it a DatasetError.
     Raises ValueError if `world` does not divide the plan's batch, DatasetError for damaged data.
     """
     reader, pixels = dataset.reader("train"), dataset.manifest.pixels
@@ -125,8 +123,8 @@ def evaluation_loader(
 ) -> Iterator[Batch]:
     """A rank's share of a split, in order, each sample once; the last batch may be smaller.
 
-    crops: 1 for the centre or 10; with ten, pixels are [n,10,3,crop,crop]. leave_out: called with the
-    place of each sample that cannot be decoded and is left out; None makes it a DatasetError.
+    crops: 1 for the centre or 10; with ten, pixels are [n,10,3,crop,crop]. leave_out: told of each
+    damaged sample, which is missing; None makes it a DatasetError.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)
@@ -190,8 +188,7 @@ def _crop_places(
 class _Stream:
     """Feeds requests to a DALI pipeline and yields what comes out.
 
-    leave_out: is told the name of each sample that cannot be decoded; without it, such a sample is an
-    error. replace: whether the next one takes its place, or its batch becomes smaller.
+    leave_out, replace: what is done about damaged samples, as `CheckedReader` says.
     """
 
     def __init__(
@@ -204,14 +201,12 @@ class _Stream:
         replace: bool,
     ):
         self.build, self.reader, self.decoding = build, reader, decoding
+        self.checked = CheckedReader(reader, leave_out, replace)
         self.requests = self._fetched_ahead(requests)
-        self.leave_out, self.replace = leave_out, replace
-        self.seen = np.zeros(len(reader), bool)  # whose first bytes were looked at
-        self.bad = np.zeros(len(reader), bool)  # which are left out
         self.failure: DatasetError | None = None
-        self.under_way: deque[Request] = deque()  # which DALI has and has not answered
+        self.under_way: deque[tuple[Request, Files]] = deque()  # which DALI has and has not answered
         # DALI reads the arrays where they are, on a GPU also after it has answered.
-        self.inputs: deque[tuple] = deque(maxlen=decoding.prefetch + 2)
+        self.inputs: deque[tuple[tuple, Files]] = deque(maxlen=decoding.prefetch + 2)
         self.pipeline = build(self._source)
 
     def batches(self) -> Iterator[Batch]:
@@ -227,24 +222,24 @@ class _Stream:
                     raise self.failure from None
                 return
             except RuntimeError as error:
-                self._find_bad(error)
-                self.requests = chain(self.under_way, self.requests)
-                self.under_way = deque()
+                self._leave_out_undecodable(error)
+                self.requests = chain([request for request, _ in self.under_way], self.requests)
+                self.under_way.clear()
                 self.pipeline = self.build(self._source)
                 continue
-            samples, _ = self.under_way.popleft()
+            (samples, _), _ = self.under_way.popleft()
             labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))
             # HWC in memory and CHW in shape is what torch calls channels_last.
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
 
     def _fetched_ahead(self, requests: Iterator[Request]) -> Iterator[Request]:
         """The requests, while what the next ones need comes from the disk: many reads at a time, where
-        DALI and the look at first bytes would wait for one after the other."""
+        reading them would wait for one after the other."""
         waiting: deque[Request] = deque()
         samples, once = 0, self.reader.stays_in_memory
         for request in requests:
             numbers = request[0]
-            self.reader.will_need(numbers[~self.seen[numbers]] if once else numbers)
+            self.reader.will_need(self.checked.unread(numbers) if once else numbers)
             waiting.append(request)
             samples += len(numbers)
             while samples - len(waiting[0][0]) >= LOOK_AHEAD:
@@ -256,54 +251,21 @@ class _Stream:
         """What DALI shall work on next."""
         samples = np.array([], np.int64)
         while not samples.size:
-            samples, arguments = next(self.requests)
+            wanted, arguments = next(self.requests)
             try:
-                samples = self._without_bad(samples)
+                samples, files = self.checked.read(wanted)
             except DatasetError as error:
                 self.failure = error  # for when the batches before it are through
                 raise StopIteration from None
-        self.under_way.append((samples, arguments))
-        self.inputs.append((jpeg_batch(self.reader.jpegs(samples)), *arguments))
-        return self.inputs[-1]
+        self.under_way.append(((samples, arguments), files))
+        self.inputs.append(((jpeg_batch(files.jpegs), *arguments), files))
+        return self.inputs[-1][0]
 
-    def _without_bad(self, samples: np.ndarray) -> np.ndarray:
-        while True:
-            # On bytes that do not begin like a JPEG, DALI may crash the process instead of raising.
-            unseen = samples[~self.seen[samples]]
-            for number, jpeg in zip(unseen.tolist(), self.reader.jpegs(unseen), strict=True):
-                if jpeg[:2].tobytes() != _SOI and not self.bad[number]:
-                    self._note_bad(number)
-            self.seen[unseen] = True
-            bad = self.bad[samples]
-            if not bad.any():
-                return samples
-            samples = (
-                np.where(bad, (samples + 1) % len(self.reader), samples) if self.replace else samples[~bad]
-            )
-
-    def _note_bad(self, number: int) -> None:
-        name = self.reader.name(number)
-        if self.leave_out is None or self.bad.sum() == len(self.reader) - 1:
-            raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again")
-        self.bad[number] = True
-        self.leave_out(name)
-
-    def _find_bad(self, error: RuntimeError) -> None:
+    def _leave_out_undecodable(self, error: RuntimeError) -> None:
         """DALI does not say which sample it could not decode: look at all that it had."""
-        numbers = [n for samples, _ in self.under_way for n in samples.tolist()]
-        undecodable = [n for n in dict.fromkeys(numbers) if not _decodes(self.reader.jpeg(n))]
-        if not undecodable:
+        found = [
+            self.checked.note_undecodable(samples.tolist(), files.jpegs)
+            for (samples, _), files in self.under_way
+        ]
+        if not any(found):
             raise DatasetError(f"DALI cannot decode a batch: {error}") from error
-        for number in undecodable:
-            self._note_bad(number)
-
-
-def _decodes(jpeg: np.ndarray) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(BytesIO(jpeg.tobytes())) as image:
-            image.load()
-    except Exception:  # whatever a damaged file makes Pillow raise
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Shards: plain WebDataset tars with an index, written once and read by memory map.
+"""Shards: plain WebDataset tars with an index, written once.
 
 A sample is `<key>.jpg` and `<key>.cls` (its label in decimal). Beside each tar lies DALI's own
 index, and beside each split one array with a row a sample, which is all that this project reads
@@ -6,12 +6,8 @@ besides the JPEG bytes themselves.
 """
 
 import io
-import mmap
-import os
-import resource
 import tarfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +27,6 @@ INDEX_DTYPE = np.dtype(
         ("height", "<u2"),
     ]
 )
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _BLOCK = 512  # tar's unit, in bytes
 _NPY_HEADER = 4096  # of an index, in bytes, at most
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -145,8 +140,8 @@ def write_index(path: Path, rows: np.ndarray) -> str:
     return sha256(buffer.getvalue()).hexdigest()
 
 
-def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
-    """A split's rows, in the order of its shards. Raises DatasetError where they do not fit the split."""
+def read_index(root: Path, split: Split, manifest: Manifest) -> np.ndarray:
+    """A split's rows, in the order of its shards. Raises DatasetError where they do not fit the manifest."""
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
@@ -160,7 +155,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
         )
     try:
         rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        fits = _fits(rows, split, classes)
+        fits = _fits(rows, split, manifest)
     except (ValueError, OverflowError, MemoryError):
         fits = False
     if not fits:
@@ -168,97 +163,16 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     return rows
 
 
-def _fits(rows: np.ndarray, split: Split, classes: int) -> bool:
+def _fits(rows: np.ndarray, split: Split, manifest: Manifest) -> bool:
     samples = [shard.samples for shard in split.shards]
     if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,) or sum(samples) != split.samples:
         return False
     ends = np.repeat(np.array([shard.bytes for shard in split.shards], np.uint64), samples)
     return bool(
         np.array_equal(rows["shard"], np.repeat(np.arange(len(samples)), samples))
+        and rows["size"].min() > 0
         and (rows["offset"] + rows["size"] <= ends).all()
-        and rows["label"].max() < classes
+        and rows["label"].max() < len(manifest.classes)
+        and 0 < rows["width"].min() <= rows["width"].max() <= manifest.max_width
+        and 0 < rows["height"].min() <= rows["height"].max() <= manifest.max_height
     )
-
-
-class ShardReader:
-    """A split's samples by number, as views of its mapped tars.
-
-    rows: [samples] of INDEX_DTYPE. Opening checks that each file is there, as long as packed, and
-    begins with the bytes that were packed; it raises DatasetError that names the first that is
-    not. Whole-file checksums are a matter for a verifying tool: they would read everything.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest, split: str):
-        self.root = root
-        self.split = manifest.split(split)
-        self.rows = read_index(root, self.split, len(manifest.classes))
-        _allow_open_files(len(self.split.shards))
-        self._files = [_map_shard(root / shard.file, shard) for shard in self.split.shards]
-        self._maps = [np.frombuffer(file, np.uint8) for file in self._files]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def jpeg(self, number: int) -> np.ndarray:
-        """The file bytes of sample `number` as a read-only uint8 view: nothing is copied."""
-        return self.jpegs(np.array([number]))[0]
-
-    def jpegs(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """The same for many samples, at a microsecond each."""
-        rows = self.rows[numbers].tolist()
-        return [self._maps[shard][offset : offset + size] for shard, offset, size, *_ in rows]
-
-    def will_need(self, numbers: np.ndarray) -> None:
-        """Have the kernel fetch what of these samples is not in memory, without waiting for it."""
-        for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order of the disk
-            before = offset % mmap.PAGESIZE
-            self._files[shard].madvise(mmap.MADV_WILLNEED, offset - before, size + before)
-
-    @property
-    def stays_in_memory(self) -> bool:
-        """Whether the split, once read, can be expected to stay in the page cache."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, ValueError):  # where there is no limit
-            memory = min(memory, int(_CGROUP_LIMIT.read_text()))
-        return 2 * sum(shard.bytes for shard in self.split.shards) < memory
-
-    def key(self, number: int) -> str:
-        """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
-        shard, offset, *_ = self.rows[number].tolist()
-        block = self._maps[shard][offset - _BLOCK : offset].tobytes()
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
-        folder, slash, name = header.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
-
-    def name(self, number: int) -> str:
-        """Where a sample lies, for messages."""
-        row = self.rows[number]
-        return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
-
-
-def _map_shard(path: Path, shard: Shard) -> mmap.mmap:
-    """The whole file. A tar cut short would kill the process later, so it is checked."""
-    try:
-        with open(path, "rb") as file:
-            actual = os.fstat(file.fileno()).st_size
-            if actual != shard.bytes:
-                raise DatasetError(
-                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
-                )
-            if sha256(file.read(HEAD_BYTES)).hexdigest() != shard.head_sha256:
-                raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
-
-
-def _allow_open_files(count: int) -> None:
-    """Each map holds a file open; the usual soft limit of 1024 is fewer than large sets have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

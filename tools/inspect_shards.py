@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
-_PART = 4096  # samples that a thread hashes at a time
+_PART = 256  # samples that a thread hashes at a time
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
     def digests(part: tuple[ShardReader, range]) -> bytes:
         reader, numbers = part
         jpegs = reader.jpegs(np.array(numbers))
-        return b"".join(blake2b(jpeg.data, digest_size=16).digest() for jpeg in jpegs)
+        return b"".join(blake2b(jpeg, digest_size=16).digest() for jpeg in jpegs)
 
     samples = list(readers.items())
     parts = [

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 
 TILES = 100  # of the contact sheet at most
 TILE = 128  # pixels

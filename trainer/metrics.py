@@ -103,7 +103,7 @@ class Metrics:
             "jpeg_engine": gauge("jpeg_engine_utilization_ratio", "As NVML gives it, 0 to 1.", "gpu"),
         }
         input_errors = counter("input_errors", "Samples left out of a batch.", "reason")
-        self.undecodable = input_errors.labels("undecodable")
+        self.input_errors = {name: input_errors.labels(name) for name in ("unreadable", "undecodable")}
         self._ceiling = gauge("ceiling_images_per_second", "Loader or model of this process alone.", "path")
         self._run_info = Info("alexnet_run", "What is running.", registry=registry)
         ProcessCollector(registry=registry)

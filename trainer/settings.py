@@ -115,7 +115,7 @@ class Settings(BaseSettings):
     prefetch: PositiveInt = 2
     """Batches that are prepared ahead."""
     max_bad_samples: Count = 100
-    """Samples that cannot be decoded and are left out before training ends with an error."""
+    """Damaged samples that are left out before training ends with an error."""
     on_nan: Literal["stop", "skip"] = "stop"
     """Whether a loss or gradients that are not finite end the run, or have their update left out."""
     stall_seconds: Annotated[float, Field(ge=0)] = 900.0

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from pipeline.checked import Damage
 from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
@@ -174,16 +175,16 @@ class Trainer:
             leave_out=self._leave_out,
         )
 
-    def _leave_out(self, place: str) -> None:
-        """Count a sample that cannot be decoded. Raises DatasetError if there are too many."""
-        self.metrics.undecodable.inc()
-        if place not in self.bad:
-            self.display.warn(f"left out: the sample in {place}, which cannot be decoded")
-            self.bad.add(place)
+    def _leave_out(self, damage: Damage) -> None:
+        """Count a sample that is damaged. Raises DatasetError if there are too many."""
+        self.metrics.input_errors[damage.reason].inc()
+        if damage.place not in self.bad:
+            self.display.warn(f"left out: {damage}")
+            self.bad.add(damage.place)
         if len(self.bad) > self.settings.max_bad_samples:
             raise DatasetError(
-                f"more than {self.settings.max_bad_samples} samples cannot be decoded, the last in {place}: "
-                "copy or pack the dataset again, or allow more with --max-bad-samples"
+                f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "
+                "copy the shard again, or allow more with --max-bad-samples"
             )
 
     def train_one(self, batches: Iterator[Batch]) -> None:

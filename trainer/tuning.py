@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pipeline.checked import Damage
 from pipeline.files import whole_file
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
@@ -82,8 +83,8 @@ def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> f
     return images / (time.perf_counter() - begun)
 
 
-def _pass_over(_place: str) -> None:
-    """Training counts what cannot be decoded, and says so."""
+def _pass_over(_damage: Damage) -> None:
+    """Training counts what is damaged, and says so."""
 
 
 def _finish(device: torch.device) -> None:

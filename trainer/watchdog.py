@@ -1,11 +1,10 @@
 """Ends a process that makes no progress, so that a supervisor starts the run again.
 
 A hang has three forms, and one of them stops all Python: a call into C that never returns and keeps the
-interpreter's lock, such as a read of a mapped shard on a file system that is gone. So there are two
-watches. A thread looks at the time since the last progress; it says what stalled, writes the stacks of
-all threads, and ends the process with EXIT_STALLED. Each time it looks, it also puts off faulthandler's
-timer, a thread of C that needs no lock: if the watching thread is held up itself, that timer writes the
-stacks and ends the process with 1.
+interpreter's lock, such as one into a device's driver. So there are two watches. A thread looks at the
+time since the last progress; it says what stalled, writes the stacks of all threads, and ends the process
+with EXIT_STALLED. Each time it looks, it also puts off faulthandler's timer, a thread of C that needs no
+lock: if the watching thread is held up itself, that timer writes the stacks and ends the process with 1.
 
 A rank that hangs holds up the others in their next collective, where each one's own watchdog ends it.
 """

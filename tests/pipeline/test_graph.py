@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.graph import GraphOptions, evaluation_pipeline, train_pipeline
 from pipeline.manifest import Manifest
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 from tools.make_shards import pack, parse_arguments
 
 GEOMETRIES = ("256", "short256", "original")

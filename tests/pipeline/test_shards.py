@@ -12,9 +12,10 @@ import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
-import pipeline.shards
+import pipeline.reader
 from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read_manifest
-from pipeline.shards import INDEX_DTYPE, Sample, ShardReader, write_index, write_shard
+from pipeline.reader import ShardReader
+from pipeline.shards import INDEX_DTYPE, Sample, write_index, write_shard
 
 SPLITS = ("train", "val")
 
@@ -64,7 +65,7 @@ def everything_in(reader: ShardReader) -> list[tuple[bytes, int]]:
     return [(reader.jpeg(n).tobytes(), int(reader.rows["label"][n])) for n in range(len(reader))]
 
 
-def test_samples_come_back_from_views_of_the_tars(tmp_path):
+def test_samples_come_back_as_they_were_written(tmp_path):
     parts = [noise(0, 3), noise(1, 1), noise(2, 12)]
     reader = ShardReader(tmp_path, written(tmp_path, *parts), "train")
     everything = [(shard, sample) for shard, part in enumerate(parts) for sample in part]
@@ -73,9 +74,6 @@ def test_samples_come_back_from_views_of_the_tars(tmp_path):
         jpeg, row = reader.jpeg(number), reader.rows[number]
         assert jpeg.tobytes() == sample.jpeg
         assert (row["label"], row["width"], row["height"]) == (sample.label, sample.width, sample.height)
-        assert not jpeg.flags.owndata
-        assert not jpeg.flags.writeable
-        assert np.shares_memory(jpeg, reader.jpeg(number))
         path = tmp_path / f"train-{shard:06d}.tar"
         assert reader.name(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
         assert reader.key(number) == sample.key
@@ -212,6 +210,10 @@ def with_value(field: str, value: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 MISMATCHES = {
+    "wider than any": with_value("width", 100),
+    "higher than any": with_value("height", 81),
+    "without a width": with_value("width", 0),
+    "of no bytes": with_value("size", 0),
     "a row less": lambda rows: rows[:-1],
     "a row more": lambda rows: np.concatenate((rows, rows[:1])),
     "another type": lambda rows: rows.astype([(name, "<i8") for name in rows.dtype.names]),
@@ -299,7 +301,7 @@ def test_a_split_larger_than_half_of_the_memory_does_not_stay(memory, stays, tmp
     reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12)), "train")  # 100 kB
     limit = tmp_path / "memory.max"
     limit.write_text(f"{memory}\n")
-    monkeypatch.setattr(pipeline.shards, "_CGROUP_LIMIT", limit)
+    monkeypatch.setattr(pipeline.reader, "_CGROUP_LIMIT", limit)
     assert reader.stays_in_memory == stays
     limit.unlink()
     assert reader.stays_in_memory

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import read_manifest
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 from tests.tools.conftest import Tree, class_folders, tars
 
 pytestmark = pytest.mark.slow

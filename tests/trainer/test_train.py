@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -239,8 +240,71 @@ def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_
     done = subprocess.run(strict, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        f"alexnet-train: more than 0 samples cannot be decoded, the last in {shard} at byte {place}"
+        "alexnet-train: more than 0 samples are damaged, the last of them the sample in "
+        f"{shard} at byte {place} does not begin like a JPEG: copy the shard again"
     )
+
+
+def harmed_after(steps: int, shard: Path, harm: Callable[[Path], None]) -> Callable:
+    """A training loader during which something happens to a shard, once."""
+
+    def loader(*arguments, **options):
+        batches = train_loader(*arguments, **options)
+        yield from islice(batches, steps)
+        harm(shard)
+        yield from batches
+
+    return loader
+
+
+def test_a_shard_cut_in_mid_run_ends_it_with_a_checkpoint_and_copied_again_it_goes_on(
+    packed, whole, tmp_path, monkeypatch, capsys
+):
+    data, out = Path(shutil.copytree(packed, tmp_path / "data")), tmp_path / "run"
+    shard = data / "train-000001.tar"
+    content = shard.read_bytes()
+    with monkeypatch.context() as patch:
+        cut = harmed_after(7, shard, lambda path: os.truncate(path, 0))
+        patch.setattr("trainer.train.train_loader", cut)
+        assert main(patch, command(data, out, "--max-bad-samples", "5")) == 1
+    output = capsys.readouterr()
+    assert output.out.count("left out: the sample in") == 6
+    [line] = output.err.splitlines()
+    assert line.startswith(
+        f"alexnet-train: more than 5 samples are damaged, the last of them the sample in {shard} at byte"
+    )
+    assert line.endswith("shorter: copy the shard again, or allow more with --max-bad-samples")
+    [newest] = sorted(path.stem for path in (out / "checkpoints").iterdir())[-1:]
+    assert newest == f"step-{int(rows(out / 'metrics.csv')[-1]['step']):09d}"
+
+    with open(shard, "r+b") as file:
+        file.write(content)
+    assert main(monkeypatch, command(data, out)) == 0
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+
+
+def test_a_shard_that_can_no_longer_be_read_is_left_out_within_the_budget(
+    packed, tmp_path, monkeypatch, capsys
+):
+    """The kernel refuses to read the lowest addresses of a process, through its `mem`, with EIO."""
+    data, out = Path(shutil.copytree(packed, tmp_path / "data")), tmp_path / "run"
+    shard = data / "train-000001.tar"
+
+    def fail(path: Path) -> None:
+        memory = os.open("/proc/self/mem", os.O_RDONLY)
+        for descriptor in Path("/proc/self/fd").iterdir():
+            if descriptor.resolve() == path:
+                os.dup2(memory, int(descriptor.name))
+        os.close(memory)
+
+    monkeypatch.setattr("trainer.train.train_loader", harmed_after(2, shard, fail))
+    assert main(monkeypatch, command(data, out)) == 0
+    output = capsys.readouterr().out
+    lost = [line for line in output.splitlines() if "left out" in line]
+    assert len(lost) == 20  # of the shard
+    assert all(f"the sample in {shard} at byte" in line for line in lost)
+    assert all("cannot be read: Input/output error" in line for line in lost)
+    assert [int(row["step"]) for row in rows(out / "evaluations.csv")] == [5, 10, 15]
 
 
 def test_metrics_are_served_while_it_trains(packed, tmp_path):

@@ -11,7 +11,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from pipeline.graph import GraphOptions, augment, jpeg_batch
 from pipeline.loader import Dataset
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 
 
 def _reader(dataset: Dataset) -> tuple[Any, Any]:

@@ -1,0 +1,131 @@
+"""Samples as they are used: read, looked at each time, and left out where they are damaged.
+
+A shard may be cut short, written over or lost at any time of a run, and a decoder believes what it is given:
+on bytes that do not begin like a JPEG DALI may crash the process, and for a size that a header claims it
+makes room at once, gigabytes if a bit has flipped.
+"""
+
+from collections.abc import Callable, Iterable
+from io import BytesIO
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from pipeline.jpeg import START, size_place
+from pipeline.manifest import DatasetError
+from pipeline.reader import Files, ShardReader
+
+_HEAD = 4096  # bytes, in which almost every JPEG says its size
+_PLACES = np.array(
+    [0, 1, 0, 1, 2, 3]
+)  # the first two from the file's start, four from where it says its size
+
+
+class Damage(NamedTuple):
+    """place: shard and byte. what: is wrong with the sample there, as the end of a sentence."""
+
+    place: str
+    what: str
+    reason: Literal["unreadable", "undecodable"]
+
+    def __str__(self) -> str:
+        return f"the sample in {self.place} {self.what}"
+
+
+LeaveOut = Callable[[Damage], None]
+
+
+class CheckedReader:
+    """A reader's samples without the damaged ones.
+
+    leave_out: told of each damaged sample when it is first met; None makes it a DatasetError.
+    replace: whether the next sample of the dataset takes its place, or it is missing.
+    """
+
+    def __init__(self, reader: ShardReader, leave_out: LeaveOut | None, replace: bool):
+        self.reader, self.leave_out, self.replace = reader, leave_out, replace
+        self.bad = np.zeros(len(reader), bool)
+        self._size_places = np.zeros(len(reader), np.int64)  # in each file; 0 until it was found
+        sizes = np.stack((reader.rows["height"], reader.rows["width"]), 1).astype(">u2").view(np.uint8)
+        self._expected = np.insert(sizes, [0, 0], tuple(START), 1)  # the bytes at _PLACES of each file
+
+    def unread(self, samples: np.ndarray) -> np.ndarray:
+        """Those that were not read yet."""
+        return samples[self._size_places[samples] == 0]
+
+    def read(self, samples: np.ndarray) -> tuple[np.ndarray, Files]:
+        """What there is of samples, or in their places, and their files.
+
+        Raises DatasetError as `note` does.
+        """
+        while True:
+            samples = self._without_bad(samples)
+            files = self.reader.read(samples)
+            damages = self._damages(samples, files)
+            if not damages:
+                return samples, files
+            for number, damage in damages.items():
+                self.note(number, damage)
+
+    def note(self, number: int, damage: Damage) -> None:
+        """Leave a sample out from now on. Raises DatasetError if it must not be, or nothing would be left."""
+        if self.bad[number]:
+            return
+        if self.leave_out is None or self.bad.sum() == len(self.bad) - 1:
+            raise DatasetError(f"{damage}: copy the shard again")
+        self.bad[number] = True
+        self.leave_out(damage)
+
+    def note_undecodable(self, samples: Iterable[int], jpegs: Iterable[memoryview]) -> bool:
+        """Find by decoding them which files are damaged. Returns whether any is."""
+        undecodable = {number for number, jpeg in zip(samples, jpegs, strict=True) if not _decodes(jpeg)}
+        for number in sorted(undecodable):
+            self.note(number, Damage(self.reader.name(number), "cannot be decoded", "undecodable"))
+        return bool(undecodable)
+
+    def _without_bad(self, samples: np.ndarray) -> np.ndarray:
+        while (bad := self.bad[samples]).any():
+            samples = np.where(bad, (samples + 1) % len(self.bad), samples) if self.replace else samples[~bad]
+        return samples
+
+    def _damages(self, samples: np.ndarray, files: Files) -> dict[int, Damage]:
+        """What is wrong, by the number of the sample. Half a microsecond for each, and five at first."""
+        for place in np.flatnonzero(self._size_places[samples] == 0).tolist():
+            if place not in files.failures:
+                jpeg = files.jpegs[place]
+                at = size_place(bytes(jpeg[:_HEAD])) or size_place(bytes(jpeg))
+                self._size_places[samples[place]] = at or 0
+        size_places = self._size_places[samples]
+        places = files.starts[:, None] + _PLACES
+        places[:, 2:] += size_places[:, None]
+        found = files.buffer.take(places, mode="clip")
+        wrong = (found != self._expected[samples]).any(1) | (size_places == 0)
+        wrong[list(files.failures)] = True
+        return {
+            int(samples[place]): self._damage(int(samples[place]), found[place], files.failures.get(place))
+            for place in np.flatnonzero(wrong).tolist()
+        }
+
+    def _damage(self, number: int, found: np.ndarray, failure: str | None) -> Damage:
+        """found: the bytes at _PLACES."""
+        name, row = self.reader.name(number), self.reader.rows[number]
+        if failure is not None:
+            return Damage(name, failure, "unreadable")
+        if found[:2].tobytes() != START:
+            return Damage(name, "does not begin like a JPEG", "undecodable")
+        if not self._size_places[number]:
+            return Damage(name, "does not say the size of its picture", "undecodable")
+        height, width = found[2:].view(">u2").tolist()
+        what = f"claims {width}×{height} px, and the index says {row['width']}×{row['height']}"
+        return Damage(name, what, "undecodable")
+
+
+def _decodes(jpeg: memoryview) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(jpeg)) as image:
+            image.load()
+    except Exception:  # whatever a damaged file makes Pillow raise
+        return False
+    return True

@@ -1,0 +1,161 @@
+"""Samples read from the shards, by number."""
+
+import os
+import resource
+import tarfile
+import weakref
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
+from pipeline.shards import read_index
+
+_BLOCK = tarfile.BLOCKSIZE
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
+
+class Files(NamedTuple):
+    """The bytes of n samples.
+
+    buffer: uint8, all of them one after the other. starts: int64 [n], where each begins. jpegs: each as
+    a view of the buffer. failures: why some could not be read, by their place in the row.
+    """
+
+    buffer: np.ndarray
+    starts: np.ndarray
+    jpegs: list[memoryview]
+    failures: dict[int, str]
+
+
+class ShardReader:
+    """A split's samples by number.
+
+    rows: [samples] of INDEX_DTYPE. Opening checks that each file is there, as long as packed, and
+    begins with the bytes that were packed; it raises DatasetError that names the first that is
+    not. Whole-file checksums are a matter for a verifying tool: they would read everything.
+
+    The files stay open: one that is deleted, or gets another in its place, is read on as it was. They are
+    read and never mapped: a read of a file cut short returns, where a map would kill the process.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, split: str):
+        self.root = root
+        self.split = manifest.split(split)
+        self.rows = read_index(root, self.split, manifest)
+        _allow_open_files(len(self.split.shards))
+        self._files: list[int] = []
+        weakref.finalize(self, _close, self._files)
+        for shard in self.split.shards:
+            self._files.append(_open_shard(root / shard.file, shard))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, numbers: np.ndarray) -> Files:
+        """The file bytes of samples, in four microseconds each from the page cache.
+
+        A thread would read them no sooner: each read gives Python's lock away and has to get it back.
+        """
+        rows = self.rows[numbers]
+        ends = np.cumsum(rows["size"], dtype=np.int64)
+        buffer = np.empty(int(rows["size"].sum(dtype=np.int64)), np.uint8)
+        places = zip(rows["shard"].tolist(), rows["offset"].tolist(), ends.tolist(), strict=True)
+        room, start, jpegs, failures = memoryview(buffer.data), 0, [], {}
+        for place, (shard, offset, end) in enumerate(places):
+            jpeg = room[start:end]
+            try:
+                if os.preadv(self._files[shard], (jpeg,), offset) != end - start:
+                    _read_all(self._files[shard], jpeg, offset)
+            except (OSError, EOFError) as error:
+                failures[place] = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            jpegs.append(jpeg)
+            start = end
+        return Files(buffer, ends - rows["size"], jpegs, failures)
+
+    def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
+        """The same without the rest. Raises DatasetError that names the first that cannot be read."""
+        files = self.read(numbers)
+        for place, why in files.failures.items():
+            raise DatasetError(f"the sample in {self.name(numbers[place])} {why}: copy the shard again")
+        return files.jpegs
+
+    def jpeg(self, number: int) -> memoryview:
+        """The same of one."""
+        return self.jpegs(np.array([number]))[0]
+
+    def will_need(self, numbers: np.ndarray) -> None:
+        """Have the kernel fetch what of these samples is not in memory, without waiting for it."""
+        for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order of the disk
+            with suppress(OSError):  # of which reading will tell
+                os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+
+    @property
+    def stays_in_memory(self) -> bool:
+        """Whether the split, once read, can be expected to stay in the page cache."""
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with suppress(OSError, ValueError):  # where there is no limit
+            memory = min(memory, int(_CGROUP_LIMIT.read_text()))
+        return 2 * sum(shard.bytes for shard in self.split.shards) < memory
+
+    def key(self, number: int) -> str:
+        """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
+        shard, offset, *_ = self.rows[number].tolist()
+        try:
+            block = os.pread(self._files[shard], _BLOCK, offset - _BLOCK)
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (OSError, tarfile.HeaderError):
+            raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
+        folder, slash, name = header.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    def name(self, number: int) -> str:
+        """Where a sample lies, for messages."""
+        row = self.rows[number]
+        return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
+
+
+def _open_shard(path: Path, shard: Shard) -> int:
+    """A descriptor of the file, once it is known to be the one that was packed."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
+    try:
+        actual = os.fstat(file).st_size
+        if actual != shard.bytes:
+            raise DatasetError(
+                f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+            )
+        if sha256(os.pread(file, HEAD_BYTES, 0)).hexdigest() != shard.head_sha256:
+            raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def _read_all(file: int, room: memoryview, offset: int) -> None:
+    """Fill `room`, however little comes at a time. Raises EOFError if the file ends before, and OSError."""
+    while room:
+        count = os.preadv(file, (room,), offset)
+        if not count:
+            raise EOFError("the shard has become shorter")
+        room, offset = room[count:], offset + count
+
+
+def _allow_open_files(count: int) -> None:
+    """Each shard stays open; the usual soft limit of 1024 is fewer than large sets have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

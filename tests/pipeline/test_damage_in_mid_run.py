@@ -1,0 +1,227 @@
+"""Shards that are cut, written over, lost or unreadable while a loader reads them."""
+
+import dataclasses
+import errno
+import os
+import shutil
+import weakref
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.checked import CheckedReader, Damage
+from pipeline.jpeg import size_place
+from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, train_loader
+from pipeline.manifest import DatasetError
+from pipeline.plan import Plan
+from pipeline.reader import ShardReader
+
+DECODING = Decoding(crop=64)
+SHARD = 1  # of three, with samples 20 to 39
+LOST = range(20, 40)
+STEPS, HARMED_AFTER, SURE = 15, 3, 8  # five steps an epoch; from SURE on nothing is from before the harm
+
+
+@pytest.fixture
+def dataset(packed: Path, tmp_path: Path) -> Dataset:
+    """A copy to damage once it is open."""
+    dataset = Dataset(Path(shutil.copytree(packed, tmp_path / "data")))
+    assert [shard.samples for shard in dataset.reader("train").split.shards] == [20, 20, 20]
+    return dataset
+
+
+def path_of(dataset: Dataset) -> Path:
+    return dataset.root / dataset.reader("train").split.shards[SHARD].file
+
+
+def write_over(path: Path) -> None:
+    """In place: whoever has the file open sees it."""
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+
+
+def replace(path: Path) -> None:
+    other = path.with_suffix(".other")
+    other.write_bytes(b"another file")
+    other.rename(path)
+
+
+def fail_with_eio(path: Path) -> None:
+    """The kernel refuses to read the lowest addresses of a process, through its `mem`, with EIO."""
+    memory = os.open("/proc/self/mem", os.O_RDONLY)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        os.pread(memory, 1, 512)
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if descriptor.resolve() == path:
+            os.dup2(memory, int(descriptor.name))
+    os.close(memory)
+
+
+def claim_another_size(path: Path) -> None:
+    """As a flipped bit might: the headers of all pictures."""
+    content = bytearray(path.read_bytes())
+    place = content.find(b"\xff\xd8\xff")
+    while place >= 0:
+        at = place + (size_place(bytes(content[place : place + 4096])) or 0)
+        content[at] ^= 0x80  # 80 rows become 32,848
+        place = content.find(b"\xff\xd8\xff", place + 2)
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "cut short": (
+        lambda path: os.truncate(path, 0),
+        "unreadable",
+        "cannot be read: the shard has become shorter",
+    ),
+    "an I/O error": (fail_with_eio, "unreadable", "cannot be read: Input/output error"),
+    "written over": (write_over, "undecodable", "does not begin like a JPEG"),
+    "other sizes": (claim_another_size, "undecodable", "claims 80×32848 px, and the index says 80×80"),
+}
+
+
+def plan_of(dataset: Dataset) -> Plan:
+    return Plan(seed=7, batch=12, shard_samples=(20, 20, 20))
+
+
+def train(dataset: Dataset, harm: Callable[[Path], None] | None = None, **options) -> list[Batch]:
+    """Three epochs, in the first of which something happens to a shard."""
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, colour="paper", **options)
+    batches = list(islice(loader, HARMED_AFTER))
+    if harm is not None:
+        harm(path_of(dataset))
+    return [(pixels.clone(), labels.clone()) for pixels, labels in [*batches, *loader]]
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
+    packed, dataset, name, monkeypatch
+):
+    harm, reason, what = HARMS[name]
+    damages: list[Damage] = []
+    ours = train(dataset, harm, leave_out=damages.append)
+    reader = dataset.reader("train")
+    assert sorted(damage.place for damage in damages) == sorted(map(reader.name, LOST))
+    assert {(damage.reason, damage.what) for damage in damages} == {(reason, what)}
+
+    step_batch = Plan.step_batch
+
+    def without_the_shard(plan: Plan, *where: int):
+        part = step_batch(plan, *where)
+        lost = np.isin(part.samples, LOST)
+        return dataclasses.replace(part, samples=np.where(lost, LOST.stop, part.samples))
+
+    monkeypatch.setattr(Plan, "step_batch", without_the_shard)
+    expected = train(Dataset(packed))
+    assert len(ours) == len(expected) == STEPS
+    for (pixels, labels), (right_pixels, right_labels) in zip(ours[SURE:], expected[SURE:], strict=True):
+        assert torch.equal(pixels, right_pixels)
+        assert torch.equal(labels, right_labels)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, replace])
+def test_a_shard_that_is_deleted_or_has_another_in_its_place_is_read_on(packed, dataset, harm):
+    ours, expected = train(dataset, harm), train(Dataset(packed))
+    for (pixels, labels), (right_pixels, right_labels) in zip(ours, expected, strict=True):
+        assert torch.equal(pixels, right_pixels)
+        assert torch.equal(labels, right_labels)
+    assert not path_of(dataset).is_file() or path_of(dataset).read_bytes() == b"another file"
+
+
+def test_a_sample_cut_in_the_middle_is_lost_and_the_one_before_it_is_not(dataset):
+    reader = dataset.reader("train")
+    row = reader.rows[30]
+    os.truncate(path_of(dataset), int(row["offset"] + row["size"]) - 1)
+    files = reader.read(np.array([29, 30, 31]))
+    assert list(files.failures) == [1, 2]
+    assert bytes(files.jpegs[0]).endswith(b"\xff\xd9")
+
+
+def test_reads_that_bring_little_at_a_time_bring_it_all(packed, monkeypatch):
+    reader, preadv = Dataset(packed).reader("train"), os.preadv
+    numbers = np.arange(len(reader))
+    whole = list(map(bytes, reader.jpegs(numbers)))
+    monkeypatch.setattr(os, "preadv", lambda file, rooms, offset: preadv(file, [rooms[0][:1000]], offset))
+    assert list(map(bytes, reader.jpegs(numbers))) == whole
+
+
+def test_beyond_the_budget_the_loader_ends_after_the_batches_before(dataset):
+    left_out: list[Damage] = []
+
+    def leave_out(damage: Damage) -> None:
+        left_out.append(damage)
+        if len(left_out) > 5:
+            raise DatasetError(f"enough: {damage}")
+
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, leave_out=leave_out)
+    batches = list(islice(loader, HARMED_AFTER))
+    os.truncate(path_of(dataset), 0)
+    with pytest.raises(DatasetError, match=f"enough: the sample in {path_of(dataset)} at byte"):
+        batches.extend(loader)
+    assert HARMED_AFTER <= len(batches) < SURE
+    assert len(left_out) == 6
+
+
+def test_a_damaged_sample_is_missing_from_an_evaluation(dataset):
+    damages: list[Damage] = []
+    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append)
+    fail_with_eio(path_of(dataset))
+    labels = torch.cat([labels for _, labels in loader])
+    assert labels.tolist() == np.delete(dataset.reader("train").rows["label"], LOST).tolist()
+    assert len(damages) == len(LOST)
+
+
+def test_tools_are_told_which_sample_cannot_be_read(dataset):
+    os.truncate(path_of(dataset), 0)
+    reader = dataset.reader("train")
+    with pytest.raises(DatasetError, match=f"{path_of(dataset)} at byte .* cannot be read: .* shorter: copy"):
+        reader.jpeg(20)
+    with pytest.raises(DatasetError, match="no tar header"):
+        reader.key(20)
+
+
+def test_bytes_live_until_dali_is_done_with_them(packed, monkeypatch):
+    """DALI reads them where they are; `prefetch` batches are under way while one is handed out."""
+    buffers: list[weakref.ref] = []
+    read = ShardReader.read
+
+    def watched(self: ShardReader, numbers: np.ndarray):
+        files = read(self, numbers)
+        buffers.append(weakref.ref(files.buffer))
+        return files
+
+    monkeypatch.setattr(ShardReader, "read", watched)
+    dataset = Dataset(packed)
+    for step, _ in enumerate(train_loader(dataset, plan_of(dataset), range(STEPS), DECODING)):
+        assert all(buffer() is not None for buffer in buffers[step:])
+    assert buffers[0]() is None  # and not for ever
+
+
+def test_a_readers_files_are_closed_with_it(packed):
+    def descriptors() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    before = descriptors()
+    reader = Dataset(packed).reader("train")
+    assert descriptors() == before + 3
+    del reader
+    assert descriptors() == before
+
+
+def test_a_picture_without_a_size_is_left_out(dataset):
+    path, reader = path_of(dataset), dataset.reader("train")
+    place = int(reader.rows["offset"][25])
+    with open(path, "r+b") as file:
+        file.seek(place + 2)
+        file.write(b"\xff\xda")  # a scan before any frame
+    damages: list[Damage] = []
+    samples, files = CheckedReader(reader, damages.append, replace=False).read(np.array([24, 25, 26]))
+    assert samples.tolist() == [24, 26]
+    assert len(files.jpegs) == 2
+    [damage] = damages
+    assert str(damage) == f"the sample in {path} at byte {place} does not say the size of its picture"
