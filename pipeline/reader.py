@@ -125,6 +125,10 @@ def _open_shard(path: Path, shard: Shard) -> int:
     except FileNotFoundError:
         raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
     try:
+        with suppress(OSError):  # where it is not known
+            # Before the first read: else the kernel reads on behind it, and FUSE drops most of what
+            # `will_need` asks for.
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         actual = os.fstat(file).st_size
         if actual != shard.bytes:
             raise DatasetError(

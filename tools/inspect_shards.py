@@ -67,6 +67,7 @@ def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
 
     def digests(part: tuple[ShardReader, range]) -> bytes:
         reader, numbers = part
+        reader.will_need(np.array(numbers))
         jpegs = reader.jpegs(np.array(numbers))
         return b"".join(blake2b(jpeg, digest_size=16).digest() for jpeg in jpegs)
 
