@@ -4,7 +4,7 @@
     python tools/bench.py all --data shards --input ILSVRC2012 --gates
     python tools/bench.py loader --data shards --sweep threads 1 2 4
 
-    read    JPEG bytes out of the mapped shards in the plan's order, beside DALI's own reader
+    read    JPEG bytes out of the shards in the plan's order, beside DALI's own reader
     loader  read, decode, crop, mirror, normalise, beside DALI's own reader feeding the same graph
     peers   the loader beside others' loaders, of the environment --loader-peers
     model   forward, backward and update on a batch that lies ready, beside the net as torch has it

@@ -9,36 +9,41 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
+from pipeline.checked import CheckedReader
 from pipeline.graph import GraphOptions, augment, jpeg_batch
 from pipeline.loader import Dataset
 from pipeline.reader import ShardReader
 
 
-def _reader(dataset: Dataset) -> tuple[Any, Any]:
+def _reader(dataset: Dataset, mapped: bool = True) -> tuple[Any, Any]:
     shards = dataset.manifest.split("train").shards
-    return webdataset_reader([str(dataset.root / shard.file) for shard in shards])
+    return webdataset_reader([str(dataset.root / shard.file) for shard in shards], mapped)
 
 
-def webdataset_reader(tars: list[str]) -> tuple[Any, Any]:
-    """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer."""
+def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:
+    """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer.
+
+    mapped: its default, which reads nothing until something touches the bytes; a shard cut short kills it.
+    """
     indices = [Path(tar).with_suffix(".idx") for tar in tars]
     return fn.readers.webdataset(  # type: ignore[return-value]
         paths=tars,
         index_paths=[str(index) for index in indices] if all(map(Path.exists, indices)) else None,
         ext=["jpg", "cls"],
         dtypes=[types.UINT8, types.UINT8],
+        dont_use_mmap=not mapped,
         random_shuffle=True,
         initial_fill=1024,
         name="reader",
     )
 
 
-def dali_reader_bytes(dataset: Dataset, options: GraphOptions) -> Callable[[], int]:
+def dali_reader_bytes(dataset: Dataset, options: GraphOptions, mapped: bool) -> Callable[[], int]:
     """Read only. Each call takes a batch and returns its number of images."""
 
     @pipeline_def
     def graph() -> tuple:
-        jpeg, label = _reader(dataset)
+        jpeg, label = _reader(dataset, mapped)
         return jpeg, label
 
     return _batches(graph, options)
@@ -48,11 +53,12 @@ def external_source_bytes(
     reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
 ) -> Callable[[], int]:
     """Read only, along the plan, labels beside: `batches()` returns sample numbers."""
+    checked = CheckedReader(reader, None, replace=False)
     kept: deque[tuple] = deque(maxlen=options.prefetch + 2)  # as the loader does
 
     def source() -> tuple:
-        samples = batches()
-        kept.append((jpeg_batch(reader.jpegs(samples)), reader.rows["label"][samples]))
+        samples, files = checked.read(batches())
+        kept.append((jpeg_batch(files.jpegs), reader.rows["label"][samples], files))
         return kept[-1][:1]
 
     @pipeline_def

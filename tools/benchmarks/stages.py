@@ -98,7 +98,11 @@ class Stages:
             self.options,
         )
         theirs = partial(dali_peers.dali_reader_bytes, self.dataset, self.options)
-        return {"plan": self._run(plan), "DALI's reader": self._run(theirs)}
+        return {
+            "plan": self._run(plan),
+            "DALI's reader": self._run(partial(theirs, mapped=False)),
+            "DALI's, mapped": self._run(partial(theirs, mapped=True)),
+        }
 
     def loader(self) -> Stage:
         from tools.benchmarks import dali_peers
