@@ -247,7 +247,7 @@ def run() -> list:
             "Images left out",
             'sum(increase(alexnet_input_errors_total{job="$job"}[$__range]))',
             "none",
-            "In the time shown, because they could not be decoded. The log names them.",
+            "In the time shown, because they were damaged. The log names them.",
             6,
         ).decimals(0),
     ]
