@@ -11,9 +11,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.manifest import NAME, DatasetError, read_manifest
-from trainer.run import Run, RunError
+from trainer.launch import complain, launch, world_size
+from trainer.run import LostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 from trainer.stop import Stopped
+from trainer.watchdog import EXIT_STALLED
 
 DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py packed, or continue the run in --out.
 Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.
@@ -32,6 +34,8 @@ def main() -> None:
         commands[command](arguments)
     except SettingsError as error:
         _complain(error, 2)
+    except LostError as error:
+        _complain(error, EXIT_STALLED)
     except (DatasetError, RunError) as error:
         _complain(error, 1)
     except OSError as error:
@@ -43,13 +47,13 @@ def main() -> None:
 
 
 def _complain(error: object, code: int) -> None:
-    print(f"alexnet-train: {error}", file=sys.stderr)
+    complain(f"alexnet-train: {error}", code)
     sys.exit(code)
 
 
 def _train(arguments: Sequence[str]) -> None:
     settings = load_settings(arguments, description=DESCRIPTION)
-    world = int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun says
+    world = world_size(settings)
     if settings.batch % world:
         raise SettingsError(
             f"--batch {settings.batch} cannot be divided among {world} processes: "
@@ -66,6 +70,10 @@ def _train(arguments: Sequence[str]) -> None:
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
+    if world > 1 and "WORLD_SIZE" not in os.environ:
+        run.begin(settings, manifest).close()  # what it refuses, it refuses before anything starts
+        command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
+        sys.exit(launch(command, world, settings.max_restarts))
     first = os.environ.get("RANK", "0") == "0"
     with run.begin(settings, manifest) if first else nullcontext():
         from trainer.train import train

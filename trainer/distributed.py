@@ -1,4 +1,4 @@
-"""The world that torchrun made, or a world of one."""
+"""The world that torchrun or trainer/launch.py made, or a world of one."""
 
 import os
 from dataclasses import dataclass
@@ -44,20 +44,36 @@ class World:
 
 
 def join(device: str) -> World:
-    """Join the run's processes. device: `auto`, `cuda` or `cpu`. Raises SettingsError without a GPU."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("--device cuda: torch finds no GPU here; leave it away to train on the CPU")
+    """Join the run's processes. device: `auto`, `cuda`, `cuda:N` or `cpu`.
+
+    Raises SettingsError if there is no such GPU.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"--device {device}: torch finds no GPU here; leave it away to train on the CPU")
     rank, size, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    where = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    where = torch.device("cuda", _gpu(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(where)
     if size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
     return World(rank, size, local_rank, where)
+
+
+def _gpu(device: str, local_rank: int) -> int:
+    """The number of this process's GPU. Raises SettingsError if there is none of that number."""
+    number, gpus = int(device.partition(":")[2] or local_rank), torch.cuda.device_count()
+    if number >= gpus:
+        raise SettingsError(f"--device {device}: there is no GPU {number}, but {gpus} from 0 on")
+    return number
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether this is what is raised where another process of the run is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def leave() -> None:

@@ -41,6 +41,10 @@ class RunError(ValueError):
     """A run that cannot go on; the message says why and what to do."""
 
 
+class LostError(RunError):
+    """A run that may go on when started again: another of its processes is gone."""
+
+
 class Run:
     """A run folder, new or to be continued."""
 

@@ -8,6 +8,7 @@ that help and refusals come at once.
 
 import argparse
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -102,8 +103,12 @@ class Settings(BaseSettings):
     freeze_conv1_epoch: Count | None = None
     """Epoch from which the first layer learns no more."""
 
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to train; auto is the GPU if there is one."""
+    device: str = "auto"
+    """cuda, cuda:1 for one GPU of several, or cpu; auto is cuda if there is a GPU."""
+    processes: PositiveInt | None = None
+    """Processes of this machine; without it, one for each GPU, or one on a CPU."""
+    max_restarts: Count = 3
+    """How often all processes of this machine are started again after one was killed, crashed or stalled."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of autocast; auto is bf16 where the hardware has it."""
     compile: bool = False
@@ -143,6 +148,13 @@ class Settings(BaseSettings):
     def _split_at_commas(cls, value: object) -> object:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("it should be auto, cuda, cuda:N or cpu")
+        return value
+
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:
         if self.warmup_epochs >= self.epochs:
@@ -156,9 +168,9 @@ class Settings(BaseSettings):
 
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
-    {"data", "out", "recipe", "device", "threads", "hw_decoder_load", "prefetch", "max_bad_samples",
-     "on_nan", "stall_seconds", "evaluation_batch", "port", "address", "calibrate", "log_every",
-     "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
+    {"data", "out", "recipe", "device", "processes", "max_restarts", "threads", "hw_decoder_load", "prefetch",
+     "max_bad_samples", "on_nan", "stall_seconds", "evaluation_batch", "port", "address", "calibrate",
+     "log_every", "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
 )  # fmt: skip
 
 

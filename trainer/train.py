@@ -27,7 +27,7 @@ from trainer.learner import Learner
 from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.run import Run
+from trainer.run import LostError, Run
 from trainer.saver import Saver
 from trainer.server import serve
 from trainer.settings import Settings
@@ -42,8 +42,8 @@ CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 def train(settings: Settings, run: Run) -> None:
     """Train as the settings say, or continue the run that is in the folder, and write its report.
 
-    Raises SettingsError, DatasetError, RunError or OSError with a message for people, and Stopped
-    after SIGTERM or SIGINT, its checkpoint saved.
+    Raises SettingsError, DatasetError, RunError or OSError with a message for people, LostError among
+    them where another process is gone, and Stopped after SIGTERM or SIGINT, its checkpoint saved.
     """
     world = distributed.join(settings.device)
     metrics, server = Metrics(), None
@@ -55,6 +55,13 @@ def train(settings: Settings, run: Run) -> None:
             if settings.calibrate:
                 trainer.calibrate()
         trainer.run_to_end()
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        raise LostError(
+            f"rank {world.rank} has lost another process of the run, which may have said why. "
+            "The same command continues after the last checkpoint"
+        ) from error
     finally:
         if server is not None:
             server.close()
