@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     """How often all processes of this machine are started again after one was killed, crashed or stalled."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Of autocast; auto is bf16 where the hardware has it."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     threads: Count = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.trainer.test_train import command, rows
+from tests.trainer.test_train import command, processes_of, rows
 from trainer.meter import Interval
 from trainer.metrics import Metrics
 from trainer.watchdog import EXIT_STALLED, START_SECONDS, allowed_seconds
@@ -61,21 +61,6 @@ def test_the_first_interval_has_longer_for_it_compiles():
     metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     assert allowed_seconds(metrics, 60.0) == 60.0
     assert allowed_seconds(metrics, 0.0) == float("inf")
-
-
-def processes_of(parent: int) -> dict[str, int]:
-    """The children of torchrun by their rank."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
-                continue
-            variables = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has ended
-        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
-        found |= {rank: int(status.parent.name) for rank in ranks}
-    return found
 
 
 def is_alive(pid: int) -> bool:

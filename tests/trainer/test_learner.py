@@ -1,0 +1,51 @@
+"""The net of one process among several: what its gradients are, and how they travel."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.distributed import World
+from trainer.learner import Learner
+from trainer.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[Tensor]:
+    """What is summed up over processes. They are one here, so that the sum is what was sent."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    tensors, all_reduce = [], dist.all_reduce
+
+    def observed(tensor, *arguments, **options):
+        tensors.append(tensor.clone())
+        return all_reduce(tensor, *arguments, **options)
+
+    monkeypatch.setattr(dist, "all_reduce", observed)
+    yield tensors
+    dist.destroy_process_group()
+
+
+def gradients(processes: int, **settings: str) -> list[Tensor]:
+    """Of a step of a small net in a world of so many processes."""
+    learner = Learner(Settings(crop=67, precision="fp32", **settings), 10, World(0, processes, 0, CPU))
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(4, 3, 67, 67, generator=generator).contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(2)  # of dropout
+    learner.step(pixels, torch.arange(4))
+    return [parameter.grad.clone() for parameter in learner.model.parameters()]
+
+
+def test_gradients_in_fp32_are_those_of_one_process_bit_for_bit(sent, recwarn):
+    assert all(map(torch.equal, gradients(2), gradients(1)))
+    assert not recwarn.list  # of strides that do not fit the buckets
+
+
+def test_gradients_in_bf16_travel_so_and_are_rounded_to_it(sent):
+    rounded = gradients(2, gradients="bf16")
+    assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in sent) == sum(gradient.numel() for gradient in rounded)
+    exact = gradients(1)
+    assert all(map(torch.equal, rounded, [gradient.bfloat16().float() for gradient in exact]))
+    assert not any(map(torch.equal, rounded, exact))
