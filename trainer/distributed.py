@@ -1,12 +1,15 @@
 """The world that torchrun or trainer/launch.py made, or a world of one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.run import LostError
 from trainer.settings import SettingsError
 
 
@@ -32,11 +35,6 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
 
     @property
     def device_name(self) -> str:
@@ -71,9 +69,18 @@ def _gpu(device: str, local_rank: int) -> int:
     return number
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether this is what is raised where another process of the run is gone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+@contextmanager
+def noticing_loss(world: World) -> Iterator[None]:
+    """Raises LostError for what torch raises where another process of the run is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise LostError(
+            f"rank {world.rank} has lost another process of the run, which may have said why. "
+            "The same command continues after the last checkpoint"
+        ) from error
 
 
 def leave() -> None:

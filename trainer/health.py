@@ -10,7 +10,7 @@ Every checkpoint is saved after such a look at the same step, so none has weight
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -73,10 +73,18 @@ class Health:
             f"--precision bf16{or_else}"
         )
 
+    def remember(self, intervals: Iterable[Mapping[str, float]]) -> None:
+        """Take up what came before a resume, by rows of metrics.csv: chance goes on where it was."""
+        for row in intervals:
+            self._at_chance(row["loss"], row["epoch"], int(row["step"]))
+
     def warnings(self, interval: Interval, skips: Skips, epoch: float, step: int) -> list[str]:
         """What there is to say of an interval that is no error. epoch, step: done."""
         skipped = f"left out: {skips.steps} of the last {interval.steps} updates: gradients are not finite"
-        return [skipped] * (skips.steps > 0) + self._at_chance(interval.loss, epoch, step)
+        chance = self._at_chance(interval.loss, epoch, step)
+        if self._chance_since:
+            self.metrics.unsound["chance"].inc()
+        return [skipped] * (skips.steps > 0) + chance
 
     def _at_chance(self, loss: float, epoch: float, step: int) -> list[str]:
         """A warning, once, when the loss has been that of guessing for long since the warm-up."""
@@ -84,7 +92,6 @@ class Health:
         if not near or epoch < self.settings.warmup_epochs:
             self._chance_since = None
             return []
-        self.metrics.unsound["chance"].inc()
         since_epoch, since_step = self._chance_since = self._chance_since or (epoch, step)
         epochs, steps = epoch - since_epoch, step - since_step
         if self._warned or epochs < CHANCE_EPOCHS or steps < CHANCE_STEPS:

@@ -40,14 +40,16 @@ class Journal:
         for note in notes:
             self.display.say(note)
 
-    def go_back_to(self, step: int) -> None:
-        """Drop what the tables hold of later steps, which will be done again."""
-        if self.world.is_main:
-            self.run.metrics.truncate(step)
-            self.run.evaluations.truncate(step)
-            for row in self.run.evaluations.rows()[-1:]:
-                scores = {name: row[name] for name in ("loss", "top1_error", "top5_error")}
-                self.metrics.evaluated(PROTOCOLS[1], **scores)
+    def go_back_to(self, step: int) -> list[dict[str, float]]:
+        """Drop what the tables hold of later steps, which will be done again; returns the intervals left."""
+        if not self.world.is_main:
+            return []
+        self.run.metrics.truncate(step)
+        self.run.evaluations.truncate(step)
+        for row in self.run.evaluations.rows()[-1:]:
+            scores = {name: row[name] for name in ("loss", "top1_error", "top5_error")}
+            self.metrics.evaluated(PROTOCOLS[1], **scores)
+        return self.run.metrics.rows()
 
     def interval(
         self, step: int, epoch: float, learning_rate: float, scale: float, interval: Interval

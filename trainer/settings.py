@@ -127,6 +127,8 @@ class Settings(BaseSettings):
     """Whether a loss or gradients that are not finite end the run, or have their update left out."""
     stall_seconds: Annotated[float, Field(ge=0)] = 900.0
     """Time without progress after which a process ends, to be started again; 0 is never."""
+    evaluate_epochs: PositiveInt = 1
+    """Epochs between two evaluations; the last is always evaluated."""
     evaluation_batch: PositiveInt = 128
     """Images in an evaluation step of each process."""
 
@@ -163,6 +165,15 @@ class Settings(BaseSettings):
             raise ValueError(f"--warmup-epochs {self.warmup_epochs} must be less than --epochs {self.epochs}")
         return self
 
+    @model_validator(mode="after")
+    def _knows_each_error_that_the_schedule_needs(self) -> Self:
+        if self.schedule == "plateau" and self.evaluate_epochs != 1:
+            raise ValueError(
+                f"--evaluate-epochs {self.evaluate_epochs}: --schedule plateau needs each epoch's error; "
+                "leave it away, or take --schedule steps or cosine"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return self.out or Path("runs") / Path(self.recipe).stem
@@ -171,8 +182,8 @@ class Settings(BaseSettings):
 # These may differ when a run is continued: they change how it is watched, not what it computes.
 FREE_TO_CHANGE = frozenset(
     {"data", "out", "recipe", "device", "processes", "max_restarts", "threads", "hw_decoder_load", "prefetch",
-     "max_bad_samples", "on_nan", "stall_seconds", "evaluation_batch", "port", "address", "calibrate",
-     "log_every", "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
+     "max_bad_samples", "on_nan", "stall_seconds", "evaluate_epochs", "evaluation_batch", "port", "address",
+     "calibrate", "log_every", "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
 )  # fmt: skip
 
 

@@ -23,10 +23,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.error: Exception | None = None  # another cause, set by whoever finds it
 
     @property
     def is_made(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}

@@ -27,7 +27,7 @@ from trainer.learner import Learner
 from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.run import LostError, Run
+from trainer.run import Run
 from trainer.saver import Saver
 from trainer.server import serve
 from trainer.settings import Settings
@@ -49,19 +49,13 @@ def train(settings: Settings, run: Run) -> None:
     metrics, server = Metrics(), None
     watchdog = Watchdog(metrics, settings.stall_seconds, world.rank)
     try:
-        with metrics.activity("start-up"):
-            server = serve(metrics, settings, world)
-            trainer = Trainer(settings, run, world, metrics, server.port if server else None)
-            if settings.calibrate:
-                trainer.calibrate()
-        trainer.run_to_end()
-    except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
-            raise
-        raise LostError(
-            f"rank {world.rank} has lost another process of the run, which may have said why. "
-            "The same command continues after the last checkpoint"
-        ) from error
+        with distributed.noticing_loss(world):
+            with metrics.activity("start-up"):
+                server = serve(metrics, settings, world)
+                trainer = Trainer(settings, run, world, metrics, server.port if server else None)
+                if settings.calibrate:
+                    trainer.calibrate()
+            trainer.run_to_end()
     finally:
         if server is not None:
             server.close()
@@ -99,9 +93,9 @@ class Trainer:
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.journal = Journal(run, world, metrics, self.display)
-        self.journal.go_back_to(self.step)
         self.saver = Saver(run, settings, metrics, self.display.warn)
         self.health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
+        self.health.remember(self.journal.go_back_to(self.step))
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps, with the fraction."""
@@ -132,7 +126,7 @@ class Trainer:
                 self._train()
             except DatasetError:
                 # The last step is done and the next was not begun.
-                if self.step and all_finite(self.learner.model.parameters()):
+                if self.step and not self.stopping and all_finite(self.learner.model.parameters()):
                     self._save()
                 raise
             self.saver.drain()
@@ -147,7 +141,7 @@ class Trainer:
         save_due = False
         while True:
             best = False
-            if self.epochs_done > self.evaluated and not self.stopping:
+            if self._evaluation_is_due() and not self.stopping:
                 best = self._evaluate()
                 save_due = True
             if save_due or self.stopping:
@@ -157,15 +151,20 @@ class Trainer:
             if self.step == self.steps:
                 break
             with self.metrics.activity("train"):
+                epochs = self.epochs_done
                 self.train_one(batches)
-                every = self.settings.checkpoint_steps
-                save_due = every > 0 and self.step % every == 0
-                log_due = self.step % self.settings.log_every == 0 or self.epochs_done > self.evaluated
+                epoch_ends, every = self.epochs_done > epochs, self.settings.checkpoint_steps
+                save_due = epoch_ends or (every > 0 and self.step % every == 0)
+                log_due = epoch_ends or self.step % self.settings.log_every == 0
                 # Several processes must stop at the same step: they agree on it when they log.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
                     self._log()
                     self.stopping = self.world.any(self.stop.is_made)
                     save_due |= self.world.is_main and self.saver.is_due()  # who alone saves
+
+    def _evaluation_is_due(self) -> bool:
+        every = 1 if self.step == self.steps else self.settings.evaluate_epochs
+        return self.epochs_done // every > self.evaluated // every
 
     def batches(self) -> Iterator[Batch]:
         """This process's part of each step from here on."""
@@ -179,7 +178,7 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out,
+            leave_out=self._leave_out_or_stop,
         )
 
     def _leave_out(self, damage: Damage) -> None:
@@ -193,6 +192,16 @@ class Trainer:
                 f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "
                 "copy the shard again, or allow more with --max-bad-samples"
             )
+
+    def _leave_out_or_stop(self, place: str) -> None:
+        """Too many end a run of one process at once. Several stop together, and what they read until then
+        is good: the first of them saves what all have."""
+        try:
+            self._leave_out(place)
+        except DatasetError as error:
+            if self.world.size == 1:
+                raise
+            self.stop.error = error
 
     def train_one(self, batches: Iterator[Batch]) -> None:
         """One step: wait for the batch, set the learning rate, update."""
@@ -246,7 +255,7 @@ class Trainer:
                 self.decoding,
                 rank=self.world.rank,
                 world=self.world.size,
-                leave_out=self._leave_out,
+                leave_out=self._leave_out_or_stop,
             )
             batches = takewhile(lambda _: not self.stop.is_made, batches)
             scores = evaluate(self.learner.model, self.learner.precision, batches, self.world, self.metrics)
@@ -277,12 +286,15 @@ class Trainer:
         self.meter.restart()
 
     def _leave(self) -> NoReturn:
-        """End as asked, once the checkpoint is saved. Raises RunError if it cannot be."""
+        """End as asked, once the checkpoint is saved. Raises RunError if it cannot be, and DatasetError
+        where samples are the cause."""
         self.saver.drain()
+        # All wait for each other here: torchrun ends the others as soon as one is gone.
+        damage = self.world.any(self.stop.error is not None)
         by = self.stop.signal or signal.SIGTERM
-        self.display.say(f"{by.name}: saved after step {self.step}; the same command again continues the run")
-        self.world.wait()  # torchrun ends the others as soon as one is gone
-        raise Stopped(by)
+        why = "damaged samples" if damage else by.name
+        self.display.say(f"{why}: saved after step {self.step}; the same command again continues the run")
+        raise self.stop.error or Stopped(by)
 
     def _resume(self) -> list[str]:
         """Take up the newest good checkpoint, if there is one; returns what there is to say of it."""

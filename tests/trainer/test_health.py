@@ -17,6 +17,7 @@ from trainer.settings import Settings
 from trainer.step import Skips
 
 NONE = Skips(0, 0)
+CHANCE = {"reason": "chance"}
 
 
 def interval(loss: float) -> Interval:
@@ -70,6 +71,20 @@ def test_a_loss_that_stays_at_guessing_is_said_once(health):
     }
     assert [epoch for epoch, warnings in said.items() if warnings] == [4.0]
     assert "for 3.0 epochs" in said[4.0][0]
+
+
+def test_guessing_goes_on_across_a_resume_and_is_said_once(health):
+    loss, said, resumed = math.log(1000), [], []
+    history = [{"loss": 5.0, "epoch": 2.0, "step": 2000.0}]
+    for epoch in range(3, 9):  # each by a process of its own
+        process = health("stop")
+        process.remember(history)
+        resumed.append(process.metrics.registry.get_sample_value("alexnet_unsound_intervals_total", CHANCE))
+        if process.warnings(interval(loss), NONE, float(epoch), epoch * 1000):
+            said.append(epoch)
+        history.append({"loss": loss, "epoch": float(epoch), "step": epoch * 1000.0})
+    assert said == [6]
+    assert not any(resumed)  # what others have counted
 
 
 def test_guessing_for_a_few_steps_or_with_a_pause_is_not_said(health):

@@ -66,6 +66,8 @@ def test_recipe_from_a_file(tmp_path):
         (["--precision", "fp8"], "'bf16', 'fp16' or 'fp32'"),
         (["--port", "70000"], "--port 70000"),
         (["--crop", "63"], "--crop 63: input should be greater than or equal to 64"),
+        (["--evaluate-epochs", "2"], "--evaluate-epochs 2: --schedule plateau needs each epoch's error"),
+        (["--device", "cuda:x"], "--device cuda:x"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),
     ],

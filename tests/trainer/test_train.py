@@ -208,6 +208,15 @@ def test_the_run_folder_says_what_ran_and_what_came_of_it(packed, whole):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_evaluation_in_two_epochs_changes_nothing_else(packed, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert main(monkeypatch, command(packed, out, "--evaluate-epochs", "2")) == 0
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")[1:]
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    steps = [path.name for path in sorted((out / "checkpoints").glob("step-*"))]
+    assert steps == ["step-000000010.pt", "step-000000015.pt"]
+
+
 def test_evaluate_gives_the_error_that_training_ended_with(packed, whole):
     last = rows(whole / "evaluations.csv")[-1]
     centre = run("-m", "trainer.cli", "evaluate", str(whole), "--data", str(packed))
@@ -275,9 +284,15 @@ def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_
     output = run(*command(data, tmp_path / "run"))
     assert f"left out: the sample in {shard} at byte {place}" in output
     assert [int(row["step"]) for row in rows(tmp_path / "run/evaluations.csv")] == [5, 10, 15]
-    strict = [sys.executable, *command(data, tmp_path / "strict", "--max-bad-samples", "0")]
-    done = subprocess.run(strict, capture_output=True, text=True, check=False)
+    # One of two processes meets it. Both stop at the next line of the log, and the first saves.
+    strict = ["--max-bad-samples", "0", "--processes", "2", "--log-every", "3"]
+    arguments = [sys.executable, *command(data, tmp_path / "strict"), *strict]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    steps = int(rows(tmp_path / "strict/metrics.csv")[-1]["step"])
+    assert f"damaged samples: saved after step {steps}" in done.stdout
+    assert (tmp_path / f"strict/checkpoints/step-{steps:09d}.pt").is_file()
     assert done.stderr.startswith(
         "alexnet-train: more than 0 samples are damaged, the last of them the sample in "
         f"{shard} at byte {place} does not begin like a JPEG: copy the shard again"
