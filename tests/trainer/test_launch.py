@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.test_train import processes_of
+from tests.trainer.test_two_processes import processes_of
 from trainer import launch
 from trainer.settings import Settings, SettingsError
 from trainer.watchdog import EXIT_STALLED

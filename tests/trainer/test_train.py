@@ -22,7 +22,6 @@ from trainer import checkpoint, cli
 
 # 60 training images: 5 steps an epoch. The smallest net, and a row in metrics.csv for each step.
 TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "3", "--log-every", "1"]
-WITHOUT_DROPOUT = ["--dropout", "off", "--epochs", "2"]  # which depends on the rank
 EXACT = ("step", "epoch", "loss", "error", "learning_rate")
 
 
@@ -73,21 +72,6 @@ def wait_for(steps: int, out: Path, process: subprocess.Popen) -> None:
     """Until so many rows are there, or the process has ended."""
     while len(rows(out / "metrics.csv")) < steps and process.poll() is None:
         time.sleep(0.01)
-
-
-def processes_of(parent: int) -> dict[str, int]:
-    """The children of a launcher by their rank."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
-                continue
-            variables = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has ended
-        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
-        found |= {rank: int(status.parent.name) for rank in ranks}
-    return found
 
 
 def terminate_after(steps: int, arguments: list[str], out: Path) -> tuple[int, str]:
@@ -231,47 +215,6 @@ def test_evaluate_gives_the_error_of_the_best_epoch(whole, monkeypatch, capsys):
     assert main(monkeypatch, ["-m", "trainer.cli", "evaluate", str(whole), "--checkpoint", "best"]) == 0
     said = f"step {best['step']}, val, centre crop: top-1 error {float(best['top1_error']):.2%}"
     assert said in capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def two(packed, tmp_path_factory) -> Path:
-    """A run of two processes that torchrun started and nothing interrupted."""
-    out = tmp_path_factory.mktemp("two") / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(*torchrun, *command(packed, out, *WITHOUT_DROPOUT))
-    return out
-
-
-def test_two_processes_train_like_one(packed, two, tmp_path, monkeypatch):
-    """Same images in the same steps and the same mean gradient; only the order of sums differs."""
-    out = tmp_path / "run"
-    assert main(monkeypatch, command(packed, out, *WITHOUT_DROPOUT)) == 0
-    one_loss, two_loss = ([float(row["loss"]) for row in rows(at / "metrics.csv")] for at in (out, two))
-    assert one_loss == pytest.approx(two_loss, rel=1e-3)
-    assert [row["images"] for row in rows(two / "evaluations.csv")] == ["20", "20"]
-
-
-def test_two_processes_of_which_one_is_killed_and_both_are_stopped_give_the_same_losses(
-    packed, two, tmp_path
-):
-    out = tmp_path / "run"
-    arguments = command(packed, out, *WITHOUT_DROPOUT, "--processes", "2", "--checkpoint-steps", "2")
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(3, out, process)
-    os.kill(processes_of(process.pid)["1"], signal.SIGKILL)
-    wait_for(7, out, process)
-    process.send_signal(signal.SIGTERM)
-    output, error = process.communicate(timeout=120)
-    done = int(rows(out / "metrics.csv")[-1]["step"])
-    assert process.returncode == 143
-    assert f"SIGTERM: saved after step {done}".encode() in output
-    assert error.decode().splitlines() == [
-        "alexnet-train: the process of rank 1 was ended by SIGKILL",
-        "alexnet-train: all start again after the last checkpoint, restart 1 of 3",
-    ]
-    assert f"after step {done}" in run(*arguments)
-    assert exact(out / "metrics.csv") == exact(two / "metrics.csv")
-    assert rows(out / "evaluations.csv") == rows(two / "evaluations.csv")
 
 
 def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_path):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tests.trainer.test_train import command, processes_of, rows
+from tests.trainer.test_train import command, rows
+from tests.trainer.test_two_processes import processes_of
 from trainer.meter import Interval
 from trainer.metrics import Metrics
 from trainer.watchdog import EXIT_STALLED, START_SECONDS, allowed_seconds
