@@ -178,29 +178,25 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out_or_stop,
+            leave_out=self._leave_out,
         )
 
     def _leave_out(self, damage: Damage) -> None:
-        """Count a sample that is damaged. Raises DatasetError if there are too many."""
+        """Count a sample that is damaged. Too many end a run of one process at once, by a DatasetError.
+
+        Of several, this one goes on with what is good until all stop together, and the first saves.
+        """
         self.metrics.input_errors[damage.reason].inc()
         if damage.place not in self.bad:
             self.display.warn(f"left out: {damage}")
             self.bad.add(damage.place)
         if len(self.bad) > self.settings.max_bad_samples:
-            raise DatasetError(
+            error = DatasetError(
                 f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "
                 "copy the shard again, or allow more with --max-bad-samples"
             )
-
-    def _leave_out_or_stop(self, place: str) -> None:
-        """Too many end a run of one process at once. Several stop together, and what they read until then
-        is good: the first of them saves what all have."""
-        try:
-            self._leave_out(place)
-        except DatasetError as error:
             if self.world.size == 1:
-                raise
+                raise error
             self.stop.error = error
 
     def train_one(self, batches: Iterator[Batch]) -> None:
@@ -255,7 +251,7 @@ class Trainer:
                 self.decoding,
                 rank=self.world.rank,
                 world=self.world.size,
-                leave_out=self._leave_out_or_stop,
+                leave_out=self._leave_out,
             )
             batches = takewhile(lambda _: not self.stop.is_made, batches)
             scores = evaluate(self.learner.model, self.learner.precision, batches, self.world, self.metrics)
