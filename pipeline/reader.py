@@ -45,7 +45,13 @@ class ShardReader:
     def __init__(self, root: Path, manifest: Manifest, split: str):
         self.root = root
         self.split = manifest.split(split)
-        self.rows = read_index(root, self.split, manifest)
+        self.rows = read_index(root, self.split, len(manifest.classes))
+        for side, most in (("width", manifest.max_width), ("height", manifest.max_height)):
+            if not 0 < self.rows[side].min() <= self.rows[side].max() <= most:
+                raise DatasetError(
+                    f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
+                    f"{side} is 1 to {most}: pack the dataset again"
+                )
         _allow_open_files(len(self.split.shards))
         self._files: list[int] = []
         weakref.finalize(self, _close, self._files)

@@ -90,7 +90,7 @@ def _is_below(file: str, folders: bool) -> bool:
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
     """The rows of a split, or None where they cannot be trusted."""
     try:
-        rows = read_index(root, split, manifest)
+        rows = read_index(root, split, len(manifest.classes))
     except (DatasetError, OSError) as error:
         return None, [Damage(split.index, str(error))]
     damages = []

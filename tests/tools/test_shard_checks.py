@@ -29,9 +29,8 @@ def folder(packed: Path, tmp_path: Path) -> Path:
 
 
 def task_of(folder: Path, decode: Decode = "sampled") -> Task:
-    manifest = read_manifest(folder)
-    split = manifest.split("train")
-    return Task(folder, split.shards[1], read_index(folder, split, manifest)[20:40], 10, decode)
+    split = read_manifest(folder).split("train")
+    return Task(folder, split.shards[1], read_index(folder, split, 10)[20:40], 10, decode)
 
 
 def named(task: Task) -> list[str]:
