@@ -53,8 +53,8 @@ class GraphOptions:
 
 
 def jpeg_batch(jpegs: Iterable[memoryview]) -> TensorListCPU:
-    """Files as one batch for a source to return, where they are. DALI would make the same of a list
-    of arrays, after looking at each of them in Python, which costs three times as much."""
+    """Files as one batch for a source to return, where they are; it keeps their memory. DALI would make
+    the same of a list of arrays, after looking at each in Python, which costs three times as much."""
     return TensorListCPU([TensorCPU(jpeg) for jpeg in jpegs], contiguous=False)  # type: ignore[call-overload]
 
 

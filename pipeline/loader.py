@@ -206,7 +206,7 @@ class _Stream:
         self.failure: DatasetError | None = None
         self.under_way: deque[tuple[Request, Files]] = deque()  # which DALI has and has not answered
         # DALI reads the arrays where they are, on a GPU also after it has answered.
-        self.inputs: deque[tuple[tuple, Files]] = deque(maxlen=decoding.prefetch + 2)
+        self.inputs: deque[tuple] = deque(maxlen=decoding.prefetch + 2)
         self.pipeline = build(self._source)
 
     def batches(self) -> Iterator[Batch]:
@@ -258,8 +258,8 @@ class _Stream:
                 self.failure = error  # for when the batches before it are through
                 raise StopIteration from None
         self.under_way.append(((samples, arguments), files))
-        self.inputs.append(((jpeg_batch(files.jpegs), *arguments), files))
-        return self.inputs[-1][0]
+        self.inputs.append((jpeg_batch(files.jpegs), *arguments))
+        return self.inputs[-1]
 
     def _leave_out_undecodable(self, error: RuntimeError) -> None:
         """DALI does not say which sample it could not decode: look at all that it had."""

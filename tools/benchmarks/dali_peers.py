@@ -58,7 +58,7 @@ def external_source_bytes(
 
     def source() -> tuple:
         samples, files = checked.read(batches())
-        kept.append((jpeg_batch(files.jpegs), reader.rows["label"][samples], files))
+        kept.append((jpeg_batch(files.jpegs), reader.rows["label"][samples]))
         return kept[-1][:1]
 
     @pipeline_def
