@@ -1,5 +1,6 @@
 """Datasets that tests of several modules share, each made once a session."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from tools.draw_pictures import class_names, draw
 from tools.make_shards import pack, parse_arguments
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or a command would start a process for each GPU
 settings.register_profile("shared machine", deadline=None)  # other jobs run beside the tests
 settings.load_profile("shared machine")
 
