@@ -1,6 +1,7 @@
 # make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
 # make test    all tests         make lint   style and types
 # make bench   images/s of each stage on the demo's pictures
+# make chaos   runs that are killed 200 times come to what whole ones do
 # make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
 # make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
 # make image-test   the image, and compose.yaml, on a real Docker engine
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test lint bench gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
+.PHONY: setup demo test lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
 
 setup: .venv/.ready
 
@@ -30,6 +31,13 @@ lint: setup
 # With the preset whose net torch's own layers can compute, too.
 bench: demo
 	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo --preset paper --gates
+
+chaos: DATA ?= runs/chaos-data
+chaos: setup
+	test -e $(DATA)/dataset.json || { \
+		$(BIN)/python tools/draw_pictures.py --output $(DATA)-pictures --train 6 --val 2 && \
+		$(BIN)/python tools/make_shards.py --input $(DATA)-pictures --output $(DATA) --size 80; }
+	$(BIN)/python tools/chaos.py --data $(DATA) --record runs/chaos.jsonl
 
 # Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
 gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
