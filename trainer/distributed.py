@@ -41,6 +41,11 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
+def rank() -> int:
+    """Of this process, also before it has joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def join(device: str) -> World:
     """Join the run's processes. device: `auto`, `cuda`, `cuda:N` or `cpu`.
 
@@ -48,9 +53,8 @@ def join(device: str) -> World:
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"--device {device}: torch finds no GPU here; leave it away to train on the CPU")
-    rank, size, local_rank = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", _gpu(device, local_rank)) if on_gpu else torch.device("cpu")
@@ -58,7 +62,7 @@ def join(device: str) -> World:
         torch.cuda.set_device(where)
     if size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
-    return World(rank, size, local_rank, where)
+    return World(rank(), size, local_rank, where)
 
 
 def _gpu(device: str, local_rank: int) -> int:
@@ -70,7 +74,7 @@ def _gpu(device: str, local_rank: int) -> int:
 
 
 @contextmanager
-def noticing_loss(world: World) -> Iterator[None]:
+def noticing_loss() -> Iterator[None]:
     """Raises LostError for what torch raises where another process of the run is gone."""
     try:
         yield
@@ -78,7 +82,7 @@ def noticing_loss(world: World) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise LostError(
-            f"rank {world.rank} has lost another process of the run, which may have said why. "
+            f"rank {rank()} has lost another process of the run, which may have said why. "
             "The same command continues after the last checkpoint"
         ) from error
 

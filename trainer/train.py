@@ -45,12 +45,12 @@ def train(settings: Settings, run: Run) -> None:
     Raises SettingsError, DatasetError, RunError or OSError with a message for people, LostError among
     them where another process is gone, and Stopped after SIGTERM or SIGINT, its checkpoint saved.
     """
-    world = distributed.join(settings.device)
     metrics, server = Metrics(), None
-    watchdog = Watchdog(metrics, settings.stall_seconds, world.rank)
+    watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
     try:
-        with distributed.noticing_loss(world):
+        with distributed.noticing_loss():
             with metrics.activity("start-up"):
+                world = distributed.join(settings.device)
                 server = serve(metrics, settings, world)
                 trainer = Trainer(settings, run, world, metrics, server.port if server else None)
                 if settings.calibrate:

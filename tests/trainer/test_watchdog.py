@@ -64,6 +64,23 @@ def test_the_first_interval_has_longer_for_it_compiles():
     assert allowed_seconds(metrics, 0.0) == float("inf")
 
 
+def test_a_rank_whose_peers_never_come_ends_too(packed, tmp_path):
+    script = "from trainer import cli, watchdog; watchdog.START_SECONDS = 1.0; cli.main()"
+    world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    _, _, *arguments = command(packed, tmp_path / "run", "--stall-seconds", "1")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env={**os.environ, **world},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == EXIT_STALLED
+    assert "rank 1 has made no progress" in done.stderr
+    assert "in join" in done.stderr
+
+
 def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
