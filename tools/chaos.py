@@ -77,39 +77,42 @@ def table(tallies: "dict[str, Tally]") -> Iterator[str]:
     yield "twice: steps done again, after all kills together and after one at most; not counted of commands"
 
 
-def kill_all(options: argparse.Namespace, rest: list[str]) -> "dict[str, Tally]":
-    """Every scenario. Raises SettingsError, DatasetError, OSError, and DifferenceError."""
+def kill_all(options: argparse.Namespace, rest: list[str], tallies: "dict[str, Tally]") -> None:
+    """Add each scenario's tally. Raises SettingsError, DatasetError, OSError, and DifferenceError."""
     arguments = [*SETTINGS, *rest]
     settings = load_settings(arguments, command="chaos.py")
     read_manifest(settings.data)
     if options.folder.exists() and any(options.folder.iterdir()):
         raise SettingsError(f"{options.folder} is not empty: delete it, or choose another --folder")
 
-    from tools.killing.runs import COMMAND, SCENARIOS, Chaos, kill_under_torchrun
+    from tools.killing.elastic import kill_under_torchrun
+    from tools.killing.runs import COMMAND, SCENARIOS, Chaos
 
     chaos = Chaos(settings, arguments, options.folder, options.seed)
     shares = {scenario: options.kills // len(SCENARIOS) for scenario in SCENARIOS}
     shares[SCENARIOS[0]] += options.kills % len(SCENARIOS)
     shares[COMMAND] = options.command_kills
-    tallies = {}
     for scenario, kills in shares.items():
         if kills:
             tallies[scenario.name] = chaos.kill(scenario, kills)
             print(f"{scenario.name}: {kills} kills, and as without them", flush=True)
     if options.command_kills:
         tallies["torchrun"] = kill_under_torchrun(chaos, options.command_kills)
+        print(f"torchrun: {options.command_kills} kills, and as without them", flush=True)
     shutil.rmtree(options.folder)
-    return tallies
 
 
 def main() -> None:
     options, rest = parse_arguments()
     begun = time.monotonic()
+    tallies: dict[str, Tally] = {}
     try:
-        tallies = kill_all(options, rest)
+        kill_all(options, rest, tallies)
     except (SettingsError, DatasetError, OSError, DifferenceError) as error:
         sys.exit(f"chaos: {error}")
-    print(*table(tallies), sep="\n")
+    finally:
+        if tallies:
+            print(*table(tallies), sep="\n")
     record = {
         "command": " ".join(sys.argv),
         "seconds": round(time.monotonic() - begun),

@@ -93,8 +93,12 @@ class CommandLife:
     world = 1
 
     def __init__(self, command: Sequence[str], log: Path):
+        # Or torchrun keeps its store through a restart, and ranks take each other's addresses of before.
+        environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(log, "ab") as file:
-            self.process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=file)
+            self.process = subprocess.Popen(
+                [sys.executable, *command], env=environment, stdout=file, stderr=file
+            )
 
     def is_over(self) -> bool:
         return self.process.poll() is not None

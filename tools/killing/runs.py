@@ -1,6 +1,5 @@
 """Runs of tools/chaos.py: once without kills, then killed until they are through."""
 
-import os
 import shutil
 import signal
 import time
@@ -258,41 +257,3 @@ def pause(life: Life, watch: Watch, seconds: float) -> None:
     while time.monotonic() < end and not life.is_over():
         watch.moment()
         time.sleep(POLL_SECONDS)
-
-
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """The process of each rank that a torchrun has started."""
-    ranks = {}
-    for children in Path(f"/proc/{torchrun}/task").glob("*/children"):
-        for pid in map(int, children.read_text().split()):
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    ranks[int(entry[5:])] = pid
-    return ranks
-
-
-def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
-    """One rank of two, at steps that are spread over the run; torchrun starts both again."""
-    tally, reference = Tally(runs=1, lives=1), chaos.reference(TORCHRUN)
-    run, steps = chaos.run(TORCHRUN.name), last_step(reference.run.metrics.path)
-    life = chaos.start(TORCHRUN, run, 0, 2)
-    assert isinstance(life, CommandLife)
-    for number in range(kills):
-        step = chaos.rng.integers(steps * number // kills, steps * (number + 1) // kills)
-        watch = Watch(run, chaos.batch, chaos.samples)
-        while not life.is_over() and (
-            last_step(run.metrics.path) <= step or len(ranks_of(life.process.pid)) < 2
-        ):
-            time.sleep(POLL_SECONDS)
-        if life.is_over():
-            break
-        tally.kills[watch.moment()] += 1
-        os.kill(ranks_of(life.process.pid)[int(chaos.rng.integers(2))], signal.SIGKILL)
-        tally.one_rank_kills += 1
-        tally.lives += 1
-        begun = len(run.starts())
-        while not life.is_over() and len(run.starts()) == begun:
-            time.sleep(POLL_SECONDS)
-    chaos.ended_well(run, life.join())
-    chaos.compare(TORCHRUN, run, reference, tally)
-    return tally
