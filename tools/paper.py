@@ -3,6 +3,8 @@
     python tools/paper.py ablations --data shards --recipe small --seeds 3
     python tools/paper.py report
 
+    crops       ten crops of a picture against its centre
+    ensembles   averages of several nets
     ablations   what each part of the net and of its training is worth
     report      results.md of all that was run, the published numbers beside those that were measured
 
@@ -21,7 +23,7 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("ablations",)  # in the order of the report
+EXPERIMENTS = ("crops", "ensembles", "ablations")  # in the order of the report
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def test_a_sign_is_said_only_where_all_seeds_agree():
     assert verdict([-0.5, -2.0], 1.0) == "opposite"
     assert verdict([-0.5, 2.0], 1.0) == "within the spread"
     assert verdict([0.0, 2.0], 1.0) == "within the spread"
-    assert verdict([3.0], 1.0) == "one seed"
+    assert verdict([3.0], 1.0) == "one run"
 
 
 def test_differences_are_between_runs_of_the_same_seed():

@@ -107,14 +107,15 @@ class Record(BaseModel):
 
 
 def differences(row: Row, base: Row, measure: str) -> list[float]:
-    """By how much a row is above another, seed by seed."""
-    return [a - b for a, b in zip(row.measured[measure], base.measured[measure], strict=True)]
+    """By how much a row is above another, seed by seed; one value is compared with each of the other's."""
+    ours, theirs = row.measured[measure], base.measured[measure]
+    return [a - b for a, b in zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True)]
 
 
 def verdict(found: list[float], published: float) -> str:
     """Whether differences have the published sign: only where all seeds agree is it said."""
     if len(found) < 2:
-        return "one seed"
+        return "one run"
     if all(value * published > 0 for value in found):
         return "as published"
     return "opposite" if all(value * published < 0 for value in found) else "within the spread"

@@ -1,0 +1,49 @@
+"""Averages of nets, and ten crops, against numpy."""
+
+import numpy as np
+import pytest
+
+from tools.experiments.ensembles import ONE, ONE_STAR, average, rows
+from tools.experiments.predictions import TOP1, TOP5, errors
+
+LABELS = np.array([0, 1, 2, 3, 4, 5, 6, 0])
+
+
+def some_scores(nets: int) -> list[np.ndarray]:
+    """Probabilities of seven classes for eight images, float32."""
+    generator = np.random.default_rng(0)
+    return list(generator.dirichlet(np.ones(7), (nets, len(LABELS))).astype(np.float32))
+
+
+def counted(scores: np.ndarray, best: int) -> float:
+    ranked = np.argsort(-scores, axis=1)[:, :best]
+    return 100 * float(np.mean([label not in row for label, row in zip(LABELS, ranked, strict=True)]))
+
+
+def test_errors_are_counted_as_by_hand():
+    for scores in some_scores(4):
+        assert errors(scores, LABELS) == {TOP1: counted(scores, 1), TOP5: counted(scores, 5)}
+
+
+def test_a_mean_may_be_weighted():
+    a, b, c = some_scores(3)
+    np.testing.assert_allclose(average([a, b, c]), (a + b + c) / 3, rtol=1e-6)
+    np.testing.assert_allclose(average([a, b, c], [1, 1, 2]), (a + b + 2 * c) / 4, rtol=1e-6)
+
+
+def test_the_rows_of_the_papers_seven_nets():
+    scores, stars = some_scores(7), [False] * 5 + [True] * 2
+    single, star, five, seven, weighted = rows(scores, stars, LABELS, [1, 1, 1, 1, 1, 2, 2])
+    assert [row.system for row in (single, star, five, seven)] == [ONE, ONE_STAR, "5 CNNs", "7 CNNs*"]
+    assert single.measured[TOP1] == [counted(net, 1) for net in scores[:5]]
+    assert star.measured[TOP5] == [counted(net, 5) for net in scores[5:]]
+    assert five.measured[TOP1] == [counted(sum(scores[:5]), 1)]
+    assert seven.measured[TOP1] == [counted(sum(scores), 1)]
+    assert weighted.measured[TOP1] == [counted(sum(scores) + scores[5] + scores[6], 1)]
+    assert five.published == pytest.approx({TOP1: -2.6, TOP5: -1.8})
+    assert seven.published == pytest.approx({TOP1: -4.0, TOP5: -2.8})
+    assert {row.than for row in (five, seven, weighted)} == {ONE}
+
+
+def test_without_a_sixth_convolution_there_is_one_average():
+    assert [row.system for row in rows(some_scores(3), [False] * 3, LABELS, None)] == [ONE, "3 CNNs"]

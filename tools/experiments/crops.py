@@ -1,0 +1,46 @@
+"""Ten crops against the centre: four corners and the centre with their mirror images, their softmax averaged.
+
+    python tools/paper.py crops runs/a runs/b
+
+Each run is one value. The published errors are those of the code's log on ILSVRC-2010's test images.
+"""
+
+import argparse
+
+from tools.experiments.predictions import (
+    TOP1,
+    TOP5,
+    about,
+    add_run_arguments,
+    errors,
+    load_members,
+    probabilities,
+    transposed,
+)
+from tools.experiments.record import Record, Row
+
+TAKES_SETTINGS = False
+CENTRE, TEN = "centre crop", "ten crops"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Evaluate each run both ways. Raises what `load_members` does."""
+    members, kept = load_members(options), options.out / "predictions"
+
+    def measured(crops: int) -> dict[str, list[float]]:
+        return transposed([errors(*probabilities(m.trained, options.split, crops, kept)) for m in members])
+
+    return Record(
+        experiment="crops",
+        title="Ten crops",
+        source="section 4.1; the log of layers-145 on ILSVRC-2010",
+        rows=[
+            Row(system=CENTRE, measured=measured(1), published={TOP1: 39.0, TOP5: 18.3}),
+            Row(system=TEN, measured=measured(10), published={TOP1: -1.6, TOP5: -1.3}, than=CENTRE),
+        ],
+        **about(options, members),
+    )
