@@ -5,6 +5,7 @@
 
     crops       ten crops of a picture against its centre
     ensembles   averages of several nets
+    cnn-star    a sixth convolution, pre-trained on another dataset, fine-tuned
     ablations   what each part of the net and of its training is worth
     report      results.md of all that was run, the published numbers beside those that were measured
 
@@ -23,7 +24,7 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("crops", "ensembles", "ablations")  # in the order of the report
+EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations")  # in the order of the report
 
 
 def main() -> None:

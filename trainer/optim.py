@@ -19,15 +19,18 @@ _MIN_IMPROVEMENT = 0.001  # of the error; less is noise of 50,000 validation ima
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
-    """Weights and biases, those of the first layer apart, each with its `scale` of the learning rate."""
-    groups: dict[tuple[bool, bool], dict] = {}
+    """Weights and biases, those of the first layer and of each with a rate of its own apart, each group with
+    its `scale` of the learning rate."""
+    rates = {str(layer): rate for layer, rate in settings.layer_learning_rates.items()}
+    groups: dict[tuple[bool, bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         bias, first = name.endswith("bias"), "conv1" in name
+        rate = rates.get(name.partition(".")[0], 1.0)
         groups.setdefault(
-            (bias, first),
+            (bias, first, rate),
             {
                 "params": [],
-                "scale": settings.bias_learning_rate if bias else 1.0,
+                "scale": rate * (settings.bias_learning_rate if bias else 1.0),
                 "freeze_epoch": settings.freeze_conv1_epoch if first else None,
                 "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
             },

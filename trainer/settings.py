@@ -28,6 +28,7 @@ PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
 
 Count = Annotated[int, Field(ge=0)]
+Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
 
 
 class SettingsError(ValueError):
@@ -102,6 +103,10 @@ class Settings(BaseSettings):
     """Whether weight decay applies to biases."""
     freeze_conv1_epoch: Count | None = None
     """Epoch from which the first layer learns no more."""
+    layer_learning_rates: Annotated[dict[Layer, PositiveFloat], NoDecode] = {}
+    """Learning rates of single layers over that of the others, as conv1=0.1,fc8=10."""
+    initial_weights: Path | None = None
+    """Run folder whose newest weights training begins with; fc8 begins anew where the classes differ."""
 
     device: str = "auto"
     """cuda, cuda:1 for one GPU of several, or cpu; auto is cuda if there is a GPU."""
@@ -158,6 +163,13 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
             raise ValueError("it should be auto, cuda, cuda:N or cpu")
         return value
+
+    @field_validator("layer_learning_rates", mode="before")
+    @classmethod
+    def _split_at_equal_signs(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return {layer: rate for layer, _, rate in (part.partition("=") for part in value.split(","))}
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tools.experiments.ensembles import ONE, ONE_STAR, average, rows
-from tools.experiments.predictions import TOP1, TOP5, errors
+from tools.experiments.predictions import errors
+from tools.experiments.record import TOP1, TOP5
 
 LABELS = np.array([0, 1, 2, 3, 4, 5, 6, 0])
 

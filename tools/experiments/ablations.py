@@ -10,12 +10,11 @@ rate falls by the number of epochs (schedule `cosine`) fits any budget. What is 
 import argparse
 from typing import NamedTuple
 
-from tools.experiments.record import Record, Row
-from tools.experiments.training import Training, about, train_all
+from tools.experiments.record import TOP1, TOP5, Record, Row
+from tools.experiments.training import Training, about, measured, train_all
 from trainer.settings import SettingsError, load_settings
 
 TAKES_SETTINGS = True
-TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
 WHOLE = "AlexNet"
 
 
@@ -73,13 +72,11 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
     evaluations = train_all(trainings, options.jobs)
     rows = []
     for number, (name, ablation) in enumerate(chosen.items()):
-        own = evaluations[number :: len(chosen)]
-        measured = {TOP1: [100 * e["top1_error"] for e in own], TOP5: [100 * e["top5_error"] for e in own]}
         published = {TOP1: ablation.top1, TOP5: ablation.top5}
         rows.append(
             Row(
                 system=name,
-                measured=measured,
+                measured=measured(evaluations[number :: len(chosen)]),
                 published={measure: value for measure, value in published.items() if value is not None},
                 than="" if name == WHOLE else WHOLE,
                 note=ablation.source,

@@ -8,8 +8,6 @@ Each run is one value. The published errors are those of the code's log on ILSVR
 import argparse
 
 from tools.experiments.predictions import (
-    TOP1,
-    TOP5,
     about,
     add_run_arguments,
     errors,
@@ -17,7 +15,7 @@ from tools.experiments.predictions import (
     probabilities,
     transposed,
 )
-from tools.experiments.record import Record, Row
+from tools.experiments.record import TOP1, TOP5, Record, Row
 
 TAKES_SETTINGS = False
 CENTRE, TEN = "centre crop", "ten crops"

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from tools.experiments.predictions import (
-    TOP1,
-    TOP5,
     about,
     add_run_arguments,
     errors,
@@ -21,7 +19,7 @@ from tools.experiments.predictions import (
     probabilities,
     transposed,
 )
-from tools.experiments.record import Record, Row
+from tools.experiments.record import TOP1, TOP5, Record, Row
 from trainer.settings import SettingsError
 
 TAKES_SETTINGS = False

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from pipeline.files import whole_file
+from tools.experiments.record import TOP1, TOP5, Measures
 from tools.experiments.training import describe
 from trainer import distributed
 from trainer.evaluate import Trained, count_errors, load_trained, log_probabilities
 from trainer.run import Run, environment
 from trainer.step import autocast, prepare, resolve_precision
-
-TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
 
 
 class Member(NamedTuple):
@@ -104,6 +103,6 @@ def errors(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {measure: 100 * count / len(labels) for measure, count in zip((TOP1, TOP5), wrong, strict=True)}
 
 
-def transposed(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+def transposed(rows: Sequence[dict[str, float]]) -> Measures:
     """A list of values for each measure."""
     return {measure: [row[measure] for row in rows] for measure in rows[0]}

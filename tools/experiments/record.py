@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import whole_file
 
+TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
 Measures = dict[str, list[float]]  # of each measure, named with its unit, a value a seed
 
 

@@ -4,12 +4,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.manifest import read_manifest
+from tools.experiments.record import TOP1, TOP5, Measures
 from trainer.run import Run
 from trainer.settings import load_settings
 
@@ -63,6 +64,13 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
 
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(train_one, trainings))
+
+
+def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
+    """The errors of evaluations, in percent."""
+    columns = {TOP1: "top1_error", TOP5: "top5_error"}
+    rows = list(evaluations)
+    return {measure: [100 * row[column] for row in rows] for measure, column in columns.items()}
 
 
 def about(trainings: Sequence[Training]) -> dict[str, Any]:

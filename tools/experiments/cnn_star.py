@@ -1,0 +1,69 @@
+"""CNN*: a sixth convolution, pre-trained on a larger dataset with classes of its own, then fine-tuned.
+
+    python tools/paper.py cnn-star --pretrain fall2011 --data shards --recipe code2012 --seeds 2
+
+Four trainings for each seed: the published net; the one with a sixth convolution, from random weights; that
+one on --pretrain; and from its weights on --data, where fc8 begins anew. As the code of 2012 did, fine-tuning
+begins at a tenth of the learning rate, and conv1 at a hundredth. Other options are settings of alexnet-train
+for all; --pretrain-settings and --fine-tune-settings add some for one. What is finished is not trained again.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from tools.experiments.record import TOP1, TOP5, Record, Row
+from tools.experiments.training import Training, about, describe, measured, train_all
+from trainer.settings import load_settings
+
+TAKES_SETTINGS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--pretrain", type=Path, required=True, metavar="DIR", help="the dataset that is trained on first")
+    add("--pretrain-settings", default="", metavar="SETTINGS", help='of that training, as "--epochs 3"')
+    add("--fine-tune-settings", default="", metavar="SETTINGS", help="of the last one")
+    add("--seeds", type=int, default=2, metavar="N", help="0 to N−1 (default 2, as published)")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+
+
+def run(options: argparse.Namespace, settings: list[str]) -> Record:
+    """Train the four, or what is left of them. Raises SettingsError or TrainingError."""
+    rate = load_settings(settings).learning_rate
+    seeds, folder = range(options.seeds), options.out / "cnn-star"
+
+    def trainings(name: str, *more: str) -> list[Training]:
+        return [
+            Training(folder / f"{name}-{seed}", [*settings, "--seed", str(seed), *more]) for seed in seeds
+        ]
+
+    one, random = trainings("one"), trainings("conv6", "--conv6")
+    pretraining = ["--conv6", "--data", str(options.pretrain), *shlex.split(options.pretrain_settings)]
+    first = trainings("pretrained", *pretraining)
+    smaller = ["--learning-rate", str(rate / 10), "--layer-learning-rates", "conv1=0.1"]
+    fine_tuning = ["--conv6", *smaller, *shlex.split(options.fine_tune_settings)]
+    star = [
+        Training(folder, [*settings, "--initial-weights", str(before.folder)])
+        for (folder, settings), before in zip(trainings("star", *fine_tuning), first, strict=True)
+    ]
+    # The fine-tuning of a seed needs its pre-training, which therefore goes before all of them.
+    before = train_all([*one, *random, *first], options.jobs)
+    after = train_all(star, options.jobs)
+    count = len(seeds)
+    return Record(
+        experiment="cnn-star",
+        title="CNN*",
+        source="section 6, table 2; the log of layers-146",
+        rows=[
+            Row(system="1 CNN", measured=measured(before[:count]), published={TOP1: 40.7, TOP5: 18.2}),
+            Row(
+                system="with a sixth convolution, from random weights",
+                measured=measured(before[count : 2 * count]),
+                than="1 CNN",
+            ),
+            Row(system="1 CNN*", measured=measured(after), published={TOP1: -1.7, TOP5: -1.6}, than="1 CNN"),
+        ],
+        remarks=[f"Pre-trained on {describe(options.pretrain)}. Centre crop; the published ones have ten."],
+        **about([*one, *star]),
+    )
