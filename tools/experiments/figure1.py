@@ -1,0 +1,192 @@
+"""Fig. 1: how much sooner a four-layer net learns with ReLUs than with tanh.
+
+    python tools/paper.py figure1 --data shards
+
+The training images are made 32 px small, as CIFAR-10's are, and learned without regularisation. For each
+activation, every rate of --rates is tried on the first seed, in that order, and given up once it needs more
+epochs than the best so far; the rate that came to --target soonest is trained on the other seeds. Images
+are kept in memory at 3 KB each. What is finished is not trained again, and what was interrupted goes on.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.manifest import read_manifest
+from pipeline.shards import ShardReader
+from tools.experiments.record import Figure, Record, Row
+from tools.experiments.training import describe
+from trainer.run import environment
+
+if TYPE_CHECKING:
+    from tools.experiments.four_layers import Images, Trial
+
+TAKES_SETTINGS = False
+LABELS = {"relu": "ReLU", "tanh": "tanh"}
+Curves = dict[str, list[list[float]]]  # of each activation, of each seed, the training error of each epoch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
+    add("--classes", type=int, default=10, metavar="N", help="the first N classes (default 10, as CIFAR-10)")
+    add("--images", type=int, default=50_000, metavar="N", help="at most (default 50,000, as CIFAR-10)")
+    add(
+        "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.003], metavar="R", help="learning rates"
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--epochs", type=int, default=60, metavar="N", help="of a training at most (default 60)")
+    add("--batch", type=int, default=128, metavar="N", help="images in a step (default 128)")
+    add("--target", type=float, default=25.0, metavar="%", help="training error (default 25)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Train what is left of it and draw figure1.png. Raises DatasetError or SettingsError."""
+    manifest = read_manifest(options.data)
+    reader = ShardReader(options.data, manifest, "train")
+    numbers = chosen(reader.rows["label"], options.classes, options.images)
+
+    from tools.experiments.four_layers import Images, small_images
+    from trainer import distributed
+
+    world = distributed.join(options.device)
+    images = Images(small_images(reader, numbers), reader.rows["label"][numbers], world.device)
+    shape = f"{manifest.fingerprint}-{options.classes}-{len(images)}-{options.batch}"
+    sweep = Sweep(options, images, options.out / "figure1" / shape)
+    rates = {activation: sweep.fastest_rate(activation) for activation in LABELS}
+    curves = {activation: sweep.curves(activation, rates[activation]) for activation in LABELS}
+    plot(options.out / "figure1.png", curves, options.target)
+    steps = math.ceil(len(images) / options.batch)
+    return Record(
+        experiment="figure1",
+        title="Fig. 1: ReLU against tanh",
+        source="Fig. 1 and section 3.1, on CIFAR-10",
+        data=f"{describe(options.data)}; of the first {images.classes} classes {len(images):,} training "
+        f"images at 32 px, batch {options.batch}, {options.seeds} seeds, of the learning rates "
+        f"{', '.join(f'{rate:g}' for rate in options.rates)} the one that was fastest for each net",
+        command=shlex.join(["python", *sys.argv]),
+        environment=environment(world.device_name),
+        rows=rows(curves, options.target, steps),
+        figures=[Figure(file="figure1.png", caption=caption(rates, options.target))],
+        remarks=remarks(curves, rates, options),
+    )
+
+
+def chosen(labels: np.ndarray, classes: int, images: int) -> np.ndarray:
+    """Numbers of the samples to learn, in order: of the first classes, drawn if there are too many."""
+    numbers = np.flatnonzero(labels < classes)
+    return np.sort(np.random.default_rng(0).permutation(numbers)[:images])
+
+
+class Sweep:
+    """The trainings of one command, kept in a folder."""
+
+    def __init__(self, options: argparse.Namespace, images: "Images", folder: Path):
+        self.options, self.images, self.folder = options, images, folder
+        self.target = options.target / 100
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def fastest_rate(self, activation: str) -> float:
+        """The learning rate that comes to the target in the fewest epochs on seed 0, or closest to it."""
+        from tools.experiments.four_layers import Trial, epochs_to
+
+        best, least, rate = math.inf, math.inf, self.options.rates[0]
+        for tried in self.options.rates:
+            # One epoch more than this cannot be sooner than the best.
+            enough = (
+                self.options.epochs if best == math.inf else min(self.options.epochs, math.ceil(best + 0.5))
+            )
+            errors = self._train(Trial(activation, tried, 0), enough)
+            reached = epochs_to(errors, self.target)
+            lowest = min((error for error in errors if not math.isnan(error)), default=math.inf)
+            if (reached, lowest) < (best, least):
+                best, least, rate = reached, lowest, tried
+        return rate
+
+    def curves(self, activation: str, rate: float) -> list[list[float]]:
+        """The training errors of each seed."""
+        from tools.experiments.four_layers import Trial
+
+        seeds = range(self.options.seeds)
+        return [self._train(Trial(activation, rate, seed), self.options.epochs) for seed in seeds]
+
+    def _train(self, trial: "Trial", epochs: int) -> list[float]:
+        from tools.experiments.four_layers import epochs_to, train
+
+        errors = train(self.images, trial, self.folder, self.options.batch, self.target, epochs)
+        reached = epochs_to(errors, self.target)
+        came = f"{self.options.target:g} % after {reached:.1f}" if reached < math.inf else "given up"
+        print(f"{trial}: {came}, training error {errors[-1]:.1%} after {len(errors)} epochs", flush=True)
+        return errors
+
+
+def rows(curves: Curves, target: float, steps: int) -> list[Row]:
+    """Iterations to the target, and tanh's over ReLU's, seed by seed, where all seeds came to it."""
+    from tools.experiments.four_layers import epochs_to
+
+    taken = {a: [steps * epochs_to(errors, target / 100) for errors in curves[a]] for a in curves}
+    came = {a: values for a, values in taken.items() if max(values) < math.inf}
+    measure = f"iterations to {target:g} % training error"
+    found = [Row(system=LABELS[a], measured={measure: values}) for a, values in came.items()]
+    if len(came) == len(curves):
+        ratios = [tanh / relu for tanh, relu in zip(came["tanh"], came["relu"], strict=True)]
+        found.append(
+            Row(
+                system="tanh over ReLU",
+                measured={"ratio of iterations": ratios},
+                published={"ratio of iterations": 6},
+            )
+        )
+    return found
+
+
+def remarks(curves: Curves, rates: dict[str, float], options: argparse.Namespace) -> list[str]:
+    """What falls short: a net that did not come to the target, a sweep whose best is at its end."""
+    from tools.experiments.four_layers import epochs_to
+
+    found = []
+    for activation, errors in curves.items():
+        short = [e for e in errors if epochs_to(e, options.target / 100) == math.inf]
+        if short:
+            found.append(
+                f"{LABELS[activation]} did not come to {options.target:g} % within {options.epochs} epochs "
+                f"on {len(short)} of {len(errors)} seeds."
+            )
+        if len(options.rates) > 1 and rates[activation] in (min(options.rates), max(options.rates)):
+            found.append(
+                f"{LABELS[activation]} was fastest at {rates[activation]:g}, an end of the rates tried: "
+                "beyond it may be a faster one."
+            )
+    return found
+
+
+def caption(rates: dict[str, float], target: float) -> str:
+    which = " and ".join(f"{LABELS[a]} at a learning rate of {rate:g}" for a, rate in rates.items())
+    return f"Training error of a four-layer net until it is {target:g} %: {which}; a line a seed."
+
+
+def plot(path: Path, curves: Curves, target: float) -> None:
+    """As in the paper: the training error over the epochs, solid for ReLU and dashed for tanh."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: there may be no screen
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for activation, line, colour in (("relu", "-", "C0"), ("tanh", "--", "C3")):
+        for seed, errors in enumerate(curves[activation]):
+            middles = np.arange(len(errors)) + 0.5  # of the epochs, whose errors these are
+            label = LABELS[activation] if seed == 0 else None
+            axes.plot(middles, errors, line, color=colour, linewidth=1.2, label=label)
+    axes.axhline(target / 100, color="gray", linewidth=0.8)
+    axes.set(xlabel="epochs", ylabel="training error rate", xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""A run that an experiment looks at, from its options to the trained net."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.manifest import DatasetError, read_manifest
+from tools.experiments.training import describe
+from trainer.run import Run, environment
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+    from trainer.evaluate import Trained
+
+
+class Finished(NamedTuple):
+    """A trained net in evaluation mode, and the device that it is on."""
+
+    trained: "Trained"
+    world: "World"
+    folder: Path
+
+    def about(self) -> dict[str, Any]:
+        """What a record says of the data, the net and the machine."""
+        settings, step = self.trained.settings, self.trained.step
+        return {
+            "data": f"{describe(settings.data)}; the net of {self.folder.name}, {settings.preset}, crop "
+            f"{settings.crop} px, after {step:,} steps",
+            "command": shlex.join(["python", *sys.argv]),
+            "environment": environment(self.world.device_name),
+        }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder of the trained net")
+    add("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
+    add("--checkpoint", choices=("newest", "best"), default="newest", help="default newest")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
+
+
+def open_run(options: argparse.Namespace, *splits: str) -> Finished:
+    """The net of options.run. splits: that the dataset must have.
+
+    Raises SettingsError, DatasetError or RunError, as `load_trained` does, before torch is imported where
+    it can.
+    """
+    run = Run(options.run)
+    settings = run.settings()
+    if options.data:
+        settings = settings.model_copy(update={"data": options.data})
+    there = read_manifest(settings.data).splits
+    for split in splits:
+        if split not in there:
+            raise DatasetError(
+                f"{settings.data} has no split '{split}', only {', '.join(there)}, and pictures are shown "
+                "from val beside those of train: give a dataset that has both with --data"
+            )
+
+    from trainer import distributed
+    from trainer.evaluate import load_trained
+
+    world = distributed.join(options.device)
+    trained = load_trained(settings, run, world.device, options.checkpoint == "best")
+    print(*trained.notes, sep="\n", end="\n" * bool(trained.notes), file=sys.stderr)
+    trained.model.eval()
+    return Finished(trained, world, options.run.resolve())

@@ -1,0 +1,163 @@
+"""The four-layer net of Fig. 1, the small images that it learns, and one training of it."""
+
+import math
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.files import whole_file
+from pipeline.manifest import DatasetError
+from pipeline.shards import ShardReader
+
+SIDE = 32  # of an image in pixels, as in CIFAR-10
+ACTIVATIONS: dict[
+    str, tuple[type[nn.Module], float]
+] = {  # with the gain of weights that keep a signal's size
+    "relu": (nn.ReLU, math.sqrt(2)),
+    "tanh": (nn.Tanh, 1.0),
+}
+
+
+def four_layers(classes: int, activation: str, seed: int) -> nn.Sequential:
+    """[n,3,32,32] → logits [n,classes].
+
+    The paper does not say which four layers; these are those of the author's CIFAR-10 example of the time
+    (cuda-convnet: 32, 32 and 64 kernels of 5×5, pooling 3/2 after each, one fully connected layer).
+    Weights are from N(0, gain²/inputs), so that either net begins with signals of its input's size.
+    """
+    torch.manual_seed(seed)
+    act, gain = ACTIVATIONS[activation]
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 5, padding=2),
+        nn.MaxPool2d(3, 2, ceil_mode=True),  # [n,32,16,16]
+        act(),
+        nn.Conv2d(32, 32, 5, padding=2),
+        act(),
+        nn.AvgPool2d(3, 2, ceil_mode=True),  # [n,32,8,8]
+        nn.Conv2d(32, 64, 5, padding=2),
+        act(),
+        nn.AvgPool2d(3, 2, ceil_mode=True),  # [n,64,4,4]
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, classes),
+    )
+    for layer in net:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]  # there is one
+    return net
+
+
+def small_images(reader: ShardReader, numbers: np.ndarray) -> np.ndarray:
+    """The central squares of these samples at SIDE px, uint8 [n,3,SIDE,SIDE]. Raises DatasetError."""
+    images = np.empty((len(numbers), SIDE, SIDE, 3), np.uint8)
+    for place, (number, jpeg) in enumerate(zip(numbers, reader.jpegs(numbers), strict=True)):
+        try:
+            with Image.open(BytesIO(jpeg.tobytes())) as image:
+                image.draft("RGB", (SIDE, SIDE))  # decoded at an eighth to a whole of its size
+                images[place] = _central_square(image.convert("RGB"))
+        except (OSError, SyntaxError):
+            name = reader.name(int(number))
+            raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again") from None
+    return images.transpose(0, 3, 1, 2)
+
+
+def _central_square(image: Image.Image) -> np.ndarray:
+    left, top = ((side - min(image.size)) / 2 for side in image.size)
+    box = (left, top, left + min(image.size), top + min(image.size))
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box))
+
+
+class Images:
+    """Small images on a device. pixels: uint8 [n,3,SIDE,SIDE]; labels: [n], from 0 on."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, device: torch.device):
+        self.pixels = torch.from_numpy(pixels).to(device).contiguous(memory_format=torch.channels_last)
+        self.labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+        self.classes = int(labels.max()) + 1
+        self.mean, self.std = float(pixels.mean()), float(pixels.std())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def inputs(self, numbers: Tensor) -> Tensor:
+        return (self.pixels[numbers].float() - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training, without regularisation of any kind, by SGD with momentum .9 at a constant rate."""
+
+    activation: str
+    rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.activation}-{self.rate:g}-{self.seed}"
+
+
+def train(images: Images, trial: Trial, folder: Path, batch: int, target: float, epochs: int) -> list[float]:
+    """Training errors (0 to 1) over each epoch, as it went, until one is at most `target`.
+
+    There are at most `epochs` of them; a last one that is not a number says that the training diverged.
+    What was done is kept in `folder` after each epoch, and gone on with.
+    """
+    device = images.labels.device
+    net = four_layers(images.classes, trial.activation, trial.seed).to(device)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(net.parameters(), trial.rate, momentum=0.9)
+    path = folder / f"{trial}.pt"
+    errors: list[float] = []
+    if path.exists():
+        kept = torch.load(path, map_location=device, weights_only=True)
+        net.load_state_dict(kept["net"])
+        optimizer.load_state_dict(kept["optimizer"])
+        errors = kept["errors"]
+    while len(errors) < epochs and not is_over(errors, target):
+        errors.append(_epoch(images, net, optimizer, batch, (trial.seed, len(errors))))
+        state = {"errors": errors, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+        with whole_file(path) as file:
+            torch.save(state, file)
+    return errors[:epochs]
+
+
+def _epoch(
+    images: Images,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: int,
+    draw: tuple[int, int],
+) -> float:
+    """The share of images that were misclassified when their turn came; NaN once the loss is not finite."""
+    order = torch.from_numpy(np.random.default_rng(draw).permutation(len(images))).to(images.labels.device)
+    misses = torch.zeros((), dtype=torch.int64, device=order.device)
+    for numbers in order.split(batch):
+        logits, labels = net(images.inputs(numbers)), images.labels[numbers]
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        misses += (logits.argmax(1) != labels).sum()
+    return float(misses) / len(images) if torch.isfinite(loss) else math.nan
+
+
+def is_over(errors: list[float], target: float) -> bool:
+    """Whether the last error is at most the target, or not a number."""
+    return bool(errors) and not errors[-1] > target
+
+
+def epochs_to(errors: list[float], target: float) -> float:
+    """After how many epochs the training error came to the target, infinite if it did not.
+
+    The error over an epoch is taken for that in its middle; between two, the line through them counts.
+    """
+    for number, error in enumerate(errors):
+        if error <= target:
+            before = errors[number - 1] if number else math.inf
+            return number + 0.5 - (target - error) / (before - error)
+    return math.inf
