@@ -9,6 +9,8 @@
     ablations   what each part of the net and of its training is worth
     figure1     how much sooner a net learns with ReLUs than with tanh
     figure3     the kernels of the first layer, by tower
+    figure4     the top five of validation images, and the training images nearest to them
+    codes       retrieval by short binary codes of an auto-encoder
     report      results.md of all that was run, the published numbers beside those that were measured
 
 An experiment leaves a record, its pictures and its trainings in --out; the same command goes on with what
@@ -26,7 +28,7 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3")  # in the order of the report
+EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes")  # in the order of the report
 
 
 def main() -> None:

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from pipeline.files import whole_file
 from tools.experiments.finished import Finished
-from trainer.evaluate import Trained
 from trainer.run import RunError
 from trainer.settings import FREE_TO_CHANGE
-from trainer.step import autocast, prepare, resolve_precision
+from trainer.step import autocast, prepare
 
-PART = 16_384  # images in a file at most
+PART = 8192  # images in a file at most
 MEMORY = 256 << 20  # bytes that a search takes, besides the queries themselves
 Parts = list[np.ndarray]  # the features of a split, fp16 [n,4096] each
 
@@ -37,7 +36,7 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
     where the net's activations are not finite in fp16, OSError.
     """
     trained, world = opened.trained, opened.world
-    folder = out / "features" / f"{opened.folder.name}-{trained.step}-{identity(trained, world.device)}"
+    folder = out / "features" / f"{opened.folder.name}-{trained.step}-{identity(opened)}"
     folder.mkdir(parents=True, exist_ok=True)
     images = trained.dataset.manifest.split(split).samples
     count = -(-images // PART)
@@ -48,7 +47,7 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
             continue
         # A part is the share of one process of so many.
         batches = trained.batches(split, 1, replace(world, rank=part, size=count))
-        rows = np.concatenate([features(trained, pixels) for pixels, _ in batches])
+        rows = np.concatenate([features(opened, pixels) for pixels, _ in batches])
         with whole_file(path) as file:
             np.save(file, rows)
         computed += len(rows)
@@ -58,27 +57,36 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
 
 
 @torch.inference_mode()
-def features(trained: Trained, pixels: Tensor) -> np.ndarray:
+def features(opened: Finished, pixels: Tensor) -> np.ndarray:
     """Pixels [n,3,crop,crop] → what fc7 makes of them, after its ReLU, fp16 [n,4096]. Raises RunError."""
-    precision = resolve_precision(trained.settings.precision, pixels.device)
-    with autocast(precision, pixels.device):
-        found = trained.model.features(prepare(pixels, precision)).half()
+    with autocast(opened.precision, pixels.device):
+        found = opened.trained.model.features(prepare(pixels, opened.precision)).half()
     if not found.isfinite().all():
         raise RunError("the net's activations are not finite in fp16: its training diverged, train it again")
     return found.cpu().numpy()
 
 
-def identity(trained: Trained, device: torch.device) -> str:
+def identity(opened: Finished) -> str:
     """Sixteen hex digits of what features depend on: the net, its weights, the dataset, the precision."""
+    trained = opened.trained
     settings = json.loads(trained.settings.model_dump_json(exclude=set(FREE_TO_CHANGE)))
-    settings["precision"] = resolve_precision(trained.settings.precision, device)
-    found = sha256(json.dumps([settings, trained.dataset.manifest.fingerprint]).encode())
+    found = sha256(json.dumps([settings, opened.precision, trained.dataset.manifest.fingerprint]).encode())
     for name, values in trained.model.state_dict().items():
         found.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def nearest(queries: np.ndarray, parts: Parts, count: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def take(parts: Parts, numbers: np.ndarray) -> np.ndarray:
+    """The rows of these numbers, which are sorted: fp16 [n,4096]."""
+    ends = np.cumsum([len(part) for part in parts])
+    own = np.split(numbers, np.searchsorted(numbers, ends[:-1]))
+    starts = [0, *ends[:-1].tolist()]
+    return np.concatenate([part[n - start] for part, n, start in zip(parts, own, starts, strict=True)])
+
+
+def nearest(
+    queries: np.ndarray, parts: Parts, count: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
     """The `count` rows of `parts` that are nearest to each query in L2, the nearest first.
 
     queries: [q,d]. Returns distances, float64 [q,count], and numbers over all parts, int64 [q,count]; of

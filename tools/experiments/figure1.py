@@ -19,6 +19,7 @@ import numpy as np
 
 from pipeline.manifest import read_manifest
 from pipeline.shards import ShardReader
+from tools.experiments.finished import count
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
 from trainer.run import environment
@@ -34,14 +35,16 @@ Curves = dict[str, list[list[float]]]  # of each activation, of each seed, the t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
-    add("--classes", type=int, default=10, metavar="N", help="the first N classes (default 10, as CIFAR-10)")
-    add("--images", type=int, default=50_000, metavar="N", help="at most (default 50,000, as CIFAR-10)")
+    add(
+        "--classes", type=count, default=10, metavar="N", help="the first N classes (default 10, as CIFAR-10)"
+    )
+    add("--images", type=count, default=50_000, metavar="N", help="at most (default 50,000, as CIFAR-10)")
     add(
         "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.003], metavar="R", help="learning rates"
     )
-    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--epochs", type=int, default=60, metavar="N", help="of a training at most (default 60)")
-    add("--batch", type=int, default=128, metavar="N", help="images in a step (default 128)")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--epochs", type=count, default=60, metavar="N", help="of a training at most (default 60)")
+    add("--batch", type=count, default=128, metavar="N", help="images in a step (default 128)")
     add("--target", type=float, default=25.0, metavar="%", help="training error (default 25)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
 

@@ -51,8 +51,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         "colour-specific, in every run",
         rows=rows,
         remarks=[
-            "Independent weights, as a net begins with, have a colour's share of 67 %: what few epochs left of "
-            "them is in these numbers."
+            "Independent weights, as a net begins with, have a colour's share of 67 %: what is left of them "
+            "after few epochs is in these numbers."
         ],
         figures=[Figure(file="figure3.png", caption=_caption(len(towers)))],
         **opened.about(),

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,16 +12,26 @@ from tools.experiments.training import describe
 from trainer.run import Run, environment
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.distributed import World
     from trainer.evaluate import Trained
 
 
 class Finished(NamedTuple):
-    """A trained net in evaluation mode, and the device that it is on."""
+    """A trained net in evaluation mode. world: this process and its device. precision: of autocast."""
 
     trained: "Trained"
     world: "World"
+    precision: str
     folder: Path
+
+    def pixels(self, split: str, number: int) -> "Tensor":
+        """One image as the net takes it: the centre crop [1,3,crop,crop]. Raises DatasetError."""
+        total = self.trained.dataset.manifest.split(split).samples
+        # Of so many processes as there are images, each has one.
+        [(pixels, _)] = self.trained.batches(split, 1, replace(self.world, rank=number, size=total))
+        return pixels
 
     def about(self) -> dict[str, Any]:
         """What a record says of the data, the net and the machine."""
@@ -31,6 +42,13 @@ class Finished(NamedTuple):
             "command": shlex.join(["python", *sys.argv]),
             "environment": environment(self.world.device_name),
         }
+
+
+def count(text: str) -> int:
+    """An option's number of things, of which there is at least one."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +79,11 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
 
     from trainer import distributed
     from trainer.evaluate import load_trained
+    from trainer.step import resolve_precision
 
     world = distributed.join(options.device)
     trained = load_trained(settings, run, world.device, options.checkpoint == "best")
     print(*trained.notes, sep="\n", end="\n" * bool(trained.notes), file=sys.stderr)
     trained.model.eval()
-    return Finished(trained, world, options.run.resolve())
+    precision = resolve_precision(settings.precision, world.device)
+    return Finished(trained, world, precision, options.run.resolve())

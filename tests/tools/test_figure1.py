@@ -1,0 +1,139 @@
+"""Fig. 1: the four-layer net, its images, one training of it, and the sweep over learning rates."""
+
+import argparse
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.alexnet import count_parameters
+from pipeline.manifest import DatasetError
+from tools.experiments import figure1, four_layers
+from tools.experiments.figure1 import Sweep, remarks, rows
+from tools.experiments.four_layers import Images, Trial, epochs_to, is_over, small_images, train
+
+
+class Reader:
+    """A split of these files."""
+
+    def __init__(self, *jpegs: bytes):
+        self.content = [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs]
+
+    def jpegs(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return [self.content[number] for number in numbers]
+
+    def name(self, number: int) -> str:
+        return f"sample {number}"
+
+
+def striped(width: int, height: int) -> bytes:
+    """Red, but for a blue square in the middle of the longer side."""
+    image, side = Image.new("RGB", (width, height), (255, 0, 0)), min(width, height)
+    image.paste(
+        (0, 0, 255), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+    )
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def test_small_images_are_the_central_squares():
+    reader = Reader(striped(400, 128), striped(128, 400), striped(16, 16))
+    images = small_images(reader, np.arange(3))
+    assert images.shape == (3, 3, 32, 32)
+    assert abs(images[:, :, 2:-2, 2:-2].astype(int) - np.array([0, 0, 255])[:, None, None]).max() < 12
+    with pytest.raises(DatasetError, match="sample 0 cannot be decoded"):
+        small_images(Reader(b"\xff\xd8 no picture"), np.arange(1))
+
+
+def test_the_net_has_three_convolutions_and_a_fully_connected_layer():
+    net = four_layers.four_layers(10, "relu", 0)
+    # 32 of 5×5×3, 32 and 64 of 5×5×32, 10 of 4×4×64, and a bias each.
+    assert count_parameters(net) == 32 * 76 + 32 * 801 + 64 * 801 + 10 * 1025
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    tanh = four_layers.four_layers(10, "tanh", 0)
+    assert sum(isinstance(layer, torch.nn.Tanh) for layer in tanh) == 3
+    assert tanh[3].weight.std().item() == pytest.approx(1 / math.sqrt(800), rel=0.02)
+    assert net[3].weight.std().item() == pytest.approx(math.sqrt(2 / 800), rel=0.02)
+
+
+def test_the_target_is_met_between_the_middles_of_two_epochs():
+    assert epochs_to([0.8, 0.5, 0.3, 0.2], 0.25) == pytest.approx(3.0)  # halfway from 2.5 to 3.5
+    assert epochs_to([0.2], 0.25) == 0.5
+    assert epochs_to([0.8, 0.5], 0.25) == epochs_to([0.8, math.nan], 0.25) == math.inf
+    assert is_over([0.8, 0.25], 0.25)
+    assert is_over([math.nan], 0.25)
+    assert not is_over([0.26], 0.25)
+    assert not is_over([], 0.25)
+
+
+def learnable() -> Images:
+    """Two classes of noise, dark and bright."""
+    labels = np.arange(60) % 2
+    pixels = np.random.default_rng(0).integers(0, 156, (60, 3, 32, 32)) + 100 * labels[:, None, None, None]
+    return Images(pixels.astype(np.uint8), labels, torch.device("cpu"))
+
+
+def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
+    images, trial = learnable(), Trial("relu", 0.001, 0)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir()
+    halves.mkdir()
+    errors = train(images, trial, whole, 16, -1, 4)
+    assert train(images, trial, halves, 16, -1, 2) == errors[:2]
+    assert train(images, trial, halves, 16, -1, 4) == errors
+    assert errors[-1] < 0.1 < errors[0]
+    kept = [torch.load(folder / "relu-0.001-0.pt")["net"] for folder in (whole, halves)]
+    torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
+
+
+def test_a_training_that_diverges_ends(tmp_path):
+    errors = train(learnable(), Trial("relu", 1e20, 0), tmp_path, 16, 0.0, 5)
+    assert math.isnan(errors[-1])
+    assert len(errors) < 5
+
+
+def test_rates_are_given_up_when_they_cannot_be_the_fastest(tmp_path, monkeypatch):
+    falls = {0.1: [math.nan], 0.03: [0.6, 0.4, 0.3, 0.2], 0.01: [0.7, 0.5, 0.2], 0.003: [0.8] * 9}
+    asked = []
+
+    def learn(_images, trial, _folder, _batch, _target, epochs):
+        asked.append((trial.rate, epochs))
+        return falls[trial.rate][:epochs]
+
+    monkeypatch.setattr(four_layers, "train", learn)
+    options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128, seeds=1)
+    sweep = Sweep(options, None, tmp_path)
+    assert sweep.fastest_rate("relu") == 0.01
+    assert asked == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
+
+
+def test_the_ratio_is_that_of_runs_of_the_same_seed():
+    options = argparse.Namespace(rates=[0.01, 0.1, 1.0], epochs=4, target=25.0)
+    curves = {"relu": [[0.2], [0.3, 0.2]], "tanh": [[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]}
+    found = {row.system: next(iter(row.measured.values())) for row in rows(curves, 25.0, steps=10)}
+    assert found["ReLU"] == pytest.approx([5, 10])
+    assert found["tanh over ReLU"] == pytest.approx([4, 2])
+    assert remarks(curves, {"relu": 0.1, "tanh": 1.0}, options) == [
+        "tanh was fastest at 1, an end of the rates tried: beyond it may be a faster one."
+    ]
+    curves["tanh"][1] = [0.5, 0.4]
+    assert [row.system for row in rows(curves, 25.0, steps=10)] == ["ReLU"]
+    assert "tanh did not come to 25 % within 4 epochs on 1 of 2 seeds." in remarks(
+        curves, {"relu": 0.1, "tanh": 0.1}, options
+    )
+
+
+def test_figure_1_of_a_packed_dataset(packed, tmp_path):
+    parser = argparse.ArgumentParser()
+    figure1.add_arguments(parser)
+    given = ["--data", str(packed), "--classes", "2", "--epochs", "1", "--seeds", "1", "--rates", "0.01"]
+    options = parser.parse_args([*given, "--device", "cpu"], argparse.Namespace(out=tmp_path))
+    record = figure1.run(options, [])
+    assert "the first 2 classes 12 training images" in record.data
+    assert [figure.file for figure in record.figures] == ["figure1.png"]
+    with Image.open(tmp_path / "figure1.png") as image:
+        image.load()

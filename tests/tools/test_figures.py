@@ -1,0 +1,179 @@
+"""Fig. 3 and Fig. 4 of a net with the weights that it began with, and the search that they rest on."""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.manifest import read_manifest, write_manifest
+from tools import paper
+from tools.experiments import fc7, figure3, figure4
+from tools.experiments.fc7 import features, kept_features, nearest, take
+from tools.experiments.figure3 import COLUMNS, GAP, SCALE, TOWER_GAP, by_tower, colour_shares, draw
+from tools.experiments.finished import Finished, open_run
+from trainer import checkpoint
+from trainer.build import build_model
+from trainer.run import Run, RunError
+from trainer.settings import load_settings
+
+CPU = torch.device("cpu")
+
+
+def begin_run(folder: Path, data: Path) -> Path:
+    """A run that was saved before its first step."""
+    settings = load_settings(["--data", str(data), "--recipe", "demo", "--crop", "64", "--precision", "fp32"])
+    manifest = read_manifest(data)
+    run = Run(folder)
+    run.begin(settings, manifest).close()
+    model = build_model(settings, len(manifest.classes), CPU)
+    checkpoint.write(run.checkpoints, 0, {"model": model.state_dict(), "step": 0}, keep=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(packed, tmp_path_factory) -> Path:
+    return begin_run(tmp_path_factory.mktemp("runs") / "a", packed)
+
+
+def options(module, out: Path, *arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    out.mkdir(exist_ok=True)
+    return parser.parse_args([*map(str, arguments), "--device", "cpu"], argparse.Namespace(out=out))
+
+
+@pytest.fixture(scope="module")
+def opened(finished_run, tmp_path_factory) -> Finished:
+    return open_run(options(figure3, tmp_path_factory.mktemp("out"), finished_run))
+
+
+def test_the_picture_of_the_kernels_is_the_weights_of_each_tower(opened, finished_run, tmp_path):
+    record = figure3.run(options(figure3, tmp_path / "out", finished_run), [])
+    weights = opened.trained.model.conv1.weight.detach().numpy()
+    with Image.open(tmp_path / "out" / record.figures[0].file) as image:
+        sheet = np.asarray(image).astype(float)
+    side = 11 * SCALE + GAP
+    for number, kernel in enumerate(weights):  # of the first 48, each 16 are a row; so of the other 48, below
+        row, column = divmod(number, COLUMNS)
+        top = row * side + (TOWER_GAP - GAP if number >= 48 else 0)
+        # The middle of each weight's square of pixels.
+        shown = sheet[top + SCALE // 2 :: SCALE, column * side + SCALE // 2 :: SCALE][:11, :11]
+        expected = kernel.transpose(1, 2, 0) / np.abs(kernel).max()
+        np.testing.assert_allclose((shown - 127.5) / 127.5, expected, atol=1 / 127)
+    assert sheet.shape == (6 * side - GAP + TOWER_GAP - GAP, COLUMNS * side - GAP, 3)
+    assert [row.system for row in record.rows] == ["tower 1, 48 kernels", "tower 2, 48 kernels"]
+
+
+def test_a_gray_kernel_has_no_colour_and_one_of_one_channel_two_thirds():
+    gray, red = np.ones((3, 11, 11)), np.zeros((3, 11, 11))
+    red[0] = 1
+    np.testing.assert_allclose(colour_shares(by_tower(np.stack([gray, red]), 1)[0]), [0, 2 / 3], atol=1e-12)
+    assert draw(by_tower(np.zeros((2, 3, 11, 11)), 2)).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("values", ["real", "few"])  # of few values, many distances are the same
+def test_neighbours_are_those_of_a_naive_search(values, monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((90, 8)) * 20 if values == "real" else rng.integers(0, 2, (90, 8))
+    rows = rows.astype(np.float16)
+    rows[70] = rows[3]
+    queries = np.concatenate([rows[[3, 50]], rows[[8]] + np.float16(0.25)])
+    expected = [
+        sorted((np.sqrt(((row - query) ** 2).sum()), number) for number, row in enumerate(rows.astype(float)))
+        for query in queries.astype(float)
+    ]
+    monkeypatch.setattr(fc7, "MEMORY", 7 * (10 * 8 + 40 * 3))  # seven rows at a time
+    distances, numbers = nearest(queries, [rows[:40], rows[40:41], rows[41:]], 6, CPU)
+    assert numbers.tolist() == [[number for _, number in best[:6]] for best in expected]
+    np.testing.assert_allclose(distances, [[d for d, _ in best[:6]] for best in expected], atol=1e-5)
+    assert numbers[0, :2].tolist() == [3, 70]
+
+
+def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(fc7, "PART", 25)
+    parts = kept_features(opened, "train", tmp_path)
+    assert [part.shape for part in parts] == [(20, 4096)] * 3
+    some = np.array([0, 19, 20, 59])
+    expected = np.concatenate([features(opened, opened.pixels("train", number)) for number in some])
+    np.testing.assert_allclose(take(parts, some), expected, rtol=2e-3, atol=1e-4)
+    assert len(np.unique(expected, axis=0)) == 4
+
+    [lost] = tmp_path.rglob("train-00001-of-00003.npy")
+    lost.unlink()
+    computed = []
+    monkeypatch.setattr(fc7, "features", lambda *given: computed.append(1) or features(*given))
+    again = kept_features(opened, "train", tmp_path)
+    assert len(computed) == 1
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate(parts))
+
+
+def test_another_net_has_features_of_its_own(opened):
+    before = fc7.identity(opened)
+    with torch.no_grad():
+        opened.trained.model.fc8.bias[0] += 1
+        changed = fc7.identity(opened)
+        opened.trained.model.fc8.bias[0] -= 1
+    assert len({before, changed, fc7.identity(opened._replace(precision="bf16"))}) == 3
+
+
+def test_activations_that_fp16_cannot_hold_are_refused(opened):
+    with pytest.raises(RunError, match="not finite in fp16"):
+        features(opened, torch.full((1, 3, 64, 64), torch.nan))
+
+
+def test_figure_4_is_a_picture_and_a_page_of_one_file(opened, finished_run, tmp_path):
+    out = tmp_path / "out"
+    record = figure4.run(options(figure4, out, finished_run, "--queries", 3, 19, "--images", 0, 5, 7), [])
+    with Image.open(out / record.figures[0].file) as image:
+        image.load()
+    page = (out / "figure4.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 3 + 2 * 7
+    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
+    # The first neighbour of each on the page is the nearest of all.
+    index = np.concatenate(kept_features(opened, "train", out)).astype(float)
+    firsts = [re.search(r"train ([\d,]+)<", row)[1] for row in page.split("<small>val ")[-2:]]
+    for query, first in zip((3, 19), firsts, strict=True):
+        own = features(opened, opened.pixels("val", query)).astype(float)
+        assert int(first) == np.sqrt(((index - own) ** 2).sum(1)).argmin()
+    assert "of the 12 nearest training images" in record.remarks[0]
+
+
+def test_the_classes_of_an_image_are_those_of_the_net_s_greatest_outputs(opened):
+    shown = figure4.classify(opened, 4)
+    with torch.inference_mode():
+        outputs = opened.trained.model(opened.pixels("val", 4)).double().softmax(1)[0]
+    assert [label for label, *_ in shown.top] == outputs.argsort(descending=True)[:5].tolist()
+    assert sum(p for *_, p in shown.top) == pytest.approx(outputs.sort().values[-5:].sum().item(), rel=1e-5)
+    assert shown.picture.label == opened.trained.dataset.reader("val").rows["label"][4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("figure3", "nowhere"), "no run in nowhere"),
+        (("figure3", "{run}", "--seeds", "3"), "unrecognized arguments: --seeds 3"),
+        (("figure4", "{run}", "--images", "20"), "--images 20: the validation images are 0 to 19"),
+        (("figure4", "{run}", "--data", "{without}"), "has no split 'train', only val"),
+        (("codes", "{run}", "--bits", "12"), "--bits 12: codes are of whole bytes"),
+        (("codes", "{run}", "--bits", "64"), "principal components need as many training images"),
+        (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a number from 1 on"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(
+    arguments, message, finished_run, packed, tmp_path, monkeypatch, capsys
+):
+    without = tmp_path / "without"
+    shutil.copytree(packed, without)
+    manifest = read_manifest(without)
+    write_manifest(without, manifest.model_copy(update={"splits": {"val": manifest.split("val")}}))
+    given = [part.format(run=finished_run, without=without) for part in arguments]
+    monkeypatch.setattr(sys, "argv", ["paper.py", *given, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        paper.main()
+    assert message in f"{ended.value.code}{capsys.readouterr().err}"

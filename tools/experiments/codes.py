@@ -1,0 +1,213 @@
+"""Short binary codes for retrieval, which the paper proposes in section 6.1 and did not try.
+
+    python tools/paper.py codes runs/a
+
+An auto-encoder learns to compress the 4096 activations of the last hidden layer to a few bits. Training
+images are then found by the Hamming distance of their codes from a validation image's, and compared with
+those that an exact search finds in L2. Random hyperplanes and the signs of principal components, which
+learn nothing or less, show what the auto-encoder is worth. The activations are computed once and kept in
+--out; those learned from are in memory at 16 KB an image.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tools.experiments import finished
+from tools.experiments.record import Figure, Measures, Record, Row
+from trainer.settings import SettingsError
+
+if TYPE_CHECKING:
+    import torch
+
+TAKES_SETTINGS = False
+NEAREST = 10  # that are sought in L2
+FOUND = 100  # images that a search by codes gives, for a finer one to choose from
+RECALL = f"the {NEAREST} nearest among {NEAREST} found (%)"
+CLASS = "of 6 found, those of the query's class (%)"
+SPEED = "search (ms a query)"
+AUTO, PCA, RANDOM = "auto-encoder", "signs of principal components", "random hyperplanes"
+Systems = dict[tuple[str, int], Measures]  # by method and bits
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    finished.add_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--bits", type=finished.count, nargs="+", default=[32, 64, 128], metavar="N", help="default 32 64 128"
+    )
+    add("--seeds", type=finished.count, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--epochs", type=finished.count, default=20, metavar="N", help="of the auto-encoder (default 20)")
+    add(
+        "--learn",
+        type=finished.count,
+        default=50_000,
+        metavar="N",
+        help="images to learn from (default 50,000)",
+    )
+    add(
+        "--queries",
+        type=finished.count,
+        default=500,
+        metavar="N",
+        help="validation images to seek (default 500)",
+    )
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Learn codes and search by them; draws codes.png. Raises SettingsError and what `kept_features` does."""
+    for bits in options.bits:
+        if bits % 8:
+            raise SettingsError(f"--bits {bits}: codes are of whole bytes, take a multiple of 8")
+    opened = finished.open_run(options, "train", "val")
+    dataset, device = opened.trained.dataset, opened.world.device
+    labels, val_labels = (dataset.reader(split).rows["label"] for split in ("train", "val"))
+    if min(options.learn, len(labels)) < max(options.bits):
+        raise SettingsError(
+            f"--bits {max(options.bits)}: principal components need as many training images, and there are "
+            f"{min(options.learn, len(labels))} to learn from: take fewer bits, or a larger --learn"
+        )
+
+    from tools.experiments.fc7 import kept_features, nearest, take
+
+    index, val = (kept_features(opened, split, options.out) for split in ("train", "val"))
+    queries = drawn(len(val_labels), options.queries, seed=0)
+    asked, wanted = take(val, queries), val_labels[queries]
+    begun = time.perf_counter()
+    nearest(asked[:1], index, NEAREST, device)
+    alone = 1000 * (time.perf_counter() - begun)
+    _, exact = nearest(asked, index, NEAREST, device)
+
+    def judge(found: np.ndarray) -> dict[str, float]:
+        return recalls(found, exact) | {CLASS: same_class(found, labels, wanted)}
+
+    systems = measure(options, index, asked, device, judge)
+    best = same_class(exact, labels, wanted)
+    plot(options.out / "codes.png", systems, best)
+    exactly = f"exact L2, {2 * asked.shape[1]:,} bytes an image"
+    return Record(
+        experiment="codes",
+        title="Retrieval by short binary codes",
+        source="section 6.1, which proposes them without having tried",
+        rows=[Row(system=exactly, measured={CLASS: [best], SPEED: [alone]}), *rows(systems)],
+        remarks=[
+            f"{len(asked):,} validation images were sought among {len(labels):,} training images. Of those "
+            "at the same Hamming distance, many at few bits, the first of the dataset are taken."
+        ],
+        figures=[Figure(file="codes.png", caption="Retrieval by codes of so many bits; a point a seed.")],
+        **opened.about(),
+    )
+
+
+def drawn(total: int, count: int, seed: int) -> np.ndarray:
+    """Numbers of at most so many of a split's samples, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(total)[:count])
+
+
+def recalls(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+    """In %. found: numbers of images by their codes, [queries,FOUND]; exact: in L2, [queries,NEAREST]."""
+
+    def recall(nearest: int, among: int) -> float:
+        hits = [np.isin(e[:nearest], f[:among]).mean() for e, f in zip(exact, found, strict=True)]
+        return float(100 * np.mean(hits))
+
+    return {
+        RECALL: recall(NEAREST, NEAREST),
+        "the 6 nearest among 6 found (%)": recall(6, 6),
+        f"the 6 nearest among {FOUND} found (%)": recall(6, FOUND),
+    }
+
+
+def same_class(found: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> float:
+    """How many of the first six images found [queries,n] are of the class that is wanted [queries], in %."""
+    return float(100 * (labels[found[:, :6]] == wanted[:, None]).mean())
+
+
+def measure(
+    options: argparse.Namespace,
+    index: list[np.ndarray],
+    asked: np.ndarray,
+    device: "torch.device",
+    judge: Callable[[np.ndarray], dict[str, float]],
+) -> Systems:
+    """Every method at every number of bits, seed by seed. judge: scores of the numbers found."""
+    import torch
+
+    from tools.experiments import binary_codes
+    from tools.experiments.fc7 import take
+
+    methods: dict[str, Callable[[torch.Tensor, int, int], binary_codes.Encoder]] = {
+        RANDOM: binary_codes.random_hyperplanes,
+        PCA: binary_codes.pca_signs,
+        AUTO: partial(binary_codes.auto_encoder, epochs=options.epochs),
+    }
+    systems: Systems = {}
+    for seed in range(options.seeds):
+        learned = take(index, drawn(sum(map(len, index)), options.learn, seed))
+        sample = torch.from_numpy(learned).to(device).float()
+        for bits, (name, learn) in product(options.bits, methods.items()):
+            encoder = learn(sample, bits, seed)
+            codes = binary_codes.encode(encoder, index, device)
+            found, seconds = search(codes, binary_codes.encode(encoder, [asked], device))
+            for what, value in (judge(found) | {SPEED: 1000 * seconds}).items():
+                systems.setdefault((name, bits), {}).setdefault(what, []).append(value)
+            recall = systems[name, bits][RECALL][-1]
+            print(f"seed {seed}: {name}, {bits} bits: {recall:.1f} % of the {NEAREST} nearest", flush=True)
+    return systems
+
+
+def search(codes: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
+    """Numbers of the codes nearest to each that is asked for, [queries,FOUND], and the median seconds."""
+    from tools.experiments.binary_codes import nearest_codes
+
+    found, seconds = [], []
+    for query in asked:
+        begun = time.perf_counter()
+        found.append(nearest_codes(query, codes, FOUND))
+        seconds.append(time.perf_counter() - begun)
+    return np.stack(found), median(seconds)
+
+
+def rows(systems: Systems) -> list[Row]:
+    """The auto-encoder's are compared with the best that needs no training, at the same number of bits."""
+
+    def named(name: str, bits: int) -> str:
+        return f"{name}, {bits} bits"
+
+    return [
+        Row(system=named(name, bits), measured=measured, than=named(PCA, bits) if name == AUTO else "")
+        for (name, bits), measured in systems.items()
+    ]
+
+
+def plot(path: Path, systems: Systems, best: float) -> None:
+    """Recall, and the share of the right class, over the bits; best: that of the exact search."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: there may be no screen
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, colour in ((AUTO, "C0"), (PCA, "C1"), (RANDOM, "C7")):
+        own = {bits: measured for (method, bits), measured in systems.items() if method == name}
+        for panel, what in zip(panels, (RECALL, CLASS), strict=True):
+            panel.plot(
+                list(own), [mean(measured[what]) for measured in own.values()], color=colour, label=name
+            )
+            for bits, measured in own.items():
+                panel.plot([bits] * len(measured[what]), measured[what], ".", color=colour)
+            panel.set(xlabel="bits", ylabel=what, ylim=(0, None), xscale="log")
+            panel.set_xticks(list(own), [str(bits) for bits in own])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    panels[1].axhline(best, color="black", linewidth=0.8, linestyle=":", label="exact L2")
+    panels[1].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,127 @@
+"""Fig. 4: what a net takes validation images for, and which training images it finds alike.
+
+    python tools/paper.py figure4 runs/a
+
+Eight validation images with their five most probable classes; and five others with the six training
+images whose 4096 activations of the last hidden layer are nearest to theirs in L2. Writes figure4.png and
+figure4.html, a page that needs no other file. The activations of the training images are computed once
+and kept in --out. Images are named by their numbers in the split, from 0 on, and drawn by --seed if not.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tools.experiments import finished
+from tools.experiments.finished import Finished
+from tools.experiments.record import Figure, Record
+from trainer.settings import SettingsError
+
+if TYPE_CHECKING:
+    from pipeline.loader import Dataset
+    from tools.experiments.figure4_drawing import Classified, Picture, Retrieved
+
+TAKES_SETTINGS = False
+IMAGES, TOP = 8, 5
+QUERIES, NEIGHBOURS = 5, 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    finished.add_arguments(parser)
+    add = parser.add_argument
+    add("--images", type=int, nargs="+", metavar="N", help=f"to classify (default {IMAGES} that are drawn)")
+    add("--queries", type=int, nargs="+", metavar="N", help=f"to seek alike (default {QUERIES} others)")
+    add("--seed", type=int, default=0, metavar="N", help="of the images that are drawn (default 0)")
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Write figure4.png and figure4.html. Raises SettingsError for an image that is not there, and what
+    `open_run` and `kept_features` do."""
+    opened = finished.open_run(options, "train", "val")
+    total = opened.trained.dataset.manifest.split("val").samples
+    drawn = np.random.default_rng(options.seed).permutation(total).tolist()
+    images = _checked("--images", options.images or drawn[:IMAGES], total)
+    queries = _checked("--queries", options.queries or drawn[-QUERIES:], total)
+
+    from tools.experiments.figure4_drawing import CAPTION, draw, write_page
+
+    classified = [classify(opened, number) for number in images]
+    retrieved = retrieve(opened, queries, options.out)
+    draw(options.out / "figure4.png", classified, retrieved)
+    write_page(options.out / "figure4.html", classified, retrieved)
+    return Record(
+        experiment="figure4",
+        title="Fig. 4: five most probable classes, and nearest training images",
+        source="Fig. 4 and section 6.1",
+        rows=[],
+        remarks=[*counts(classified, retrieved), "The same as a page: [figure4.html](figure4.html)."],
+        figures=[Figure(file="figure4.png", caption=CAPTION)],
+        **opened.about(),
+    )
+
+
+def _checked(option: str, numbers: list[int], total: int) -> list[int]:
+    for number in numbers:
+        if not 0 <= number < total:
+            raise SettingsError(f"{option} {number}: the validation images are 0 to {total - 1}")
+    return numbers
+
+
+def classify(opened: Finished, number: int) -> "Classified":
+    """A validation image with its most probable classes, the best first."""
+    import torch
+
+    from tools.experiments.figure4_drawing import Classified
+    from trainer.evaluate import log_probabilities
+    from trainer.step import autocast, prepare
+
+    with torch.inference_mode(), autocast(opened.precision, opened.world.device):
+        pixels = prepare(opened.pixels("val", number), opened.precision)
+        scores = log_probabilities(opened.trained.model, pixels)[0]
+    best = scores.topk(min(TOP, len(scores)))
+    classes = opened.trained.dataset.manifest.classes
+    top = [
+        (label, classes[label].name, probability)
+        for label, probability in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
+    ]
+    return Classified(picture(opened.trained.dataset, "val", number), top)
+
+
+def retrieve(opened: Finished, queries: list[int], out: Path) -> "list[Retrieved]":
+    """Validation images with the training images that are nearest to each."""
+    from tools.experiments.fc7 import features, kept_features, nearest
+    from tools.experiments.figure4_drawing import Retrieved
+
+    asked = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
+    index = kept_features(opened, "train", out)
+    distances, numbers = nearest(asked, index, NEIGHBOURS, opened.world.device)
+    dataset = opened.trained.dataset
+    return [
+        Retrieved(
+            picture(dataset, "val", query),
+            [(picture(dataset, "train", n), d) for n, d in zip(found, far, strict=True)],
+        )
+        for query, found, far in zip(queries, numbers.tolist(), distances.tolist(), strict=True)
+    ]
+
+
+def picture(dataset: "Dataset", split: str, number: int) -> "Picture":
+    from tools.experiments.figure4_drawing import Picture, thumbnail
+
+    reader = dataset.reader(split)
+    label = int(reader.rows["label"][number])
+    return Picture(number, label, dataset.manifest.classes[label].name, thumbnail(reader, number))
+
+
+def counts(classified: "list[Classified]", retrieved: "list[Retrieved]") -> list[str]:
+    """What is right among what is shown, in words."""
+    first = sum(shown.picture.label == shown.top[0][0] for shown in classified)
+    among = sum(shown.picture.label in (label for label, *_ in shown.top) for shown in classified)
+    alike = [near.label == shown.query.label for shown in retrieved for near, _ in shown.nearest]
+    return [
+        f"Of the {len(classified)} images, {first} have their class first and {among} among the "
+        f"{len(classified[0].top)} most probable; of the {len(alike)} nearest training images, {sum(alike)} "
+        "are of the class of the image that they are near to."
+    ]
