@@ -162,6 +162,7 @@ def test_the_classes_of_an_image_are_those_of_the_net_s_greatest_outputs(opened)
         (("figure4", "{run}", "--data", "{without}"), "has no split 'train', only val"),
         (("codes", "{run}", "--bits", "12"), "--bits 12: codes are of whole bytes"),
         (("codes", "{run}", "--bits", "64"), "principal components need as many training images"),
+        (("figure1", "--rates", "0.1", "-1"), "--rates: -1 is not a number above 0"),
         (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a number from 1 on"),
     ],
 )

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.manifest import read_manifest
 from pipeline.shards import ShardReader
-from tools.experiments.finished import count
+from tools.experiments.finished import count, positive
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
 from trainer.run import environment
@@ -40,12 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--images", type=count, default=50_000, metavar="N", help="at most (default 50,000, as CIFAR-10)")
     add(
-        "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.003], metavar="R", help="learning rates"
+        "--rates",
+        type=positive,
+        nargs="+",
+        default=[0.01, 0.03, 0.1, 0.003],
+        metavar="R",
+        help="learning rates",
     )
     add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
     add("--epochs", type=count, default=60, metavar="N", help="of a training at most (default 60)")
     add("--batch", type=count, default=128, metavar="N", help="images in a step (default 128)")
-    add("--target", type=float, default=25.0, metavar="%", help="training error (default 25)")
+    add("--target", type=positive, default=25.0, metavar="%", help="training error (default 25)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
 
 
@@ -101,10 +106,8 @@ class Sweep:
 
         best, least, rate = math.inf, math.inf, self.options.rates[0]
         for tried in self.options.rates:
-            # One epoch more than this cannot be sooner than the best.
-            enough = (
-                self.options.epochs if best == math.inf else min(self.options.epochs, math.ceil(best + 0.5))
-            )
+            # A rate that needs more epochs than this is slower than the best.
+            enough = min(self.options.epochs, math.ceil(min(best, self.options.epochs) + 0.5))
             errors = self._train(Trial(activation, tried, 0), enough)
             reached = epochs_to(errors, self.target)
             lowest = min((error for error in errors if not math.isnan(error)), default=math.inf)

@@ -85,6 +85,7 @@ def _draw_classified(panel: SubFigure, classified: list[Classified]) -> None:
 
 def _draw_one(above: Axes, below: Axes, shown: Classified) -> None:
     above.imshow(shown.picture.image)
+    above.set_anchor("S")  # beside its bars
     above.set_title(short(shown.picture.name), fontsize=10, parse_math=False)
     for place, (label, name, probability) in enumerate(shown.top):
         below.barh(place, probability, color=RIGHT if label == shown.picture.label else WRONG)

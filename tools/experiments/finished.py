@@ -1,6 +1,7 @@
 """A run that an experiment looks at, from its options to the trained net."""
 
 import argparse
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -49,6 +50,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """An option's value above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
