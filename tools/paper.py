@@ -28,7 +28,16 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes")  # in the order of the report
+EXPERIMENTS = (
+    "crops",
+    "ensembles",
+    "cnn-star",
+    "ablations",
+    "figure1",
+    "figure3",
+    "figure4",
+    "codes",
+)  # in the order of the report
 
 
 def main() -> None:

@@ -7,14 +7,7 @@ Each run is one value. The published errors are those of the code's log on ILSVR
 
 import argparse
 
-from tools.experiments.predictions import (
-    about,
-    add_run_arguments,
-    errors,
-    load_members,
-    probabilities,
-    transposed,
-)
+from tools.experiments import finished
 from tools.experiments.record import TOP1, TOP5, Record, Row
 
 TAKES_SETTINGS = False
@@ -22,15 +15,16 @@ CENTRE, TEN = "centre crop", "ten crops"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
+    finished.add_arguments(parser, several=True)
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Evaluate each run both ways. Raises what `load_members` does."""
-    members, kept = load_members(options), options.out / "predictions"
+    """Evaluate each run both ways. Raises what `open_run` and `probabilities` do."""
+    opened = finished.open_runs(options)
+    from tools.experiments.predictions import errors, probabilities, transposed
 
     def measured(crops: int) -> dict[str, list[float]]:
-        return transposed([errors(*probabilities(m.trained, options.split, crops, kept)) for m in members])
+        return transposed([errors(*probabilities(net, options.split, crops, options.out)) for net in opened])
 
     return Record(
         experiment="crops",
@@ -40,5 +34,5 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
             Row(system=CENTRE, measured=measured(1), published={TOP1: 39.0, TOP5: 18.3}),
             Row(system=TEN, measured=measured(10), published={TOP1: -1.6, TOP5: -1.3}, than=CENTRE),
         ],
-        **about(options, members),
+        **opened[0].about(),
     )

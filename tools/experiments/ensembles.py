@@ -11,14 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tools.experiments.predictions import (
-    about,
-    add_run_arguments,
-    errors,
-    load_members,
-    probabilities,
-    transposed,
-)
+from tools.experiments import finished
+from tools.experiments.predictions import errors, probabilities, transposed
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from trainer.settings import SettingsError
 
@@ -33,7 +27,7 @@ PUBLISHED = {  # of averages, the difference to one CNN
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser)
+    finished.add_arguments(parser, several=True)
     parser.add_argument("--crops", type=int, choices=(1, 10), default=10, help="default 10")
     parser.add_argument(
         "--weights", type=float, nargs="+", metavar="W", help="of the runs, for a weighted mean too"
@@ -47,25 +41,25 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float] | None
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Evaluate the nets and their averages. Raises SettingsError for weights that do not fit, and what
-    `load_members` does."""
+    `open_run` and `probabilities` do."""
     if len(options.runs) < 2:
         raise SettingsError("an ensemble takes two runs or more")
     if options.weights and (len(options.weights) != len(options.runs) or min(options.weights) <= 0):
         raise SettingsError(f"--weights takes a number above 0 for each of the {len(options.runs)} runs")
-    members, kept = load_members(options), options.out / "predictions"
-    scores, labels = [], np.empty(0)
-    for member in members:
-        found, labels = probabilities(member.trained, options.split, options.crops, kept)
+    opened, scores, labels = finished.open_runs(options), [], np.empty(0)
+    for net in opened:
+        found, labels = probabilities(net, options.split, options.crops, options.out)
         scores.append(found)
-        print(f"{member.name}: top-1 error {errors(found, labels)[TOP1]:.2f} %", flush=True)
-    stars = [member.trained.settings.conv6 for member in members]
+        print(f"{net.folder.name}: top-1 error {errors(found, labels)[TOP1]:.2f} %", flush=True)
+    stars = [net.trained.settings.conv6 for net in opened]
+    names = ", ".join(net.folder.name for net in opened)
     return Record(
         experiment="ensembles",
         title="Ensembles",
         source="section 6, table 2",
         rows=rows(scores, stars, labels, options.weights),
-        remarks=[f"Members: {', '.join(member.name for member in members)}; {options.crops} crops each."],
-        **about(options, members),
+        remarks=[f"Members: {names}; {options.crops} crop{'s' * (options.crops > 1)} each."],
+        **opened[0].about(),
     )
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 from tools.experiments.finished import count, positive
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe

@@ -15,7 +15,7 @@ from matplotlib.figure import SubFigure
 from PIL import Image
 
 from pipeline.manifest import DatasetError
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 
 SIDE = 256  # of a picture on the page in pixels, at most
 COLUMNS = 4  # of classified pictures
@@ -53,7 +53,7 @@ class Retrieved(NamedTuple):
 def thumbnail(reader: ShardReader, number: int) -> Image.Image:
     """A sample at no more than SIDE px. Raises DatasetError where it cannot be decoded."""
     try:
-        with Image.open(BytesIO(reader.jpeg(number).tobytes())) as opened:
+        with Image.open(BytesIO(reader.jpeg(number))) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError):
         raise DatasetError(f"the sample in {reader.name(number)} cannot be decoded: copy it again") from None

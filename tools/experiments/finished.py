@@ -63,9 +63,14 @@ def positive(text: str) -> float:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """several: whether it takes more than one run, and any split."""
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="run folder of the trained net")
+    if several:
+        add("runs", nargs="+", type=Path, metavar="RUN", help="run folders of trained nets")
+        add("--split", default="val", help="whose images (default val)")
+    else:
+        add("run", type=Path, metavar="RUN", help="run folder of the trained net")
     add("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
     add("--checkpoint", choices=("newest", "best"), default="newest", help="default newest")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
@@ -85,8 +90,8 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
     for split in splits:
         if split not in there:
             raise DatasetError(
-                f"{settings.data} has no split '{split}', only {', '.join(there)}, and pictures are shown "
-                "from val beside those of train: give a dataset that has both with --data"
+                f"{settings.data} has no split '{split}', only {', '.join(there)}: "
+                "give a dataset that has it with --data"
             )
 
     from trainer import distributed
@@ -99,3 +104,13 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
     trained.model.eval()
     precision = resolve_precision(settings.precision, world.device)
     return Finished(trained, world, precision, options.run.resolve())
+
+
+def open_runs(options: argparse.Namespace) -> list[Finished]:
+    """The nets of options.runs, all on the dataset of the first. Raises what `open_run` does."""
+    opened: list[Finished] = []
+    for run in options.runs:
+        data = opened[0].trained.settings.data if opened else options.data
+        one = argparse.Namespace(**vars(options) | {"run": run, "data": data})
+        opened.append(open_run(one, options.split))
+    return opened

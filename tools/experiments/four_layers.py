@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.files import whole_file
 from pipeline.manifest import DatasetError
-from pipeline.shards import ShardReader
+from pipeline.reader import ShardReader
 
 SIDE = 32  # of an image in pixels, as in CIFAR-10
 ACTIVATIONS: dict[

@@ -1,100 +1,45 @@
 """What trained nets say of each image of a split, computed once and kept."""
 
-import argparse
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.files import whole_file
+from tools.experiments.fc7 import identity
+from tools.experiments.finished import Finished
 from tools.experiments.record import TOP1, TOP5, Measures
-from tools.experiments.training import describe
-from trainer import distributed
-from trainer.evaluate import Trained, count_errors, load_trained, log_probabilities
-from trainer.run import Run, environment
-from trainer.step import autocast, prepare, resolve_precision
+from trainer.evaluate import count_errors, log_probabilities
+from trainer.step import autocast, prepare
 
 
-class Member(NamedTuple):
-    """A trained net under the name of its run."""
-
-    name: str
-    trained: Trained
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which trained nets, and which images."""
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, each with its newest checkpoint")
-    add("--best", action="store_true", help="the checkpoint with the least top-1 error instead")
-    add("--data", type=Path, metavar="DIR", help="another dataset of the same classes than the first run's")
-    add("--split", default="val", help="default val")
-
-
-def load_members(options: argparse.Namespace) -> list[Member]:
-    """The nets of runs, all on the dataset of the first.
-
-    Raises SettingsError where another was trained on other classes, and what `load_trained` does.
-    """
-    members: list[Member] = []
-    device = distributed.join("auto").device
-    for folder in options.runs:
-        run = Run(folder)
-        settings = run.settings()
-        data = options.data or (members[0].trained.settings.data if members else settings.data)
-        moved = settings.model_copy(update={"data": data})
-        members.append(Member(folder.name, load_trained(moved, run, device, options.best)))
-    return members
-
-
-def about(options: argparse.Namespace, members: Sequence[Member]) -> dict[str, Any]:
-    """What a record says of the images, the nets and the machine."""
-    settings, manifest = members[0].trained.settings, members[0].trained.dataset.manifest
-    images = f"the {manifest.split(options.split).samples:,} images of '{options.split}'"
-    return {
-        "data": f"{images} in {describe(settings.data)}; the first net trained for {settings.epochs} epochs "
-        f"at a crop of {settings.crop} px",
-        "command": shlex.join(["python", *sys.argv]),
-        "environment": environment(distributed.join("auto").device_name),
-    }
-
-
-def probabilities(trained: Trained, split: str, crops: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
     """[images,classes] float32, averaged over the crops (section 4.1), and the labels [images].
 
-    They are kept in `folder`, and taken from there where weights, images and crops are the same.
+    They are kept under `out`, and taken from there where weights, images and crops are the same. Raises
+    DatasetError for damaged data, OSError.
     """
-    world = distributed.join("auto")
-    precision = resolve_precision(trained.settings.precision, world.device)
-    kept = folder / f"{_key(trained, split, crops, precision)}.npz"
-    if kept.exists():
-        with np.load(kept) as arrays:
-            return arrays["probabilities"], arrays["labels"]
+    folder = out / "predictions"
+    kept = folder / f"{opened.folder.name}-{identity(opened)}-{split}-{crops}.npz"
+    if not kept.exists():
+        found, labels = _computed(opened, split, crops)
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(kept) as file:
+            np.savez(file, probabilities=found, labels=labels)
+    with np.load(kept) as arrays:
+        return arrays["probabilities"], arrays["labels"]
+
+
+@torch.inference_mode()
+def _computed(opened: Finished, split: str, crops: int) -> tuple[np.ndarray, np.ndarray]:
     found, labels = [], []
-    trained.model.eval()
-    with torch.inference_mode():
-        for pixels, truth in trained.batches(split, crops, world):
-            with autocast(precision, world.device):
-                found.append(log_probabilities(trained.model, prepare(pixels, precision)).exp().cpu().numpy())
-            labels.append(truth.cpu().numpy())
-    arrays = {"probabilities": np.concatenate(found), "labels": np.concatenate(labels)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as file:
-        np.savez(file, **arrays)
-    return arrays["probabilities"], arrays["labels"]
-
-
-def _key(trained: Trained, *others: object) -> str:
-    digest = sha256(json.dumps([trained.dataset.manifest.fingerprint, *others]).encode())
-    for value in trained.model.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    for pixels, truth in opened.trained.batches(split, crops, opened.world):
+        with autocast(opened.precision, pixels.device):
+            scores = log_probabilities(opened.trained.model, prepare(pixels, opened.precision))
+        found.append(scores.exp().cpu().numpy())
+        labels.append(truth.cpu().numpy())
+    return np.concatenate(found), np.concatenate(labels)
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
