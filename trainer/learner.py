@@ -1,6 +1,7 @@
 """What learns: the net, its optimizer and the step, and what a checkpoint holds of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.manifest import Class, read_manifest
+from trainer import checkpoint
 from trainer.build import build_model
 from trainer.distributed import World
 from trainer.optim import make_optimizer
-from trainer.settings import Settings
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
 from trainer.step import Step, resolve_precision
 
 
@@ -34,6 +38,27 @@ class Learner:
             trained = torch.compile(trained)
         skip = settings.on_nan == "skip"
         self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
+
+    def begin_with(self, folder: Path, classes: Sequence[Class]) -> str:
+        """Take the weights of another run's net, those of fc8 if its classes are the same; says so.
+
+        Raises SettingsError where there is no such run, or a layer has another shape there.
+        """
+        run = Run(folder)
+        own_head = [c.id for c in read_manifest(run.settings().data).classes] != [c.id for c in classes]
+        state, _ = checkpoint.load(run.checkpoints, self.step.device)
+        if state is None:
+            raise SettingsError(f"--initial-weights {folder} has no checkpoint yet: train that run first")
+        ours, theirs = self.model.state_dict(), state["model"]
+        if own_head:
+            theirs |= {name: weights for name, weights in ours.items() if name.startswith("fc8.")}
+        shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
+        if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+            raise SettingsError(
+                f"--initial-weights {folder} is of another net, which differs in {', '.join(differing)}"
+            )
+        self.model.load_state_dict(theirs)
+        return f"begins with the weights of {folder} after step {state['step']}" + ", fc8 anew" * own_head
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it: references, not copies."""

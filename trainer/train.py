@@ -303,4 +303,7 @@ class Trainer:
             notes.append(
                 f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
             )
+        elif self.settings.initial_weights:
+            classes = self.dataset.manifest.classes
+            notes.append(self.learner.begin_with(self.settings.initial_weights, classes))
         return notes

@@ -57,6 +57,13 @@ def test_first_layer_is_frozen_from_its_epoch_on():
             assert (parameter.item() == before[name]) == (frozen and name.startswith("conv1")), (epoch, name)
 
 
+def test_a_layer_may_have_a_learning_rate_of_its_own():
+    optimizer = make_optimizer(Layers(), settings(layer_learning_rates="conv2=0.25", bias_learning_rate=2.0))
+    set_learning_rate(optimizer, 0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of either layer
+
+
 def test_plateau_divides_when_the_error_stops_falling_and_three_times_at_most():
     falling = [0.9 - 0.05 * epoch for epoch in range(10)]
     assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
