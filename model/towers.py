@@ -1,0 +1,161 @@
+"""AlexNet on two devices, each with one tower, as in Fig. 2 of the paper and in layers-145.cfg of its code.
+
+A tower has half of the maps of each convolution and half of the units of fc6 and fc7. conv2, conv4 and
+conv5 see the maps of their own tower; before conv3, fc6 and fc7 the towers give each other what they
+computed, and both see all of it. fc8 and the loss are on the first device, to which the second one gives
+its half of fc7. No weight is on both devices, so no gradient is added up between them: each exchange of
+values is, on the way back, an exchange of their gradients.
+
+The text's response normalisation runs over all channels. The two at either side of the border between the
+towers therefore go to the other one too, which Fig. 2 does not draw; windows that end at the tower's edge,
+as in `code2012`, need nothing.
+
+The two together compute what `AlexNet` does, whose grouped convolutions are the same towers on one device.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.alexnet import AlexNet, Variant
+from model.fused import normalise_and_pool
+
+State = dict[str, Tensor]
+BORDER = 2  # channels beyond a tower's edge that a window of five reaches
+
+
+def split(state: State, tower: int) -> State:
+    """A copy of what tower 0 or 1 holds of an AlexNet's state: half of the outputs of each layer, and
+    tower 0 all of fc8. Inputs are in the order of the whole net, and so need no change."""
+    return {
+        name: value.clone() if name.startswith("fc8.") else value.chunk(2)[tower].clone()
+        for name, value in state.items()
+        if tower == 0 or not name.startswith("fc8.")
+    }
+
+
+def merge(first: State, second: State) -> State:
+    """The AlexNet's state of which these are the towers'; undoes `split`."""
+    return {
+        name: torch.cat([value, second[name]]) if name in second else value for name, value in first.items()
+    }
+
+
+class Link:
+    """The way between this process and that of the other tower. sent_bytes: what has gone out over it."""
+
+    def __init__(self, peer: int):
+        self.peer = peer
+        self.sent_bytes = 0
+
+    def swap(self, x: Tensor, channels: int) -> Tensor:
+        """Give [...,C] and take the other tower's [...,channels], which is of the same type."""
+        taken = x.new_empty(*x.shape[:-1], channels)
+        transfers = [
+            dist.P2POp(transfer, tensor, self.peer)
+            for transfer, tensor in ((dist.isend, x.contiguous()), (dist.irecv, taken))
+            if tensor.numel()
+        ]
+        for work in dist.batch_isend_irecv(transfers):
+            work.wait()
+        self.sent_bytes += x.numel() * x.element_size()
+        return taken
+
+
+class _Swap(torch.autograd.Function):
+    """What is taken has its gradient here, and it belongs to what the other tower gave: they are swapped."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, channels: int, link: Link) -> Tensor:
+        ctx.given, ctx.link = x.shape[-1], link
+        return link.swap(x, channels)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.link.swap(grad, ctx.given), None, None
+
+
+class Tower(nn.Module):
+    """The part of `net` that one of two devices holds, with a copy of its weights, where they are.
+
+    tower: 0 or 1. link: to the process of the other tower; it is the other one of two in torch's default
+    process group. Both must be given the same pixels and go forward and backward in step. The processes'
+    random generators must differ, or dropout leaves out the same units of either half.
+
+    Parameters have the names that they have in AlexNet. Raises ValueError unless the net is Fig. 2's, but
+    for its activation, normalisation and pooling.
+    """
+
+    def __init__(self, net: AlexNet, tower: int, link: Link | None = None):
+        super().__init__()
+        variant = net.variant
+        if (variant.towers, variant.conv6, variant.without) != (2, False, "none"):
+            raise ValueError("only the net of two towers and five convolutions is split between two devices")
+        self.tower, self.link = tower, link or Link(peer=1 - tower)
+        self.preset, self.variant = net.preset, variant
+        self.activation, self.window, self.conv1_pad = net.activation, net.window, net.conv1_pad
+        self.classes = net.fc8.out_features
+        with torch.device("meta"):  # only shapes; the values follow
+            self.conv1 = nn.Conv2d(3, 48, 11, 4)
+            self.conv2 = nn.Conv2d(48, 128, 5, padding=2)
+            self.conv3 = nn.Conv2d(256, 192, 3, padding=1)
+            self.conv4 = nn.Conv2d(192, 192, 3, padding=1)
+            self.conv5 = nn.Conv2d(192, 128, 3, padding=1)
+            self.fc6 = nn.Linear(net.fc6.in_features, 2048)
+            self.fc7 = nn.Linear(4096, 2048)
+            if tower == 0:
+                self.fc8 = nn.Linear(4096, self.classes)
+        self.load_state_dict(split(net.state_dict(), tower), assign=True)
+        self.drop6, self.drop7, self.pool = net.drop6, net.drop7, net.pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N,3,crop,crop] → logits [N,classes] of tower 0. Those of tower 1 are zeros, and its backward
+        pass begins at them, with any gradient: what tower 0 sends takes its place.
+
+        Shapes below are those of a 224-px crop.
+        """
+        x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
+        x = self.conv1(x)  # [N,48,55,55]
+        x = self._normalise_and_pool(x, relu_first=not self.preset.lrn1_before_relu)  # [N,48,27,27]
+        x = self.conv2(x)  # [N,128,27,27]
+        x = self._normalise_and_pool(x, spatial_norm=self.preset.spatial_norm)  # [N,128,13,13]
+        x = self.activation(self.conv3(self._both(x)))  # [N,192,13,13]
+        x = self.activation(self.conv4(x))  # [N,192,13,13]
+        x = self.pool(self.activation(self.conv5(x)))  # [N,128,6,6]
+        x = self._both(x).permute(0, 2, 3, 1).flatten(1)  # [N,9216]
+        x = self.drop6(self.activation(self.fc6(x)))  # [N,2048]
+        x = self.drop7(self.activation(self.fc7(self._both(x))))  # [N,2048]
+        if self.tower == 0:
+            return self.fc8(torch.cat([x, self._swap(x[:, :0], x.shape[1])], 1))
+        return self._swap(x, 0).sum(1, keepdim=True).expand(-1, self.classes)
+
+    def _swap(self, x: Tensor, channels: int) -> Tensor:
+        """Give [N,C,…] and take [N,channels,…]. On the way channels are last, as they lie in memory."""
+        return _Swap.apply(x.movedim(1, -1), channels, self.link).movedim(-1, 1)
+
+    def _in_order(self, own: Tensor, others: Tensor) -> Tensor:
+        return torch.cat([own, others] if self.tower == 0 else [others, own], 1)
+
+    def _both(self, x: Tensor) -> Tensor:
+        """[N,C,…] → [N,2C,…] of both towers."""
+        return self._in_order(x, self._swap(x, x.shape[1]))
+
+    def _normalise_and_pool(self, x: Tensor, relu_first: bool = True, spatial_norm: bool = False) -> Tensor:
+        lrn, channels = self.variant.lrn, x.shape[1]
+        joint = lrn and self.preset.lrn_towers == 1
+        if joint:
+            border = x[:, -BORDER:] if self.tower == 0 else x[:, :BORDER]
+            x = self._in_order(x, self._swap(border, BORDER))
+        x = normalise_and_pool(
+            x,
+            self.preset.lrn_alpha if lrn else None,
+            relu_first=relu_first,
+            spatial_norm=spatial_norm and lrn,
+            activation=self.activation,
+            window=self.window,
+        )
+        if joint:  # without the other tower's, of whose windows a part was missing
+            x = x[:, :channels] if self.tower == 0 else x[:, -channels:]
+        return x
