@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.alexnet import AlexNet, Variant
+from model.alexnet import AlexNet
 from model.fused import normalise_and_pool
 
 State = dict[str, Tensor]

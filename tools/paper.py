@@ -11,6 +11,7 @@
     figure3     the kernels of the first layer, by tower
     figure4     the top five of validation images, and the training images nearest to them
     codes       retrieval by short binary codes of an auto-encoder
+    towers      the net on two devices, as in Fig. 2, beside the same net on one
     report      results.md of all that was run, the published numbers beside those that were measured
 
 An experiment leaves a record, its pictures and its trainings in --out; the same command goes on with what
@@ -28,16 +29,7 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = (
-    "crops",
-    "ensembles",
-    "cnn-star",
-    "ablations",
-    "figure1",
-    "figure3",
-    "figure4",
-    "codes",
-)  # in the order of the report
+EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes", "towers")  # in the order of the report
 
 
 def main() -> None:
