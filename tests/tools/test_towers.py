@@ -1,0 +1,53 @@
+"""tools/paper.py towers: both nets really trained, in three processes, and what is refused before that."""
+
+from argparse import Namespace
+
+import pytest
+
+from tools.experiments.record import Record
+from tools.experiments.towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
+from trainer.settings import Settings, SettingsError, load_settings
+
+
+def test_two_towers_train_like_the_net_on_one_device(packed, tmp_path):
+    settings = ["--data", str(packed), "--preset", "code2012", "--recipe", "demo", "--crop", "64"]
+    record = run(Namespace(out=tmp_path, steps=3), [*settings, "--batch", "12", "--warmup-epochs", "0"])
+    assert Record.read(record.save(tmp_path)) == record
+    assert [path.name for path in tmp_path.iterdir()] == ["towers.json"]
+    one, two, half = (record.row(name).measured for name in (ONE, TWO, HALF))
+    assert two["parameters (millions)"] == one["parameters (millions)"] > half["parameters (millions)"]
+    assert two["loss of step 3"] == pytest.approx(one["loss of step 3"], rel=1e-5)
+    assert two[WEIGHT][0] < 1000  # of a million
+    assert two["loss of step 3"] != pytest.approx(half["loss of step 3"], rel=1e-3)
+    # Forward and back: conv3 sees 3×3 maps, fc6 single values and fc7 units. fc7's half goes one way.
+    sent = 4 * (2 * (128 * 9 + 128 + 2048) + 2048)
+    assert two["sent by each tower for an image (kB)"] == [sent / 1000]
+
+
+def test_nothing_is_dropped_or_compiled_and_precision_is_full_unless_asked():
+    given = load_settings(["--recipe", "fast", "--dropout", "inverted"])
+    assert (given.compile, given.precision) == (True, "auto")
+    settings = comparable(given)
+    assert (settings.dropout, settings.compile, settings.precision) == ("off", False, "fp32")
+    assert comparable(Settings(precision="bf16")).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"towers": 1}, "leave --towers"),
+        ({"conv6": True}, "leave --towers, --conv6"),
+        ({"without": "conv3"}, "and --without away"),
+        ({"precision": "fp16"}, "take bf16"),
+    ],
+)
+def test_what_has_no_two_towers_is_refused(other, message):
+    with pytest.raises(SettingsError, match=message):
+        comparable(Settings(**other))
+
+
+def test_two_gpus_are_used_where_there_are_two():
+    assert [shared_device(Settings(), gpus) for gpus in (0, 1, 2, 8)] == ["cpu", "cpu", "cuda", "cuda"]
+    assert shared_device(Settings(device="cpu"), 2) == "cpu"
+    with pytest.raises(SettingsError, match="two GPUs are needed and torch finds 1"):
+        shared_device(Settings(device="cuda"), 1)
