@@ -127,7 +127,7 @@ def shared_device(settings: Settings, gpus: int) -> str:
     """`cuda` or `cpu`, the same for all. Raises SettingsError if GPUs are asked for and there are not two."""
     if settings.device == "cuda" and gpus < 2:
         raise SettingsError(
-            f"--device cuda: two GPUs are needed, and torch finds {gpus}; leave it away for CPUs"
+            f"--device cuda: two GPUs are needed and torch finds {gpus}; leave it away to use the CPU"
         )
     return "cuda" if settings.device != "cpu" and gpus > 1 else "cpu"
 
@@ -252,8 +252,9 @@ def _remarks(settings: Settings, ratio: float) -> list[str]:
         else ""
     )
     return [
-        "Reversed batches differ from one device in the order of sums alone, and so should two towers: where "
-        "their distances to it are of one size they are rounding, which grows as training goes on.",
+        "Two towers and reversed batches should both differ from one device in the order of sums alone. Such "
+        "rounding grows as training goes on, and by leaps where it moves a value across a ReLU's zero: the "
+        "distances of both are to be small, not the same.",
         "The towers give each other their maps before conv3 and fc6 and their units before fc7; the second "
         f"gives its half of fc7 to the first, which has fc8. {border}The gradients, which go back the same "
         "ways, are counted too.",
