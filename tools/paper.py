@@ -6,6 +6,7 @@
     crops       ten crops of a picture against its centre
     ensembles   averages of several nets
     cnn-star    a sixth convolution, pre-trained on another dataset, fine-tuned
+    baselines   Fisher vectors and sparse codes, the first rows of the tables
     ablations   what each part of the net and of its training is worth
     figure1     how much sooner a net learns with ReLUs than with tanh
     figure3     the kernels of the first layer, by tower
@@ -29,7 +30,7 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes", "towers")  # in the order of the report
+EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes", "towers", "baselines")  # in the order of the report
 
 
 def main() -> None:

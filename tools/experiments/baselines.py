@@ -1,0 +1,247 @@
+"""The first rows of the paper's tables: a linear classifier on Fisher vectors, and one on sparse codes.
+
+    python tools/paper.py baselines --data shards --seeds 3 --workers 16
+    python tools/paper.py baselines --data shards --limit 100000 --only fisher
+
+Both take dense SIFT of the packed pictures' grey values, learn a vocabulary from some of them, and make one
+vector of each picture; the seeds are of vocabulary and classifier. Vectors are kept in --out as float16: of a
+picture and seed 16.5 KB with 64 Gaussians (21 GB for ImageNet's 1.28M) and 10.8 KB with 256 atoms (14 GB), in
+proportion for more. What was encoded is not encoded again, and memory does not grow with the dataset.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pipeline.files import whole_file
+from pipeline.manifest import read_manifest
+from tools.experiments.ablations import TOP1, TOP5
+from tools.experiments.record import Record, Row
+from tools.experiments.training import describe
+from trainer.run import environment
+from trainer.settings import SettingsError
+
+if TYPE_CHECKING:  # they need the extra
+    from tools.experiments.features import Pictures, Store
+
+TAKES_SETTINGS = False
+_REGULARISATION = 1e-5  # of the classifier's weights
+_PACKAGES = ("scikit-learn", "scikit-image", "opencv-python-headless")
+
+
+class System(NamedTuple):
+    """A row of the table: its name, errors on ILSVRC-2010's test set, and what differs from there."""
+
+    name: str
+    top1: float
+    top5: float
+    note: str
+
+
+SYSTEMS = {
+    "sparse": System("sparse coding", 47.1, 28.2, "table 1, there six models on different features"),
+    "fisher": System(
+        "SIFT + Fisher vectors",
+        45.7,
+        25.7,
+        "table 1, there two kinds of descriptors; 2012: several, 26.2 of five guesses",
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
+    add("--limit", type=_positive, metavar="N", help="at most N pictures of each split, drawn from all")
+    add("--seeds", type=_positive, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--only", choices=list(SYSTEMS), help="one of the two")
+    add("--gaussians", type=_positive, default=64, metavar="N", help="of the Fisher vectors (default 64)")
+    add("--atoms", type=_positive, default=256, metavar="N", help="of the sparse codes (default 256)")
+    add("--step", type=_positive, default=4, metavar="PX", help="between descriptors (default 4)")
+    add("--scales", type=_positive, default=5, metavar="N", help="of descriptors, √2 apart (default 5)")
+    add(
+        "--vocabulary",
+        type=_positive,
+        default=100_000,
+        metavar="N",
+        help="descriptors to learn a vocabulary from (default 100000)",
+    )
+    add("--epochs", type=_positive, default=20, metavar="N", help="of the classifier (default 20)")
+    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Encode, train and evaluate, or what is left of it; returns the record.
+
+    Raises SettingsError, DatasetError or TrainingError.
+    """
+    try:
+        from tools.experiments import features
+        from tools.experiments.encoders import PATCH
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"the baselines need packages that are not installed ({error}): "
+            "pip install 'alexnet-train[baselines]'"
+        ) from None
+    manifest = read_manifest(options.data)
+    if len(manifest.classes) < 2:
+        raise SettingsError(f"{options.data} has one class: there is nothing to tell apart")
+    if manifest.size <= PATCH:
+        raise SettingsError(
+            f"{options.data} has pictures of {manifest.size} px, and SIFT sees {PATCH}: pack larger ones"
+        )
+    folder = options.out / "baselines"
+    _claim(folder, options)
+    pictures = features.Pictures(options.data, options.limit, options.step, options.scales)
+    words = {"fisher": options.gaussians, "sparse": options.atoms}
+    systems = {kind: system for kind, system in SYSTEMS.items() if options.only in (None, kind)}
+    stores = [
+        features.Store(folder / f"{kind}-{seed}", kind, words[kind], seed)
+        for kind in systems
+        for seed in range(options.seeds)
+    ]
+    features.learn(pictures, stores, options.vocabulary, options.workers)
+    _check_room(folder, features.bytes_to_come(pictures, stores))
+    features.encode(pictures, stores, options.workers)
+    errors = {
+        store: _errors_once(pictures, store, len(manifest.classes), options.epochs, options.workers)
+        for store in stores
+    }
+    rows = []
+    for kind, system in systems.items():
+        own = 100 * np.array([errors[store] for store in stores if store.kind == kind])
+        rows.append(
+            Row(
+                system=system.name,
+                measured={TOP1: own[:, 0].tolist(), TOP5: own[:, 1].tolist()},
+                published={TOP1: system.top1, TOP5: system.top5},
+                note=system.note,
+            )
+        )
+    return Record(
+        experiment="baselines",
+        title="Baselines",
+        source="section 6, published on ILSVRC-2010's test set",
+        data=_budget(options),
+        command=shlex.join(["python", *sys.argv]),
+        environment=environment("cpu") | _versions(),
+        rows=rows,
+        remarks=[
+            "The published systems average classifiers on several kinds of descriptors, colour among them; "
+            "these have SIFT of grey values alone."
+        ],
+    )
+
+
+def _budget(options: argparse.Namespace) -> str:
+    limit = f", {options.limit:,} of each split at most" if options.limit else ""
+    return (
+        f"{describe(options.data)}{limit}; SIFT every {options.step} px at up to {options.scales} scales, "
+        f"{options.gaussians} Gaussians, {options.atoms} atoms, {options.vocabulary:,} descriptors to learn "
+        f"from, {options.epochs} epochs, {options.seeds} seed{'s' if options.seeds > 1 else ''}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
+
+def _claim(folder: Path, options: argparse.Namespace) -> None:
+    """Note what the folder's features are of. Raises SettingsError if they are of something else."""
+    own = {"dataset": read_manifest(options.data).fingerprint, **_versions()}
+    own |= {
+        name: getattr(options, name)
+        for name in ("limit", "gaussians", "atoms", "step", "scales", "vocabulary", "epochs")
+    }
+    path = folder / "settings.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        differing = [
+            f"{key} ({held.get(key)} there, {own[key]} here)" for key in own if held.get(key) != own[key]
+        ]
+        if differing:
+            raise SettingsError(
+                f"{folder} already holds other features, which differ in {', '.join(differing)}: choose "
+                "another --out, or give those settings to continue"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(own, indent=1).encode() + b"\n")
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise SettingsError(
+            f"the features take {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
+            "choose another --out, a --limit, or fewer --gaussians, --atoms or --seeds"
+        )
+
+
+def _errors_once(
+    pictures: "Pictures", store: "Store", classes: int, epochs: int, workers: int
+) -> tuple[float, float]:
+    """Top-1 and top-5 error over val, from the folder where they are known."""
+    path = store.folder / "errors.json"
+    if not path.exists():
+        files = {
+            split: [store.chunk(split, number) for number in range(len(pictures.chunks(split)))]
+            for split in ("train", "val")
+        }
+        labels = {split: pictures.labels(split) for split in files}
+        top1, top5 = linear_errors(files, labels, classes, epochs, store.seed, workers)
+        with whole_file(path) as file:
+            file.write(json.dumps([top1, top5]).encode() + b"\n")
+        print(f"{store.folder.name}: top-1 error {top1:.1%}, top-5 error {top5:.1%}", flush=True)
+    top1, top5 = json.loads(path.read_text())
+    return top1, top5
+
+
+def linear_errors(
+    files: dict[str, list[Path]],
+    labels: dict[str, list[np.ndarray]],
+    classes: int,
+    epochs: int,
+    seed: int,
+    workers: int,
+) -> tuple[float, float]:
+    """Train linear SVMs, one a class, on the files of `train`, one in memory at a time; errors over `val`.
+
+    files, labels: by split, of each chunk. By averaged stochastic gradient descent, the average begun
+    after the first epoch.
+    """
+    import torch
+    from sklearn.linear_model import SGDClassifier
+
+    from trainer.evaluate import count_errors
+
+    images = sum(map(len, labels["train"]))
+    svm = SGDClassifier(alpha=_REGULARISATION, average=images, random_state=seed, n_jobs=workers)
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        for chunk in rng.permutation(len(files["train"])):
+            features = np.load(files["train"][chunk]).astype(np.float32)
+            svm.partial_fit(features, labels["train"][chunk], classes=np.arange(classes))
+    wrong = np.zeros(2)
+    for file, own in zip(files["val"], labels["val"], strict=True):
+        scores = svm.decision_function(np.load(file).astype(np.float32))
+        if classes == 2:  # [n], of the second
+            scores = np.stack((-scores, scores), 1)
+        wrong += count_errors(torch.from_numpy(scores), torch.from_numpy(own)).numpy()
+    top1, top5 = wrong / sum(map(len, labels["val"]))
+    return float(top1), float(top5)

@@ -1,0 +1,149 @@
+"""Pictures as vectors before the CNN: dense SIFT, and what two systems make of it for a linear classifier.
+
+Fisher vectors: Perronnin, Sánchez and Mensink, ECCV 2010. Sparse codes, max-pooled over a spatial pyramid:
+Yang, Yu, Gong and Huang, CVPR 2009, with codes of a fixed number of atoms. Needs the extra `baselines`.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import cv2
+import numpy as np
+from skimage.feature import fisher_vector
+from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+
+PATCH = 16  # px that a descriptor sees at its scale: four by four histograms of 4 px
+_COMPONENTS = 64  # of the PCA before the Gaussians
+_LEAST_VARIANCE = 1e-5  # of a Gaussian: patches without any gradient are all the same descriptor
+_PENALTY = 0.15  # of L1, while the atoms are learned
+_LEARN_FROM = 8192  # descriptors, for the atoms: each costs milliseconds
+_NONZERO = 5  # atoms in a code
+_PYRAMID = (1, 2, 4)  # cells along a side
+
+
+def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, np.ndarray]:
+    """SIFT, upright, every `step` px at up to `scales` scales √2 apart: all into which a patch fits.
+
+    image: [side,side] uint8. Returns descriptors [n,128] of length 1, or 0 where a patch has no gradient,
+    and the centres of their patches [n,2], each coordinate in 0 to 1.
+    """
+    sift, descriptors, places = cv2.SIFT_create(), [], []
+    for scale in range(scales):
+        side = round(len(image) / 2 ** (scale / 2))
+        if side <= PATCH:
+            break
+        scaled = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+        middles = range(PATCH // 2, side - PATCH // 2, step)  # whole numbers, to which OpenCV rounds
+        # A histogram of OpenCV's SIFT is 1.5 times a keypoint's size wide.
+        keypoints = [cv2.KeyPoint(x, y, PATCH / 6, 0) for y in middles for x in middles]
+        descriptors.append(sift.compute(scaled, keypoints)[1])
+        places.append((np.array([(x, y) for y in middles for x in middles]) + 0.5) / side)
+    found = np.concatenate(descriptors)
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    return found / np.maximum(lengths, 1.0), np.concatenate(places)  # OpenCV's have a length of 512
+
+
+class Encoder(Protocol):
+    """Learned from descriptors [n,128]; `encode` makes one vector of length 1 of a picture's."""
+
+    @classmethod
+    def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """The gradient of the log likelihood by the weights, means and deviations of a Gaussian mixture over
+    64 principal components, each divided by its expected size; power and L2 normalised."""
+
+    pca: PCA
+    mixture: GaussianMixture
+
+    @classmethod
+    def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self:
+        pca = PCA(_COMPONENTS, random_state=seed).fit(descriptors)
+        mixture = GaussianMixture(
+            words, covariance_type="diag", reg_covar=_LEAST_VARIANCE, max_iter=50, random_state=seed
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the last of 50 rounds changes little
+            return cls(pca, mixture.fit(pca.transform(descriptors)))
+
+    @property
+    def length(self) -> int:
+        return self.mixture.n_components * (1 + 2 * _COMPONENTS)
+
+    def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """[length]: for the weights, then the means, then the deviations. The places do not matter."""
+        return fisher_vector(self.pca.transform(descriptors), self.mixture, improved=True)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The largest coefficient of each atom in each cell of a spatial pyramid, L2 normalised.
+
+    atoms: [words,128], of length 1.
+    """
+
+    atoms: np.ndarray
+
+    @classmethod
+    def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self:
+        chosen = np.random.default_rng(seed).permutation(descriptors[descriptors.any(axis=1)])
+        learner = MiniBatchDictionaryLearning(
+            words,
+            alpha=_PENALTY,
+            max_iter=1,
+            fit_algorithm="lars",
+            dict_init=chosen[:words],  # the default has 128 atoms and zeros
+            random_state=seed,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of patches that are all but the same
+            return cls(learner.fit(chosen[:_LEARN_FROM]).components_)
+
+    @property
+    def length(self) -> int:
+        return len(self.atoms) * sum(level**2 for level in _PYRAMID)
+
+    def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """[length]: cells of the coarsest level first, row by row, all atoms of each."""
+        pooled = pool(np.abs(pursue(descriptors, self.atoms)), places)
+        return pooled / max(np.linalg.norm(pooled), 1e-12)
+
+
+def pursue(signals: np.ndarray, atoms: np.ndarray) -> np.ndarray:
+    """Orthogonal matching pursuit: codes [n,words] of five atoms, so that codes @ atoms ≈ signals [n,128].
+
+    All signals at once, for scikit-learn goes through them one by one, ten times as slow.
+    """
+    chosen = np.empty((len(signals), 0), np.int64)
+    rest = signals
+    for _ in range(_NONZERO):
+        best = np.abs(rest @ atoms.T).argmax(1)
+        chosen = np.concatenate((chosen, best[:, None]), 1)
+        bases = atoms[chosen]  # [n,chosen,128]
+        # The small term decides where an atom is chosen again, because nothing is left to explain.
+        products = bases @ bases.transpose(0, 2, 1) + 1e-5 * np.eye(chosen.shape[1], dtype=atoms.dtype)
+        weights = np.linalg.solve(products, bases @ signals[:, :, None])
+        rest = signals - (weights * bases).sum(1)
+    codes = np.zeros((len(signals), len(atoms)), atoms.dtype)
+    np.add.at(codes, (np.arange(len(signals))[:, None], chosen), weights[:, :, 0])
+    return codes
+
+
+def pool(codes: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The largest value of each column of codes [n,words] in each cell of the pyramid, 0 in an empty one."""
+    cells = []
+    for level in _PYRAMID:
+        column, row = (places * level).astype(np.int64).T
+        inside = row * level + column
+        cells += [codes[inside == cell].max(0, initial=0.0) for cell in range(level**2)]
+    return np.concatenate(cells)

@@ -1,0 +1,194 @@
+"""The baselines' features on the disk: learned encoders, and pictures encoded chunk by chunk, which resumes.
+
+A folder an encoder: encoder.pickle, and <split>-<number>.npy, float16 [pictures, length]. A file is whole or
+not there, so that what is there need not be done again. A picture's features depend on it and on the encoder
+alone, not on the workers.
+"""
+
+import pickle
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from threadpoolctl import threadpool_limits
+
+from pipeline.files import whole_file
+from pipeline.manifest import DatasetError, read_manifest
+from pipeline.plan import epoch_order
+from pipeline.reader import ShardReader
+from tools.experiments.encoders import Encoder, Fisher, Sparse, dense_sift
+from tools.experiments.training import TrainingError
+from trainer.display import duration
+
+CHUNK = 256  # pictures in a file
+ENCODERS: dict[str, type[Encoder]] = {"fisher": Fisher, "sparse": Sparse}
+_FROM_A_PICTURE = 64  # descriptors that learning takes of each picture, at most
+_LINE_SECONDS = 10.0
+
+
+class Pictures(NamedTuple):
+    """A dataset's pictures as descriptors. limit: how many of a split are taken, if not all."""
+
+    data: Path
+    limit: int | None
+    step: int
+    scales: int
+
+    def chunks(self, split: str) -> list[np.ndarray]:
+        """Sample numbers of a split in a random order, which is always the same, CHUNK at a time.
+
+        Shards may be in the order of the classes, and a limit takes of all of them.
+        """
+        samples = [shard.samples for shard in _manifest(self.data).split(split).shards]
+        order = epoch_order(0, 0, samples)[: self.limit]
+        return np.split(order, range(CHUNK, len(order), CHUNK))
+
+    def labels(self, split: str) -> list[np.ndarray]:
+        """Of the chunks."""
+        return [
+            _reader(self.data, split).rows["label"][chunk].astype(np.int64) for chunk in self.chunks(split)
+        ]
+
+    def descriptors(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """As dense_sift has them. Raises DatasetError for a picture that cannot be decoded."""
+        reader, side = _reader(self.data, split), _manifest(self.data).size
+        return dense_sift(_grey(reader, number, side), self.step, self.scales)
+
+
+_manifest = lru_cache(read_manifest)
+
+
+@lru_cache
+def _reader(data: Path, split: str) -> ShardReader:
+    return ShardReader(data, _manifest(data), split)
+
+
+def _grey(reader: ShardReader, number: int, side: int) -> np.ndarray:
+    """[side,side] uint8: the shorter side resized to `side` where it is not, and the middle (section 2)."""
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION  # the packer turned what was rotated
+    try:
+        image = cv2.imdecode(np.frombuffer(reader.jpeg(number), np.uint8), flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise DatasetError(f"the sample in {reader.name(number)} cannot be decoded: copy the shard again")
+    height, width = image.shape
+    if min(height, width) != side:
+        ratio = side / min(height, width)
+        width, height = max(side, round(width * ratio)), max(side, round(height * ratio))
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[top : top + side, left : left + side]
+
+
+class Store(NamedTuple):
+    """The folder of one encoder. kind: one of ENCODERS. words: Gaussians or atoms."""
+
+    folder: Path
+    kind: str
+    words: int
+    seed: int
+
+    def chunk(self, split: str, number: int) -> Path:
+        return self.folder / f"{split}-{number:05d}.npy"
+
+    @property
+    def encoder(self) -> Path:
+        return self.folder / "encoder.pickle"
+
+
+def learn(pictures: Pictures, stores: Sequence[Store], count: int, workers: int) -> None:
+    """Learn the encoders that are not there, each from `count` descriptors of the training pictures."""
+    missing = [store for store in stores if not store.encoder.exists()]
+    for store in _parallel(workers, _learn, [(pictures, store, count) for store in missing]):
+        print(f"learned {store.folder.name}", flush=True)
+
+
+def encode(pictures: Pictures, stores: Sequence[Store], workers: int) -> None:
+    """Encode all chunks of both splits that are not there, telling how far it is.
+
+    Raises DatasetError for a picture that cannot be decoded, TrainingError if a worker process dies, OSError.
+    """
+    tasks, images = [], 0
+    for split in ("train", "val"):
+        for number, chunk in enumerate(pictures.chunks(split)):
+            missing = [store for store in stores if not store.chunk(split, number).exists()]
+            if missing:
+                tasks.append((pictures, split, number, chunk, missing))
+                images += len(chunk)
+    begun = said = time.monotonic()
+    done = 0
+    for count in _parallel(workers, _encode, tasks):
+        done += count
+        now = time.monotonic()
+        if now - said > _LINE_SECONDS or done == images:
+            said, rate = now, done / (now - begun)
+            left = duration((images - done) / rate)
+            print(f"encoded {done:,} of {images:,} images, {rate:.1f} images/s, {left} left", flush=True)
+
+
+def bytes_to_come(pictures: Pictures, stores: Sequence[Store]) -> int:
+    """Of the chunks that are not there, once the encoders are."""
+    return sum(
+        len(chunk) * load_encoder(store.encoder).length * np.dtype(np.float16).itemsize
+        for split in ("train", "val")
+        for number, chunk in enumerate(pictures.chunks(split))
+        for store in stores
+        if not store.chunk(split, number).exists()
+    )
+
+
+def _parallel(workers: int, function, tasks: Sequence[tuple]) -> Iterator:
+    """What the function returns, in the order in which tasks end; with one worker in this process."""
+    calls = (delayed(function)(*task) for task in tasks)
+    try:
+        yield from Parallel(workers, return_as="generator_unordered")(calls)
+    except TerminatedWorkerError:
+        raise TrainingError(
+            "a worker process was killed, as the system does where memory runs out: try fewer --workers; "
+            "what was encoded is kept, and the same command continues"
+        ) from None
+
+
+def _learn(pictures: Pictures, store: Store, count: int) -> Store:
+    rng = np.random.default_rng(store.seed)
+    parts = []
+    # One thread, for the sums of several come in any order, and their last digits with it.
+    with threadpool_limits(1):
+        numbers = np.concatenate(pictures.chunks("train"))
+        each = max(_FROM_A_PICTURE, -(-count // len(numbers)))
+        for number in rng.permutation(numbers)[: -(-count // each)]:
+            descriptors, _ = pictures.descriptors("train", number)
+            parts.append(rng.permutation(descriptors)[:each])
+        encoder = ENCODERS[store.kind].fit(np.concatenate(parts), store.words, store.seed)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(store.encoder) as file:
+        pickle.dump(encoder, file)
+    return store
+
+
+@lru_cache
+def load_encoder(path: Path) -> Encoder:
+    return pickle.loads(path.read_bytes())
+
+
+def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stores: Sequence[Store]) -> int:
+    """Write a chunk's files; returns how many pictures there are in it."""
+    encoders = [load_encoder(store.encoder) for store in stores]
+    features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
+    _reader(pictures.data, split).will_need(chunk)
+    with threadpool_limits(1):
+        for place, sample in enumerate(chunk):
+            descriptors, places = pictures.descriptors(split, sample)
+            for encoder, rows in zip(encoders, features, strict=True):
+                rows[place] = encoder.encode(descriptors, places)
+    for store, rows in zip(stores, features, strict=True):
+        with whole_file(store.chunk(split, number)) as file:
+            np.save(file, rows)
+    return len(chunk)
