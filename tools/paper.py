@@ -30,7 +30,10 @@ from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-EXPERIMENTS = ("crops", "ensembles", "cnn-star", "ablations", "figure1", "figure3", "figure4", "codes", "towers", "baselines")  # in the order of the report
+EXPERIMENTS = (  # in the order of the report
+    "crops", "ensembles", "cnn-star", "baselines", "ablations",
+    "figure1", "figure3", "figure4", "codes", "towers",
+)  # fmt: skip
 
 
 def main() -> None:

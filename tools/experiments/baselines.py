@@ -23,8 +23,7 @@ import numpy as np
 
 from pipeline.files import whole_file
 from pipeline.manifest import read_manifest
-from tools.experiments.ablations import TOP1, TOP5
-from tools.experiments.record import Record, Row
+from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
 from trainer.run import environment
 from trainer.settings import SettingsError
