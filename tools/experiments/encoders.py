@@ -30,7 +30,7 @@ def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, n
     image: [side,side] uint8. Returns descriptors [n,128] of length 1, or 0 where a patch has no gradient,
     and the centres of their patches [n,2], each coordinate in 0 to 1.
     """
-    sift, descriptors, places = cv2.SIFT_create(), [], []
+    sift, descriptors, places = cv2.SIFT_create(), [], []  # type: ignore[attr-defined]  # its stubs lack it
     for scale in range(scales):
         side = round(len(image) / 2 ** (scale / 2))
         if side <= PATCH:
