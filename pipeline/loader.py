@@ -18,7 +18,7 @@ import torch
 from pipeline.checked import CheckedReader, LeaveOut
 from pipeline.colour import colour_divisor, colour_offsets
 from pipeline.graph import CENTRE, GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
-from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.manifest import DatasetError, Manifest, Row, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
 from pipeline.reader import Files, ShardReader
 
@@ -30,12 +30,16 @@ Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and array
 class Dataset:
     """An opened dataset: its manifest and a reader for each split that is asked for.
 
+    mean: RGB [3], of the net that is to see it, in the place of the dataset's own.
     Raises DatasetError, as `read_manifest` and `ShardReader` do.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, mean: Row | None = None):
         self.root = root
         self.manifest: Manifest = read_manifest(root)
+        if mean is not None:
+            pixels = self.manifest.pixels.model_copy(update={"mean": mean})
+            self.manifest = self.manifest.model_copy(update={"pixels": pixels})
         self._readers: dict[str, ShardReader] = {}
 
     def reader(self, split: str) -> ShardReader:

@@ -29,6 +29,7 @@ MAX_SIDE = 65535  # of an image in pixels: what a JPEG and the index can say
 HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
 
 Row = tuple[float, float, float]
+Geometry = Literal["256", "short256", "original"]
 
 
 class DatasetError(ValueError):
@@ -94,7 +95,7 @@ class Manifest(_Record):
 
     format: Literal[1]  # FORMAT
     in_place: bool = False  # the tars are somebody else's, and may hold more than the index names
-    geometry: Literal["256", "short256", "original"]
+    geometry: Geometry
     size: Side  # of the shorter side in pixels, after resizing
     max_width: Side
     max_height: Side

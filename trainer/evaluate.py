@@ -100,24 +100,36 @@ class Trained(NamedTuple):
 
 
 def load_trained(settings: Settings, run: Run, device: torch.device, best: bool = False) -> Trained:
-    """The newest checkpoint of a run, or the best, on the dataset of the settings.
+    """The newest checkpoint of a run, or the best, on the dataset of the settings, minus the run's mean.
 
-    Raises SettingsError where that has other classes than the run was trained on, or there is no
-    checkpoint yet, and RunError where all are damaged.
+    Raises SettingsError where that has other classes than the run was trained on, and what `load_net` does.
     """
-    dataset = Dataset(settings.data)
+    spec = run.net(settings)
+    dataset = Dataset(settings.data, spec.mean)
+    model, step, notes = load_net(settings, run, device, best)
+    classes = dataset.manifest.classes
+    if model.fc8.out_features != len(classes) or [c.id for c in spec.classes] != [c.id for c in classes]:
+        raise SettingsError(
+            f"the run in {run.folder} was trained on other classes ({model.fc8.out_features}) than those of "
+            f"{settings.data} ({len(classes)}): give the dataset that it was trained on with --data"
+        )
+    return Trained(model, settings, dataset, step, notes)
+
+
+def load_net(
+    settings: Settings, run: Run, device: torch.device, best: bool = False
+) -> tuple[AlexNet, int, list[str]]:
+    """The net of the newest checkpoint of a run, or of the best; its step; and a line about each damaged
+    one that was passed over.
+
+    Raises SettingsError where there is no checkpoint yet, and RunError where all are damaged.
+    """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
         raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first, an epoch for the best")
-    classes = len(dataset.manifest.classes)
-    if len(state["model"]["fc8.bias"]) != classes:
-        raise SettingsError(
-            f"the run in {run.folder} was trained on {len(state['model']['fc8.bias'])} classes and "
-            f"{settings.data} has {classes}: give the dataset that it was trained on with --data"
-        )
-    model = build_model(settings, classes, device)
+    model = build_model(settings, len(state["model"]["fc8.bias"]), device)
     model.load_state_dict(state["model"])
-    return Trained(model, settings, dataset, state["step"], notes)
+    return model, state["step"], notes
 
 
 def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:

@@ -1,6 +1,7 @@
 """The run folder: what belongs to one run, and the refusal to mix two.
 
 settings.json      resolved settings and the dataset's fingerprint
+net.json           what one has to know to use the net: pipeline/spec.py
 environment.json   versions, commit and machine of each start
 metrics.csv        a row each log interval
 evaluations.csv    a row each evaluation
@@ -27,12 +28,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pipeline.files import sync_folder, whole_file
-from pipeline.manifest import Manifest
+from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.spec import NAME as _NET
+from pipeline.spec import NetSpec, SpecError
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
-_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial"}  # what is left of a start that was killed early
+# What is left of a start that was killed early.
+_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", _NET, f".{_NET}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
@@ -65,12 +69,25 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(self.folder)
         if fresh and self.is_new(settings, manifest):  # it was another's until now
-            _write_json(self.folder / _SETTINGS, _identity(settings, manifest, whole=True))
+            NetSpec.of(manifest, settings.crop).write(self.folder)
+            _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
         return lock
+
+    def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
+        """Make a run of weights that were trained elsewhere, but for their checkpoint. It can be evaluated
+        and used; no training goes on in it, as the origin in the place of the dataset differs from any.
+
+        Raises SettingsError if there is anything in the folder.
+        """
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise SettingsError(f"{self.folder} is not empty: choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        net.write(self.folder)
+        _write_json(self.folder / _SETTINGS, _identity(settings, origin, whole=True))
 
     def is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Whether no run has begun here; one that has must be this one."""
-        identity = _identity(settings, manifest)
+        identity = _identity(settings, manifest.fingerprint)
         path = self.folder / _SETTINGS
         if path.exists():
             # Of a run that an earlier version began: what is not there was not to be chosen then.
@@ -110,6 +127,20 @@ class Run:
         held.pop("dataset")
         return Settings.model_validate(held)
 
+    def net(self, settings: Settings) -> NetSpec:
+        """What one has to know to use the net. A run of an earlier version has it from the dataset of the
+        settings. Raises RunError if that is gone, or the file is damaged."""
+        try:
+            with suppress(FileNotFoundError):
+                return NetSpec.read(self.folder)
+            return NetSpec.of(read_manifest(settings.data), settings.crop)
+        except SpecError as error:
+            raise RunError(f"{error}. Delete it, and it is made again from the dataset") from None
+        except DatasetError as error:
+            raise RunError(
+                f"{self.folder} is of an earlier version, with no {_NET}, and needs its dataset: {error}"
+            ) from None
+
     def record_environment(self, device: str) -> dict[str, str]:
         """Add this start to environment.json; returns what was added."""
         starts = [*self.starts(), environment(device)]
@@ -122,10 +153,10 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else []
 
 
-def _identity(settings: Settings, manifest: Manifest, whole: bool = False) -> dict[str, Any]:
-    """What makes a run this run; whole: and all that may change."""
+def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
+    """What makes a run this run; dataset: its fingerprint; whole: and all that may change."""
     chosen = json.loads(settings.model_dump_json(exclude=set() if whole else set(FREE_TO_CHANGE)))
-    return {"dataset": manifest.fingerprint, **chosen}
+    return {"dataset": dataset, **chosen}
 
 
 def _locked(folder: Path) -> TextIO:

@@ -1,12 +1,19 @@
 """Top-1 and top-5 against numpy, ten crops against the mean of the softmax."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from pipeline.manifest import Class, read_manifest
+from pipeline.spec import NetSpec
+from trainer import checkpoint
+from trainer.build import build_model
 from trainer.distributed import World
-from trainer.evaluate import count_errors, evaluate, log_probabilities
+from trainer.evaluate import count_errors, evaluate, load_trained, log_probabilities
 from trainer.metrics import Metrics
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -60,3 +67,21 @@ def test_scores_do_not_depend_on_how_images_are_batched():
         assert other.top5_error == scores[0].top5_error
         assert abs(other.loss - scores[0].loss) < 1e-6
     assert model.training  # left as it was found
+
+
+def test_a_net_sees_any_dataset_minus_its_own_mean_and_of_its_own_classes(packed, tmp_path):
+    run, manifest = Run(tmp_path / "run"), read_manifest(packed)
+    settings = Settings.model_validate({"data": packed, "crop": 64, "lrn": False})
+    run.begin(settings, manifest).close()
+    model = build_model(settings, len(manifest.classes), ALONE.device)
+    checkpoint.write(run.checkpoints, 1, {"step": 1, "model": model.state_dict()}, keep=1)
+    [(own, _)] = load_trained(settings, run, ALONE.device).batches("val", 1, ALONE)
+    own, spec = own.clone(), NetSpec.read(run.folder)
+    red, *others = spec.mean
+    spec.model_copy(update={"mean": (red - 10, *others)}).write(run.folder)
+    [(shifted, _)] = load_trained(settings, run, ALONE.device).batches("val", 1, ALONE)
+    torch.testing.assert_close(shifted, own + torch.tensor([10.0, 0, 0]).view(3, 1, 1))
+    classes = (*spec.classes[:-1], Class(id="another", name="another"))
+    spec.model_copy(update={"classes": classes}).write(run.folder)
+    with pytest.raises(SettingsError, match="trained on other classes"):
+        load_trained(settings, run, ALONE.device)

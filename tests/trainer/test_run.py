@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pipeline.manifest import read_manifest
+from pipeline.spec import NAME, NetSpec
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
 
@@ -58,3 +59,23 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp
     Run(tmp_path).begin(settings, manifest).close()
     with pytest.raises(SettingsError, match=r"differs in lrn \(True there, False here\)"):
         Run(tmp_path).begin(load_settings(["--no-lrn"]), manifest)
+
+
+def test_a_run_says_how_to_use_its_net_without_its_dataset(packed, tmp_path):
+    settings, manifest = (
+        load_settings(["--data", str(tmp_path / "gone"), "--crop", "64"]),
+        read_manifest(packed),
+    )
+    run = Run(tmp_path / "run")
+    run.begin(settings, manifest).close()
+    net = run.net(settings)
+    assert net == NetSpec.of(manifest, 64)
+    assert (net.classes, net.mean, net.size) == (manifest.classes, manifest.pixels.mean, 80)
+    path = tmp_path / "run" / NAME
+    path.write_text("{}")
+    with pytest.raises(RunError, match=r"net.json of .*run is not one: geometry"):
+        run.net(settings)
+    path.unlink()  # as of a run of an earlier version
+    assert run.net(load_settings(["--data", str(packed), "--crop", "64"])) == net
+    with pytest.raises(RunError, match=r"earlier version.*no dataset at .*gone"):
+        run.net(settings)
