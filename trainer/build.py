@@ -6,6 +6,7 @@ from dataclasses import fields
 import torch
 
 from model.alexnet import AlexNet, Variant
+from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from trainer.settings import Settings
 
@@ -13,8 +14,11 @@ from trainer.settings import Settings
 def build_model(settings: Settings, classes: int, device: torch.device) -> AlexNet:
     """The net with weights drawn by the seed, channels_last on the device."""
     torch.manual_seed(settings.seed)
-    variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
-    model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant)
+    if settings.preset == "torchvision":
+        model: AlexNet = TorchvisionAlexNet(classes, settings.dropout)
+    else:
+        variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
+        model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -30,6 +30,9 @@ RECIPES = Path(__file__).parent / "recipes"
 Count = Annotated[int, Field(ge=0)]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
 
+# What is changed of the paper's net: the fields of model.alexnet.Variant.
+_VARIANT = ("activation", "lrn", "overlapping_pooling", "towers", "conv6", "without")
+
 
 class SettingsError(ValueError):
     """Settings that cannot be used; the message names the setting and what would do."""
@@ -51,8 +54,8 @@ class Settings(BaseSettings):
     seed: Count = 0
     """Of weights, order, augmentation and dropout."""
 
-    preset: Literal["paper", "code2012"] = "paper"
-    """The net of the paper's text, or of the code that produced its numbers."""
+    preset: Literal["paper", "code2012", "torchvision"] = "paper"
+    """The net of the paper's text, of the code that produced its numbers, or torchvision's, another one."""
     dropout: Literal["2012", "inverted", "off"] = "2012"
     """2012 halves units at test, inverted doubles them in training."""
     activation: Literal["relu", "tanh"] = "relu"
@@ -184,6 +187,13 @@ class Settings(BaseSettings):
                 f"--evaluate-epochs {self.evaluate_epochs}: --schedule plateau needs each epoch's error; "
                 "leave it away, or take --schedule steps or cosine"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _varies_a_net_of_the_paper(self) -> Self:
+        changed = [_flag(f) for f in _VARIANT if getattr(self, f) != type(self).model_fields[f].default]
+        if self.preset == "torchvision" and changed:
+            raise ValueError(f"--preset torchvision is one net: leave out {', '.join(changed)}")
         return self
 
     @property

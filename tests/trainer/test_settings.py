@@ -61,6 +61,7 @@ def test_recipe_from_a_file(tmp_path):
         (["--epocs=3"], "--epocs=3; did you mean --epochs?"),
         (["--recipe", "papr"], "papr; did you mean paper?"),
         (["--epochs", "0"], "--epochs 0"),
+        (["--preset", "torchvision", "--no-lrn", "--towers", "1"], "leave out --lrn, --towers"),
         (["--epochs", "many"], "--epochs many"),
         (["--momentum", "1"], "--momentum 1"),
         (["--precision", "fp8"], "'bf16', 'fp16' or 'fp32'"),
