@@ -26,15 +26,13 @@ JPEGs, which decoders repeat by themselves, and as
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.jpeg import END
+from pipeline.manifest import Geometry
 from tools.packing.jpeg import read_layout, without_metadata
-
-Geometry = Literal["256", "short256", "original"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
@@ -79,11 +77,22 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, deco
         layout = None if repairs else read_layout(content)
         kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
         return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
+    image = fit(image, geometry, size)
+    return Packed(_encode(image, quality), *image.size, image, repairs)
+
+
+def read_image(content: bytes) -> Image.Image:
+    """What a file shows, in RGB and upright, as the packer sees it. Raises RejectedError."""
+    return _decode(_open(content))[0]
+
+
+def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
+    """An image at the size at which crops are cut: its shorter side as given, and square with `256`."""
     image = _resize_shorter(image, size)
     if geometry == "256":
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return Packed(_encode(image, quality), *image.size, image, repairs)
+    return image
 
 
 def check_image(content: bytes, size: int, decode: bool = True) -> Packed:

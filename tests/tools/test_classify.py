@@ -1,0 +1,311 @@
+"""tools/classify.py against the evaluation, on videos whose frames are known, and on broken files."""
+
+import csv
+import json
+import struct
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.loader import Dataset, Decoding, evaluation_loader
+from pipeline.manifest import Class, read_manifest
+from pipeline.spec import NetSpec
+from tools import classify
+from tools.classifying import nets
+from tools.classifying.nets import Net
+from tools.classifying.overlay import draw_bars
+from tools.classifying.pictures import read, views
+from tools.classifying.results import Guess
+from tools.classifying.video import frames
+from tools.make_shards import pack, parse_arguments
+from trainer import checkpoint
+from trainer.build import build_model
+from trainer.evaluate import log_probabilities
+from trainer.run import Run
+from trainer.settings import Settings
+
+# A net whose logits are the means of red, green and blue, and of a fourth class that is always at 0.
+COLOURS = NetSpec(
+    geometry="256",
+    size=64,
+    crop=64,
+    mean=(0, 0, 0),
+    classes=tuple(
+        Class(id=f"n{n}", name=name) for n, name in enumerate(("red, ruby", "green", "blue", "none"))
+    ),
+)
+
+
+def colour_logits(pixels: np.ndarray) -> np.ndarray:
+    return np.pad(pixels.mean((2, 3)) / 50, ((0, 0), (0, 1)))
+
+
+@pytest.fixture
+def run_classify(monkeypatch, capsys):
+    """Run the command with the net of colours unless told; returns exit code, output and errors."""
+    monkeypatch.setattr(classify, "open_export", lambda path: Net(colour_logits, COLOURS))
+
+    def run(*arguments: object, net: tuple = ("--net", "net.onnx")) -> tuple[int | str, str, str]:
+        monkeypatch.setattr("sys.argv", ["classify.py", *map(str, (*arguments, *net))])
+        with pytest.raises(SystemExit) as stop:
+            classify.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def plain(colour: str, size: tuple[int, int] = (80, 70)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def write_video(path: Path, pictures: list[Image.Image], rate: int = 10) -> Path:
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(packed, tmp_path_factory) -> Path:
+    """A run with weights, never trained, that are large enough to tell pictures apart."""
+    run = Run(tmp_path_factory.mktemp("trained") / "run")
+    settings = Settings.model_validate({"data": packed, "out": run.folder, "crop": 64, "preset": "code2012"})
+    run.begin(settings, read_manifest(packed)).close()
+    model = build_model(settings, len(read_manifest(packed).classes), torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    checkpoint.write(run.checkpoints, 1, {"step": 1, "model": model.state_dict()}, keep=1)
+    return run.folder
+
+
+@pytest.mark.parametrize("crops", [1, 10])
+def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_classify):
+    dataset, folder = Dataset(packed), tmp_path / "val"
+    reader = dataset.reader("val")
+    folder.mkdir()
+    for number in range(len(reader)):
+        (folder / f"{number:02}.jpg").write_bytes(reader.jpeg(number).tobytes())
+    output = tmp_path / "top.jsonl"
+    code, _, _ = run_classify(folder, "--crops", crops, "--output", output, net=("--run", trained))
+    assert code == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["file"] for row in rows] == [str(folder / f"{n:02}.jpg") for n in range(len(reader))]
+
+    run = Run(trained)
+    model = build_model(run.settings(), len(dataset.manifest.classes), torch.device("cpu"))
+    model.load_state_dict(checkpoint.load(run.checkpoints, torch.device("cpu"))[0]["model"])
+    batches = evaluation_loader(dataset, "val", 8, Decoding(crop=64), crops=crops)
+    with torch.inference_mode():
+        expected = torch.cat([log_probabilities(model.eval(), pixels).exp() for pixels, _ in batches])
+    assert expected.max(1).values.mean() > 0.15  # not as good as uniform
+    ids = [c.id for c in dataset.manifest.classes]
+    for row, probabilities in zip(rows, expected, strict=True):
+        found = {guess["class"]: guess["probability"] for guess in row["top"]}
+        assert len(found) == 5
+        own = torch.tensor([found.get(name, torch.nan) for name in ids])
+        among = ~own.isnan()
+        # The decoders differ by a level of 256 here and there.
+        torch.testing.assert_close(own[among], probabilities[among], rtol=0, atol=0.005)
+        assert probabilities[among].min() > probabilities[~among].max() - 0.005
+        assert [g["probability"] for g in row["top"]] == sorted(found.values(), reverse=True)
+
+
+@pytest.mark.parametrize("geometry", ["short256", "original"])
+@pytest.mark.parametrize("crops", [1, 10])
+def test_pictures_of_any_shape_are_cut_as_in_the_evaluation(geometry, crops, oblong, tmp_path):
+    arguments = ["--input", str(oblong), "--output", str(tmp_path), "--geometry", geometry]
+    pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]))
+    dataset = Dataset(tmp_path)
+    spec, reader = NetSpec.of(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
+    [(pixels, _)] = evaluation_loader(dataset, "val", 10, Decoding(crop=67), crops=crops)
+    for number, expected in enumerate(pixels.unflatten(0, (-1, 1)) if crops == 1 else pixels):
+        with Image.open(BytesIO(reader.jpeg(number).tobytes())) as image:
+            found = torch.from_numpy(views(image.convert("RGB"), spec, crops))
+        difference = (found[:, None] - expected[None]).abs().mean((2, 3, 4))
+        assert difference.min(1).values.max() < 0.6  # each of ours is one of theirs
+        assert sorted(difference.argmin(1).tolist()) == list(range(crops))
+
+
+def test_pictures_are_judged_by_content_and_turned(tmp_path, run_classify):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    plain("blue", (64, 192)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read(tmp_path / "turned.jpg").size == (192, 64)
+    plain("red").convert("CMYK").save(tmp_path / "cmyk.jpg")
+    plain("lime").save(tmp_path / "png.JPEG", "PNG")
+    code, out, _ = run_classify(tmp_path)
+    assert code == 0
+    lines = dict(line.split(": ", 1) for line in out.splitlines())
+    assert lines[f"{tmp_path}/turned.jpg"].startswith("blue 9")
+    assert lines[f"{tmp_path}/cmyk.jpg"].startswith("red 9")
+    assert lines[f"{tmp_path}/png.JPEG"].startswith("green 9")
+
+
+def test_broken_files_are_named_and_the_others_go_on(tmp_path, run_classify, monkeypatch):
+    monkeypatch.setattr(classify, "AT_A_TIME", 2)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, colour in enumerate(("red", "lime", "blue", "red")):
+        plain(colour).save(folder / f"{number}.jpg")
+    noise = np.random.default_rng(0).integers(0, 255, (70, 80, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "1.jpg")
+    whole = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "movie.mp4").write_bytes(b"\0" * 1000)
+    (folder / "notes.txt").write_text("not looked at")
+    output, text = tmp_path / "top.csv", tmp_path / "notes.txt"
+    text.write_text("looked at, as it was asked for")
+    code, out, errors = run_classify(folder, text, "--output", output)
+    assert (code, out) == (1, "")
+    assert errors.splitlines() == [
+        f"classify: {folder}/1.jpg: truncated",
+        f"classify: {text}: not an image: neither one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM "
+        "nor, by its name, a video",
+        f"classify: {folder}/movie.mp4: not a video: Invalid data found when processing input",
+        "classify: 6 files, 3 of them failed; 1 files of other kinds passed over",
+    ]
+    with open(output, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows if row["rank"] == "1"] == ["red, ruby", "blue", "red, ruby"]
+    assert len(rows) == 3 * 4
+    assert rows[0]["file"] == f"{folder}/0.jpg"
+
+
+def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkeypatch):
+    plain("red").save(tmp_path / "a.jpg")
+    (tmp_path / "empty").mkdir()
+    assert run_classify(tmp_path / "empty")[0] == (
+        f"classify: no pictures or videos in {tmp_path}/empty, and 0 other files"
+    )
+    assert run_classify(tmp_path / "none.jpg")[0] == f"classify: {tmp_path}/none.jpg does not exist"
+    over = run_classify(tmp_path / "a.jpg", "--overlay", tmp_path)[0]
+    assert (
+        over == f"classify: --overlay {tmp_path}: {tmp_path}/a.jpg would be written twice, or over an input"
+    )
+    assert run_classify(tmp_path / "a.jpg", "--output", "top.txt")[0] == 2
+    monkeypatch.setattr(classify, "open_export", nets.open_export)
+    net, picture = tmp_path / "net.onnx", tmp_path / "a.jpg"
+    missing = f"classify: no net at {net}: python tools/export.py RUN --output {net}"
+    assert run_classify(picture, net=("--net", net))[0] == missing
+    for name in ("net.onnx", "net.pt2"):
+        (tmp_path / name).write_text("not a net")
+        assert run_classify(picture, net=("--net", tmp_path / name))[0].startswith(
+            f"classify: {tmp_path}/{name} is not a net: "
+        )
+    assert "a net is an .onnx or a .pt2" in run_classify(picture, net=("--net", picture))[0]
+    assert f"no run in {tmp_path}" in run_classify(picture, net=("--run", tmp_path))[0]
+
+
+def test_a_windows_classes_are_the_mean_over_its_frames(tmp_path, run_classify):
+    # At 10 frames/s: a second of red, one that is half green and half blue, and half a second of green.
+    colours = ["red"] * 10 + ["lime"] * 5 + ["blue"] * 5 + ["lime"] * 5
+    video = write_video(tmp_path / "film.mp4", [plain(colour) for colour in colours])
+    output = tmp_path / "top.jsonl"
+    assert run_classify(video, "--output", output)[0] == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["start_seconds"], row["end_seconds"], row["frames"]) for row in rows] == [
+        (0, 1, 10),
+        (1, 2, 10),
+        (2, 3, 5),
+    ]
+    red, mixed, green = ({guess["class"]: guess["probability"] for guess in row["top"]} for row in rows)
+    assert red["n0"] > 0.95
+    assert green["n1"] > 0.95
+    # Each frame is sure of its colour, so that the mean of the softmax is a half and not of a mixed colour.
+    assert mixed["n1"] == pytest.approx(0.5, abs=0.04)
+    assert mixed["n2"] == pytest.approx(0.5, abs=0.04)
+    assert run_classify(video, "--output", output, "--every", "5", "--window", "10")[0] == 0
+    [row] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert row["frames"] == 5
+
+
+def test_the_results_before_a_videos_damage_are_kept(tmp_path, run_classify):
+    noise = np.random.default_rng(0).integers(0, 255, (30, 70, 80, 3), np.uint8)
+    whole = write_video(tmp_path / "whole.mkv", [Image.fromarray(picture) for picture in noise]).read_bytes()
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(whole[: len(whole) // 2])
+    code, out, errors = run_classify(cut)
+    assert code == 1
+    assert out.startswith(f"{cut} 0–1 s: ")
+    assert f"classify: {cut}: truncated: it has frames for 1." in errors
+    assert "of 3.0 s" in errors
+
+
+def test_a_film_of_a_telephone_is_turned_upright(tmp_path):
+    picture = plain("blue", (80, 48))
+    picture.paste("red", (0, 0, 40, 48))  # the left half
+    path = write_video(tmp_path / "film.mp4", [picture] * 3)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44  # the matrix in the track's header: a quarter clockwise
+    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    _, upright = next(frames(path))
+    assert upright.size == (48, 80)
+    pixels = np.asarray(upright).astype(int)
+    assert (pixels[:35, :, 0] > pixels[:35, :, 2] + 100).all()  # red above, as the left went up
+    assert (pixels[45:, :, 2] > pixels[45:, :, 0] + 100).all()
+
+
+def test_drawings_show_pictures_and_videos_above_their_classes(tmp_path, run_classify):
+    folder, drawn = tmp_path / "in", tmp_path / "drawn"
+    (folder / "a").mkdir(parents=True)
+    plain("red", (400, 300)).save(folder / "a" / "x.jpg")
+    plain("blue", (100, 200)).save(folder / "x.png")
+    write_video(folder / "film.avi", [plain("lime", (320, 240))] * 15)
+    assert run_classify(folder, "--overlay", drawn)[0] == 0
+    assert sorted(str(path.relative_to(drawn)) for path in drawn.rglob("*.*")) == [
+        "a/x.jpg",
+        "film.avi.mp4",
+        "x.png.jpg",
+    ]
+    with Image.open(drawn / "a/x.jpg") as picture:
+        pixels = np.asarray(picture).astype(int)
+    assert pixels.shape[1] == 400
+    assert (abs(pixels[:295] - (254, 0, 0)) < 12).all()
+    assert pixels[305:].mean() > 200  # bars on white
+    shown = list(frames(drawn / "film.avi.mp4"))
+    assert len(shown) == 15
+    assert shown[-1][0] == pytest.approx(1.4, abs=0.01)
+    assert shown[0][1].width == 320
+    assert shown[0][1].height > 240
+
+
+def test_a_bar_is_as_long_as_its_class_is_probable():
+    guesses = [Guess("n0", "red, ruby", 0.5), Guess("n1", "w" * 200, 0.25)]
+    bars = np.asarray(draw_bars(guesses, 400)).astype(int)
+    lengths = [(bars[row].min(1) < 250).sum() for row in (9 + 3, 9 + 26 + 3)]  # above the letters
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=3)
+    assert (bars[:, 330:340] > 250).all()  # a long name is cut off before the percentages
+    assert (bars[:, 340:] < 100).any()
+
+
+def test_an_export_needs_neither_torch_nor_the_trainer(tmp_path):
+    code = (
+        "import sys; from tools.classify import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code)\n"
+        "print(sorted({'torch', 'trainer', 'nvidia', 'av'} & set(sys.modules)))"
+    )
+    (tmp_path / "net.onnx").write_text("not a net")
+    plain("red").save(tmp_path / "a.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.jpg"), "--net", str(tmp_path / "net.onnx")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, modules = done.stdout.splitlines()
+    assert "is not a net" in said
+    assert modules == "[]"

@@ -1,0 +1,168 @@
+"""Say what is in pictures and videos: the five most probable classes of each.
+
+    python tools/classify.py photos/ clip.mp4 --run runs/a
+    python tools/classify.py photos/ --net net.onnx --output classes.jsonl --overlay drawn/
+
+The net is that of a run folder, or of an export of tools/export.py, which needs no settings, no dataset and,
+as .onnx, no PyTorch. A picture is brought to the net's size as in packing and in evaluation: turned as its
+EXIF says, in RGB, its shorter side resized; then its centre is taken, or with --crops 10 the mean of the
+softmax over corners, centre and their mirror images.
+
+Of a video, there is a result for each --window of seconds: the mean of the softmax over its frames.
+
+In folders, at any depth, files count that are named like pictures or videos; a file given by its own name is
+judged by content. One that is broken is named, and the others go on; the exit code is then 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.files import whole_file
+from tools.classifying.nets import Net, NetError, open_export, open_run
+from tools.classifying.overlay import draw_bars, reduced, with_bars
+from tools.classifying.pictures import InputError, Source, find, read, views
+from tools.classifying.results import Result, best, csv_rows, json_lines
+from tools.classifying.video import annotate, classify_video
+
+Tell = Callable[[Result], None]
+AT_A_TIME = 32  # pictures in memory
+FORMS = {".jsonl": json_lines, ".csv": csv_rows}
+
+
+def main() -> None:
+    options = parse_arguments()
+    try:
+        sources, others = find(options.inputs)
+        drawn = drawings(sources, options.overlay) if options.overlay else {}
+        net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
+        with open_output(options.output) as tell:
+            failed = classify(net, sources, options, tell, drawn)
+    except (InputError, NetError, OSError) as error:
+        sys.exit(f"classify: {error}")
+    passed = f"; {others} files of other kinds passed over" if others else ""
+    print(f"classify: {len(sources)} files, {failed} of them failed{passed}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="classify.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="a picture, a video, or a folder of them")
+    net = parser.add_mutually_exclusive_group(required=True)
+    net.add_argument("--run", type=Path, metavar="DIR", help="run folder")
+    net.add_argument("--net", type=Path, metavar="FILE", help="export, .onnx or .pt2")
+    add("--checkpoint", choices=("newest", "best"), default="newest", help="of a run (default newest)")
+    add("--crops", type=int, choices=(1, 10), default=1, help="the centre (default), or ten")
+    add("--window", type=float, default=1.0, metavar="SECONDS", help="of a video, averaged (default 1)")
+    add("--every", type=int, default=1, metavar="N", help="look at each Nth frame of a video (default 1)")
+    add("--output", type=Path, metavar="FILE", help="results as .jsonl or .csv (default: lines to read)")
+    add("--overlay", type=Path, metavar="DIR", help="where to draw each picture and video with its classes")
+    options = parser.parse_args()
+    if options.output and options.output.suffix not in FORMS:
+        parser.error(f"--output {options.output}: its name must end in {' or '.join(FORMS)}")
+    if options.window <= 0 or options.every < 1:
+        parser.error("--window must be more than 0 seconds, and --every at least 1")
+    return options
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[Tell]:
+    """Where results go: a file, or lines on standard output."""
+    if path is None:
+        yield lambda result: print(result, flush=True)
+        return
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        yield FORMS[path.suffix](file)
+
+
+def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
+    """The files that --overlay makes. Raises InputError where one would take the place of another, or of an
+    input."""
+    drawn: dict[Source, Path] = {}
+    taken = {source.path.resolve() for source in sources}
+    for source in sources:
+        ending = ".mp4" if source.is_video else ".jpg"
+        path = folder / (source.name if source.name.endswith(ending) else source.name + ending)
+        if path.resolve() in taken:
+            raise InputError(f"--overlay {folder}: {path} would be written twice, or over an input")
+        taken.add(path.resolve())
+        drawn[source] = path
+    return drawn
+
+
+def classify(
+    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+) -> int:
+    """Tell the results of all files, and draw them; returns how many files failed, each with its reason on
+    standard error. Raises OSError where a result cannot be written."""
+    failed = 0
+    for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
+        chosen = [source for source in sources if source.is_video == of_videos]
+        for error in work(net, chosen, options, tell, drawn):
+            print(f"classify: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    return failed
+
+
+def classify_pictures(
+    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+) -> Iterator[InputError]:
+    """Yields the errors of those that are broken."""
+
+    def prepare(source: Source) -> tuple[np.ndarray, Image.Image | None] | InputError:
+        try:
+            image = read(source.path)
+        except InputError as error:
+            return error
+        return views(image, net.spec, options.crops), reduced(image) if drawn else None
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(sources), AT_A_TIME):
+            part = sources[start : start + AT_A_TIME]
+            prepared = list(zip(part, pool.map(prepare, part), strict=True))
+            yield from (found for _, found in prepared if isinstance(found, InputError))
+            sound = [(source, *found) for source, found in prepared if not isinstance(found, InputError)]
+            if not sound:
+                continue
+            probabilities = net.probabilities(np.stack([seen for _, seen, _ in sound]))
+            for (source, _, image), row in zip(sound, probabilities, strict=True):
+                result = Result(str(source.path), best(row, net.spec))
+                tell(result)
+                if image:
+                    drawn[source].parent.mkdir(parents=True, exist_ok=True)
+                    bars = draw_bars(result.top, image.width)
+                    with_bars(image, bars).save(drawn[source], quality=90)
+
+
+def classify_videos(
+    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+) -> Iterator[InputError]:
+    """Yields the errors of those that are broken, after the results of what is sound in them."""
+    for source in sources:
+        results = []
+        try:
+            for result in classify_video(source.path, net, options.crops, options.window, options.every):
+                tell(result)
+                results.append(result)
+        except InputError as error:
+            yield error
+        if source in drawn and results:
+            drawn[source].parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(drawn[source]) as file:
+                annotate(source.path, results, file)
+
+
+if __name__ == "__main__":
+    main()

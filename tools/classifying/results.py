@@ -1,0 +1,78 @@
+"""The best classes of a picture, or of a part of a video, and the forms in which they are told."""
+
+import csv
+import json
+from collections.abc import Callable
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from pipeline.spec import NetSpec
+
+COLUMNS = ("file", "start_seconds", "end_seconds", "frames", "rank", "class", "name", "probability")
+
+
+class Guess(NamedTuple):
+    """A class and its probability, 0 to 1."""
+
+    id: str
+    name: str
+    probability: float
+
+
+class Window(NamedTuple):
+    """A part of a video, whose frames were averaged."""
+
+    start_seconds: float
+    end_seconds: float
+    frames: int
+
+
+class Result(NamedTuple):
+    """top: the best classes, the best first. window: of a video; a picture has none."""
+
+    file: str
+    top: list[Guess]
+    window: Window | None = None
+
+    def __str__(self) -> str:
+        when = f" {self.window.start_seconds:g}–{self.window.end_seconds:g} s" if self.window else ""
+        guesses = (f"{short(guess.name)} {guess.probability:.1%}" for guess in self.top)
+        return f"{self.file}{when}: {', '.join(guesses)}"
+
+
+def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Guess]:
+    """The most probable classes of [classes], or all if there are fewer."""
+    ranked = np.argsort(-probabilities, kind="stable")[:count]
+    return [Guess(spec.classes[n].id, spec.classes[n].name, float(probabilities[n])) for n in ranked]
+
+
+def short(name: str) -> str:
+    """The first of a class's names, which ImageNet parts by commas."""
+    return name.partition(",")[0]
+
+
+def json_lines(file: TextIO) -> Callable[[Result], None]:
+    """An object a line."""
+
+    def write(result: Result) -> None:
+        window = result.window._asdict() if result.window else {}
+        top = [{"class": g.id, "name": g.name, "probability": round(g.probability, 6)} for g in result.top]
+        row = {"file": result.file, **window, "top": top}
+        print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+
+    return write
+
+
+def csv_rows(file: TextIO) -> Callable[[Result], None]:
+    """A row a guess, under COLUMNS."""
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+
+    def write(result: Result) -> None:
+        window = result.window or ("", "", "")
+        for rank, guess in enumerate(result.top, 1):
+            writer.writerow([result.file, *window, rank, guess.id, guess.name, f"{guess.probability:.6f}"])
+        file.flush()
+
+    return write
