@@ -1,0 +1,134 @@
+"""Exports against the checkpoint they were made from, and torchvision's weights on the way in and out."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.torchvision_alexnet import INPUT_MEAN, TorchvisionAlexNet, to_torchvision
+from pipeline.manifest import read_manifest
+from pipeline.spec import NetSpec
+from tools import export, import_torchvision
+from tools.classifying.nets import open_export, open_run
+from trainer import checkpoint
+from trainer.build import build_model
+from trainer.cli import main as alexnet_train
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
+
+CPU = torch.device("cpu")
+FORMS = (".pt2", ".onnx")
+# Between them every kind of layer, in each state that evaluation knows. What paper has, code2012 has too, but
+# in another order.
+NETS = {
+    "paper": {"preset": "paper", "dropout": "inverted"},
+    "code2012": {"preset": "code2012"},
+    "varied": {"lrn": False, "activation": "tanh", "overlapping_pooling": False, "towers": 1}
+    | {"conv6": True, "without": "conv3", "dropout": "off"},
+}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a tool; returns what it printed, or the message of its exit."""
+
+    def run(main, *arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return str(stop.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+def untrained(packed: Path, folder: Path, **settings) -> Run:
+    """A run whose net, never trained, tells pictures apart: its weights are larger than at first."""
+    chosen = Settings.model_validate({"data": packed, "out": folder, "crop": 64, **settings})
+    run = Run(folder)
+    run.begin(chosen, read_manifest(packed)).close()
+    model = build_model(chosen, len(read_manifest(packed).classes), CPU)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    checkpoint.write(run.checkpoints, 1, {"step": 1, "model": model.state_dict()}, keep=1)
+    return run
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_an_export_computes_what_the_checkpoint_does_for_any_number_of_images(net, packed, tmp_path, command):
+    run = untrained(packed, tmp_path / "run", **NETS[net])
+    pixels = 60 * torch.randn(7, 3, 64, 64, generator=torch.Generator().manual_seed(0)).numpy()
+    expected = open_run(run.folder).logits(pixels)
+    assert expected.std() > 1e-3
+    spec, manifest = NetSpec.read(run.folder), read_manifest(packed)
+    assert (spec.classes, spec.mean) == (manifest.classes, manifest.pixels.mean)
+    assert (spec.size, spec.crop) == (80, 64)
+    for form in FORMS if net != "paper" else FORMS[:1]:
+        path = tmp_path / f"net{form}"
+        assert "logits of 16 validation images" in command(export.main, run.folder, "--output", path)
+        opened = open_export(path)
+        assert opened.spec == spec
+        for count in (1, 7):
+            found = opened.logits(pixels[:count])
+            assert abs(found - expected[:count]).max() < 1e-4 * abs(expected).max()
+
+
+def test_an_export_that_computes_something_else_is_not_left(packed, tmp_path, command, monkeypatch):
+    run = untrained(packed, tmp_path / "run", lrn=False)
+    traced = export.traced
+
+    def wrong(trained):
+        other = deepcopy(trained.model)
+        other.fc8.bias.data[0] += 1
+        return traced(trained._replace(model=other))
+
+    monkeypatch.setattr(export, "traced", wrong)
+    assert "differ by" in command(export.main, run.folder, "--output", tmp_path / "net.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    """A file such as torchvision publishes, of ten classes."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("theirs") / "alexnet.pth"
+    torch.save(to_torchvision(TorchvisionAlexNet(10).state_dict()), path)
+    return path
+
+
+def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, packed, tmp_path, command):
+    out = tmp_path / "run"
+    assert "10 classes" in command(import_torchvision.main, theirs, "--out", out, "--data", packed)
+    spec = NetSpec.read(out)
+    assert (spec.mean, spec.size, spec.crop) == (INPUT_MEAN, 256, 224)
+    for name in ("back.pth", "back.safetensors"):
+        printed = command(export.main, out, "--output", tmp_path / name, "--data", packed)
+        assert "equal bit for bit" in printed
+    before = import_torchvision.read_pth(theirs)
+    after = [import_torchvision.read_pth(tmp_path / "back.pth")]
+    after.append(import_torchvision.read_safetensors(tmp_path / "back.safetensors"))
+    for name, value in before.items():
+        assert all(torch.equal(state[name], value) for state in after)
+    refused = command(alexnet_train, "--data", packed, "--out", out, "--preset", "torchvision", "--crop", 80)
+    assert refused == "2"  # its dataset is torchvision's
+
+
+def test_what_is_not_torchvisions_is_refused(theirs, packed, tmp_path, command):
+    run = untrained(packed, tmp_path / "run", lrn=False)
+    assert "another net than preset paper" in command(
+        export.main, run.folder, "--output", tmp_path / "net.pth"
+    )
+    text = tmp_path / "text.pth"
+    text.write_text("weights")
+    message = command(import_torchvision.main, text, "--out", tmp_path / "b", "--data", packed)
+    assert f"{text} is not the state dict that is needed" in message
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n01440764 tench, Tinca tinca\n")
+    message = command(import_torchvision.main, theirs, "--out", tmp_path / "b", "--classes", classes)
+    assert f"{theirs} has 10 classes and {classes} has 1" in message
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(SettingsError, match="is not empty"):
+        run.adopt(run.settings(), NetSpec.read(run.folder), "elsewhere")

@@ -1,0 +1,112 @@
+"""Make a run of torchvision's AlexNet weights, to be evaluated, used and exported like any other.
+
+    python tools/import_torchvision.py alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
+    alexnet-train evaluate runs/torchvision
+    python tools/export.py runs/torchvision --output alexnet.safetensors
+
+The file is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs are the classes of
+the dataset, in that order; ImageNet's are packed in torchvision's own. Without a dataset, --classes names
+them. The weights stay as they are, bit for bit, and torchvision's mean is subtracted, whatever the dataset's
+own is.
+"""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
+from pipeline.manifest import Class, DatasetError, read_manifest
+from pipeline.spec import NetSpec
+from trainer import checkpoint
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError
+
+SIZE = 256  # of the shorter side in pixels, before the crop
+
+
+def main() -> None:
+    options = parse_arguments()
+    try:
+        print(adopt(options.weights, Run(options.out), options.data, options.classes))
+    except (SettingsError, DatasetError, OSError) as error:
+        sys.exit(f"import_torchvision: {error}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="import_torchvision.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors")
+    add("--out", type=Path, required=True, metavar="DIR", help="run folder to make")
+    add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
+    add(
+        "--classes", type=Path, metavar="FILE", help="a line a class, its id and name, if there is no dataset"
+    )
+    return parser.parse_args()
+
+
+def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
+    """Make the run; returns a line about it. classes: a file of them, in the place of the dataset's.
+
+    Raises SettingsError, DatasetError or OSError.
+    """
+    try:
+        read = read_safetensors if weights.suffix == ".safetensors" else read_pth
+        state = from_torchvision(read(weights))
+    except ValueError as error:
+        raise SettingsError(f"{weights} is not the state dict that is needed: {error}") from None
+    outputs = len(state["fc8.bias"])
+    named = read_classes(classes) if classes else read_manifest(data).classes
+    if len(named) != outputs:
+        raise SettingsError(f"{weights} has {outputs} classes and {classes or data} has {len(named)}")
+    settings = Settings.model_validate(
+        {"preset": "torchvision", "dropout": "inverted", "out": run.folder, "data": data}
+    )
+    spec = NetSpec(geometry="256", size=SIZE, crop=settings.crop, mean=INPUT_MEAN, classes=named)
+    run.adopt(settings, spec, origin=f"of {weights.name}")
+    checkpoint.write(run.checkpoints, 0, {"step": 0, "model": state}, keep=1, best=True)
+    return f"{run.folder}: {outputs} classes, {sum(value.numel() for value in state.values()):,} parameters"
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """A state dict, without running code that the file may hold. Raises ValueError or OSError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("it is no dict of tensors")
+    return state
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The same of the other form."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise SettingsError(f"{path} needs safetensors: pip install 'alexnet-train[export]'") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_classes(path: Path) -> tuple[Class, ...]:
+    """Ids and names. Raises OSError, or SettingsError where a line has no name."""
+    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    if any(len(line) != 2 for line in lines):
+        raise SettingsError(f"{path} must have an id, white space and a name on each line")
+    return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)
+
+
+if __name__ == "__main__":
+    main()
