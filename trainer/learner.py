@@ -11,7 +11,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.manifest import Class, read_manifest
+from pipeline.manifest import Class
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.distributed import World
@@ -45,7 +45,7 @@ class Learner:
         Raises SettingsError where there is no such run, or a layer has another shape there.
         """
         run = Run(folder)
-        own_head = [c.id for c in read_manifest(run.settings().data).classes] != [c.id for c in classes]
+        own_head = [c.id for c in run.net(run.settings()).classes] != [c.id for c in classes]
         state, _ = checkpoint.load(run.checkpoints, self.step.device)
         if state is None:
             raise SettingsError(f"--initial-weights {folder} has no checkpoint yet: train that run first")
