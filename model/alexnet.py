@@ -11,7 +11,8 @@ Two presets, because the paper's text and the code behind its numbers differ:
 Either has 60,965,224 parameters and 724,406,816 multiply-accumulates at 224 px and 1000 classes.
 
 Departures from both: one device instead of two (grouped convolutions compute what the two towers
-did), and pool5 is flattened in HWC order, so that channels_last needs no copy on the way to fc6.
+did; model/towers.py has two), and pool5 is flattened in HWC order, so that channels_last needs no
+copy on the way to fc6.
 """
 
 from collections.abc import Callable
