@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.manifest import read_manifest, write_manifest
 from tools import paper
-from tools.experiments import fc7, figure3, figure4
+from tools.experiments import codes, fc7, figure3, figure4
 from tools.experiments.fc7 import features, kept_features, nearest, take
 from tools.experiments.figure3 import COLUMNS, GAP, SCALE, TOWER_GAP, by_tower, colour_shares, draw
 from tools.experiments.finished import Finished, open_run
@@ -151,6 +151,22 @@ def test_the_classes_of_an_image_are_those_of_the_net_s_greatest_outputs(opened)
     assert [label for label, *_ in shown.top] == outputs.argsort(descending=True)[:5].tolist()
     assert sum(p for *_, p in shown.top) == pytest.approx(outputs.sort().values[-5:].sum().item(), rel=1e-5)
     assert shown.picture.label == opened.trained.dataset.reader("val").rows["label"][4]
+
+
+def test_codes_are_measured_beside_the_exact_search_and_what_learns_less(finished_run, tmp_path):
+    few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
+    record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
+    exact, *coded = record.rows
+    assert exact.system == "exact L2 in fp64, 8,192 bytes an image"
+    assert [row.than for row in coded if row.system.startswith("auto")] == [
+        "signs of principal components, 8 bits",
+        "signs of principal components, 32 bits",
+    ]
+    assert {len(values) for row in coded for values in row.measured.values()} == {2}
+    # A hundred are sought among sixty: all are found.
+    assert all(row.measured["the 6 nearest among 100 found (%)"] == [100, 100] for row in coded)
+    with Image.open(tmp_path / "out" / "codes.png") as image:
+        image.load()
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,12 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     index, val = (kept_features(opened, split, options.out) for split in ("train", "val"))
     queries = drawn(len(val_labels), options.queries, seed=0)
     asked, wanted = take(val, queries), val_labels[queries]
-    begun = time.perf_counter()
-    nearest(asked[:1], index, NEAREST, device)
-    alone = 1000 * (time.perf_counter() - begun)
     _, exact = nearest(asked, index, NEAREST, device)
+    seconds = []
+    for query in asked[:3]:
+        begun = time.perf_counter()
+        nearest(query[None], index, NEAREST, device)
+        seconds.append(time.perf_counter() - begun)
 
     def judge(found: np.ndarray) -> dict[str, float]:
         return recalls(found, exact) | {CLASS: same_class(found, labels, wanted)}
@@ -91,12 +93,12 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     systems = measure(options, index, asked, device, judge)
     best = same_class(exact, labels, wanted)
     plot(options.out / "codes.png", systems, best)
-    exactly = f"exact L2, {2 * asked.shape[1]:,} bytes an image"
+    exactly = f"exact L2 in fp64, {2 * asked.shape[1]:,} bytes an image"
     return Record(
         experiment="codes",
         title="Retrieval by short binary codes",
         source="section 6.1, which proposes them without having tried",
-        rows=[Row(system=exactly, measured={CLASS: [best], SPEED: [alone]}), *rows(systems)],
+        rows=[Row(system=exactly, measured={CLASS: [best], SPEED: [1000 * median(seconds)]}), *rows(systems)],
         remarks=[
             f"{len(asked):,} validation images were sought among {len(labels):,} training images. Of those "
             "at the same Hamming distance, many at few bits, the first of the dataset are taken."
@@ -203,11 +205,11 @@ def plot(path: Path, systems: Systems, best: float) -> None:
             )
             for bits, measured in own.items():
                 panel.plot([bits] * len(measured[what]), measured[what], ".", color=colour)
-            panel.set(xlabel="bits", ylabel=what, ylim=(0, None), xscale="log")
+            panel.set(xlabel="bits", ylabel=what, ylim=(0, 100), xscale="log")
             panel.set_xticks(list(own), [str(bits) for bits in own])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[1].axhline(best, color="black", linewidth=0.8, linestyle=":", label="exact L2")
-    panels[1].legend()
+    panels[1].legend(loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)

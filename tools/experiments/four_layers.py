@@ -56,13 +56,14 @@ def four_layers(classes: int, activation: str, seed: int) -> nn.Sequential:
 def small_images(reader: ShardReader, numbers: np.ndarray) -> np.ndarray:
     """The central squares of these samples at SIDE px, uint8 [n,3,SIDE,SIDE]. Raises DatasetError."""
     images = np.empty((len(numbers), SIDE, SIDE, 3), np.uint8)
-    for place, (number, jpeg) in enumerate(zip(numbers, reader.jpegs(numbers), strict=True)):
+    for place, number in enumerate(numbers.tolist()):
+        jpeg = reader.jpeg(number)
         try:
-            with Image.open(BytesIO(jpeg.tobytes())) as image:
+            with Image.open(BytesIO(jpeg)) as image:
                 image.draft("RGB", (SIDE, SIDE))  # decoded at an eighth to a whole of its size
                 images[place] = _central_square(image.convert("RGB"))
         except (OSError, SyntaxError):
-            name = reader.name(int(number))
+            name = reader.name(number)
             raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again") from None
     return images.transpose(0, 3, 1, 2)
 
