@@ -49,5 +49,9 @@ def test_what_has_no_two_towers_is_refused(other, message):
 def test_two_gpus_are_used_where_there_are_two():
     assert [shared_device(Settings(), gpus) for gpus in (0, 1, 2, 8)] == ["cpu", "cpu", "cuda", "cuda"]
     assert shared_device(Settings(device="cpu"), 2) == "cpu"
-    with pytest.raises(SettingsError, match="two GPUs are needed and torch finds 1"):
-        shared_device(Settings(device="cuda"), 1)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("cuda:0", 1), ("cuda:1", 2)])
+def test_one_gpu_alone_is_refused(device, gpus):
+    with pytest.raises(SettingsError, match=rf"--device {device}: .* and torch finds {gpus}"):
+        shared_device(Settings(device=device), gpus)

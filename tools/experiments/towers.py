@@ -124,10 +124,12 @@ def comparable(settings: Settings) -> Settings:
 
 
 def shared_device(settings: Settings, gpus: int) -> str:
-    """`cuda` or `cpu`, the same for all. Raises SettingsError if GPUs are asked for and there are not two."""
-    if settings.device == "cuda" and gpus < 2:
+    """`cuda` or `cpu`, the same for all. Raises SettingsError if GPUs are asked for and there are not two,
+    or one is named."""
+    if settings.device.startswith("cuda") and (gpus < 2 or ":" in settings.device):
         raise SettingsError(
-            f"--device cuda: two GPUs are needed and torch finds {gpus}; leave it away to use the CPU"
+            f"--device {settings.device}: the first two GPUs are needed and torch finds {gpus}; leave it "
+            "away to take two if there are, and else the CPU"
         )
     return "cuda" if settings.device != "cpu" and gpus > 1 else "cpu"
 
