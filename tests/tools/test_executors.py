@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,8 +190,9 @@ def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(pictures, t
             text=True,
             start_new_session=True,
         ) as process:
-            wait_until(lambda output=output: records(output) >= 1)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            wait_until(lambda o=output, p=process: records(o) >= 1 or p.poll() is not None)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             _, errors = process.communicate(timeout=60)
         if process.returncode:  # otherwise it was through before the signal came, on a busy machine
             break
