@@ -20,7 +20,20 @@ from tools.experiments.encoders import Fisher, dense_sift, pool, pursue
 from tools.paper import main
 from trainer.settings import SettingsError
 
-QUICK = ("--seeds", "1", "--workers", "1", "--gaussians", "8", "--atoms", "64", "--vocabulary", "3000")
+QUICK = (
+    "--seeds",
+    "1",
+    "--epochs",
+    "20",
+    "--workers",
+    "1",
+    "--gaussians",
+    "8",
+    "--atoms",
+    "64",
+    "--vocabulary",
+    "3000",
+)
 
 
 def run(data, out, *arguments):
@@ -147,7 +160,7 @@ def test_both_tell_drawn_pictures_apart_and_go_on_where_they_were_killed(
 
     for path in list(whole)[::3]:  # as a kill leaves them
         path.rename(path.with_name(f".{path.name}.partial"))
-    for path in out.rglob("errors.json"):
+    for path in out.rglob("errors-*.json"):
         path.unlink()
     assert run(packed, out).rows == record.rows
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.npy")} == whole
@@ -180,6 +193,15 @@ def test_a_picture_that_cannot_be_decoded_is_named(packed, tmp_path, monkeypatch
         DatasetError, match=r"the sample in .*train-00000\d.tar at byte \d+ cannot be decoded"
     ):
         run(packed, tmp_path / "out")
+
+
+def test_too_few_patches_to_learn_from_are_refused(packed, tmp_path):
+    with pytest.raises(SettingsError, match=r"^64 patches with a gradient are too few to learn 65 words"):
+        run(
+            packed,
+            tmp_path / "out",
+            *["--only", "sparse", "--limit", "1", "--vocabulary", "64", "--atoms", "65"],
+        )
 
 
 def test_features_that_the_disk_cannot_hold_are_not_begun(packed, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 PATCH = 16  # px that a descriptor sees at its scale: four by four histograms of 4 px
-_COMPONENTS = 64  # of the PCA before the Gaussians
+COMPONENTS = 64  # of the PCA before the Gaussians, and so the fewest descriptors to learn from
 _LEAST_VARIANCE = 1e-5  # of a Gaussian: patches without any gradient are all the same descriptor
 _PENALTY = 0.15  # of L1, while the atoms are learned
 _LEARN_FROM = 8192  # descriptors, for the atoms: each costs milliseconds
@@ -68,7 +68,7 @@ class Fisher:
 
     @classmethod
     def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self:
-        pca = PCA(_COMPONENTS, random_state=seed).fit(descriptors)
+        pca = PCA(COMPONENTS, random_state=seed).fit(descriptors)
         mixture = GaussianMixture(
             words, covariance_type="diag", reg_covar=_LEAST_VARIANCE, max_iter=50, random_state=seed
         )
@@ -78,7 +78,7 @@ class Fisher:
 
     @property
     def length(self) -> int:
-        return self.mixture.n_components * (1 + 2 * _COMPONENTS)
+        return self.mixture.n_components * (1 + 2 * COMPONENTS)
 
     def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
         """[length]: for the weights, then the means, then the deviations. The places do not matter."""

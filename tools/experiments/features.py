@@ -7,7 +7,7 @@ alone, not on the workers.
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,10 @@ from pipeline.files import whole_file
 from pipeline.manifest import DatasetError, read_manifest
 from pipeline.plan import epoch_order
 from pipeline.reader import ShardReader
-from tools.experiments.encoders import Encoder, Fisher, Sparse, dense_sift
+from tools.experiments.encoders import COMPONENTS, Encoder, Fisher, Sparse, dense_sift
 from tools.experiments.training import TrainingError
 from trainer.display import duration
+from trainer.settings import SettingsError
 
 CHUNK = 256  # pictures in a file
 ENCODERS: dict[str, type[Encoder]] = {"fisher": Fisher, "sparse": Sparse}
@@ -104,7 +105,10 @@ class Store(NamedTuple):
 
 
 def learn(pictures: Pictures, stores: Sequence[Store], count: int, workers: int) -> None:
-    """Learn the encoders that are not there, each from `count` descriptors of the training pictures."""
+    """Learn the encoders that are not there, each from `count` descriptors of the training pictures.
+
+    Raises SettingsError where there are too few, and what `encode` does.
+    """
     missing = [store for store in stores if not store.encoder.exists()]
     for store in _parallel(workers, _learn, [(pictures, store, count) for store in missing]):
         print(f"learned {store.folder.name}", flush=True)
@@ -144,7 +148,7 @@ def bytes_to_come(pictures: Pictures, stores: Sequence[Store]) -> int:
     )
 
 
-def _parallel(workers: int, function, tasks: Sequence[tuple]) -> Iterator:
+def _parallel(workers: int, function: Callable, tasks: Sequence[tuple]) -> Iterator:
     """What the function returns, in the order in which tasks end; with one worker in this process."""
     calls = (delayed(function)(*task) for task in tasks)
     try:
@@ -166,7 +170,14 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
         for number in rng.permutation(numbers)[: -(-count // each)]:
             descriptors, _ = pictures.descriptors("train", number)
             parts.append(rng.permutation(descriptors)[:each])
-        encoder = ENCODERS[store.kind].fit(np.concatenate(parts), store.words, store.seed)
+        found = np.concatenate(parts)
+        usable = int(found.any(axis=1).sum())
+        if usable < max(store.words, COMPONENTS):
+            raise SettingsError(
+                f"{usable:,} patches with a gradient are too few to learn {store.words:,} words of (fewer than "
+                f"{COMPONENTS} always are): raise --limit or --vocabulary, or lower --gaussians or --atoms"
+            )
+        encoder = ENCODERS[store.kind].fit(found, store.words, store.seed)
     store.folder.mkdir(parents=True, exist_ok=True)
     with whole_file(store.encoder) as file:
         pickle.dump(encoder, file)
