@@ -20,27 +20,14 @@ from tools.experiments.encoders import Fisher, dense_sift, pool, pursue
 from tools.paper import main
 from trainer.settings import SettingsError
 
-QUICK = (
-    "--seeds",
-    "1",
-    "--epochs",
-    "20",
-    "--workers",
-    "1",
-    "--gaussians",
-    "8",
-    "--atoms",
-    "64",
-    "--vocabulary",
-    "3000",
-)
+QUICK = ("--seeds", "1", "--workers", "1", "--vocabulary", "3000", "--gaussians", "8", "--atoms", "64")
 
 
 def run(data, out, *arguments):
     parser = argparse.ArgumentParser()
     baselines.add_arguments(parser)
     parser.add_argument("--out")
-    given = ["--data", str(data), *QUICK, *arguments]
+    given = ["--data", str(data), *QUICK, "--epochs", "20", *arguments]
     options = parser.parse_args(given, argparse.Namespace(out=out))
     out.mkdir(exist_ok=True)
     return baselines.run(options, [])
@@ -196,11 +183,12 @@ def test_a_picture_that_cannot_be_decoded_is_named(packed, tmp_path, monkeypatch
 
 
 def test_too_few_patches_to_learn_from_are_refused(packed, tmp_path):
-    with pytest.raises(SettingsError, match=r"^64 patches with a gradient are too few to learn 65 words"):
+    few = ("--only", "sparse", "--limit", "1", "--vocabulary", "64", "--atoms", "65")
+    with pytest.raises(SettingsError, match=r"^64 patches with a gradient are too few to learn 65 words,"):
         run(
             packed,
             tmp_path / "out",
-            *["--only", "sparse", "--limit", "1", "--vocabulary", "64", "--atoms", "65"],
+            *few,
         )
 
 

@@ -174,8 +174,8 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
         usable = int(found.any(axis=1).sum())
         if usable < max(store.words, COMPONENTS):
             raise SettingsError(
-                f"{usable:,} patches with a gradient are too few to learn {store.words:,} words of (fewer than "
-                f"{COMPONENTS} always are): raise --limit or --vocabulary, or lower --gaussians or --atoms"
+                f"{usable:,} patches with a gradient are too few to learn {store.words:,} words, and at "
+                f"least {COMPONENTS} are needed: raise --limit or --vocabulary, or lower --gaussians, --atoms"
             )
         encoder = ENCODERS[store.kind].fit(found, store.words, store.seed)
     store.folder.mkdir(parents=True, exist_ok=True)
