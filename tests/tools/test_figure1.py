@@ -56,8 +56,8 @@ def test_the_net_has_three_convolutions_and_a_fully_connected_layer():
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     tanh = four_layers.four_layers(10, "tanh", 0)
     assert sum(isinstance(layer, torch.nn.Tanh) for layer in tanh) == 3
-    assert tanh[3].weight.std().item() == pytest.approx(1 / math.sqrt(800), rel=0.02)
-    assert net[3].weight.std().item() == pytest.approx(math.sqrt(2 / 800), rel=0.02)
+    deviations = [layer.weight.std().item() for layer in tanh if hasattr(layer, "weight")]
+    assert deviations == pytest.approx([0.0001, 0.01, 0.01, 0.01], rel=0.03)
 
 
 def test_the_target_is_met_between_the_middles_of_two_epochs():
@@ -85,7 +85,7 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path)
     errors = train(images, trial, whole, 16, -1, 4)
     assert train(images, trial, halves, 16, -1, 2) == errors[:2]
     assert train(images, trial, halves, 16, -1, 4) == errors
-    assert errors[-1] < 0.1 < errors[0]
+    assert errors[-1] == 0 < errors[0]
     kept = [torch.load(folder / "relu-0.001-0.pt")["net"] for folder in (whole, halves)]
     torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
 
@@ -122,7 +122,8 @@ def test_the_ratio_is_that_of_runs_of_the_same_seed():
     ]
     curves["tanh"][1] = [0.5, 0.4]
     assert [row.system for row in rows(curves, 25.0, steps=10)] == ["ReLU"]
-    assert "tanh did not come to 25 % within 4 epochs on 1 of 2 seeds." in remarks(
+    # ReLU came to it after half an epoch and one.
+    assert "tanh did not come to 25 % within 4 epochs on 1 of 2 seeds, 5.3 times what ReLU took." in remarks(
         curves, {"relu": 0.1, "tanh": 0.1}, options
     )
 
