@@ -6,6 +6,7 @@ Yang, Yu, Gong and Huang, CVPR 2009, with codes of a fixed number of atoms. Need
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, Self
 
 import cv2
@@ -47,7 +48,7 @@ def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, n
 
 
 class Encoder(Protocol):
-    """Learned from descriptors [n,128]; `encode` makes one vector of length 1 of a picture's."""
+    """Arrays learned from descriptors [n,128]; `encode` makes one vector of length 1 of a picture's."""
 
     @classmethod
     def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self: ...
@@ -61,10 +62,16 @@ class Encoder(Protocol):
 @dataclass(frozen=True)
 class Fisher:
     """The gradient of the log likelihood by the weights, means and deviations of a Gaussian mixture over
-    64 principal components, each divided by its expected size; power and L2 normalised."""
+    64 principal components, each divided by its expected size; power and L2 normalised.
 
-    pca: PCA
-    mixture: GaussianMixture
+    centre: [128], components: [64,128]; weights: [words], means, variances: [words,64] of the Gaussians.
+    """
+
+    centre: np.ndarray
+    components: np.ndarray
+    weights: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
 
     @classmethod
     def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self:
@@ -74,15 +81,24 @@ class Fisher:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the last of 50 rounds changes little
-            return cls(pca, mixture.fit(pca.transform(descriptors)))
+            mixture.fit(pca.transform(descriptors))
+        return cls(pca.mean_, pca.components_, mixture.weights_, mixture.means_, mixture.covariances_)
 
     @property
     def length(self) -> int:
-        return self.mixture.n_components * (1 + 2 * COMPONENTS)
+        return len(self.weights) * (1 + 2 * COMPONENTS)
+
+    @cached_property
+    def _mixture(self) -> GaussianMixture:
+        """As scikit-learn has it once it is fitted."""
+        mixture = GaussianMixture(len(self.weights), covariance_type="diag")
+        mixture.weights_, mixture.means_, mixture.covariances_ = self.weights, self.means, self.variances
+        mixture.precisions_cholesky_ = 1 / np.sqrt(self.variances)
+        return mixture
 
     def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
         """[length]: for the weights, then the means, then the deviations. The places do not matter."""
-        return fisher_vector(self.pca.transform(descriptors), self.mixture, improved=True)
+        return fisher_vector((descriptors - self.centre) @ self.components.T, self._mixture, improved=True)
 
 
 @dataclass(frozen=True)

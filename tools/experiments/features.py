@@ -1,11 +1,10 @@
 """The baselines' features on the disk: learned encoders, and pictures encoded chunk by chunk, which resumes.
 
-A folder an encoder: encoder.pickle, and <split>-<number>.npy, float16 [pictures, length]. A file is whole or
+A folder an encoder: encoder.npz, and <split>-<number>.npy, float16 [pictures, length]. A file is whole or
 not there, so that what is there need not be done again. A picture's features depend on it and on the encoder
 alone, not on the workers.
 """
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -101,7 +100,7 @@ class Store(NamedTuple):
 
     @property
     def encoder(self) -> Path:
-        return self.folder / "encoder.pickle"
+        return self.folder / "encoder.npz"
 
 
 def learn(pictures: Pictures, stores: Sequence[Store], count: int, workers: int) -> None:
@@ -140,7 +139,7 @@ def encode(pictures: Pictures, stores: Sequence[Store], workers: int) -> None:
 def bytes_to_come(pictures: Pictures, stores: Sequence[Store]) -> int:
     """Of the chunks that are not there, once the encoders are."""
     return sum(
-        len(chunk) * load_encoder(store.encoder).length * np.dtype(np.float16).itemsize
+        len(chunk) * load_encoder(store).length * np.dtype(np.float16).itemsize
         for split in ("train", "val")
         for number, chunk in enumerate(pictures.chunks(split))
         for store in stores
@@ -180,18 +179,19 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
         encoder = ENCODERS[store.kind].fit(found, store.words, store.seed)
     store.folder.mkdir(parents=True, exist_ok=True)
     with whole_file(store.encoder) as file:
-        pickle.dump(encoder, file)
+        np.savez(file, **vars(encoder))
     return store
 
 
 @lru_cache
-def load_encoder(path: Path) -> Encoder:
-    return pickle.loads(path.read_bytes())
+def load_encoder(store: Store) -> Encoder:
+    with np.load(store.encoder) as arrays:
+        return ENCODERS[store.kind](**arrays)
 
 
 def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stores: Sequence[Store]) -> int:
     """Write a chunk's files; returns how many pictures there are in it."""
-    encoders = [load_encoder(store.encoder) for store in stores]
+    encoders = [load_encoder(store) for store in stores]
     features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
     _reader(pictures.data, split).will_need(chunk)
     with threadpool_limits(1):
