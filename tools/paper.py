@@ -25,15 +25,11 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline.manifest import DatasetError
+from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
 from trainer.run import RunError
 from trainer.settings import SettingsError
-
-EXPERIMENTS = (  # in the order of the report
-    "crops", "ensembles", "cnn-star", "baselines", "ablations",
-    "figure1", "figure3", "figure4", "codes", "towers",
-)  # fmt: skip
 
 
 def main() -> None:

@@ -1,1 +1,6 @@
 """The experiments of tools/paper.py, a module each, and what they share."""
+
+EXPERIMENTS = (  # in the order of the report
+    "crops", "ensembles", "cnn-star", "baselines", "ablations",
+    "figure1", "figure3", "figure4", "codes", "towers",
+)  # fmt: skip

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record
 from trainer.settings import SettingsError
 
@@ -16,8 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, _settings: list[str]) -> Path:
     """Write results.md; returns its path. Raises RecordError for a file that is no record, and SettingsError
     if there is none."""
-    from tools.paper import EXPERIMENTS
-
     paths = [options.out / f"{name}.json" for name in EXPERIMENTS]
     records = [Record.read(path) for path in paths if path.exists()]
     if not records:
