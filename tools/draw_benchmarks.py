@@ -61,6 +61,8 @@ def draw_stage(panel: Axes, stage: str, figures: Figures) -> None:
     captions = [f"{name}  {middle:,.{digits}f}" for name, middle in zip(names, middles, strict=True)]
     panel.set_yticks(places, captions)
     panel.set(title=stage, xlabel="images/s")
+    panel.locator_params(axis="x", nbins=6)
+    panel.xaxis.set_major_formatter("{x:,g}")
     panel.grid(axis="x", alpha=0.3)
 
 
