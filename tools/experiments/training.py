@@ -26,15 +26,17 @@ class Training(NamedTuple):
     settings: Sequence[str]
 
 
-def train(training: Training) -> dict[str, float]:
-    """The last validation of a run, trained or continued if it is not finished.
+def outcome(training: Training) -> dict[str, float] | None:
+    """A run's last validation, if it is finished. Raises SettingsError where the folder holds another run."""
+    run, chosen = Run(training.folder), load_settings(training.settings)
+    if run.is_new(chosen, read_manifest(chosen.data)) or not run.is_finished:
+        return None
+    return run.evaluations.rows()[-1]
 
-    Raises TrainingError, or SettingsError where the folder holds another run.
-    """
+
+def train(training: Training) -> dict[str, float]:
+    """The last validation of a run that is begun or continued. Raises TrainingError."""
     folder, settings = training
-    run, chosen = Run(folder), load_settings(settings)
-    if not run.is_new(chosen, read_manifest(chosen.data)) and run.is_finished:
-        return run.evaluations.rows()[-1]
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
     with open(log, "a") as file:
@@ -43,11 +45,16 @@ def train(training: Training) -> dict[str, float]:
     if done.returncode:
         last = log.read_text().strip().splitlines()[-1:]
         raise TrainingError(f"{folder.name} ended with {done.returncode}, see {log}: {' '.join(last)}")
-    return run.evaluations.rows()[-1]
+    return Run(folder).evaluations.rows()[-1]
 
 
 def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, float]]:
-    """The same for many, `jobs` at a time, telling how far they are. Raises TrainingError for the first."""
+    """The last validation of each, after training what is not finished, `jobs` at a time, with progress.
+
+    Raises TrainingError for the first that fails, or SettingsError where a folder holds another run.
+    """
+    found = [outcome(training) for training in trainings]
+    left = [training for training, evaluation in zip(trainings, found, strict=True) if evaluation is None]
     begun, done = time.monotonic(), 0
 
     def train_one(training: Training) -> dict[str, float]:
@@ -56,14 +63,15 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
         done += 1
         minutes = (time.monotonic() - begun) / 60
         print(
-            f"{done}/{len(trainings)} {training.folder.name}: top-1 error {evaluation['top1_error']:.1%}, "
-            f"after {minutes:.0f} min, about {minutes / done * (len(trainings) - done):.0f} min left",
+            f"{done}/{len(left)} {training.folder.name}: top-1 error {evaluation['top1_error']:.1%}, "
+            f"after {minutes:.0f} min, about {minutes / done * (len(left) - done):.0f} min left",
             flush=True,
         )
         return evaluation
 
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(train_one, trainings))
+        trained = pool.map(train_one, left)
+        return [evaluation or next(trained) for evaluation in found]
 
 
 def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
