@@ -30,6 +30,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.manifest import DatasetError, read_manifest
+from tools.options import count, positive
 from trainer.run import environment
 from trainer.settings import SettingsError, load_settings
 
@@ -135,8 +136,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("stage", choices=(*STAGES, "all"))
-    add("--runs", type=int, default=5, metavar="N", help="runs that count, of each (default 5)")
-    add("--seconds", type=float, default=5.0, metavar="S", help="least length of a run (default 5)")
+    add("--runs", type=count, default=5, metavar="N", help="runs that count, of each (default 5)")
+    add("--seconds", type=positive, default=5.0, metavar="S", help="least length of a run (default 5)")
     add("--input", type=Path, metavar="DIR", help="images for `pack`")
     add("--pack-peers", type=Path, metavar="PYTHON", help="of `make .pack-peers`: .pack-peers/bin/python")
     add("--loader-peers", type=Path, metavar="PYTHON", help="of `make .loader-peers`, likewise")

@@ -30,6 +30,7 @@ from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, Source, find, read, views
 from tools.classifying.results import Result, best, csv_rows, json_lines
 from tools.classifying.video import annotate, classify_video
+from tools.options import count, positive
 
 Tell = Callable[[Result], None]
 AT_A_TIME = 32  # pictures in memory
@@ -65,15 +66,13 @@ def parse_arguments() -> argparse.Namespace:
     net.add_argument("--net", type=Path, metavar="FILE", help="export, .onnx or .pt2")
     add("--checkpoint", choices=("newest", "best"), default="newest", help="of a run (default newest)")
     add("--crops", type=int, choices=(1, 10), default=1, help="the centre (default), or ten")
-    add("--window", type=float, default=1.0, metavar="SECONDS", help="of a video, averaged (default 1)")
-    add("--every", type=int, default=1, metavar="N", help="look at each Nth frame of a video (default 1)")
+    add("--window", type=positive, default=1.0, metavar="SECONDS", help="of a video, averaged (default 1)")
+    add("--every", type=count, default=1, metavar="N", help="look at each Nth frame of a video (default 1)")
     add("--output", type=Path, metavar="FILE", help="results as .jsonl or .csv (default: lines to read)")
     add("--overlay", type=Path, metavar="DIR", help="where to draw each picture and video with its classes")
     options = parser.parse_args()
     if options.output and options.output.suffix not in FORMS:
         parser.error(f"--output {options.output}: its name must end in {' or '.join(FORMS)}")
-    if options.window <= 0 or options.every < 1:
-        parser.error("--window must be more than 0 seconds, and --every at least 1")
     return options
 
 

@@ -17,6 +17,7 @@ from statistics import mean
 
 from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
+from tools.options import count
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings, read_recipe
 
@@ -32,13 +33,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("recipes", nargs="+", metavar="RECIPE", help="the first is compared with the others")
-    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
     add("--out", type=Path, default=Path("runs/compared"), metavar="DIR", help="a run folder each goes there")
-    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
     add("--within", type=float, metavar="POINTS", help="end with 1 if the first is worse by more")
     options, settings = parser.parse_known_args()
-    if options.seeds < 1 or options.jobs < 1:
-        parser.error("--seeds and --jobs take 1 or more")
     if len({Path(recipe).stem for recipe in options.recipes}) < len(options.recipes):
         parser.error("two recipes have the same name")
     return options, settings

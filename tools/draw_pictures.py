@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
+from tools.options import count
+
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
 SIDE = 144  # pixels
@@ -77,18 +79,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--train", type=int, default=300, metavar="N", help="pictures of a class (default 300)"
+        "--train", type=count, default=300, metavar="N", help="pictures of a class (default 300)"
     )
     parser.add_argument(
-        "--val", type=int, default=50, metavar="N", help="likewise, for validation (default 50)"
+        "--val", type=count, default=50, metavar="N", help="likewise, for validation (default 50)"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    for number, (split, count) in enumerate((("train", options.train), ("val", options.val))):
+    for number, (split, pictures) in enumerate((("train", options.train), ("val", options.val))):
         for label, name in enumerate(class_names()):
             folder = options.output / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            for picture in range(count):
+            for picture in range(pictures):
                 rng = np.random.default_rng((options.seed, number, label, picture))
                 draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
     classes = len(class_names())

@@ -34,6 +34,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pipeline.manifest import DatasetError, read_manifest
+from tools.options import count, positive
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
@@ -246,10 +247,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for the run and what comes of it")
-    add("--steps", type=int, default=20_000, metavar="N", help="at least (default 20,000)")
+    add("--steps", type=count, default=20_000, metavar="N", help="at least (default 20,000)")
     add("--data", type=Path, metavar="DIR", help="a packed dataset; without it, pictures are drawn")
-    add("--seconds", type=float, default=1.0, metavar="S", help="between two samples (default 1)")
-    add("--limit", type=float, default=1.0, metavar="PERCENT", help="of growth (default 1)")
+    add("--seconds", type=positive, default=1.0, metavar="S", help="between two samples (default 1)")
+    add("--limit", type=positive, default=1.0, metavar="PERCENT", help="of growth (default 1)")
     return parser.parse_known_args()
 
 

@@ -115,6 +115,15 @@ def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch
         assert "MISSED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", [("--runs", "0"), ("--seconds", "nan"), ("--seconds", "inf")])
+def test_a_run_has_a_length_and_there_is_one(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "read", *wrong])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert f"argument {wrong[0]}: {wrong[1]} is not a number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -194,7 +194,8 @@ def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkey
     assert (
         over == f"classify: --overlay {tmp_path}: {tmp_path}/a.jpg would be written twice, or over an input"
     )
-    assert run_classify(tmp_path / "a.jpg", "--output", "top.txt")[0] == 2
+    for wrong in (("--output", "top.txt"), ("--window", "nan"), ("--every", "0")):
+        assert run_classify(tmp_path / "a.jpg", *wrong)[0] == 2
     monkeypatch.setattr(classify, "open_export", nets.open_export)
     net, picture = tmp_path / "net.onnx", tmp_path / "a.jpg"
     missing = f"classify: no net at {net}: python tools/export.py RUN --output {net}"

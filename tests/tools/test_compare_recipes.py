@@ -53,7 +53,7 @@ def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path):
         (["fast", "pap"], "unknown recipe pap"),
         (["fast", "fast"], "two recipes have the same name"),
         (["fast", "--epoch", "1"], "unknown setting --epoch"),
-        (["fast", "--seeds", "0"], "take 1 or more"),
+        (["fast", "--seeds", "0"], "--seeds: 0 is not a number from 1 on"),
         (["fast", "--seeds", "1", "--data", "nowhere"], "no dataset at nowhere"),
     ],
 )

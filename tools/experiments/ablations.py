@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, measured, train_all
+from tools.options import count
 from trainer.settings import SettingsError, load_settings
 
 TAKES_SETTINGS = True
@@ -44,8 +45,8 @@ ABLATIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seeds", type=int, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
     add("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
 
 

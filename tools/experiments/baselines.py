@@ -25,6 +25,7 @@ from pipeline.files import whole_file
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
+from tools.options import count
 from trainer.run import environment
 from trainer.settings import SettingsError
 
@@ -59,28 +60,22 @@ SYSTEMS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
-    add("--limit", type=_positive, metavar="N", help="at most N pictures of each split, drawn from all")
-    add("--seeds", type=_positive, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--limit", type=count, metavar="N", help="at most N pictures of each split, drawn from all")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
     add("--only", choices=list(SYSTEMS), help="one of the two")
-    add("--gaussians", type=_positive, default=64, metavar="N", help="of the Fisher vectors (default 64)")
-    add("--atoms", type=_positive, default=256, metavar="N", help="of the sparse codes (default 256)")
-    add("--step", type=_positive, default=4, metavar="PX", help="between descriptors (default 4)")
-    add("--scales", type=_positive, default=5, metavar="N", help="of descriptors, √2 apart (default 5)")
+    add("--gaussians", type=count, default=64, metavar="N", help="of the Fisher vectors (default 64)")
+    add("--atoms", type=count, default=256, metavar="N", help="of the sparse codes (default 256)")
+    add("--step", type=count, default=4, metavar="PX", help="between descriptors (default 4)")
+    add("--scales", type=count, default=5, metavar="N", help="of descriptors, √2 apart (default 5)")
     add(
         "--vocabulary",
-        type=_positive,
+        type=count,
         default=100_000,
         metavar="N",
         help="descriptors to learn a vocabulary from (default 100000)",
     )
-    add("--epochs", type=_positive, default=10, metavar="N", help="of the classifier (default 10)")
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)
+    add("--epochs", type=count, default=10, metavar="N", help="of the classifier (default 10)")
+    add("--workers", type=count, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, describe, measured, train_all
+from tools.options import count
 from trainer.settings import load_settings
 
 TAKES_SETTINGS = True
@@ -24,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pretrain", type=Path, required=True, metavar="DIR", help="the dataset that is trained on first")
     add("--pretrain-settings", default="", metavar="SETTINGS", help='of that training, as "--epochs 3"')
     add("--fine-tune-settings", default="", metavar="SETTINGS", help="of the last one")
-    add("--seeds", type=int, default=2, metavar="N", help="0 to N−1 (default 2, as published)")
-    add("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--seeds", type=count, default=2, metavar="N", help="0 to N−1 (default 2, as published)")
+    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:

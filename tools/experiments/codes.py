@@ -22,6 +22,7 @@ import numpy as np
 
 from tools.experiments import finished
 from tools.experiments.record import Figure, Measures, Record, Row
+from tools.options import count
 from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -41,21 +42,19 @@ Systems = dict[tuple[str, int], Measures]  # by method and bits
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser)
     add = parser.add_argument
-    add(
-        "--bits", type=finished.count, nargs="+", default=[32, 64, 128], metavar="N", help="default 32 64 128"
-    )
-    add("--seeds", type=finished.count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--epochs", type=finished.count, default=20, metavar="N", help="of the auto-encoder (default 20)")
+    add("--bits", type=count, nargs="+", default=[32, 64, 128], metavar="N", help="default 32 64 128")
+    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
+    add("--epochs", type=count, default=20, metavar="N", help="of the auto-encoder (default 20)")
     add(
         "--learn",
-        type=finished.count,
+        type=count,
         default=50_000,
         metavar="N",
         help="images to learn from (default 50,000)",
     )
     add(
         "--queries",
-        type=finished.count,
+        type=count,
         default=500,
         metavar="N",
         help="validation images to seek (default 500)",

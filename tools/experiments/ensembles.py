@@ -14,6 +14,7 @@ import numpy as np
 from tools.experiments import finished
 from tools.experiments.predictions import errors, probabilities, transposed
 from tools.experiments.record import TOP1, TOP5, Record, Row
+from tools.options import positive
 from trainer.settings import SettingsError
 
 TAKES_SETTINGS = False
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser, several=True)
     parser.add_argument("--crops", type=int, choices=(1, 10), default=10, help="default 10")
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="of the runs, for a weighted mean too"
+        "--weights", type=positive, nargs="+", metavar="W", help="of the runs, for a weighted mean too"
     )
 
 
@@ -44,8 +45,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     `open_run` and `probabilities` do."""
     if len(options.runs) < 2:
         raise SettingsError("an ensemble takes two runs or more")
-    if options.weights and (len(options.weights) != len(options.runs) or min(options.weights) <= 0):
-        raise SettingsError(f"--weights takes a number above 0 for each of the {len(options.runs)} runs")
+    if options.weights and len(options.weights) != len(options.runs):
+        raise SettingsError(f"--weights takes a number for each of the {len(options.runs)} runs")
     opened, scores, labels = finished.open_runs(options), [], np.empty(0)
     for net in opened:
         found, labels = probabilities(net, options.split, options.crops, options.out)

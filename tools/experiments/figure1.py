@@ -20,9 +20,9 @@ import numpy as np
 
 from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
-from tools.experiments.finished import count, positive
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
+from tools.options import count, positive
 from trainer.run import environment
 
 if TYPE_CHECKING:

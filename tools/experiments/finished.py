@@ -1,7 +1,6 @@
 """A run that an experiment looks at, from its options to the trained net."""
 
 import argparse
-import math
 import shlex
 import sys
 from dataclasses import replace
@@ -43,24 +42,6 @@ class Finished(NamedTuple):
             "command": shlex.join(["python", *sys.argv]),
             "environment": environment(self.world.device_name),
         }
-
-
-def count(text: str) -> int:
-    """An option's number of things, of which there is at least one."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    """An option's value above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
