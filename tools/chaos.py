@@ -25,13 +25,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.killing.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
-from tools.options import count
+from tools.options import natural
 from trainer.run import environment
 from trainer.settings import SettingsError, load_settings
 
@@ -52,10 +51,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    kills = partial(count, least=0)
-    add("--kills", type=kills, default=200, metavar="N", help="over the first four scenarios (default 200)")
-    add("--command-kills", type=kills, default=2, metavar="N", help="in each of the last two (default 2)")
-    add("--seed", type=int, default=0, help="of the kills (default 0)")
+    add("--kills", type=natural, default=200, metavar="N", help="over the first four scenarios (default 200)")
+    add("--command-kills", type=natural, default=2, metavar="N", help="in each of the last two (default 2)")
+    add("--seed", type=natural, default=0, help="of the kills (default 0)")
     add("--folder", type=Path, default=Path("runs/chaos"), metavar="DIR", help="for the runs (runs/chaos)")
     add("--record", type=Path, metavar="FILE", help="append the last line to this file, too")
     return parser.parse_known_args()

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-from tools.options import count
+from tools.options import count, natural
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--val", type=count, default=50, metavar="N", help="likewise, for validation (default 50)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     options = parser.parse_args()
     for number, (split, pictures) in enumerate((("train", options.train), ("val", options.val))):
         for label, name in enumerate(class_names()):

@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.reader import ShardReader
+from tools.options import natural
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
 _PART = 256  # samples that a thread hashes at a time
@@ -255,10 +256,8 @@ def main() -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="the packed dataset")
     add("--output", type=Path, required=True, metavar="DIR", help="where the report goes")
-    add("--seed", type=int, default=0, help="of the choice of samples that are shown (default 0)")
+    add("--seed", type=natural, default=0, help="of the choice of samples that are shown (default 0)")
     options = parser.parse_args()
-    if options.seed < 0:
-        parser.error(f"--seed {options.seed} is negative")
     try:
         groups = inspect(options.data, options.output, options.seed, len(os.sched_getaffinity(0)))
     except (DatasetError, OSError) as error:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 
 
 def count(text: str, least: int = 1) -> int:
@@ -9,6 +10,9 @@ def count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
     return int(text)
+
+
+natural = partial(count, least=0)
 
 
 def positive(text: str) -> float:

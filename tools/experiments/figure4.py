@@ -17,6 +17,7 @@ import numpy as np
 from tools.experiments import finished
 from tools.experiments.finished import Finished
 from tools.experiments.record import Figure, Record
+from tools.options import natural
 from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=int, nargs="+", metavar="N", help=f"to classify (default {IMAGES} that are drawn)")
     add("--queries", type=int, nargs="+", metavar="N", help=f"to seek alike (default {QUERIES} others)")
-    add("--seed", type=int, default=0, metavar="N", help="of the images that are drawn (default 0)")
+    add("--seed", type=natural, default=0, metavar="N", help="of the images that are drawn (default 0)")
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
