@@ -34,5 +34,5 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
             Row(system=CENTRE, measured=measured(1), published={TOP1: 39.0, TOP5: 18.3}),
             Row(system=TEN, measured=measured(10), published={TOP1: -1.6, TOP5: -1.3}, than=CENTRE),
         ],
-        **opened[0].about(),
+        **opened[0].about(*opened[1:]),
     )

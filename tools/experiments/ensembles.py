@@ -53,14 +53,13 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         scores.append(found)
         print(f"{net.folder.name}: top-1 error {errors(found, labels)[TOP1]:.2f} %", flush=True)
     stars = [net.trained.settings.conv6 for net in opened]
-    names = ", ".join(net.folder.name for net in opened)
     return Record(
         experiment="ensembles",
         title="Ensembles",
         source="section 6, table 2",
         rows=rows(scores, stars, labels, options.weights),
-        remarks=[f"Members: {names}; {options.crops} crop{'s' * (options.crops > 1)} each."],
-        **opened[0].about(),
+        remarks=[f"{options.crops} crop{'s' * (options.crops > 1)} each."],
+        **opened[0].about(*opened[1:]),
     )
 
 

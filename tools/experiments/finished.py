@@ -33,12 +33,14 @@ class Finished(NamedTuple):
         [(pixels, _)] = self.trained.batches(split, 1, replace(self.world, rank=number, size=total))
         return pixels
 
-    def about(self) -> dict[str, Any]:
-        """What a record says of the data, the net and the machine."""
-        settings, step = self.trained.settings, self.trained.step
+    def about(self, *others: "Finished") -> dict[str, Any]:
+        """What a record says of the data, the nets and the machine."""
+        nets = []
+        for net in (self, *others):
+            settings, step = net.trained.settings, net.trained.step
+            nets.append(f"{net.folder.name} ({settings.preset}, crop {settings.crop} px, {step:,} steps)")
         return {
-            "data": f"{describe(settings.data)}; the net of {self.folder.name}, {settings.preset}, crop "
-            f"{settings.crop} px, after {step:,} steps",
+            "data": f"{describe(self.trained.settings.data)}; nets: {', '.join(nets)}",
             "command": shlex.join(["python", *sys.argv]),
             "environment": environment(self.world.device_name),
         }
