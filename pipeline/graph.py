@@ -17,9 +17,10 @@ Output: pixels [crop,crop,3] (HWC). Ten crops stack theirs as [10,crop,crop,3].
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
@@ -134,6 +135,27 @@ def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
     )
     pipeline.build()
     return pipeline
+
+
+def undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]:
+    """The places of those files that the decoder does not take: of a batch it does not say which."""
+    found: list[int] = []
+    done = 0
+
+    def graph() -> Any:
+        rest = ([np.asarray(jpeg)] for jpeg in jpegs[done:])
+        return _decode(fn.external_source(source=rest, batch=True, dtype=types.UINT8, ndim=1), options)
+
+    while done < len(jpegs):
+        pipeline = _build(graph, replace(options, batch=1, prefetch=1))  # one that failed is of no more use
+        try:
+            while done < len(jpegs):
+                pipeline.run()
+                done += 1
+        except RuntimeError:
+            found.append(done)
+            done += 1
+    return found
 
 
 def train_pipeline(source: Callable, options: GraphOptions) -> Any:

@@ -8,6 +8,7 @@ batches ahead in its own threads, from the bytes as they were read from the shar
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,14 @@ import torch
 
 from pipeline.checked import CheckedReader, LeaveOut
 from pipeline.colour import colour_divisor, colour_offsets
-from pipeline.graph import CENTRE, GraphOptions, evaluation_pipeline, jpeg_batch, train_pipeline
+from pipeline.graph import (
+    CENTRE,
+    GraphOptions,
+    evaluation_pipeline,
+    jpeg_batch,
+    train_pipeline,
+    undecodable,
+)
 from pipeline.manifest import DatasetError, Manifest, Row, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
 from pipeline.reader import Files, ShardReader
@@ -107,11 +115,10 @@ def train_loader(
                 ),
             )
 
-    def build(source: Callable) -> Any:
-        return train_pipeline(source, graph_options(dataset.manifest, decoding, plan.batch // world))
-
     plan.step_batch(0, rank, world)  # so that a batch that cannot be divided is refused here
-    return _Stream(build, reader, requests(), decoding, leave_out, replace=True).batches()
+    options = graph_options(dataset.manifest, decoding, plan.batch // world)
+    checked = CheckedReader(reader, leave_out, replace=True)
+    return _Stream(train_pipeline, options, checked, requests(), decoding.device).batches()
 
 
 def evaluation_loader(
@@ -137,11 +144,10 @@ def evaluation_loader(
         for start in range(mine.start, mine.stop, batch):
             yield np.arange(start, min(start + batch, mine.stop)), ()
 
-    def build(source: Callable) -> Any:
-        options = graph_options(dataset.manifest, decoding, batch)
-        return evaluation_pipeline(source, options, dataset.manifest.pixels.mean, crops)
-
-    return _Stream(build, reader, requests(), decoding, leave_out, replace=False).batches()
+    build = partial(evaluation_pipeline, mean=dataset.manifest.pixels.mean, crops=crops)
+    options = graph_options(dataset.manifest, decoding, batch)
+    checked = CheckedReader(reader, leave_out, replace=False)
+    return _Stream(build, options, checked, requests(), decoding.device).batches()
 
 
 def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[Batch]:
@@ -190,31 +196,27 @@ def _crop_places(
 
 
 class _Stream:
-    """Feeds requests to a DALI pipeline and yields what comes out.
-
-    leave_out, replace: what is done about damaged samples, as `CheckedReader` says.
-    """
+    """Feeds requests to a DALI pipeline, which build(source, options) makes, and yields what comes out."""
 
     def __init__(
         self,
-        build: Callable[[Callable], Any],
-        reader: ShardReader,
+        build: Callable[[Callable, GraphOptions], Any],
+        options: GraphOptions,
+        checked: CheckedReader,
         requests: Iterator[Request],
-        decoding: Decoding,
-        leave_out: LeaveOut | None,
-        replace: bool,
+        device: torch.device,
     ):
-        self.build, self.reader, self.decoding = build, reader, decoding
-        self.checked = CheckedReader(reader, leave_out, replace)
+        self.build, self.options, self.device = build, options, device
+        self.checked, self.reader = checked, checked.reader
         self.requests = self._fetched_ahead(requests)
         self.failure: DatasetError | None = None
         self.under_way: deque[tuple[Request, Files]] = deque()  # which DALI has and has not answered
         # DALI reads the arrays where they are, on a GPU also after it has answered.
-        self.inputs: deque[tuple] = deque(maxlen=decoding.prefetch + 2)
-        self.pipeline = build(self._source)
+        self.inputs: deque[tuple] = deque(maxlen=options.prefetch + 2)
+        self.pipeline = build(self._source, options)
 
     def batches(self) -> Iterator[Batch]:
-        device = self.decoding.device
+        device = self.device
         while True:
             # On a GPU the outputs are ready in the order of torch's stream: the host does not wait.
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -229,7 +231,7 @@ class _Stream:
                 self._leave_out_undecodable(error)
                 self.requests = chain([request for request, _ in self.under_way], self.requests)
                 self.under_way.clear()
-                self.pipeline = self.build(self._source)
+                self.pipeline = self.build(self._source, self.options)
                 continue
             (samples, _), _ = self.under_way.popleft()
             labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))
@@ -266,10 +268,14 @@ class _Stream:
         return self.inputs[-1]
 
     def _leave_out_undecodable(self, error: RuntimeError) -> None:
-        """DALI does not say which sample it could not decode: look at all that it had."""
-        found = [
-            self.checked.note_undecodable(samples.tolist(), files.jpegs)
+        """DALI does not say which sample it could not decode: try all that it had, one by one."""
+        had = [
+            (number, jpeg)
             for (samples, _), files in self.under_way
+            for number, jpeg in zip(samples.tolist(), files.jpegs, strict=True)
         ]
-        if not any(found):
+        places = undecodable([jpeg for _, jpeg in had], self.options)
+        if not places:
             raise DatasetError(f"DALI cannot decode a batch: {error}") from error
+        for place in places:
+            self.checked.note_undecodable(had[place][0])
