@@ -51,7 +51,8 @@ class Variant:
     towers: 2, or 1 for the net that one GPU was trained with: half of each convolution but the last,
     59,798,312 parameters (3.2). conv6: whether a sixth convolution follows the last pooling, as in the
     net called CNN*, 61,555,304 parameters (6.1). without: a convolution from conv2 to conv5 that is
-    left out, with its activation and normalisation, or "none" (7).
+    left out, with its activation and normalisation, or "none" (7). width: kernels and units of each
+    layer but fc8 as a share of the paper's, each tower's rounded, and one at least; not of the paper.
     """
 
     activation: str = "relu"
@@ -60,6 +61,7 @@ class Variant:
     towers: int = 2
     conv6: bool = False
     without: str = "none"
+    width: float = 1.0
 
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
@@ -114,24 +116,28 @@ class AlexNet(nn.Module):
         if last < 1:
             raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 64")
 
+        def share(kernels: int) -> int:
+            return max(1, round(variant.width * kernels))
+
         channels = 3
         towers = variant.towers
         for name, kernels, side, stride, groups in (
-            ("conv1", 48 * towers, 11, 4, 1),
-            ("conv2", 128 * towers, 5, 1, towers),
-            ("conv3", 192 * towers, 3, 1, 1),
-            ("conv4", 192 * towers, 3, 1, towers),
-            ("conv5", 256, 3, 1, towers),
-            ("conv6", 256, 3, 1, 1),
+            ("conv1", share(48) * towers, 11, 4, 1),
+            ("conv2", share(128) * towers, 5, 1, towers),
+            ("conv3", share(192) * towers, 3, 1, 1),
+            ("conv4", share(192) * towers, 3, 1, towers),
+            ("conv5", 2 * share(128), 3, 1, towers),
+            ("conv6", 2 * share(128), 3, 1, 1),
         ):
             if name != variant.without and (name != "conv6" or variant.conv6):
                 padding = 0 if name == "conv1" else side // 2
                 layer = nn.Conv2d(channels, kernels, side, stride, padding, groups=groups)
                 self.add_module(name, layer)
                 channels = kernels
-        self.fc6 = nn.Linear(channels * last * last, 4096)
-        self.fc7 = nn.Linear(4096, 4096)
-        self.fc8 = nn.Linear(4096, classes)
+        units = 2 * share(2048)
+        self.fc6 = nn.Linear(channels * last * last, units)
+        self.fc7 = nn.Linear(units, units)
+        self.fc8 = nn.Linear(units, classes)
         self.drop6 = DROPOUTS[dropout]()
         self.drop7 = DROPOUTS[dropout]()
         self.pool = nn.MaxPool2d(self.window, stride=2)

@@ -85,7 +85,7 @@ class Tower(nn.Module):
     random generators must differ, or dropout leaves out the same units of either half.
 
     Parameters have the names that they have in AlexNet. Raises ValueError unless the net is Fig. 2's, but
-    for its activation, normalisation and pooling.
+    for its activation, normalisation, pooling and width.
     """
 
     def __init__(self, net: AlexNet, tower: int, link: Link | None = None):
@@ -98,15 +98,17 @@ class Tower(nn.Module):
         self.activation, self.window, self.conv1_pad = net.activation, net.window, net.conv1_pad
         self.classes = net.fc8.out_features
         with torch.device("meta"):  # only shapes; the values follow
-            self.conv1 = nn.Conv2d(3, 48, 11, 4)
-            self.conv2 = nn.Conv2d(48, 128, 5, padding=2)
-            self.conv3 = nn.Conv2d(256, 192, 3, padding=1)
-            self.conv4 = nn.Conv2d(192, 192, 3, padding=1)
-            self.conv5 = nn.Conv2d(192, 128, 3, padding=1)
-            self.fc6 = nn.Linear(net.fc6.in_features, 2048)
-            self.fc7 = nn.Linear(4096, 2048)
+            for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
+                whole = net.get_submodule(name)
+                inputs, kernels = whole.in_channels // whole.groups, whole.out_channels // 2
+                self.add_module(
+                    name, nn.Conv2d(inputs, kernels, whole.kernel_size, whole.stride, whole.padding)
+                )
+            units = net.fc7.in_features
+            self.fc6 = nn.Linear(net.fc6.in_features, units // 2)
+            self.fc7 = nn.Linear(units, units // 2)
             if tower == 0:
-                self.fc8 = nn.Linear(4096, self.classes)
+                self.fc8 = nn.Linear(units, self.classes)
         self.load_state_dict(split(net.state_dict(), tower), assign=True)
         self.drop6, self.drop7, self.pool = net.drop6, net.drop7, net.pool
 

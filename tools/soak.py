@@ -2,9 +2,9 @@
 
     python tools/soak.py --out runs/soak
 
-The trainer runs as ever in a process of its own, with evaluations, checkpoints and its metrics server;
-its net alone is made narrow, so that steps are short and 1 % of the memory is little. Meanwhile its
-server is asked for its pages, and the process with all that it starts is sampled, with the step:
+The trainer runs in a process of its own, with evaluations, checkpoints and its metrics server, and with
+a narrow net, so that steps are short and 1 % of the memory is little. Meanwhile its server is asked for
+its pages, and the process with all that it starts is sampled, with the step:
 
     resident_bytes    RSS, of which the pages of files are a part that the kernel may take back
     anonymous_bytes   the rest, where leaks are: what was allocated
@@ -31,22 +31,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.options import count, positive
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
-if TYPE_CHECKING:  # which imports torch
-    from model.alexnet import AlexNet
-
 SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
 WARM_UP, WINDOW = 0.2, 0.1  # shares of the steps
 LEAST = 5  # samples in a window
-CHANNELS = 16  # of each layer of the net
-TRAINER = "from tools.soak import train_narrow; train_narrow()"
-SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--batch", "8", "--threads", "1"]
+SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--width", "0.0625", "--batch", "8", "--threads", "1"]
 SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
 
 Samples = dict[str, list[float]]  # `step`, `seconds` and SERIES
@@ -54,32 +49,6 @@ Samples = dict[str, list[float]]  # `step`, `seconds` and SERIES
 
 class SoakError(RuntimeError):
     """A soak that came to nothing, in one line."""
-
-
-def train_narrow() -> None:
-    """alexnet-train with a narrow net, in the process that is watched."""
-    from trainer import build, cli
-
-    whole = build.AlexNet
-    build.AlexNet = lambda *arguments: narrow(whole(*arguments))  # type: ignore[assignment,misc]
-    cli.main()
-
-
-def narrow(model: "AlexNet") -> "AlexNet":
-    """The same layers with CHANNELS channels each."""
-    from torch import channels_last, nn
-
-    convolutions = {name: part for name, part in model.named_children() if isinstance(part, nn.Conv2d)}
-    for name, layer in convolutions.items():
-        side, step, padding = layer.kernel_size[0], layer.stride[0], layer.padding[0]
-        before = min(layer.in_channels, CHANNELS)
-        setattr(model, name, nn.Conv2d(before, CHANNELS, side, step, padding, groups=layer.groups))
-    pixels = model.fc6.in_features // layer.out_channels  # of the last one
-    model.fc6 = nn.Linear(CHANNELS * pixels, CHANNELS)
-    model.fc7 = nn.Linear(CHANNELS, CHANNELS)
-    model.fc8 = nn.Linear(CHANNELS, model.fc8.out_features)
-    model.reset_parameters()
-    return model.to(memory_format=channels_last)  # type: ignore[call-overload]
 
 
 def processes(pid: int) -> Iterator[int]:
@@ -230,7 +199,7 @@ def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], 
     samples_an_epoch = read_manifest(data).split("train").samples
     epochs = -(-options.steps * batch // samples_an_epoch)
     steps = -(-epochs * samples_an_epoch // batch)
-    command = [sys.executable, "-c", TRAINER, *arguments, "--epochs", str(epochs)]
+    command = [sys.executable, "-m", "trainer.cli", *arguments, "--epochs", str(epochs)]
     samples = watch(command, port, steps, options.seconds, options.out / "trainer.log")
     grown = growth(samples, steps)
     about = Run(run).starts()[-1]

@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=0)]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
 
 # What is changed of the paper's net: the fields of model.alexnet.Variant.
-_VARIANT = ("activation", "lrn", "overlapping_pooling", "towers", "conv6", "without")
+_VARIANT = ("activation", "lrn", "overlapping_pooling", "towers", "conv6", "without", "width")
 
 
 class SettingsError(ValueError):
@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     """Whether a sixth convolution follows the last pooling, as in CNN*."""
     without: Literal["none", "conv2", "conv3", "conv4", "conv5"] = "none"
     """A convolution that is left out."""
+    width: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Kernels and units of each layer as a share of the paper's; less than 1 is a smaller and faster net."""
     crop: Annotated[int, Field(ge=64)] = 224  # less leaves nothing after the last pooling
     """Side of the net's input in pixels."""
 

@@ -120,6 +120,24 @@ def test_parameters_of_the_nets_that_were_compared(variant, parameters):
     assert count_parameters(meta_net(variant=variant)) == parameters
 
 
+def test_a_width_is_a_share_of_each_layers_kernels_and_units_but_of_the_classes():
+    layers = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+    half = meta_net(variant=Variant(width=0.5))
+    assert [len(half.get_parameter(f"{layer}.bias")) for layer in layers] == [
+        *(48, 128, 192, 192, 128),
+        *(2048, 2048, 1000),
+    ]
+    assert half(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("width", [1e-9, 0.013, 0.0625, 1.37])
+@pytest.mark.parametrize("towers", [1, 2])
+def test_any_width_makes_a_net_that_learns(width, towers):
+    net = AlexNet(10, "code2012", crop=67, variant=Variant(width=width, towers=towers, conv6=True))
+    net(some_pixels(2, 67, torch.float32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
 @pytest.mark.parametrize("name", ["conv2", "conv3", "conv4", "conv5"])
 def test_a_convolution_that_is_left_out_is_not_there(name):
     net = meta_net(variant=Variant(without=name))

@@ -28,6 +28,7 @@ CASES = {
     "code2012 in fp64": Case("code2012", torch.float64),
     "paper in fp32": Case("paper", torch.float32),
     "variants": Case("paper", torch.float64, Variant("tanh", lrn=False, overlapping_pooling=False)),
+    "half as wide": Case("code2012", torch.float64, Variant(width=0.5)),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # of the largest value
 EXCHANGES = {"paper in fp64": 6, "code2012 in fp64": 4}  # conv3, fc6, fc7, fc8; and the borders of two LRNs

@@ -2,8 +2,8 @@
 
 A life comes from a fork server that has imported all that training needs. It is the command with its
 arguments in a process of its own, or in one for each rank, and a SIGKILL is a real one; only the ten
-seconds of imports are saved. Three things differ from the command: fc6 and fc7 are narrow, so that steps
-take milliseconds; each image is recorded as the net gets it; and the watchdog is impatient in start-up, too.
+seconds of imports are saved. Two things differ from the command: each image is recorded as the net gets
+it, and the watchdog is impatient in start-up, too.
 `CommandLife` is the command as it is.
 """
 
@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 from trainer.run import Run
 
-WIDTH = 64  # units of fc6 and fc7
 SILENCE_SECONDS = 30.0  # without progress, after which the watchdog ends a process
 
 _forkserver = multiprocessing.get_context("forkserver")
@@ -136,31 +135,13 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
 
     import torch
 
-    from trainer import build, cli, train, watchdog
+    from trainer import cli, train, watchdog
 
     torch.set_num_threads(1)  # as torchrun has it for several
     watchdog.START_SECONDS = SILENCE_SECONDS
-    build.AlexNet = narrow  # type: ignore[misc, assignment]
     train.train_loader = recorded(train.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
     cli.main()
-
-
-def narrow(classes: int, *arguments: Any) -> Any:
-    """AlexNet with WIDTH units in fc6 and fc7."""
-    import torch
-    from torch import nn
-
-    from model.alexnet import AlexNet
-
-    with torch.device("meta"):
-        net = AlexNet(classes, *arguments)
-        net.fc6 = nn.Linear(net.fc6.in_features, WIDTH)
-        net.fc7 = nn.Linear(WIDTH, WIDTH)
-        net.fc8 = nn.Linear(WIDTH, classes)
-    net.to_empty(device="cpu")
-    net.reset_parameters()
-    return net
 
 
 def recorded(loader: Callable[..., Iterator], path: Path) -> Callable[..., Iterator]:

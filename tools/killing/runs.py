@@ -54,12 +54,13 @@ class Scenario(NamedTuple):
         return set(self.continued) == {self.begun}
 
 
+NARROW = ("--width", "0.0625")  # so that steps take milliseconds
 # Each rank draws its own dropout, so without it where the number of ranks changes.
 SCENARIOS = (
-    Scenario("1", 1, (1,), ("--dropout", "2012")),
-    Scenario("2", 2, (2,), ("--dropout", "2012")),
-    Scenario("1 to 1, 2, 4", 1, (1, 2, 4), ("--dropout", "off")),
-    Scenario("2 to 1, 2, 4", 2, (1, 2, 4), ("--dropout", "off")),
+    Scenario("1", 1, (1,), (*NARROW, "--dropout", "2012")),
+    Scenario("2", 2, (2,), (*NARROW, "--dropout", "2012")),
+    Scenario("1 to 1, 2, 4", 1, (1, 2, 4), (*NARROW, "--dropout", "off")),
+    Scenario("2 to 1, 2, 4", 2, (1, 2, 4), (*NARROW, "--dropout", "off")),
 )
 COMMAND = Scenario("alexnet-train", 1, (1,), ("--epochs", "3"), forked=False)
 TORCHRUN = Scenario("torchrun", 2, (2,), ("--epochs", "3"), forked=False)
