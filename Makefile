@@ -1,5 +1,6 @@
 # make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
-# make test    all tests         make lint   style and types
+# make test    the quick tests, in minutes          make test-all   all tests
+# make lint    style and types
 # make bench   images/s of each stage on the demo's pictures
 # make chaos   runs that are killed 200 times come to what whole ones do
 # make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
@@ -13,7 +14,7 @@ BIN := .venv/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
+.PHONY: setup demo test test-all lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
 
 setup: .venv/.ready
 
@@ -21,6 +22,9 @@ demo: setup
 	$(BIN)/alexnet-train demo
 
 test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup
 	$(BIN)/pytest
 
 lint: setup

@@ -1,0 +1,103 @@
+"""Helpers that several test modules share: waiting with a deadline, ports, and the trainer as a command."""
+
+import csv
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trainer import cli
+
+REPO = Path(__file__).resolve().parents[1]
+DEADLINE_SECONDS = 180.0  # far more than anything here takes on a machine that is not overloaded
+
+# On the `packed` fixture's 60 training images: 5 steps an epoch, a row in metrics.csv for each, and a net
+# whose checkpoints have 2 MB. The device and the precision are fixed, so that figures can be compared
+# bit for bit whatever hardware `auto` would find.
+TINY = ["--recipe", "demo", "--crop", "67", "--width", "0.125", "--batch", "12", "--epochs", "3"]
+TINY += ["--log-every", "1", "--device", "cpu", "--precision", "fp32"]
+EXACT = ("step", "epoch", "loss", "error", "learning_rate")
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Poll until the condition holds. Fails after DEADLINE_SECONDS, and once `process` has ended."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process is None or process.poll() is None, f"it ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"not so after {DEADLINE_SECONDS:.0f} s"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def command(data: Path, out: Path, *arguments: str) -> list[str]:
+    """What follows `python` to train a tiny run; arguments are further settings."""
+    return ["-m", "trainer.cli", "--data", str(data), "--out", str(out), "--port", "0", *TINY, *arguments]
+
+
+def run(*arguments: str) -> str:
+    """Run `python` with these arguments, which must succeed; returns its output."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
+    """Do in this process what `python` would do with the arguments of `command`; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", arguments[1:])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where it does not exist yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def exact(path: Path) -> list[tuple[str, ...]]:
+    """What must be equal bit for bit, as the text that was written."""
+    return [tuple(row[name] for name in EXACT) for row in rows(path)]
+
+
+def wait_for_rows(count: int, out: Path, process: subprocess.Popen) -> None:
+    """Until a run has logged so many steps, or its process has ended."""
+    wait_until(lambda: process.poll() is not None or len(rows(out / "metrics.csv")) >= count)
+
+
+def terminate_after(steps: int, arguments: list[str], out: Path) -> tuple[int, str]:
+    """Start `python` and send SIGTERM once so many steps are logged; returns the exit code and its output."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    wait_for_rows(steps, out, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
+    return process.returncode, output
+
+
+def ranks_of(parent: int) -> dict[str, int]:
+    """Process IDs of the trainers that a launcher has started, by their rank."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            variables = (status.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended
+        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
+        found |= {rank: int(status.parent.name) for rank in ranks}
+    return found
