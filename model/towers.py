@@ -88,6 +88,12 @@ class Tower(nn.Module):
     for its activation, normalisation, pooling and width.
     """
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    conv4: nn.Conv2d
+    conv5: nn.Conv2d
+
     def __init__(self, net: AlexNet, tower: int, link: Link | None = None):
         super().__init__()
         variant = net.variant
@@ -99,11 +105,10 @@ class Tower(nn.Module):
         self.classes = net.fc8.out_features
         with torch.device("meta"):  # only shapes; the values follow
             for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
-                whole = net.get_submodule(name)
+                whole: nn.Conv2d = getattr(net, name)
+                (side, _), (stride, _), padding = whole.kernel_size, whole.stride, whole.padding[0]
                 inputs, kernels = whole.in_channels // whole.groups, whole.out_channels // 2
-                self.add_module(
-                    name, nn.Conv2d(inputs, kernels, whole.kernel_size, whole.stride, whole.padding)
-                )
+                self.add_module(name, nn.Conv2d(inputs, kernels, side, stride, int(padding)))
             units = net.fc7.in_features
             self.fc6 = nn.Linear(net.fc6.in_features, units // 2)
             self.fc7 = nn.Linear(units, units // 2)

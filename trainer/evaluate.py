@@ -16,9 +16,9 @@ from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
 from trainer.distributed import World
 from trainer.metrics import Metrics
+from trainer.precision import autocast, prepare, resolve_precision
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
-from trainer.step import autocast, prepare, resolve_precision
 
 PROTOCOLS = {1: "centre", 10: "ten"}
 

@@ -16,9 +16,10 @@ from trainer import checkpoint
 from trainer.build import build_model
 from trainer.distributed import World
 from trainer.optim import make_optimizer
+from trainer.precision import resolve_precision
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
-from trainer.step import Step, resolve_precision
+from trainer.step import Step
 
 
 class Learner:

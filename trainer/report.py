@@ -54,6 +54,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = json.loads((run.folder / "settings.json").read_text())
+    resolved = settings.pop("resolved", {})
     environment = run.starts()[-1]
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)
@@ -82,7 +83,7 @@ def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dic
             "",
             "## Settings",
             "",
-            *(f"- {name}: {value}" for name, value in settings.items() if value is not None),
+            *(f"- {name}: {value}" for name, value in (settings | resolved).items() if value is not None),
             "",
             "## Environment of the last start",
             "",

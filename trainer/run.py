@@ -1,6 +1,6 @@
 """The run folder: what belongs to one run, and the refusal to mix two.
 
-settings.json      resolved settings and the dataset's fingerprint
+settings.json      the settings, the dataset's fingerprint, and what `auto` was when the run began
 net.json           what one has to know to use the net: pipeline/spec.py
 environment.json   versions, commit and machine of each start
 metrics.csv        a row each log interval
@@ -35,6 +35,7 @@ from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
 
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
+_RESOLVED = "resolved"  # in settings.json: what `auto` was when the run began
 # What is left of a start that was killed early.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", _NET, f".{_NET}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
@@ -92,10 +93,11 @@ class Run:
         if path.exists():
             # Of a run that an earlier version began: what is not there was not to be chosen then.
             held = json.loads(Settings.model_construct().model_dump_json()) | json.loads(path.read_text())
+            held |= {"precision": held.get(_RESOLVED, held)["precision"]}
             differing = [
                 f"{key} ({held.get(key)} there, {identity.get(key)} here)"
                 for key in identity
-                if held.get(key) != identity[key]
+                if held.get(key) != identity[key] and "auto" not in (held.get(key), identity[key])
             ]
             if differing:
                 raise SettingsError(
@@ -106,6 +108,31 @@ class Run:
         if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
         return True
+
+    def settle(self, settings: Settings, resolved: Mapping[str, str]) -> None:
+        """Record what `auto` means here when the run begins, and hold each later start to that.
+
+        resolved: the `device`, cpu or cuda, and the `precision`. The device may change where the settings
+        name it. Raises SettingsError where a continuation would change anything else unasked.
+        """
+        path = self.folder / _SETTINGS
+        held = json.loads(path.read_text())
+        began = held.get(_RESOLVED)
+        if began is None:  # new, or of an earlier version, which did not record it
+            _write_json(path, {**held, _RESOLVED: dict(resolved)})
+            return
+        changed = [name for name in resolved if resolved[name] != began[name]]
+        if settings.device != "auto" and "device" in changed:
+            changed.remove("device")
+        if changed:
+            there = " and ".join(f"{name} {began[name]}" for name in changed)
+            here = " and ".join(resolved[name] for name in changed)
+            keep = {"precision": began["precision"], "device": resolved["device"]}
+            flags = " ".join(f"--{name} {keep[name]}" for name in changed)
+            raise SettingsError(
+                f"{self.folder} began with {there}, and auto is {here} on this machine: "
+                f"give {flags} to continue it here, or choose another --out"
+            )
 
     @property
     def is_finished(self) -> bool:
@@ -124,7 +151,7 @@ class Run:
             held = json.loads((self.folder / _SETTINGS).read_text())
         except FileNotFoundError:
             raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}") from None
-        held.pop("dataset")
+        held = {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
         return Settings.model_validate(held)
 
     def net(self, settings: Settings) -> NetSpec:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -10,27 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes it: on an Ampere or newer GPU, or a CPU with AVX-512.
-    Elsewhere a CPU emulates it, twenty times slower than fp32, and an older GPU has fp16."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a forward pass has its precision."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
-
-
-def prepare(pixels: Tensor, precision: str) -> Tensor:
-    """Pixels as the model takes them: autocast converts what it needs, fp32 has to be asked for."""
-    return pixels.float() if precision == "fp32" else pixels
+from trainer.precision import autocast, prepare
 
 
 class Skips(NamedTuple):

@@ -27,6 +27,7 @@ from trainer.learner import Learner
 from trainer.meter import Meter
 from trainer.metrics import Metrics
 from trainer.optim import learning_rate, set_learning_rate
+from trainer.precision import settle
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.server import serve
@@ -51,6 +52,7 @@ def train(settings: Settings, run: Run) -> None:
         with distributed.noticing_loss():
             with metrics.activity("start-up"):
                 world = distributed.join(settings.device)
+                settings = settle(settings, run, world)
                 server = serve(metrics, settings, world)
                 trainer = Trainer(settings, run, world, metrics, server.port if server else None)
                 if settings.calibrate:

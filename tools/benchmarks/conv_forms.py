@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.step import autocast
+from trainer.precision import autocast
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 

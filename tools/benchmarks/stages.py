@@ -20,9 +20,9 @@ from trainer.build import build_decoding
 from trainer.ceilings import Work, loader_work, model_work, rate
 from trainer.distributed import World
 from trainer.metrics import Metrics
+from trainer.precision import resolve_precision
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
-from trainer.step import resolve_precision
 from trainer.train import Trainer
 from trainer.tuning import tuned
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from pipeline.files import whole_file
 from tools.experiments.finished import Finished
+from trainer.precision import autocast, prepare
 from trainer.run import RunError
 from trainer.settings import FREE_TO_CHANGE
-from trainer.step import autocast, prepare
 
 PART = 8192  # images in a file at most
 MEMORY = 256 << 20  # bytes that a search takes, besides the queries themselves

@@ -76,7 +76,7 @@ def classify(opened: Finished, number: int) -> "Classified":
 
     from tools.experiments.figure4_drawing import Classified
     from trainer.evaluate import log_probabilities
-    from trainer.step import autocast, prepare
+    from trainer.precision import autocast, prepare
 
     with torch.inference_mode(), autocast(opened.precision, opened.world.device):
         pixels = prepare(opened.pixels("val", number), opened.precision)

@@ -79,7 +79,7 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
 
     from trainer import distributed
     from trainer.evaluate import load_trained
-    from trainer.step import resolve_precision
+    from trainer.precision import resolve_precision
 
     world = distributed.join(options.device)
     trained = load_trained(settings, run, world.device, options.checkpoint == "best")

@@ -11,7 +11,7 @@ from tools.experiments.fc7 import identity
 from tools.experiments.finished import Finished
 from tools.experiments.record import TOP1, TOP5, Measures
 from trainer.evaluate import count_errors, log_probabilities
-from trainer.step import autocast, prepare
+from trainer.precision import autocast, prepare
 
 
 def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,129 @@
+"""What `auto` means on which hardware, and that a run keeps what it began with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.manifest import read_manifest
+from trainer.distributed import World
+from trainer.precision import resolve_precision, settle
+from trainer.run import Run
+from trainer.settings import Settings, SettingsError, load_settings
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "avx512_bf16", "amx", "expected"),
+    [
+        ("AVX2", False, False, "fp32"),
+        ("AVX512", False, False, "fp32"),  # Skylake, whose bf16 would be emulated
+        ("AVX512", True, False, "bf16"),  # Zen 4
+        ("AVX512", True, True, "bf16"),  # Sapphire Rapids
+        ("AVX2", True, False, "fp32"),  # as ATEN_CPU_CAPABILITY=avx2 has it
+        ("DEFAULT", False, False, "fp32"),
+    ],
+)
+def test_auto_on_a_cpu_is_bf16_where_it_is_in_the_hardware(
+    monkeypatch, capability, avx512_bf16, amx, expected
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("fp16", CPU) == "fp16"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_on_a_gpu_is_bf16_from_ampere_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_precision("auto", torch.device("cuda", 0)) == expected
+
+
+@pytest.fixture
+def begun(packed, tmp_path):
+    """A function that begins a run, or continues it, with settings on hardware where `auto` means so."""
+    manifest = read_manifest(packed)
+
+    def begin(device: str, precision: str, *arguments: str) -> Run:
+        run, settings = Run(tmp_path / "run"), load_settings(list(arguments))
+        run.begin(settings, manifest).close()
+        resolved = precision if settings.precision == "auto" else settings.precision
+        run.settle(settings, {"device": device, "precision": resolved})
+        return run
+
+    return begin
+
+
+def recorded(run: Run) -> dict[str, str]:
+    return json.loads((run.folder / "settings.json").read_text())["resolved"]
+
+
+def test_what_auto_was_is_recorded_and_kept(begun):
+    assert recorded(begun("cuda", "bf16")) == {"device": "cuda", "precision": "bf16"}
+    assert recorded(begun("cuda", "bf16")) == {"device": "cuda", "precision": "bf16"}
+    assert begun("cuda", "bf16").settings() == Settings()
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "message"),
+    [
+        (("cuda", "bf16"), ("cuda", "fp16"), "began with precision bf16, and auto is fp16 on this machine: "
+         "give --precision bf16 to continue it here"),
+        (("cpu", "fp32"), ("cpu", "bf16"), "give --precision fp32 to continue"),
+        (("cuda", "bf16"), ("cpu", "bf16"), "began with device cuda, and auto is cpu on this machine: "
+         "give --device cpu to continue it here"),
+        (("cuda", "bf16"), ("cpu", "fp32"), "began with device cuda and precision bf16, and auto is cpu and "
+         "fp32 on this machine: give --device cpu --precision bf16 to continue it here"),
+    ],
+)  # fmt: skip
+def test_a_continuation_that_would_change_it_is_refused_and_the_flags_it_names_settle_it(
+    begun, began, goes_on, message
+):
+    begun(*began)
+    with pytest.raises(SettingsError) as refused:
+        begun(*goes_on)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    flags = str(refused.value).partition("give ")[2].partition(" to continue")[0].split()
+    assert recorded(begun(*goes_on, *flags)) == dict(zip(("device", "precision"), began, strict=True))
+
+
+def test_another_precision_that_is_asked_for_is_another_run(begun):
+    begun("cpu", "bf16")
+    with pytest.raises(SettingsError, match=r"differs in precision \(bf16 there, fp32 here\)"):
+        begun("cpu", "bf16", "--precision", "fp32")
+
+
+def test_a_run_of_an_earlier_version_is_held_to_what_auto_is_when_it_goes_on(begun):
+    path = begun("cpu", "fp32").folder / "settings.json"
+    held = json.loads(path.read_text())
+    del held["resolved"]  # which was not recorded then
+    path.write_text(json.dumps(held))
+    assert recorded(begun("cpu", "bf16")) == {"device": "cpu", "precision": "bf16"}
+    with pytest.raises(SettingsError, match="--precision bf16 to continue"):
+        begun("cpu", "fp32")
+
+
+class Follower(World):
+    """A process that hears from the first one."""
+
+    def share(self, value: tuple[str, str | None]) -> tuple[str, str | None]:
+        return self.heard  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("heard", "refusal"), [(("bf16", None), None), (("bf16", "as it began"), "as it began")]
+)
+def test_all_processes_do_as_the_first_decides(tmp_path: Path, heard, refusal):
+    world = Follower(1, 2, 1, CPU)
+    object.__setattr__(world, "heard", heard)
+    if refusal:
+        with pytest.raises(SettingsError, match=refusal):
+            settle(Settings(), Run(tmp_path), world)
+    else:
+        assert settle(Settings(), Run(tmp_path), world).precision == "bf16"
+    assert not list(tmp_path.iterdir())  # the first one's to write
