@@ -1,6 +1,11 @@
 """Datasets that tests of several modules share, each made once a session."""
 
 import os
+
+# Before torch is imported, here and in the processes that tests start: nets as small as theirs gain nothing
+# by several threads, which wait for each other for long where other jobs run beside the tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np

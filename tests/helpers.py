@@ -1,7 +1,6 @@
 """Helpers that several test modules share: waiting with a deadline, ports, and the trainer as a command."""
 
 import csv
-import signal
 import socket
 import subprocess
 import sys
@@ -75,17 +74,8 @@ def exact(path: Path) -> list[tuple[str, ...]]:
 
 
 def wait_for_rows(count: int, out: Path, process: subprocess.Popen) -> None:
-    """Until a run has logged so many steps, or its process has ended."""
-    wait_until(lambda: process.poll() is not None or len(rows(out / "metrics.csv")) >= count)
-
-
-def terminate_after(steps: int, arguments: list[str], out: Path) -> tuple[int, str]:
-    """Start `python` and send SIGTERM once so many steps are logged; returns the exit code and its output."""
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-    wait_for_rows(steps, out, process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=DEADLINE_SECONDS)
-    return process.returncode, output
+    """Until a run has logged so many steps."""
+    wait_until(lambda: len(rows(out / "metrics.csv")) >= count, process)
 
 
 def ranks_of(parent: int) -> dict[str, int]:

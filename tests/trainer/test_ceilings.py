@@ -24,6 +24,6 @@ def test_the_loaders_work_is_to_take_batches():
 
 @pytest.mark.parametrize("preset", ["paper", "code2012"])
 def test_the_models_work_is_a_step_that_can_be_repeated_for_long(preset):
-    settings = load_settings(["--crop", "67", "--preset", preset])
+    settings = load_settings(["--crop", "67", "--width", "0.25", "--preset", preset])
     work = ceilings.model_work(settings, 10, Decoding(crop=67), images=4, precision="fp32")
     assert [work() for _ in range(5)] == [4] * 5

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import TINY, command, main
 from trainer import checkpoint, cli
 
-TINY = ["--recipe", "demo", "--crop", "67", "--batch", "12", "--epochs", "1", "--port", "0"]
+ONE_EPOCH = [*TINY, "--epochs", "1", "--port", "0"]
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_damaged_dataset_is_refused_with_the_files_name(fail, data, tmp_path, 
         name = "train.index.npy"
         shutil.copy(data / "val.index.npy", data / name)
     before = content(data)
-    assert name in fail("--data", data, "--out", tmp_path / "run", *TINY)
+    assert name in fail("--data", data, "--out", tmp_path / "run", *ONE_EPOCH)
     assert content(data) == before
 
 
@@ -86,39 +87,48 @@ def test_a_dataset_without_validation(fail, data, tmp_path):
     manifest = json.loads((data / "dataset.json").read_text())
     del manifest["splits"]["val"]
     (data / "dataset.json").write_text(json.dumps(manifest))
-    assert "no split 'val'" in fail("--data", data, "--out", tmp_path / "run", *TINY)
+    assert "no split 'val'" in fail("--data", data, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
-def test_an_output_folder_of_another_run_is_left_alone(fail, packed, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["alexnet-train", "--data", str(packed), "--out", str(out), *TINY])
-    cli.main()
-    before = content(out)
-    message = fail("--data", packed, "--out", out, *TINY, "--seed", 5, "--batch", "6")
+def test_an_output_folder_of_another_run_is_left_alone(fail, packed, whole):
+    before = content(whole)
+    message = fail("--data", packed, "--out", whole, *TINY, "--seed", 5, "--batch", "6")
     assert "seed (0 there, 5 here)" in message
     assert "batch (12 there, 6 here)" in message
-    assert content(out) == before
+    assert content(whole) == before
 
 
 def test_an_output_folder_with_other_files_is_left_alone(fail, packed, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "choose another --out" in fail("--data", packed, "--out", tmp_path, *TINY)
+    assert "choose another --out" in fail("--data", packed, "--out", tmp_path, *ONE_EPOCH)
     assert list(content(tmp_path)) == ["thesis.tex"]
 
 
-def test_a_run_continued_on_other_data(fail, packed, data, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["alexnet-train", "--data", str(packed), "--out", str(out), *TINY])
-    cli.main()
+def test_a_run_continued_on_other_data(fail, data, whole):
     manifest = json.loads((data / "dataset.json").read_text())
     manifest["classes"][0]["name"] = "another"
     (data / "dataset.json").write_text(json.dumps(manifest))
-    assert "dataset (" in fail("--data", data, "--out", out, *TINY)
+    assert "dataset (" in fail("--data", data, "--out", whole, *TINY)
+
+
+def test_a_run_continued_where_auto_is_another_precision(fail, packed, tmp_path, monkeypatch):
+    """By the command: what rank 0 refuses comes to the user as one line, and nothing is changed."""
+    out, arguments = tmp_path / "run", [*ONE_EPOCH, "--precision", "auto"]
+    monkeypatch.setattr("trainer.precision._cpu_computes_bf16", lambda: False)
+    assert main(monkeypatch, command(packed, out, *arguments)) == 0
+    before = content(out)
+    monkeypatch.setattr("trainer.precision._cpu_computes_bf16", lambda: True)
+    assert fail("--data", packed, "--out", out, *arguments) == (
+        f"alexnet-train: {out} began with precision fp32, and auto is bf16 on this machine: "
+        "give --precision fp32 to continue it here, or choose another --out\n"
+    )
+    assert content(out) == before
+    assert main(monkeypatch, command(packed, out, *arguments, "--precision", "fp32")) == 0
 
 
 def test_a_batch_that_the_world_does_not_divide(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    assert "take 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *TINY)
+    assert "take 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
 def test_a_crop_larger_than_the_images(fail, packed, tmp_path):
@@ -131,7 +141,7 @@ def test_a_port_in_use(fail, packed, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         where = ["--address", "127.0.0.1", "--port", port]
-        message = fail("--data", packed, "--out", tmp_path / "run", *TINY, *where)
+        message = fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH, *where)
     assert f"port {port} is in use" in message
     assert "--port" in message
 
@@ -141,13 +151,13 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write", full)
-    message = fail("--data", packed, "--out", tmp_path / "run", *TINY)
+    message = fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
     assert re.search(r"step-0000000\d\d.pt cannot be written: No space left.*same command again", message)
 
 
 def test_a_gpu_that_is_not_there(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    message = fail("--data", packed, "--out", tmp_path / "run", *TINY, "--device", "cuda")
+    message = fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH, "--device", "cuda")
     assert "--device cuda: torch finds no GPU here" in message
 
 

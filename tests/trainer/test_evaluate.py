@@ -71,7 +71,7 @@ def test_scores_do_not_depend_on_how_images_are_batched():
 
 def test_a_net_sees_any_dataset_minus_its_own_mean_and_of_its_own_classes(packed, tmp_path):
     run, manifest = Run(tmp_path / "run"), read_manifest(packed)
-    settings = Settings.model_validate({"data": packed, "crop": 64, "lrn": False})
+    settings = Settings.model_validate({"data": packed, "crop": 64, "width": 0.25, "lrn": False})
     run.begin(settings, manifest).close()
     model = build_model(settings, len(manifest.classes), ALONE.device)
     checkpoint.write(run.checkpoints, 1, {"step": 1, "model": model.state_dict()}, keep=1)

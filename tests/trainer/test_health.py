@@ -1,14 +1,12 @@
 """Numbers going wrong: what ends a run, what it leaves, and what is only said."""
 
 import math
-import sys
 
 import pytest
 import torch
 
 from pipeline.loader import train_loader
-from tests.trainer.test_train import command, rows
-from trainer import cli
+from tests.helpers import command, main, rows
 from trainer.health import CHANCE_STEPS, MAX_SKIPS, Health
 from trainer.meter import Interval
 from trainer.metrics import Metrics
@@ -111,17 +109,13 @@ def poison(monkeypatch, step: int) -> None:
 def test_a_run_ends_at_a_bad_step_and_goes_on_without_it_if_told_to(packed, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     poison(monkeypatch, 3)
-    arguments = command(packed, out, "--epochs", "1", "--checkpoint-steps", "2")[1:]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
+    arguments = command(packed, out, "--epochs", "1", "--checkpoint-steps", "2")
+    assert main(monkeypatch, arguments) == 1
     good = out / "checkpoints" / "step-000000002.pt"
     assert f"The last good checkpoint is {good}" in capsys.readouterr().err
     assert sorted(good.parent.glob("*.pt")) == [good]
 
-    monkeypatch.setattr(sys, "argv", [*arguments, "--on-nan", "skip"])
-    cli.main()
+    assert main(monkeypatch, [*arguments, "--on-nan", "skip"]) == 0
     assert "left out: 1 of the last 1 updates" in capsys.readouterr().out
     losses = [float(row["loss"]) for row in rows(out / "metrics.csv")]
     assert [step for step, loss in enumerate(losses) if not math.isfinite(loss)] == [3]

@@ -17,14 +17,14 @@ WORLD = World(0, 1, 0, torch.device("cpu"))
 
 
 def learner(classes: int, **settings: object) -> Learner:
-    return Learner(Settings(crop=67, **settings), classes, WORLD)
+    return Learner(Settings(crop=67, width=0.25, **settings), classes, WORLD)
 
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory) -> Path:
     """A run folder with a checkpoint of random weights, of seed 1."""
     run = Run(tmp_path_factory.mktemp("trained"))
-    run.begin(Settings(crop=67, seed=1, data=packed), read_manifest(packed)).close()
+    run.begin(Settings(crop=67, width=0.25, seed=1, data=packed), read_manifest(packed)).close()
     checkpoint.write(run.checkpoints, 7, {"step": 7, **learner(10, seed=1).state()}, keep=1)
     return run.folder
 

@@ -2,12 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.trainer.test_two_processes import processes_of
+from tests.helpers import ranks_of, wait_until
 from trainer import launch
 from trainer.settings import Settings, SettingsError
 from trainer.watchdog import EXIT_STALLED
@@ -17,6 +16,7 @@ PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.launch import complain
+signal.alarm(180)  # should what it waits for never come
 rank, starts = int(os.environ["RANK"]), Path(sys.argv[1])
 with starts.open("a") as file:
     file.write(f"{rank} {os.getpid()}\\n")
@@ -93,7 +93,7 @@ sys.exit(1)
 def test_a_process_that_does_not_end_with_the_others_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
     code = (
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); until_there(2); rank or time.sleep(60); sys.exit(2)"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); until_there(2); rank or time.sleep(600); sys.exit(2)"
     )
     assert launch.launch(stand_in(tmp_path, code), 2, 3) == 2
 
@@ -118,19 +118,14 @@ sys.exit(143 if len(caught) == 1 else 1)
 
 def test_no_process_outlives_the_command(tmp_path):
     starts = tmp_path / "starts"
-    code = f"from trainer.launch import launch; launch({stand_in(tmp_path, 'time.sleep(60)')}, 2, 3)"
+    code = f"from trainer.launch import launch; launch({stand_in(tmp_path, 'time.sleep(600)')}, 2, 3)"
     process = subprocess.Popen([sys.executable, "-c", code])
-    while not starts.exists() or len(starts.read_text().splitlines()) < 2:
-        assert process.poll() is None
-        time.sleep(0.01)
-    pids = processes_of(process.pid).values()
+    wait_until(lambda: starts.exists() and len(starts.read_text().splitlines()) == 2, process)
+    pids = ranks_of(process.pid).values()
     process.kill()
     process.wait()
     assert len(pids) == 2
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def sent(monkeypatch) -> list[Tensor]:
 
 def gradients(processes: int, **settings: str) -> list[Tensor]:
     """Of a step of a small net in a world of so many processes."""
-    learner = Learner(Settings(crop=67, precision="fp32", **settings), 10, World(0, processes, 0, CPU))
+    settings = {"crop": 67, "width": 0.25, "precision": "fp32", **settings}
+    learner = Learner(Settings.model_validate(settings), 10, World(0, processes, 0, CPU))
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(4, 3, 67, 67, generator=generator).contiguous(memory_format=torch.channels_last)
     torch.manual_seed(2)  # of dropout

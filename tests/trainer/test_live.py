@@ -88,6 +88,7 @@ def browser():
         launched.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_a_browser_sees_values_change_and_asks_no_other_host(browser, scheme, dark):
     metrics = Metrics()

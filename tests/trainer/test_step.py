@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
-from trainer.step import Skips, Step, resolve_precision
+from trainer.step import Skips, Step
 
 CPU = torch.device("cpu")
 
@@ -56,13 +56,6 @@ def test_an_overflowing_fp16_step_changes_no_weight_and_halves_the_scale(batch):
     step(batch[0] * 1e5, batch[1])  # past fp16's 65504
     assert step.scaler.get_scale() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_auto_precision_on_a_cpu_is_bf16_only_with_avx512(monkeypatch):
-    for capability, expected in (("AVX512", "bf16"), ("AVX2", "fp32")):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert resolve_precision("auto", CPU) == expected
-    assert resolve_precision("fp16", CPU) == "fp16"
 
 
 def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:

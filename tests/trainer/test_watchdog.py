@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.trainer.test_train import command, rows
-from tests.trainer.test_two_processes import processes_of
+from tests.helpers import DEADLINE_SECONDS, command, ranks_of, wait_for_rows, wait_until
 from trainer.meter import Interval
 from trainer.metrics import Metrics
 from trainer.watchdog import EXIT_STALLED, START_SECONDS, allowed_seconds
@@ -35,7 +34,7 @@ where_it_hangs()
 def hang(statement: str) -> tuple[int, str]:
     script = HANGS.format(hang=statement)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS
     )
     return done.returncode, done.stderr
 
@@ -64,6 +63,7 @@ def test_the_first_interval_has_longer_for_it_compiles():
     assert allowed_seconds(metrics, 0.0) == float("inf")
 
 
+@pytest.mark.slow
 def test_a_rank_whose_peers_never_come_ends_too(packed, tmp_path):
     script = "from trainer import cli, watchdog; watchdog.START_SECONDS = 1.0; cli.main()"
     world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
@@ -74,7 +74,7 @@ def test_a_rank_whose_peers_never_come_ends_too(packed, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=DEADLINE_SECONDS,
     )
     assert done.returncode == EXIT_STALLED
     assert "rank 1 has made no progress" in done.stderr
@@ -85,22 +85,20 @@ def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_ends_the_whole_run(packed, tmp_path):
     out = tmp_path / "run"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [*torchrun, *command(packed, out, "--epochs", "500", "--stall-seconds", "10")]
+    arguments = [*torchrun, *command(packed, out, "--epochs", "100000", "--stall-seconds", "10")]
     process = subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    while len(rows(out / "metrics.csv")) < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    ranks = processes_of(process.pid)
+    wait_for_rows(3, out, process)
+    ranks = ranks_of(process.pid)
     os.kill(ranks["1"], signal.SIGSTOP)
-    while is_alive(ranks["0"]):
-        time.sleep(0.05)
+    wait_until(lambda: not is_alive(ranks["0"]))
     os.kill(ranks["1"], signal.SIGKILL)  # as torchrun would after 30 s
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode != 0
     assert b"rank 0 has made no progress" in error
     assert b"in _train" in error  # in the step, or in the log after it

@@ -1,0 +1,16 @@
+"""A tiny run that nothing interrupted, with which others are compared."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import command, main
+
+
+@pytest.fixture(scope="session")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its run folder: 15 steps in 3 epochs, a checkpoint each second step."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert main(patch, command(packed, out, "--checkpoint-steps", "2")) == 0
+    return out

@@ -1,0 +1,128 @@
+"""The command as a process of its own: killed, asked to stop, watched, and in two processes."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import command, exact, free_port, rows, run, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+# alexnet-train, which gets a signal when it asks for the batch after so many steps.
+SIGNALLED = """
+import os, signal, sys
+from trainer import cli, train
+
+number, steps = signal.Signals[sys.argv.pop(1)], int(sys.argv.pop(1))
+load = train.train_loader
+
+def loader(dataset, plan, numbers, *rest, **options):
+    for step, batch in zip(numbers, load(dataset, plan, numbers, *rest, **options)):
+        if step == steps:
+            os.kill(os.getpid(), number)
+        yield batch
+
+train.train_loader = loader
+cli.main()
+"""
+
+
+def signalled(name: str, steps: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-c", SIGNALLED, name, str(steps), *arguments[2:]]
+    return subprocess.run(script, capture_output=True, text=True, check=False)
+
+
+def test_a_run_that_is_killed_twice_gives_the_losses_of_one_that_is_not(packed, tmp_path, monkeypatch):
+    """With several threads, too, as runs have them outside of these tests."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run(*command(packed, whole))
+    arguments = command(packed, out, "--checkpoint-steps", "2")
+    for steps in (4, 9):
+        assert signalled("SIGKILL", steps, arguments).returncode == -signal.SIGKILL
+        assert len(rows(out / "metrics.csv")) == steps
+    assert "continuing" in run(*arguments)
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_sigterm_saves_what_was_done_and_the_same_command_goes_on(packed, whole, tmp_path):
+    out = tmp_path / "run"
+    stopped = signalled("SIGTERM", 7, command(packed, out))
+    assert stopped.returncode == 143
+    newest = max(path.name for path in (out / "checkpoints").glob("step-*"))
+    done = int(rows(out / "metrics.csv")[-1]["step"])
+    assert done == 8  # the step that was under way is finished
+    assert newest == f"step-{done:09d}.pt"
+    assert f"SIGTERM: saved after step {done}" in stopped.stdout
+    assert f"after step {done}" in run(*command(packed, out))
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_metrics_are_served_while_it_trains(packed, tmp_path):
+    port = free_port()
+    arguments = command(packed, tmp_path / "run", "--epochs", "10000", "--calibrate", "--port", str(port))
+    process = subprocess.Popen([sys.executable, *arguments])
+    page = ""
+
+    def has_evaluated() -> bool:
+        nonlocal page
+        with suppress(OSError):  # not up yet
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
+        return 'alexnet_eval_error_ratio{k="1",protocol="centre"}' in page
+
+    try:
+        wait_until(has_evaluated, process)
+        health = urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=60).read()
+    finally:
+        process.kill()
+        process.wait()
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    steps = float(values["alexnet_step"])
+    assert steps >= 5
+    assert float(values['alexnet_images_total{phase="train"}']) == 12 * steps
+    assert float(values['alexnet_loss{phase="train"}']) > 0
+    for path in ("loader", "model"):
+        assert float(values[f'alexnet_ceiling_images_per_second{{path="{path}"}}']) > 0
+    assert health == b"ok\n"
+
+
+def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_path):
+    data = Path(shutil.copytree(packed, tmp_path / "data"))
+    shard = data / "train-000001.tar"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b"\xff\xd8\xff", 2**16)  # where opening does not look
+    content[place : place + 200] = bytes(200)
+    shard.write_bytes(content)
+    output = run(*command(data, tmp_path / "run"))
+    assert f"left out: the sample in {shard} at byte {place}" in output
+    assert [int(row["step"]) for row in rows(tmp_path / "run/evaluations.csv")] == [5, 10, 15]
+    # One of two processes meets it. Both stop at the next line of the log, and the first saves.
+    strict = ["--max-bad-samples", "0", "--processes", "2", "--log-every", "3"]
+    arguments = [sys.executable, *command(data, tmp_path / "strict"), *strict]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    steps = int(rows(tmp_path / "strict/metrics.csv")[-1]["step"])
+    assert f"damaged samples: saved after step {steps}" in done.stdout
+    assert (tmp_path / f"strict/checkpoints/step-{steps:09d}.pt").is_file()
+    assert done.stderr.startswith(
+        "alexnet-train: more than 0 samples are damaged, the last of them the sample in "
+        f"{shard} at byte {place} does not begin like a JPEG: copy the shard again"
+    )
+
+
+def test_evaluate_gives_the_error_that_training_ended_with(packed, whole):
+    last = rows(whole / "evaluations.csv")[-1]
+    centre = run("-m", "trainer.cli", "evaluate", str(whole), "--data", str(packed))
+    assert f"top-1 error {float(last['top1_error']):.2%}" in centre
+    assert "over 20 images" in centre
+    assert "ten crops" in run("-m", "trainer.cli", "evaluate", str(whole), "--crops", "10")
