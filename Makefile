@@ -1,5 +1,7 @@
 # make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
-# make test    the quick tests, in minutes          make test-all   all tests
+# make test    the quick tests, in minutes
+# make test-all      all tests, of which the others start trainers, browsers, servers, npm or containers
+# make test-spread   the quick ones as on other machines: without AVX-512, with a core less, by other Pythons
 # make lint    style and types
 # make bench   images/s of each stage on the demo's pictures
 # make chaos   runs that are killed 200 times come to what whole ones do
@@ -9,23 +11,39 @@
 # make setup   the environment in .venv alone, which the others make by themselves
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 # The same version as pyproject.toml's pillow, over which it goes.
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test test-all lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
+.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
 
-setup: .venv/.ready
+setup: $(VENV)/.ready
 
 demo: setup
 	$(BIN)/alexnet-train demo
 
+QUICK := -m "not slow"
+
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(QUICK)
 
 test-all: setup
 	$(BIN)/pytest
+
+# With QUICK= it runs all tests. PYTHONS are names on the PATH.
+PYTHONS ?= python3.12 python3.13
+test-spread: test-avx2 test-busy $(PYTHONS:%=test-%)
+
+test-avx2: setup
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(QUICK)
+
+test-busy: setup
+	while :; do :; done & busy=$$!; trap "kill $$busy" EXIT; $(BIN)/pytest $(QUICK)
+
+test-python%:
+	$(MAKE) test PYTHON=python$* VENV=.venv-$*
 
 lint: setup
 	$(BIN)/ruff check
@@ -92,7 +110,7 @@ image:
 image-test: setup
 	TEST_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
 
-.venv/.ready: pyproject.toml Makefile
+$(VENV)/.ready: pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
@@ -103,7 +121,7 @@ image-test: setup
 		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
 	@for header in jpeglib.h zlib.h; do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
 		{ echo "the header $$header is missing, which pillow-simd is built with: apt-get install libjpeg-dev zlib1g-dev"; exit 1; }; done
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	CC="cc $(AVX2)" $(BIN)/pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary pillow-simd $(PILLOW_SIMD)
 	@touch $@
