@@ -84,6 +84,12 @@ gpu-sweeps: setup
 gpu-accuracy: setup
 	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --device cuda --within 1
 
+# Grafana's types and TypeScript's compiler, with which tests/docker/test_dashboard.py checks the dashboard.
+test-all: $(if $(shell command -v npm),.npm/.ready)
+.npm/.ready: Makefile
+	npm install --prefix $(@D) --no-save --no-audit --no-fund @grafana/schema@11.6.16 typescript@5.8.3 && touch $@ || \
+		echo "the dashboard's types are left out: npm did not fetch them"
+
 # Others' packers, with which `tools/bench.py pack --pack-peers .pack-peers/bin/python` compares ours.
 .pack-peers:
 	$(PYTHON) -m venv $@

@@ -1,12 +1,14 @@
 """Helpers that several test modules share: waiting with a deadline, ports, and the trainer as a command."""
 
 import csv
+import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -23,13 +25,25 @@ TINY += ["--log-every", "1", "--device", "cpu", "--precision", "fp32"]
 EXACT = ("step", "epoch", "loss", "error", "learning_rate")
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
-    """Poll until the condition holds. Fails after DEADLINE_SECONDS, and once `process` has ended."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
+def wait_until(
+    condition: Callable[[], object],
+    process: subprocess.Popen | None = None,
+    *,
+    pause: float = 0.01,
+    seconds: float = DEADLINE_SECONDS,
+) -> None:
+    """Poll until the condition holds. Fails after so many seconds, and once `process` has ended."""
+    deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, f"it ended with {process.returncode}"
-        assert time.monotonic() < deadline, f"not so after {DEADLINE_SECONDS:.0f} s"
-        time.sleep(0.01)
+        assert time.monotonic() < deadline, f"not so after {seconds:.0f} s"
+        time.sleep(pause)
+
+
+def missing(what: str, command: str) -> NoReturn:
+    """Skip the test for want of something that the command installs; in CI, which has it, fail instead."""
+    give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+    give_up(f"{what} is missing, which is installed by: {command}")
 
 
 def free_port() -> int:

@@ -8,12 +8,17 @@ import json
 import os
 import re
 import subprocess
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from tests.helpers import wait_until
+
+# Starting a container takes long where the image is not in memory yet; less than pytest's limit, which would
+# not say what was waited for.
+DEADLINE_SECONDS = 500.0
 
 
 def run_docker(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -62,10 +67,14 @@ class Container:
         return float(found[1]) if found else None
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Poll; pytest's time limit is the only one. Fails once the container has ended."""
-        while not condition():
-            assert self.state()["Running"], self.logs()
-            time.sleep(0.2)
+        """Poll until the condition holds. Fails at the deadline, and once the container has ended."""
+
+        def holds() -> bool:
+            found = bool(condition())
+            assert found or self.state()["Running"], self.logs()
+            return found
+
+        wait_until(holds, pause=0.2, seconds=DEADLINE_SECONDS)
 
     def wait_for_images(self, more_than: float = 0) -> float:
         """Until it has trained on more images than that; returns how many."""

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers import wait_until
 from trainer.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "docker"
@@ -129,6 +129,9 @@ def running(image: str, packed: Path) -> Iterator[Callable[..., str]]:
         call("down", "--volumes")
 
 
+TRAINED = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="train"}'
+
+
 def value(running: Callable[..., str], query: str) -> float:
     """The one value that Prometheus has for a query; 0 where it has none yet."""
     address = running("port", "prometheus", "9090").strip()
@@ -139,26 +142,24 @@ def value(running: Callable[..., str], query: str) -> float:
 
 @pytest.mark.image
 def test_prometheus_scrapes_the_trainer_by_name_and_sees_it_train(running):
-    images = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="train"}'
-    while not (before := value(running, images)):
-        time.sleep(1)
-    while value(running, images) <= before:
-        time.sleep(1)
+    wait_until(lambda: value(running, TRAINED) > 0, pause=1)
+    before = value(running, TRAINED)
+    wait_until(lambda: value(running, TRAINED) > before, pause=1)
     assert value(running, 'up{job="alexnet"}') == 1
 
 
 @pytest.mark.image
 def test_the_run_continues_after_a_stop_and_by_itself_after_a_crash(running):
+    wait_until(lambda: value(running, TRAINED) > 0, pause=1)  # a run that has not begun has nothing to save
     running("stop", "trainer")
     trainer = json.loads(running("ps", "--all", "--format", "json", "trainer"))
     assert trainer["ExitCode"] == 128 + 15  # SIGTERM
     assert "saved after step" in running("logs", "trainer")
 
-    def await_continuation(number: int) -> None:
-        while running("logs", "trainer").count("continuing runs/demo after step") < number:
-            time.sleep(1)
+    def continuations() -> int:
+        return running("logs", "trainer").count("continuing runs/demo after step")
 
     running("up", "--detach", "--no-build")
-    await_continuation(1)
+    wait_until(lambda: continuations() >= 1, pause=1)
     running("exec", "trainer", "sh", "-c", "kill -KILL -1")  # all but tini
-    await_continuation(2)
+    wait_until(lambda: continuations() >= 2, pause=1)

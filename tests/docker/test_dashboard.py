@@ -5,9 +5,7 @@ by the Python builders and the TypeScript types; test_prometheus.py runs the que
 """
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,13 +17,14 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
+from tests.helpers import REPO, missing
 from tools.make_dashboard import PATH, dashboard_json
 from trainer.metrics import Metrics
 from trainer.settings import Settings
 
-DOCKER = Path(__file__).parents[2] / "docker"
+DOCKER = REPO / "docker"
 GRAFANA = "11.6"
-NPM = [f"@grafana/schema@{GRAFANA}.16", "typescript@5.8.3"]
+MODULES = REPO / ".npm/node_modules"
 # What the schema leaves to Prometheus's plugin, and what the builders write for variables of any type.
 TYPES = """import type { AnnotationQuery, Dashboard, VariableModel } from "@grafana/schema";
 type Json<T> = T extends string ? `${T}` : T extends object ? { [K in keyof T]: Json<T[K]> } : T;
@@ -105,27 +104,32 @@ def test_the_dashboard_has_no_field_that_grafana_does_not_know():
     assert json.loads(json.dumps(Dashboard.from_json(held), cls=JSONEncoder)) == held
 
 
-def test_the_dashboard_has_the_types_of_grafanas_schema(tmp_path):
-    if shutil.which("npm") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("no npm")
-        pytest.skip("no npm, which fetches Grafana's types")
-    run = ["npm", "install", "--no-save", "--no-audit", "--no-fund", *NPM]
-    subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, timeout=300)
-    (tmp_path / "dashboard.ts").write_text(f"{TYPES}{PATH.read_text()};\nexport default dashboard;\n")
+@pytest.fixture
+def node_modules(tmp_path) -> Path:
+    """A folder in which TypeScript finds Grafana's types."""
+    if not (MODULES / ".bin/tsc").exists():
+        missing("TypeScript with Grafana's types", "make .npm/.ready, which needs npm")
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_dashboard_has_the_types_of_grafanas_schema(node_modules):
+    (node_modules / "dashboard.ts").write_text(f"{TYPES}{PATH.read_text()};\nexport default dashboard;\n")
     resolution = ["--module", "nodenext", "--moduleResolution", "nodenext", "--skipLibCheck"]
-    check = ["npx", "tsc", "--strict", "--noEmit", *resolution, "dashboard.ts"]
-    done = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    check = [MODULES / ".bin/tsc", "--strict", "--noEmit", *resolution, "dashboard.ts"]
+    done = subprocess.run(check, cwd=node_modules, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_builders_and_types_are_of_one_grafana():
+def test_builders_types_and_image_are_of_one_grafana():
     assert version("grafana-foundation-sdk").endswith(f"!{GRAFANA}.0")
+    assert f"@grafana/schema@{GRAFANA}." in (REPO / "Makefile").read_text()
     assert services()["grafana"]["image"].startswith(f"grafana/grafana:{GRAFANA}.")
 
 
-def check(expr: str, known: dict[str, set[str]]) -> None:
-    """Assert that the metrics and labels of an expression exist."""
+def assert_exported(expr: str, known: dict[str, set[str]]) -> None:
+    """The metrics and labels of an expression exist."""
     everywhere = {"job", "instance"}
     found = [(name, used) for name, used in series(expr) if not OTHERS.fullmatch(name)]
     for name, used in found:
@@ -137,13 +141,13 @@ def check(expr: str, known: dict[str, set[str]]) -> None:
 
 @pytest.mark.parametrize("expr", [pytest.param(expr, id=name) for name, expr in queries()])
 def test_a_query_asks_for_what_is_exported(expr):
-    check(expr, exported())
+    assert_exported(expr, exported())
 
 
 @pytest.mark.parametrize("rule", list(rules()), ids=lambda rule: rule.get("record", rule.get("alert")))
 def test_a_rule_asks_for_what_is_exported(rule):
     known = exported()
-    check(rule["expr"], known)
+    assert_exported(rule["expr"], known)
     used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule.get("annotations", {}))))
     carried = {"job", "instance"}.union(*(known.get(name, set()) for name, _ in series(rule["expr"])))
     assert used <= (grouping(rule["expr"]) if "by (" in rule["expr"] else carried)
@@ -166,7 +170,7 @@ def test_the_parser_of_queries_finds_metrics_and_labels():
 )
 def test_what_is_not_exported_is_found(expr):
     with pytest.raises(AssertionError):
-        check(expr, exported())
+        assert_exported(expr, exported())
 
 
 def test_every_panel_says_what_to_conclude_and_has_a_unit():
