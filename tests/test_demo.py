@@ -9,6 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # trains for longer than all other tests
 def test_the_demo_learns_its_classes_and_says_where_the_report_is(tmp_path):
     folder = tmp_path / "demo"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -18,7 +19,6 @@ def test_the_demo_learns_its_classes_and_says_where_the_report_is(tmp_path):
         text=True,
         check=False,
         env=environment | {"ALEXNET_PORT": "0"},
-        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     with open(folder / "run/evaluations.csv", newline="") as file:
