@@ -1,5 +1,6 @@
 """The net against the numbers of the paper, and against a second forward pass written with torch's layers."""
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -77,15 +78,19 @@ def net(request: pytest.FixtureRequest) -> AlexNet:
     return AlexNet(preset=request.param, dropout="off").to(memory_format=torch.channels_last)
 
 
-@pytest.fixture(scope="module", params=PRESETS)
-def small(request: pytest.FixtureRequest) -> AlexNet:
+def net_of_96_px(preset: str, variant: Variant) -> AlexNet:
     """In fp64, for testing, with 2×2 values in each map of pool5: their order into fc6 matters.
 
     A crop of 96 px needs padding of 3, as 224 does, and pooling leaves no value of any map out.
     """
     torch.manual_seed(0)
-    net = AlexNet(classes=10, preset=request.param, crop=96)
+    net = AlexNet(10, preset, crop=96, variant=variant)
     return net.to(torch.float64, memory_format=torch.channels_last).eval()
+
+
+@pytest.fixture(params=PRESETS)
+def small(request: pytest.FixtureRequest) -> AlexNet:
+    return net_of_96_px(request.param, Variant(width=0.25))
 
 
 def test_parameters(net):
@@ -245,23 +250,22 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     return F.linear(x, net.fc8.weight, net.fc8.bias)
 
 
-def test_forward_pass(small, request):
-    x = some_pixels(3, 96)
-    with torch.inference_mode():
-        expected = reference_logits(small, x, request.node.callspec.params["small"])
-        torch.testing.assert_close(small(x), expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_forward_pass(preset):
+    assert_forward_pass(preset, Variant())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_forward_pass_of_a_variant(variant, preset):
-    torch.manual_seed(0)
-    net = AlexNet(10, preset, crop=96, variant=variant)
-    net.to(torch.float64, memory_format=torch.channels_last).eval()
-    x = some_pixels(2, 96)
+    assert_forward_pass(preset, dataclasses.replace(variant, width=0.25))
+
+
+def assert_forward_pass(preset: str, variant: Variant) -> None:
+    """The net's logits are those of the reference."""
+    net, x = net_of_96_px(preset, variant), some_pixels(2, 96)
     with torch.inference_mode():
-        expected = reference_logits(net, x, preset)
-        torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(net(x), reference_logits(net, x, preset), rtol=1e-9, atol=1e-9)
 
 
 def test_channels_last_is_never_copied_back(small):
