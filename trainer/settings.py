@@ -120,7 +120,7 @@ class Settings(BaseSettings):
     max_restarts: Count = 3
     """How often all processes of this machine are started again after one was killed, crashed or stalled."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Of autocast; auto is bf16 where the hardware has it."""
+    """Autocast precision; auto is bf16 where the hardware has it. A run keeps what it began with."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
     compile: bool = False
