@@ -14,6 +14,7 @@ from pipeline.loader import evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from tests.helpers import command, exact, main, rows
 from trainer import checkpoint
+from trainer.metrics import Metrics
 
 
 def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path, monkeypatch):
@@ -183,11 +184,15 @@ def test_a_shard_that_can_no_longer_be_read_is_left_out_within_the_budget(
                 os.dup2(memory, int(descriptor.name))
         os.close(memory)
 
+    metrics = Metrics()
+    monkeypatch.setattr("trainer.train.Metrics", lambda: metrics)
     monkeypatch.setattr("trainer.train.train_loader", harmed_after(2, shard, fail))
     assert main(monkeypatch, command(data, out)) == 0
+    counted = metrics.registry.get_sample_value("alexnet_input_errors_total", {"reason": "unreadable"})
     output = capsys.readouterr().out
     lost = [line for line in output.splitlines() if "left out" in line]
     assert len(lost) == 20  # of the shard
+    assert counted == 20
     assert all(f"the sample in {shard} at byte" in line for line in lost)
     assert all("cannot be read: Input/output error" in line for line in lost)
     assert [int(row["step"]) for row in rows(out / "evaluations.csv")] == [5, 10, 15]
