@@ -116,6 +116,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.slow  # two processes, each of which loads torch
 @pytest.mark.parametrize("name", CASES)
 def test_two_towers_are_the_grouped_net_forward_and_backward(name, towers):
     case, (first, second) = CASES[name], (found[name] for found in towers)
@@ -128,6 +129,7 @@ def test_two_towers_are_the_grouped_net_forward_and_backward(name, towers):
     assert distance(first["pixels"] + second["pixels"], expected["pixels"]) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_without_any_of_the_exchanges_the_logits_are_others(name, towers):
     first = towers[0][name]
@@ -136,6 +138,7 @@ def test_without_any_of_the_exchanges_the_logits_are_others(name, towers):
         assert distance(logits, first["logits"]) > 1e3 * TOLERANCE[torch.float64]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "border"), [("paper in fp64", 2 * 23**2 + 2 * 11**2), ("code2012 in fp64", 0)]
 )
@@ -146,6 +149,7 @@ def test_only_what_fig_2_and_the_joint_normalisation_need_is_sent(name, border, 
     assert [found[name]["sent_bytes"] for found in towers] == 2 * [IMAGES * values * 8]
 
 
+@pytest.mark.slow
 def test_each_tower_drops_units_of_its_own_half(towers):
     first, second = (found["dropout"] for found in towers)
     masks = {name: torch.cat([first[name], second[name]], 1) for name in ("drop6", "drop7")}
