@@ -133,10 +133,14 @@ TRAINED = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="t
 
 
 def value(running: Callable[..., str], query: str) -> float:
-    """The one value that Prometheus has for a query; 0 where it has none yet."""
+    """The one value that Prometheus has for a query; 0 where it has none yet, or does not answer."""
     address = running("port", "prometheus", "9090").strip()
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    result = json.load(urllib.request.urlopen(url, timeout=10))["data"]["result"]
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            result = json.load(answer)["data"]["result"]
+    except OSError:
+        return 0.0
     return float(result[0]["value"][1]) if result else 0.0
 
 
