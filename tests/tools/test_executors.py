@@ -6,17 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from pipeline.shards import INDEX_DTYPE
+from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
+from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
+from tests.trees import contents
 from tools.make_shards import pack, parse_arguments
 from tools.packing import executors
 from tools.packing.executors import Counts, Crew, run_tasks
@@ -26,24 +26,12 @@ from tools.packing.results import SUFFIX, Result
 from tools.packing.shard import PackingError
 from tools.storage import UNFINISHED
 
-REPO = Path(__file__).resolve().parents[2]
-SETTINGS = ("--size", "448", "--shard-samples", "4")  # large pictures, 20 shards: there is time to kill
+SETTINGS = ("--size", "64", "--shard-samples", "4")
 SHARDS = 20
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def records(output: Path) -> int:
     return len(list((output / UNFINISHED).glob(f"*{SUFFIX}")))
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +39,22 @@ def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("whole")
     run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
     assert run.returncode == 0, run.stderr
-    return content(output)
+    return contents(output)
 
 
-def packing(source: Path, output: Path, *arguments: str) -> subprocess.Popen:
+def packing(source: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    """The command in a process group of its own; returns its exit code, output and errors."""
     command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *SETTINGS, *arguments], cwd=REPO, **pipes)
-
-
-def worker_processes(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    done = subprocess.run(
+        [*command, *SETTINGS, *arguments],
+        cwd=REPO,
+        env=os.environ | environment,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 # By threads of this process: what run_tasks itself does.
@@ -81,7 +73,7 @@ def test_results_come_in_the_order_of_the_tasks_however_they_end():
 
     def work(number: int) -> Result:
         if number == 0:
-            assert late.wait(30)
+            assert late.wait(DEADLINE_SECONDS)
         elif number == 9:
             late.set()
         return result_of(number)
@@ -119,12 +111,11 @@ def test_an_error_ends_the_run_before_further_tasks_begin():
         begun.append(number)
         if number == 1:
             raise OSError(28, "No space left on device")
-        time.sleep(0.01)
         return result_of(number)
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="No space left"):
         run_tasks(range(100), crew_of(pool, work), lambda counts: None)
-    assert len(begun) < 100
+    assert len(begun) <= 5  # four are handed out at first, and another when the first is done
 
 
 def test_nothing_to_do_is_done():
@@ -134,39 +125,42 @@ def test_nothing_to_do_is_done():
 # By processes.
 
 
-def test_images_are_counted_while_a_shard_is_under_way(pictures, tmp_path):
+def test_images_are_counted_while_a_shard_is_under_way(pictures, tmp_path, monkeypatch):
+    """The worker comes to its 31st picture of 60, and waits there until the 30 before it are shown."""
+    output, shown = tmp_path / "out", tmp_path / "shown"
+    opened = at_picture(31, f"hold({str(shown)!r})", tmp_path / "events", pictures)
+    monkeypatch.setenv("PYTHONPATH", opened["PYTHONPATH"])
     seen: list[Counts] = []
 
     class Recorder(Progress):
         def show(self, counts: Counts) -> None:
             seen.append(counts)
             super().show(counts)
+            if counts.images == 30:
+                shown.touch()
 
-    progress = Recorder()
-    where = ["--input", str(pictures), "--output", str(tmp_path), "--workers", "1", "--size", "1024"]
-    manifest = pack(parse_arguments(where), progress)  # two shards
-    assert len({counts.images for counts in seen}) > 3
-    last = seen[-1]
-    rows = [np.load(tmp_path / split.index) for split in manifest.splits.values()]
-    assert last == Counts(80, sum(int(part["size"].sum()) for part in rows), 0)
+    where = ["--input", str(pictures), "--output", str(output), "--workers", "1", "--size", "64"]
+    manifest = pack(parse_arguments(where), Recorder())  # two shards
+    assert shown.exists()
+    assert [counts.images for counts in seen] == sorted(counts.images for counts in seen)
+    rows = [np.load(output / split.index) for split in manifest.splits.values()]
+    assert seen[-1] == Counts(80, sum(int(part["size"].sum()) for part in rows), 0)
 
 
 def test_a_worker_killed_is_named_and_the_same_command_continues(pictures, whole, tmp_path):
-    process = packing(pictures, tmp_path, "--workers", "2")
-    wait_until(lambda: records(tmp_path) >= 2)
-    os.kill(worker_processes(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
+    # At the 21st picture, two workers have finished three shards of four pictures at the least.
+    output, dies = tmp_path / "out", at_picture(21, KILL_THIS, tmp_path / "events", pictures)
+    code, _, errors = packing(pictures, output, "--workers", "2", **dies)
+    assert code == 1
     assert errors.startswith("make_shards: a worker process was killed (SIGKILL)")
     assert "fewer --workers" in errors
     assert "the same command continues" in errors
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
-    assert kept
-    process = packing(pictures, tmp_path, "--workers", "2")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert content(tmp_path) == whole
-    now = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    assert 3 <= len(kept) < SHARDS
+    code, _, errors = packing(pictures, output, "--workers", "2")
+    assert code == 0, errors
+    assert contents(output) == whole
+    now = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
     assert sum(now[name] == time for name, time in kept.items()) >= len(kept) - 2  # those amid their record
 
 
@@ -180,87 +174,105 @@ def test_how_a_worker_ended_is_said():
 
 
 def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(pictures, tmp_path):
-    for attempt in range(5):
-        output = tmp_path / str(attempt)
-        command = [sys.executable, "tools/make_shards.py", "--input", str(pictures), "--output", str(output)]
-        with subprocess.Popen(
-            [*command, *SETTINGS, "--workers", "2"],
-            cwd=REPO,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            wait_until(lambda o=output, p=process: records(o) >= 1 or p.poll() is not None)
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-            _, errors = process.communicate(timeout=60)
-        if process.returncode:  # otherwise it was through before the signal came, on a busy machine
-            break
-    assert process.returncode == 130
+    """The worker that the signal comes from goes no further, so that the command cannot be through first."""
+    interrupted = at_picture(21, INTERRUPT_ALL, tmp_path / "events", pictures)
+    code, _, errors = packing(pictures, tmp_path / "out", "--workers", "2", **interrupted)
+    assert code == 130
     assert "Traceback" not in errors
+    assert 0 < records(tmp_path / "out") < SHARDS
 
 
 # By a Dask cluster.
 
 
-class Cluster(NamedTuple):
-    """All in processes of their own."""
+class Cluster:
+    """A scheduler and three workers, each in a process of its own, which `close` ends."""
 
-    address: str
-    scheduler: subprocess.Popen
-    workers: list[subprocess.Popen]
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "scheduler.json"
+        self.address = ""
+        self.processes: list[subprocess.Popen] = []
+
+    def start_scheduler(self) -> None:
+        self.start({}, "scheduler", "--port", "0")
+        wait_until(self.file.exists, self.processes[0])
+        self.address = json.loads(self.file.read_text())["address"]
+
+    def start(self, environment: dict[str, str], *arguments: str) -> None:
+        shared = ("--scheduler-file", str(self.file), "--no-dashboard", "--host", "127.0.0.1")
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dask", *arguments, *shared],
+                cwd=self.folder,
+                env=os.environ | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    def start_workers(self, environment: dict[str, str], *others: dict[str, str]) -> None:
+        """One with each environment, which the scheduler knows of on return."""
+        from distributed import Client
+
+        for each in (environment, *others):
+            local = ("--local-directory", str(self.folder / "dask"))
+            self.start(each, "worker", "--no-nanny", "--nthreads", "1", *local)
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(1 + len(others), timeout=DEADLINE_SECONDS)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
 def cluster(tmp_path) -> Iterator[Cluster]:
     pytest.importorskip("distributed", reason="needs the extra `dask`")
-    file, local = tmp_path / "scheduler.json", tmp_path / "dask"
-
-    def dask(*arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(file), "--no-dashboard"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen([*command, "--host", "127.0.0.1"], cwd=tmp_path, **quiet)
-
-    worker = ("worker", "--no-nanny", "--nthreads", "1", "--local-directory", str(local))
-    processes = [dask("scheduler", "--port", "0"), *(dask(*worker) for _ in range(3))]
+    (tmp_path / "cluster").mkdir()
+    cluster = Cluster(tmp_path / "cluster")
     try:
-        wait_until(file.exists)
-        yield Cluster(json.loads(file.read_text())["address"], processes[0], processes[1:])
+        cluster.start_scheduler()
+        yield cluster
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        cluster.close()
 
 
 @pytest.mark.slow
 def test_a_dask_cluster_that_loses_a_worker_packs_the_same_bytes(pictures, whole, cluster, tmp_path):
+    """It dies amid the first shard that it gets, at the third picture of four."""
     output = tmp_path / "out"
-    process = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
-    wait_until(lambda: records(output) >= 3)
-    assert records(output) < SHARDS
-    cluster.workers[0].kill()
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    cluster.start_workers(at_picture(3, KILL_THIS, tmp_path / "events", pictures), {}, {})
+    code, printed, errors = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
+    assert code == 0, errors
     assert printed.startswith("80 images (60 train, 20 val)")
-    assert content(output) == whole
-    assert [worker.poll() for worker in cluster.workers[1:]] == [None, None]  # the cluster stays
+    assert contents(output) == whole
+    _, lost, *others = cluster.processes
+    assert lost.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    assert [worker.poll() for worker in others] == [None, None]  # the cluster stays
 
 
 @pytest.mark.slow
 def test_a_dask_scheduler_that_goes_away_is_named_and_processes_may_continue(
-    pictures, whole, cluster, tmp_path, make_shards
+    pictures, whole, cluster, tmp_path
 ):
-    output = tmp_path / "out"
-    process = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
-    wait_until(lambda: records(output) >= 3)
-    cluster.scheduler.kill()
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
+    """A worker kills it at the 13th picture, when three workers have finished at least one shard of four."""
+    output, scheduler = tmp_path / "out", cluster.processes[0]
+    kill = f"os.kill({scheduler.pid}, signal.SIGKILL)"
+    cluster.start_workers(*[at_picture(13, kill, tmp_path / "events", pictures)] * 3)
+    code, _, errors = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
+    assert scheduler.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    assert code == 1
     last = errors.splitlines()[-1]
     assert last.startswith(f"make_shards: the Dask scheduler at {cluster.address} went away")
-    run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
-    assert run.returncode == 0, run.stderr
-    assert content(output) == whole
+    for worker in cluster.processes[1:]:
+        worker.kill()  # it would finish its shard
+        worker.wait()
+    assert 0 < records(output) < SHARDS
+    code, printed, errors = packing(pictures, output, "--workers", "2")
+    assert code == 0, errors
+    assert "were packed before" in printed.splitlines()[0]
+    assert contents(output) == whole
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://"])

@@ -6,7 +6,7 @@ packed must come out of DALI as the picture that Pillow sees, since training rea
 
 A file is a pure function of its number, and one by itself is run again by
 
-    python tests/tools/test_fuzz_images.py drawn 123 124
+    python -m tests.tools.test_fuzz_images drawn 123 124
 """
 
 import faulthandler
@@ -18,17 +18,16 @@ from collections import Counter
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import REPO
+from tests.trees import ODD
 from tools.packing import images
 from tools.packing.images import RejectedError, check_image, pack_image
 
-REPO = Path(__file__).resolve().parents[2]
-ODD = REPO.parent / "shared/data/odd-images/files"
 COUNT = 2000
 SECONDS = 60  # for one file; most take milliseconds
 SIZE = 48  # of the shorter side in pixels
@@ -69,7 +68,7 @@ def drawn() -> list[bytes]:
 
 def odd() -> list[bytes]:
     """Those real odd files that are JPEGs and small enough to decode hundreds of times."""
-    contents = (path.read_bytes() for path in sorted(ODD.iterdir()))
+    contents = (path.read_bytes() for path in sorted((ODD / "files").iterdir()))
     return [content for content in contents if content[:2] == b"\xff\xd8" and len(content) < 60_000]
 
 
@@ -290,16 +289,27 @@ def child(kind: str, first: int, last: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", FILES)
 def test_broken_jpegs_are_packed_or_rejected_for_a_listed_reason(kind):
     if kind == "odd" and not ODD.is_dir():
         pytest.skip(f"no odd images at {ODD}")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-X", "faulthandler", __file__, kind, "0", str(COUNT)],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-X",
+            "faulthandler",
+            "-m",
+            "tests.tools.test_fuzz_images",
+            kind,
+            "0",
+            str(COUNT),
+        ],
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=550,
         check=False,
     )
     lines = done.stdout.splitlines()

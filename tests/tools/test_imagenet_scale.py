@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
-from tests.tools.conftest import Tree, class_folders, tars
+from tests.trees import Tree, class_folders, tars
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CLASSES = 1000
 VAL = 5  # files of each class; in train, the classes have 41 to 51

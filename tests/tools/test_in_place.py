@@ -12,9 +12,10 @@ from webdataset import ShardWriter
 
 from pipeline.loader import Dataset
 from pipeline.manifest import NAME, DatasetError, read_manifest
+from tests.trees import pack_here
 from tools import inspect_shards, make_shards
 from tools.inputs.sources import SourceError
-from tools.make_shards import pack, parse_arguments
+from tools.make_shards import parse_arguments
 from tools.packing import journal
 from tools.packing.progress import Progress
 from tools.packing.shard import DECODED
@@ -71,8 +72,7 @@ def foreign(pictures, tmp_path_factory) -> Path:
 
 def run(folder: Path, *arguments: str) -> Progress:
     progress = Progress()
-    settings = ("--input", str(folder), "--in-place", "--workers", "1", "--size", "80")
-    pack(parse_arguments([*settings, *arguments]), progress)
+    pack_here("--input", folder, "--in-place", "--size", "80", *arguments, progress=progress)
     return progress
 
 
@@ -121,8 +121,8 @@ def test_what_does_not_fit_is_left_out_and_listed(indexed):
 
 
 def test_mean_and_components_are_those_of_packing_the_same_images(foreign, indexed, tmp_path):
-    settings = ("--geometry", "original", "--size", "80", "--workers", "1")
-    packed = pack(parse_arguments(["--input", str(foreign), "--output", str(tmp_path / "new"), *settings]))
+    settings = ("--geometry", "original", "--size", "80")
+    packed = pack_here("--input", foreign, "--output", tmp_path / "new", *settings)
     ours = read_manifest(indexed)
     # The packer repairs what has to be left out here: a handful of images among sixty.
     np.testing.assert_allclose(ours.pixels.mean, packed.pixels.mean, atol=4)
@@ -213,9 +213,8 @@ def test_packing_never_replaces_tars_that_were_not_packed_there(
             with pytest.raises(KeyboardInterrupt):
                 run(folder, "--overwrite")
     for overwrite in ((), ("--overwrite",)):
-        arguments = ["--input", str(pictures), "--output", str(folder), "--workers", "1", *overwrite]
         with pytest.raises(SourceError, match=r"holds train-000000.tar, which was not packed there"):
-            pack(parse_arguments(arguments))
+            pack_here("--input", pictures, "--output", folder, *overwrite)
     assert tars(folder) == before
 
 
@@ -279,13 +278,13 @@ def test_packing_below_the_input_continues_without_taking_its_own_shards_for_inp
     foreign, tmp_path, monkeypatch
 ):
     source = Path(shutil.copytree(foreign, tmp_path / "source"))
-    arguments = ["--input", str(source), "--output", str(source / "packed"), "--workers", "1", "--size", "32"]
+    arguments = ("--input", source, "--output", source / "packed", "--size", "32")
     with monkeypatch.context() as patch:
         patch.setattr(make_shards, "write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
-            pack(parse_arguments(arguments))
+            pack_here(*arguments)
     progress = Progress()
-    pack(parse_arguments(arguments), progress)
+    pack_here(*arguments, progress=progress)
     assert progress.counts.images == 0
     run(source)
     assert len(read_manifest(source).splits["val"].shards) == 1

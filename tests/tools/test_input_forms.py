@@ -9,7 +9,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import fsspec
 import numpy as np
 import pyarrow
 import pytest
@@ -17,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tests.tools.conftest import Tree, class_folders, tar_of, tars, val_files, write
+from tests.trees import Tree, class_folders, packed_files, tar_of, tars, upload, val_files, write
 from tools.draw_pictures import class_names, draw
 from tools.inputs.listing import SourceError
 from tools.inputs.sources import Sources, find_sources
-from tools.make_shards import pack, parse_arguments
 from tools.storage import read
 
 
@@ -138,27 +136,19 @@ def pictures_tree() -> Tree:
     return tree
 
 
-def packed(source: Path | str, output: Path) -> dict[str, bytes]:
-    """Everything that the packer writes, dataset.json and report.tsv too."""
-    sizes = ["--size", "32", "--shard-samples", "7", "--workers", "1", "--max-reject-ratio", "0.1"]
-    pack(parse_arguments(["--input", str(source), "--output", str(output), *sizes]))
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+@pytest.fixture(scope="module")
+def first(pictures_tree, tmp_path_factory) -> dict[str, bytes]:
+    """What is packed of the class folders."""
+    root = tmp_path_factory.mktemp("first")
+    return packed_files(class_folders(pictures_tree, root / "folders"), root / "a")
 
 
 @every_form
-def test_every_form_packs_to_the_same_bytes(pictures_tree, tmp_path, form):
-    first = packed(class_folders(pictures_tree, tmp_path / "folders"), tmp_path / "a")
+def test_every_form_packs_to_the_same_bytes(pictures_tree, first, tmp_path, form):
     assert b"broken.JPEG\trejected\tnot an image" in first["report.tsv"]
     assert len([name for name in first if name.endswith(".tar")]) == 3 + 2
-    second = packed(form(pictures_tree, tmp_path / "form"), tmp_path / "b")
+    second = packed_files(form(pictures_tree, tmp_path / "form"), tmp_path / "b")
     assert [name for name in first.keys() | second.keys() if first.get(name) != second.get(name)] == []
-
-
-def upload(root: Path, url: str) -> None:
-    fs, path = fsspec.url_to_fs(url)
-    for file in root.rglob("*"):
-        if file.is_file():
-            fs.pipe_file(f"{path}/{file.relative_to(root)}", file.read_bytes())
 
 
 TREE: Tree = {
@@ -167,6 +157,7 @@ TREE: Tree = {
 }
 
 
+@pytest.mark.slow
 @every_form
 def test_the_same_behind_a_url_of_s3(s3, tmp_path, form):
     place = form(TREE, tmp_path)
@@ -178,9 +169,10 @@ def test_the_same_behind_a_url_of_s3(s3, tmp_path, form):
     assert all(source.file.startswith(url) for split in sources.splits.values() for source in split)
 
 
+@pytest.mark.slow
 def test_packing_from_s3_gives_the_same_bytes_as_from_here(s3, pictures_tree, tmp_path):
     upload(tars(pictures_tree, tmp_path / "in"), f"{s3}/pictures")
-    assert packed(f"{s3}/pictures", tmp_path / "a") == packed(tmp_path / "in", tmp_path / "b")
+    assert packed_files(f"{s3}/pictures", tmp_path / "a") == packed_files(tmp_path / "in", tmp_path / "b")
 
 
 @pytest.fixture
@@ -230,18 +222,29 @@ def test_a_table_or_a_bucket_holds_out_what_the_folder_does(tmp_path):
 
 REFUSALS = {
     "an empty bucket": ("memory://nothing", "is not a folder: nothing is listed"),
-    "no bucket": ("s3://absent-bucket", "absent-bucket"),
     "an unknown kind": ("nosuch://x", "nosuch"),
+}
+REFUSALS_OF_S3 = {
+    "no bucket": ("s3://absent-bucket", "absent-bucket"),
     "a table that is not there": ("s3://images/absent.csv", "absent.csv cannot be read"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_is_not_there_is_refused(s3, name):
-    url, message = REFUSALS[name]
+def assert_refused(url: str, message: str) -> None:
     with pytest.raises(SourceError, match=message) as refusal:
         find_sources(url, None, 0)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("url", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_what_is_not_there_is_refused(url, message):
+    assert_refused(url, message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("url", "message"), REFUSALS_OF_S3.values(), ids=REFUSALS_OF_S3)
+def test_what_is_not_there_in_s3_is_refused(s3, url, message):
+    assert_refused(url, message)
 
 
 def test_a_tar_behind_a_url_that_is_cut_short_is_refused(tmp_path):

@@ -1,15 +1,18 @@
 """An unfinished output: it is continued by the same command, and kept from any other."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.manifest import NAME, read_manifest
+from tests.events import HOLD, at_picture, events
+from tests.helpers import REPO, wait_until
+from tests.trees import contents, pack_here
 from tools.inputs.sources import SourceError
 from tools.make_shards import pack, parse_arguments
 from tools.packing import executors, journal
@@ -18,12 +21,8 @@ from tools.packing.results import SUFFIX
 from tools.packing.shard import PackingError
 from tools.storage import UNFINISHED
 
-SETTINGS = ("--size", "32", "--shard-samples", "10", "--workers", "1", "--max-reject-ratio", "1")
+SETTINGS = ("--size", "32", "--shard-samples", "10", "--max-reject-ratio", "1")
 SHARDS = 8  # 60 images to train on, 20 to validate on
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def source(pictures, tmp_path_factory) -> Path:
 
 def run(source: Path, output: Path, *arguments: str) -> Progress:
     progress = Progress()
-    pack(parse_arguments(["--input", str(source), "--output", str(output), *SETTINGS, *arguments]), progress)
+    pack_here("--input", source, "--output", output, *SETTINGS, *arguments, progress=progress)
     return progress
 
 
@@ -49,7 +48,7 @@ def whole(source, tmp_path_factory) -> dict[str, bytes]:
     """What a run makes that nothing interrupts."""
     output = tmp_path_factory.mktemp("whole")
     assert run(source, output).before == 0
-    return content(output)
+    return contents(output)
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_what_is_whole_is_not_packed_again(source, whole, unfinished):
     progress = run(source, unfinished)
     assert (progress.before, progress.counts.images) == (80, 0)
     assert {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tar")} == before
-    assert content(unfinished) == whole
+    assert contents(unfinished) == whole
 
 
 DAMAGES = {
@@ -99,14 +98,14 @@ def test_what_is_not_whole_is_packed_again(source, whole, unfinished, damage):
     damage(unfinished)
     progress = run(source, unfinished)
     assert (progress.before, progress.counts.images) == (70, 10)
-    assert content(unfinished) == whole
+    assert contents(unfinished) == whole
 
 
 def test_what_a_killed_worker_was_writing_is_removed(source, whole, unfinished):
     (unfinished / UNFINISHED / "tmpabc").mkdir()
     (unfinished / UNFINISHED / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
     run(source, unfinished)
-    assert content(unfinished) == whole
+    assert contents(unfinished) == whole
 
 
 OTHERS = {
@@ -120,10 +119,10 @@ OTHERS = {
 
 @pytest.mark.parametrize(("name", "arguments"), OTHERS.items())
 def test_another_plan_is_refused_by_what_differs(source, unfinished, name, arguments):
-    before = content(unfinished)
+    before = contents(unfinished)
     with pytest.raises(SourceError, match=rf"differs in {name}.*: .*--overwrite"):
         run(source, unfinished, *arguments)
-    assert content(unfinished) == before
+    assert contents(unfinished) == before
     run(source, unfinished, *arguments, "--overwrite")
     manifest = read_manifest(unfinished)
     shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
@@ -143,8 +142,9 @@ def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_
 def test_more_workers_may_continue(source, whole, unfinished):
     record(unfinished, "train-000001.tar").unlink()
     record(unfinished, "val-000001.tar").unlink()
-    run(source, unfinished, "--workers", "2")
-    assert content(unfinished) == whole
+    options = ("--input", str(source), "--output", str(unfinished), *SETTINGS, "--workers", "2")
+    pack(parse_arguments([*options]))
+    assert contents(unfinished) == whole
 
 
 def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path
         run(source, tmp_path)
     record(tmp_path, "train-000001.tar").unlink()
     assert run(source, tmp_path).counts.images == 0
-    assert content(tmp_path) == whole
+    assert contents(tmp_path) == whole
 
 
 def test_overwriting_that_is_stopped_leaves_nothing_of_the_old_behind(source, whole, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ def test_overwriting_that_is_stopped_leaves_nothing_of_the_old_behind(source, wh
     with pytest.raises(SourceError, match="unfinished"):
         run(source, tmp_path)
     run(source, tmp_path, "--overwrite")
-    assert content(tmp_path) == whole
+    assert contents(tmp_path) == whole
 
 
 def test_a_second_run_is_refused_while_the_first_is_at_work(
@@ -185,14 +185,14 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(
     run(source, tmp_path)
     assert refused[0].returncode == 1
     assert refused[0].stderr.startswith(f"make_shards: another run is packing into {tmp_path}")
-    assert content(tmp_path) == whole
+    assert contents(tmp_path) == whole
 
 
 def test_a_refused_run_leaves_a_dataset_as_it_was(source, whole, tmp_path):
     run(source, tmp_path)
     with pytest.raises(SourceError, match="already holds a dataset"):
         run(source, tmp_path)
-    assert content(tmp_path) == whole
+    assert contents(tmp_path) == whole
     assert not (tmp_path / UNFINISHED).exists()
 
 
@@ -214,16 +214,15 @@ def is_alive(pid: int) -> bool:
 
 
 def test_workers_end_with_the_command(source, tmp_path):
-    command = [sys.executable, "tools/make_shards.py", "--input", source, "--output", tmp_path, "--workers=2"]
-    with subprocess.Popen([*command, "--size=1024"], cwd=Path(__file__).parents[2]) as process:
-        deadline = time.monotonic() + 60
-        while len(workers := workers_of(process.pid)) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    """It is killed while one of them waits at a picture, so that there is work left."""
+    held = at_picture(31, HOLD, tmp_path / "events", source)
+    command = [sys.executable, "tools/make_shards.py", "--input", source, "--output", tmp_path / "out"]
+    with subprocess.Popen([*command, "--workers=2"], cwd=REPO, env=os.environ | held) as process:
+        wait_until(lambda: len(events(tmp_path / "events")) >= 31, process)
+        workers = workers_of(process.pid)
         process.kill()  # it alone
-    while any(is_alive(pid) for pid in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert workers
+    wait_until(lambda: not any(map(is_alive, workers)))
 
 
 def test_versions_that_differ_in_a_worker_are_refused(source, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import re
 import struct
 import zlib
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.jpeg import size_place
+from tests.trees import ODD
 from tools.packing import images
 from tools.packing.images import Packed, RejectedError, check_image, pack_image
 
-ODD = Path(__file__).resolve().parents[2].parent / "shared/data/odd-images"
 ROWS = list(csv.DictReader((ODD / "MANIFEST.tsv").open(), delimiter="\t")) if ODD.is_dir() else []
 
 # The words that the module's docstring defines: what a file is rejected as, what it is repaired from, and

@@ -1,83 +1,95 @@
-"""Killed at any moment, and started again until it ends: the bytes of a run that nobody killed.
+"""Killed at any event, and started again until it ends: the bytes of a run that nobody killed.
 
-PACKING_KILLS=200 pytest tests/tools/test_packing_kills.py is the long version.
+What a kill leaves on the disk is decided by the events before it, such as the reading of a picture or the
+renaming of a shard, so kills lie between those. The long version is
+
+    PACKING_KILLS=200 pytest tests/tools/test_packing_kills.py
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.manifest import NAME
+from tests.events import KILL_ALL, at_event, events
+from tests.helpers import REPO
+from tests.trees import contents
 from tools.storage import UNFINISHED
 
-REPO = Path(__file__).resolve().parents[2]
 KILLS = int(os.environ.get("PACKING_KILLS", "12"))
-KILLS_OF_A_RUN = 6  # after which it is let end, and another begins
+KILLS_OF_A_RUN = 4  # after which it is let end, and another begins
 SEED = 2012
-# Large pictures in small shards: most of the time goes by in packing, and much of that in its seams.
-SETTINGS = ("--size", "448", "--shard-samples", "4", "--workers", "2")
+SHARDS = 8  # 60 pictures to train on, and 20 to validate on
+SETTINGS = ("--size", "64", "--shard-samples", "10", "--workers", "2")
 
 
-def start(source: Path, output: Path) -> subprocess.Popen:
+def ends(source: Path, output: Path, environment: dict[str, str]) -> bool:
+    """Whether the command ends by itself; else it was killed, and its workers with it."""
     command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
-    return subprocess.Popen(
+    done = subprocess.run(
         [*command, *SETTINGS],
         cwd=REPO,
+        env=os.environ | environment,
         start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
-
-
-def ends(process: subprocess.Popen, seconds: float | None = None) -> bool:
-    """Whether it ends by itself; if not by then, it is killed, and its workers with it."""
-    try:
-        _, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    if done.returncode == -signal.SIGKILL:
         return False
     # The run before may have been killed when all it had left to do was to leave.
-    assert process.returncode == 0 or "already holds a dataset" in errors, errors
+    assert done.returncode == 0 or "already holds a dataset" in done.stderr, done.stderr
     return True
 
 
 def finished_files(output: Path) -> dict[str, bytes]:
     """Those under final names."""
-    if not output.exists():
-        return {}
-    return {path.name: path.read_bytes() for path in output.iterdir() if path.name != UNFINISHED}
+    return {name: content for name, content in contents(output).items() if Path(name).parts[0] != UNFINISHED}
+
+
+def finished_shards(log: list[str], output: Path) -> list[int]:
+    """The numbers of the events at which shards got their final names, from 1."""
+    renamed = re.compile(rf"os\.rename .* {re.escape(str(output))}/[^/]*\.tar")
+    return [number for number, event in enumerate(log, 1) if renamed.fullmatch(event)]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 20 * KILLS)
+@pytest.mark.timeout(300 + 30 * KILLS)
 def test_killed_runs_end_with_the_bytes_of_one_that_was_not(pictures, tmp_path):
-    begin = time.monotonic()
-    assert ends(start(pictures, tmp_path / "whole"))
-    seconds = time.monotonic() - begin
-    whole = finished_files(tmp_path / "whole")
+    logged = at_event(0, "pass", tmp_path / "log", pictures, tmp_path / "whole")
+    assert ends(pictures, tmp_path / "whole", logged)
+    whole, log = finished_files(tmp_path / "whole"), events(tmp_path / "log")
+    first, *_, last = finished_shards(log, tmp_path / "whole")
+    assert len(finished_shards(log, tmp_path / "whole")) == SHARDS
     rng = np.random.default_rng(SEED)
-    kills = runs = resumed = 0
+    # The first kill of a run by turns: halfway from the first shard to the last, where two workers have two
+    # shards under way and others behind them; before the first; and after the last.
+    phases = cycle([((first + last) // 2,) * 2, (1, first), (last + 1, len(log))])
+    kills = runs = amid = 0
     while kills < KILLS:
-        output, runs = tmp_path / f"killed-{runs}", runs + 1
-        for _ in range(min(KILLS_OF_A_RUN, KILLS - kills)):
-            if ends(start(pictures, output), rng.uniform(0, seconds)):
+        output, runs, phase = tmp_path / f"killed-{runs}", runs + 1, next(phases)
+        for number in range(min(KILLS_OF_A_RUN, KILLS - kills)):
+            # A run that is continued may be through before the event comes.
+            low, high = (1, len(log)) if number else phase
+            event = int(rng.integers(low, high, endpoint=True))
+            kill = at_event(event, KILL_ALL, tmp_path / f"kill-{runs}-{number}", pictures, output)
+            if ends(pictures, output, kill):
                 break
             kills += 1
             left = finished_files(output)
             assert {name: content for name, content in left.items() if whole[name] != content} == {}
             assert NAME not in left or left == whole
-            resumed += 0 < len(left) < len(whole)
+            amid += 0 < len(left) < len(whole)
         else:
-            assert ends(start(pictures, output))
+            assert ends(pictures, output, {})
         assert finished_files(output) == whole
         assert not (output / UNFINISHED).exists()
-    print(f"{kills} kills in {runs} runs, {resumed} of them with some shards done")
-    assert resumed  # the kills were not all before the first shard or after the last
+    print(f"{kills} kills in {runs} runs, {amid} of them with some shards done")
+    assert amid  # at the least those halfway

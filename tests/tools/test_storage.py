@@ -1,28 +1,28 @@
 """Files here and in a bucket: read by parts, written whole; a dataset packed into a bucket and out of one."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
 
+from tests.events import KILL_ALL, at_picture
+from tests.helpers import REPO
+from tests.trees import pack_here
 from tools import storage
 from tools.inputs.sources import Source
+from tools.make_shards import main
 from tools.packing.shard import READ_AHEAD, _contents
 from tools.storage import UNFINISHED, Folder, StorageError
 
-REPO = Path(__file__).resolve().parents[2]
 SETTINGS = ("--size", "32", "--shard-samples", "10")
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def folder(request, tmp_path) -> Folder:
     if request.param == "local":
         (tmp_path / "folder" / UNFINISHED).mkdir(parents=True)
@@ -129,15 +129,16 @@ def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, s3, whole):
+def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, call, s3, whole):
     run = make_shards(pictures, f"{s3}/first", *SETTINGS)
     assert run.returncode == 0, run.stderr
     assert f"alexnet-train --data {s3}/first" in run.stdout
     assert files_in(Folder(f"{s3}/first")) == whole
-    again = make_shards(pictures, f"{s3}/first", *SETTINGS)
+    there = ("--input", pictures, "--output", f"{s3}/first")
+    again = call(main, *there, *SETTINGS)
     assert again.returncode == 1
     assert f"{s3}/first already holds a dataset" in again.stderr
-    assert make_shards(pictures, f"{s3}/first", "--overwrite", "--size", "32").returncode == 0
+    pack_here(*there, "--overwrite", "--size", "32")
     assert {name for name in Folder(f"{s3}/first").sizes() if name.endswith(".tar")} == {
         "train-000000.tar",
         "val-000000.tar",
@@ -155,35 +156,33 @@ def test_a_bucket_is_packed_like_a_folder(pictures, make_shards, s3, whole, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path, make_shards):
-    settings = ("--size", "448", "--shard-samples", "4")
+def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path, make_shards, call, whole):
+    """At the 51st picture, when two workers have finished three shards of ten pictures at the least."""
     output = Folder(f"{s3}/killed")
-    command = [sys.executable, "tools/make_shards.py", "--input", str(pictures), "--output", str(output)]
-    process = subprocess.Popen([*command, *settings, "--workers=2"], cwd=REPO, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while sum(name.endswith(".tar") for name in output.sizes()) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "dataset.json" not in output.sizes()
+    there = ("--input", str(pictures), "--output", str(output), *SETTINGS, "--workers", "2")
+    kill = at_picture(51, KILL_ALL, tmp_path / "events", pictures)
+    command = [sys.executable, "tools/make_shards.py", *there]
+    killed = subprocess.run(command, cwd=REPO, env=os.environ | kill, start_new_session=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = output.sizes()
+    assert sum(name.endswith(".tar") for name in left) >= 3
+    assert "dataset.json" not in left
 
-    other = make_shards(pictures, output, *settings, "--seed", "1")
+    other = call(main, *there, "--seed", "1")
     assert other.returncode == 1
     assert "differs in --seed" in other.stderr
-    run = make_shards(pictures, output, *settings, "--workers", "2")
+    run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
     assert run.returncode == 0, run.stderr
     assert "were packed before" in run.stdout.splitlines()[0]
-    assert make_shards(pictures, tmp_path / "whole", *settings).returncode == 0
-    assert files_in(output) == files_in(Folder(tmp_path / "whole"))
+    assert files_in(output) == whole
 
 
-def test_more_files_than_are_read_ahead_keep_their_order(pictures, s3, tmp_path):
-    target = Folder(f"{s3}/order")
+def test_more_files_than_are_read_ahead_keep_their_order(tmp_path):
+    target = Folder("memory://order")
     with target.staged() as staging:
         for number in range(2 * READ_AHEAD + 3):
             (staging / str(number)).write_bytes(str(number).encode())
-    here = shutil.copytree(pictures, tmp_path / "here") / "local"
+    here = tmp_path / "local"
     here.write_bytes(b"local")
     remote = [Source(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
     sources = (*remote[:5], Source("local", 0, str(here)), *remote[5:])

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.manifest import read_manifest
-from tests.tools.conftest import Tree, class_folders, tar_of, write
-from tests.tools.test_input_forms import packed, upload
+from tests.trees import Tree, class_folders, packed_files, tar_of, upload, write
 from tools import storage
 from tools.draw_pictures import class_names, draw
 from tools.inputs.archives import ReadAhead, members
@@ -85,10 +84,16 @@ def test_the_name_for_the_report_is_the_tar_and_the_member(tree, tmp_path):
     assert first.file == str(tmp_path / "train/0.tar")
 
 
+@pytest.fixture(scope="module")
+def folders(tree, tmp_path_factory) -> dict[str, bytes]:
+    """What is packed of the class folders."""
+    root = tmp_path_factory.mktemp("folders")
+    return packed_files(class_folders(tree, root / "in"), root / "out")
+
+
 @every_naming
-def test_packing_gives_the_same_bytes_as_from_the_class_folders(tree, tmp_path, names):
-    folders = packed(class_folders(tree, tmp_path / "folders"), tmp_path / "a")
-    tars = packed(shards(tree, tmp_path / "tars", names), tmp_path / "b")
+def test_packing_gives_the_same_bytes_as_from_the_class_folders(tree, folders, tmp_path, names):
+    tars = packed_files(shards(tree, tmp_path / "tars", names), tmp_path / "b")
     assert len([name for name in folders if name.endswith(".tar")]) == 6 + 2
     assert [name for name in folders.keys() | tars.keys() if folders.get(name) != tars.get(name)] == []
 
@@ -104,6 +109,7 @@ def test_the_command_packs_them_with_names_for_the_numbers(tree, make_shards, tm
     assert [(each.id, each.name) for each in classes] == [(str(n), f"class {n}") for n in range(LABELS)]
 
 
+@pytest.mark.slow
 @every_naming
 def test_the_same_behind_a_url_of_s3(s3, tree, tmp_path, names):
     url = f"{s3}/{tmp_path.name}"

@@ -1,0 +1,105 @@
+"""Small datasets in the forms that people have them in, and what is packed of them."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from pipeline.manifest import Manifest
+from tests.helpers import REPO
+from tools.make_shards import pack, parse_arguments
+from tools.packing import executors
+from tools.packing.executors import Crew
+from tools.packing.progress import Progress
+from tools.packing.shard import pack_shard
+
+# Real odd and broken files with a manifest of them, which are not part of the repository.
+ODD = REPO.parent / "shared/data/odd-images"
+
+Tree = dict[str, dict[str, dict[str, bytes]]]  # split, class, file, content
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file, and create the folders that lead to it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder and of those below it, by their paths in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    """A tar archive of these files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def val_files(tree: Tree) -> dict[str, tuple[str, bytes]]:
+    """Class and content by name, sorted: in val, names do not repeat."""
+    pairs = (
+        (name, (wnid, content)) for wnid, files in tree["val"].items() for name, content in files.items()
+    )
+    return dict(sorted(pairs))
+
+
+def class_folders(tree: Tree, root: Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """ImageNet's own layout: a folder for each split, and in it one for each class."""
+    for split in splits:
+        for wnid, files in tree[split].items():
+            for name, content in files.items():
+                write(root / split / wnid / name, content)
+    return root
+
+
+def tars(tree: Tree, root: Path) -> Path:
+    """As downloaded, with the ground truth by numbers. Neither the classes nor the files are in order."""
+    numbers = {wnid: number for number, wnid in enumerate(reversed(tree["train"]), 1)}
+    inside = {f"{wnid}.tar": tar_of(tree["train"][wnid]) for wnid in numbers}
+    flat = val_files(tree)
+    write(root / "ILSVRC2012_img_train.tar", tar_of(inside))
+    write(root / "ILSVRC2012_img_val.tar", tar_of({name: flat[name][1] for name in reversed(flat)}))
+    truth = "".join(f"{numbers[wnid]}\n" for wnid, _ in flat.values())
+    write(root / "ILSVRC2012_validation_ground_truth.txt", truth)
+    write(root / "map_clsloc.txt", "".join(f"{wnid} {number} words\n" for wnid, number in numbers.items()))
+    return root
+
+
+def upload(root: Path, url: str) -> None:
+    """Copy a folder to a URL."""
+    fs, path = fsspec.url_to_fs(url)
+    for name, content in contents(root).items():
+        fs.pipe_file(f"{path}/{name}", content)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[Crew]:
+    """Threads of this process in the place of `executors.processes`, which take a second to start."""
+    with ThreadPoolExecutor(count) as pool:
+        yield Crew(lambda task: pool.submit(pack_shard, task), lambda: count)
+
+
+def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:
+    """Pack by a thread of this process, with the arguments of make_shards.py."""
+    options = parse_arguments([*map(str, arguments), "--workers", "1"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executors, "processes", threads)
+        return pack(options, progress)
+
+
+def packed_files(source: Path | str, output: Path) -> dict[str, bytes]:
+    """Pack pictures at 32 px, seven in a shard; returns all that is written, report.tsv too."""
+    sizes = ("--size", "32", "--shard-samples", "7", "--max-reject-ratio", "0.1")
+    pack_here("--input", source, "--output", output, *sizes)
+    return contents(output)
