@@ -5,8 +5,8 @@ python tools/chaos.py --data shards --kills 200 is the long version.
 
 import fcntl
 import json
-import sys
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -15,40 +15,36 @@ import torch
 from tools import chaos
 from tools.killing import checks, runs
 from tools.killing.checks import DifferenceError
+from tools.killing.lives import MOMENTS, Watch
 from trainer import checkpoint
 from trainer.run import Run
 
 CPU = torch.device("cpu")
-
-
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, data: Path, *arguments: str) -> int | str | None:
-    """The tool in this process; returns its exit code, or the message that it ends with."""
-    command = ["chaos.py", "--data", str(data), "--folder", str(folder), *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    try:
-        chaos.main()
-    except SystemExit as ended:
-        return ended.code
-    return 0
+PRECISION = ("--precision", "fp32")
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_any_moment_come_to_what_the_whole_ones_do(
-    packed, tmp_path, monkeypatch, capsys
+    packed, tmp_path, monkeypatch, call
 ):
+    """With each aim as often as any other. What is hit is up to the machine: a write takes milliseconds."""
+    aims, draw = cycle(runs.AIMS), runs.Chaos.draw
+    monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: draw(self, world)._replace(aim=next(aims)))
     folder = tmp_path / "runs"
-    arguments = ("--kills", "20", "--command-kills", "0", "--epochs", "3")
-    assert run(monkeypatch, folder, packed, *arguments) == 0
-    scenarios = json.loads(capsys.readouterr().out.splitlines()[-1])["scenarios"]
+    arguments = ("--kills", "12", "--command-kills", "0", "--epochs", "3", *PRECISION)
+    done = call(chaos.main, "--data", packed, "--folder", folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    scenarios = json.loads(done.stdout.splitlines()[-1])["scenarios"]
+    assert len(scenarios) == 4
     kills: Counter[str] = sum((Counter(scenario["kills"]) for scenario in scenarios.values()), Counter())
-    assert kills.total() == 20
-    assert {"resume", "checkpoint write"} <= kills.keys()
+    assert kills.total() == 12
+    assert kills.keys() <= set(MOMENTS)
     assert [scenario["loss_difference"] for scenario in scenarios.values()][:2] == [0.0, 0.0]
     assert not folder.exists()
 
 
 @pytest.mark.slow
-def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypatch):
+def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypatch, call):
     """In the midst of the run, by a checkpoint that was altered and has the right sum."""
 
     def altered(run: Run, durable: int) -> int:
@@ -62,8 +58,11 @@ def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypa
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: third_write)
     monkeypatch.setattr(runs, "check_saved", altered)
     folder = tmp_path / "runs"
-    message = run(monkeypatch, folder, packed, "--kills", "1", "--command-kills", "0", "--epochs", "2")
-    assert str(message).startswith("chaos: loss of step ")
+    # Enough epochs that steps follow, even where most writes come and go between two looks.
+    arguments = ("--kills", "1", "--command-kills", "0", "--epochs", "6", *PRECISION)
+    done = call(chaos.main, "--data", packed, "--folder", folder, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("chaos: loss of step ")
     assert (folder / "1-0" / "metrics.csv").exists()  # to look into
 
 
@@ -81,6 +80,33 @@ def killed(tmp_path) -> Run:
             state = {"step": step, "errors": [0.5] * (step == 4)}
             checkpoint.write(run.checkpoints, step, state, keep=2, best=step == 4)
     return run
+
+
+def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
+    """With two steps an epoch. A life begins with no checkpoint, and another with one."""
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+
+    first = Watch(run, batch=4, samples=8)
+    assert first.moment() == "start-up"
+    run.record_environment("CPU")
+    assert first.moment() == "training"
+    run.metrics.append({"step": 1})
+    assert first.moment() == "training"
+    run.metrics.append({"step": 2})
+    assert first.moment() == "evaluation"
+    run.evaluations.append({"step": 2})
+    assert first.moment() == "training"
+    run.checkpoints.mkdir()
+    (run.checkpoints / ".step-000000002.pt.partial").touch()
+    assert first.moment() == "checkpoint write"
+
+    second = Watch(run, batch=4, samples=8)
+    assert second.moment() == "start-up"  # what the life before left behind is no write of this one
+    checkpoint.write(run.checkpoints, 2, {"step": 2}, keep=2)
+    assert second.durable == 0
+    assert (second.moment(), second.durable) == ("start-up", 2)
+    assert Watch(run, batch=4, samples=8).moment() == "resume"
 
 
 def test_what_was_saved_and_is_lost_after_a_kill_is_found(killed):
@@ -151,6 +177,8 @@ def test_states_are_compared_bit_for_bit(tmp_path):
         checks.check_same(state, {**state, "errors": [0.25]}, "it")
 
 
-def test_a_folder_with_something_in_it_is_refused(packed, tmp_path, monkeypatch):
+def test_a_folder_with_something_in_it_is_refused(packed, tmp_path, call):
     (tmp_path / "something").touch()
-    assert "is not empty" in str(run(monkeypatch, tmp_path, packed))
+    done = call(chaos.main, "--data", packed, "--folder", tmp_path)
+    assert done.returncode == 1
+    assert "is not empty" in done.stderr
