@@ -125,6 +125,7 @@ def test_a_mirrored_picture_has_its_descriptors_mirrored():
     assert np.abs(back - turned).max() < 0.02
 
 
+@pytest.mark.slow
 def test_both_tell_drawn_pictures_apart_and_go_on_where_they_were_killed(
     packed, tmp_path, monkeypatch, capsys
 ):
@@ -152,6 +153,7 @@ def test_both_tell_drawn_pictures_apart_and_go_on_where_they_were_killed(
         run(packed, out, "--step", "8")
 
 
+@pytest.mark.slow
 def test_worker_processes_and_another_run_give_the_same_features(packed, tmp_path):
     alone, many = tmp_path / "alone", tmp_path / "many"
     few = ("--limit", "12", "--epochs", "1", "--step", "16")

@@ -7,7 +7,6 @@ import fcntl
 import json
 from collections import Counter
 from itertools import cycle
-from pathlib import Path
 
 import pytest
 import torch

@@ -78,9 +78,10 @@ def write_video(path: Path, pictures: list[Image.Image], rate: int = 10) -> Path
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory) -> Path:
-    """A run with weights, never trained, that are large enough to tell pictures apart."""
+    """A run of a narrow net with weights, never trained, that are large enough to tell pictures apart."""
     run = Run(tmp_path_factory.mktemp("trained") / "run")
-    settings = Settings.model_validate({"data": packed, "out": run.folder, "crop": 64, "preset": "code2012"})
+    given = {"crop": 64, "preset": "code2012", "width": 0.125, "device": "cpu", "precision": "fp32"}
+    settings = Settings.model_validate({"data": packed, "out": run.folder, **given})
     run.begin(settings, read_manifest(packed)).close()
     model = build_model(settings, len(read_manifest(packed).classes), torch.device("cpu"))
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import read_manifest
+from tests.trees import ODD, contents, threads
 from tools import make_shards as module
 from tools.draw_pictures import draw
 from tools.inputs.sources import Sources
@@ -21,8 +21,6 @@ from tools.packing import executors
 from tools.packing.dataset import write_report
 from tools.packing.shard import PackingError
 from tools.storage import UNFINISHED, Folder
-
-ODD = Path(__file__).resolve().parents[2].parent / "shared/data/odd-images"
 
 
 def assert_one_line(run: subprocess.CompletedProcess, *words: str) -> None:
@@ -35,30 +33,14 @@ def assert_one_line(run: subprocess.CompletedProcess, *words: str) -> None:
 
 
 @pytest.fixture
-def message(monkeypatch) -> Callable[..., str | int]:
-    """message(input, output, *arguments): what the command exits with, run in this process."""
+def pack(call, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
+    """pack(input, output, *arguments): the command in this process, which a thread of it packs for."""
 
-    def run(source: Path, output: Path, *arguments: str) -> str | int:
-        command = [
-            "make_shards.py",
-            "--input",
-            str(source),
-            "--output",
-            str(output),
-            "--workers",
-            "1",
-            *arguments,
-        ]
-        monkeypatch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as end:
-            module.main()
-        return end.value.code
+    def run(source: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(executors, "processes", threads)
+        return call(module.main, "--input", source, "--output", output, "--workers", "1", *arguments)
 
     return run
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def files_named(folder: Path) -> set[str]:
@@ -90,33 +72,33 @@ def test_neither_help_nor_packing_imports_torch_dali_or_webdataset(pictures, mak
     assert run.stdout.startswith("80 images (60 train, 20 val) of 10 classes, ")
 
 
-def test_an_existing_dataset_is_kept_unless_overwrite_is_given(pictures, packed, make_shards, tmp_path):
+def test_an_existing_dataset_is_kept_unless_overwrite_is_given(pictures, packed, pack, tmp_path):
     output = tmp_path / "dataset"
     shutil.copytree(packed, output)
-    before = content(output)
-    assert_one_line(make_shards(pictures, output), "already holds a dataset", "--overwrite")
-    assert content(output) == before
+    before = contents(output)
+    assert_one_line(pack(pictures, output), "already holds a dataset", "--overwrite")
+    assert contents(output) == before
 
     (output / "mine.txt").write_text("not the packer's")
-    run = make_shards(pictures, output, "--overwrite", "--size", "32", "--seed", "1")  # fewer shards, too
+    run = pack(pictures, output, "--overwrite", "--size", "32", "--seed", "1")  # fewer shards, too
     assert run.returncode == 0, run.stderr
     assert read_manifest(output).size == 32
     assert {path.name for path in output.iterdir()} == files_named(output) | {"mine.txt"}
 
 
-def test_overwrite_with_an_input_of_no_use_leaves_the_dataset_alone(packed, message, tmp_path):
+def test_overwrite_with_an_input_of_no_use_leaves_the_dataset_alone(packed, pack, tmp_path):
     output = tmp_path / "dataset"
     shutil.copytree(packed, output)
-    before = content(output)
+    before = contents(output)
     (tmp_path / "in/train").mkdir(parents=True)
     (tmp_path / "in/val").mkdir()
-    assert "no class folders" in message(tmp_path / "in", output, "--overwrite")
-    assert content(output) == before
+    assert_one_line(pack(tmp_path / "in", output, "--overwrite"), "no class folders")
+    assert contents(output) == before
 
 
-def test_overwrite_replaces_a_dataset_whose_manifest_is_broken(pictures, make_shards, tmp_path):
+def test_overwrite_replaces_a_dataset_whose_manifest_is_broken(pictures, pack, tmp_path):
     (tmp_path / "dataset.json").write_text("{")
-    assert make_shards(pictures, tmp_path, "--overwrite", "--size", "32").returncode == 0
+    assert pack(pictures, tmp_path, "--overwrite", "--size", "32").returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == files_named(tmp_path)
 
 
@@ -161,27 +143,25 @@ FAILURES = {
 
 @pytest.mark.parametrize(("error", "words"), FAILURES.values(), ids=FAILURES)
 def test_an_error_while_packing_is_one_line_and_leaves_no_manifest(
-    pictures, message, tmp_path, monkeypatch, error, words
+    pictures, pack, tmp_path, monkeypatch, error, words
 ):
     def run_tasks(*_):
         raise error
 
     monkeypatch.setattr(executors, "run_tasks", run_tasks)
-    end = message(pictures, tmp_path)
+    run = pack(pictures, tmp_path)
     if words is None:
-        assert end == 130  # 128 + SIGINT, as shells have it
+        assert (run.returncode, run.stderr) == (130, "")  # 128 + SIGINT, as shells have it
     else:
-        assert re.fullmatch(rf"make_shards: .*{words}.*", end)
+        assert_one_line(run, words)
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
 
 
-def test_a_split_without_a_single_usable_file_is_an_error(message, tmp_path):
+def test_a_split_without_a_single_usable_file_is_an_error(pack, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "in" / split / "a").mkdir(parents=True)
         (tmp_path / "in" / split / "a" / "1.jpg").write_text("no image")
-    end = message(tmp_path / "in", tmp_path / "out")
-    assert "'train'" in end
-    assert str(tmp_path / "out/report.tsv") in end
+    assert_one_line(pack(tmp_path / "in", tmp_path / "out"), "'train'", str(tmp_path / "out/report.tsv"))
     assert "train/a/1.jpg\trejected\tnot an image" in (tmp_path / "out/report.tsv").read_text()
     assert not (tmp_path / "out/dataset.json").exists()
 
@@ -224,7 +204,7 @@ def test_input_and_output_must_be_given(missing, capsys):
 
 
 @pytest.mark.skipif(not ODD.is_dir(), reason=f"no odd images at {ODD}")
-def test_odd_files_among_good_ones_are_all_accounted_for(make_shards, tmp_path):
+def test_odd_files_among_good_ones_are_all_accounted_for(pack, tmp_path):
     rows = [line.split("\t") for line in (ODD / "MANIFEST.tsv").read_text().splitlines()[1:]]
     for split in ("train", "val"):
         (tmp_path / "in" / split / "good").mkdir(parents=True)
@@ -232,7 +212,7 @@ def test_odd_files_among_good_ones_are_all_accounted_for(make_shards, tmp_path):
             image = draw("warm_disc", np.random.default_rng(number))
             image.save(tmp_path / "in" / split / "good" / f"{number}.JPEG")
     (tmp_path / "in/train/odd").symlink_to(ODD / "files")
-    run = make_shards(tmp_path / "in", tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.5")
+    run = pack(tmp_path / "in", tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.5")
     assert run.returncode == 0, run.stderr
     report = [line.split("\t") for line in (tmp_path / "out/report.tsv").read_text().splitlines()[1:]]
     rejected = {Path(path).name for path, outcome, _ in report if outcome == "rejected"}
@@ -247,20 +227,20 @@ def test_odd_files_among_good_ones_are_all_accounted_for(make_shards, tmp_path):
     assert manifest.split("val").samples == 3
 
 
-def test_an_output_that_would_become_a_class_is_refused(pictures, make_shards):
-    run = make_shards(pictures / "train", pictures / "train/shards", "--val-fraction", "0.5")
+def test_an_output_that_would_become_a_class_is_refused(pictures, pack):
+    run = pack(pictures / "train", pictures / "train/shards", "--val-fraction", "0.5")
     assert_one_line(run, "inside --input")
     assert not (pictures / "train/shards").exists()
 
 
 @pytest.mark.parametrize(("limit", "code"), [("0.04", 1), ("0.06", 0)])
 def test_too_many_rejects_are_an_error_at_the_end_that_keeps_the_dataset(
-    pictures, make_shards, tmp_path, limit, code
+    pictures, pack, tmp_path, limit, code
 ):
     source = shutil.copytree(pictures, tmp_path / "in")
     for path in list(source.glob("train/*/*_0.JPEG"))[:4]:  # 4 of 80: .05
         path.write_bytes(b"")
-    run = make_shards(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", limit)
+    run = pack(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", limit)
     assert run.returncode == code, run.stderr
     assert run.stdout.startswith("76 images (56 train, 20 val)")
     assert read_manifest(tmp_path / "out").rejected == {"empty": 4}
@@ -270,9 +250,9 @@ def test_too_many_rejects_are_an_error_at_the_end_that_keeps_the_dataset(
     assert {path.name for path in (tmp_path / "out").iterdir()} == files_named(tmp_path / "out")
 
 
-def test_a_pipe_among_the_images_is_unreadable_and_does_not_stop_the_run(pictures, make_shards, tmp_path):
+def test_a_pipe_among_the_images_is_unreadable_and_does_not_stop_the_run(pictures, pack, tmp_path):
     source = shutil.copytree(pictures, tmp_path / "in")
     os.mkfifo(next(source.glob("train/*")) / "pipe.jpg")
-    run = make_shards(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.02")
+    run = pack(source, tmp_path / "out", "--size", "32", "--max-reject-ratio", "0.02")
     assert run.returncode == 0, run.stderr
     assert "pipe.jpg\trejected\tunreadable" in (tmp_path / "out/report.tsv").read_text()

@@ -9,9 +9,11 @@ from tools.experiments.towers import HALF, ONE, TWO, WEIGHT, comparable, run, sh
 from trainer.settings import Settings, SettingsError, load_settings
 
 
+@pytest.mark.slow
 def test_two_towers_train_like_the_net_on_one_device(packed, tmp_path):
     settings = ["--data", str(packed), "--preset", "code2012", "--recipe", "demo", "--crop", "64"]
-    record = run(Namespace(out=tmp_path, steps=2), [*settings, "--batch", "12", "--warmup-epochs", "0"])
+    settings += ["--batch", "12", "--warmup-epochs", "0", "--width", "0.125", "--device", "cpu"]
+    record = run(Namespace(out=tmp_path, steps=2), settings)
     assert Record.read(record.save(tmp_path)) == record
     assert [path.name for path in tmp_path.iterdir()] == ["towers.json"]
     one, two, half = (record.row(name).measured for name in (ONE, TWO, HALF))
@@ -20,7 +22,8 @@ def test_two_towers_train_like_the_net_on_one_device(packed, tmp_path):
     assert two[WEIGHT][0] < 1000  # of a million
     assert two["loss of step 2"] != pytest.approx(half["loss of step 2"], rel=1e-3)
     # Forward and back: conv3 sees 3×3 maps, fc6 single values and fc7 units. fc7's half goes one way.
-    sent = 4 * (2 * (128 * 9 + 128 + 2048) + 2048)
+    # At an eighth of its width, a tower has 16 maps there and 256 units.
+    sent = 4 * (2 * (16 * 9 + 16 + 256) + 256)
     assert two["sent by each tower for an image (kB)"] == [sent / 1000]
 
 
