@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tools.draw_benchmarks import read_records, spread
+from tests.helpers import REPO
+from tools.draw_benchmarks import main, read_records, spread
 
 
 def write(path: Path, *records: tuple[str, dict]) -> None:
     lines = (json.dumps({"command": command, "images_per_second": found}) for command, found in records)
     path.write_text("\n".join(lines) + "\n")
-
-
-def draw(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.draw_benchmarks", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
@@ -33,7 +29,8 @@ def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
         sweep,
     )
     assert read_records(tmp_path) == ({"read": old, "loader": new}, {"loader by threads": swept})
-    done = draw(tmp_path)
+    command = [sys.executable, "tools/draw_benchmarks.py", tmp_path]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in ("stages.png", "sweeps.png"):
         assert str(tmp_path / name) in done.stdout
@@ -48,10 +45,10 @@ def test_bars_reach_from_the_least_to_the_greatest():
     ("content", "message"),
     [("no JSON", "line 1, is no record"), ('{"a": 1}', "line 1"), (None, "has no records")],
 )
-def test_what_cannot_be_drawn_is_one_line(content, message, tmp_path):
+def test_what_cannot_be_drawn_is_one_line(content, message, tmp_path, call):
     if content is not None:
         (tmp_path / "a.jsonl").write_text(content)
-    done = draw(tmp_path)
+    done = call(main, tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

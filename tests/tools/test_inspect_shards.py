@@ -13,10 +13,10 @@ from PIL import Image
 
 from pipeline.manifest import Class, Manifest, Pixels, Split, write_manifest
 from pipeline.shards import Sample, write_index, write_shard
-from tools.inspect_shards import inspect
+from tests.helpers import REPO
+from tools.inspect_shards import inspect, main
 from tools.shard_figures import TILE, TILES
 
-REPO = Path(__file__).resolve().parents[2]
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 10)]
 
 
@@ -70,7 +70,6 @@ def test_the_report_of_the_drawn_pictures(packed, tmp_path):
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -217,11 +216,10 @@ def test_letters_that_the_font_lacks_are_no_noise(tmp_path, recwarn):
     assert "猫 $x_" in (tmp_path / "report/report.md").read_text(encoding="utf-8")
 
 
-def test_a_damaged_dataset_is_refused_in_one_line(packed, tmp_path):
+def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, call):
     root = dataset(tmp_path / "shards", ["zero"], train=[(0, plain((0, 0, 250)))])
     (root / "train-000000.tar").unlink()
-    command = [sys.executable, "tools/inspect_shards.py", "--data", root, "--output", tmp_path / "report"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, check=False)
+    done = call(main, "--data", root, "--output", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"inspect_shards: the shard {root / 'train-000000.tar'} is missing")
     assert done.stderr.count("\n") == 1

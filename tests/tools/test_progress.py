@@ -1,12 +1,15 @@
 """What a run says of itself while it is at work: to people, and to Prometheus."""
 
 import socket
+import sys
 import urllib.request
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.helpers import free_port
+from tools.make_shards import main
 from tools.packing import metrics, progress
 from tools.packing.executors import Counts
 from tools.packing.progress import Progress
@@ -17,7 +20,7 @@ from tools.packing.shard import PackingError
 def clock(monkeypatch) -> list[float]:
     """The time in seconds, which the test moves."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))  # nobody else's
     return now
 
 
@@ -55,7 +58,7 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(clock, capsys):
 
 
 def test_on_a_terminal_a_bar_shows_it(clock, capsys, monkeypatch):
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress() as shown:
         shown.begin(total=1000, before=0)
         clock[0] += 20
@@ -65,11 +68,6 @@ def test_on_a_terminal_a_bar_shows_it(clock, capsys, monkeypatch):
         assert "100 of 1,000 images" in shown._bar.tasks[0].description
     assert bar is not None
     assert "packing: " not in capsys.readouterr().err
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_metrics_are_the_same_figures(clock):
@@ -98,12 +96,12 @@ def test_metrics_are_the_same_figures(clock):
         pass
 
 
-def test_a_taken_metrics_port_is_one_line(pictures, make_shards, tmp_path):
+def test_a_taken_metrics_port_is_one_line(pictures, call, tmp_path):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        run = make_shards(pictures, tmp_path / "out", "--metrics-port", port)
+        run = call(main, "--input", pictures, "--output", tmp_path / "out", "--metrics-port", port)
     assert run.returncode == 1
     assert run.stderr.startswith("make_shards: ")
     assert run.stderr.count("\n") == 1
     assert port in run.stderr
-    assert not Path(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()

@@ -14,33 +14,29 @@ import pytest
 
 from pipeline.manifest import DatasetError, read_manifest
 from pipeline.shards import write_index
+from tests.helpers import REPO
+from tests.trees import contents
 from tools import verify_shards
 from tools.verify_shards import repair, verify
 
-REPO = Path(__file__).resolve().parents[2]
 TAR = "train-000001.tar"  # samples 20 to 39 of train
-
-
-def run(data: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "tools/verify_shards.py", "--data", data, "--workers", "1", *arguments],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch):
-    """The checks in this process; those that run the command have real workers."""
+    """The checks in this process; the command, where a test starts it, has real workers."""
 
     @contextmanager
     def here(*_):
         yield SimpleNamespace(map=map)
 
     monkeypatch.setattr(verify_shards, "ProcessPoolExecutor", here)
+
+
+@pytest.fixture
+def run(call) -> Callable[..., subprocess.CompletedProcess]:
+    """run(data, *arguments): the command in this process."""
+    return lambda data, *arguments: call(verify_shards.main, "--data", data, *arguments)
 
 
 @pytest.fixture
@@ -55,13 +51,12 @@ def found_in(root: Path, decode: str = "sampled") -> list[str]:
     return [str(damage) for damage in verdict.damages]
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
-
-
 def test_a_sound_dataset_is_sound(packed):
     before = contents(packed)
-    done = run(packed, "--decode", "all")
+    command = [sys.executable, "tools/verify_shards.py", "--data", packed, "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--decode", "all"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stderr) == (0, "")
     header, train, val, last = done.stdout.splitlines()
     assert header.split() == ["split", "shards", "damaged", "samples", "decoded", "bytes"]
@@ -161,7 +156,7 @@ def test_one_shard_under_two_names_is_found(dataset):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe garbage", b"[" * 10**5, b"{}", b"[]", b'{"format": 2}'])
-def test_garbage_for_dataset_json_is_one_line(dataset, content):
+def test_garbage_for_dataset_json_is_one_line(dataset, content, run):
     (dataset / "dataset.json").write_bytes(content)
     done = run(dataset)
     assert (done.returncode, done.stdout) == (1, "")
@@ -169,7 +164,7 @@ def test_garbage_for_dataset_json_is_one_line(dataset, content):
     assert done.stderr.count("\n") == 1
 
 
-def test_no_dataset_is_one_line(tmp_path):
+def test_no_dataset_is_one_line(tmp_path, run):
     done = run(tmp_path / "none")
     assert done.returncode == 1
     assert done.stderr == f"verify_shards: {error_of(tmp_path / 'none')}\n"
@@ -181,7 +176,7 @@ def error_of(root: Path) -> str:
     return str(error.value)
 
 
-def test_damages_are_printed_up_to_a_number_and_counted(dataset):
+def test_damages_are_printed_up_to_a_number_and_counted(dataset, run):
     def change(rows: np.ndarray) -> None:
         rows["width"] -= 1
         rows["height"] -= 1
@@ -259,7 +254,7 @@ def test_repair_brings_dataset_json_to_an_index_that_was_packed_wrongly(dataset)
     assert contents(dataset) == before
 
 
-def test_repair_refuses_where_a_tar_is_not_sound(dataset):
+def test_repair_refuses_where_a_tar_is_not_sound(dataset, run):
     (dataset / "train.index.npy").unlink()
     (dataset / "val-000000.idx").unlink()
     tar = bytearray((dataset / TAR).read_bytes())
@@ -273,7 +268,7 @@ def test_repair_refuses_where_a_tar_is_not_sound(dataset):
     assert contents(dataset) == before
 
 
-def test_the_command_says_that_indices_can_be_repaired(dataset):
+def test_the_command_says_that_indices_can_be_repaired(dataset, run):
     (dataset / "train-000000.idx").unlink()
     (dataset / "train.index.npy").unlink()
     done = run(dataset)
