@@ -14,7 +14,7 @@ def test_a_file_takes_its_name_once_it_is_on_the_disk_and_then_the_name_is_put_t
     fsync, replace = os.fsync, Path.replace
 
     def synced(descriptor: int) -> None:
-        what = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        what = Path(f"/proc/self/fd/{descriptor}").readlink()
         whole = what.is_dir() or what.read_bytes() == content
         calls.append(("sync", what.name, whole, path.read_bytes()))
         fsync(descriptor)
