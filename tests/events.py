@@ -19,7 +19,7 @@ HOLD = "hold()"  # it goes no further, and has to be killed
 KINDS = ("open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir")
 
 _HOOK = """
-import fcntl, os, signal, sys, threading, time
+import fcntl, os, re, signal, sys, threading, time
 
 log, lock = os.open({log!r}, os.O_RDWR | os.O_APPEND | os.O_CREAT), threading.Lock()
 
@@ -39,14 +39,15 @@ def hold(until=None):
 
 def hook(kind, arguments):
     paths = [str(path) for path in arguments[:2]] if kind in {kinds!r} else []
-    if not any(path.startswith({roots!r}) for path in paths):
+    line = " ".join([kind, *paths])
+    if not any(path.startswith({roots!r}) for path in paths) or not re.match({only!r}, line):
         return
     with lock:
         fcntl.flock(log, fcntl.LOCK_EX)
-        os.write(log, f"{{kind}} {{' '.join(paths)}}\\n".encode())
+        os.write(log, f"{{line}}\\n".encode())
         number = os.pread(log, os.fstat(log).st_size, 0).count(b"\\n")
         fcntl.flock(log, fcntl.LOCK_UN)
-    if number == {number}:
+    if number in {numbers}:
         {statement}
 
 
@@ -55,21 +56,23 @@ sys.addaudithook(hook)
 
 
 def at_event(
-    number: int, statement: str, folder: Path, *roots: Path, kinds: tuple[str, ...] = KINDS
+    number: int | tuple[int, ...], statement: str, folder: Path, *roots: Path, only: str = ""
 ) -> dict[str, str]:
-    """The environment with which a command executes a statement at its event of that number.
+    """The environment with which a command executes a statement at its event of that number, or of those.
 
-    folder: a new one, for the hook and its log. roots: the folders in which events are counted, and kinds:
-    which ones. At event 0, which never comes, events are only logged.
+    folder: a new one, for the hook and its log. roots: the folders or files of which events are counted, and
+    only: how these begin, as a regular expression for lines of `events`. At event 0, which never comes,
+    events are only logged. The statement may use `number`.
     """
     folder.mkdir()
     text = _HOOK.format(
+        kinds=KINDS,
         log=str(folder / "events"),
         group=os.getpgrp(),
         deadline=DEADLINE_SECONDS,
-        kinds=kinds,
         roots=tuple(map(str, roots)),
-        number=number,
+        only=only,
+        numbers=number if isinstance(number, tuple) else (number,),
         statement=statement,
     )
     (folder / "sitecustomize.py").write_text(text)
@@ -84,4 +87,4 @@ def events(folder: Path) -> list[str]:
 
 def at_picture(number: int, statement: str, folder: Path, pictures: Path) -> dict[str, str]:
     """The same with the pictures that are opened, of a folder of splits with folders of classes."""
-    return at_event(number, statement, folder, *pictures.glob("*/*"), kinds=("open",))
+    return at_event(number, statement, folder, *pictures.glob("*/*"), only="open ")

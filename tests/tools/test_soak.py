@@ -1,6 +1,8 @@
 """The soak: what it samples, when it says that something grew, and a short one of the real trainer."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.events import at_event
+from tests.helpers import free_port
 from tools import soak
 
 FLAT = {
@@ -85,11 +89,14 @@ def test_too_few_samples_are_no_verdict():
 
 
 def test_a_sample_is_of_a_process_and_what_it_has_started():
-    with subprocess.Popen([sys.executable, "-c", STARTS, HOLDS], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"ready\n"
-        numbers = list(soak.processes(process.pid))
-        figures = soak.sample(process.pid)
-        subprocess.run(["kill", "-9", *map(str, numbers)], check=True)
+    command = [sys.executable, "-c", STARTS, HOLDS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            numbers = list(soak.processes(process.pid))
+            figures = soak.sample(process.pid)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert len(numbers) == 2
     assert figures["threads"] == 1 + 4
     assert 20 < figures["open_files"] < 40
@@ -101,19 +108,48 @@ def test_a_sample_is_of_a_process_and_what_it_has_started():
 def test_a_trainer_that_fails_is_said_with_its_last_line(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('the disk is full')"]
     with pytest.raises(soak.SoakError, match=r"ended with 1, see .*trainer\.log: the disk is full"):
-        soak.watch(command, soak.free_port(), 100, 0.05, tmp_path / "trainer.log")
+        soak.watch(command, free_port(), 100, 0.05, tmp_path / "trainer.log")
 
 
+@pytest.fixture
+def _sampled_steps(monkeypatch, tmp_path) -> None:
+    """The trainer waits at steps 30 and 100 until a sample of them is taken, however busy the machine is.
+
+    That is in both of the tenths whose medians are compared, when the 4th and the 13th row of metrics are to
+    be written: a row is due each ten steps, and each fifteen, when an epoch ends.
+    """
+    hold = f"hold({str(tmp_path / 'step-')!r} + {{4: '30', 13: '100'}}[number])"
+    rows = tmp_path / "run/metrics.csv"
+    environment = at_event((4, 13), hold, tmp_path / "events", rows, only="open .* a$")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    step_of, sample, steps = soak.step_of, soak.sample, []
+
+    def seen(port: int) -> float | None:
+        steps.append(step_of(port))
+        return steps[-1]
+
+    def sampled(pid: int) -> dict[str, float]:
+        figures = sample(pid)
+        (tmp_path / f"step-{steps[-1]:.0f}").touch()
+        return figures
+
+    monkeypatch.setattr(soak, "step_of", seen)
+    monkeypatch.setattr(soak, "sample", sampled)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_sampled_steps")
 def test_a_short_soak_leaves_a_record_and_a_plot(packed, monkeypatch, tmp_path):
     monkeypatch.setattr(soak, "LEAST", 1)  # sample, for it is over in seconds
     arguments = ("--out", tmp_path, "--data", packed, "--batch", 4, "--steps", 100, "--seconds", 0.02)
-    arguments += ("--limit", 1000)
+    arguments += ("--limit", 1000, "--device", "cpu", "--precision", "fp32")
     assert main(monkeypatch, *arguments) == 0
     record = json.loads((tmp_path / "soak.json").read_text())
     assert (record["steps"], record["batch"], record["evaluations"]) == (105, 4, 7)
     assert "torch" in record["environment"]
     taken = record["samples"]
     assert taken["step"] == sorted(taken["step"])
+    assert {30, 100} <= set(taken["step"])
     assert 0 < taken["step"][0] < taken["step"][-1] < 105
     for name in soak.SERIES:
         assert len(taken[name]) == len(taken["step"])
