@@ -1,20 +1,21 @@
 """Others' input pipelines: the protocol of turns, what they deliver, and what is said when they cannot."""
 
 import itertools
+import os
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers import REPO, wait_until
 from tools.benchmarks.loader_peers import Contestant, PeerError, rate
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 
-REPO = Path(__file__).resolve().parents[2]
 PEERS_PYTHON = REPO / ".loader-peers/bin/python"
 
 
@@ -30,9 +31,16 @@ def python_of(peer: str) -> Path:
     return Path(sys.executable) if peer == "dali" else PEERS_PYTHON
 
 
-def refusal(*arguments: str) -> str:
+def refusal(*arguments: str, **environment: str) -> str:
     command = [sys.executable, "-m", "tools.benchmarks.loader_peers", *arguments]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert done.stdout == ""
     return done.stderr
@@ -93,8 +101,12 @@ def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
 
 def states(group: int) -> set[str]:
     """Of the processes in a process group: R for running, T for stopped, …"""
-    stats = (path.read_text().rpartition(") ")[2].split() for path in Path("/proc").glob("[0-9]*/stat"))
-    return {state for state, _, of, *_ in stats if int(of) == group}
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, of, *_ = path.read_text().rpartition(") ")[2].split()
+            found |= {state} if int(of) == group else set()
+    return found
 
 
 @pytest.mark.slow
@@ -106,18 +118,16 @@ def test_a_contestant_is_started_once_measured_by_turns_and_stopped_in_between(p
         assert contestant.measure() > 0
         assert contestant.measure() > 0
         # The signal stops a process that has no core just then only once it has one.
-        end = time.monotonic() + 60
-        while not states(contestant.process.pid) <= {"T", "Z"}:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: states(contestant.process.pid) <= {"T", "Z"}, contestant.process)
     finally:
         contestant.close()
     assert contestant.process.returncode == 0
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
-def test_a_package_that_is_missing_is_one_line(packed):
-    line = refusal("pytorch", "--data", str(packed), "--crop", "67")
+def test_a_package_that_is_missing_is_one_line(packed, tmp_path):
+    missing = "raise ModuleNotFoundError(\"No module named 'torchvision'\")\n"
+    (tmp_path / "torchvision.py").write_text(missing)  # found before one that is installed
+    line = refusal("pytorch", "--data", str(packed), "--crop", "67", PYTHONPATH=str(tmp_path))
     assert line.startswith("loader_peers: pytorch is not in ")
     assert "torchvision" in line
     assert line.count("\n") == 1
@@ -128,9 +138,10 @@ def test_a_folder_without_a_dataset_is_one_line(tmp_path):
     assert line == f"loader_peers: {tmp_path} holds no packed dataset: see make-shards\n"
 
 
-def test_a_crop_larger_than_the_packed_images_is_one_line(packed):
-    line = refusal("dali", "--data", str(packed), "--crop", "90")
-    assert line == "loader_peers: a crop of 90 px does not fit in images of 80 px\n"
+def test_a_crop_larger_than_the_packed_images_is_refused(packed):
+    """By the error that a folder without a dataset is refused with, which the command makes a line of."""
+    with pytest.raises(ValueError, match="^a crop of 90 px does not fit in images of 80 px$"):
+        Job(packed, batch=2, crop=90, threads=1).check()
 
 
 def test_who_asks_for_a_contestant_that_cannot_run_gets_its_reason(tmp_path):
