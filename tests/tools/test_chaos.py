@@ -158,7 +158,7 @@ def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
     }
     assert begun == 4
     assert checks.begun_steps(records, "0001-2") == (1, 3)
-    checks.check_images(images, images)
+    checks.check_images(images, images)  # finds no difference, or raises
     other = {**images, 2: {**images[2], 3: "x"}}
     with pytest.raises(DifferenceError, match="image 3 of step 2 is l, without kills x"):
         checks.check_images(images, other)
@@ -169,7 +169,7 @@ def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
 
 def test_states_are_compared_bit_for_bit(tmp_path):
     state = {"model": {"weight": torch.zeros(2)}, "errors": [0.5], "time": 1.0}
-    checks.check_same(state, state | {"time": 2.0}, "it")
+    checks.check_same(state, state | {"time": 2.0}, "it")  # finds no difference, or raises
     with pytest.raises(DifferenceError, match="it, model, weight differs"):
         checks.check_same(state, {**state, "model": {"weight": torch.tensor([0.0, 1e-30])}}, "it")
     with pytest.raises(DifferenceError, match="it, errors"):

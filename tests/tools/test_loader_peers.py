@@ -140,7 +140,7 @@ def test_a_folder_without_a_dataset_is_one_line(tmp_path):
 
 def test_a_crop_larger_than_the_packed_images_is_refused(packed):
     """By the error that a folder without a dataset is refused with, which the command makes a line of."""
-    with pytest.raises(ValueError, match="^a crop of 90 px does not fit in images of 80 px$"):
+    with pytest.raises(ValueError, match=r"^a crop of 90 px does not fit in images of 80 px$"):
         Job(packed, batch=2, crop=90, threads=1).check()
 
 

@@ -34,7 +34,7 @@ def covariance_and_mean(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndar
     return np.cov(pixels.T, bias=True), pixels.mean(0)
 
 
-def check_against_integers(picture: np.ndarray) -> None:
+def assert_sums_are_exact(picture: np.ndarray) -> None:
     pixels = picture.reshape(-1, 3).astype(np.int64)
     sums = summed([picture])
     assert sums.count == len(pixels)
@@ -61,13 +61,13 @@ SIZES = [
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("darkest", [0, 254, 255])  # all white: the largest sums that there are
 def test_sums_are_those_of_integers_whatever_the_size(size, darkest):
-    check_against_integers(np.random.default_rng(0).integers(darkest, 256, (*size, 3), np.uint8))
+    assert_sums_are_exact(np.random.default_rng(0).integers(darkest, 256, (*size, 3), np.uint8))
 
 
 @settings(max_examples=50, deadline=None)
 @given(height=st.integers(1, 40), width=st.integers(1, 600), seed=st.integers(0, 2**32 - 1))
 def test_sums_of_any_picture_are_those_of_integers(height, width, seed):
-    check_against_integers(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    assert_sums_are_exact(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 @pytest.mark.parametrize("seed", range(10))
