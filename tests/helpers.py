@@ -43,7 +43,7 @@ def wait_until(
 def missing(what: str, command: str) -> NoReturn:
     """Skip the test for want of something that the command installs; in CI, which has it, fail instead."""
     give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-    give_up(f"{what} is missing, which is installed by: {command}")
+    give_up(f"{what} is missing: install it by `{command}`")
 
 
 def free_port() -> int:

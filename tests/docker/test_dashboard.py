@@ -108,7 +108,7 @@ def test_the_dashboard_has_no_field_that_grafana_does_not_know():
 def node_modules(tmp_path) -> Path:
     """A folder in which TypeScript finds Grafana's types."""
     if not (MODULES / ".bin/tsc").exists():
-        missing("TypeScript with Grafana's types", "make .npm/.ready, which needs npm")
+        missing("TypeScript with Grafana's types, which npm fetches,", "make .npm/.ready")
     (tmp_path / "node_modules").symlink_to(MODULES)
     return tmp_path
 
