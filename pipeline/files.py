@@ -1,10 +1,37 @@
 """Files that are whole or not there."""
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+# What storage answers that does not know fsync, or not of a folder or of a file opened for reading: SMB,
+# DrvFs, vboxsf, some FUSE. Errors in writing (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are none of these.
+_NO_SYNC = {
+    errno.EINVAL,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.EROFS,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+}
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Give each OSError in the block the file's name if it has none, as those of read and write have not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -16,21 +43,40 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb", buffering=1 << 20) as file:
+        with naming(path), open(partial, "wb", buffering=1 << 20) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno(), path)
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell of
+            partial.unlink()
         raise
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a crash."""
-    opened = os.open(folder, os.O_RDONLY)
+def sync(file: int, path: str | Path) -> None:
+    """Make what was written to a file or folder last through a crash, where its storage can.
+
+    file: an open descriptor. Raises OSError, which names the path, where the storage failed to.
+    """
     try:
-        os.fsync(opened)
+        with naming(path):
+            os.fsync(file)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a crash, where its storage can. Raises OSError."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return
+    try:
+        sync(opened, folder)
     finally:
         os.close(opened)

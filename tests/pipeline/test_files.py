@@ -1,9 +1,103 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, on storage that answers otherwise than a local disk."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
-from pipeline.files import whole_file
+import pytest
+
+from pipeline.files import naming, sync, sync_folder, whole_file
+
+NICETIES = [
+    "EINVAL",
+    "EBADF",
+    "EACCES",
+    "EPERM",
+    "EISDIR",
+    "EROFS",
+    "ENOSYS",
+    "ENOTTY",
+    "ENOTSUP",
+    "EOPNOTSUPP",
+]
+FAILURES = ["EIO", "ENOSPC", "EDQUOT", "ESTALE", "ENOTCONN", "ETIMEDOUT"]
+
+
+def failing(monkeypatch, function: str, name: str, folders: bool) -> None:
+    """Have a function of os fail for folders, or for files."""
+    real = getattr(os, function)
+
+    def fail(what, *arguments):
+        if stat.S_ISDIR(os.stat(what).st_mode) == folders:  # noqa: PTH116 – or a descriptor
+            raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+        return real(what, *arguments)
+
+    monkeypatch.setattr(os, function, fail)
+
+
+def write(path: Path, content: bytes) -> None:
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("name", NICETIES)
+@pytest.mark.parametrize("function", ["fsync", "open"])
+def test_a_folder_that_cannot_be_synced_has_its_files(tmp_path, monkeypatch, function, name):
+    failing(monkeypatch, function, name, folders=True)
+    write(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", NICETIES)
+def test_storage_without_fsync_of_files_has_them_too(tmp_path, monkeypatch, name):
+    failing(monkeypatch, "fsync", name, folders=False)
+    write(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_folder_that_fails_to_be_synced_is_named(tmp_path, monkeypatch, name):
+    failing(monkeypatch, "fsync", name, folders=True)
+    with pytest.raises(OSError, match=str(tmp_path)) as error:
+        sync_folder(tmp_path)
+    assert error.value.errno == getattr(errno, name)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failed_write_is_named_and_leaves_what_was_there(tmp_path, monkeypatch, name):
+    write(tmp_path / "a", b"before")
+    failing(monkeypatch, "fsync", name, folders=False)
+    with pytest.raises(OSError, match=str(tmp_path / "a")) as error:
+        write(tmp_path / "a", b"after")
+    assert error.value.errno == getattr(errno, name)
+    assert (tmp_path / "a").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_first_error_is_told_when_the_rest_cannot_be_removed_either(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ESTALE, "stale")
+
+    failing(monkeypatch, "fsync", "ENOSPC", folders=False)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        write(tmp_path / "a", b"")
+
+
+def test_a_file_opened_for_reading_need_not_be_synced(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"1")
+    failing(monkeypatch, "fsync", "EBADF", folders=False)
+    with open(tmp_path / "a", "rb") as file:
+        sync(file.fileno(), tmp_path / "a")
+
+
+def test_a_name_is_given_only_to_what_has_none(tmp_path):
+    with pytest.raises(OSError, match="other"), naming(tmp_path / "a"):
+        raise OSError(errno.EIO, "bad", "other")
+    with pytest.raises(OSError, match=r"^in words$"), naming(tmp_path / "a"):
+        raise OSError("in words")
 
 
 def test_a_file_takes_its_name_once_it_is_on_the_disk_and_then_the_name_is_put_there(tmp_path, monkeypatch):
