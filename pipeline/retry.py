@@ -5,6 +5,7 @@ after another. Were that taken for many bad files, good ones would be left out f
 """
 
 import errno
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -61,6 +62,10 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
                 say(f"{what}: trying again for {sum(pauses):.1f} seconds")
             time.sleep(pauses[attempt])
             attempt += 1
+
+
+def say_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _pauses(error: OSError) -> tuple[float, ...]:

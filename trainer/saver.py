@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from pipeline.files import naming
+from pipeline.retry import patiently
 from trainer import checkpoint
 from trainer.metrics import Metrics
 from trainer.run import Run, RunError
@@ -57,11 +59,19 @@ class Copier:
         return memory.copy_(value, non_blocking=True)
 
 
+class _Unsaved(NamedTuple):
+    """A state that is to be written, in memory of its own."""
+
+    state: dict[str, Any]
+    best: bool
+
+
 class Saver:
     """Saves the states of a run, one at a time.
 
-    One that cannot be saved is said with `warn`, counted, and tried again after RETRY_SECONDS.
-    Leaving the context waits for what is under way, but not after Ctrl-C.
+    One that cannot be saved is said with `warn`, counted, and tried again after RETRY_SECONDS. The best one's
+    state is kept until then, and none is written before it: a run that went on from a later one would count
+    on the best to be there. Leaving the context waits for what is under way, but not after Ctrl-C.
     """
 
     def __init__(self, run: Run, settings: Settings, metrics: Metrics, warn: Callable[[str], None]):
@@ -70,9 +80,12 @@ class Saver:
         self._seconds = settings.checkpoint_seconds or math.inf
         self._due = time.monotonic() + self._seconds
         self._copier = Copier()
+        self._unsaved: list[_Unsaved] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._said = False  # that it failed
+        self._left: list[str] = []  # lines about old files that could not be deleted
+        self._said_left: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -93,14 +106,20 @@ class Saver:
         begun = time.monotonic()
         self._wait()
         self._report()
-        self._failure = None
+        self._unsaved = [unsaved for unsaved in self._unsaved if unsaved.best and not best]
+        if self._unsaved:
+            self._copier = Copier()  # the memory of the one before holds it
         started = time.monotonic()
         copied, copying = self._copier.copy(state)
+        self._unsaved.append(_Unsaved(copied, best))
         self._due = started + self._seconds
         held = time.monotonic() - begun
-        self._thread = threading.Thread(
-            target=self._write, args=(copied, best, copying, started, held), name="saver", daemon=True
-        )
+
+        def write() -> None:
+            self.metrics.checkpoint_stall_seconds.observe(held + copying())
+            self._write_unsaved(started)
+
+        self._thread = threading.Thread(target=self._attempt, args=(write,), name="saver", daemon=True)
         self._thread.start()
 
     def is_due(self) -> bool:
@@ -109,13 +128,21 @@ class Saver:
         return time.monotonic() >= self._due
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, that under way included."""
+        """The newest checkpoint, that under way included; their folder while it cannot be listed."""
         self._wait()
-        return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
+        try:
+            return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
+        except OSError:
+            return self.run.checkpoints
 
     def drain(self) -> None:
-        """Wait until nothing is under way. Raises RunError, once, if the last save failed."""
+        """Wait until nothing is under way. A save that failed is tried again, for some seconds where that may
+        help. Raises RunError, once, if it fails still."""
         self._wait()
+        if isinstance(self._failure, RunError):
+            started = time.monotonic()
+            self._attempt(lambda: patiently(lambda: self._write_unsaved(started), self.warn))
+        self._say_left()
         failure, self._failure = self._failure, None
         if isinstance(failure, RunError):
             raise RunError(
@@ -132,6 +159,7 @@ class Saver:
 
     def _report(self) -> None:
         """Warn of a save that failed, if it has not been said. Raises what is not the disk's fault."""
+        self._say_left()
         if isinstance(self._failure, RunError):
             if not self._said:
                 again = f"training goes on, and it is tried again within {RETRY_SECONDS / 60:.0f} minutes"
@@ -140,24 +168,42 @@ class Saver:
         elif self._failure is not None:
             raise self._failure
 
-    def _write(
-        self, state: dict[str, Any], best: bool, copying: Callable[[], float], started: float, held: float
-    ) -> None:
-        """In the thread."""
-        folder, step = self.run.checkpoints, state["step"]
+    def _say_left(self) -> None:
+        """Warn, once, of each old file that could not be deleted."""
+        while self._left:
+            line = self._left.pop(0)
+            if line not in self._said_left:
+                self.warn(line)
+                self._said_left.add(line)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write, in the thread or at the end, and keep the error for the training thread."""
         try:
-            self.metrics.checkpoint_stall_seconds.observe(held + copying())
-            self.run.sync()
-            size = checkpoint.write(folder, step, state, self.keep, best)
+            write()
         except OSError as error:
-            path, reason = checkpoint.path_of(folder, step), error.strerror or error
+            path = checkpoint.path_of(self.run.checkpoints, self._unsaved[0].state["step"])
+            reason = error.strerror or str(error)
+            if error.filename and Path(error.filename).parent != path.parent:
+                reason = f"{reason}: {error.filename}"
             self.metrics.checkpoint_failures.inc()
             self._due = min(self._due, time.monotonic() + RETRY_SECONDS)
             self._said = False
             self._failure = RunError(f"the checkpoint {path} cannot be written: {reason}")
-        except Exception as error:  # for the training thread
+        except Exception as error:
             self._failure = error
         else:
+            self._failure = None
+
+    def _write_unsaved(self, started: float) -> None:
+        """Raises OSError; what was not written by then stays unsaved."""
+        self.run.sync()
+        while self._unsaved:
+            state, best = self._unsaved[0]
+            folder, step = self.run.checkpoints, state["step"]
+            with naming(checkpoint.path_of(folder, step)):
+                size, left = checkpoint.write(folder, step, state, self.keep, best)
+            self._left += left
+            del self._unsaved[0]
             self.metrics.checkpoint_bytes.set(size)
-            self.metrics.checkpoint_seconds.observe(time.monotonic() - started)
             self.metrics.checkpoint_timestamp.set(state["time"])
+        self.metrics.checkpoint_seconds.observe(time.monotonic() - started)

@@ -14,3 +14,10 @@ def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         assert main(patch, command(packed, out, "--checkpoint-steps", "2")) == 0
     return out
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is tried again at once."""
+    monkeypatch.setattr("pipeline.retry.PAUSES", (0.0,) * 4)
+    monkeypatch.setattr("pipeline.retry._EIO_PAUSES", (0.0,) * 2)
