@@ -5,17 +5,24 @@ import resource
 import tarfile
 import weakref
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.files import naming
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
+from pipeline.retry import is_outage, patiently, say_on_stderr
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+
+
+class OutageError(DatasetError):
+    """Storage that cannot be read at present, though nothing may be wrong with the samples."""
 
 
 class Files(NamedTuple):
@@ -40,6 +47,8 @@ class ShardReader:
 
     The files stay open: one that is deleted, or gets another in its place, is read on as it was. They are
     read and never mapped: a read of a file cut short returns, where a map would kill the process.
+
+    What fails is tried again for some seconds: a network that stumbles must not change what is trained on.
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str):
@@ -53,10 +62,12 @@ class ShardReader:
                     f"{side} is 1 to {most}: pack the dataset again"
                 )
         _allow_open_files(len(self.split.shards))
+        self._given_up: set[int] = set()  # shards with a sample that stayed unreadable
         self._files: list[int] = []
         weakref.finalize(self, _close, self._files)
         for shard in self.split.shards:
-            self._files.append(_open_shard(root / shard.file, shard))
+            open_shard = partial(_open_shard, root / shard.file, shard)
+            self._files.append(patiently(open_shard, say_on_stderr))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,6 +76,7 @@ class ShardReader:
         """The file bytes of samples, in four microseconds each from the page cache.
 
         A thread would read them no sooner: each read gives Python's lock away and has to get it back.
+        Raises OutageError while the storage cannot be read.
         """
         rows = self.rows[numbers]
         ends = np.cumsum(rows["size"], dtype=np.int64)
@@ -74,13 +86,54 @@ class ShardReader:
         for place, (shard, offset, end) in enumerate(places):
             jpeg = room[start:end]
             try:
-                if os.preadv(self._files[shard], (jpeg,), offset) != end - start:
-                    _read_all(self._files[shard], jpeg, offset)
-            except (OSError, EOFError) as error:
-                failures[place] = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+                whole = os.preadv(self._files[shard], (jpeg,), offset) == end - start
+            except OSError:
+                whole = False
+            if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
+                failures[place] = failure
             jpegs.append(jpeg)
             start = end
         return Files(buffer, ends - rows["size"], jpegs, failures)
+
+    def _read_patiently(self, shard: int, room: memoryview, offset: int) -> str | None:
+        """Fill `room` where one read has not. Returns what is wrong if these bytes are lost, as the end of a
+        sentence, or None. Raises OutageError."""
+        path = self.root / self.split.shards[shard].file
+
+        def read() -> None:
+            try:
+                with naming(path):
+                    _read_all(self._files[shard], room, offset)
+            except OSError as error:
+                if is_outage(error):
+                    self._reopen(shard)
+                raise
+
+        try:
+            try:
+                read()
+            except OSError as error:
+                if shard in self._given_up and not is_outage(error):
+                    raise  # or a lost shard would hold up each step
+                patiently(read, say_on_stderr)
+        except EOFError as error:
+            return f"cannot be read: {error}"
+        except OSError as error:
+            if is_outage(error):
+                raise OutageError(
+                    f"{path} cannot be read: {error.strerror}. Give the same command again when it can"
+                ) from error
+            self._given_up.add(shard)
+            return f"cannot be read: {error.strerror}"
+        return None
+
+    def _reopen(self, shard: int) -> None:
+        """Get another handle of a file, if it is there: one that went stale with its mount stays so."""
+        with suppress(OSError, DatasetError):
+            record = self.split.shards[shard]
+            file = _open_shard(self.root / record.file, record)
+            os.dup2(file, self._files[shard])
+            os.close(file)
 
     def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
         """The same without the rest. Raises DatasetError that names the first that cannot be read."""
@@ -110,10 +163,12 @@ class ShardReader:
     def key(self, number: int) -> str:
         """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
         shard, offset, *_ = self.rows[number].tolist()
+        block = bytearray(_BLOCK)
+        if failure := self._read_patiently(shard, memoryview(block), offset - _BLOCK):
+            raise DatasetError(f"the tar header before {self.name(number)} {failure}: copy the shard again")
         try:
-            block = os.pread(self._files[shard], _BLOCK, offset - _BLOCK)
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (OSError, tarfile.HeaderError):
+        except tarfile.HeaderError:
             raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
         folder, slash, name = header.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
@@ -135,12 +190,16 @@ def _open_shard(path: Path, shard: Shard) -> int:
             # Before the first read: else the kernel reads on behind it, and FUSE drops most of what
             # `will_need` asks for.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        actual = os.fstat(file).st_size
-        if actual != shard.bytes:
-            raise DatasetError(
-                f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
-            )
-        if sha256(os.pread(file, HEAD_BYTES, 0)).hexdigest() != shard.head_sha256:
+        head = bytearray(min(HEAD_BYTES, shard.bytes))
+        with naming(path):
+            actual = os.fstat(file).st_size
+            if actual != shard.bytes:
+                raise DatasetError(
+                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+                )
+            with suppress(EOFError):  # what is there is not what was packed
+                _read_all(file, memoryview(head), 0)
+        if sha256(head).hexdigest() != shard.head_sha256:
             raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
     except BaseException:
         os.close(file)

@@ -1,0 +1,49 @@
+"""The storage of the dataset goes away while a run trains or evaluates, and comes back."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.reader import ShardReader
+from tests.helpers import command, exact, main, rows
+
+
+@pytest.fixture
+def whole(packed, tmp_path, monkeypatch) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path / "whole"
+    assert main(monkeypatch, command(packed, out)) == 0
+    return out
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_run_saves_and_ends_and_the_same_command_continues_it(
+    packed, whole, tmp_path, monkeypatch, capsys, split
+):
+    out, preadv = tmp_path / "run", os.preadv
+    read, calls = ShardReader.read, {"train": 0, "val": 0}
+
+    def goes_away(reader: ShardReader, numbers):
+        calls[reader.split.index.partition(".")[0]] += 1
+        if calls[split] == {"train": 8, "val": 2}[split]:
+            monkeypatch.setattr(os, "preadv", stale)
+        return read(reader, numbers)
+
+    def stale(*_: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(ShardReader, "read", goes_away)
+    assert main(monkeypatch, command(packed, out, "--evaluation-batch", "12")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "trying again" not in line]
+    assert f"{packed}/{split}-00000" in line
+    assert "cannot be read: Stale file handle. Give the same command again" in line
+    assert rows(out / "metrics.csv")
+    assert [path.name[:4] for path in (out / "checkpoints").iterdir()]
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(ShardReader, "read", read)
+    assert main(monkeypatch, command(packed, out, "--evaluation-batch", "12")) == 0
+    assert "continuing" in capsys.readouterr().out
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
