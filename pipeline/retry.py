@@ -8,7 +8,10 @@ import errno
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from pipeline.files import naming
 
 T = TypeVar("T")
 
@@ -62,6 +65,16 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
                 say(f"{what}: trying again for {sum(pauses):.1f} seconds")
             time.sleep(pauses[attempt])
             attempt += 1
+
+
+def read_patiently(path: Path) -> bytes:
+    """The content of a file, which is small. Raises OSError, which names it."""
+
+    def read() -> bytes:
+        with naming(path):
+            return path.read_bytes()
+
+    return patiently(read, say_on_stderr)
 
 
 def say_on_stderr(text: str) -> None:

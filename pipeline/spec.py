@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import whole_file
 from pipeline.manifest import Class, Geometry, Manifest, Row, Side
+from pipeline.retry import read_patiently
 
 NAME = "net.json"
 
@@ -59,8 +60,8 @@ class NetSpec(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":
-        """Raises SpecError, or FileNotFoundError where there is none."""
-        return cls.parse((folder / NAME).read_bytes(), folder)
+        """Raises SpecError, or OSError: FileNotFoundError where there is none."""
+        return cls.parse(read_patiently(folder / NAME), folder)
 
     def write(self, folder: Path) -> None:
         """Whole or not at all. Raises OSError."""

@@ -39,7 +39,8 @@ def main() -> None:
     except (DatasetError, RunError) as error:
         _complain(error, 1)
     except OSError as error:
-        _complain(f"{error.strerror}: {error.filename}" if error.filename else error, 1)
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}. Mend it and give the same command again", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:

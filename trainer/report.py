@@ -1,6 +1,5 @@
 """report.md with its curves: what a run did, from the files in its folder."""
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: there may be no screen
 import matplotlib.pyplot as plt
 
+from pipeline.files import naming, whole_file
 from pipeline.manifest import Manifest
 from trainer.run import REPORT, Run
 
@@ -15,7 +15,7 @@ Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values
 
 
 def write_report(run: Run, manifest: Manifest) -> Path:
-    """Write report.md and its PNG curves into the run folder; returns the report's path."""
+    """Write report.md and its PNG curves into the run folder; returns the report's path. Raises OSError."""
     steps, evaluations = run.metrics.rows(), run.evaluations.rows()
 
     def series(name: str, rows: list[dict[str, float]], column: str) -> tuple[str, list[float], list[float]]:
@@ -37,7 +37,8 @@ def write_report(run: Run, manifest: Manifest) -> Path:
     )
     _plot(run.folder / "images_per_second.png", "images/s", [series("training", steps, "images_per_second")])
     path = run.folder / REPORT
-    path.write_text(_text(run, manifest, steps, evaluations), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(_text(run, manifest, steps, evaluations).encode())
     return path
 
 
@@ -48,12 +49,13 @@ def _plot(path: Path, label: str, series: Series) -> None:
     axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    with naming(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
-    settings = json.loads((run.folder / "settings.json").read_text())
+    settings = run.recorded_settings()
     resolved = settings.pop("resolved", {})
     environment = run.starts()[-1]
     images = manifest.splits["train"].samples

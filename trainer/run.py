@@ -10,17 +10,14 @@ report.md, *.png   at the end
 .lock              locked by the process that trains, and by nobody once it has ended, however it did
 """
 
-import csv
 import errno
 import fcntl
-import io
 import json
 import os
 import platform
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -29,9 +26,11 @@ from typing import Any, TextIO
 
 from pipeline.files import sync_folder, whole_file
 from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
 from pipeline.spec import NetSpec, SpecError
 from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
+from trainer.table import Table
 
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
@@ -39,6 +38,7 @@ _RESOLVED = "resolved"  # in settings.json: what `auto` was when the run began
 # What is left of a start that was killed early.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", _NET, f".{_NET}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
+_HELD = {errno.EAGAIN, errno.EACCES}  # by another process; a server of SMB says the latter
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
@@ -89,10 +89,10 @@ class Run:
     def is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Whether no run has begun here; one that has must be this one."""
         identity = _identity(settings, manifest.fingerprint)
-        path = self.folder / _SETTINGS
-        if path.exists():
+        recorded = _read_json(self.folder / _SETTINGS, "put a copy in its place")
+        if recorded is not None:
             # Of a run that an earlier version began: what is not there was not to be chosen then.
-            held = json.loads(Settings.model_construct().model_dump_json()) | json.loads(path.read_text())
+            held = json.loads(Settings.model_construct().model_dump_json()) | recorded
             held |= {"precision": held.get(_RESOLVED, held)["precision"]}
             differing = [
                 f"{key} ({held.get(key)} there, {identity.get(key)} here)"
@@ -115,11 +115,10 @@ class Run:
         resolved: the `device`, cpu or cuda, and the `precision`. The device may change where the settings
         name it. Raises SettingsError where a continuation would change anything else unasked.
         """
-        path = self.folder / _SETTINGS
-        held = json.loads(path.read_text())
+        held = self.recorded_settings()
         began = held.get(_RESOLVED)
         if began is None:  # new, or of an earlier version, which did not record it
-            _write_json(path, {**held, _RESOLVED: dict(resolved)})
+            _write_json(self.folder / _SETTINGS, {**held, _RESOLVED: dict(resolved)})
             return
         changed = [name for name in resolved if resolved[name] != began[name]]
         if settings.device != "auto" and "device" in changed:
@@ -146,13 +145,19 @@ class Run:
         sync_folder(self.folder)
 
     def settings(self) -> Settings:
-        """The settings that the run was begun with. Raises SettingsError if it holds no run."""
-        try:
-            held = json.loads((self.folder / _SETTINGS).read_text())
-        except FileNotFoundError:
-            raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}") from None
-        held = {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
-        return Settings.model_validate(held)
+        """The settings that the run was begun with. Raises as `recorded_settings` does."""
+        held = self.recorded_settings()
+        return Settings.model_validate(
+            {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
+        )
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """The content of settings.json. Raises SettingsError if there is no run, RunError if it is damaged,
+        and OSError."""
+        held = _read_json(self.folder / _SETTINGS, "put a copy in its place")
+        if held is None:
+            raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}")
+        return held
 
     def net(self, settings: Settings) -> NetSpec:
         """What one has to know to use the net. A run of an earlier version has it from the dataset of the
@@ -175,9 +180,8 @@ class Run:
         return starts[-1]
 
     def starts(self) -> list[dict[str, str]]:
-        """What was recorded of each start, the latest last."""
-        path = self.folder / _ENVIRONMENT
-        return json.loads(path.read_text()) if path.exists() else []
+        """What was recorded of each start, the latest last. Raises OSError, or RunError if it is damaged."""
+        return _read_json(self.folder / _ENVIRONMENT, "delete it") or []
 
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
@@ -191,21 +195,30 @@ def _locked(folder: Path) -> TextIO:
     lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        lock.close()
-        raise RunError(
-            f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"
-        ) from None
-    except OSError as error:  # some network file systems have no locks
+    except OSError as error:
+        if error.errno in _HELD:
+            owner = _owner(lock)
+            lock.close()
+            raise RunError(
+                f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"
+            ) from None
+        # Some network file systems have no locks.
         print(
             f"alexnet-train: {folder} cannot be locked ({error.strerror}): see that nothing else trains it",
             file=sys.stderr,
         )
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=lock, flush=True)
+    with suppress(OSError):  # who it is, is for people alone
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
+
+
+def _owner(lock: TextIO) -> str:
+    """Who has the lock, as it says of itself."""
+    with suppress(OSError):  # where what is locked cannot be read, either
+        lock.seek(0)
+        return lock.read().strip() or "another process"
+    return "another process"
 
 
 def environment(device: str) -> dict[str, str]:
@@ -248,63 +261,16 @@ def _git_commit() -> str:
     return done.stdout.strip()
 
 
+def _read_json(path: Path, remedy: str) -> Any:
+    """The content, or None where there is no such file. Raises OSError, or RunError if it is damaged."""
+    try:
+        return json.loads(read_patiently(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+
+
 def _write_json(path: Path, content: object) -> None:
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
-
-
-class Table:
-    """A CSV file that grows by rows, each with a `step`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._waiting = b""  # rows that the disk has not taken yet
-        self._lock = threading.Lock()  # checkpoints are saved from a thread, after the rows up to them
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row. While the disk takes none, it waits for the next one, or for `sync`."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, row)
-        with self._lock, suppress(OSError):
-            if not self._waiting and not (self.path.exists() and self.path.stat().st_size):
-                writer.writeheader()
-            writer.writerow(row)
-            self._waiting += text.getvalue().encode()
-            self._write()
-
-    def sync(self) -> None:
-        """Have all rows on the disk. Raises OSError."""
-        with self._lock:
-            if self._waiting:
-                self._write()
-            if self.path.exists():
-                with open(self.path, "rb") as file:
-                    os.fsync(file.fileno())
-
-    def _write(self) -> None:
-        """Write what waits, all or none of it. Raises OSError."""
-        with open(self.path, "ab", buffering=0) as file:
-            before = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(self._waiting) < len(self._waiting):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            except OSError:
-                file.truncate(before)
-                raise
-        self._waiting = b""
-
-    def rows(self) -> list[dict[str, float]]:
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="") as file:
-            return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-    def truncate(self, step: int) -> None:
-        """Drop the rows after a step, which will be done again."""
-        if not self.path.exists() or not self.path.stat().st_size:
-            return
-        head, *lines = self.path.read_text().splitlines(keepends=True)
-        column = head.strip().split(",").index("step")
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-        with whole_file(self.path) as file:
-            file.write("".join([head, *kept]).encode())

@@ -1,5 +1,6 @@
-"""A tiny run that nothing interrupted, with which others are compared."""
+"""What all tests of the trainer share: a tiny run to compare with, and no pauses."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pauses() -> Iterator[None]:
     """What fails is tried again at once."""
-    monkeypatch.setattr("pipeline.retry.PAUSES", (0.0,) * 4)
-    monkeypatch.setattr("pipeline.retry._EIO_PAUSES", (0.0,) * 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.retry.PAUSES", (0.0,) * 4)
+        patch.setattr("pipeline.retry._EIO_PAUSES", (0.0,) * 2)
+        yield

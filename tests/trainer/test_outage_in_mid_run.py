@@ -2,20 +2,11 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 
 from pipeline.reader import ShardReader
 from tests.helpers import command, exact, main, rows
-
-
-@pytest.fixture
-def whole(packed, tmp_path, monkeypatch) -> Path:
-    """A run that nothing disturbed."""
-    out = tmp_path / "whole"
-    assert main(monkeypatch, command(packed, out)) == 0
-    return out
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

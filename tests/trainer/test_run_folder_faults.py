@@ -1,0 +1,197 @@
+"""The run folder on storage that fails: rows once and whole, messages that name files, all kinds of locks."""
+
+import builtins
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.manifest import read_manifest
+from tests.helpers import command, main
+from trainer import run as run_module
+from trainer import table as table_module
+from trainer.run import Run, RunError
+from trainer.settings import load_settings
+from trainer.table import Table
+
+FOR_EVER = 1000  # calls
+
+
+def failure(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+def refusing(code: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise failure(code)
+
+    return refuse
+
+
+class FailingFile:
+    """A file opened for writing whose closing fails after all has been written."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self.file = builtins.open(*arguments, **options)  # noqa: SIM115
+
+    def __enter__(self) -> Any:
+        return self.file
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        raise failure(errno.EIO)
+
+
+@pytest.fixture
+def table(tmp_path) -> Table:
+    return Table(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+def test_a_row_is_there_once_though_closing_failed_after_it_was_written(table, monkeypatch, truncates):
+    table.append({"step": 1, "loss": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(table_module, "open", FailingFile, raising=False)
+        if not truncates:
+            patch.setattr(os, "truncate", refusing(errno.EIO))
+        table.append({"step": 2, "loss": 0.5})
+        with pytest.raises(OSError, match="Input/output error") as error:
+            table.sync()
+        assert error.value.filename == str(table.path)
+    table.append({"step": 3, "loss": 0.5})
+    table.sync()
+    assert table.path.read_text() == "step,loss\n1,0.5\n2,0.5\n3,0.5\n"
+
+
+def test_a_table_whose_first_row_fails_has_its_head_once(table, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(table_module, "open", FailingFile, raising=False)
+        table.append({"step": 1, "loss": 0.5})
+    table.append({"step": 2, "loss": 0.5})
+    assert table.path.read_text() == "step,loss\n1,0.5\n2,0.5\n"
+
+
+def test_a_table_is_synced_by_a_handle_that_writes(table, monkeypatch):
+    """Some network file systems refuse it of one that reads."""
+
+    def fsync(file: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise failure(errno.EBADF)
+        synced.append(file)
+
+    synced: list[int] = []
+    table.append({"step": 1})
+    monkeypatch.setattr(os, "fsync", fsync)
+    table.sync()
+    assert len(synced) == 1
+
+
+def test_syncing_makes_no_table(table):
+    table.sync()
+    assert not table.path.exists()
+
+
+@pytest.fixture
+def unreadable(monkeypatch) -> Callable[..., None]:
+    """Make so many reads of files of that name fail."""
+
+    def fail(name: str, code: int, times: int) -> None:
+        read, failed = Path.read_bytes, []
+
+        def answer(path: Path) -> bytes:
+            if path.name == name and len(failed) < times:
+                failed.append(path)
+                raise failure(code)
+            return read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", answer)
+
+    return fail
+
+
+NAMES = ["settings.json", "environment.json", "metrics.csv", "evaluations.csv"]
+
+
+@pytest.fixture
+def unfinished(whole, tmp_path) -> Path:
+    """A run that has all but its report."""
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / "report.md").unlink()
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_is_named_and_what_passes_is_waited_for(
+    packed, unfinished, monkeypatch, capsys, unreadable, name, code
+):
+    arguments = command(packed, unfinished, "--checkpoint-steps", "2")
+    unreadable(name, code, FOR_EVER)
+    assert main(monkeypatch, arguments) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        f"alexnet-train: {unfinished / name}: {os.strerror(code)}. Mend it and give the same command again"
+    )
+    monkeypatch.undo()
+    unreadable(name, code, 2)
+    assert main(monkeypatch, arguments) == 0
+    assert (unfinished / "report.md").exists()
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_a_damaged_file_is_named(packed, unfinished, monkeypatch, capsys, name):
+    (unfinished / name).write_bytes(b'{"seed": ')
+    assert main(monkeypatch, command(packed, unfinished)) == 1
+    assert f"{unfinished / name} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["loss.png", "report.md"])
+def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
+    packed, unfinished, monkeypatch, capsys, name
+):
+    from trainer import report
+
+    plot, whole_file = report._plot, report.whole_file
+
+    def full(path: Path, *_: object) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(report, "_plot", lambda path, *more: full(path) or plot(path, *more))
+    monkeypatch.setattr(report, "whole_file", lambda path: full(path) or whole_file(path))
+    arguments = command(packed, unfinished, "--checkpoint-steps", "2")
+    assert main(monkeypatch, arguments) == 1
+    assert f"{unfinished / name}: No space left on device" in capsys.readouterr().err
+    assert not Run(unfinished).is_finished
+    monkeypatch.undo()
+    assert main(monkeypatch, arguments) == 0
+    assert Run(unfinished).is_finished
+
+
+def begin(packed: Path, out: Path) -> None:
+    Run(out).begin(load_settings([]), read_manifest(packed)).close()
+
+
+@pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_that_another_holds_is_refused_in_each_servers_words(packed, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(fcntl, "flock", refusing(code))
+    with pytest.raises(RunError, match="is being trained by another process"):
+        begin(packed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_where_there_are_no_locks_it_is_said(packed, tmp_path, monkeypatch, capsys, code):
+    monkeypatch.setattr(fcntl, "flock", refusing(code))
+    begin(packed, tmp_path / "run")
+    assert f"cannot be locked ({os.strerror(code)})" in capsys.readouterr().err
+
+
+def test_a_lock_that_cannot_say_who_has_it_holds_all_the_same(packed, tmp_path, monkeypatch):
+    for name in ("write", "ftruncate"):
+        monkeypatch.setattr(run_module.os, name, refusing(errno.ENOSPC))
+    begin(packed, tmp_path / "run")

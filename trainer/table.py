@@ -1,0 +1,90 @@
+"""The tables of a run, which grow while it goes on: whole rows, each once, whatever the disk does."""
+
+import csv
+import io
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import naming, sync, whole_file
+from pipeline.retry import read_patiently
+
+
+class Table:
+    """A CSV file that grows by rows, each with a `step`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._head = b""
+        self._waiting = b""  # rows that the disk has not taken yet
+        self._begun: int | None = None  # where in the file a write of them began that failed, in bytes
+        self._lock = threading.Lock()  # checkpoints are saved from a thread, after the rows up to them
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row. While the disk takes none, it waits for the next one, or for `sync`."""
+        with self._lock:
+            self._head = _line(row)
+            self._waiting += _line(row.values())
+            with suppress(OSError):
+                self._write()
+
+    def sync(self) -> None:
+        """Have all rows on the disk. Raises OSError, which names the file."""
+        with self._lock:
+            if self._waiting:
+                self._write()
+            with suppress(FileNotFoundError), open(self.path, "r+b") as file:
+                sync(file.fileno(), self.path)
+
+    def _write(self) -> None:
+        """Write what waits, all or none of it. Raises OSError, which names the file."""
+        with naming(self.path):
+            self._take_back()
+            try:
+                with open(self.path, "ab") as file:
+                    self._begun = file.seek(0, os.SEEK_END)
+                    file.write(self._waiting if self._begun else self._head + self._waiting)
+            except OSError:
+                with suppress(OSError):  # the first error is the one to tell of
+                    self._take_back()
+                raise
+        self._waiting, self._begun = b"", None
+
+    def _take_back(self) -> None:
+        """Cut off what a write that failed has left: some of it, or all if only closing failed."""
+        if self._begun is not None:
+            with suppress(FileNotFoundError):
+                os.truncate(self.path, self._begun)
+            self._begun = None
+
+    def rows(self) -> list[dict[str, float]]:
+        """Raises OSError, which names the file."""
+        try:
+            text = read_patiently(self.path).decode()
+        except FileNotFoundError:
+            return []
+        lines = io.StringIO(text, newline="")
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after a step, which will be done again. Raises OSError, which names the file."""
+        try:
+            text = read_patiently(self.path).decode()
+        except FileNotFoundError:
+            return
+        if not text:
+            return
+        head, *lines = text.splitlines(keepends=True)
+        column = head.strip().split(",").index("step")
+        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
+        with whole_file(self.path) as file:
+            file.write("".join([head, *kept]).encode())
+
+
+def _line(values: Iterable[Any]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(values)
+    return text.getvalue().encode()
