@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.files import whole_file
+from pipeline.files import naming, whole_file
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, Source, find, read, views
@@ -45,8 +45,11 @@ def main() -> None:
         net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
         with open_output(options.output) as tell:
             failed = classify(net, sources, options, tell, drawn)
-    except (InputError, NetError, OSError) as error:
+    except (InputError, NetError) as error:
         sys.exit(f"classify: {error}")
+    except OSError as error:
+        reason = f"{error.filename or options.output or 'the results'}: {error.strerror or error}"
+        sys.exit(f"classify: {reason}: mend the cause and give the same command again")
     passed = f"; {others} files of other kinds passed over" if others else ""
     print(f"classify: {len(sources)} files, {failed} of them failed{passed}", file=sys.stderr)
     sys.exit(1 if failed else 0)
@@ -82,7 +85,7 @@ def open_output(path: Path | None) -> Iterator[Tell]:
     if path is None:
         yield lambda result: print(result, flush=True)
         return
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with naming(path), open(path, "w", encoding="utf-8", newline="") as file:
         yield FORMS[path.suffix](file)
 
 
@@ -105,7 +108,7 @@ def classify(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> int:
     """Tell the results of all files, and draw them; returns how many files failed, each with its reason on
-    standard error. Raises OSError where a result cannot be written."""
+    standard error. Raises OSError where a result cannot be written, and while the inputs cannot be read."""
     failed = 0
     for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
         chosen = [source for source in sources if source.is_video == of_videos]
@@ -142,7 +145,8 @@ def classify_pictures(
                 if image:
                     drawn[source].parent.mkdir(parents=True, exist_ok=True)
                     bars = draw_bars(result.top, image.width)
-                    with_bars(image, bars).save(drawn[source], quality=90)
+                    with naming(drawn[source]):
+                        with_bars(image, bars).save(drawn[source], quality=90)
 
 
 def classify_videos(

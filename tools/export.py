@@ -21,21 +21,23 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
-from model.torchvision_alexnet import TorchvisionAlexNet, to_torchvision
 from pipeline.files import whole_file
 from pipeline.manifest import DatasetError
 from pipeline.spec import NAME, NetSpec
 from tools.classifying.nets import Net, NetError, open_onnx, open_pt2
 from tools.import_torchvision import read_pth, read_safetensors
 from trainer.distributed import World
-from trainer.evaluate import Trained, load_trained
 from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
+
+# The model's modules are imported where an error can be told: torch needs a folder for temporary files then.
+if TYPE_CHECKING:
+    from trainer.evaluate import Trained
 
 TOLERANCE = 1e-4  # of the largest logit: other orders of summing in fp32
 IMAGES = 16  # of the validation set, on which the two are compared
@@ -54,8 +56,11 @@ def main() -> None:
         if options.data:
             settings = settings.model_copy(update={"data": options.data})
         print(export(settings, run, options.output, options.checkpoint == "best"))
-    except (ExportError, NetError, SettingsError, DatasetError, RunError, OSError) as error:
+    except (ExportError, NetError, SettingsError, DatasetError, RunError) as error:
         sys.exit(f"export: {error}")
+    except OSError as error:
+        reason = f"{error.filename or options.output}: {error.strerror or error}"
+        sys.exit(f"export: {reason}: mend the cause and give the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,8 +85,10 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
     """Write a checkpoint's net; returns a line about it.
 
     Raises ExportError where the file does not compute what the net does, after which nothing is left of it,
-    and what `load_trained` does.
+    OSError, and what `load_trained` does.
     """
+    from trainer.evaluate import load_trained
+
     trained = load_trained(settings, run, CPU.device, best)
     trained.model.eval()
     with whole_file(output) as file, warnings.catch_warnings(action="ignore", category=FutureWarning):
@@ -90,7 +97,7 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
     return "\n".join(notes)
 
 
-def write_onnx(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_onnx(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     try:
         import onnxruntime  # noqa: F401 – for the check
         import onnxscript  # noqa: F401 – torch.onnx needs it
@@ -106,19 +113,19 @@ def write_onnx(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
     return compare(trained, spec, file, open_onnx)
 
 
-def write_pt2(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_pt2(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     torch.export.save(traced(trained), file, extra_files={NAME: spec.model_dump_json()})
     return compare(trained, spec, file, open_pt2)
 
 
-def traced(trained: Trained) -> torch.export.ExportedProgram:
+def traced(trained: "Trained") -> torch.export.ExportedProgram:
     """The net as torch's own operators, for any number of images."""
     crop, shapes = trained.settings.crop, {"x": {0: torch.export.Dim("batch")}}
     model = trained.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=shapes)
 
 
-def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
+def compare(trained: "Trained", spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
     """Read a file back and compare logits, for several images and for one. Raises ExportError."""
     file.flush()
     net = opened(Path(file.name))
@@ -139,13 +146,13 @@ def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[P
     return f"logits of {len(pixels)} validation images within {difference:.0e} of the largest"
 
 
-def write_pth(trained: Trained, _spec: NetSpec, file: BinaryIO) -> str:
+def write_pth(trained: "Trained", _spec: NetSpec, file: BinaryIO) -> str:
     state = torchvision_state(trained)
     torch.save(state, file)
     return compare_state(state, file, read_pth)
 
 
-def write_safetensors(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_safetensors(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     try:
         from safetensors.torch import save
     except ImportError:
@@ -155,7 +162,9 @@ def write_safetensors(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
     return compare_state(state, file, read_safetensors)
 
 
-def torchvision_state(trained: Trained) -> dict[str, Tensor]:
+def torchvision_state(trained: "Trained") -> dict[str, Tensor]:
+    from model.torchvision_alexnet import TorchvisionAlexNet, to_torchvision
+
     if not isinstance(trained.model, TorchvisionAlexNet):
         raise ExportError(
             f"torchvision's alexnet is another net than preset {trained.settings.preset}, with other kernels "

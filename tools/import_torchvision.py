@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
+from pipeline.files import naming
 from pipeline.manifest import Class, DatasetError, read_manifest
+from pipeline.retry import read_patiently
 from pipeline.spec import NetSpec
 from trainer import checkpoint
 from trainer.run import Run
@@ -32,8 +33,11 @@ def main() -> None:
     options = parse_arguments()
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))
-    except (SettingsError, DatasetError, OSError) as error:
+    except (SettingsError, DatasetError) as error:
         sys.exit(f"import_torchvision: {error}")
+    except OSError as error:
+        reason = f"{error.filename or options.out}: {error.strerror or error}"
+        sys.exit(f"import_torchvision: {reason}: mend the cause and give the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,6 +62,9 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
     Raises SettingsError, DatasetError or OSError.
     """
+    # Here, where an error can be told: torch needs a folder for temporary files then.
+    from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
+
     try:
         read = read_safetensors if weights.suffix == ".safetensors" else read_pth
         state = from_torchvision(read(weights))
@@ -79,7 +86,8 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """A state dict, without running code that the file may hold. Raises ValueError or OSError."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with naming(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(str(error).partition("\n")[0]) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -102,7 +110,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_classes(path: Path) -> tuple[Class, ...]:
     """Ids and names. Raises OSError, or SettingsError where a line has no name."""
-    lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_patiently(path).decode().splitlines()]
     if any(len(line) != 2 for line in lines):
         raise SettingsError(f"{path} must have an id, white space and a name on each line")
     return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)

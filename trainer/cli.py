@@ -40,7 +40,7 @@ def main() -> None:
         _complain(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}. Mend it and give the same command again", 1)
+        _complain(f"{where}{error.strerror or error}: mend the cause and give the same command again", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:

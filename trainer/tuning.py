@@ -4,6 +4,7 @@ Measured at the first start and remembered for the next ones. Without a GPU noth
 thread a core has been within the noise of the best wherever it was swept (docs/benchmarks.md).
 """
 
+import errno
 import json
 import os
 import time
@@ -18,6 +19,7 @@ from pipeline.checked import Damage
 from pipeline.files import whole_file
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
+from pipeline.retry import read_patiently
 from trainer.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
@@ -51,8 +53,7 @@ def tuned(
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
-    path = cache_folder() / "decoding.json"
-    chosen, notes = remembered(path, json.dumps([machine, work]), find, write=world.local_rank == 0)
+    chosen, notes = remembered("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
     said = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
     return replace(decoding, **chosen), [said, *notes]
 
@@ -93,27 +94,40 @@ def _finish(device: torch.device) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what was measured on this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
+    """Where what was measured on this machine is kept. Raises FileNotFoundError for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
+    except RuntimeError:
+        raise FileNotFoundError(
+            errno.ENOENT, "this user has no home: set XDG_CACHE_HOME", "alexnet-train"
+        ) from None
 
 
 def remembered(
-    path: Path, key: str, find: Callable[[], dict[str, Any]], write: bool
+    name: str, key: str, find: Callable[[], dict[str, Any]], write: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """What the file holds under a key, else what `find` finds, written there if it can be; and notes."""
+    """What a file in the cache holds under a key, else what `find` finds, written there if it can be; and
+    notes."""
+    found: dict[str, Any] = {}
     try:
-        known = json.loads(path.read_text())
+        path = cache_folder() / name
+        known = _known(path)
         if key in known:
             return known[key], []
-    except (OSError, ValueError):
-        known = {}  # none yet, or one that was cut short: it can be found again
-    found = find()
-    if not write:
-        return found, []
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
-            file.write(json.dumps({**known, key: found}, indent=1).encode())
+        found = find()
+        if write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                file.write(json.dumps({**known, key: found}, indent=1).encode())
     except OSError as error:
-        return found, [f"this is measured again at the next start: {path}: {error.strerror}"]
+        notes = [f"this is measured again at the next start: {error.filename}: {error.strerror}"]
+        return found or find(), notes * write
     return found, []
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What was found before. Raises OSError where that cannot be read."""
+    try:
+        return json.loads(read_patiently(path))
+    except (FileNotFoundError, ValueError):
+        return {}  # none yet, or one that was cut short: it can be found again

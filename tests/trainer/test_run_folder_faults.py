@@ -135,7 +135,8 @@ def test_what_cannot_be_read_is_named_and_what_passes_is_waited_for(
     assert main(monkeypatch, arguments) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == (
-        f"alexnet-train: {unfinished / name}: {os.strerror(code)}. Mend it and give the same command again"
+        f"alexnet-train: {unfinished / name}: {os.strerror(code)}: "
+        "mend the cause and give the same command again"
     )
     monkeypatch.undo()
     unreadable(name, code, 2)

@@ -1,7 +1,10 @@
 """What decodes fastest is looked for once. The search is tested here; what it finds is for a GPU to show."""
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +111,30 @@ def test_a_memory_that_cannot_be_written_is_said_and_harms_nothing(on_gpu, datas
     chosen, notes = tuning.tuned(decoding, Settings(), dataset, plan, world)
     assert chosen.threads == 6
     assert notes[1].startswith("this is measured again at the next start: ")
+
+
+def test_a_user_without_a_home_is_told_and_can_train(on_gpu, dataset, plan, monkeypatch):
+    def homeless() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", homeless)
+    chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
+    assert chosen.threads == 6
+    assert "this user has no home: set XDG_CACHE_HOME" in notes[1]
+
+
+def test_a_memory_that_cannot_be_read_is_not_replaced(on_gpu, dataset, plan, tmp_path, monkeypatch):
+    path = tmp_path / "alexnet-train" / "decoding.json"
+    path.parent.mkdir()
+    path.write_text('{"another": {}}')
+
+    def stale(_: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
+    assert chosen.threads == 6
+    assert f"{path}: Stale file handle" in notes[1]
+    assert path.read_text() == '{"another": {}}'

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.files import naming
 from pipeline.spec import NAME, NetSpec, SpecError
 
 BATCH = 32  # inputs of a forward pass
@@ -35,7 +36,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def open_export(path: Path) -> Net:
-    """A file of tools/export.py. Raises NetError."""
+    """A file of tools/export.py. Raises NetError, or OSError where it cannot be read."""
     openers = {".onnx": open_onnx, ".pt2": open_pt2}
     if path.suffix not in openers:
         raise NetError(f"{path}: a net is an .onnx or a .pt2, as tools/export.py makes them")
@@ -63,13 +64,15 @@ def open_onnx(path: Path) -> Net:
 
 
 def open_pt2(path: Path) -> Net:
-    """By PyTorch, on the CPU. Raises NetError or SpecError."""
+    """By PyTorch, on the CPU. Raises NetError, SpecError or OSError."""
     import torch
 
     extra = {NAME: ""}
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             module = torch.export.load(file, extra_files=extra).module()
+    except OSError:
+        raise
     except Exception as error:  # whatever a broken archive makes torch raise
         raise NetError(f"{path} is not a net: {str(error).splitlines()[0]}") from None
     spec = NetSpec.parse(extra[NAME], path)
@@ -82,7 +85,8 @@ def open_pt2(path: Path) -> Net:
 
 
 def open_run(folder: Path, best: bool = False) -> Net:
-    """The newest checkpoint of a run, or the best, in fp32, on the GPU if there is one. Raises NetError."""
+    """The newest checkpoint of a run, or the best, in fp32, on the GPU if there is one. Raises NetError or
+    OSError."""
     from trainer.run import Run, RunError
     from trainer.settings import SettingsError
 

@@ -1,12 +1,14 @@
 """From files to what a net takes: what the packer and the evaluation do, by Pillow and numpy."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipeline.retry import is_outage, read_patiently
 from pipeline.spec import NetSpec
 from tools.packing.images import FORMATS, RejectedError, fit, read_image
 
@@ -34,12 +36,13 @@ class Source(NamedTuple):
 
 def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
     """Files as they were given and, in folders, at any depth, all that are named like a picture or a video;
-    and how many others there are in those. Raises InputError where there is nothing to classify."""
+    and how many others there are in those. Raises InputError where there is nothing to classify, and OSError
+    where a folder cannot be listed."""
     sources: list[Source] = []
     others = 0
     for given in inputs:
         if given.is_dir():
-            files = sorted(path for path in given.rglob("*") if path.is_file())
+            files = sorted(path for path in _inside(given) if path.is_file())
             found = [path for path in files if path.suffix.lower() in PICTURES | VIDEOS]
             if not found:
                 raise InputError(f"no pictures or videos in {given}, and {len(files)} other files")
@@ -52,11 +55,26 @@ def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
     return sources, others
 
 
+def _inside(folder: Path) -> Iterator[Path]:
+    """All files at any depth. Raises OSError, where `rglob` would pass over what it cannot list."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
+
+
 def read(path: Path) -> Image.Image:
-    """A picture as the packer would see it, by content, whatever the name. Raises InputError."""
+    """A picture as the packer would see it, by content, whatever the name.
+
+    Raises InputError, and OSError in an outage of the storage, which is not the picture's fault.
+    """
     try:
-        return read_image(path.read_bytes())
+        return read_image(read_patiently(path))
     except OSError as error:
+        if is_outage(error):
+            raise
         raise InputError(f"{path}: {error.strerror}") from None
     except RejectedError as error:
         more = ""

@@ -1,0 +1,135 @@
+"""Exporting and classifying on storage that fails, or without a folder for temporary files."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import REPO
+from tools.classify import open_output
+from tools.classifying import nets
+from tools.classifying.pictures import InputError, find, read
+from tools.classifying.results import Result
+
+# What tempfile says where no folder can be written.
+WITHOUT_TEMPORARY_FOLDER = """
+import runpy, sys, tempfile
+
+def refuse():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+tempfile._get_default_tempdir = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def failure(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tools/export.py", "{run}", "--output", "{run}/net.pt2"],
+        ["tools/import_torchvision.py", "net.pth", "--out", "{run}/new"],
+        ["tools/classify.py", "{run}", "--run", "{run}"],
+    ],
+    ids=lambda command: Path(command[0]).stem,
+)
+def test_no_folder_for_temporary_files_is_one_line(tmp_path, command):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text('{"dataset": ""}')
+    (run / "net.json").write_text("{}")
+    (run / "a.jpg").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TEMPORARY_FOLDER, *(part.format(run=run) for part in command)],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(Path(command[0]).stem + ": ")
+
+
+def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
+    """Make so many reads of whole files fail."""
+    read, left = Path.read_bytes, iter(range(times))
+
+    def answer(path: Path) -> bytes:
+        if next(left, None) is not None:
+            raise failure(code)
+        return read(path)
+
+    monkeypatch.setattr("pipeline.retry.time.sleep", lambda _: None)
+    monkeypatch.setattr(Path, "read_bytes", answer)
+
+
+@pytest.fixture
+def picture(pictures) -> Path:
+    return next((pictures / "val").rglob("*.JPEG"))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_a_picture_that_cannot_be_read_for_a_moment_is_classified(picture, monkeypatch, code):
+    fail_reads(monkeypatch, code, times=2)
+    assert read(picture).size == (144, 144)
+
+
+def test_an_outage_is_not_a_broken_picture(picture, monkeypatch):
+    fail_reads(monkeypatch, errno.ENOTCONN, times=1000)
+    with pytest.raises(OSError, match="not connected") as error:
+        read(picture)
+    assert error.value.filename == str(picture)
+
+
+def test_a_picture_that_stays_unreadable_is_one_that_failed(picture, monkeypatch):
+    fail_reads(monkeypatch, errno.EIO, times=1000)
+    with pytest.raises(InputError, match=f"{picture}: Input/output error"):
+        read(picture)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(pictures, monkeypatch):
+    scandir, hidden = os.scandir, str(sorted((pictures / "val").iterdir())[0])
+
+    def refuse(path: Any) -> Any:
+        if os.fspath(path) == hidden:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), hidden)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="Permission denied"):
+        find([pictures / "val"])
+
+
+def test_results_that_cannot_be_written_name_their_file(tmp_path, monkeypatch):
+    path = tmp_path / "classes.jsonl"
+
+    def full(*_: object, **__: object) -> None:
+        raise failure(errno.ENOSPC)
+
+    monkeypatch.setattr("builtins.print", full)
+    with pytest.raises(OSError, match="No space left") as error, open_output(path) as tell:
+        tell(Result("a.jpg", []))
+    assert error.value.filename == str(path)
+
+
+def test_a_net_that_cannot_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    path = tmp_path / "net.pt2"
+    path.touch()
+
+    def stale(*_: object, **__: object) -> None:
+        raise failure(errno.ESTALE)
+
+    monkeypatch.setattr("torch.export.load", stale)
+    with pytest.raises(OSError, match="Stale") as error:
+        nets.open_export(path)
+    assert error.value.filename == str(path)
