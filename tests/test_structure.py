@@ -38,3 +38,14 @@ def test_one_module_imports_a_library(library, owner):
         for path in (ROOT / package).rglob("*.py"):
             name = str(path.relative_to(ROOT))
             assert (library in imports(path)) == (name == owner), name
+
+
+def test_one_function_counts_the_cpus():
+    """A count by affinity alone starts a process for each core of a machine of which a container has two."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            name = str(path.relative_to(ROOT))
+            counts = "sched_getaffinity" in path.read_text() or "cpu_count" in path.read_text()
+            assert counts <= (name in {"pipeline/machine.py", "trainer/run.py"}), (
+                name
+            )  # which records the machine

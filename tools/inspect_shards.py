@@ -9,7 +9,6 @@ Those that training and validation share make the validation error too small.
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.reader import ShardReader
 from tools.options import natural
@@ -259,7 +259,7 @@ def main() -> None:
     add("--seed", type=natural, default=0, help="of the choice of samples that are shown (default 0)")
     options = parser.parse_args()
     try:
-        groups = inspect(options.data, options.output, options.seed, len(os.sched_getaffinity(0)))
+        groups = inspect(options.data, options.output, options.seed, cpus())
     except (DatasetError, OSError) as error:
         sys.exit(f"inspect_shards: {error}")
     print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")

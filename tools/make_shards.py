@@ -12,7 +12,6 @@ that was killed.
 """
 
 import argparse
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
+from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest
 from tools.inputs.sources import SourceError, find_sources
 from tools.packing import executors, journal
@@ -152,8 +152,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=_number(int, 0, 2**63), default=0, help="of the order of images (default 0)")
     add("--max-reject-ratio", type=_number(float, 0, 1), default=0.01, metavar="R",
         help="exit with 1, the dataset kept, if more of the files are rejected (default 0.01)")
-    add("--workers", type=_number(int, 1, 1024), default=len(os.sched_getaffinity(0)),
-        help="processes (default: one a core)")
+    add("--workers", type=_number(int, 1, 1024), default=cpus(),
+        help="processes (default: one a CPU)")
     add("--executor", choices=("processes", "dask"), default="processes",
         help="who packs: processes of this machine, or the workers of a Dask cluster")
     add("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")

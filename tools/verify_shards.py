@@ -13,7 +13,6 @@ checksums of dataset.json. Where a tar does not, nothing is written: copy or pac
 
 import argparse
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ import numpy as np
 from rich.progress import Progress
 
 from pipeline.files import whole_file
+from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
 from pipeline.shards import read_index, write_index
 from tools.shard_checks import SAMPLED, Damage, Decode, Found, Task, check_shard
@@ -210,8 +210,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"pictures: all, none, or about {SAMPLED} of each shard, and of one with a wrong checksum all "
         "(default)")  # fmt: skip
     add("--repair-index", action="store_true", help="write what is missing or wrong of .idx and index")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes (default: one a core)")  # fmt: skip
+    add("--workers", type=int, default=cpus(), metavar="N",
+        help="processes (default: one a CPU)")  # fmt: skip
     options = parser.parse_args()
     if not 1 <= options.workers <= 1024:
         parser.error(f"--workers {options.workers} is not between 1 and 1024")

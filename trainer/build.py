@@ -8,12 +8,14 @@ import torch
 from model.alexnet import AlexNet, Variant
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
+from pipeline.machine import cpus
 from trainer.settings import Settings
 
 
 def build_model(settings: Settings, classes: int, device: torch.device) -> AlexNet:
     """The net with weights drawn by the seed, channels_last on the device."""
     torch.manual_seed(settings.seed)
+    torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch sees no quota of CPU time
     if settings.preset == "torchvision":
         model: AlexNet = TorchvisionAlexNet(classes, settings.dropout)
     else:
@@ -23,8 +25,8 @@ def build_model(settings: Settings, classes: int, device: torch.device) -> AlexN
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
-    """How images are decoded: by as many threads as this process's share of the cores."""
+    """How images are decoded: by as many threads as this process's share of the CPUs."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = settings.threads or max(1, cpus() // processes)
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
     return Decoding(settings.crop, device, threads, settings.prefetch, share)

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 
+from pipeline.machine import cpus
 from trainer.settings import Settings, SettingsError
 from trainer.stop import StopRequest
 from trainer.watchdog import EXIT_STALLED
@@ -115,7 +116,7 @@ class _Group:
     def _environment(self, rank: int, size: int, port: int) -> dict[str, str]:
         world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
         world |= {"MASTER_PORT": port, _COMPLAINTS: self.complaints.fileno()}
-        threads = max(1, len(os.sched_getaffinity(0)) // size)
+        threads = max(1, cpus() // size)
         return {
             "OMP_NUM_THREADS": str(threads),
             **os.environ,

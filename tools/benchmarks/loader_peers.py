@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import torch
 
+from pipeline.machine import cpus
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 
@@ -135,9 +136,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed by make-shards")
     parser.add_argument("--batch", type=int, default=128, metavar="N")
     parser.add_argument("--crop", type=int, default=224, metavar="PX")
-    cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--threads", type=int, default=cores, metavar="N", help="or processes (default: cores)"
+        "--threads", type=int, default=cpus(), metavar="N", help="or processes (default: CPUs)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are to be")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a turn")

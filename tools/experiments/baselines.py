@@ -11,7 +11,6 @@ proportion for more. What was encoded is not encoded again, and a worker has 256
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline.files import whole_file
+from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="descriptors to learn a vocabulary from (default 100000)",
     )
     add("--epochs", type=count, default=10, metavar="N", help="of the classifier (default 10)")
-    add("--workers", type=count, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
+    add("--workers", type=count, default=cpus(), metavar="N", help="default: CPUs")
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
