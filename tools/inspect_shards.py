@@ -23,6 +23,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.reader import ShardReader
 from tools.options import natural
+from tools.workers import WorkersError, refused_threads
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
 _PART = 256  # samples that a thread hashes at a time
@@ -259,8 +260,9 @@ def main() -> None:
     add("--seed", type=natural, default=0, help="of the choice of samples that are shown (default 0)")
     options = parser.parse_args()
     try:
-        groups = inspect(options.data, options.output, options.seed, cpus())
-    except (DatasetError, OSError) as error:
+        with refused_threads():
+            groups = inspect(options.data, options.output, options.seed, cpus())
+    except (DatasetError, WorkersError, OSError) as error:
         sys.exit(f"inspect_shards: {error}")
     print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
 

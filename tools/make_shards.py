@@ -30,6 +30,7 @@ from tools.packing.progress import Progress
 from tools.packing.results import Result, load_result
 from tools.packing.shard import DECODED, Check, PackingError, Task
 from tools.storage import Folder, absolute, is_url
+from tools.workers import WorkersError, end_at_sigterm, refused_threads
 
 
 def pack(options: argparse.Namespace, progress: Progress | None = None) -> Manifest:
@@ -180,13 +181,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    end_at_sigterm()
     start, progress = time.monotonic(), Progress()
     try:
-        with _metrics(progress, options.metrics_port):
+        with refused_threads(), _metrics(progress, options.metrics_port):
             manifest = pack(options, progress)
         print(summary(manifest, options, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
-    except (SourceError, DatasetError, PackingError) as error:
+    except (SourceError, DatasetError, PackingError, WorkersError) as error:
         sys.exit(f"make_shards: {error}")
     except OSError as error:
         reason = f"{error.strerror}: {error.filename or options.output}" if error.strerror else error

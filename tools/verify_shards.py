@@ -12,11 +12,8 @@ checksums of dataset.json. Where a tar does not, nothing is written: copy or pac
 """
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import get_args
@@ -29,6 +26,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
 from pipeline.shards import read_index, write_index
 from tools.shard_checks import SAMPLED, Damage, Decode, Found, Task, check_shard
+from tools.workers import WorkersError, end_at_sigterm, pool
 
 SHOWN = 100  # damages that are printed; the others are counted
 
@@ -116,13 +114,13 @@ def check_shards(
             (name, Task(root, shard, part, len(manifest.classes), decode, manifest.in_place))
             for shard, part in zip(split.shards, parts, strict=True)
         ]
-    context = multiprocessing.get_context("spawn")  # the bar has a thread, see executors.py
     with (
         Progress(disable=not sys.stderr.isatty()) as progress,
-        ProcessPoolExecutor(workers, context) as pool,
+        pool(max(1, min(workers, len(tasks)))) as executor,
     ):
         bar = progress.add_task("checking", total=len(tasks))
-        for (name, _), found in zip(tasks, pool.map(check_shard, [task for _, task in tasks]), strict=True):
+        results = executor.map(check_shard, [task for _, task in tasks])
+        for (name, _), found in zip(tasks, results, strict=True):
             progress.advance(bar)
             yield name, found
 
@@ -220,16 +218,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    end_at_sigterm()
     try:
         if options.repair_index:
             written = repair(options.data, options.workers)
             print(f"written: {', '.join(written)}" if written else "nothing to repair")
             return
         verdict = verify(options.data, options.decode, options.workers)
-    except (DatasetError, OSError, RecursionError) as error:  # the last of JSON that is nested too deep
+    except (
+        DatasetError,
+        WorkersError,
+        OSError,
+        RecursionError,
+    ) as error:  # the last of JSON that is nested too deep
         sys.exit(f"verify_shards: {error}")
-    except BrokenProcessPool:
-        sys.exit("verify_shards: a worker process died, perhaps for want of memory: try fewer --workers")
     except KeyboardInterrupt:
         sys.exit(130)
     print(*table(verdict.splits), sep="\n")

@@ -17,6 +17,7 @@ from pipeline.shards import INDEX_DTYPE
 from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
 from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
 from tests.trees import contents
+from tools import workers
 from tools.make_shards import pack, parse_arguments
 from tools.packing import executors
 from tools.packing.executors import Counts, Crew, run_tasks
@@ -169,8 +170,8 @@ def test_how_a_worker_ended_is_said():
         def __init__(self, exitcode: int | None):
             self.exitcode = exitcode
 
-    assert "SIGSEGV" in executors._end([Process(-15), Process(-11), Process(0)])
-    assert "exit code 3" in executors._end([Process(-15), Process(3), Process(None)])
+    assert "SIGSEGV" in workers._end([Process(-15), Process(-11), Process(0)])
+    assert "exit code 3" in workers._end([Process(-15), Process(3), Process(None)])
 
 
 def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(pictures, tmp_path):

@@ -30,7 +30,7 @@ def _one_process(monkeypatch):
     def here(*_):
         yield SimpleNamespace(map=map)
 
-    monkeypatch.setattr(verify_shards, "ProcessPoolExecutor", here)
+    monkeypatch.setattr(verify_shards, "pool", here)
 
 
 @pytest.fixture

@@ -1,19 +1,14 @@
 """Who packs the shards: processes of this machine, or the workers of a Dask cluster."""
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from tools.packing.results import Result
 from tools.packing.shard import PackingError, Task, pack_shard
+from tools.workers import WorkersError, pool, shared_array
 
 _KEPT = "the shards that are whole are kept, and the same command continues"
 _LOOK_SECONDS = 0.2  # between two looks at what is done
@@ -66,71 +61,25 @@ def run_tasks(tasks: Sequence[Task], crew: Crew, show: Callable[[Counts], None])
     return [results[place] for place in range(len(tasks))]
 
 
-class _Worker(SpawnProcess):
-    """Ctrl-C reaches all processes of a terminal; this one leaves it to the command."""
-
-    def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the worker inherits
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Spawn(SpawnContext):
-    """Spawned, not forked, as this process has threads; remembers its processes, to say how one ended."""
-
-    def __init__(self) -> None:
-        self.started: list[_Worker] = []
-
-    def Process(self, *args, **settings) -> _Worker:  # type: ignore[override]  # noqa: N802
-        self.started.append(_Worker(*args, **settings))
-        return self.started[-1]
-
-
 @contextmanager
 def processes(count: int) -> Iterator[Crew]:
-    """Worker processes on this machine. Raises PackingError if one dies."""
-    context = _Spawn()
-    shared = context.Array("q", 3)
+    """Worker processes on this machine. Raises PackingError if they cannot be had, or one dies."""
     try:
-        with ProcessPoolExecutor(count, context, _start_worker, (shared,)) as pool:
-            try:
-                yield Crew(
-                    lambda task: pool.submit(_pack_counting, task), lambda: count, lambda: Counts(*shared[:])
-                )
-            except KeyboardInterrupt:
-                for process in context.started:
-                    process.kill()
-                raise
-    except BrokenProcessPool:  # the pool is shut down by now, and all exit codes are known
-        raise PackingError(f"a worker process {_end(context.started)}; {_KEPT}") from None
-
-
-def _end(started: Sequence[SpawnProcess]) -> str:
-    """How the process ended that ended first: the pool ends the others by SIGTERM."""
-    codes = [process.exitcode for process in started]
-    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), as the system does where memory runs out: try fewer --workers"
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        shared = shared_array("q", 3)
+        with pool(count, _share, shared) as executor:
+            yield Crew(
+                lambda task: executor.submit(_pack_counting, task), lambda: count, lambda: Counts(*shared[:])
+            )
+    except WorkersError as error:
+        raise PackingError(f"{error}; {_KEPT}") from None
 
 
 _shared: Any = None  # in a worker process: the Counts of all of them, as an array
 
 
-def _start_worker(shared: Any) -> None:
+def _share(shared: Any) -> None:
     global _shared
     _shared = shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would pack on for nobody."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _pack_counting(task: Task) -> Result:
@@ -159,10 +108,10 @@ def dask(scheduler: str) -> Iterator[Crew]:
     except (OSError, ValueError) as error:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None
     with client:
-        pool = client.get_executor(pure=False)
+        executor = client.get_executor(pure=False)
         try:
             yield Crew(
-                lambda task: pool.submit(pack_shard, task), lambda: max(1, sum(client.ncores().values()))
+                lambda task: executor.submit(pack_shard, task), lambda: max(1, sum(client.ncores().values()))
             )
         except KilledWorker as error:
             raise PackingError(

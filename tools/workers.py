@@ -1,0 +1,196 @@
+"""Worker processes of this machine, with one thread of BLAS each; what goes wrong with them is one line."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
+from pathlib import Path
+from typing import Any
+
+_EXIT_REFUSED = 75  # of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
+_QUIET_SECONDS = 60.0  # between two lines that `say` says
+# Of BLAS, which would start one for each core in each worker, for products of three numbers.
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+_REFUSED = "the system allows no more processes or threads"
+_RAISE = "raise its limit (ulimit -u, --pids-limit, podPidsLimit)"
+
+
+class WorkersError(RuntimeError):
+    """Workers that cannot be had, or one that died; the message says why and what to do."""
+
+
+class _Worker(SpawnProcess):
+    """Ctrl-C reaches all processes of a terminal; this one leaves it to the command."""
+
+    def start(self) -> None:
+        added = [name for name in _THREADS if name not in os.environ]
+        os.environ.update(dict.fromkeys(added, "1"))  # read when the worker imports numpy
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the worker inherits
+        try:
+            super().start()
+        except OSError as error:
+            raise WorkersError(_refusal(error.strerror or str(error))) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for name in added:
+                del os.environ[name]
+
+
+class _Spawn(SpawnContext):
+    """Spawned, not forked, as this process has threads; remembers its processes, to say how one ended."""
+
+    def __init__(self) -> None:
+        self.started: list[_Worker] = []
+
+    def Process(self, *args, **settings) -> _Worker:  # type: ignore[override]  # noqa: N802
+        self.started.append(_Worker(*args, **settings))
+        return self.started[-1]
+
+    def kill(self) -> None:
+        for process in self.started:
+            if process.pid is not None:
+                process.kill()
+
+
+@contextmanager
+def pool(
+    count: int, initializer: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """So many processes, which call the initializer first.
+
+    Raises WorkersError if the system refuses them, or if one dies.
+    """
+    context, refused = _Spawn(), threading.Event()
+    with _interrupted_without_threads(refused):
+        try:
+            first = (shared_array("d", 1), initializer, *arguments)
+            with ProcessPoolExecutor(count, context, _start, first) as executor:
+                try:
+                    yield executor
+                except BaseException as error:
+                    if _is_about_threads(error):
+                        refused.set()
+                    if (
+                        refused.is_set()
+                        or isinstance(error, WorkersError)
+                        or not isinstance(error, Exception)
+                    ):
+                        context.kill()  # the end of whose work is not waited for
+                    raise
+        except BrokenProcessPool:  # the pool is shut down by now, and all exit codes are known
+            raise WorkersError(_end(context.started)) from None
+        except (RuntimeError, KeyboardInterrupt):
+            if not refused.is_set():
+                raise
+            raise WorkersError(_refusal("can't start new thread")) from None
+
+
+def shared_array(kind: str, length: int) -> Any:
+    """Numbers for a pool's initializer, which all workers see. Raises WorkersError like `pool`."""
+    try:
+        return multiprocessing.get_context("spawn").Array(kind, length)
+    except BlockingIOError as error:  # the first starts a process that looks after them
+        raise WorkersError(_refusal(error.strerror or str(error))) from None
+
+
+@contextmanager
+def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
+    """A pool has a thread that starts another: where the system refuses that, nothing would ever end."""
+
+    def interrupt(failure: threading.ExceptHookArgs) -> None:
+        if _is_about_threads(failure.exc_value):
+            refused.set()
+            interrupt_main()
+        else:
+            before(failure)
+
+    before, threading.excepthook = threading.excepthook, interrupt
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def refused_threads() -> Iterator[None]:
+    """Raise WorkersError where the system refuses this process a thread in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_about_threads(error):
+            raise
+        raise WorkersError(f"{_REFUSED} ({error}): {_RAISE}") from None
+
+
+def _is_about_threads(error: BaseException | None) -> bool:
+    return type(error) is RuntimeError and "can't start new thread" in str(error)
+
+
+def _refusal(reason: str) -> str:
+    return f"{_REFUSED} ({reason}): try fewer --workers, or {_RAISE}"
+
+
+def _end(started: Sequence[SpawnProcess]) -> str:
+    """How the process ended that ended first: the pool ends the others by SIGTERM."""
+    codes = [process.exitcode for process in started]
+    code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
+    if code == _EXIT_REFUSED:
+        return _refusal("a worker can't start a thread")
+    if code == -signal.SIGKILL:
+        how = "was killed (SIGKILL), as the system does where memory runs out: try fewer --workers"
+    else:
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"a worker process {how}"
+
+
+def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
+    global _said
+    _said = said
+    try:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    except RuntimeError:
+        os._exit(_EXIT_REFUSED)
+    if initializer is not None:
+        initializer(*arguments)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would go on for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Array(list):
+    """Like a shared array, in a process without a pool."""
+
+    def get_lock(self) -> threading.Lock:
+        return _lock
+
+
+_lock = threading.Lock()
+_said: Any = _Array([0.0])  # when `say` said something last, in a worker for all of them; monotonic seconds
+
+
+def say(text: str) -> None:
+    """Tell people of a trouble that may pass: one line a minute from all workers of a pool together."""
+    with _said.get_lock():
+        now = time.monotonic()
+        if _said[0] and now - _said[0] < _QUIET_SECONDS:
+            return
+        _said[0] = now
+    print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
+
+
+def end_at_sigterm() -> None:
+    """Exit with 143 at SIGTERM, which the first process of a container does not get without a handler."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
