@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -29,8 +29,8 @@ from tools.packing.journal import REPORT
 from tools.packing.progress import Progress
 from tools.packing.results import Result, load_result
 from tools.packing.shard import DECODED, Check, PackingError, Task
-from tools.storage import Folder, absolute, is_url
-from tools.workers import WorkersError, end_at_sigterm, refused_threads
+from tools.storage import UNFINISHED, Folder, absolute, is_url
+from tools.workers import WorkersError, end_at_sigterm, refused_threads, say
 
 
 def pack(options: argparse.Namespace, progress: Progress | None = None) -> Manifest:
@@ -46,7 +46,11 @@ def pack(options: argparse.Namespace, progress: Progress | None = None) -> Manif
         else:
             results = _results(options, every, output, progress or Progress())
             manifest = write_dataset(options, sources, tasks, results)
-        journal.end(output)
+        try:
+            journal.end(output)
+        except OSError as error:
+            left = error.filename or f"{output}/{UNFINISHED}"
+            say(f"the dataset is whole, but {left} cannot be removed: {error.strerror}")
     return manifest
 
 
@@ -191,13 +195,18 @@ def main() -> None:
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
         sys.exit(f"make_shards: {error}")
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename or options.output}" if error.strerror else error
-        sys.exit(
-            f"make_shards: {reason}. The folder is no dataset until {NAME} is written: mend the cause and "
-            "give the same command, which continues"
-        )
+        sys.exit(f"make_shards: {_advice(error, options.output)}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _advice(error: OSError, output: str) -> str:
+    """What went wrong, and what is to be done."""
+    reason = f"{error.strerror}: {error.filename or output}" if error.strerror else str(error)
+    with suppress(OSError):
+        if NAME not in Folder(output).sizes():
+            reason += f". The folder is no dataset until {NAME} is written"
+    return f"{reason}: mend the cause and give the same command, which continues"
 
 
 def _metrics(progress: Progress, port: int | None):

@@ -1,15 +1,24 @@
-"""Files here and behind URLs (s3://, gs://, hf://, https://, …), by fsspec."""
+"""Files here and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
 
+What this machine's file systems fail to read or list is tried again (pipeline/retry.py); for URLs, fsspec
+does so.
+"""
+
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.files import sync_folder
+from pipeline.files import naming, sync_folder
+from pipeline.retry import patiently
+from tools.workers import say
 
 UNFINISHED = ".packing"  # what a run needs until its dataset is whole, in the dataset's folder
 
@@ -28,17 +37,39 @@ def absolute(name: str) -> str:
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes of a file, or `size` of them from `offset` on. Raises OSError."""
+    """The bytes of a file, or `size` of them from `offset` on. Raises OSError, which names it."""
     if not is_url(file):
-        with open(file, "rb") as opened:
-            opened.seek(offset)
-            return opened.read(-1 if size is None else size)
+        return patiently(partial(_read_here, file, offset, size), say)
     with _as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
     if size is not None and len(content) > size:  # many servers of static files send all of it
         raise StorageError(f"{file}: its server does not hand over parts of files (HTTP ranges)")
     return content
+
+
+def _read_here(file: str, offset: int, size: int | None) -> bytes:
+    try:
+        with naming(file), open(file, "rb") as opened:
+            opened.seek(offset)
+            return opened.read(-1 if size is None else size)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
+
+
+def is_there(name: str) -> bool:
+    """Whether a file, or a folder that is not empty, can be looked at."""
+    try:
+        if not is_url(name):
+            if not stat.S_ISDIR(Path(name).stat().st_mode):
+                return True
+            with os.scandir(name) as entries:
+                return any(entries)
+        with _as_os_error(name):
+            fs, path = _file_system(name)
+            return fs.info(path)["type"] == "file" or bool(fs.ls(path))
+    except OSError:
+        return False
 
 
 class Folder:
@@ -61,10 +92,11 @@ class Folder:
         time: two writers of one file do not meet.
         """
         scratch = Path(self.path, UNFINISHED) if self.is_local else None
-        with tempfile.TemporaryDirectory(dir=scratch) as staging:
+        # NFS and FUSE keep a file that is removed while open for a moment, so that its folder cannot go.
+        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as staging:
             yield Path(staging)
             target = os.path.normpath(f"{self.path}/{below}")
-            for file in sorted(Path(staging).iterdir()):
+            for file in sorted({file for file in Path(staging).iterdir() if not file.name.startswith(".")}):
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
                 else:
@@ -80,6 +112,8 @@ class Folder:
     def sizes(self, below: str = ".") -> dict[str, int]:
         """In bytes, of all files in it or in a folder of it, by name."""
         folder = os.path.normpath(f"{self.path}/{below}")
+        if self.is_local:
+            return patiently(partial(_sizes_here, folder), say)
         with _as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
@@ -90,9 +124,28 @@ class Folder:
     def remove(self, names: Iterable[str]) -> None:
         """Delete files that are there."""
         paths = [f"{self.path}/{name}" for name in names]
-        if paths:
+        if self.is_local:
+            for path in paths:
+                Path(path).unlink(missing_ok=True)
+        elif paths:
             with _as_os_error(str(self)):
                 self.fs.rm(paths)
+
+
+def _sizes_here(folder: str) -> dict[str, int]:
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return {}
+    sizes = {}
+    with naming(folder), entries:
+        for entry in entries:
+            try:
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+            except FileNotFoundError:  # removed since
+                continue
+    return sizes
 
 
 def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -8,24 +8,28 @@
 Behind a URL there is no lock: two runs of one plan write the same bytes there, and another is refused.
 """
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import whole_file
+from pipeline.files import naming, whole_file
 from pipeline.manifest import NAME
 from tools.inputs.sources import SourceError
 from tools.packing.results import SUFFIX
 from tools.storage import UNFINISHED, Folder
+from tools.workers import say
 
 REPORT = "report.tsv"
 _PLAN = "plan.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_ATTEMPTS = 10  # to lock a file that no run removes meanwhile
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
 _OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(NAME)}|{re.escape(REPORT)}")
 
@@ -34,39 +38,73 @@ Plan = Mapping[str, object]
 
 @contextmanager
 def locked(output: Folder) -> Iterator[None]:
-    """Keep other runs out of a local output. Raises SourceError if one is at work."""
+    """Keep other runs out of a local output. Raises SourceError if one is at work, or OSError."""
     if not output.is_local:
         yield
         return
     folder = Path(output.path, UNFINISHED)
-    with _lock(folder, output):
-        for left in folder.glob("tmp*"):  # by a run that was killed
-            shutil.rmtree(left)
-        try:
-            yield
-        finally:
-            if not (folder / _PLAN).exists():
-                shutil.rmtree(folder)
+    try:
+        with _lock(folder, output):
+            for left in folder.glob("tmp*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                yield
+            finally:
+                if _is_absent(folder / _PLAN):
+                    shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # NFS and FUSE keep the lock that is removed under another name until here
+            folder.rmdir()
+
+
+def _is_absent(path: Path) -> bool:
+    """Whether a file is known not to be there: one that cannot be looked at may be."""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def _lock(folder: Path, output: Folder) -> TextIO:
-    """The lock file, locked until it is closed."""
+    """The lock file, locked until it is closed, if its storage can lock."""
     path = folder / "lock"
-    while True:
+    for attempt in range(_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "w")  # noqa: SIM115 – the caller closes it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(path.stat(), os.fstat(lock.fileno())):
+            lock = open(path, "w")  # noqa: SIM115 – the caller closes it
+        except FileNotFoundError:  # the run that had it has just ended, and removed its folder
+            continue
+        try:
+            with naming(path):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                say(f"{output} cannot be locked ({error.strerror}): see that no other run packs into it")
                 return lock
-        except BlockingIOError:
             lock.close()
-            raise SourceError(
-                f"another run is packing into {output}: wait for it, or choose another --output"
-            ) from None
-        except FileNotFoundError:  # the run that had it has just ended, and removed it
-            pass
+            if isinstance(error, BlockingIOError):
+                raise SourceError(
+                    f"another run is packing into {output}: wait for it, or choose another --output"
+                ) from None
+            raise
+        # Some storage makes up another number for a file at each look: then it never is the same.
+        if _is_at(path, lock) or attempt == _ATTEMPTS - 1:
+            return lock
         lock.close()
+    raise SourceError(
+        f"{path} cannot be locked, for it vanishes again and again: give the same command again"
+    )
+
+
+def _is_at(path: Path, lock: TextIO) -> bool:
+    """Whether the file is still the one of that name; the run that had it may have removed it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
 
 
 def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
