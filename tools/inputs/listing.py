@@ -1,14 +1,20 @@
 """The files below --input, by name: in a folder of this machine or behind a URL."""
 
+import errno
 import os
+import stat
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pipeline.files import naming
+from pipeline.retry import is_outage, patiently
 from tools import storage
+from tools.workers import say
 
 
 class SourceError(ValueError):
@@ -37,28 +43,33 @@ class Part:
 
 
 class LocalFolder:
+    """A folder of this machine. What cannot be listed is an OSError, for it is not empty."""
+
     def __init__(self, root: str):
         self.name = root
         self.root = Path(storage.absolute(root))
 
     def entries(self, below: str = "") -> tuple[list[str], list[str]]:
         """Folders and other files in a folder, sorted; none where there is no folder."""
-        folder = self.root / below
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        folders = [entry.name for entry in found if entry.is_dir()]
-        return folders, [entry.name for entry in found if not entry.is_dir()]
+        try:
+            return _listed(f"{self.root}/{below}")
+        except (FileNotFoundError, NotADirectoryError):
+            if not below:
+                raise
+            return [], []
 
     def files(self, below: str) -> list[str]:
         """All files at any depth below a folder, relative to it and sorted."""
-        folder = str(self.root / below)
+        folder = f"{self.root}/{below}"
         found: list[str] = []
-        seen = {os.path.realpath(folder)}
-        for where, folders, names in os.walk(folder, followlinks=True):
-            prefix = where[len(folder) + 1 :]
-            found.extend(f"{prefix}/{name}" if prefix else name for name in names)
+        seen, waiting = {_real(folder)}, [""]
+        while waiting:
+            prefix = waiting.pop()
+            folders, names = _listed(f"{folder}/{prefix}")
+            found.extend(f"{prefix}{name}" for name in names)
             # Of two links to one folder it is always the same that counts, and none leads into a circle.
-            real = {os.path.realpath(Path(where, name)): name for name in sorted(folders, reverse=True)}
-            folders[:] = sorted(real[path] for path in real.keys() - seen)
+            real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
+            waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
 
@@ -70,6 +81,30 @@ class LocalFolder:
         return (self.root / name).stat().st_size
 
 
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    """The names of folders and of other files in a folder, sorted, each once however often it is listed."""
+
+    def look() -> dict[str, bool]:
+        with naming(folder), os.scandir(folder) as entries:
+            return {entry.name: _is_folder(entry) for entry in entries}
+
+    found = sorted(patiently(look, say).items())
+    return [name for name, is_folder in found if is_folder], [n for n, is_folder in found if not is_folder]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if is_outage(error) or error.errno == errno.EIO:
+            raise
+        return False  # a link that leads nowhere: reading it tells why
+
+
+def _real(path: str) -> str:
+    return patiently(partial(os.path.realpath, path, strict=True), say)
+
+
 class RemoteFolder:
     """The same behind a URL. It is listed once, and has no links and no empty folders."""
 
@@ -79,7 +114,7 @@ class RemoteFolder:
             folder = storage.Folder(url)
             self._fs, self._root = folder.fs, folder.path.rstrip("/")
             start = len(self._root) + 1
-            self._names = sorted(n[start:] for n in self._fs.find(self._root) if not n.endswith("/"))
+            self._names = sorted({n[start:] for n in self._fs.find(self._root) if not n.endswith("/")})
         if not self._names:
             with suppress(FileNotFoundError), _as_source_error(url):
                 self._fs.ls(self._root)  # raises what was wrong, which `find` leaves out
@@ -110,9 +145,10 @@ def open_folder(name: str) -> InputFolder:
     """Raises SourceError where there is none, and OSError."""
     if storage.is_url(name):
         return RemoteFolder(name)
-    if not Path(name).is_dir():
-        raise SourceError(f"--input {name} is not a folder, nor a table (.csv, .tsv or .parquet)")
-    return LocalFolder(name)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+            return LocalFolder(name)
+    raise SourceError(f"--input {name} is not a folder, nor a table (.csv, .tsv or .parquet)")
 
 
 def open_file(name: str) -> BinaryIO:

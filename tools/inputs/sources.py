@@ -1,8 +1,9 @@
 """What there is to pack: the image files of each split, their labels and the classes' names."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tools.inputs.folders import find_parts
 from tools.inputs.labels import read_class_names
 from tools.inputs.listing import Part, SourceError, open_folder
 from tools.inputs.tables import is_table, read_table
+from tools.storage import absolute
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,14 @@ class Source:
 @dataclass(frozen=True)
 class Sources:
     """classes: ids in the order of their labels. splits: files, sorted by label and path. strays:
-    files outside any class folder, which cannot be packed. names: of classes, by id."""
+    files outside any class folder, which cannot be packed. names: of classes, by id. table: that which
+    names the files, if one does, so that nobody has seen them yet."""
 
     classes: list[str]
     splits: dict[str, list[Source]]
     strays: list[str]
     names: dict[str, str] = field(default_factory=dict)
+    table: str | None = None
 
 
 def find_sources(
@@ -47,16 +51,19 @@ def find_sources(
     Raises SourceError where nothing can be packed, or where it is unclear what is to be kept for
     validation, and OSError.
     """
-    names = read_class_names(class_names)
+    names, table = read_class_names(class_names), None
     try:
         if is_table(str(input)) and not Path(input).is_dir():
-            parts = read_table(str(input), val_fraction)
+            parts, table = read_table(str(input), val_fraction), absolute(str(input))
         else:
             parts, annotations = find_parts(open_folder(str(input)), val_fraction)
             names = names if class_names else annotations.names()
-        return _number(parts, val_fraction, seed, names)
+        found = _number(parts, val_fraction, seed, names)
     except OSError as error:
         raise SourceError(f"--input {input} cannot be read: {error}") from error
+    if class_names:
+        _check_alike([*found.classes, *names], f"--class-names {class_names} and --input {input}")
+    return replace(found, table=table)
 
 
 def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names: dict[str, str]) -> Sources:
@@ -67,6 +74,7 @@ def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names
         raise SourceError(
             f"{train.place} has no class folders: images are expected as {train.place}/<class>/<image>"
         )
+    _check_alike(classes, train.place)
     for name in classes:
         if not name.isprintable():  # also bytes that are not UTF-8
             raise SourceError(f"the class {name!r} in {train.place} has a name that cannot be written")
@@ -76,6 +84,7 @@ def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names
         found = []
         for path, class_id, file, offset, size in part.images:
             if class_id not in labels:
+                _check_alike([*classes, class_id], f"{part.place} and {train.place}")
                 raise SourceError(f"the class {class_id} is in {part.place} but not in {train.place}")
             found.append(Source(path, labels[class_id], file, offset, size))
         splits[split] = sorted(found, key=lambda source: (source.label, source.path))
@@ -89,6 +98,18 @@ def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names
         listed = ", ".join(classes[label] for label in sorted(untrained))
         raise SourceError(f"{train.place} has no files for the classes {listed}: add some or remove these")
     return Sources(classes, splits, [stray for part in parts.values() for stray in part.strays], names)
+
+
+def _check_alike(names: Iterable[str], place: str) -> None:
+    """Refuse names that look the same and are not, as é in one character and as e with an accent are."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise SourceError(
+                f"{place}: the classes {other!a} and {name!a} look alike, being {name} in two "
+                "Unicode normal forms (NFC and NFD, as macOS writes): rename one, or join them"
+            )
 
 
 def _in_order(classes: Iterable[str]) -> list[str]:

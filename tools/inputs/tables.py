@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any, BinaryIO
 
+from pipeline.files import naming
 from tools import storage
 from tools.inputs.listing import Labelled, Part, SourceError, open_file
 
@@ -24,7 +25,7 @@ def read_table(name: str, val_fraction: float | None) -> dict[str, Part]:
     folder = storage.absolute(name).rpartition("/")[0]
     images: dict[str, list[Labelled]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
-    with open_file(name) as file:
+    with naming(name), open_file(name) as file:
         rows = _parquet_rows if name.lower().endswith(".parquet") else _text_rows
         for number, (path, label, *rest) in rows(file, name, val_fraction):
             split = rest[0] if rest else "train"
@@ -98,4 +99,6 @@ def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file system's
+            raise
         raise SourceError(f"{name} is not a Parquet table: {error}") from None

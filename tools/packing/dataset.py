@@ -37,6 +37,7 @@ def plan_tasks(options: argparse.Namespace, sources: Sources) -> dict[str, list[
                 measured=split == "train",
                 recipe=recipe,
                 tar=tar,
+                table=sources.table,
             )
             for number, (first, part, tar) in enumerate(parts(options, files, place))
         ]

@@ -133,6 +133,7 @@ def _open(content: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:
+        _reraise_ours(error)
         # A header may break a plugin in any way; only "cannot identify" is about the format.
         if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
             raise RejectedError("not an image") from None
@@ -148,6 +149,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         with warnings.catch_warnings(action="ignore"):
             image.load()
     except Exception as error:
+        _reraise_ours(error)
         raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
     if _is_elongated(*image.size):
         raise RejectedError("too elongated")
@@ -162,6 +164,12 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         repairs.append("rotated")
         image = image.transpose(_TRANSPOSITIONS[orientation])
     return image, tuple(repairs)
+
+
+def _reraise_ours(error: Exception) -> None:
+    """Raise what is no matter of the file: memory runs out, or a plugin that is needed cannot be loaded."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        raise error
 
 
 def _is_elongated(*sides: int) -> bool:

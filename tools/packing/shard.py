@@ -1,6 +1,8 @@
 """Packing one shard: the unit of work, which any process on any machine may do."""
 
+import errno
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +16,14 @@ import numpy as np
 import PIL
 from PIL import features
 
+from pipeline.retry import is_outage, patiently
 from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
 from tools.inputs.sources import Source
 from tools.packing.images import Geometry, Packed, RejectedError, check_image, pack_image
 from tools.packing.pixel_sums import PixelSums
 from tools.packing.results import Event, Result, save_result
-from tools.storage import Folder, is_url, read
+from tools.storage import Folder, is_there, is_url, read
+from tools.workers import say
 
 READ_AHEAD = 16  # files behind URLs asked for at once: for most of the time of each, nothing comes
 DECODED = 64  # one in so many is decoded where headers are believed, for mean and components
@@ -62,6 +66,7 @@ class Task:
     measured: bool  # training pixels, of which mean and PCA are taken
     recipe: Recipe
     tar: str | None = None  # in the output, which holds the sources and is only to be indexed
+    table: str | None = None  # which names the sources; without one, they were listed
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -95,7 +100,8 @@ def pack_shard(task: Task, count: Count = lambda size, rejected: None) -> Result
             for _, source, packed in images
         ]
         rows = np.array(places, INDEX_DTYPE)
-        shard = describe_shard(Path(task.output), task.tar, len(places)) if places else None
+        describe = partial(describe_shard, Path(task.output), task.tar, len(places))
+        shard = patiently(describe, say) if places else None
     result = Result(shard, rows, sums, events)
     save_result(output, task.name, result)
     return result
@@ -106,13 +112,15 @@ def _accepted(
 ) -> Iterator[tuple[int, Source, Packed]]:
     """The images that are not rejected, by key."""
     recipe, accepted = task.recipe, 0
-    for key, (source, content) in enumerate(_contents(task.sources), task.first_key):
+    for key, (source, content) in enumerate(_contents(task.sources, task.table), task.first_key):
         decode = recipe.check == "decode" or accepted % DECODED == 0
         try:
             if task.tar is None:
                 packed = pack_image(content(), recipe.geometry, recipe.size, recipe.quality, decode)
             else:
                 packed = check_image(content(), recipe.size, decode)
+        except MemoryError:
+            raise PackingError(f"memory ran out over {source.path}: try fewer --workers") from None
         except RejectedError as rejection:
             count(0, 1)
             events.append((source.path, "rejected", str(rejection)))
@@ -125,28 +133,48 @@ def _accepted(
         yield key, source, packed
 
 
-def _contents(sources: tuple[Source, ...]) -> Iterator[tuple[Source, Callable[[], bytes]]]:
+def _contents(
+    sources: tuple[Source, ...], table: str | None = None
+) -> Iterator[tuple[Source, Callable[[], bytes]]]:
     """Each source with what hands over its bytes; those behind URLs are read ahead."""
     with ThreadPoolExecutor(READ_AHEAD) as pool:  # its threads start when there is something for them
         ahead: deque[tuple[Source, Callable[[], bytes]]] = deque()
         for source in sources:
-            remote = is_url(source.file)
-            ahead.append((source, pool.submit(_read, source).result if remote else partial(_read, source)))
+            content = partial(_read, source, table)
+            ahead.append((source, pool.submit(content).result if is_url(source.file) else content))
             if len(ahead) > READ_AHEAD:
                 yield ahead.popleft()
         yield from ahead
 
 
-def _read(source: Source) -> bytes:
-    """Raises RejectedError, or OSError where not the file but the way to it is broken."""
-    if is_url(source.file):
-        try:
-            return read(source.file, source.offset, source.size)
-        except (FileNotFoundError, PermissionError):
-            raise RejectedError("unreadable") from None
-    if not os.path.isfile(source.file):  # noqa: PTH113 – a pipe, say, is read for ever; Path takes 3 times as long
-        raise RejectedError("unreadable")
+def _read(source: Source, table: str | None) -> bytes:
+    """Raises RejectedError where the file is to blame, and else OSError or PackingError."""
     try:
+        if not is_url(source.file) and not patiently(partial(_is_regular, source.file), say):
+            raise RejectedError("unreadable")
         return read(source.file, source.offset, source.size)
-    except OSError:
+    except OSError as error:
+        if is_outage(error):
+            raise
+        _check_storage(source, table, error)
         raise RejectedError("unreadable") from None
+
+
+def _is_regular(file: str) -> bool:
+    """A pipe, say, would be read for ever."""
+    return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path takes three times as long
+
+
+def _check_storage(source: Source, table: str | None, error: OSError) -> None:
+    """Raise PackingError where not this file alone is missing, but where it was found, or all of its tar."""
+    place = table or source.file.rpartition("/")[0]
+    if not is_there(place):
+        why = f"neither can {place} be, or it is empty: has its storage gone away?"
+    elif source.size is not None and error.errno != errno.EIO:
+        why = "it holds other images, too."
+    else:
+        return
+    raise PackingError(
+        f"{source.file} cannot be read ({error.strerror or error}), and {why} The shards that are whole are "
+        "kept: mend the cause and give the same command, which continues"
+    ) from None
