@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.files import whole_file
+from pipeline.files import naming, whole_file
 
 FORMAT = 1
 NAME = "dataset.json"
@@ -125,7 +125,11 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(root: Path) -> Manifest:
-    """Read `root`/dataset.json. Raises DatasetError if it is absent, newer, broken or absurdly large."""
+    """Read `root`/dataset.json.
+
+    Raises DatasetError if it is absent, newer, broken or absurdly large, and OSError, which names it, if it
+    cannot be read.
+    """
     path = root / NAME
     if not path.is_file():
         state = "has no dataset.json" if root.is_dir() else "does not exist"
@@ -136,7 +140,8 @@ def read_manifest(root: Path) -> Manifest:
     if path.stat().st_size > MAX_BYTES:
         raise DatasetError(f"{path} has more than {MAX_BYTES >> 20} MiB: it is not a dataset.json")
     try:
-        content = json.loads(path.read_bytes())
+        with naming(path):
+            content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error
     found = content.get("format") if isinstance(content, dict) else None

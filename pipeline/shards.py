@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import whole_file
+from pipeline.files import naming, whole_file
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
 
 INDEX_DTYPE = np.dtype(
@@ -113,9 +113,9 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def describe_shard(root: Path, file: str, samples: int) -> Shard:
-    """The record of a tar that somebody else wrote, by reading all of it."""
+    """The record of a tar that somebody else wrote, by reading all of it. Raises OSError, which names it."""
     known = _Known()
-    with open(root / file, "rb") as opened:
+    with naming(root / file), open(root / file, "rb") as opened:
         while part := opened.read(1 << 20):
             known.add(part)
     return known.record(file, samples)
@@ -141,11 +141,15 @@ def write_index(path: Path, rows: np.ndarray) -> str:
 
 
 def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
-    """A split's rows, in the order of its shards. Raises DatasetError where they do not fit the split."""
+    """A split's rows, in the order of its shards.
+
+    Raises DatasetError where they do not fit the split, and OSError, which names the file, where it cannot be
+    read.
+    """
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             content = file.read(expected + 1)  # more is not the index, however large it is
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None

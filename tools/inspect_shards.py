@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.files import naming
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.reader import ShardReader
@@ -223,11 +224,18 @@ def _write_tsv(path: Path, head: Iterable[str], rows: Iterable[Iterable]) -> Non
 
 def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
     """Write the report; returns the duplicates. Raises DatasetError or OSError."""
-    from tools import shard_figures
-
     dataset = open_dataset(data)
     groups = find_duplicates(dataset.readers, threads)
     output.mkdir(parents=True, exist_ok=True)
+    with naming(output):
+        _write(dataset, groups, data.resolve().name, output, seed)
+    return groups
+
+
+def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int) -> None:
+    """The files of the report."""
+    from tools import shard_figures
+
     classes = [(entry.id, entry.name) for entry in dataset.manifest.classes]
     _write_tsv(
         output / "classes.tsv",
@@ -247,9 +255,8 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
     first = next(iter(dataset.readers.values()))
     shard_figures.draw_samples(output / "samples.png", names, first, seed)
     (output / "report.md").write_text(
-        report(data.resolve().name, dataset, groups), encoding="utf-8", errors="surrogateescape"
+        report(name, dataset, groups), encoding="utf-8", errors="surrogateescape"
     )
-    return groups
 
 
 def main() -> None:
@@ -262,8 +269,11 @@ def main() -> None:
     try:
         with refused_threads():
             groups = inspect(options.data, options.output, options.seed, cpus())
-    except (DatasetError, WorkersError, OSError) as error:
+    except (DatasetError, WorkersError) as error:
         sys.exit(f"inspect_shards: {error}")
+    except OSError as error:
+        reason = f"{error.filename or options.data}: {error.strerror or error}"
+        sys.exit(f"inspect_shards: {reason}: mend the cause and give the same command again")
     print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 

@@ -9,90 +9,52 @@ import os
 import tarfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from hashlib import sha256
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import HEAD_BYTES, Shard
+from pipeline.files import naming
+from pipeline.manifest import HEAD_BYTES
+from pipeline.retry import is_outage, patiently
 from pipeline.shards import INDEX_DTYPE, Place, dali_index
+from tools.shard_findings import Found, Task
+from tools.storage import is_there, read
+from tools.workers import say
 
-Decode = Literal["all", "sampled", "none"]
 SAMPLED = 16  # pictures of a shard
-KEPT = 20  # damages of a shard that are named; the others are counted
 _BLOCK = tarfile.BLOCKSIZE
-
-
-class Damage(NamedTuple):
-    """What is wrong, and where: at which byte of the file, in which member of the tar."""
-
-    file: str
-    what: str
-    byte: int | None = None
-    member: str = ""
-
-    def __str__(self) -> str:
-        where = [self.file]
-        if self.member:
-            where.append(self.member if self.member.isprintable() else ascii(self.member))
-        if self.byte is not None:
-            where.append(f"byte {self.byte}")
-        return f"{', '.join(where)}: {self.what}"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to check. rows: what the index says of it, or None where there is no sound index."""
-
-    root: Path
-    shard: Shard
-    rows: np.ndarray | None
-    classes: int
-    decode: Decode
-    in_place: bool = False  # a tar of somebody else's: only what the index names in it is looked at
-
-
-@dataclass
-class Found:
-    """What a shard holds. damages: the first KEPT of `count`. rows: what the index must say of it, with
-    `shard` left 0. index: what its .idx must be, or None if that is what it is."""
-
-    damages: list[Damage] = field(default_factory=list)
-    count: int = 0
-    decoded: int = 0
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))
-    index: bytes | None = None
-
-    def add(self, *damage) -> None:
-        self.count += 1
-        if self.count <= KEPT:
-            self.damages.append(Damage(*damage))
 
 
 def check_shard(task: Task) -> Found:
     """Check one shard and its .idx; this is what runs in the worker processes.
 
-    Where the checksum is wrong, `sampled` decodes everything: that may name the sample.
+    Where the checksum is wrong, `sampled` decodes everything: that may name the sample. Raises OSError where
+    the storage or this process is in trouble, which is no damage.
     """
     found, places, same = _check_tar(task)
     if not same and task.decode == "sampled":
+        first = found.damages[0].what
         found, places, same = _check_tar(replace(task, decode="all"))
+        if same:
+            found.add(
+                task.shard.file,
+                f"was not the same when it was read twice ({first}; then it was right): do not trust its "
+                "storage, or this machine's memory",
+            )
     if task.in_place:
         return found
     path = task.root / Path(task.shard.file).with_suffix(".idx")
+    index = None
     try:
-        index = path.read_bytes()
-    except FileNotFoundError:
-        index = None
-        found.add(path.name, "is missing")
+        index = read(str(path))
     except OSError as error:
-        index = None
-        found.add(path.name, f"cannot be read: {error.strerror}")
+        _add_unreadable(found, task, path.name, error)
     if same:  # else a difference would be the tar's
         wanted = dali_index(places)
         if index != wanted:
@@ -100,6 +62,13 @@ def check_shard(task: Task) -> Found:
         if index is not None and index != wanted:
             found.add(path.name, _first_difference(index, wanted))
     return found
+
+
+def _add_unreadable(found: Found, task: Task, file: str, error: OSError) -> None:
+    if is_outage(error) or not is_there(str(task.root)):
+        raise error
+    missing = isinstance(error, FileNotFoundError)
+    found.add(file, "is missing" if missing else f"cannot be read: {error.strerror}")
 
 
 def _first_difference(index: bytes, wanted: bytes) -> str:
@@ -110,28 +79,37 @@ def _first_difference(index: bytes, wanted: bytes) -> str:
 
 def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
     """Also the places of the samples, and whether the tar is byte for byte the packed one."""
-    found, shard = Found(), task.shard
-    samples = _Samples(task, found)
+    found = Found()
+
+    def read_tar() -> tuple[list[Place], bool]:
+        nonlocal found
+        found = Found()
+        return _read_tar(task, found)
+
     try:
-        with open(task.root / shard.file, "rb") as opened, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata in pictures
-            size = os.fstat(opened.fileno()).st_size
-            head = sha256(opened.read(HEAD_BYTES)).hexdigest()
-            opened.seek(0)
-            file = _Hashed(opened)
-            if task.in_place:
-                for jpeg, row in _indexed(file, task.rows):
-                    samples.take_indexed(jpeg, row)
-            else:
-                for member in _members(file, size, shard.file, found):
-                    samples.take(member)
-                samples.finish()
-    except FileNotFoundError:
-        found.add(shard.file, "is missing")
-        return found, [], False
+        places, same = patiently(read_tar, say)
     except OSError as error:
-        found.add(shard.file, f"cannot be read: {error.strerror}")
+        _add_unreadable(found, task, task.shard.file, error)
         return found, [], False
+    return found, places, same
+
+
+def _read_tar(task: Task, found: Found) -> tuple[list[Place], bool]:
+    shard, samples = task.shard, _Samples(task, found)
+    path = task.root / shard.file
+    with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata in pictures
+        size = os.fstat(opened.fileno()).st_size
+        head = sha256(opened.read(HEAD_BYTES)).hexdigest()
+        opened.seek(0)
+        file = _Hashed(opened)
+        if task.in_place:
+            for jpeg, row in _indexed(file, task.rows):
+                samples.take_indexed(jpeg, row)
+        else:
+            for member in _members(file, size, shard.file, found):
+                samples.take(member)
+            samples.finish()
     same = file.digest.hexdigest() == shard.sha256
     if size != shard.bytes:
         found.add(shard.file, f"has {size} bytes and dataset.json says {shard.bytes}")
@@ -142,7 +120,7 @@ def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
     if not task.in_place and len(samples.places) != shard.samples:
         found.add(shard.file, f"has {len(samples.places)} samples and dataset.json says {shard.samples}")
     found.rows = np.array(samples.rows, INDEX_DTYPE)
-    return found, samples.places, same
+    return samples.places, same
 
 
 class _Hashed:
@@ -283,6 +261,8 @@ class _Samples:
     def _open(self, jpeg: _Member) -> Image.Image | None:
         try:
             image = Image.open(BytesIO(jpeg.content), formats=["JPEG"])
+        except MemoryError:
+            raise
         except Exception:  # damaged bytes may break the decoder in any way
             self._damage("is no JPEG", jpeg)
             return None
@@ -294,6 +274,8 @@ class _Samples:
         self.found.decoded += 1
         try:
             image.load()
+        except MemoryError:
+            raise
         except Exception as error:
             self._damage(f"does not decode: {error}", jpeg)
 

@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
@@ -24,9 +25,11 @@ from rich.progress import Progress
 from pipeline.files import whole_file
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
+from pipeline.retry import is_outage, patiently
 from pipeline.shards import read_index, write_index
-from tools.shard_checks import SAMPLED, Damage, Decode, Found, Task, check_shard
-from tools.workers import WorkersError, end_at_sigterm, pool
+from tools.shard_checks import SAMPLED, check_shard
+from tools.shard_findings import Damage, Decode, Found, Task
+from tools.workers import WorkersError, end_at_sigterm, pool, say
 
 SHOWN = 100  # damages that are printed; the others are counted
 
@@ -86,10 +89,12 @@ def _is_below(file: str, folders: bool) -> bool:
 
 
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
-    """The rows of a split, or None where they cannot be trusted."""
+    """The rows of a split, or None where they cannot be trusted. Raises OSError in an outage."""
     try:
-        rows = read_index(root, split, len(manifest.classes))
+        rows = patiently(partial(read_index, root, split, len(manifest.classes)), say)
     except (DatasetError, OSError) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise
         return None, [Damage(split.index, str(error))]
     damages = []
     for side in ("width", "height"):
@@ -225,13 +230,15 @@ def main() -> None:
             print(f"written: {', '.join(written)}" if written else "nothing to repair")
             return
         verdict = verify(options.data, options.decode, options.workers)
-    except (
-        DatasetError,
-        WorkersError,
-        OSError,
-        RecursionError,
-    ) as error:  # the last of JSON that is nested too deep
+    except (DatasetError, WorkersError, RecursionError) as error:  # the last of JSON nested too deep
         sys.exit(f"verify_shards: {error}")
+    except OSError as error:
+        reason = f"{error.filename or options.data}: {error.strerror or error}"
+        sys.exit(
+            f"verify_shards: {reason}: not all could be checked: mend the cause, and give the command again"
+        )
+    except MemoryError:
+        sys.exit("verify_shards: memory ran out: try fewer --workers")
     except KeyboardInterrupt:
         sys.exit(130)
     print(*table(verdict.splits), sep="\n")
