@@ -5,6 +5,7 @@
 # make lint    style and types
 # make bench   images/s of each stage on the demo's pictures
 # make chaos   runs that are killed 200 times come to what whole ones do
+# make faults  packing while one file-system call after the other fails, all of an hour
 # make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
 # make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
 # make image-test   the image, and compose.yaml, on a real Docker engine
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
+.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
 
 setup: $(VENV)/.ready
 
@@ -60,6 +61,9 @@ chaos: setup
 		$(BIN)/python tools/draw_pictures.py --output $(DATA)-pictures --train 6 --val 2 && \
 		$(BIN)/python tools/make_shards.py --input $(DATA)-pictures --output $(DATA) --size 80; }
 	$(BIN)/python tools/chaos.py --data $(DATA) --record runs/chaos.jsonl
+
+faults: setup
+	$(BIN)/python tools/faults.py
 
 # Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
 gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy

@@ -6,6 +6,7 @@ does so.
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -92,11 +93,11 @@ class Folder:
         time: two writers of one file do not meet.
         """
         scratch = Path(self.path, UNFINISHED) if self.is_local else None
-        # NFS and FUSE keep a file that is removed while open for a moment, so that its folder cannot go.
-        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as staging:
-            yield Path(staging)
+        staging = Path(tempfile.mkdtemp(dir=scratch))
+        try:
+            yield staging
             target = os.path.normpath(f"{self.path}/{below}")
-            for file in sorted({file for file in Path(staging).iterdir() if not file.name.startswith(".")}):
+            for file in sorted({file for file in staging.iterdir() if not file.name.startswith(".")}):
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
                 else:
@@ -104,6 +105,9 @@ class Folder:
                         self.fs.put_file(str(file), f"{target}/{file.name}")
             if self.is_local:
                 sync_folder(Path(target))
+        finally:
+            # What stays, as NFS and FUSE keep for a moment what is removed while open, the next run removes.
+            shutil.rmtree(staging, ignore_errors=True)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """The bytes of a file in it, or the first `size`."""

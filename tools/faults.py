@@ -1,0 +1,102 @@
+"""Pack a few pictures again and again while one file-system call after the other fails.
+
+    python tools/faults.py --seconds 120 --seed 0
+
+A packing that nothing disturbs is recorded first. Then each of its calls is made to fail by each error that
+it may answer (tools/killing/faults.py lists them), once and from then on, and reads and writes fall short.
+After each the same command is given again. It ends with 1 if any of this does not hold:
+
+    exit code 0     the dataset is there, with the bytes of the undisturbed packing, but for files that were
+                    rejected by name because the error was their own
+    dataset.json    the folder verifies, picture by picture
+    exit code 1     one line names the file and the reason
+    again           the same command ends with the bytes of the undisturbed packing
+
+With --seconds, the cases are drawn by the seed until the time is over; without, all are tried.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from tools.draw_pictures import class_names, draw
+from tools.killing.faults import ERRORS, Call, Fault
+from tools.killing.jobs import Packing
+from tools.options import natural, positive
+
+
+def draw_input(folder: Path) -> None:
+    """Two classes, in train two pictures of each, in val one."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for name in class_names()[:2]:
+            place = folder / "in" / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                draw(name, rng).save(place / f"{number}.jpg")
+
+
+def all_faults(calls: dict[Call, int]) -> list[Fault]:
+    """Each call that was recorded, each time that it came, with each error, once and for good."""
+    return [
+        Fault(call, time, error, lasting)
+        for call, count in sorted(calls.items())
+        for time in range(1, count + 1)
+        for error in ERRORS[call.name]
+        for lasting in (False, True)
+    ]
+
+
+def table(tried: Iterable[Fault], wrong: Counter[str]) -> list[str]:
+    """A line for each kind of call: errors, runs, violations."""
+    runs = Counter(fault.call.name for fault in tried)
+    lines = [f"{'call':20}{'runs':>8}{'violations':>12}  errors"]
+    lines += [
+        f"{name:20}{count:8,}{wrong[name]:12,}  {' '.join(ERRORS[name])}"
+        for name, count in sorted(runs.items())
+    ]
+    return [*lines, f"{'all':20}{runs.total():8,}{wrong.total():12,}"]
+
+
+def try_all(packing: Packing, faults: Iterable[Fault], seconds: float) -> Counter[str]:
+    """Try them until the time is over, printing what does not hold; violations by the name of the call."""
+    wrong: Counter[str] = Counter()
+    tried, end = [], time.monotonic() + seconds
+    for fault in faults:
+        if time.monotonic() > end:
+            break
+        tried.append(fault)
+        for violation in packing.try_fault(fault)[1]:
+            wrong[fault.call.name] += 1
+            print(f"{fault}: {violation}", flush=True)
+    print(*table(tried, wrong), sep="\n")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--seconds", type=positive, metavar="S", help="of cases drawn by the seed (default: all)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="of their order (default 0)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_input(Path(folder, "job"))
+        packing = Packing(Path(folder, "job"))
+        faults = all_faults(packing.calls)
+        random.Random(options.seed).shuffle(faults)
+        wrong = try_all(packing, faults, options.seconds or float("inf"))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

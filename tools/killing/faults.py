@@ -1,0 +1,237 @@
+"""Storage that answers with an error: the file-system calls of a job are counted, and one of them fails.
+
+`Storage` stands above the functions of os, io and fcntl while it is entered, so it sees what Python asks of
+the files below one folder, and not what libraries in C do by themselves. A call is known by its name, its
+file and how often both came before, which is the same in each run of a job that does one thing at a time.
+"""
+
+import builtins
+import errno
+import fcntl
+import io
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+from unittest import mock
+
+SHORT = "SHORT"  # not an error: less is read or written than was asked for
+TWICE = "TWICE"  # nor this: an entry of a folder is listed again
+
+# What each call may answer, besides doing its work. `open` is for reading, `create` for writing.
+ERRORS = {
+    "open": ("EACCES", "ENOENT", "EIO", "ESTALE", "EMFILE", "ENOTCONN"),
+    "create": ("EACCES", "EROFS", "ENOSPC", "ESTALE", "EMFILE"),
+    "read": ("EIO", "ESTALE", "ENOTCONN", SHORT),
+    "write": ("ENOSPC", "EDQUOT", "EIO", "ESTALE", SHORT),
+    "close": ("EIO", "ENOSPC", "EDQUOT"),
+    "stat": ("EACCES", "EIO", "ESTALE", "ETIMEDOUT"),
+    "scandir": ("EACCES", "EIO", "ESTALE", "EMFILE", "ENOMEM"),
+    "readdir": ("EIO", "ESTALE", TWICE),
+    "mkdir": ("EACCES", "ENOSPC", "EIO"),
+    "replace": ("EACCES", "EIO", "ESTALE", "ENOSPC"),
+    "link": ("EPERM", "ENOTSUP", "EMLINK", "EIO"),
+    "unlink": ("EACCES", "EBUSY", "EIO", "ESTALE"),
+    "rmdir": ("ENOTEMPTY", "EBUSY", "EIO"),
+    "fsync": ("EINVAL", "ENOTSUP", "EIO", "ENOSPC"),
+    "fsync of a folder": ("EINVAL", "EBADF", "EACCES", "EIO"),
+    "fadvise": ("ENOSYS", "EINVAL"),
+    "flock": ("ENOLCK", "ENOSYS", "ENOTSUP", "EIO"),
+}
+_FUNCTIONS = {
+    "open": "open",
+    "stat": "stat",
+    "lstat": "stat",
+    "mkdir": "mkdir",
+    "replace": "replace",
+    "rename": "replace",
+    "link": "link",
+    "unlink": "unlink",
+    "remove": "unlink",
+    "rmdir": "rmdir",
+    "posix_fadvise": "fadvise",
+}
+_open, _fstat, _scandir = open, os.fstat, os.scandir
+_RANDOM = re.compile(r"(?<=/tmp)\w{8}(?=/|$)")  # in the names that tempfile makes up
+
+
+class Call(NamedTuple):
+    """path: below the folder, without what is random in it."""
+
+    name: str
+    path: str
+
+
+class Fault(NamedTuple):
+    """The call that fails, the first time or a later one; lasting: and each time after that."""
+
+    call: Call
+    time: int
+    error: str
+    lasting: bool
+
+    def __str__(self) -> str:
+        number = f"{self.time} on" if self.lasting else f"{self.time}"
+        return f"{self.call.name} {self.call.path}, number {number}: {self.error}"
+
+
+class Storage:
+    """calls: how often each came. hits: how often the fault did."""
+
+    def __init__(self, folder: Path, fault: Fault | None = None):
+        self.folder, self.fault = f"{folder}/", fault
+        self.calls: Counter[Call] = Counter()
+        self.hits = 0
+        self._patches = ExitStack()
+
+    def __enter__(self) -> Self:
+        for name, call in _FUNCTIONS.items():
+            self._put(os, name, self._before(call, getattr(os, name)))
+        self._put(fcntl, "flock", self._before("flock", fcntl.flock))
+        self._put(os, "scandir", self._scandir)
+        self._put(os, "listdir", self._listdir)
+        self._put(os, "fsync", self._fsync)
+        self._put(builtins, "open", self._open)
+        self._put(io, "open", self._open)
+        return self
+
+    def _put(self, owner: Any, name: str, function: Callable) -> None:
+        self._patches.enter_context(mock.patch.object(owner, name, function))
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def meet(self, name: str, file: Any) -> str | None:
+        """Count a call. Raises the OSError that it is to fail with, or returns SHORT or TWICE."""
+        path = self._path(file)
+        if path is None:
+            return None
+        call = Call(name, _RANDOM.sub("*", path))
+        self.calls[call] += 1
+        fault = self.fault
+        if fault is None or fault.call != call:
+            return None
+        if self.calls[call] != fault.time and not (fault.lasting and self.calls[call] > fault.time):
+            return None
+        self.hits += 1
+        if fault.error in (SHORT, TWICE):
+            return fault.error
+        number = getattr(errno, fault.error)
+        # As the system's: functions that are given a descriptor do not know its name.
+        raise OSError(
+            number, os.strerror(number), *([str(file)] if isinstance(file, (str, os.PathLike)) else [])
+        )
+
+    def _path(self, file: Any) -> str | None:
+        """Below the folder, or None where it is not."""
+        if hasattr(file, "fileno"):
+            file = file.fileno()
+        name = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.path.abspath(file)  # noqa: PTH100, PTH115
+        name = os.fsdecode(name)
+        return name[len(self.folder) :] if f"{name}/".startswith(self.folder) else None
+
+    def _before(self, call: str, real: Callable) -> Callable:
+        def function(*arguments: Any, **options: Any) -> Any:
+            file = arguments[1] if call in ("replace", "link") else arguments[0]
+            if (folder := options.get("dir_fd")) is not None:  # as rmtree has it
+                file = f"{os.readlink(f'/proc/self/fd/{folder}')}/{os.fsdecode(file)}"  # noqa: PTH115
+            self.meet(call, file)
+            return real(*arguments, **options)
+
+        return function
+
+    def _fsync(self, file: Any) -> None:
+        is_folder = stat.S_ISDIR(_fstat(file if isinstance(file, int) else file.fileno()).st_mode)
+        self.meet("fsync of a folder" if is_folder else "fsync", file)  # not done: no power is cut here
+
+    def _scandir(self, path: Any = ".") -> "_Listing":
+        self.meet("scandir", path)
+        return _Listing(self, path, _scandir(path))
+
+    def _listdir(self, path: Any = ".") -> list[str]:
+        with self._scandir(path) as entries:
+            return [entry.name for entry in entries]
+
+    def _open(
+        self, file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None,
+        errors: str | None = None, newline: str | None = None, **how: Any,
+    ) -> Any:  # fmt: skip
+        if isinstance(file, int) or how or self._path(file) is None:
+            return _open(file, mode, buffering, encoding, errors, newline, **how)
+        self.meet("open" if mode.strip("bt") == "r" else "create", file)
+        raw = _File(self, file, mode.replace("b", "").replace("t", ""))
+        if buffering == 0:
+            return raw
+        size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
+        buffered: Any = io.BufferedReader if mode.strip("bt") == "r" else io.BufferedWriter
+        if "+" in mode:
+            buffered = io.BufferedRandom
+        content = buffered(raw, size)
+        return content if "b" in mode else io.TextIOWrapper(content, encoding, errors, newline)
+
+
+class _File(io.FileIO):
+    """A file whose reads and writes are met."""
+
+    def __init__(self, storage: Storage, path: Any, mode: str):
+        self._storage = storage
+        super().__init__(path, mode)
+
+    def readinto(self, buffer: Any) -> int | None:
+        view = memoryview(buffer)
+        is_short = self._storage.meet("read", self.fileno()) == SHORT
+        return super().readinto(view[: max(1, len(view) // 3)] if is_short else view)
+
+    def readall(self) -> bytes:
+        self._storage.meet("read", self.fileno())  # which goes on after a short one by itself
+        return super().readall()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return self.readall()
+        is_short = self._storage.meet("read", self.fileno()) == SHORT
+        return super().read(max(1, size // 3) if is_short else size)
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data)
+        is_short = self._storage.meet("write", self.fileno()) == SHORT
+        return super().write(view[: max(1, len(view) // 3)] if is_short else view)
+
+    def close(self) -> None:
+        path = None if self.closed or not self.writable() else os.readlink(f"/proc/self/fd/{self.fileno()}")  # noqa: PTH115
+        super().close()
+        if path:
+            self._storage.meet("close", path)
+
+
+class _Listing:
+    """What os.scandir returns."""
+
+    def __init__(self, storage: Storage, path: Any, real: Any):
+        self._storage, self._path, self._real = storage, path, real
+        self._again: os.DirEntry | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> os.DirEntry:
+        if self._again is not None:
+            entry, self._again = self._again, None
+            return entry
+        entry = next(self._real)
+        if self._storage.meet("readdir", self._path) == TWICE:
+            self._again = entry
+        return entry
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._real.close()
+
+    def close(self) -> None:
+        self._real.close()
