@@ -1,0 +1,145 @@
+"""Verifying and inspecting on storage that fails: what is no damage, what is, and which file it was."""
+
+import errno
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.manifest import read_manifest
+from pipeline.shards import read_index
+from tools import inspect_shards, shard_checks, verify_shards
+from tools.killing.faults import Call, Fault, Storage
+from tools.verify_shards import verify
+
+TAR, INDEX, IDX = "train-000001.tar", "train.index.npy", "train-000001.idx"
+
+
+@pytest.fixture(autouse=True)
+def _one_process_without_pauses(monkeypatch):
+    @contextmanager
+    def here(*_):
+        yield SimpleNamespace(map=map)
+
+    monkeypatch.setattr(verify_shards, "pool", here)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+@pytest.fixture
+def dataset(packed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
+
+
+def fault(name: str, path: str, error: str, lasting: bool = True) -> Fault:
+    return Fault(Call(name, path), 1, error, lasting)
+
+
+@pytest.mark.parametrize("file", [TAR, INDEX, IDX])
+@pytest.mark.parametrize(("name", "error"), [("open", "EMFILE"), ("read", "ESTALE"), ("read", "EIO")])
+def test_what_passes_is_no_damage(dataset, file, name, error):
+    with Storage(dataset, fault(name, file, error, lasting=False)) as storage:
+        assert verify(dataset, "sampled", 1).count == 0
+    assert storage.hits == 1
+
+
+@pytest.mark.parametrize("file", [TAR, INDEX, IDX])
+@pytest.mark.parametrize(("name", "error"), [("open", "EMFILE"), ("read", "ESTALE"), ("read", "ENOTCONN")])
+def test_an_outage_is_no_damage_but_the_end(dataset, file, name, error):
+    with Storage(dataset, fault(name, file, error)), pytest.raises(OSError, match=file) as found:
+        verify(dataset, "sampled", 1)
+    assert found.value.errno == getattr(errno, error)
+
+
+@pytest.mark.parametrize(("name", "error"), [("read", "EIO"), ("open", "EACCES")])
+@pytest.mark.parametrize("file", [TAR, IDX])
+def test_a_file_that_stays_unreadable_is_damage(dataset, file, name, error):
+    with Storage(dataset, fault(name, file, error)):
+        (damage,) = verify(dataset, "sampled", 1).damages
+    assert str(damage) == f"{file}: cannot be read: {os.strerror(getattr(errno, error))}"
+
+
+def test_a_dataset_that_went_away_is_not_one_without_shards(dataset, monkeypatch):
+    manifest = read_manifest(dataset)
+    monkeypatch.setattr(verify_shards, "read_manifest", lambda _: manifest)
+    monkeypatch.setattr(verify_shards, "check_dataset", lambda *_: [])
+    monkeypatch.setattr(verify_shards, "check_index", lambda *_: (None, []))
+    shutil.rmtree(dataset)
+    dataset.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"train-000000\.tar"):
+        verify(dataset, "sampled", 1)
+
+
+@pytest.mark.parametrize("decode", ["sampled", "all"])
+def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeypatch, decode):
+    class Flaky(shard_checks._Hashed):
+        """The first time that the second tar is read, a bit is another."""
+
+        def read(self, size: int) -> bytes:
+            data = super().read(size)
+            if self._file.name.endswith(TAR) and not readings:
+                readings.append(self)
+                self.digest.update(b"as if")
+            return data
+
+    readings: list[Flaky] = []
+    monkeypatch.setattr(shard_checks, "_Hashed", Flaky)
+    (damage,) = verify(dataset, decode, 1).damages
+    assert damage.file == TAR
+    assert "its sha256 is not the one in dataset.json" in damage.what
+    assert ("not the same when it was read twice" in damage.what) == (decode == "sampled")
+
+
+def test_memory_that_runs_out_is_no_damage(dataset, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.Image.open", fail)
+    with pytest.raises(MemoryError):
+        verify(dataset, "sampled", 1)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle", "/mnt/a.tar"), MemoryError()])
+def test_the_command_says_so_in_a_line(dataset, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(verify_shards, "verify", fail)
+    monkeypatch.setattr(sys, "argv", ["verify_shards.py", "--data", str(dataset)])
+    with pytest.raises(SystemExit) as end:
+        verify_shards.main()
+    if isinstance(error, OSError):
+        assert end.value.code.startswith(
+            "verify_shards: /mnt/a.tar: Stale file handle: not all could be checked"
+        )
+    else:
+        assert end.value.code == "verify_shards: memory ran out: try fewer --workers"
+
+
+@pytest.mark.parametrize("error", ["EIO", "ESTALE"])
+def test_dataset_json_and_index_are_named(dataset, error):
+    manifest = read_manifest(dataset)
+    for file, read in (
+        ("dataset.json", lambda: read_manifest(dataset)),
+        (INDEX, lambda: read_index(dataset, manifest.split("train"), len(manifest.classes))),
+    ):
+        with Storage(dataset, fault("read", file, error)), pytest.raises(OSError, match=f"{dataset}/{file}"):
+            read()
+
+
+@pytest.mark.parametrize(("name", "file"), [("read", "shards/dataset.json"), ("write", "report/report.md")])
+def test_inspecting_names_the_file_and_what_to_do(dataset, monkeypatch, name, file):
+    root = dataset.parent
+    command = ["inspect_shards.py", "--data", str(dataset), "--output", str(root / "report")]
+    monkeypatch.setattr(sys, "argv", command)
+    with Storage(root, fault(name, file, "EIO")), pytest.raises(SystemExit) as end:
+        inspect_shards.main()
+    place = root / file if name == "read" else root / "report"
+    reason = os.strerror(errno.EIO)
+    assert (
+        end.value.code == f"inspect_shards: {place}: {reason}: mend the cause and give the same command again"
+    )
