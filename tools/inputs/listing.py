@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
 from pipeline.files import naming
 from pipeline.retry import is_outage, patiently
 from tools import storage
@@ -114,7 +117,7 @@ class RemoteFolder:
             folder = storage.Folder(url)
             self._fs, self._root = folder.fs, folder.path.rstrip("/")
             start = len(self._root) + 1
-            self._names = sorted({n[start:] for n in self._fs.find(self._root) if not n.endswith("/")})
+            self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
         if not self._names:
             with suppress(FileNotFoundError), _as_source_error(url):
                 self._fs.ls(self._root)  # raises what was wrong, which `find` leaves out
@@ -136,6 +139,32 @@ class RemoteFolder:
     def size(self, name: str) -> int:
         with _as_source_error(self.locate(name)):
             return int(self._fs.size(f"{self._root}/{name}"))
+
+
+def _find(fs: AbstractFileSystem, root: str) -> list[str]:
+    """All files below a folder. Raises what a folder of it does that cannot be listed."""
+    is_async = isinstance(fs, AsyncFileSystem)
+    own = (
+        type(fs)._find is not AsyncFileSystem._find
+        if is_async
+        else type(fs).find is not AbstractFileSystem.find
+    )
+    if own:
+        return fs.find(root)
+    found, waiting, seen = [], [root], {root}  # fsspec's own leaves out folders that fail
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            if folder == root:
+                return []
+            raise
+        folders = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"} - seen
+        found += [entry["name"] for entry in entries if entry["type"] != "directory"]
+        waiting += folders
+        seen |= folders
+    return found
 
 
 InputFolder = LocalFolder | RemoteFolder
