@@ -8,7 +8,6 @@ import pytest
 from tools.inputs.listing import RemoteFolder
 from tools.inputs.sources import SourceError, find_sources
 
-
 FOLDERS = {
     "in": ["train/", "val/"],
     "in/train": ["a/"],
