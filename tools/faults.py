@@ -1,16 +1,26 @@
-"""Pack a few pictures again and again while one file-system call after the other fails.
+"""Pack or train again and again while one file-system call after the other fails.
 
-    python tools/faults.py --seconds 120 --seed 0
+    python tools/faults.py packing --seconds 120 --seed 0
+    python tools/faults.py training
+    python tools/faults.py continuing
 
-A packing that nothing disturbs is recorded first. Then each of its calls is made to fail by each error that
+The job is done first with nothing to disturb it, and recorded. `continuing` is the second life of a training
+that was stopped. Then each of its calls is made to fail by each error that
 it may answer (tools/killing/faults.py lists them), once and from then on, and reads and writes fall short.
-After each the same command is given again. It ends with 1 if any of this does not hold:
+After each the same command is given again. It ends with 1 if any of this does not hold. Of a packing:
 
     exit code 0     the dataset is there, with the bytes of the undisturbed packing, but for files that were
                     rejected by name because the error was their own
     dataset.json    the folder verifies, picture by picture
     exit code 1     one line names the file and the reason
     again           the same command ends with the bytes of the undisturbed packing
+
+Of a training:
+
+    exit code 0     the losses, weights, best and report of the undisturbed one, unless samples were left out
+    exit code 1     one line names the file and the reason
+    at any time     the newest checkpoint and the best that were there can be loaded, or later ones can
+    again           the same command ends with the undisturbed losses and weights, bit for bit
 
 With --seconds, the cases are drawn by the seed until the time is over; without, all are tried.
 """
@@ -21,8 +31,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -31,24 +43,53 @@ from tools.killing.faults import ERRORS, Call, Fault
 from tools.killing.jobs import Packing
 from tools.options import natural, positive
 
+if TYPE_CHECKING:  # which imports torch
+    from tools.killing.faulty_training import Training
 
-def draw_input(folder: Path) -> None:
-    """Two classes, in train two pictures of each, in val one."""
+MANY = 12  # times that a call comes, of which some stand for the others
+
+
+def draw_input(folder: Path, classes: int, train: int, val: int) -> None:
+    """So many pictures of each class, to train and to validate on."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 2), ("val", 1)):
-        for name in class_names()[:2]:
+    for split, count in (("train", train), ("val", val)):
+        for name in class_names()[:classes]:
             place = folder / "in" / split / name
             place.mkdir(parents=True)
             for number in range(count):
                 draw(name, rng).save(place / f"{number}.jpg")
 
 
+def packing(folder: Path) -> Packing:
+    draw_input(folder, classes=2, train=2, val=1)
+    return Packing(folder)
+
+
+def training(folder: Path, continued: bool = False) -> "Training":
+    from tools.killing.faulty_training import Training
+    from tools.make_shards import pack
+    from tools.make_shards import parse_arguments as packing_options
+
+    draw_input(folder, classes=10, train=6, val=2)
+    folders = ["--input", str(folder / "in"), "--output", str(folder / "data")]
+    pack(packing_options([*folders, "--size", "80", "--shard-samples", "25", "--workers", "1"]))
+    return Training(folder, continued)
+
+
+JOBS: dict[str, "Callable[[Path], Packing | Training]"] = {
+    "packing": packing,
+    "training": training,
+    "continuing": partial(training, continued=True),
+}
+
+
 def all_faults(calls: dict[Call, int]) -> list[Fault]:
-    """Each call that was recorded, each time that it came, with each error, once and for good."""
+    """Each call that was recorded, each time that it came, or the first, the middle and the last of many
+    times, with each error, once and for good."""
     return [
         Fault(call, time, error, lasting)
         for call, count in sorted(calls.items())
-        for time in range(1, count + 1)
+        for time in (range(1, count + 1) if count <= MANY else (1, count // 2, count))
         for error in ERRORS[call.name]
         for lasting in (False, True)
     ]
@@ -65,7 +106,7 @@ def table(tried: Iterable[Fault], wrong: Counter[str]) -> list[str]:
     return [*lines, f"{'all':20}{runs.total():8,}{wrong.total():12,}"]
 
 
-def try_all(packing: Packing, faults: Iterable[Fault], seconds: float) -> Counter[str]:
+def try_all(job: "Packing | Training", faults: Iterable[Fault], seconds: float) -> Counter[str]:
     """Try them until the time is over, printing what does not hold; violations by the name of the call."""
     wrong: Counter[str] = Counter()
     tried, end = [], time.monotonic() + seconds
@@ -73,7 +114,7 @@ def try_all(packing: Packing, faults: Iterable[Fault], seconds: float) -> Counte
         if time.monotonic() > end:
             break
         tried.append(fault)
-        for violation in packing.try_fault(fault)[1]:
+        for violation in job.try_fault(fault)[1]:
             wrong[fault.call.name] += 1
             print(f"{fault}: {violation}", flush=True)
     print(*table(tried, wrong), sep="\n")
@@ -84,17 +125,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("job", choices=JOBS, nargs="?", default="packing", help="default packing")
     parser.add_argument(
         "--seconds", type=positive, metavar="S", help="of cases drawn by the seed (default: all)"
     )
     parser.add_argument("--seed", type=natural, default=0, help="of their order (default 0)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        draw_input(Path(folder, "job"))
-        packing = Packing(Path(folder, "job"))
-        faults = all_faults(packing.calls)
+        job = JOBS[options.job](Path(folder, "job"))
+        faults = all_faults(job.calls)
         random.Random(options.seed).shuffle(faults)
-        wrong = try_all(packing, faults, options.seconds or float("inf"))
+        wrong = try_all(job, faults, options.seconds or float("inf"))
     sys.exit(1 if wrong else 0)
 
 

@@ -39,6 +39,7 @@ ERRORS = {
     "rmdir": ("ENOTEMPTY", "EBUSY", "EIO"),
     "fsync": ("EINVAL", "ENOTSUP", "EIO", "ENOSPC"),
     "fsync of a folder": ("EINVAL", "EBADF", "EACCES", "EIO"),
+    "truncate": ("EACCES", "EIO", "ESTALE"),
     "fadvise": ("ENOSYS", "EINVAL"),
     "flock": ("ENOLCK", "ENOSYS", "ENOTSUP", "EIO"),
 }
@@ -54,8 +55,9 @@ _FUNCTIONS = {
     "remove": "unlink",
     "rmdir": "rmdir",
     "posix_fadvise": "fadvise",
+    "truncate": "truncate",
 }
-_open, _fstat, _scandir = open, os.fstat, os.scandir
+_open, _fstat, _scandir, _preadv = open, os.fstat, os.scandir, os.preadv
 _RANDOM = re.compile(r"(?<=/tmp)\w{8}(?=/|$)")  # in the names that tempfile makes up
 
 
@@ -95,6 +97,7 @@ class Storage:
         self._put(os, "scandir", self._scandir)
         self._put(os, "listdir", self._listdir)
         self._put(os, "fsync", self._fsync)
+        self._put(os, "preadv", self._preadv)
         self._put(builtins, "open", self._open)
         self._put(io, "open", self._open)
         return self
@@ -147,6 +150,10 @@ class Storage:
     def _fsync(self, file: Any) -> None:
         is_folder = stat.S_ISDIR(_fstat(file if isinstance(file, int) else file.fileno()).st_mode)
         self.meet("fsync of a folder" if is_folder else "fsync", file)  # not done: no power is cut here
+
+    def _preadv(self, file: int, rooms: Any, offset: int) -> int:
+        is_short = self.meet("read", file) == SHORT
+        return _preadv(file, [rooms[0][: max(1, len(rooms[0]) // 3)]] if is_short else rooms, offset)
 
     def _scandir(self, path: Any = ".") -> "_Listing":
         self.meet("scandir", path)

@@ -20,7 +20,16 @@ from tools.killing.faults import SHORT, TWICE, Call, Fault, Storage
 
 DEADLINE_SECONDS = 60  # after which a job hangs
 _forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["tools.make_shards", "tools.verify_shards", "tools.killing.faults"])
+_preloaded = ["tools.make_shards", "tools.verify_shards", "tools.killing.faults"]
+
+
+def preload(*modules: str) -> None:
+    """Have modules imported before the first job is started."""
+    _preloaded.extend(modules)
+    _forkserver.set_forkserver_preload(_preloaded)
+
+
+preload()
 
 
 @dataclass(frozen=True)
