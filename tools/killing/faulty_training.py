@@ -126,7 +126,10 @@ class Training:
 
     def _differences(self, when: str) -> list[str]:
         """From the run that nothing disturbed."""
-        content = self._content()
+        try:
+            content = self._content()
+        except RunError as error:
+            return [f"{error}, {when}"]
         return [f"other {name} {when}" for name in self.whole if content[name] != self.whole[name]]
 
 
