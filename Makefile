@@ -5,7 +5,7 @@
 # make lint    style and types
 # make bench   images/s of each stage on the demo's pictures
 # make chaos   runs that are killed 200 times come to what whole ones do
-# make faults  packing while one file-system call after the other fails, all of an hour
+# make faults  packing and training while one file-system call after the other fails, for hours
 # make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
 # make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
 # make image-test   the image, and compose.yaml, on a real Docker engine
@@ -63,7 +63,9 @@ chaos: setup
 	$(BIN)/python tools/chaos.py --data $(DATA) --record runs/chaos.jsonl
 
 faults: setup
-	$(BIN)/python tools/faults.py
+	$(BIN)/python tools/faults.py packing
+	$(BIN)/python tools/faults.py training
+	$(BIN)/python tools/faults.py continuing
 
 # Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
 gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
