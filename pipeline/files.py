@@ -34,6 +34,28 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a file, or `size` of them from `offset` on, fewer only where it ends before.
+
+    However little comes at a time; after EAGAIN, where Python's own would return what came until then, it is
+    raised. Raises OSError, which names the file.
+    """
+    with naming(path), open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        # One more than there is, so that the end shows itself.
+        left = max(os.fstat(file.fileno()).st_size - offset, 0) + 1 if size is None else size
+        parts = []
+        while left or size is None:
+            part = file.read(max(left, 1))
+            if part is None:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if not part:
+                break
+            parts.append(part)
+            left = max(left - len(part), 0)
+        return b"".join(parts)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Write a file that takes its name, or another's place, once it is whole and on the disk.

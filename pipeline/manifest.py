@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.files import naming, whole_file
+from pipeline.files import read_file, whole_file
 
 FORMAT = 1
 NAME = "dataset.json"
@@ -140,8 +140,7 @@ def read_manifest(root: Path) -> Manifest:
     if path.stat().st_size > MAX_BYTES:
         raise DatasetError(f"{path} has more than {MAX_BYTES >> 20} MiB: it is not a dataset.json")
     try:
-        with naming(path):
-            content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path))
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error
     found = content.get("format") if isinstance(content, dict) else None

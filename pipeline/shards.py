@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import naming, whole_file
+from pipeline.files import naming, read_file, whole_file
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
 
 INDEX_DTYPE = np.dtype(
@@ -149,8 +149,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        with naming(path), open(path, "rb") as file:
-            content = file.read(expected + 1)  # more is not the index, however large it is
+        content = read_file(path, 0, expected + 1)  # more is not the index, however large it is
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
     if sha256(content).hexdigest() != split.index_sha256:

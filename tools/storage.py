@@ -17,7 +17,7 @@ from pathlib import Path
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.files import naming, sync_folder
+from pipeline.files import naming, read_file, sync_folder
 from pipeline.retry import patiently
 from tools.workers import say
 
@@ -51,9 +51,7 @@ def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
 
 def _read_here(file: str, offset: int, size: int | None) -> bytes:
     try:
-        with naming(file), open(file, "rb") as opened:
-            opened.seek(offset)
-            return opened.read(-1 if size is None else size)
+        return read_file(file, offset, size)
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
 

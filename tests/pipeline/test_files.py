@@ -1,13 +1,14 @@
 """Files that are whole or not there, on storage that answers otherwise than a local disk."""
 
 import errno
+import io
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from pipeline.files import naming, sync, sync_folder, whole_file
+from pipeline.files import naming, read_file, sync, sync_folder, whole_file
 
 NICETIES = [
     "EINVAL",
@@ -126,3 +127,49 @@ def test_a_file_takes_its_name_once_it_is_on_the_disk_and_then_the_name_is_put_t
         ("rename", ".name.partial", "name"),
         ("sync", tmp_path.name, True, content),
     ]
+
+
+CONTENT = bytes(range(256)) * 10
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [(0, None), (0, 100), (100, None), (100, 100), (2500, 100), (9000, 5), (9000, None), (0, 0)],
+)
+@pytest.mark.parametrize("most", [1, 37, 1 << 20])
+def test_a_file_is_read_however_little_comes_at_a_time(tmp_path, monkeypatch, offset, size, most):
+    (tmp_path / "a").write_bytes(CONTENT)
+    real = io.FileIO.read
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *_, **__: Raw(path, lambda file, count: real(file, min(count, most)))
+    )
+    assert read_file(tmp_path / "a", offset, size) == CONTENT[offset:][:size]
+
+
+class Raw(io.FileIO):
+    def __init__(self, path, reads):
+        super().__init__(path)
+        self.reads = reads
+
+    def read(self, count=-1):
+        return self.reads(self, count)
+
+
+@pytest.mark.parametrize("size", [None, 1000])
+def test_what_would_block_is_no_end(tmp_path, monkeypatch, size):
+    (tmp_path / "a").write_bytes(CONTENT)
+    parts = iter([b"some", None])
+    monkeypatch.setattr("builtins.open", lambda path, *_, **__: Raw(path, lambda *_: next(parts)))
+    with pytest.raises(BlockingIOError, match=str(tmp_path / "a")):
+        read_file(tmp_path / "a", 0, size)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise OSError(error, os.strerror(error))
+
+    (tmp_path / "a").write_bytes(CONTENT)
+    monkeypatch.setattr("builtins.open", lambda path, *_, **__: Raw(path, fail))
+    with pytest.raises(OSError, match=str(tmp_path / "a")):
+        read_file(tmp_path / "a")
