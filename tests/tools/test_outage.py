@@ -119,6 +119,17 @@ def test_a_lock_that_fails_is_named(packing):
     assert f"{os.strerror(errno.EIO)}: {packing.output}/.packing/lock" in outcome.text
 
 
+def test_an_error_is_not_hidden_by_that_of_closing_the_lock(packing):
+    outcome = fails(packing, "close", "out/.packing/lock", "EDQUOT")
+    assert outcome.code == 0
+
+
+@pytest.mark.parametrize("name", ["write", "close", "fsync"])
+def test_the_report_is_named_where_it_cannot_be_written(packing, name):
+    call = next(call for call in packing.calls if call.name == name and "report.tsv" in call.path)
+    assert "report.tsv" in fails(packing, name, call.path, "EIO").text
+
+
 def test_a_lock_that_stays_under_another_name_does_not_end_a_whole_packing(packing):
     """As NFS keeps a file that is removed while it is open, until it is closed."""
     outcome = fails(packing, "rmdir", "out/.packing", "ENOTEMPTY", lasting=False)

@@ -134,7 +134,7 @@ class Storage:
         if hasattr(file, "fileno"):
             file = file.fileno()
         name = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.path.abspath(file)  # noqa: PTH100, PTH115
-        name = os.fsdecode(name)
+        name = os.fsdecode(name).removesuffix(" (deleted)")  # what /proc says of an open file
         return name[len(self.folder) :] if f"{name}/".startswith(self.folder) else None
 
     def _before(self, call: str, real: Callable) -> Callable:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 import numpy as np
 import PIL
 
+from pipeline.files import whole_file
 from pipeline.manifest import Class, Manifest, Split, write_manifest
 from pipeline.shards import write_index
 from tools.inputs.sources import Source, SourceError, Sources
@@ -166,8 +167,8 @@ def write_report(output: Folder, sources: Sources, results: Sequence[Result]) ->
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))
     text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)
-    with output.staged() as folder:
-        (folder / REPORT).write_text(text, encoding="utf-8", errors="surrogateescape")
+    with output.staged() as folder, whole_file(folder / REPORT) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
     counts = Counter(event[1:] for event in events)
     return {
         outcome: {reason: n for (kind, reason), n in sorted(counts.items()) if kind == outcome}

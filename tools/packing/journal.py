@@ -44,7 +44,7 @@ def locked(output: Folder) -> Iterator[None]:
         return
     folder = Path(output.path, UNFINISHED)
     try:
-        with _lock(folder, output):
+        with _held(_lock(folder, output)):
             for left in folder.glob("tmp*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
@@ -55,6 +55,16 @@ def locked(output: Folder) -> Iterator[None]:
     finally:
         with suppress(OSError):  # NFS and FUSE keep the lock that is removed under another name until here
             folder.rmdir()
+
+
+@contextmanager
+def _held(lock: TextIO) -> Iterator[None]:
+    """Closes it without an error: nothing was written to it."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock.close()
 
 
 def _is_absent(path: Path) -> bool:
