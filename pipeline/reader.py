@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.files import naming
+from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
 from pipeline.retry import is_outage, patiently, say_on_stderr
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 class OutageError(DatasetError):
@@ -155,10 +155,7 @@ class ShardReader:
     @property
     def stays_in_memory(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, ValueError):  # where there is no limit
-            memory = min(memory, int(_CGROUP_LIMIT.read_text()))
-        return 2 * sum(shard.bytes for shard in self.split.shards) < memory
+        return 2 * sum(shard.bytes for shard in self.split.shards) < memory_bytes()
 
     def key(self, number: int) -> str:
         """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""

@@ -28,11 +28,9 @@ class Shelf(fsspec.AbstractFileSystem):
         path = self._strip_protocol(path)
         if path in self.broken:
             raise self.broken[path]
-        if path not in self.folders:
+        if path not in FOLDERS:
             raise FileNotFoundError(path)
-        kinds = [
-            (name.rstrip("/"), "directory" if name.endswith("/") else "file") for name in self.folders[path]
-        ]
+        kinds = [(name.rstrip("/"), "directory" if name.endswith("/") else "file") for name in FOLDERS[path]]
         return [{"name": f"{path}/{name}", "type": kind, "size": 0} for name, kind in kinds]
 
 

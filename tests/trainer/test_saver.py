@@ -51,8 +51,13 @@ def full(*_: object) -> None:
 def test_what_is_saved_is_the_state_at_that_time(made, monkeypatch):
     """Training goes on in place before the thread has begun to write, twice in the same memory."""
     may_write, write = threading.Semaphore(0), checkpoint.write
-    monkeypatch.setattr(checkpoint, "write", lambda *given: may_write.acquire() and write(*given))
     it = made(keep_checkpoints=2)
+
+    def when_told(*given):
+        assert may_write.acquire(timeout=30), it.said  # told once for each save
+        return write(*given)
+
+    monkeypatch.setattr(checkpoint, "write", when_told)
     for step in (1, 2):
         training = state(step, value=step)
         it.saver.save(training)
