@@ -5,9 +5,9 @@
     python tools/faults.py continuing
 
 The job is done first with nothing to disturb it, and recorded. `continuing` is the second life of a training
-that was stopped. Then each of its calls is made to fail by each error that
-it may answer (tools/killing/faults.py lists them), once and from then on, and reads and writes fall short.
-After each the same command is given again. It ends with 1 if any of this does not hold. Of a packing:
+that was stopped. Then each of its calls is made to fail by each error that it may answer (those that
+tools/killing/faults.py lists), once and from then on, and reads and writes fall short. After each the same
+command is given again. It ends with 1 if any of this does not hold. Of a packing:
 
     exit code 0     the dataset is there, with the bytes of the undisturbed packing, but for files that were
                     rejected by name because the error was their own

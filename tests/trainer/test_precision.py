@@ -108,22 +108,11 @@ def test_a_run_of_an_earlier_version_is_held_to_what_auto_is_when_it_goes_on(beg
         begun("cpu", "fp32")
 
 
-class Follower(World):
-    """A process that hears from the first one."""
-
-    def share(self, value: tuple[str, str | None]) -> tuple[str, str | None]:
-        return self.heard  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("heard", "refusal"), [(("bf16", None), None), (("bf16", "as it began"), "as it began")]
-)
-def test_all_processes_do_as_the_first_decides(tmp_path: Path, heard, refusal):
-    world = Follower(1, 2, 1, CPU)
-    object.__setattr__(world, "heard", heard)
-    if refusal:
-        with pytest.raises(SettingsError, match=refusal):
-            settle(Settings(), Run(tmp_path), world)
-    else:
-        assert settle(Settings(), Run(tmp_path), world).precision == "bf16"
+def test_all_processes_do_as_the_first_decides(tmp_path: Path, monkeypatch):
+    second = World(1, 2, 1, CPU)
+    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", None))
+    assert settle(Settings(), Run(tmp_path), second).precision == "fp16"
+    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", "it began with another"))
+    with pytest.raises(SettingsError, match="it began with another"):
+        settle(Settings(), Run(tmp_path), second)
     assert not list(tmp_path.iterdir())  # the first one's to write
