@@ -187,15 +187,15 @@ def _open_shard(path: Path, shard: Shard) -> int:
             # Before the first read: else the kernel reads on behind it, and FUSE drops most of what
             # `will_need` asks for.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        head = bytearray(min(HEAD_BYTES, shard.bytes))
+        head = b""
         with naming(path):
             actual = os.fstat(file).st_size
             if actual != shard.bytes:
                 raise DatasetError(
                     f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
                 )
-            with suppress(EOFError):  # what is there is not what was packed
-                _read_all(file, memoryview(head), 0)
+            while part := os.pread(file, HEAD_BYTES - len(head), len(head)):
+                head += part
         if sha256(head).hexdigest() != shard.head_sha256:
             raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
     except BaseException:

@@ -4,8 +4,10 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,16 +28,17 @@ class Storage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.slept: list[float] = []
-        self.preadv, self.failures, self.code, self.shard = os.preadv, 0, 0, 0
+        self.failures, self.code, self.shard = 0, 0, 0
         self.reader: ShardReader | None = None
         monkeypatch.setattr(time, "sleep", self.slept.append)
-        monkeypatch.setattr(os, "preadv", self.read)
+        for name in ("pread", "preadv"):
+            monkeypatch.setattr(os, name, partial(self.read, getattr(os, name)))
 
-    def read(self, file: int, rooms: Sequence[memoryview], offset: int) -> int:
+    def read(self, real: Callable, file: int, *what: Any) -> Any:
         if self.failures and (self.reader is None or file == self.reader._files[self.shard]):
             self.failures -= 1
             raise OSError(self.code, os.strerror(self.code))
-        return self.preadv(file, rooms, offset)
+        return real(file, *what)
 
     def fail(self, code: int, times: int, reader: ShardReader | None = None, shard: int = 0) -> None:
         self.code, self.failures, self.reader, self.shard = code, times, reader, shard
