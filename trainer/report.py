@@ -9,14 +9,20 @@ import matplotlib.pyplot as plt
 
 from pipeline.files import naming, whole_file
 from pipeline.manifest import Manifest
-from trainer.run import REPORT, Run
+from trainer.run import REPORT, Run, RunError
 
 Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values
 
 
 def write_report(run: Run, manifest: Manifest) -> Path:
-    """Write report.md and its PNG curves into the run folder; returns the report's path. Raises OSError."""
+    """Write report.md and its PNG curves into the run folder; returns the report's path.
+
+    Raises OSError, and RunError where a table is gone.
+    """
     steps, evaluations = run.metrics.rows(), run.evaluations.rows()
+    for table, rows in ((run.metrics, steps), (run.evaluations, evaluations)):
+        if not rows:
+            raise RunError(f"no report without {table.path}, which has no rows: put it back in its place")
 
     def series(name: str, rows: list[dict[str, float]], column: str) -> tuple[str, list[float], list[float]]:
         return name, [row["epoch"] for row in rows], [row[column] for row in rows]

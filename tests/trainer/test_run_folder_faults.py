@@ -174,6 +174,13 @@ def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
     assert Run(unfinished).is_finished
 
 
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_a_table_that_is_gone_is_named(packed, unfinished, monkeypatch, capsys, name):
+    (unfinished / name).unlink()
+    assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 1
+    assert f"no report without {unfinished / name}" in capsys.readouterr().err
+
+
 def begin(packed: Path, out: Path) -> None:
     Run(out).begin(load_settings([]), read_manifest(packed)).close()
 
