@@ -70,18 +70,18 @@ def test_a_link_that_a_killed_process_left_is_not_written_into(tmp_path, failing
 
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, failing):
     write(tmp_path, 1, state(1), keep=2)
-    failing(os, "listdir", tmp_path.name, errno.ESTALE)
+    failing(Path, "iterdir", tmp_path.name, errno.ESTALE)
     assert load(tmp_path, CPU)[0]["step"] == 1
-    failing(os, "listdir", tmp_path.name, errno.EACCES, FOR_EVER)
+    failing(Path, "iterdir", tmp_path.name, errno.EACCES, FOR_EVER)
     with pytest.raises(OSError, match="Permission denied") as error:
         load(tmp_path, CPU)
     assert error.value.filename == str(tmp_path)
 
 
 def test_a_name_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
-    listdir = os.listdir
+    iterdir = Path.iterdir
     with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda folder: 2 * listdir(folder))
+        patch.setattr(Path, "iterdir", lambda folder: iter(2 * list(iterdir(folder))))
         for step in (1, 2, 3):
             write(tmp_path, step, state(step), keep=2)
     assert names(tmp_path) == ["step-000000002.pt", "step-000000003.pt"]
@@ -276,5 +276,5 @@ def test_what_cannot_be_deleted_is_said_once_and_is_no_failure(saving, failing):
 def test_the_newest_is_in_its_folder_while_that_cannot_be_listed(saving, failing):
     saving.broken = False
     saving.save(1)
-    failing(os, "listdir", "checkpoints", errno.EACCES, FOR_EVER)
+    failing(Path, "iterdir", "checkpoints", errno.EACCES, FOR_EVER)
     assert saving.saver.newest() == saving.folder
