@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import REPO
 from tools.killing.faults import ERRORS, SHORT, TWICE, Call, Fault, Storage
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def fault(name: str, path: str, error: str, time: int = 1, lasting: bool = False) -> Fault:

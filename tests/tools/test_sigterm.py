@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import NAME
-from tests.helpers import DEADLINE_SECONDS, wait_until
+from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
 from tools.storage import UNFINISHED
 
-REPO = Path(__file__).resolve().parents[2]
 AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 

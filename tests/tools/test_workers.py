@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import wait_until
+from tests.helpers import REPO, wait_until
 from tools import workers
 from tools.workers import WorkersError, pool, refused_threads, say
 
-REPO = Path(__file__).resolve().parents[2]
 PIDS = Path("/sys/fs/cgroup/pids")
 
 
