@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers import REPO
+from tools import verify_shards
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,10 @@ def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_shards() -> Callable[..., subprocess.CompletedProcess]:
-    """make_shards(input, output, *arguments, **environment): as a process, with one worker unless told."""
+    """make_shards(input, output, *arguments, **environment): as a process, with one worker unless told.
+
+    It has a process group of its own, so that what is to happen to all of it spares the tests.
+    """
 
     def run(source: Path, output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
@@ -55,6 +61,7 @@ def make_shards() -> Callable[..., subprocess.CompletedProcess]:
             [*command, "--workers", "1", *arguments],
             cwd=REPO,
             env=os.environ | environment,
+            start_new_session=True,
             capture_output=True,
             text=True,
             check=False,
@@ -85,3 +92,14 @@ def call(
         )
 
     return run
+
+
+@pytest.fixture
+def _one_process_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier's checks run in this process; the command, where a test starts it, has real workers."""
+
+    @contextmanager
+    def here(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(map=map)
+
+    monkeypatch.setattr(verify_shards, "pool", here)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.shards import INDEX_DTYPE
 from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
-from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
+from tests.helpers import DEADLINE_SECONDS, wait_until
 from tests.trees import contents
 from tools import workers
 from tools.make_shards import pack, parse_arguments
@@ -43,19 +43,15 @@ def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
     return contents(output)
 
 
-def packing(source: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """The command in a process group of its own; returns its exit code, output and errors."""
-    command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
-    done = subprocess.run(
-        [*command, *SETTINGS, *arguments],
-        cwd=REPO,
-        env=os.environ | environment,
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def packing(make_shards) -> Callable[..., tuple[int, str, str]]:
+    """The command with the settings of these tests; returns its exit code, output and errors."""
+
+    def run(source: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        done = make_shards(source, output, *SETTINGS, *arguments, **environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 # By threads of this process: what run_tasks itself does.
@@ -148,7 +144,7 @@ def test_images_are_counted_while_a_shard_is_under_way(pictures, tmp_path, monke
     assert seen[-1] == Counts(80, sum(int(part["size"].sum()) for part in rows), 0)
 
 
-def test_a_worker_killed_is_named_and_the_same_command_continues(pictures, whole, tmp_path):
+def test_a_worker_killed_is_named_and_the_same_command_continues(packing, pictures, whole, tmp_path):
     # At the 21st picture, two workers have finished three shards of four pictures at the least.
     output, dies = tmp_path / "out", at_picture(21, KILL_THIS, tmp_path / "events", pictures)
     code, _, errors = packing(pictures, output, "--workers", "2", **dies)
@@ -174,7 +170,7 @@ def test_how_a_worker_ended_is_said():
     assert "exit code 3" in workers._end([Process(-15), Process(3), Process(None)])
 
 
-def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(pictures, tmp_path):
+def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(packing, pictures, tmp_path):
     """The worker that the signal comes from goes no further, so that the command cannot be through first."""
     interrupted = at_picture(21, INTERRUPT_ALL, tmp_path / "events", pictures)
     code, _, errors = packing(pictures, tmp_path / "out", "--workers", "2", **interrupted)
@@ -240,7 +236,7 @@ def cluster(tmp_path) -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
-def test_a_dask_cluster_that_loses_a_worker_packs_the_same_bytes(pictures, whole, cluster, tmp_path):
+def test_a_dask_cluster_that_loses_a_worker_packs_the_same_bytes(packing, pictures, whole, cluster, tmp_path):
     """It dies amid the first shard that it gets, at the third picture of four."""
     output = tmp_path / "out"
     cluster.start_workers(at_picture(3, KILL_THIS, tmp_path / "events", pictures), {}, {})
@@ -255,7 +251,7 @@ def test_a_dask_cluster_that_loses_a_worker_packs_the_same_bytes(pictures, whole
 
 @pytest.mark.slow
 def test_a_dask_scheduler_that_goes_away_is_named_and_processes_may_continue(
-    pictures, whole, cluster, tmp_path
+    packing, pictures, whole, cluster, tmp_path
 ):
     """A worker kills it at the 13th picture, when three workers have finished at least one shard of four."""
     output, scheduler = tmp_path / "out", cluster.processes[0]

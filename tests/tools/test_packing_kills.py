@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from itertools import cycle
 from pathlib import Path
 
@@ -19,7 +18,6 @@ import pytest
 
 from pipeline.manifest import NAME
 from tests.events import KILL_ALL, at_event, events
-from tests.helpers import REPO
 from tests.trees import contents
 from tools.storage import UNFINISHED
 
@@ -30,18 +28,8 @@ SHARDS = 8  # 60 pictures to train on, and 20 to validate on
 SETTINGS = ("--size", "64", "--shard-samples", "10", "--workers", "2")
 
 
-def ends(source: Path, output: Path, environment: dict[str, str]) -> bool:
-    """Whether the command ends by itself; else it was killed, and its workers with it."""
-    command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
-    done = subprocess.run(
-        [*command, *SETTINGS],
-        cwd=REPO,
-        env=os.environ | environment,
-        start_new_session=True,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def ends(done: subprocess.CompletedProcess) -> bool:
+    """Whether the command ended by itself; else it was killed, and its workers with it."""
     if done.returncode == -signal.SIGKILL:
         return False
     # The run before may have been killed when all it had left to do was to leave.
@@ -62,9 +50,12 @@ def finished_shards(log: list[str], output: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 30 * KILLS)
-def test_killed_runs_end_with_the_bytes_of_one_that_was_not(pictures, tmp_path):
+def test_killed_runs_end_with_the_bytes_of_one_that_was_not(make_shards, pictures, tmp_path):
+    def packing(output: Path, environment: dict[str, str]) -> bool:
+        return ends(make_shards(pictures, output, *SETTINGS, **environment))
+
     logged = at_event(0, "pass", tmp_path / "log", pictures, tmp_path / "whole")
-    assert ends(pictures, tmp_path / "whole", logged)
+    assert packing(tmp_path / "whole", logged)
     whole, log = finished_files(tmp_path / "whole"), events(tmp_path / "log")
     first, *_, last = finished_shards(log, tmp_path / "whole")
     assert len(finished_shards(log, tmp_path / "whole")) == SHARDS
@@ -80,7 +71,7 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(pictures, tmp_path):
             low, high = (1, len(log)) if number else phase
             event = int(rng.integers(low, high, endpoint=True))
             kill = at_event(event, KILL_ALL, tmp_path / f"kill-{runs}-{number}", pictures, output)
-            if ends(pictures, output, kill):
+            if packing(output, kill):
                 break
             kills += 1
             left = finished_files(output)
@@ -88,7 +79,7 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(pictures, tmp_path):
             assert NAME not in left or left == whole
             amid += 0 < len(left) < len(whole)
         else:
-            assert ends(pictures, output, {})
+            assert packing(output, {})
         assert finished_files(output) == whole
         assert not (output / UNFINISHED).exists()
     print(f"{kills} kills in {runs} runs, {amid} of them with some shards done")

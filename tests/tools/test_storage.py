@@ -1,9 +1,6 @@
 """Files here and in a bucket: read by parts, written whole; a dataset packed into a bucket and out of one."""
 
-import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -11,7 +8,6 @@ from threading import Thread
 import pytest
 
 from tests.events import KILL_ALL, at_picture
-from tests.helpers import REPO
 from tests.trees import pack_here
 from tools import storage
 from tools.inputs.sources import Source
@@ -161,9 +157,7 @@ def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path
     output = Folder(f"{s3}/killed")
     there = ("--input", str(pictures), "--output", str(output), *SETTINGS, "--workers", "2")
     kill = at_picture(51, KILL_ALL, tmp_path / "events", pictures)
-    command = [sys.executable, "tools/make_shards.py", *there]
-    killed = subprocess.run(command, cwd=REPO, env=os.environ | kill, start_new_session=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert make_shards(pictures, output, *SETTINGS, "--workers", "2", **kill).returncode == -signal.SIGKILL
     left = output.sizes()
     assert sum(name.endswith(".tar") for name in left) >= 3
     assert "dataset.json" not in left

@@ -5,9 +5,7 @@ import os
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,16 +15,13 @@ from tools import inspect_shards, shard_checks, verify_shards
 from tools.killing.faults import Call, Fault, Storage
 from tools.verify_shards import verify
 
+pytestmark = pytest.mark.usefixtures("_one_process_verifies")
+
 TAR, INDEX, IDX = "train-000001.tar", "train.index.npy", "train-000001.idx"
 
 
 @pytest.fixture(autouse=True)
-def _one_process_without_pauses(monkeypatch):
-    @contextmanager
-    def here(*_):
-        yield SimpleNamespace(map=map)
-
-    monkeypatch.setattr(verify_shards, "pool", here)
+def _without_pauses(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 

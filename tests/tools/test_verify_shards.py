@@ -5,9 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,18 +17,9 @@ from tests.trees import contents
 from tools import verify_shards
 from tools.verify_shards import repair, verify
 
+pytestmark = pytest.mark.usefixtures("_one_process_verifies")
+
 TAR = "train-000001.tar"  # samples 20 to 39 of train
-
-
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """The checks in this process; the command, where a test starts it, has real workers."""
-
-    @contextmanager
-    def here(*_):
-        yield SimpleNamespace(map=map)
-
-    monkeypatch.setattr(verify_shards, "pool", here)
 
 
 @pytest.fixture
