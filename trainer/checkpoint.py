@@ -68,10 +68,12 @@ def write(
 
 def _superseded(folder: Path, step: int, keep: int, best: bool) -> list[Path]:
     """The files in whose place the checkpoint of that step is. Raises OSError."""
-    older = [path for path in saved(folder, "best") if best and _step(path) < step]
-    older += [path for path in saved(folder, "step") if _step(path) < step][keep - 1 :]
+    paths = saved(folder)
+    older = [path for path in paths if _step(path) < step]
+    bests = [path for path in older if best and path.name.startswith("best")]
+    steps = [path for path in older if path.name.startswith("step")][keep - 1 :]
     # The run passed over those after this step, or it would have gone on from them.
-    return older + [path for path in saved(folder) if _step(path) > step and _is_damaged(path)]
+    return bests + steps + [path for path in paths if _step(path) > step and _is_damaged(path)]
 
 
 def _is_damaged(path: Path) -> bool:
