@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import errno
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ _NO_SYNC = {
     errno.ENOTSUP,
     errno.EOPNOTSUPP,
 }
+_CHUNK = 1 << 20  # bytes
 
 
 @contextmanager
@@ -37,23 +39,35 @@ def naming(path: str | Path) -> Iterator[None]:
 def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
     """The bytes of a file, or `size` of them from `offset` on, fewer only where it ends before.
 
-    However little comes at a time; after EAGAIN, where Python's own would return what came until then, it is
-    raised. Raises OSError, which names the file.
+    Raises OSError, which names the file.
     """
     with naming(path), open(path, "rb", buffering=0) as file:
         file.seek(offset)
-        # One more than there is, so that the end shows itself.
-        left = max(os.fstat(file.fileno()).st_size - offset, 0) + 1 if size is None else size
-        parts = []
-        while left or size is None:
-            part = file.read(max(left, 1))
-            if part is None:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            if not part:
-                break
-            parts.append(part)
-            left = max(left - len(part), 0)
-        return b"".join(parts)
+        if size is not None:
+            return read_fully(file, size)
+        size = max(os.fstat(file.fileno()).st_size - offset, 0)
+        content = read_fully(file, size + 1)
+        while len(content) > size:  # it grows, or its size was not known
+            size = len(content)
+            content += read_fully(file, _CHUNK)
+        return content
+
+
+def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
+    """The next `size` bytes, however little comes at a time, and fewer only at the end of the file.
+
+    Raises OSError, also for EAGAIN, which Python's own `read` takes for the end.
+    """
+    parts = []
+    while size:
+        part = file.read(size)
+        if part is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        if not part:
+            break
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 @contextmanager

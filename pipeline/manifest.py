@@ -20,7 +20,8 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.files import read_file, whole_file
+from pipeline.files import whole_file
+from pipeline.retry import read_patiently
 
 FORMAT = 1
 NAME = "dataset.json"
@@ -131,16 +132,18 @@ def read_manifest(root: Path) -> Manifest:
     cannot be read.
     """
     path = root / NAME
-    if not path.is_file():
+    try:
+        text = read_patiently(path, MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         state = "has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
             f"no dataset at {root}: the folder {state}. "
             f"Pack one: python tools/make_shards.py --input IMAGES --output {root}"
-        )
-    if path.stat().st_size > MAX_BYTES:
+        ) from None
+    if len(text) > MAX_BYTES:
         raise DatasetError(f"{path} has more than {MAX_BYTES >> 20} MiB: it is not a dataset.json")
     try:
-        content = json.loads(read_file(path))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error
     found = content.get("format") if isinstance(content, dict) else None

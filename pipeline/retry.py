@@ -8,10 +8,11 @@ import errno
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.files import naming
+from pipeline.files import read_file
 
 T = TypeVar("T")
 
@@ -67,14 +68,9 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
             attempt += 1
 
 
-def read_patiently(path: Path) -> bytes:
-    """The content of a file, which is small. Raises OSError, which names it."""
-
-    def read() -> bytes:
-        with naming(path):
-            return path.read_bytes()
-
-    return patiently(read, say_on_stderr)
+def read_patiently(path: Path, size: int | None = None) -> bytes:
+    """The content of a small file, or its first `size` bytes. Raises OSError, which names it."""
+    return patiently(partial(read_file, path, size=size), say_on_stderr)
 
 
 def say_on_stderr(text: str) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import naming, read_file, whole_file
+from pipeline.files import naming, read_fully, whole_file
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
+from pipeline.retry import read_patiently
 
 INDEX_DTYPE = np.dtype(
     [
@@ -116,7 +117,7 @@ def describe_shard(root: Path, file: str, samples: int) -> Shard:
     """The record of a tar that somebody else wrote, by reading all of it. Raises OSError, which names it."""
     known = _Known()
     with naming(root / file), open(root / file, "rb") as opened:
-        while part := opened.read(1 << 20):
+        while part := read_fully(opened, 1 << 20):
             known.add(part)
     return known.record(file, samples)
 
@@ -149,7 +150,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        content = read_file(path, 0, expected + 1)  # more is not the index, however large it is
+        content = read_patiently(path, expected + 1)  # more is not the index, however large it is
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
     if sha256(content).hexdigest() != split.index_sha256:

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.files import naming
+from pipeline.files import naming, read_fully
 from pipeline.manifest import HEAD_BYTES
 from pipeline.retry import is_outage, patiently
 from pipeline.shards import INDEX_DTYPE, Place, dali_index
@@ -100,7 +100,7 @@ def _read_tar(task: Task, found: Found) -> tuple[list[Place], bool]:
     with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata in pictures
         size = os.fstat(opened.fileno()).st_size
-        head = sha256(opened.read(HEAD_BYTES)).hexdigest()
+        head = sha256(read_fully(opened, HEAD_BYTES)).hexdigest()
         opened.seek(0)
         file = _Hashed(opened)
         if task.in_place:
@@ -130,7 +130,7 @@ class _Hashed:
         self._file, self.place, self.digest = file, 0, sha256()
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(size)
+        data = read_fully(self._file, size)
         self.place += len(data)
         self.digest.update(data)
         return data

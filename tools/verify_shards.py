@@ -15,7 +15,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
@@ -25,11 +24,11 @@ from rich.progress import Progress
 from pipeline.files import whole_file
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
-from pipeline.retry import is_outage, patiently
+from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.shard_checks import SAMPLED, check_shard
 from tools.shard_findings import Damage, Decode, Found, Task
-from tools.workers import WorkersError, end_at_sigterm, pool, say
+from tools.workers import WorkersError, end_at_sigterm, pool
 
 SHOWN = 100  # damages that are printed; the others are counted
 
@@ -91,7 +90,7 @@ def _is_below(file: str, folders: bool) -> bool:
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
     """The rows of a split, or None where they cannot be trusted. Raises OSError in an outage."""
     try:
-        rows = patiently(partial(read_index, root, split, len(manifest.classes)), say)
+        rows = read_index(root, split, len(manifest.classes))
     except (DatasetError, OSError) as error:
         if isinstance(error, OSError) and is_outage(error):
             raise

@@ -13,6 +13,7 @@ not be read: that may pass, and what was deleted is gone.
 
 import errno
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -25,7 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipeline.files import naming, sync, sync_folder, whole_file
+from pipeline.files import read_file, read_fully, sync, sync_folder, whole_file
 from pipeline.retry import patiently, say_on_stderr
 from trainer.run import RunError
 
@@ -202,7 +203,8 @@ def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str,
 
 def _loaded(path: Path, device: torch.device) -> dict[str, Any]:
     """Raises DamagedError, pickle.UnpicklingError or an OSError that names the file."""
-    with naming(path), open(path, "rb") as file:
+    # Read once: torch would take a read that fails now for damage.
+    with io.BytesIO(read_file(path)) as file:
         _verify(file)
         return torch.load(file, map_location=device, weights_only=True)
 
@@ -212,9 +214,9 @@ def _verify(file: BinaryIO) -> None:
     left = file.seek(0, os.SEEK_END) - _LAST_LINE_BYTES
     file.seek(0)
     sha256 = hashlib.sha256()
-    while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+    while left > 0 and (chunk := read_fully(file, min(_CHUNK, left))):
         sha256.update(chunk)
         left -= len(chunk)
-    if file.read() != _LAST_LINE % sha256.hexdigest().encode():
+    if read_fully(file, _LAST_LINE_BYTES) != _LAST_LINE % sha256.hexdigest().encode():
         raise DamagedError("its content is not what its last line says")
     file.seek(0)

@@ -164,6 +164,12 @@ def test_what_would_block_is_no_end(tmp_path, monkeypatch, size):
         read_file(tmp_path / "a", 0, size)
 
 
+def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(CONTENT)
+    monkeypatch.setattr("os.fstat", lambda _: os.stat_result([0] * 10))
+    assert read_file(tmp_path / "a") == CONTENT
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
 def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
     def fail(*_):

@@ -1,6 +1,7 @@
 """Exporting and classifying on storage that fails, or without a folder for temporary files."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.files import read_fully
 from tests.helpers import REPO
 from tools.classify import open_output
 from tools.classifying import nets
@@ -62,15 +64,15 @@ def test_no_folder_for_temporary_files_is_one_line(tmp_path, command):
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
     """Make so many reads of whole files fail."""
-    read, left = Path.read_bytes, iter(range(times))
+    left = iter(range(times))
 
-    def answer(path: Path) -> bytes:
+    def answer(file: io.FileIO, size: int) -> bytes:
         if next(left, None) is not None:
             raise failure(code)
-        return read(path)
+        return read_fully(file, size)
 
     monkeypatch.setattr("pipeline.retry.time.sleep", lambda _: None)
-    monkeypatch.setattr(Path, "read_bytes", answer)
+    monkeypatch.setattr("pipeline.files.read_fully", answer)
 
 
 @pytest.fixture

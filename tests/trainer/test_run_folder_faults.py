@@ -3,6 +3,7 @@
 import builtins
 import errno
 import fcntl
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.files import read_fully
 from pipeline.manifest import read_manifest
 from tests.helpers import command, main
 from trainer import run as run_module
@@ -101,15 +103,15 @@ def unreadable(monkeypatch) -> Callable[..., None]:
     """Make so many reads of files of that name fail."""
 
     def fail(name: str, code: int, times: int) -> None:
-        read, failed = Path.read_bytes, []
+        failed = []
 
-        def answer(path: Path) -> bytes:
-            if path.name == name and len(failed) < times:
-                failed.append(path)
+        def answer(file: io.FileIO, size: int) -> bytes:
+            if Path(file.name).name == name and len(failed) < times:
+                failed.append(file)
                 raise failure(code)
-            return read(path)
+            return read_fully(file, size)
 
-        monkeypatch.setattr(Path, "read_bytes", answer)
+        monkeypatch.setattr("pipeline.files.read_fully", answer)
 
     return fail
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tools.killing.faults import Call, Fault, Storage
 from trainer import checkpoint
 from trainer.checkpoint import load, saved, write
 from trainer.metrics import Metrics
@@ -91,7 +92,7 @@ def test_a_name_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
 def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_all_the_same(tmp_path, failing, capsys, code):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
-    failed = failing(checkpoint, "open", "step-000000002", code, times=2)
+    failed = failing(checkpoint, "read_file", "step-000000002", code, times=2)
     loaded, passed_over = load(tmp_path, CPU)
     assert (loaded["step"], passed_over, len(failed)) == (2, [], 2)
     assert capsys.readouterr().err.count("step-000000002.pt: " + os.strerror(code)) == 1
@@ -101,9 +102,20 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_all_the_same(tmp
 def test_a_checkpoint_that_stays_unreadable_is_not_passed_over(tmp_path, failing, code):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
-    failing(checkpoint, "open", "step-000000002", code, FOR_EVER)
+    failing(checkpoint, "read_file", "step-000000002", code, FOR_EVER)
     with pytest.raises(RunError, match=f"step-000000002.pt cannot be read: {os.strerror(code)}.*may be good"):
         load(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("error", ["EAGAIN", "ESTALE", "EIO"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_read_that_fails_for_a_moment_does_not_make_a_checkpoint_damaged(tmp_path, error, number):
+    for step in (1, 2):
+        write(tmp_path, step, state(step), keep=2)
+    fault = Fault(Call("read", "step-000000002.pt"), number, error, lasting=False)
+    with Storage(tmp_path, fault) as storage:
+        loaded, passed_over = load(tmp_path, CPU)
+    assert (loaded["step"], passed_over, storage.hits) == (2, [], 1)
 
 
 def test_an_error_amid_the_reading_names_the_file(tmp_path, monkeypatch):

@@ -129,11 +129,11 @@ def test_a_memory_that_cannot_be_read_is_not_replaced(on_gpu, dataset, plan, tmp
     path.parent.mkdir()
     path.write_text('{"another": {}}')
 
-    def stale(_: Path) -> None:
+    def stale(*_: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", stale)
+        patch.setattr("pipeline.files.read_fully", stale)
         chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
     assert chosen.threads == 6
     assert f"{path}: Stale file handle" in notes[1]

@@ -26,7 +26,7 @@ TWICE = "TWICE"  # nor this: an entry of a folder is listed again
 ERRORS = {
     "open": ("EACCES", "ENOENT", "EIO", "ESTALE", "EMFILE", "ENOTCONN"),
     "create": ("EACCES", "EROFS", "ENOSPC", "ESTALE", "EMFILE"),
-    "read": ("EIO", "ESTALE", "ENOTCONN", SHORT),
+    "read": ("EIO", "ESTALE", "ENOTCONN", "EAGAIN", SHORT),
     "write": ("ENOSPC", "EDQUOT", "EIO", "ESTALE", SHORT),
     "close": ("EIO", "ENOSPC", "EDQUOT"),
     "stat": ("EACCES", "EIO", "ESTALE", "ETIMEDOUT"),
@@ -195,18 +195,25 @@ class _File(io.FileIO):
 
     def readinto(self, buffer: Any) -> int | None:
         view = memoryview(buffer)
-        is_short = self._storage.meet("read", self.fileno()) == SHORT
-        return super().readinto(view[: max(1, len(view) // 3)] if is_short else view)
+        size = self._size(len(view))
+        return None if size is None else super().readinto(view[:size])
 
-    def readall(self) -> bytes:
-        self._storage.meet("read", self.fileno())  # which goes on after a short one by itself
-        return super().readall()
+    def readall(self) -> bytes | None:  # type: ignore[override]
+        return None if self._size(1) is None else super().readall()  # which goes on after a short one
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes | None:  # type: ignore[override]
         if size is None or size < 0:
             return self.readall()
-        is_short = self._storage.meet("read", self.fileno()) == SHORT
-        return super().read(max(1, size // 3) if is_short else size)
+        size = self._size(size)
+        return None if size is None else super().read(size)
+
+    def _size(self, asked: int) -> int | None:
+        """What a read may ask for; None for EAGAIN, of which FileIO makes None and no error."""
+        try:
+            is_short = self._storage.meet("read", self.fileno()) == SHORT
+        except BlockingIOError:
+            return None
+        return max(1, asked // 3) if is_short else asked
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data)
