@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 # What storage answers that does not know fsync, or not of a folder or of a file opened for reading: SMB,
 # DrvFs, vboxsf, some FUSE. Errors in writing (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are none of these.
@@ -115,4 +115,22 @@ def sync_folder(folder: Path) -> None:
     try:
         sync(opened, folder)
     finally:
-        os.close(opened)
+        close_quietly(opened)
+
+
+def close_quietly(file: int | IO) -> None:
+    """Close a file or descriptor to which nothing was written that matters.
+
+    A mount that went away answers with an error, which would hide the one that ended the work.
+    """
+    with suppress(OSError):
+        os.close(file) if isinstance(file, int) else file.close()
+
+
+@contextmanager
+def held(lock: IO) -> Iterator[None]:
+    """Keep a lock file open for the block, and close it quietly."""
+    try:
+        yield
+    finally:
+        close_quietly(lock)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import naming
+from pipeline.files import close_quietly, naming
 from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
 from pipeline.retry import is_outage, patiently, say_on_stderr
@@ -199,14 +199,14 @@ def _open_shard(path: Path, shard: Shard) -> int:
         if sha256(head).hexdigest() != shard.head_sha256:
             raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
     except BaseException:
-        os.close(file)
+        close_quietly(file)
         raise
     return file
 
 
 def _close(files: list[int]) -> None:
     for file in files:
-        os.close(file)
+        close_quietly(file)
 
 
 def _read_all(file: int, room: memoryview, offset: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from pipeline.files import close_quietly, held
 from pipeline.manifest import NAME, DatasetError, read_manifest
 from trainer.launch import complain, launch, world_size
 from trainer.run import LostError, Run, RunError
@@ -72,11 +73,11 @@ def _train(arguments: Sequence[str]) -> None:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
     if world > 1 and "WORLD_SIZE" not in os.environ:
-        run.begin(settings, manifest).close()  # what it refuses, it refuses before anything starts
+        close_quietly(run.begin(settings, manifest))  # what it refuses, it refuses before anything starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
     first = os.environ.get("RANK", "0") == "0"
-    with run.begin(settings, manifest) if first else nullcontext():
+    with held(run.begin(settings, manifest)) if first else nullcontext():
         from trainer.train import train
 
         train(settings, run)

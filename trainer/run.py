@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipeline.files import sync_folder, whole_file
+from pipeline.files import held, sync_folder, whole_file
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
@@ -197,8 +197,8 @@ def _locked(folder: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
-            owner = _owner(lock)
-            lock.close()
+            with held(lock):
+                owner = _owner(lock)
             raise RunError(
                 f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"
             ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import naming, read_file, sync, sync_folder, whole_file
+from pipeline.files import held, naming, read_file, sync, sync_folder, whole_file
 
 NICETIES = [
     "EINVAL",
@@ -179,3 +179,17 @@ def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
     monkeypatch.setattr("builtins.open", lambda path, *_, **__: Raw(path, fail))
     with pytest.raises(OSError, match=str(tmp_path / "a")):
         read_file(tmp_path / "a")
+
+
+def test_an_error_in_closing_a_lock_does_not_hide_the_one_before(tmp_path):
+    lock = open(tmp_path / "lock", "w")  # noqa: SIM115
+    os.close(lock.fileno())  # so that closing it is an error
+    with pytest.raises(ValueError, match="the reason"), held(lock):
+        raise ValueError("the reason")
+
+
+def test_a_lock_is_open_in_the_block_and_closed_after_it(tmp_path):
+    lock = open(tmp_path / "lock", "w")  # noqa: SIM115
+    with held(lock):
+        assert not lock.closed
+    assert lock.closed

@@ -15,6 +15,7 @@ import pytest
 from pipeline.files import read_fully
 from pipeline.manifest import read_manifest
 from tests.helpers import command, main
+from tools.killing.faults import Call, Fault, Storage
 from trainer import run as run_module
 from trainer import table as table_module
 from trainer.run import Run, RunError
@@ -205,3 +206,12 @@ def test_a_lock_that_cannot_say_who_has_it_holds_all_the_same(packed, tmp_path, 
     for name in ("write", "ftruncate"):
         monkeypatch.setattr(run_module.os, name, refusing(errno.ENOSPC))
     begin(packed, tmp_path / "run")
+
+
+def test_a_lock_that_cannot_be_closed_does_not_make_a_whole_run_a_failure(packed, tmp_path, monkeypatch):
+    """As on a mount that went away since."""
+    out = tmp_path / "run"
+    with Storage(tmp_path, Fault(Call("close", "run/.lock"), 1, "ENOTCONN", lasting=True)) as storage:
+        assert main(monkeypatch, command(packed, out)) == 0
+    assert storage.hits == 1
+    assert (out / "report.md").exists()

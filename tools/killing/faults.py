@@ -224,7 +224,10 @@ class _File(io.FileIO):
         path = None if self.closed or not self.writable() else os.readlink(f"/proc/self/fd/{self.fileno()}")  # noqa: PTH115
         super().close()
         if path:
-            self._storage.meet("close", path)
+            try:
+                self._storage.meet("close", path)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror) from None  # which does not name the file
 
 
 class _Listing:

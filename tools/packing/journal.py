@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import naming, whole_file
+from pipeline.files import close_quietly, held, naming, whole_file
 from pipeline.manifest import NAME
 from tools.inputs.sources import SourceError
 from tools.packing.results import SUFFIX
@@ -44,7 +44,7 @@ def locked(output: Folder) -> Iterator[None]:
         return
     folder = Path(output.path, UNFINISHED)
     try:
-        with _held(_lock(folder, output)):
+        with held(_lock(folder, output)):
             for left in folder.glob("tmp*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
@@ -55,16 +55,6 @@ def locked(output: Folder) -> Iterator[None]:
     finally:
         with suppress(OSError):  # NFS and FUSE keep the lock that is removed under another name until here
             folder.rmdir()
-
-
-@contextmanager
-def _held(lock: TextIO) -> Iterator[None]:
-    """Closes it without an error: nothing was written to it."""
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            lock.close()
 
 
 def _is_absent(path: Path) -> bool:
@@ -92,7 +82,7 @@ def _lock(folder: Path, output: Folder) -> TextIO:
             if error.errno in _NO_LOCKS:
                 say(f"{output} cannot be locked ({error.strerror}): see that no other run packs into it")
                 return lock
-            lock.close()
+            close_quietly(lock)
             if isinstance(error, BlockingIOError):
                 raise SourceError(
                     f"another run is packing into {output}: wait for it, or choose another --output"
@@ -101,7 +91,7 @@ def _lock(folder: Path, output: Folder) -> TextIO:
         # Some storage makes up another number for a file at each look: then it never is the same.
         if _is_at(path, lock) or attempt == _ATTEMPTS - 1:
             return lock
-        lock.close()
+        close_quietly(lock)
     raise SourceError(
         f"{path} cannot be locked, for it vanishes again and again: give the same command again"
     )
