@@ -73,6 +73,7 @@ class CheckedReader:
         if self.leave_out is None or self.bad.sum() == len(self.bad) - 1:
             raise DatasetError(f"{damage}: copy the shard again")
         self.bad[number] = True
+        self.reader.forget(number)
         self.leave_out(damage)
 
     def note_undecodable(self, number: int) -> None:
@@ -85,21 +86,27 @@ class CheckedReader:
         return samples
 
     def _damages(self, samples: np.ndarray, files: Files) -> dict[int, Damage]:
-        """What is wrong, by the number of the sample. Half a microsecond for each, and five at first."""
-        for place in np.flatnonzero(self._size_places[samples] == 0).tolist():
+        """What is wrong, by the number of the sample, with those that were read just now or never looked at.
+        Half a microsecond for each, and five at first."""
+        unseen = np.flatnonzero(self._size_places[samples] == 0)
+        for place in unseen.tolist():
             if place not in files.failures:
                 jpeg = files.jpegs[place]
                 at = size_place(bytes(jpeg[:_HEAD])) or size_place(bytes(jpeg))
                 self._size_places[samples[place]] = at or 0
-        size_places = self._size_places[samples]
-        places = files.starts[:, None] + _PLACES
-        places[:, 2:] += size_places[:, None]
-        found = files.buffer.take(places, mode="clip")
-        wrong = (found != self._expected[samples]).any(1) | (size_places == 0)
-        wrong[list(files.failures)] = True
+        places = np.union1d(files.fresh, unseen)
+        numbers = samples[places]
+        size_places = self._size_places[numbers]
+        looked_at = files.starts[places, None] + _PLACES
+        looked_at[:, 2:] += size_places[:, None]
+        found = files.buffer.take(looked_at, mode="clip")
+        wrong = (found != self._expected[numbers]).any(1) | (size_places == 0)
+        wrong |= np.isin(places, list(files.failures))
         return {
-            int(samples[place]): self._damage(int(samples[place]), found[place], files.failures.get(place))
-            for place in np.flatnonzero(wrong).tolist()
+            number: self._damage(number, head, files.failures.get(place))
+            for number, head, place in zip(
+                numbers[wrong].tolist(), found[wrong], places[wrong].tolist(), strict=True
+            )
         }
 
     def _damage(self, number: int, found: np.ndarray, failure: str | None) -> Damage:

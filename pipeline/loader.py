@@ -38,12 +38,12 @@ Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and array
 class Dataset:
     """An opened dataset: its manifest and a reader for each split that is asked for.
 
-    mean: RGB [3], of the net that is to see it, in the place of the dataset's own.
-    Raises DatasetError, as `read_manifest` and `ShardReader` do.
+    mean: RGB [3], of the net that is to see it, in the place of the dataset's own. processes: that have it
+    open on this machine. Raises DatasetError, as `read_manifest` and `ShardReader` do.
     """
 
-    def __init__(self, root: Path, mean: Row | None = None):
-        self.root = root
+    def __init__(self, root: Path, mean: Row | None = None, processes: int = 1):
+        self.root, self.processes = root, processes
         self.manifest: Manifest = read_manifest(root)
         if mean is not None:
             pixels = self.manifest.pixels.model_copy(update={"mean": mean})
@@ -52,7 +52,7 @@ class Dataset:
 
     def reader(self, split: str) -> ShardReader:
         if split not in self._readers:
-            self._readers[split] = ShardReader(self.root, self.manifest, split)
+            self._readers[split] = ShardReader(self.root, self.manifest, split, self.processes)
         return self._readers[split]
 
 

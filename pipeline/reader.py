@@ -19,6 +19,7 @@ from pipeline.retry import is_outage, patiently, say_on_stderr
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
+_SHARE_TO_KEEP = 4  # a quarter of the memory: the page cache may have the same bytes, and others need some
 
 
 class OutageError(DatasetError):
@@ -28,13 +29,15 @@ class OutageError(DatasetError):
 class Files(NamedTuple):
     """The bytes of n samples.
 
-    buffer: uint8, all of them one after the other. starts: int64 [n], where each begins. jpegs: each as
-    a view of the buffer. failures: why some could not be read, by their place in the row.
+    buffer: uint8, in which all of them are. starts: int64 [n], where each begins. jpegs: each as a view of
+    the buffer. fresh: int64, the places in the row of those that were read just now; the others were in
+    memory. failures: why some could not be read, by their place in the row.
     """
 
     buffer: np.ndarray
     starts: np.ndarray
     jpegs: list[memoryview]
+    fresh: np.ndarray
     failures: dict[int, str]
 
 
@@ -49,9 +52,12 @@ class ShardReader:
     read and never mapped: a read of a file cut short returns, where a map would kill the process.
 
     What fails is tried again for some seconds: a network that stumbles must not change what is trained on.
+
+    A split that fits stays in memory: each sample is kept where it was first read to. processes: on this
+    machine, of which each keeps its own.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, split: str):
+    def __init__(self, root: Path, manifest: Manifest, split: str, processes: int = 1):
         self.root = root
         self.split = manifest.split(split)
         self.rows = read_index(root, self.split, len(manifest.classes))
@@ -61,6 +67,9 @@ class ShardReader:
                     f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
                     f"{side} is 1 to {most}: pack the dataset again"
                 )
+        self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
+        self._kept = _room_to_keep(int(self._ends[-1]), processes)
+        self._is_kept = np.zeros(len(self.rows), bool)
         _allow_open_files(len(self.split.shards))
         self._given_up: set[int] = set()  # shards with a sample that stayed unreadable
         self._files: list[int] = []
@@ -79,21 +88,31 @@ class ShardReader:
         Raises OutageError while the storage cannot be read.
         """
         rows = self.rows[numbers]
-        ends = np.cumsum(rows["size"], dtype=np.int64)
-        buffer = np.empty(int(rows["size"].sum(dtype=np.int64)), np.uint8)
-        places = zip(rows["shard"].tolist(), rows["offset"].tolist(), ends.tolist(), strict=True)
-        room, start, jpegs, failures = memoryview(buffer.data), 0, [], {}
-        for place, (shard, offset, end) in enumerate(places):
-            jpeg = room[start:end]
+        if self._kept is None:
+            ends = np.cumsum(rows["size"], dtype=np.int64)
+            buffer, fresh = np.empty(int(rows["size"].sum(dtype=np.int64)), np.uint8), np.arange(len(rows))
+        else:
+            buffer, ends = self._kept, self._ends[numbers]
+            fresh = np.flatnonzero(~self._is_kept[numbers])
+        starts, room = ends - rows["size"], memoryview(buffer.data)
+        jpegs = [room[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        failures = {}
+        shards, offsets = rows["shard"][fresh].tolist(), rows["offset"][fresh].tolist()
+        for place, shard, offset in zip(fresh.tolist(), shards, offsets, strict=True):
+            jpeg = jpegs[place]
             try:
-                whole = os.preadv(self._files[shard], (jpeg,), offset) == end - start
+                whole = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
             except OSError:
                 whole = False
             if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
                 failures[place] = failure
-            jpegs.append(jpeg)
-            start = end
-        return Files(buffer, ends - rows["size"], jpegs, failures)
+        self._is_kept[numbers[fresh]] = self._kept is not None
+        self._is_kept[numbers[list(failures)]] = False
+        return Files(buffer, starts, jpegs, fresh, failures)
+
+    def forget(self, number: int) -> None:
+        """Have a sample read again when it is asked for: what was read of it is damaged."""
+        self._is_kept[number] = False
 
     def _read_patiently(self, shard: int, room: memoryview, offset: int) -> str | None:
         """Fill `room` where one read has not. Returns what is wrong if these bytes are lost, as the end of a
@@ -174,6 +193,16 @@ class ShardReader:
         """Where a sample lies, for messages."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
+
+
+def _room_to_keep(size: int, processes: int) -> np.ndarray | None:
+    """Memory for so many bytes, which the system gives as it is written to; None where it is scarce."""
+    if processes * size > memory_bytes() // _SHARE_TO_KEEP:
+        return None
+    try:
+        return np.empty(size, np.uint8)
+    except MemoryError:  # a limit of the process's own, or a system that promises no more than it has
+        return None
 
 
 def _open_shard(path: Path, shard: Shard) -> int:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+import pipeline.reader
 from tools.draw_pictures import class_names, draw
 from tools.make_shards import pack, parse_arguments
 
@@ -72,3 +73,9 @@ def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
     pack(parse_arguments(["--input", str(pictures), "--output", str(output), *sizes]))
     return output
+
+
+@pytest.fixture
+def _larger_than_memory(monkeypatch):
+    """Datasets are too large to be kept: each sample is read each time."""
+    monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: 0)

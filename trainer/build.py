@@ -26,7 +26,11 @@ def build_model(settings: Settings, classes: int, device: torch.device) -> AlexN
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """How images are decoded: by as many threads as this process's share of the CPUs."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = settings.threads or max(1, cpus() // processes)
+    threads = settings.threads or max(1, cpus() // processes_here())
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
     return Decoding(settings.crop, device, threads, settings.prefetch, share)
+
+
+def processes_here() -> int:
+    """How many processes of the run are on this machine, as what started them says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

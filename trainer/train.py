@@ -16,7 +16,7 @@ from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
-from trainer.build import build_decoding
+from trainer.build import build_decoding, processes_here
 from trainer.ceilings import loader_work, model_work, rate
 from trainer.display import Display
 from trainer.distributed import World
@@ -71,7 +71,7 @@ class Trainer:
     def __init__(self, settings: Settings, run: Run, world: World, metrics: Metrics, port: int | None):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data)
+        self.dataset = Dataset(settings.data, processes=processes_here())
         self.plan = Plan(
             seed=settings.seed,
             batch=settings.batch,

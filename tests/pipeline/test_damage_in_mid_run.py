@@ -22,6 +22,8 @@ from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, train_l
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("_larger_than_memory")
+
 DECODING = Decoding(crop=64)
 SHARD = 1  # of three, with samples 20 to 39
 LOST = range(20, 40)

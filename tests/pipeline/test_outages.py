@@ -19,6 +19,8 @@ from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from pipeline.reader import OutageError, ShardReader
 
+pytestmark = pytest.mark.usefixtures("_larger_than_memory")
+
 OUTAGES = [errno.EAGAIN, errno.ESTALE, errno.ENOTCONN, errno.ENOMEM, errno.EMFILE, errno.ETIMEDOUT]
 FOR_EVER = 10_000  # calls
 

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 from pipeline.loader import evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from tests.helpers import command, exact, main, rows
@@ -144,6 +146,7 @@ def harmed_after(steps: int, shard: Path, harm: Callable[[Path], None]) -> Calla
     return loader
 
 
+@pytest.mark.usefixtures("_larger_than_memory")
 def test_a_shard_cut_in_mid_run_ends_it_with_a_checkpoint_and_copied_again_it_goes_on(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
@@ -170,6 +173,7 @@ def test_a_shard_cut_in_mid_run_ends_it_with_a_checkpoint_and_copied_again_it_go
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
 
 
+@pytest.mark.usefixtures("_larger_than_memory")
 def test_a_shard_that_can_no_longer_be_read_is_left_out_within_the_budget(
     packed, tmp_path, monkeypatch, capsys
 ):
