@@ -28,6 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.manifest import DatasetError, read_manifest
 from tools.killing.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
 from tools.options import natural

@@ -24,6 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.files import naming, whole_file
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.overlay import draw_bars, reduced, with_bars

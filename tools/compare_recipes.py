@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import count

@@ -9,10 +9,14 @@ and no pixel is always the same.
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
+
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.options import count, natural
 

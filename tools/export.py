@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.files import whole_file
 from pipeline.manifest import DatasetError
 from pipeline.spec import NAME, NetSpec

@@ -38,6 +38,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tools.draw_pictures import class_names, draw
 from tools.killing.faults import ERRORS, Call, Fault
 from tools.killing.jobs import Packing

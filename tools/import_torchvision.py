@@ -18,6 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.files import naming
 from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.retry import read_patiently

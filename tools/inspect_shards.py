@@ -19,6 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.files import naming
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest

@@ -6,11 +6,15 @@ Its first screen is for a look from across the room; the rows below answer why.
 """
 
 import json
+import sys
 from pathlib import Path
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as model
+
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.dashboard import rows
 from tools.dashboard.panels import (

@@ -19,6 +19,9 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import get_args
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest
 from tools.inputs.sources import SourceError, find_sources

@@ -24,6 +24,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.manifest import DatasetError
 from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError

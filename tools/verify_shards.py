@@ -21,6 +21,9 @@ from typing import get_args
 import numpy as np
 from rich.progress import Progress
 
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from pipeline.files import whole_file
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest

@@ -229,11 +229,12 @@ def environment(device: str) -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "commit": _git_commit(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: installed_version(package) for package in _PACKAGES},
     }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """Of a package; ours runs from a clone, too, in which it is `not installed`."""
     try:
         return version(package)
     except ModuleNotFoundError:

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from importlib.metadata import version
 
 import numpy as np
 import PIL
@@ -125,7 +124,7 @@ def write_dataset(
 def _packed(options: argparse.Namespace) -> dict[str, str | int | float]:
     """How it was made."""
     how = {
-        "by": f"alexnet-train {version('alexnet-train')}",
+        "by": f"alexnet-train {versions()['alexnet-train']}",
         "pillow": PIL.__version__,
         "check": options.check,
     }

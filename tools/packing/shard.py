@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from tools.packing.pixel_sums import PixelSums
 from tools.packing.results import Event, Result, save_result
 from tools.storage import Folder, is_there, is_url, read
 from tools.workers import say
+from trainer.run import installed_version
 
 READ_AHEAD = 16  # files behind URLs asked for at once: for most of the time of each, nothing comes
 DECODED = 64  # one in so many is decoded where headers are believed, for mean and components
@@ -38,7 +38,7 @@ class PackingError(RuntimeError):
 def versions() -> dict[str, str]:
     """Of what decides the bytes of a shard."""
     return {
-        "alexnet-train": version("alexnet-train"),
+        "alexnet-train": installed_version("alexnet-train"),
         "pillow": PIL.__version__,
         "libjpeg": features.version("libjpeg_turbo") or features.version("jpg") or "",
     }

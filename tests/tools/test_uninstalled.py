@@ -1,0 +1,34 @@
+"""A clone runs where its dependencies are installed and it is not."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from tests.helpers import REPO
+from tools.packing import shard
+
+COMMANDS = sorted(
+    str(path.relative_to(REPO)) for path in REPO.glob("tools/*.py") if "ArgumentParser(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"]], ids=" ".join)
+def test_help_comes_from_a_clone(command):
+    """-S leaves out the files by which site-packages points to the clone."""
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    environment = {**os.environ, "PYTHONPATH": packages}
+    command = [sys.executable, "-S", *command, "--help"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+
+
+def test_packing_needs_no_version_of_an_installation(monkeypatch):
+    def version(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("trainer.run.version", version)
+    assert shard.versions()["alexnet-train"] == "not installed"
