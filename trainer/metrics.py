@@ -6,9 +6,10 @@ Counters are exported, not rates: `rate(alexnet_images_total{phase="train"}[1m])
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pynvml
 import torch
@@ -135,16 +136,16 @@ class Metrics:
             self._look_at_gpu(device)
 
     def _look_at_gpu(self, device: torch.device) -> None:
-        handle = _nvml_handle(device)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        values = {
-            "memory_peak": torch.cuda.max_memory_allocated(device),
-            "memory_used": memory.used / memory.total,
-            "busy": pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "jpeg_engine": pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100,
-        }
-        for name, value in values.items():
-            self._gpu[name].labels(str(device.index)).set(value)
+        """What NVML does not give, of a part of a GPU (MIG) or without its library, has no gauge."""
+        gpu = str(device.index)
+        self._gpu["memory_peak"].labels(gpu).set(torch.cuda.max_memory_allocated(device))
+        for name, ratio in _NVML_RATIOS.items():
+            try:
+                value = ratio(_nvml_handle(device))
+            except pynvml.NVMLError:
+                self._gpu[name].remove(gpu)
+            else:
+                self._gpu[name].labels(gpu).set(value)
 
     def evaluated(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
         """Take over what an evaluation came to."""
@@ -177,6 +178,18 @@ class Metrics:
             yield
         finally:
             self._activity[name].inc(time.monotonic() - start)
+
+
+def _memory_used(handle: Any) -> float:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return memory.used / memory.total
+
+
+_NVML_RATIOS: dict[str, Callable[[Any], float]] = {
+    "memory_used": _memory_used,
+    "busy": lambda handle: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+    "jpeg_engine": lambda handle: pynvml.nvmlDeviceGetJpgUtilization(handle)[0] / 100,
+}
 
 
 @cache

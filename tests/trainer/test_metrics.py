@@ -1,5 +1,10 @@
 """Metrics as a scraper sees them."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pynvml
+import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -86,3 +91,50 @@ def test_a_cpu_has_no_gauges_of_a_gpu_and_no_ceilings_that_were_not_measured():
     assert not [line for line in samples if line.startswith("alexnet_ceiling")]
     metrics.ceiling("loader", 2000.0)
     assert 'alexnet_ceiling_images_per_second{path="loader"} 2000.0' in metrics.exposition()
+
+
+NVML = {
+    "alexnet_gpu_memory_used_ratio": ("nvmlDeviceGetMemoryInfo", SimpleNamespace(used=30, total=40)),
+    "alexnet_gpu_utilization_ratio": ("nvmlDeviceGetUtilizationRates", SimpleNamespace(gpu=50, memory=1)),
+    "alexnet_jpeg_engine_utilization_ratio": ("nvmlDeviceGetJpgUtilization", [25, 1000]),
+}
+EVERY = {"alexnet_gpu_memory_peak_bytes": 5.0} | dict(zip(NVML, (0.75, 0.5, 0.25), strict=True))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The gauges that are served of a GPU which NVML knows."""
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr("trainer.metrics._nvml_handle", lambda device: "handle")
+    for function, answer in NVML.values():
+        monkeypatch.setattr(pynvml, function, lambda handle, answer=answer: answer)
+    metrics = Metrics()
+
+    def served() -> dict[str, float]:
+        metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cuda", 0))
+        families = text_string_to_metric_families(metrics.exposition())
+        samples = [sample for family in families for sample in family.samples]
+        return {sample.name: sample.value for sample in samples if sample.labels == {"gpu": "0"}}
+
+    return served
+
+
+def failing(error: type[pynvml.NVMLError]) -> Callable:
+    def fail(_):
+        raise error(0)
+
+    return fail
+
+
+@pytest.mark.parametrize("error", pynvml.NVMLError.__subclasses__(), ids=lambda error: error.__name__)
+def test_what_nvml_does_not_give_is_one_gauge_less_until_it_does(gpu, monkeypatch, error):
+    for gauge, (function, _) in NVML.items():
+        assert gpu() == EVERY
+        with monkeypatch.context() as patch:
+            patch.setattr(pynvml, function, failing(error))
+            assert gpu() == {name: value for name, value in EVERY.items() if name != gauge}
+
+
+def test_without_nvml_a_gpu_has_torchs_gauge_alone(gpu, monkeypatch):
+    monkeypatch.setattr("trainer.metrics._nvml_handle", failing(pynvml.NVMLError_LibraryNotFound))
+    assert gpu() == {"alexnet_gpu_memory_peak_bytes": 5.0}
