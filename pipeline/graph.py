@@ -15,6 +15,7 @@ Inputs of a training sample, from `fn.external_source`:
 Output: pixels [crop,crop,3] (HWC). Ten crops stack theirs as [10,crop,crop,3].
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 CENTRE = (0.5, 0.5)
 TEN_CROP_PLACES = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), CENTRE)  # and each one's mirror image
+RESERVED_BYTES = 2**31  # of a GPU, at most, for the images of a batch before any has come
 
 # DALI keeps what it allocates above this, as it does above 32 MB by default: smaller batches would go
 # back to the system and come page by page again each time. It is read at the first allocation.
@@ -37,9 +39,9 @@ class GraphOptions:
     """What a graph is built for.
 
     crop: side in pixels. resize_shorter: to which the shorter side is brought first, or None for
-    shards that hold images of that size. max_width, max_height: of the dataset, in pixels, for
-    buffers that never grow. device_id: the GPU, or None for the CPU. batch: images at most.
-    hw_decoder_load: the share of them for the GPU's JPEG engine.
+    shards that hold images of that size. max_width, max_height: of the dataset, in pixels. device_id:
+    the GPU, or None for the CPU. batch: images at most. hw_decoder_load: the share of them for the
+    GPU's JPEG engine.
     """
 
     batch: int
@@ -59,16 +61,27 @@ def jpeg_batch(jpegs: Iterable[memoryview]) -> TensorListCPU:
     return TensorListCPU([TensorCPU(jpeg) for jpeg in jpegs], contiguous=False)  # type: ignore[call-overload]
 
 
+def reserved_size(options: GraphOptions) -> tuple[int, int]:
+    """Width and height of the images that the decoder reserves memory for: the dataset's largest, but less
+    of both where a batch of such would take more than RESERVED_BYTES. Those that are larger get theirs later.
+    """
+    batch_bytes = options.batch * options.max_width * options.max_height * 3
+    scale = min(1.0, math.sqrt(RESERVED_BYTES / batch_bytes))
+    return max(1, int(options.max_width * scale)), max(1, int(options.max_height * scale))
+
+
 def _decode(jpeg: Any, options: GraphOptions) -> Any:
     """JPEG bytes to RGB [h,w,3], with its shorter side as the options say."""
     on_gpu = options.device_id is not None
+    width, height = reserved_size(options)
     images = fn.decoders.image(
         jpeg,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
         adjust_orientation=False,  # the packer turned what was rotated; DALI reads broken EXIF otherwise
-        preallocate_width_hint=options.max_width if on_gpu else None,
-        preallocate_height_hint=options.max_height if on_gpu else None,
+        affine=False,  # or the threads of all processes on a machine would share its first cores
+        preallocate_width_hint=width if on_gpu else None,
+        preallocate_height_hint=height if on_gpu else None,
         hw_decoder_load=options.hw_decoder_load if on_gpu else None,
     )
     if options.resize_shorter is not None:

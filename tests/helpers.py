@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from PIL import Image
 
 from trainer import cli
 
@@ -105,3 +107,15 @@ def ranks_of(parent: int) -> dict[str, int]:
         ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
         found |= {rank: int(status.parent.name) for rank in ranks}
     return found
+
+
+def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:
+    """A 4:2:0 JPEG as a PNG in which each two by two pixels have the chroma that the file has for them. So
+    nvJPEG decodes it, while libjpeg interpolates."""
+    whole, half = (Image.open(BytesIO(jpeg)) for _ in range(2))
+    whole.draft("YCbCr", whole.size)
+    half.draft("YCbCr", (whole.width // 2, whole.height // 2))  # at which chroma is left as it is stored
+    chroma = (plane.resize(whole.size, Image.Resampling.NEAREST) for plane in half.split()[1:])
+    file = BytesIO()
+    Image.merge("YCbCr", [whole.split()[0], *chroma]).convert("RGB").save(file, "PNG")
+    return file.getvalue()

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from pipeline.graph import jpeg_batch
 from pipeline.loader import Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.plan import Plan
+from tests.helpers import with_nearest_chroma
 from trainer.meter import Interval
 from trainer.metrics import Metrics
 from trainer.optim import make_optimizer, set_learning_rate
@@ -31,14 +33,19 @@ def batches(packed):
     return on
 
 
-def test_the_gpu_graph_gives_the_cpus_pictures(batches):
-    for (gpu, gpu_labels), (cpu, cpu_labels) in zip(batches(GPU), batches(CPU), strict=True):
+def test_the_gpu_graph_gives_the_cpus_pictures(batches, monkeypatch):
+    on_gpu = batches(GPU)
+    # In one value of a hundred, libjpeg's interpolated chroma alone makes 14 to 20 levels.
+    monkeypatch.setattr(
+        "pipeline.loader.jpeg_batch", lambda jpegs: jpeg_batch(map(with_nearest_chroma, jpegs))
+    )
+    for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, batches(CPU), strict=True):
         assert gpu.dtype == torch.float16
         assert gpu.device == GPU
         assert gpu.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(gpu_labels.cpu(), cpu_labels)
-        # The decoders differ in their inverse DCT by a level or two, and in how they spread chroma
-        # at edges; a wrong crop, mirror or colour would be tens of levels off everywhere.
+        # The decoders differ in their inverse DCT by a level or two in each plane; a wrong crop, mirror or
+        # colour would be tens of levels off everywhere.
         difference = (gpu.cpu().float() - cpu).abs()
         assert difference.mean() < 2.0
         assert difference.quantile(0.99) < 16.0

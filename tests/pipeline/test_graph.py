@@ -3,13 +3,23 @@
 from io import BytesIO
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from pipeline.graph import GraphOptions, evaluation_pipeline, train_pipeline
-from pipeline.manifest import Manifest
+from pipeline.graph import (
+    RESERVED_BYTES,
+    GraphOptions,
+    augment,
+    evaluation_pipeline,
+    reserved_size,
+    train_pipeline,
+)
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.reader import ShardReader
+from tests.helpers import with_nearest_chroma
 from tools.make_shards import pack, parse_arguments
 
 GEOMETRIES = ("256", "short256", "original")
@@ -140,3 +150,52 @@ def test_other_numbers_of_crops_are_refused(crops):
     options = GraphOptions(batch=1, crop=CROP, resize_shorter=None, max_width=SIZE, max_height=SIZE)
     with pytest.raises(ValueError, match=f"{crops} crops are not possible"):
         evaluation_pipeline(lambda: None, options, (0.0, 0.0, 0.0), crops)
+
+
+def options_of(width: int, height: int, batch: int = 1024) -> GraphOptions:
+    return GraphOptions(batch, CROP, SIZE, max_width=width, max_height=height, device_id=0)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (500, 375), (1, 1)])
+def test_memory_is_reserved_for_the_largest_image(size):
+    assert reserved_size(options_of(*size)) == size
+    assert reserved_size(options_of(9331, 6589, batch=1)) == (9331, 6589)
+
+
+@pytest.mark.parametrize("size", [(9331, 6589), (6589, 9331), (65_500, 65_500), (65_500, 1)])
+def test_a_few_large_images_reserve_no_more_than_a_gpu_has_for_them(size):
+    width, height = reserved_size(options_of(*size, batch=2**16))
+    assert 1 <= width < size[0]
+    assert height >= 1
+    assert (2**16 * width * height * 3 <= RESERVED_BYTES) or height == 1
+    if size[1] > 1:
+        assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
+
+
+def test_on_a_gpu_no_thread_is_bound_to_a_core():
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # a GPU's is only to be made beside a GPU
+    def graph():
+        jpeg = fn.external_source(source=lambda: None)
+        return augment(jpeg, options_of(256, 256), mean=0, scale=1, x=0, y=0, mirror=0)
+
+    serialized = graph().serialize()
+    assert b"mixed" in serialized
+    assert b"affine\x12\x04bool0\x00" in serialized
+
+
+def test_nearest_chroma_is_that_of_the_file(packed):
+    """What tests/test_gpu.py compares with, beside another decoder's planes."""
+    reader = ShardReader(packed, read_manifest(packed), "train")
+    for number in range(len(reader)):
+        jpeg = bytes(reader.jpeg(number))
+        [frame] = av.CodecContext.create("mjpeg", "r").decode(av.Packet(jpeg))
+        size = frame.width, frame.height
+        planes = [
+            Image.frombytes("L", (plane.line_size, plane.height), bytes(plane))
+            .crop((0, 0, plane.width, plane.height))
+            .resize(size, Image.Resampling.NEAREST)
+            for plane in frame.planes
+        ]
+        expected = np.asarray(Image.merge("YCbCr", planes).convert("RGB"), int)
+        found = np.asarray(Image.open(BytesIO(with_nearest_chroma(jpeg))), int)
+        assert abs(found - expected).max() <= 4  # a level in each plane
