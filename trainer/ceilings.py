@@ -1,37 +1,41 @@
 """What the loader and the model can each do alone: the slower of the two is as fast as training can be."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from pipeline.loader import Batch, Decoding, synthetic_loader
 from trainer.build import build_model
+from trainer.metrics import Metrics
+from trainer.moment import Moment
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
 from trainer.step import Step
 
 Work = Callable[[], int]  # does a batch, and returns its images
 
+CALIBRATION_SECONDS = 5.0  # of each ceiling
+
 
 def rate(work: Work, seconds: float, device: torch.device) -> float:
-    """Images/s of `work` over at least `seconds`, what it queued on the device included.
-
-    On a GPU the time is the device's own, between two events of its stream.
-    """
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-    start, images = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    """Images/s of `work` over at least `seconds`, by the device's clock, what it queued there included."""
+    first, images = Moment(device), 0
+    first.wait()
+    start = time.monotonic()
+    while time.monotonic() - start < seconds:
         images += work()
-    if on_gpu:
-        last.record()
-        last.synchronize()
-        return images / (first.elapsed_time(last) / 1000)
-    return images / (time.perf_counter() - start)
+    last = Moment(device)
+    last.wait()
+    return images / last.seconds_since(first)
+
+
+def calibrate(works: Mapping[str, Work], metrics: Metrics, device: torch.device) -> None:
+    """Measure a ceiling of each name, and take it over into the metrics."""
+    for path, work in works.items():
+        work()  # to warm up
+        metrics.ceiling(path, rate(work, CALIBRATION_SECONDS, device))
+        metrics.progress()
 
 
 def loader_work(batches: Iterator[Batch]) -> Work:

@@ -27,6 +27,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device does its work after the host has gone on."""
+        return self.device.type == "cuda"
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
@@ -34,7 +39,9 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether the flag is set in any process. Several wait for their devices."""
+        if self.size == 1:
+            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def share(self, value: Any) -> Any:

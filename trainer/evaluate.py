@@ -16,6 +16,7 @@ from trainer import checkpoint, distributed
 from trainer.build import build_decoding, build_model
 from trainer.distributed import World
 from trainer.metrics import Metrics
+from trainer.moment import Lead
 from trainer.precision import autocast, prepare, resolve_precision
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
@@ -56,16 +57,17 @@ def evaluate(
     """Evaluate over this process's batches and add up those of all processes; without any, scores are NaN."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    lead = Lead(world.device)
     waiting = time.monotonic()
     begun = waiting
     for pixels, labels in batches:
         metrics.input_wait_seconds["eval"].observe(time.monotonic() - waiting)
+        lead.hold()
         with autocast(precision, world.device):
             scores = log_probabilities(model, prepare(pixels, precision))
         loss = F.nll_loss(scores, labels, reduction="sum")
-        sums += torch.stack(
-            [*count_errors(scores, labels), loss, torch.tensor(len(labels), device=world.device)]
-        )
+        sums[:3] += torch.stack([*count_errors(scores, labels), loss])
+        sums[3] += len(labels)
         metrics.images["eval"].inc(len(labels))
         metrics.progress()
         now = time.monotonic()

@@ -1,12 +1,13 @@
 """What happened since the last look, gathered without making the host wait for the device."""
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trainer.distributed import World
+from trainer.moment import Moment
 
 READY_SECONDS = 0.001  # a batch that takes no longer to get was ready
 
@@ -44,22 +45,22 @@ class Interval:
 
 
 class Meter:
-    """Sums losses and errors on the device; `harvest` fetches them all at once."""
+    """Sums losses and errors on the device; `harvest` has them all copied to the host at once."""
 
     def __init__(self, world: World):
         self.world = world
+        self.restart()
         self._reset()
 
     def restart(self) -> None:
         """Leave out the time since the last harvest, in which there was no training."""
-        self._start = time.monotonic()
+        self._start = Moment(self.world.device)
 
     def _reset(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self._steps = self._images = self._ready = 0
-        self._waited = self._busy = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._start = time.monotonic()
+        self._waited = 0.0
+        self._busy: list[tuple[Moment, Moment]] = []
 
     def waited(self, seconds: float) -> None:
         self._waited += seconds
@@ -67,38 +68,41 @@ class Meter:
 
     def begin_step(self) -> None:
         """The batch is there."""
-        if self.world.device.type == "cuda":
-            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            pair[0].record()
-            self._events.append(pair)
-        else:
-            self._begun = time.monotonic()
+        self._begun = Moment(self.world.device)
 
     def end_step(self, loss: Tensor, wrong: Tensor, images: int) -> None:
         """The update is done, or queued on a GPU. loss: mean over `images` of this process."""
-        if self._events:
-            self._events[-1][1].record()
-        else:
-            self._busy += time.monotonic() - self._begun
+        self._busy.append((self._begun, Moment(self.world.device)))
         self._sums += torch.stack([loss * images, wrong])
         self._steps += 1
         self._images += images
 
-    def harvest(self) -> Interval:
-        """The interval so far; the next one begins."""
-        loss, wrong = self.world.sum(self._sums).tolist()
-        images = self._images * self.world.size
-        busy = self._busy + sum(start.elapsed_time(end) for start, end in self._events) / 1e3
-        seconds = time.monotonic() - self._start
-        interval = Interval(
-            steps=self._steps,
-            images=images,
-            loss=loss / images,
-            error=wrong / images,
-            seconds=seconds,
-            wait_seconds=self._waited,
-            busy_seconds=busy,
-            ready=self._ready,
-        )
+    def harvest(self, more: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
+        """End the interval; the next one begins. more: numbers to fetch with it, float64 [n] on the device.
+
+        Returns what gives the interval and those numbers, and waits until the device has come so far.
+        """
+        values = torch.cat([self.world.sum(self._sums), more])
+        fetched = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        fetched.copy_(values, non_blocking=True)
+        start, end, busy = self._start, Moment(self.world.device), self._busy
+        steps, images, waited, ready = self._steps, self._images * self.world.size, self._waited, self._ready
+
+        def read() -> tuple[Interval, list[float]]:
+            end.wait()
+            loss, wrong, *others = fetched.tolist()
+            interval = Interval(
+                steps=steps,
+                images=images,
+                loss=loss / images,
+                error=wrong / images,
+                seconds=end.seconds_since(start),
+                wait_seconds=waited,
+                busy_seconds=sum(done.seconds_since(begun) for begun, done in busy),
+                ready=ready,
+            )
+            return interval, others
+
+        self._start = end
         self._reset()
-        return interval
+        return read

@@ -1,8 +1,8 @@
 """One step: forward under autocast, loss, backward, update."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,20 @@ class Skips(NamedTuple):
 
     steps: int
     in_a_row: int
+
+
+class Condition(NamedTuple):
+    """Whether the weights are finite; the factor on fp16's loss, else 1; and skips since the last look."""
+
+    weights_finite: bool
+    scale: float
+    skips: Skips
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """From the numbers of `Step.take_condition`."""
+        weights_finite, scale, steps, in_a_row = values
+        return cls(bool(weights_finite), scale, Skips(int(steps), int(in_a_row)))
 
 
 @torch.no_grad()
@@ -63,16 +77,20 @@ class Step:
         self.scaler.update()
         return loss.detach(), (logits.argmax(1) != labels).sum()
 
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
     def _skip_if_not_finite(self) -> None:
         """Tell the optimizer, as GradScaler does. The gradients are those of all processes: all skip."""
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        skip = (~all_finite(p.grad for p in parameters if p.grad is not None)).float()
+        skip = (~all_finite(p.grad for p in self._parameters() if p.grad is not None)).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         steps, in_a_row = self._skips
         self._skips = torch.stack([steps + skip, (in_a_row + 1) * skip])
 
-    def take_skips(self) -> Skips:
-        """How many there were; waits for the device. Those of fp16 show in the scale instead."""
-        steps, in_a_row = map(int, self._skips.tolist())
+    def take_condition(self) -> Tensor:
+        """What `Condition.of` reads, float64 [4] on the device. Updates that fp16 leaves out are not counted:
+        they show in its scale."""
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        condition = torch.stack([all_finite(self._parameters()), scale, *self._skips]).double()
         self._skips[0] = 0
-        return Skips(steps, in_a_row)
+        return condition

@@ -17,15 +17,16 @@ from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint, distributed
 from trainer.build import build_decoding, processes_here
-from trainer.ceilings import loader_work, model_work, rate
+from trainer.ceilings import calibrate, loader_work, model_work
 from trainer.display import Display
 from trainer.distributed import World
 from trainer.evaluate import evaluate
 from trainer.health import Health
+from trainer.intervals import Intervals
 from trainer.journal import Journal
 from trainer.learner import Learner
-from trainer.meter import Meter
 from trainer.metrics import Metrics
+from trainer.moment import Lead
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import settle
 from trainer.run import Run
@@ -36,8 +37,6 @@ from trainer.step import all_finite
 from trainer.stop import Stopped, StopRequest
 from trainer.tuning import tuned
 from trainer.watchdog import Watchdog
-
-CALIBRATION_SECONDS = 5.0  # of the loader, and of the model
 
 
 def train(settings: Settings, run: Run) -> None:
@@ -91,13 +90,15 @@ class Trainer:
         self.stopping = False  # as all processes have agreed
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
-        self.meter = Meter(world)
+        self.lead = Lead(world.device)
         self.notes = [*notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.journal = Journal(run, world, metrics, self.display)
         self.saver = Saver(run, settings, metrics, self.display.warn)
-        self.health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
-        self.health.remember(self.journal.go_back_to(self.step))
+        health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
+        health.remember(self.journal.go_back_to(self.step))
+        self.intervals = Intervals(world, self.learner, self.journal, health)
+        self.meter = self.intervals.meter
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps, with the fraction."""
@@ -110,14 +111,9 @@ class Trainer:
     def calibrate(self) -> None:
         """Measure the two ceilings, on a loader and a net of their own."""
         classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
-        works = {
-            "loader": loader_work(self.batches()),
-            "model": model_work(self.settings, classes, self.decoding, share, self.learner.precision),
-        }
-        for path, work in works.items():
-            work()  # to warm up
-            self.metrics.ceiling(path, rate(work, CALIBRATION_SECONDS, self.world.device))
-            self.metrics.progress()
+        model = model_work(self.settings, classes, self.decoding, share, self.learner.precision)
+        works = {"loader": loader_work(self.batches()), "model": model}
+        calibrate(works, self.metrics, self.world.device)
 
     def run_to_end(self) -> None:
         with self.display, self.stop, self.saver:
@@ -128,6 +124,7 @@ class Trainer:
                 self._train()
             except DatasetError:
                 # The last step is done and the next was not begun.
+                self.intervals.tell()
                 if self.step and not self.stopping and all_finite(self.learner.model.parameters()):
                     self._save()
                 raise
@@ -160,9 +157,11 @@ class Trainer:
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
                 # Several processes must stop at the same step: they agree on it when they log.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
-                    self._log()
+                    self.log()
                     self.stopping = self.world.any(self.stop.is_made)
                     save_due |= self.world.is_main and self.saver.is_due()  # who alone saves
+                if save_due or self.stopping:
+                    self.intervals.tell()  # what is saved has been found sound, and has its rows
 
     def _evaluation_is_due(self) -> bool:
         every = 1 if self.step == self.steps else self.settings.evaluate_epochs
@@ -203,10 +202,12 @@ class Trainer:
 
     def train_one(self, batches: Iterator[Batch]) -> None:
         """One step: wait for the batch, set the learning rate, update."""
-        self.metrics.progress("input")
         begun = time.monotonic()
+        self.lead.hold()
+        self.metrics.progress("input")
+        asked = time.monotonic()
         pixels, labels = next(batches)
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - asked
         self.metrics.progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
@@ -228,17 +229,10 @@ class Trainer:
         self.metrics.epoch.set(self.epoch_at(self.step))
         self.metrics.progress_ratio.set(self.step / self.steps)
 
-    def _log(self) -> None:
-        """Fetch what the device has summed up, show it everywhere, and see whether it is sound."""
+    def log(self) -> None:
+        """End a log interval. Raises RunError where the run has become unsound."""
         self.metrics.progress("log")
-        interval, scale = self.meter.harvest(), self.learner.step.scaler.get_scale()
-        weights_finite = bool(all_finite(self.learner.model.parameters()))
-        epoch = self.epoch_at(self.step)
-        self.journal.interval(self.step, epoch, self.learning_rate, scale, interval)
-        skips = self.learner.step.take_skips()
-        self.health.check(interval, weights_finite, scale, skips)
-        for warning in self.health.warnings(interval, skips, epoch, self.step):
-            self.display.say(warning)
+        self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
 
     def _evaluate(self) -> bool:
         """Errors over the whole validation set, centre crop; given up when a process is asked to stop.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.manifest import Class, read_manifest
 from pipeline.spec import NetSpec
@@ -67,6 +68,26 @@ def test_scores_do_not_depend_on_how_images_are_batched():
         assert other.top5_error == scores[0].top5_error
         assert abs(other.loss - scores[0].loss) < 1e-6
     assert model.training  # left as it was found
+
+
+def test_no_batch_waits_for_the_device():
+    class Waits(TorchDispatchMode):
+        """Counts values that Python gives to a device or asks of it."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.count += function.name() in {"aten::lift_fresh", "aten::_local_scalar_dense"}
+            return function(*arguments, **(options or {}))
+
+    def waits(batches: int) -> int:
+        pixels, labels = torch.randn(12, 3, 4, 4), torch.randint(7, (12,))
+        parts = list(zip(pixels.chunk(batches), labels.chunk(batches), strict=True))
+        with Waits() as found:
+            evaluate(Flat(3 * 4 * 4, 7), "fp32", parts, ALONE, Metrics())
+        return found.count
+
+    assert waits(1) == waits(6)
 
 
 def test_a_net_sees_any_dataset_minus_its_own_mean_and_of_its_own_classes(packed, tmp_path):

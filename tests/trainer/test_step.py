@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
-from trainer.step import Skips, Step
+from trainer.step import Condition, Skips, Step
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,8 @@ def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:
     for pixels, labels in batches:
         step(pixels, labels)
     velocities = [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
-    return [parameter.detach() for parameter in model.parameters()] + velocities, step.take_skips()
+    weights = [parameter.detach() for parameter in model.parameters()]
+    return weights + velocities, Condition.of(step.take_condition().tolist()).skips
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

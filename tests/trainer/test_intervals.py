@@ -1,0 +1,101 @@
+"""Log intervals of a device that reports after the host has gone on. A CPU stands in for it."""
+
+from itertools import islice
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.loader import train_loader
+from pipeline.manifest import DatasetError
+from tests.helpers import TINY, command, exact, main, rows
+from trainer.distributed import World
+from trainer.meter import Meter
+from trainer.metrics import Metrics
+from trainer.run import Run
+from trainer.settings import load_settings
+from trainer.train import Trainer
+
+NOTHING = torch.zeros(0, dtype=torch.float64)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    monkeypatch.setattr(World, "is_asynchronous", True)
+
+
+def test_what_is_read_later_is_what_was_then():
+    meter = Meter(World(0, 1, 0, torch.device("cpu")))
+
+    def step(loss: float, wrong: int) -> None:
+        meter.begin_step()
+        meter.end_step(torch.tensor(loss), torch.tensor(wrong), images=4)
+        meter.waited(0.5)
+
+    step(2.0, 3)
+    step(4.0, 1)
+    first = meter.harvest(torch.tensor([7.0, 8.0], dtype=torch.float64))
+    step(1.0, 0)
+    second = meter.harvest(NOTHING)
+    interval, others = first()
+    assert (interval.steps, interval.images, interval.loss, interval.error) == (2, 8, 3.0, 0.5)
+    assert (interval.wait_seconds, interval.ready) == (1.0, 0)
+    assert others == [7.0, 8.0]
+    interval, others = second()
+    assert (interval.steps, interval.images, interval.loss, interval.error) == (1, 4, 1.0, 0.0)
+    assert others == []
+
+
+def test_an_interval_is_told_with_the_next_one_and_before_a_checkpoint(
+    packed, tmp_path, asynchronous, monkeypatch
+):
+    told = []
+
+    def loader(*arguments, **options):
+        for batch in train_loader(*arguments, **options):
+            told.append(len(rows(tmp_path / "run" / "metrics.csv")))
+            yield batch
+
+    monkeypatch.setattr("trainer.train.train_loader", loader)
+    arguments = command(packed, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "3")
+    assert main(monkeypatch, arguments) == 0
+    assert told == [0, 0, 1, 3, 3]  # after so many steps as there are before it
+    assert [int(row["step"]) for row in rows(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_and_its_continuation_leave_the_same(packed, whole, tmp_path, asynchronous, monkeypatch):
+    def broken(*arguments, **options):
+        yield from islice(train_loader(*arguments, **options), 7)
+        raise DatasetError("too many samples cannot be decoded")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.train_loader", broken)
+        assert main(patch, command(packed, out)) == 1
+    assert [int(row["step"]) for row in rows(out / "metrics.csv")] == list(range(1, 8))
+    assert main(monkeypatch, command(packed, out)) == 0
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU: that Python asks for a value of a tensor."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        assert function.name() not in {"aten::_local_scalar_dense", "aten::nonzero"}
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_no_step_and_no_interval_waits_for_the_device(packed, tmp_path, asynchronous, on_nan):
+    settings = load_settings(["--data", str(packed), *TINY, "--on-nan", on_nan])
+    alone = World(0, 1, 0, torch.device("cpu"))
+    trainer = Trainer(settings, Run(tmp_path / "run"), alone, Metrics(), port=None)
+    trainer.run.folder.mkdir()
+    batches = trainer.batches()
+    trainer.train_one(batches)
+    with NoWait():
+        for _ in range(3):
+            trainer.train_one(batches)
+            trainer.log()
+            assert not alone.any(False)
