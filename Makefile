@@ -6,7 +6,7 @@
 # make bench   images/s of each stage on the demo's pictures
 # make chaos   runs that are killed 200 times come to what whole ones do
 # make faults  packing and training while one file-system call after the other fails, for hours
-# make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own
+# make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own; in parts below
 # make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
 # make image-test   the image, and compose.yaml, on a real Docker engine
 # make setup   the environment in .venv alone, which the others make by themselves
@@ -18,7 +18,8 @@ BIN := $(VENV)/bin
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults gpu gpu-tests gpu-speed gpu-sweeps gpu-accuracy image image-test
+.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults image image-test
+.PHONY: gpu gpu-tests gpu-model gpu-convolutions gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 
 setup: $(VENV)/.ready
 
@@ -67,25 +68,43 @@ faults: setup
 	$(BIN)/python tools/faults.py training
 	$(BIN)/python tools/faults.py continuing
 
-# Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
-gpu: gpu-tests gpu-speed gpu-sweeps gpu-accuracy
+# Parts of ten minutes at most on an H200 with 16 cores, by their runs and a minute for each compilation and start;
+# none has been timed there yet. That of gpu-accuracy depends on DATA. Each stage's line is in RECORD as soon as it is
+# measured. Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
+gpu: gpu-tests gpu-model gpu-convolutions gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
 gpu-%: BENCH = $(BIN)/python tools/bench.py
-gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD)
+gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD) --runs 3 --seconds 3 --limit 240
 
-gpu-tests: setup
-	$(BIN)/pytest -m gpu
+gpu-tests: setup # 180 s
+	$(BIN)/pytest -m gpu $$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.gpu' tests)
 
-gpu-speed: setup
-	$(BENCH) all $(GIVEN) --gates --trace $(RECORD:.jsonl=.json) \
-		$(if $(wildcard .loader-peers),--loader-peers .loader-peers/bin/python)
+gpu-model: setup # 6 × 12 s, 4 compilations
+	$(BENCH) model $(GIVEN) --gates
 
-gpu-sweeps: setup
-	$(BENCH) loader $(GIVEN) --runs 3 --sweep hw-decoder-load 0 0.5 0.65 0.8 0.9 1
-	$(BENCH) loader $(GIVEN) --runs 3 --sweep threads 4 8 12 16
-	$(BENCH) loader $(GIVEN) --runs 3 --sweep prefetch 1 2 3 4
-	$(BENCH) model $(GIVEN) --runs 3 --sweep batch 128 256 512 1024 2048
+gpu-convolutions: setup # 11 × 12 s, 4 compilations
+	$(BENCH) conv1 conv2 conv4 conv5 $(GIVEN) --limit 120
+
+gpu-loader: setup # 5 × 12 s, and trying shares and threads
+	$(BENCH) read loader $(GIVEN) --gates
+
+gpu-train: setup # 3 × 12 s, a compilation of each net of four, and saving
+	$(BENCH) train save $(GIVEN) --gates --trace $(RECORD:.jsonl=.json)
+
+gpu-start: setup # 6 starts, 5 of them with a compilation
+	$(BENCH) start memory $(GIVEN) --runs 1 --gates
+
+gpu-sweep-loader: setup # 15 × 12 s
+	$(BENCH) loader $(GIVEN) --sweep hw-decoder-load 0 0.2 0.35 0.5 0.65 0.8 1
+	$(BENCH) loader $(GIVEN) --sweep threads 4 8 12 16
+	$(BENCH) loader $(GIVEN) --sweep prefetch 1 2 3 4
+
+gpu-sweep-batch: setup # 5 × 12 s, 5 compilations
+	$(BENCH) model $(GIVEN) --sweep batch 128 256 512 1024 2048
+
+gpu-peers: setup # 9 × 12 s, and 8 starts
+	$(if $(wildcard .loader-peers),$(BENCH) peers $(GIVEN) --gates --loader-peers .loader-peers/bin/python,@echo 'left out: make .loader-peers')
 
 gpu-accuracy: setup
 	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --device cuda --within 1

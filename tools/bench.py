@@ -1,6 +1,6 @@
 """Measure each stage on this machine: a table, then JSON on the last line.
 
-    python tools/bench.py loader --data shards
+    python tools/bench.py read loader --data shards
     python tools/bench.py all --data shards --input ILSVRC2012 --gates
     python tools/bench.py loader --data shards --sweep threads 1 2 4
 
@@ -16,15 +16,20 @@
     pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
 
 What is compared runs by turns after a warm-up. A figure is the median of its runs, with the least and
-the greatest; a ratio is the median over runs that stood side by side. --gates ends with 1 where a ratio is
-below what it has been, or on a GPU an amount short of what an H200 shall do, by more than a shared machine's
-noise. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
+the greatest; a ratio is the median over runs that stood side by side. A stage takes (runs + 1) × seconds for
+each of its lines, and what they compile or start; it says how long it took, and --limit cuts it short. What
+fails is a line, too, and the rest goes on; the exit code is then 1. --gates ends with 1 also where a ratio
+is below what it has been, or on a GPU an amount short of what an H200 shall do, by more than a shared
+machine's noise. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
 """
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,6 +50,8 @@ STAGES = ("read", "loader", "peers", "model", *CONVOLUTIONS, "train", "start", "
 UNITS = {"start": "s", "memory": "GB", "save": "s"}  # of the others, images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
 NOISE = 0.9  # of a gate, which has to be reached
+
+FAILURES = (RuntimeError, ValueError, OSError)  # of a contestant: no memory, CUDA, a trainer, the disk
 
 Figures = dict[str, list[float]]  # of each contestant, a figure a run
 
@@ -67,10 +74,10 @@ class Gate(NamedTuple):
         return reached <= self.goal / NOISE if self.at_most else reached >= self.goal * NOISE
 
     def reached(self, figures: Figures) -> float | None:
-        """None where nothing was measured to compare with."""
-        ours = next(iter(figures.values()))
-        theirs = [figures[name] for name in self.others if name in figures]
-        if self.others and not theirs:
+        """None where it was not measured, or nothing to compare with."""
+        ours = next(iter(figures.values()), [])
+        theirs = [figures[name] for name in self.others if figures.get(name)]
+        if not ours or (self.others and not theirs):
             return None
         return median(a / self.pick(b, default=1.0) for a, *b in zip(ours, *theirs, strict=True))
 
@@ -92,26 +99,50 @@ GATES = (
 )
 
 
-def by_turns(stage: "Stage", runs: int) -> Figures:
-    """Each once to warm up, then all by turns: a machine that slows down slows all of them."""
-    for run in stage.values():
-        run()
+def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figures, dict[str, str]]:
+    """Each once to warm up, then all by turns: a machine that slows down slows all of them.
+
+    Returns the figures, and errors of those that failed: they have no figures, and leave the stage with what
+    they held. limit: seconds, within which a second round and more have to end.
+    """
     figures: Figures = {name: [] for name in stage}
-    for _ in range(runs):
-        for name, run in stage.items():
-            figures[name].append(run())
-    return figures
+    errors: dict[str, str] = {}
+    begun = time.monotonic()
+    for number in range(runs + 1):
+        round_begun = time.monotonic()
+        for name, run in list(stage.items()):
+            try:
+                figures[name].append(run())
+            except FAILURES as error:
+                errors[name] = said(error)
+                figures[name] = []
+                del stage[name]
+        now = time.monotonic()
+        if number and now + (now - round_begun) > begun + limit:
+            break
+    return {name: values[1:] for name, values in figures.items()}, errors
 
 
-def table(stage: str, figures: Figures) -> Iterator[str]:
+def said(error: Exception) -> str:
+    """An error in a line, of its end where it is long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
+
+
+def table(stage: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[str]:
     """A line for each contestant; ratios are to the first."""
-    first, unit = next(iter(figures.values())), UNITS.get(stage, "images/s")
+    unit, first = UNITS.get(stage, "images/s"), next(iter(figures.values()), [])
     digits = ",.3f" if unit == "s" else ",.1f"
+    for name, error in errors.items():
+        yield f"{stage:8}{name:20}failed: {error}"
     for name, values in figures.items():
-        ratio = median(a / b for a, b in zip(first, values, strict=True))
+        if not values:
+            continue
         spread = f"{min(values):{digits}} to {max(values):{digits}}"
         line = f"{stage:8}{name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
-        yield line if values is first else f"{line}{next(iter(figures))} is {ratio:.2f} × this"
+        if first and values is not first:
+            ratio = median(a / b for a, b in zip(first, values, strict=True))
+            line += f"{next(iter(figures))} is {ratio:.2f} × this"
+        yield line
 
 
 def judge(results: dict[str, Figures], device: str, geometry: str = "256") -> tuple[list[str], bool]:
@@ -138,18 +169,25 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("stage", choices=(*STAGES, "all"))
+    add("stages", nargs="+", choices=(*STAGES, "all"), metavar="stage")
     add("--runs", type=count, default=5, metavar="N", help="runs that count, of each (default 5)")
     add("--seconds", type=positive, default=5.0, metavar="S", help="least length of a run (default 5)")
+    add(
+        "--limit",
+        type=positive,
+        default=math.inf,
+        metavar="S",
+        help="for a stage; its first round may take longer",
+    )
     add("--input", type=Path, metavar="DIR", help="images for `pack`")
     add("--pack-peers", type=Path, metavar="PYTHON", help="of `make .pack-peers`: .pack-peers/bin/python")
     add("--loader-peers", type=Path, metavar="PYTHON", help="of `make .loader-peers`, likewise")
     add("--sweep", nargs="+", metavar=("SETTING", "VALUE"), help="the stage with each value of a setting")
     add("--gates", action="store_true", help="end with 1 if a gate is missed")
-    add("--record", type=Path, metavar="FILE", help="append the last line to this file, too")
+    add("--record", type=Path, metavar="FILE", help="append a line to this file as each stage ends")
     add("--trace", type=Path, metavar="FILE", help="write a profiler's trace of training there, too")
     options, rest = parser.parse_known_args()
-    if options.sweep and (options.stage == "all" or len(options.sweep) < 2):
+    if options.sweep and (len(options.stages) > 1 or "all" in options.stages or len(options.sweep) < 2):
         parser.error("--sweep takes one stage, a setting and its values")
     return options, rest
 
@@ -160,7 +198,7 @@ def possible(options: argparse.Namespace, device: str) -> list[str]:
     needs = {"peers": options.loader_peers, "pack": options.input}
     needs |= dict.fromkeys(("memory", *CONVOLUTIONS), device == "cuda")
     every = [stage for stage in STAGES if needs.get(stage, True)]
-    return every if options.stage == "all" else [options.stage]
+    return every if "all" in options.stages else options.stages
 
 
 def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -> "Stage":
@@ -170,37 +208,59 @@ def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -
     return {label: next(iter(contestants.values())) for label, contestants in stages.items()}
 
 
+def measured(
+    contestants: Callable[[], "Stage"], options: argparse.Namespace
+) -> tuple[Figures, dict[str, str], float]:
+    """As by_turns, but that none can be made is an error of "all"; and the seconds it took."""
+    begun = time.monotonic()
+    try:
+        figures, errors = by_turns(contestants(), options.runs, options.limit)
+    except RuntimeError as error:
+        figures, errors = {}, {"all": said(error)}
+    return figures, errors, round(time.monotonic() - begun, 1)
+
+
 def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], bool]:
-    """The record, and whether all gates were passed. Raises SettingsError, DatasetError or OSError."""
-    read_manifest(load_settings(rest, command="bench.py").data)  # what is wrong is said before torch is there
+    """The record, and whether nothing failed and all gates were passed. What a stage adds to the record is
+    appended to --record at once. Raises SettingsError, DatasetError or OSError."""
+    settings = load_settings(rest, command="bench.py")
+    read_manifest(settings.data)  # what is wrong is said before torch is there
 
     from tools.benchmarks.stages import Stages
     from trainer.distributed import join
 
-    def make(more: list[str]) -> Stages:
-        settings = load_settings([*rest, *more], command="bench.py")
-        return Stages(settings, join(settings.device), options)
+    stages = Stages(settings, join(settings.device), options)
 
-    stages, results = make([]), {}
-    device = stages.device.type
-    for stage in possible(options, device):
-        contestants = swept(make, stage, options.sweep) if options.sweep else getattr(stages, stage)()
-        results[stage] = by_turns(contestants, options.runs)
-        print(*table(stage, results[stage]), sep="\n", flush=True)
+    def make(more: list[str]) -> Stages:
+        """With other settings; how to decode was measured once, for the first."""
+        settings, found = load_settings([*rest, *more], command="bench.py"), stages.decoding
+        share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
+        decoding = {"threads": settings.threads or found.threads, "hw_decoder_load": share}
+        return Stages(settings.model_copy(update=decoding), stages.world, options)
+
+    about = {"command": " ".join(sys.argv), **stages.describe(), "images_per_second": {}}
+    about["environment"] = environment(stages.world.device_name)
+    record, results = dict(about), {}
+    for stage in possible(options, stages.device.type):
+        sweep = partial(swept, make, stage, options.sweep)
+        figures, errors, took = measured(sweep if options.sweep else getattr(stages, stage), options)
+        print(*table(stage, figures, errors), f"{stage:8}took {took:,} s", sep="\n", flush=True)
+        part = {RECORDED[UNITS.get(stage, "images/s")]: {stage: figures}, "took_seconds": {stage: took}}
+        part |= {"failed": {stage: errors}} if errors else {}
+        record |= {name: record.get(name, {}) | content for name, content in part.items()}
+        if options.record:
+            with open(options.record, "a") as file:
+                print(json.dumps(about | part), file=file)
+        results[stage] = figures
     if options.trace:
-        stages.trace(options.trace)
-    about = stages.describe()
-    lines, passed = judge({} if options.sweep else results, device, about["geometry"])
+        try:
+            stages.trace(options.trace)
+        except RuntimeError as error:
+            record["failed"] = record.get("failed", {}) | {"trace": {"all": said(error)}}
+            print(f"trace   failed: {said(error)}")
+    lines, passed = judge({} if options.sweep else results, stages.device.type, about["geometry"])
     print(*lines, sep="\n", end="\n" if lines else "")
-    record = {
-        "command": " ".join(sys.argv),
-        **about,
-        "environment": environment(stages.world.device_name),
-        "images_per_second": {},
-    }
-    for stage, figures in results.items():
-        record.setdefault(RECORDED[UNITS.get(stage, "images/s")], {})[stage] = figures
-    return record, passed
+    return record, "failed" not in record and (passed or not options.gates)
 
 
 def main() -> None:
@@ -208,15 +268,11 @@ def main() -> None:
     try:
         for file in filter(None, (options.record, options.trace)):  # not after all the work
             file.parent.mkdir(parents=True, exist_ok=True)
-        record, passed = measure(options, rest)
+        record, good = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:
         sys.exit(f"bench: {error}")
-    line = json.dumps(record)
-    if options.record:
-        with open(options.record, "a") as file:
-            print(line, file=file)
-    print(line)
-    sys.exit(options.gates and not passed)
+    print(json.dumps(record))
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def read_records(folder: Path) -> tuple[dict[str, Figures], dict[str, Figures]]:
                 measured = record["images_per_second"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}, line {number}, is no record of tools/bench.py") from None
-            for stage, figures in measured.items():
+            for stage, every in measured.items():
+                figures = {name: runs for name, runs in every.items() if runs}  # the others failed
+                if not figures:
+                    continue
                 setting = re.search(r"--sweep (\S+)", record["command"])
                 if setting:
                     sweeps[f"{stage} by {setting[1]}"] = figures

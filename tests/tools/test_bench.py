@@ -1,10 +1,14 @@
 """The instrument: its arithmetic, and that each stage runs and ends in JSON."""
 
+import dataclasses
+import itertools
 import json
+import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers import REPO
 from tools import bench
@@ -16,13 +20,62 @@ def test_contestants_run_by_turns_after_a_warm_up():
     def contestant(name: str):
         return lambda: order.append(name) or float(len(order))
 
-    rates = bench.by_turns({"a": contestant("a"), "b": contestant("b")}, runs=2)
+    rates, errors = bench.by_turns({"a": contestant("a"), "b": contestant("b")}, runs=2)
     assert order == ["a", "b", "a", "b", "a", "b"]
     assert rates == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert errors == {}
+
+
+def failing(turn: int, error: Exception):
+    """A contestant that fails in its turn, counted from 1; those before it are 1.0."""
+    turns = itertools.count(1)
+
+    def run() -> float:
+        if next(turns) == turn:
+            raise error
+        return 1.0
+
+    return run
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory\nleft"), ValueError("x"), OSError("x")])
+def test_what_fails_has_no_figures_and_the_others_go_on(turn, error):
+    stage = {"a": failing(0, error), "b": failing(turn, error), "c": failing(0, error)}
+    figures, errors = bench.by_turns(stage, runs=3)
+    assert figures == {"a": [1.0] * 3, "b": [], "c": [1.0] * 3}
+    assert list(errors) == ["b"]
+    assert list(stage) == ["a", "c"]  # what it held can be freed
+    failed, first, third = bench.table("model", figures, errors)
+    assert failed.endswith(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    assert first.startswith("model   a ")
+    assert "a is 1.00 × this" in third
+
+
+def test_without_the_first_there_are_figures_and_no_ratios():
+    figures = {"ours": [], "theirs": [5.0]}
+    [line] = bench.table("model", figures, {})
+    assert "5.0 images/s" in line
+    assert "×" not in line
+    assert bench.judge({"model": figures}, "cuda") == ([], True)  # and its error is an exit code
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(math.inf, 9), (50, 4), (49, 3), (1, 1)])
+def test_a_limit_is_kept_by_whole_rounds_after_the_first(limit, runs, monkeypatch):
+    now = 0.0
+
+    def contestant() -> float:
+        nonlocal now
+        now += 5.0
+        return now
+
+    monkeypatch.setattr("tools.bench.time.monotonic", lambda: now)
+    figures, _ = bench.by_turns({"a": contestant, "b": contestant}, 9, limit)
+    assert {name: len(values) for name, values in figures.items()} == {"a": runs, "b": runs}
 
 
 def test_table_has_medians_and_ratios_of_neighbouring_runs():
-    first, second = bench.table("loader", {"ours": [10.0, 20.0, 40.0], "theirs": [5.0, 5.0, 20.0]})
+    first, second = bench.table("loader", {"ours": [10.0, 20.0, 40.0], "theirs": [5.0, 5.0, 20.0]}, {})
     assert "20.0 images/s" in first
     assert "10.0 to 40.0" in first
     assert "5.0 images/s" in second
@@ -104,6 +157,90 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
     record = json.loads(done.stdout.splitlines()[-1])
     assert [json.loads(line) for line in records.read_text().splitlines()] == [record]
     assert list(record["images_per_second"]["loader"]) == ["threads 1", "threads 2"]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """The second contestant of `read` has no memory, nor has any of `loader`."""
+    from tools.benchmarks.stages import Stages
+
+    read = Stages.read
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(Stages, "read", lambda self: read(self) | {"DALI's reader": fail})
+    monkeypatch.setattr(Stages, "loader", fail)
+
+
+def test_what_was_measured_is_recorded_stage_by_stage_and_what_failed_too(packed, tmp_path, call, broken):
+    records = tmp_path / "records.jsonl"
+    stages = ("read", "loader", "train")
+    done = call(bench.main, *stages, "--data", packed, *QUICK, "--record", records, *SETTINGS)
+    assert done.returncode == 1
+    assert done.stderr == ""
+    whole = json.loads(done.stdout.splitlines()[-1])
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [list(line["took_seconds"]) for line in lines] == [[stage] for stage in stages]
+    read, loader, train = (line["images_per_second"] for line in lines)
+    assert whole["images_per_second"] == read | loader | train
+    assert {name: len(runs) for name, runs in read["read"].items()} == {
+        "plan": 1,
+        "DALI's reader": 0,
+        "DALI's, mapped": 1,
+    }
+    assert loader == {"loader": {}}
+    assert all(len(runs) == 1 for runs in train["train"].values())
+    why = "OutOfMemoryError: no memory left"
+    assert whole["failed"] == {"read": {"DALI's reader": why}, "loader": {"all": why}}
+    assert "failed" not in lines[2]
+
+
+def test_a_stage_that_is_killed_leaves_those_before_it(packed, tmp_path, call, monkeypatch):
+    from tools.benchmarks.stages import Stages
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stages, "loader", killed)
+    records = tmp_path / "records.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        call(bench.main, "read", "loader", "--data", packed, *QUICK, "--record", records, *SETTINGS)
+    [line] = records.read_text().splitlines()
+    assert list(json.loads(line)["images_per_second"]) == ["read"]
+
+
+def test_how_to_decode_is_measured_once_for_all_values_of_a_sweep(packed, call, monkeypatch):
+    from tools.benchmarks import stages
+
+    measured = []
+
+    def tuned(decoding, settings, *_):
+        if not settings.threads or settings.hw_decoder_load is None:
+            measured.append(settings.batch)
+            decoding = dataclasses.replace(decoding, threads=3, hw_decoder_load=0.25)
+        return decoding, []
+
+    monkeypatch.setattr(stages, "tuned", tuned)
+    found = []
+    monkeypatch.setattr(
+        stages.Stages, "loader", lambda self: {"": lambda: found.append(self.decoding) or 1.0}
+    )
+    arguments = ("loader", "--data", packed, *QUICK, *SETTINGS)
+    assert call(bench.main, *arguments, "--sweep", "batch", "4", "8").returncode == 0
+    assert call(bench.main, *arguments, "--sweep", "threads", "1", "2").returncode == 0
+    assert measured == [4, 4]
+    assert {(decoding.threads, decoding.hw_decoder_load) for decoding in found[:4]} == {(3, 0.25)}
+    assert [decoding.threads for decoding in found[4:]] == [1, 2, 1, 2]
+    assert {decoding.hw_decoder_load for decoding in found[4:]} == {0.25}
+
+
+def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
+    logged = []
+    monkeypatch.setattr("trainer.journal.Journal.interval", lambda self, step, *_: logged.append(step))
+    done = call(bench.main, "train", "--data", packed, *QUICK, *SETTINGS, "--log-every", "2")
+    assert done.returncode == 0
+    assert logged[:3] == [2, 4, 6]
 
 
 def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch, call):

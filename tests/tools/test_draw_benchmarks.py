@@ -21,11 +21,12 @@ def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
     old, new = {"ours": [1.0], "theirs": [2.0]}, {"ours": [3.0, 5.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
     swept = {"threads 1": [1.0], "threads 2": [2.0]}
     write(tmp_path / "2026-11-21.jsonl", ("bench.py all", {"read": old, "loader": old}))
-    sweep = ("bench.py loader --sweep threads 1 2", {"loader": swept})
+    sweep = ("bench.py loader --sweep threads 1 2", {"loader": swept | {"threads 4": []}})
     write(
         tmp_path / "2026-11-22.jsonl",
         ("bench.py loader", {"loader": old}),
         ("bench.py loader", {"loader": new}),
+        ("bench.py read", {"read": {}}),  # of which all failed
         sweep,
     )
     assert read_records(tmp_path) == ({"read": old, "loader": new}, {"loader by threads": swept})

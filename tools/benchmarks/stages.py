@@ -77,11 +77,15 @@ class Stages:
     def _trainer(self) -> Work:
         run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
         settings = self.settings.model_copy(update={"epochs": 10**9})
+        run.folder.mkdir()
         trainer = Trainer(settings, run, self.world, Metrics(), port=None)
+        trainer.display.silent = True
         batches = trainer.batches()
 
         def work() -> int:
             trainer.train_one(batches)
+            if trainer.step % settings.log_every == 0:
+                trainer.log()
             return settings.batch
 
         return work
