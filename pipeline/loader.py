@@ -1,12 +1,12 @@
 """Loaders: what the plan says, through DALI, to torch tensors in channels_last without a copy.
 
-A loader is iterated once and yields (pixels, labels) on its device: pixels [n,3,crop,crop], fp16
+A loader yields (pixels, labels) on its device: pixels [n,3,crop,crop], fp16
 on a GPU and fp32 on a CPU, raw 0–255 minus the training mean; labels int64 [n]. DALI prepares the
 batches ahead in its own threads, from the bytes as they were read from the shards.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -118,7 +118,7 @@ def train_loader(
     plan.step_batch(0, rank, world)  # so that a batch that cannot be divided is refused here
     options = graph_options(dataset.manifest, decoding, plan.batch // world)
     checked = CheckedReader(reader, leave_out, replace=True)
-    return _Stream(train_pipeline, options, checked, requests(), decoding.device).batches()
+    return iter(_Stream(train_pipeline, options, checked, requests, decoding.device))
 
 
 def evaluation_loader(
@@ -131,11 +131,13 @@ def evaluation_loader(
     rank: int = 0,
     world: int = 1,
     leave_out: LeaveOut | None = None,
-) -> Iterator[Batch]:
+    kept: bool = False,
+) -> Iterable[Batch]:
     """A rank's share of a split, in order, each sample once; the last batch may be smaller.
 
     crops: 1 for the centre or 10; with ten, pixels are [n,10,3,crop,crop]. leave_out: told of each
-    damaged sample, which is missing; None makes it a DatasetError.
+    damaged sample, which is missing; None makes it a DatasetError. kept: between one iteration and the
+    next, with the memory and the threads that decode; others are made and ended with each.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)
@@ -147,7 +149,7 @@ def evaluation_loader(
     build = partial(evaluation_pipeline, mean=dataset.manifest.pixels.mean, crops=crops)
     options = graph_options(dataset.manifest, decoding, batch)
     checked = CheckedReader(reader, leave_out, replace=False)
-    return _Stream(build, options, checked, requests(), decoding.device).batches()
+    return _Stream(build, options, checked, requests, decoding.device, kept)
 
 
 def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[Batch]:
@@ -196,42 +198,53 @@ def _crop_places(
 
 
 class _Stream:
-    """Feeds requests to a DALI pipeline, which build(source, options) makes, and yields what comes out."""
+    """Feeds requests to a DALI pipeline, which build(source, options) makes, and yields what comes out.
+
+    requests() are those of an iteration. kept: the pipeline, after it.
+    """
 
     def __init__(
         self,
         build: Callable[[Callable, GraphOptions], Any],
         options: GraphOptions,
         checked: CheckedReader,
-        requests: Iterator[Request],
+        requests: Callable[[], Iterator[Request]],
         device: torch.device,
+        kept: bool = False,
     ):
-        self.build, self.options, self.device = build, options, device
+        self.build, self.options, self.device, self.kept = build, options, device, kept
         self.checked, self.reader = checked, checked.reader
-        self.requests = self._fetched_ahead(requests)
+        self.all_requests = requests
         self.failure: DatasetError | None = None
         self.under_way: deque[tuple[Request, Files]] = deque()  # which DALI has and has not answered
         # DALI reads the arrays where they are, on a GPU also after it has answered.
         self.inputs: deque[tuple] = deque(maxlen=options.prefetch + 2)
         self.pipeline = build(self._source, options)
 
-    def batches(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         device = self.device
+        self.requests, self.failure = self._fetched_ahead(self.all_requests()), None
+        self.under_way.clear()
+        self.checked.bad[:] = False  # what was out of reach may be there again
+        # Not in self while it runs: it refers to that, and only the garbage collector would end its threads.
+        pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
         while True:
             # On a GPU the outputs are ready in the order of torch's stream: the host does not wait.
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             try:
-                [pixels] = self.pipeline.run(stream)
+                [pixels] = pipeline.run(stream)
             except StopIteration:
-                del self.pipeline  # it refers back to this: only the garbage collector would end its threads
                 if self.failure is not None:
                     raise self.failure from None
+                if self.kept:
+                    pipeline.reset()
+                    self.pipeline = pipeline
                 return
             except RuntimeError as error:
                 self._leave_out_undecodable(error)
                 self.requests = chain([request for request, _ in self.under_way], self.requests)
                 self.under_way.clear()
-                self.pipeline = self.build(self._source, self.options)
+                pipeline = self.build(self._source, self.options)
                 continue
             (samples, _), _ = self.under_way.popleft()
             labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))

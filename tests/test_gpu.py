@@ -52,7 +52,7 @@ def test_the_gpu_graph_gives_the_cpus_pictures(batches, monkeypatch):
 
 
 def test_ten_crops_on_the_gpu(packed):
-    pixels, labels = next(evaluation_loader(Dataset(packed), "val", 4, Decoding(67, GPU), crops=10))
+    pixels, labels = next(iter(evaluation_loader(Dataset(packed), "val", 4, Decoding(67, GPU), crops=10)))
     assert pixels.shape == (4, 10, 3, 67, 67)
     assert labels.device == GPU
 

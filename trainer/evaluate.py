@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ class Trained(NamedTuple):
     step: int
     notes: list[str]  # of damaged checkpoints that were passed over
 
-    def batches(self, split: str, crops: int, world: World) -> Iterator[Batch]:
+    def batches(self, split: str, crops: int, world: World) -> Iterable[Batch]:
         """A process's share of a split, by crops of the model's own size."""
         return evaluation_loader(
             self.dataset,

@@ -4,7 +4,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -182,6 +183,20 @@ class Trainer:
             leave_out=self._leave_out,
         )
 
+    @cached_property
+    def validation(self) -> Iterable[Batch]:
+        """This process's share of the validation set, at each iteration."""
+        return evaluation_loader(
+            self.dataset,
+            "val",
+            self.settings.evaluation_batch,
+            self.decoding,
+            rank=self.world.rank,
+            world=self.world.size,
+            leave_out=self._leave_out,
+            kept=True,
+        )
+
     def _leave_out(self, damage: Damage) -> None:
         """Count a sample that is damaged. Too many end a run of one process at once, by a DatasetError.
 
@@ -240,16 +255,7 @@ class Trainer:
         Returns whether there are fewer than ever before.
         """
         with self.metrics.activity("eval"):
-            batches = evaluation_loader(
-                self.dataset,
-                "val",
-                self.settings.evaluation_batch,
-                self.decoding,
-                rank=self.world.rank,
-                world=self.world.size,
-                leave_out=self._leave_out,
-            )
-            batches = takewhile(lambda _: not self.stop.is_made, batches)
+            batches = takewhile(lambda _: not self.stop.is_made, self.validation)
             scores = evaluate(self.learner.model, self.learner.precision, batches, self.world, self.metrics)
         self.stopping = self.world.any(self.stop.is_made)
         if self.stopping:

@@ -204,6 +204,17 @@ def test_a_damaged_sample_is_missing_from_an_evaluation(dataset):
     assert len(damages) == len(LOST)
 
 
+def test_what_is_whole_again_is_in_the_next_evaluation(dataset):
+    damages: list[Damage] = []
+    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append, kept=True)
+    seen = []
+    for _ in range(3):
+        claim_another_size(path_of(dataset))  # and back
+        seen.append(sum(len(labels) for _, labels in loader))
+    assert seen == [40, 60, 40]
+    assert len(damages) == 2 * len(LOST)
+
+
 def test_tools_are_told_which_sample_cannot_be_read(dataset):
     os.truncate(path_of(dataset), 0)
     reader = dataset.reader("train")

@@ -2,6 +2,7 @@
 
 import gc
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.graph import evaluation_pipeline
 from pipeline.loader import Dataset, Decoding, evaluation_loader
 from tests.helpers import wait_until
 
@@ -53,6 +55,32 @@ def test_ten_crops_are_a_dimension_of_their_own(dataset, validation):
         assert flat.data_ptr() == pixels.data_ptr()
     centres = torch.cat([pixels[:, 4] for pixels, _ in batches])
     torch.testing.assert_close(centres.double(), validation[0], rtol=0, atol=1.001)
+
+
+def test_a_kept_evaluation_gives_the_same_by_one_pipeline(dataset, validation, monkeypatch):
+    built = []
+
+    def build(*arguments, **options):
+        built.append(evaluation_pipeline(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr("pipeline.loader.evaluation_pipeline", build)
+    loader = evaluation_loader(dataset, "val", 8, DECODING, kept=True)
+    for _ in range(3):
+        pixels, labels = map(torch.cat, zip(*loader, strict=True))
+        np.testing.assert_array_equal(labels, validation[1])
+        torch.testing.assert_close(pixels.double(), validation[0], rtol=0, atol=1.001)
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_evaluation_that_was_given_up_begins_again(dataset, validation, kept):
+    loader = evaluation_loader(dataset, "val", 3, DECODING, kept=kept)
+    for taken in (1, 5, 7, 0):
+        list(islice(loader, taken))
+    pixels, labels = map(torch.cat, zip(*loader, strict=True))
+    np.testing.assert_array_equal(labels, validation[1])
+    torch.testing.assert_close(pixels.double(), validation[0], rtol=0, atol=1.001)
 
 
 def test_an_evaluation_leaves_no_threads_behind_for_the_garbage_collector(dataset):

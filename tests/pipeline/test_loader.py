@@ -210,7 +210,7 @@ def damaged(packed: Path, tmp_path: Path, request) -> tuple[Dataset, int, str]:
 @pytest.mark.parametrize("batch", [1, 5, 60])
 def test_a_damaged_sample_is_named_after_the_batches_before_it(damaged, batch, prefetch):
     dataset, number, place = damaged
-    loader = evaluation_loader(dataset, "train", batch, Decoding(crop=CROP, prefetch=prefetch))
+    loader = iter(evaluation_loader(dataset, "train", batch, Decoding(crop=CROP, prefetch=prefetch)))
     assert sum(len(labels) for _, labels in islice(loader, number // batch)) == number // batch * batch
     with pytest.raises(DatasetError, match=f"the sample in {place} .*: copy the shard again"):
         next(loader)
@@ -289,7 +289,7 @@ def test_too_large_a_crop_is_refused_at_once(dataset):
         "val": lambda decoding: evaluation_loader(dataset, "val", 4, decoding),
     }
     for load in loaders.values():
-        assert next(load(Decoding(crop=80)))[0].shape[2:] == (80, 80)
+        assert next(iter(load(Decoding(crop=80))))[0].shape[2:] == (80, 80)
         with pytest.raises(
             DatasetError, match="crop of 81 px does not fit into images of 80 px: set --crop to at"
         ):

@@ -24,14 +24,18 @@ def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path
     out = tmp_path / "run"
     for epochs in (1, 2):
 
-        def interrupted(*arguments, epochs=epochs, **options):
-            for batch in evaluation_loader(*arguments, **options):
-                if len(rows(out / "evaluations.csv")) == epochs:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
+        class Interrupted:
+            def __init__(self, *arguments, **options):
+                self.batches = evaluation_loader(*arguments, **options)
+
+            def __iter__(self, epochs=epochs):
+                for batch in self.batches:
+                    if len(rows(out / "evaluations.csv")) == epochs:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batch
 
         with monkeypatch.context() as patch:
-            patch.setattr("trainer.train.evaluation_loader", interrupted)
+            patch.setattr("trainer.train.evaluation_loader", Interrupted)
             assert main(patch, command(packed, out)) == 143
         assert len(rows(out / "evaluations.csv")) == epochs
     assert main(monkeypatch, command(packed, out)) == 0
