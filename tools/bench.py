@@ -16,11 +16,14 @@
     pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
 
 What is compared runs by turns after a warm-up. A figure is the median of its runs, with the least and
-the greatest; a ratio is the median over runs that stood side by side. A stage takes (runs + 1) × seconds for
-each of its lines, and what they compile or start; it says how long it took, and --limit cuts it short. What
-fails is a line, too, and the rest goes on; the exit code is then 1. --gates ends with 1 also where a ratio
-is below what it has been, or on a GPU an amount short of what an H200 shall do, by more than a shared
-machine's noise. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
+the greatest; a ratio is the median over runs that stood side by side. What fails is a line, too, and the
+rest goes on; the exit code is then 1. --gates ends with 1 also where a ratio is below what it has been, or
+on a GPU an amount short of what an H200 shall do, by more than a shared machine's noise. Other options are
+settings of alexnet-train (--batch, --recipe, --threads, …).
+
+A stage takes (runs + 1) × seconds for each of its lines, and what these compile or start. That is, unless
+told otherwise, 90 s for read, 60 for loader, 270 for peers, 90 for model (180 on a GPU), 30 for each form of
+a convolution and 90 for train; the others last as long as what they do. Each says how long it took.
 """
 
 import argparse
@@ -169,7 +172,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("stages", nargs="+", choices=(*STAGES, "all"), metavar="stage")
+    add("stages", nargs="+", choices=(*STAGES, "all"), metavar="stage", help="of those above, or all")
     add("--runs", type=count, default=5, metavar="N", help="runs that count, of each (default 5)")
     add("--seconds", type=positive, default=5.0, metavar="S", help="least length of a run (default 5)")
     add(
@@ -177,7 +180,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         type=positive,
         default=math.inf,
         metavar="S",
-        help="for a stage; its first round may take longer",
+        help="for a stage; only its first round may go beyond",
     )
     add("--input", type=Path, metavar="DIR", help="images for `pack`")
     add("--pack-peers", type=Path, metavar="PYTHON", help="of `make .pack-peers`: .pack-peers/bin/python")
