@@ -9,6 +9,7 @@ from pipeline.reader import ShardReader
 from tests.helpers import command, exact, main, rows
 
 
+@pytest.mark.usefixtures("_larger_than_memory")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_run_saves_and_ends_and_the_same_command_continues_it(
     packed, whole, tmp_path, monkeypatch, capsys, split
