@@ -63,7 +63,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = run.recorded_settings()
     resolved = settings.pop("resolved", {})
-    environment = run.starts()[-1]
+    environment = (run.starts() or [{}])[-1]  # {} where its file is gone
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)
     last = evaluations[-1]

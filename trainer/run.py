@@ -106,7 +106,9 @@ class Run:
                 )
             return False
         if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
-            raise SettingsError(f"{self.folder} holds files that are not of a run: choose another --out")
+            raise SettingsError(
+                f"{self.folder} is not empty and has no {_SETTINGS}, so it is not a run: choose another --out"
+            )
         return True
 
     def settle(self, settings: Settings, resolved: Mapping[str, str]) -> None:

@@ -184,6 +184,24 @@ def test_a_table_that_is_gone_is_named(packed, unfinished, monkeypatch, capsys, 
     assert f"no report without {unfinished / name}" in capsys.readouterr().err
 
 
+def test_an_environment_that_is_gone_at_the_end_does_not_keep_a_run_from_its_report(
+    packed, unfinished, tmp_path, monkeypatch
+):
+    with Storage(tmp_path, Fault(Call("open", "run/environment.json"), 2, "ENOENT", lasting=True)) as storage:
+        assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 0
+    assert storage.hits
+    assert Run(unfinished).is_finished
+
+
+def test_a_folder_whose_settings_are_gone_is_not_a_run_and_keeps_its_files(
+    packed, unfinished, monkeypatch, capsys
+):
+    (unfinished / "settings.json").unlink()
+    assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 2
+    assert f"{unfinished} is not empty and has no settings.json" in capsys.readouterr().err
+    assert list((unfinished / "checkpoints").iterdir())
+
+
 def begin(packed: Path, out: Path) -> None:
     Run(out).begin(load_settings([]), read_manifest(packed)).close()
 
