@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.forms import FORMS, Maps, convolve, convolve_pixels, joined
 from model.fused import Activation, normalise_and_pool
 
 
@@ -86,7 +87,8 @@ class AlexNet(nn.Module):
 
     classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
     frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
-    input in pixels; the paper's is 224, the least is 64. variant: what is changed.
+    input in pixels; the paper's is 224, the least is 64. variant: what is changed. form: a key of
+    FORMS, in which the same is computed; a net of one tower has no groups, and none but -s2d counts.
 
     Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
     as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
@@ -95,6 +97,7 @@ class AlexNet(nn.Module):
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
+    conv6: nn.Conv2d
 
     def __init__(
         self,
@@ -103,9 +106,13 @@ class AlexNet(nn.Module):
         dropout: str = "2012",
         crop: int = 224,
         variant: Variant = Variant(),
+        form: str = "grouped",
     ):
         super().__init__()
         self.preset, self.variant = PRESETS[preset], variant
+        self.form = FORMS[form] if variant.towers == 2 else FORMS[form]._replace(groups="grouped")
+        # The text's normalisation runs over the maps of both towers, which are joined for it.
+        self.normalises_across = variant.lrn and self.preset.lrn_towers == 1
         self.activation: Activation = ACTIVATIONS[variant.activation]
         self.window = 3 if variant.overlapping_pooling else 2
         # The 2012 code rounds the number of windows up, which is zeros on the right and bottom.
@@ -161,37 +168,46 @@ class AlexNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """[N,3,crop,crop] → what fc8 takes [N,4096]. Shapes below are those of a 224-px crop."""
-        x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
-        x = self.conv1(x)  # [N,96,55,55]
-        x = self._normalise_and_pool(x, relu_first=not self.preset.lrn1_before_relu)  # [N,96,27,27]
+        towers_apart = self.form.groups == "towers" and not self.normalises_across
+        maps = convolve_pixels(self.conv1, x, self.conv1_pad, self.form, towers_apart)  # [N,96,55,55]
+        maps = self._normalise_and_pool(maps, relu_first=not self.preset.lrn1_before_relu)  # [N,96,27,27]
         if self.variant.without == "conv2":
-            x = self.pool(x)
+            maps = [self.pool(x) for x in maps]
         else:
-            x = self.conv2(x)  # [N,256,27,27]
-            x = self._normalise_and_pool(x, spatial_norm=self.preset.spatial_norm)  # [N,256,13,13]
-        x = self._convolved("conv3", x)  # [N,384,13,13]
-        x = self._convolved("conv4", x)  # [N,384,13,13]
-        x = self.pool(self._convolved("conv5", x))  # [N,256,6,6]
+            maps = convolve(self.conv2, maps, self.form)  # [N,256,27,27]
+            maps = self._normalise_and_pool(maps, spatial_norm=self.preset.spatial_norm)  # [N,256,13,13]
+        maps = self._convolved("conv3", maps)  # [N,384,13,13]
+        maps = self._convolved("conv4", maps)  # [N,384,13,13]
+        maps = self._convolved("conv5", maps)  # [N,256,13,13]
+        x = joined([self.pool(x) for x in maps])  # [N,256,6,6]
         if self.variant.conv6:
-            x = self._convolved("conv6", x)
+            x = self.activation(self.conv6(x))
         x = x.permute(0, 2, 3, 1).flatten(1)  # [N,9216]
         x = self.drop6(self.activation(self.fc6(x)))
         return self.drop7(self.activation(self.fc7(x)))
 
-    def _convolved(self, name: str, x: Tensor) -> Tensor:
-        return x if name == self.variant.without else self.activation(self.get_submodule(name)(x))
+    def _convolved(self, name: str, maps: Maps) -> Maps:
+        if name == self.variant.without:
+            return maps
+        layer: nn.Conv2d = getattr(self, name)
+        return [self.activation(x) for x in convolve(layer, maps, self.form)]
 
-    def _normalise_and_pool(self, x: Tensor, relu_first: bool = True, spatial_norm: bool = False) -> Tensor:
+    def _normalise_and_pool(self, maps: Maps, relu_first: bool = True, spatial_norm: bool = False) -> Maps:
         lrn = self.variant.lrn
-        return normalise_and_pool(
-            x,
-            self.preset.lrn_alpha if lrn else None,
-            min(self.preset.lrn_towers, self.variant.towers),
-            relu_first,
-            spatial_norm and lrn,
-            activation=self.activation,
-            window=self.window,
-        )
+        if self.normalises_across:
+            maps = [joined(maps)]
+        return [
+            normalise_and_pool(
+                x,
+                self.preset.lrn_alpha if lrn else None,
+                min(self.preset.lrn_towers, self.variant.towers) // len(maps),
+                relu_first,
+                spatial_norm and lrn,
+                activation=self.activation,
+                window=self.window,
+            )
+            for x in maps
+        ]
 
 
 def count_parameters(model: nn.Module) -> int:

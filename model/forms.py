@@ -1,0 +1,83 @@
+"""Forms of the net's convolutions: the same function of the same weights, to rounding, at other speeds.
+
+grouped         as the layers are written: conv2, conv4 and conv5 in two groups
+towers          each group by itself; maps of the two towers are joined where a layer sees both
+block-diagonal  one convolution over both groups, half of whose weights are 0: twice the arithmetic
+
+With -s2d ("space to depth"), conv1 sees each block of 4×4 pixels as one of 48 channels: 3×3 with stride 1
+instead of 11×11 with stride 4, to which a row and a column of zeros are added.
+
+Which one is fastest depends on the device and its library.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 4  # pixels: conv1's stride
+
+Maps = list[Tensor]  # [N,C,H,W] of all kernels together, or of each tower by itself
+
+
+class Form(NamedTuple):
+    """How groups are computed, and conv1."""
+
+    groups: str = "grouped"
+    space_to_depth: bool = False
+
+
+FORMS = {
+    groups + "-s2d" * space_to_depth: Form(groups, space_to_depth)
+    for groups in ("grouped", "towers", "block-diagonal")
+    for space_to_depth in (False, True)
+}
+
+
+def convolve_pixels(layer: nn.Conv2d, x: Tensor, padding: int, form: Form, apart: bool) -> Maps:
+    """conv1. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the last window needs. apart:
+    whether each tower's maps are by themselves."""
+    if form.space_to_depth:
+        x = _blocks(F.pad(x, (0, padding + 1, 0, padding + 1)))
+        weight = _blocks(F.pad(layer.weight, (0, 1, 0, 1)))
+        return _halves([x, x], layer, weight, 1) if apart else [F.conv2d(x, weight, layer.bias)]
+    x = F.pad(x, (0, padding, 0, padding))
+    return _halves([x, x], layer, layer.weight, BLOCK) if apart else [layer(x)]
+
+
+def convolve(layer: nn.Conv2d, maps: Maps, form: Form) -> Maps:
+    """A layer after conv1."""
+    if form.groups == "towers":
+        if layer.groups == 1:
+            maps = 2 * [joined(maps)]
+        elif len(maps) == 1:
+            maps = list(maps[0].chunk(2, 1))
+        return _halves(maps, layer, layer.weight)
+    (x,) = maps
+    if form.groups == "block-diagonal" and layer.groups == 2:
+        first, second = layer.weight.chunk(2)
+        nothing = torch.zeros_like(first)
+        weight = torch.cat([torch.cat([first, nothing], 1), torch.cat([nothing, second], 1)])
+        return [F.conv2d(x, weight, layer.bias, padding=layer.padding)]
+    return [layer(x)]
+
+
+def joined(maps: Maps) -> Tensor:
+    """[N,C,H,W] of all kernels."""
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def _halves(maps: Maps, layer: nn.Conv2d, weight: Tensor, stride: int = 1) -> Maps:
+    """What each tower's half of the kernels makes of the maps it sees."""
+    assert layer.bias is not None
+    halves = zip(maps, weight.chunk(2), layer.bias.chunk(2), strict=True)
+    return [F.conv2d(*half, stride, layer.padding) for half in halves]
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """[N,C,H,W] → [N,16·C,H/4,W/4], channels_last. What lies side by side in a row stays so, which makes it
+    one copy in long runs, and with the padding before it one kernel of a compiler."""
+    n, c, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(n, height // BLOCK, BLOCK, width // BLOCK, BLOCK * c)
+    return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)

@@ -1,0 +1,132 @@
+"""Each form of the convolutions computes what the layers as written do, forward and backward."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.alexnet import PRESETS, AlexNet, Variant
+from model.forms import FORMS
+
+OTHERS = [form for form in FORMS if form != "grouped"]
+VARIANTS = {
+    "a quarter": Variant(width=0.25),
+    "a kernel a tower": Variant(width=1e-9),
+    "an odd number of kernels": Variant(width=0.065),
+    "no LRN": Variant(width=0.25, lrn=False),
+    "CNN*": Variant(width=0.25, conv6=True),
+    "one tower": Variant(width=0.25, towers=1),
+    **{f"without {name}": Variant(width=0.25, without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
+}
+ROUNDING = 2e-13  # of the largest value; fp64 has 2e-16, and thousands are added up
+
+
+def net(form: str, preset: str, variant: Variant, crop: int = 96, dtype=torch.float64) -> AlexNet:
+    torch.manual_seed(0)
+    net = AlexNet(10, preset, "off", crop, variant, form)
+    return net.to(dtype).to(memory_format=torch.channels_last)
+
+
+def passed(form: str, preset: str, variant: Variant, crop: int = 96) -> dict[str, Tensor]:
+    """Logits, and gradients of pixels and parameters."""
+    model, generator = net(form, preset, variant, crop), torch.Generator().manual_seed(1)
+    pixels = 255 * torch.rand(3, 3, crop, crop, generator=generator, dtype=torch.float64) - 127.5
+    pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
+    logits = model(pixels)
+    F.cross_entropy(logits, torch.tensor([3, 1, 4])).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), "pixels": pixels.grad, **gradients}
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            ours[name], values, rtol=0, atol=ROUNDING * float(values.abs().max()), msg=lambda m, n=name: n + m
+        )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_forms_are_equal_forward_and_backward(variant, preset):
+    expected = passed("grouped", preset, variant)
+    for form in OTHERS:
+        assert_equal(passed(form, preset, variant), expected)
+
+
+@pytest.mark.parametrize("crop", [64, 65, 66, 67, 224])
+def test_blocks_of_pixels_fit_any_crop(crop):
+    variant = Variant(width=0.125)
+    expected = passed("grouped", "code2012", variant, crop)
+    assert_equal(passed("grouped-s2d", "code2012", variant, crop), expected)
+    assert_equal(passed("towers-s2d", "code2012", variant, crop), expected)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_checkpoint_is_for_all_forms(preset):
+    states = [net(form, preset, Variant(width=0.125)).state_dict() for form in FORMS]
+    for state in states:
+        assert list(state) == list(states[0])
+        assert all(map(torch.equal, state.values(), states[0].values()))
+
+
+@pytest.fixture
+def convolutions(monkeypatch) -> list[tuple[Tensor, Tensor, int]]:
+    """Input, weight and groups of each convolution that is computed."""
+    seen, conv2d = [], F.conv2d
+
+    def observed(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        seen.append((x, weight, groups))
+        return conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    monkeypatch.setattr(F, "conv2d", observed)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("form", "preset", "kernels"),
+    [
+        ("grouped", "code2012", [(24, 11, 1), (64, 5, 2), (96, 3, 1), (96, 3, 2), (64, 3, 2)]),
+        ("block-diagonal-s2d", "paper", [(24, 3, 1), (64, 5, 1), (96, 3, 1), (96, 3, 1), (64, 3, 1)]),
+        # Two of each, but for the text's first layer, whose normalisation sees the maps of both.
+        ("towers", "code2012", 2 * [(12, 11, 1)] + [(32, 5, 1)] * 2 + [(48, 3, 1)] * 4 + [(32, 3, 1)] * 2),
+        ("towers", "paper", [(24, 11, 1)] + [(32, 5, 1)] * 2 + [(48, 3, 1)] * 4 + [(32, 3, 1)] * 2),
+    ],
+)
+def test_a_form_is_what_it_says(form, preset, kernels, convolutions):
+    net(form, preset, Variant(width=0.25))(torch.zeros(2, 3, 96, 96, dtype=torch.float64))
+    assert [(len(weight), weight.shape[-1], groups) for _, weight, groups in convolutions] == kernels
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_channels_are_last_in_each_form(form, convolutions):
+    x = torch.zeros(2, 3, 96, 96, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    net(form, "code2012", Variant(width=0.25))(x)
+    for tensors in convolutions:
+        for tensor in tensors[:2]:
+            assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("preset", "cut"), [("code2012", []), ("paper", [1, 2])])
+def test_towers_that_are_not_joined_need_not_be_cut(preset, cut, convolutions):
+    """In the text's net the two inputs of conv2 are halves of what the normalisation gave."""
+    net("towers", preset, Variant(width=0.25))(torch.zeros(2, 3, 96, 96, dtype=torch.float64))
+    views = [x.untyped_storage().nbytes() > x.numel() * x.element_size() for x, *_ in convolutions]
+    assert [number for number, view in enumerate(views) if view] == cut
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_one_graph(form, preset):
+    torch.compiler.reset()
+    model = net(form, preset, Variant(width=0.125), dtype=torch.float32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_net_of_one_tower_has_no_groups():
+    for form, expected in (("towers-s2d", "grouped-s2d"), ("block-diagonal", "grouped")):
+        variant = replace(VARIANTS["one tower"], width=0.125)
+        assert net(form, "paper", variant).form == FORMS[expected]
