@@ -7,25 +7,24 @@ thread a core has been within the noise of the best wherever it was swept (docs/
 import errno
 import json
 import os
-import time
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline.checked import Damage
 from pipeline.files import whole_file
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
 from pipeline.retry import read_patiently
+from trainer.ceilings import loader_work, rate
 from trainer.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
 
-ENGINE_SHARES = (0.65, 0.8, 0.9, 1.0)  # of the images; the rest is for the threads and the GPU's cores
-IMAGES = 8192  # to measure a candidate on, half a second or less of a modern GPU
+ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the rest is for the threads and the GPU's cores
+SECONDS = 0.5  # for which each is measured; less is noise
 
 
 def tuned(
@@ -71,26 +70,17 @@ def fastest(
 
 def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
     """Images/s of this process's loader over the first steps of the run."""
-    lead, steps = decoding.prefetch + 1, -(-IMAGES // plan.batch)
     batches = train_loader(
-        dataset, plan, range(lead + steps), decoding, rank=world.rank, world=world.size, leave_out=_pass_over
+        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, leave_out=_pass_over
     )
-    for _ in range(lead):
-        next(batches)
-    _finish(decoding.device)
-    begun = time.perf_counter()
-    images = sum(len(labels) for _, labels in batches)
-    _finish(decoding.device)
-    return images / (time.perf_counter() - begun)
+    work = loader_work(batches)
+    for _ in range(decoding.prefetch + 1):  # what was made while nothing was measured
+        work()
+    return rate(work, SECONDS, decoding.device)
 
 
 def _pass_over(_damage: Damage) -> None:
     """Training counts what is damaged, and says so."""
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cache_folder() -> Path:
@@ -128,6 +118,7 @@ def remembered(
 def _known(path: Path) -> dict[str, Any]:
     """What was found before. Raises OSError where that cannot be read."""
     try:
-        return json.loads(read_patiently(path))
+        known = json.loads(read_patiently(path))
     except (FileNotFoundError, ValueError):
         return {}  # none yet, or one that was cut short: it can be found again
+    return known if isinstance(known, dict) else {}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.loader import Dataset, Decoding
 from pipeline.plan import Plan
@@ -36,12 +37,19 @@ def test_each_setting_is_tried_with_the_best_of_the_one_before():
     assert tried == [(8, 0.65), (8, 0.8), (8, 1.0), (8, 0.8), (6, 0.8), (4, 0.8)]
 
 
-def test_a_loader_is_measured_over_whole_batches_of_its_own(dataset, plan, monkeypatch):
-    monkeypatch.setattr(tuning, "IMAGES", 24)
+def test_a_loader_is_measured_for_long_enough_over_batches_of_its_own(dataset, plan, monkeypatch):
+    def rate(work, seconds: float, device) -> float:
+        assert seconds >= 0.5
+        assert device == Decoding.device
+        return float(sum(work() for _ in range(6)))  # more than an epoch, which has five
+
+    monkeypatch.setattr(tuning, "rate", rate)
     world = distributed.World(0, 1, 0, Decoding.device)
-    clock = iter([0.0, 2.0])
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
-    assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 12.0  # 24 images in two seconds
+    assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 72.0
+
+
+def test_shares_of_the_engine_begin_with_none():
+    assert tuning.ENGINE_SHARES[0] == 0.0
 
 
 def test_without_a_gpu_nothing_is_measured(dataset, plan, monkeypatch):
@@ -66,7 +74,7 @@ def on_gpu(monkeypatch, tmp_path):
 
 
 def cuda(local_rank: int = 0):
-    device = tuning.torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank)
     return distributed.World(local_rank, 1, local_rank, device), Decoding(67, device, threads=8)
 
 
