@@ -88,7 +88,7 @@ class AlexNet(nn.Module):
     classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
     frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
     input in pixels; the paper's is 224, the least is 64. variant: what is changed. form: a key of
-    FORMS, in which the same is computed; a net of one tower has no groups, and none but -s2d counts.
+    FORMS: how its convolutions are computed; of a net of one tower, which has no groups, only -s2d counts.
 
     Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
     as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
@@ -200,7 +200,7 @@ class AlexNet(nn.Module):
             normalise_and_pool(
                 x,
                 self.preset.lrn_alpha if lrn else None,
-                min(self.preset.lrn_towers, self.variant.towers) // len(maps),
+                min(self.preset.lrn_towers, self.variant.towers) if len(maps) == 1 else 1,
                 relu_first,
                 spatial_norm and lrn,
                 activation=self.activation,

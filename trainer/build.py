@@ -12,15 +12,15 @@ from pipeline.machine import cpus
 from trainer.settings import Settings
 
 
-def build_model(settings: Settings, classes: int, device: torch.device) -> AlexNet:
-    """The net with weights drawn by the seed, channels_last on the device."""
+def build_model(settings: Settings, classes: int, device: torch.device, form: str = "grouped") -> AlexNet:
+    """The net with weights drawn by the seed, channels_last on the device. form: a key of FORMS."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch sees no quota of CPU time
     if settings.preset == "torchvision":
         model: AlexNet = TorchvisionAlexNet(classes, settings.dropout)
     else:
         variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
-        model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant)
+        model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant, form)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -55,7 +55,7 @@ def model_work(
 
     mode: of torch.compile, where the settings ask for it.
     """
-    model = build_model(settings, classes, decoding.device)
+    model = build_model(settings, classes, decoding.device, settings.form)
     optimizer = make_optimizer(model, settings)
     set_learning_rate(optimizer, 1e-6)  # so that it stays finite on the same batch for ever
     trained = torch.compile(model, mode=mode) if settings.compile else model

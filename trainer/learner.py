@@ -26,7 +26,7 @@ class Learner:
     """The net of this process, which has the weights of all others' after each step."""
 
     def __init__(self, settings: Settings, classes: int, world: World):
-        self.model = build_model(settings, classes, world.device)
+        self.model = build_model(settings, classes, world.device, settings.form)
         self.optimizer = make_optimizer(self.model, settings)
         self.precision = resolve_precision(settings.precision, world.device)
         trained: Callable[[Tensor], Tensor] = self.model

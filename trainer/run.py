@@ -18,23 +18,26 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import held, sync_folder, whole_file
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
 from pipeline.spec import NetSpec, SpecError
-from trainer.settings import FREE_TO_CHANGE, Settings, SettingsError
+from trainer.settings import FREE_TO_CHANGE, Resolved, Settings, SettingsError
 from trainer.table import Table
 
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _RESOLVED = "resolved"  # in settings.json: what `auto` was when the run began
+_ONCE = {"convolutions": "grouped"}  # what was not recorded while there was one
 # What is left of a start that was killed early.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", _NET, f".{_NET}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
@@ -48,6 +51,14 @@ class RunError(ValueError):
 
 class LostError(RunError):
     """A run that may go on when started again: another of its processes is gone."""
+
+
+class _Recorded(BaseModel):
+    """What settings.json must be, whatever settings it has."""
+
+    model_config = ConfigDict(extra="allow")
+
+    resolved: Resolved | None = None
 
 
 class Run:
@@ -89,11 +100,12 @@ class Run:
     def is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Whether no run has begun here; one that has must be this one."""
         identity = _identity(settings, manifest.fingerprint)
-        recorded = _read_json(self.folder / _SETTINGS, "put a copy in its place")
+        recorded = self._recorded()
         if recorded is not None:
             # Of a run that an earlier version began: what is not there was not to be chosen then.
-            held = json.loads(Settings.model_construct().model_dump_json()) | recorded
-            held |= {"precision": held.get(_RESOLVED, held)["precision"]}
+            held = json.loads(Settings.model_construct().model_dump_json()) | _ONCE | recorded
+            resolved = recorded.get(_RESOLVED, {})
+            held |= {name: resolved[name] for name in ("precision", "convolutions") if name in resolved}
             differing = [
                 f"{key} ({held.get(key)} there, {identity.get(key)} here)"
                 for key in identity
@@ -135,6 +147,16 @@ class Run:
                 f"give {flags} to continue it here, or choose another --out"
             )
 
+    def keep_form(self, choose: Callable[[], str]) -> str:
+        """The form of the net's convolutions, recorded when the run begins; until then `choose` finds it."""
+        held = self.recorded_settings()
+        began = held.get(_RESOLVED, {}) if "convolutions" in held else _ONCE
+        if "convolutions" in began:
+            return began["convolutions"]
+        form = choose()
+        _write_json(self.folder / _SETTINGS, {**held, _RESOLVED: {**began, "convolutions": form}})
+        return form
+
     @property
     def is_finished(self) -> bool:
         """Whether its last step was done, after which the report is written."""
@@ -156,9 +178,24 @@ class Run:
     def recorded_settings(self) -> dict[str, Any]:
         """The content of settings.json. Raises SettingsError if there is no run, RunError if it is damaged,
         and OSError."""
-        held = _read_json(self.folder / _SETTINGS, "put a copy in its place")
+        held = self._recorded()
         if held is None:
             raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}")
+        return held
+
+    def _recorded(self) -> dict[str, Any] | None:
+        """The content of settings.json, or None without one. Raises as `recorded_settings` does."""
+        path, remedy = self.folder / _SETTINGS, "put a copy in its place"
+        held = _read_json(path, remedy)
+        if held is None:
+            return None
+        try:
+            _Recorded.model_validate(held)
+        except ValidationError as error:
+            detail = error.errors()[0]
+            where = ".".join([_SETTINGS, *map(str, detail["loc"])])
+            what = "no JSON object" if detail["type"] == "model_type" else detail["msg"]
+            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
         return held
 
     def net(self, settings: Settings) -> NetSpec:

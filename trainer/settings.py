@@ -15,7 +15,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -29,6 +38,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Count = Annotated[int, Field(ge=0)]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
+Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
 # What is changed of the paper's net: the fields of model.alexnet.Variant.
 _VARIANT = ("activation", "lrn", "overlapping_pooling", "towers", "conv6", "without", "width")
@@ -123,6 +133,10 @@ class Settings(BaseSettings):
     """Autocast precision; auto is bf16 where the hardware has it. A run keeps what it began with."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
+    convolutions: Literal["auto", Form] = "auto"
+    """Form in which they are computed, equal but for rounding: groups by the library, as two towers, or as
+    one with zeros between them; -s2d: conv1 over blocks of 4×4 pixels. auto is what is fastest on the GPU,
+    and grouped on a CPU. A run keeps what it began with."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     threads: Count = 0
@@ -194,13 +208,29 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _varies_a_net_of_the_paper(self) -> Self:
         changed = [_flag(f) for f in _VARIANT if getattr(self, f) != type(self).model_fields[f].default]
+        changed += ["--convolutions"] * (self.convolutions != "auto")
         if self.preset == "torchvision" and changed:
             raise ValueError(f"--preset torchvision is one net: leave out {', '.join(changed)}")
         return self
 
     @property
+    def form(self) -> str:
+        """Of the convolutions; until it is found what is fastest, that in which the layers are written."""
+        return "grouped" if self.convolutions == "auto" else self.convolutions
+
+    @property
     def run_folder(self) -> Path:
         return self.out or Path("runs") / Path(self.recipe).stem
+
+
+class Resolved(BaseModel):
+    """What `auto` was when a run began."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["bf16", "fp16", "fp32"]
+    convolutions: Form | None = None  # not chosen yet; or of an earlier version, which had one form
 
 
 # These may differ when a run is continued: they change how it is watched, not what it computes.

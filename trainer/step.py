@@ -56,6 +56,7 @@ class Step:
         device: torch.device,
         skip_not_finite: bool = False,
     ):
+        torch.backends.cudnn.benchmark = True  # each batch has the shape of the one before
         self.model, self.optimizer = model, optimizer
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

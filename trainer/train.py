@@ -22,6 +22,7 @@ from trainer.ceilings import calibrate, loader_work, model_work
 from trainer.display import Display
 from trainer.distributed import World
 from trainer.evaluate import evaluate
+from trainer.forms import settle_form
 from trainer.health import Health
 from trainer.intervals import Intervals
 from trainer.journal import Journal
@@ -54,7 +55,8 @@ def train(settings: Settings, run: Run) -> None:
                 world = distributed.join(settings.device)
                 settings = settle(settings, run, world)
                 server = serve(metrics, settings, world)
-                trainer = Trainer(settings, run, world, metrics, server.port if server else None)
+                settings, notes = settle_form(settings, run, world)
+                trainer = Trainer(settings, run, world, metrics, server.port if server else None, notes)
                 if settings.calibrate:
                     trainer.calibrate()
             trainer.run_to_end()
@@ -68,7 +70,15 @@ def train(settings: Settings, run: Run) -> None:
 class Trainer:
     """A run between two of its steps."""
 
-    def __init__(self, settings: Settings, run: Run, world: World, metrics: Metrics, port: int | None):
+    def __init__(
+        self,
+        settings: Settings,
+        run: Run,
+        world: World,
+        metrics: Metrics,
+        port: int | None,
+        notes: Iterable[str] = (),
+    ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
         self.dataset = Dataset(settings.data, processes=processes_here())
@@ -81,7 +91,7 @@ class Trainer:
         for split in ("train", "val"):
             self.dataset.reader(split)  # damage is found now, not in an hour
         decoding = build_decoding(settings, world.device)
-        self.decoding, notes = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, tuning_notes = tuned(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
         self.errors: list[float] = []  # validation top-1, an epoch each
@@ -92,7 +102,7 @@ class Trainer:
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
         self.lead = Lead(world.device)
-        self.notes = [*notes, *self._resume()]
+        self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.journal = Journal(run, world, metrics, self.display)
         self.saver = Saver(run, settings, metrics, self.display.warn)

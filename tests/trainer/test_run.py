@@ -61,6 +61,39 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp
         Run(tmp_path).begin(load_settings(["--no-lrn"]), manifest)
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ([], ": no JSON object"),
+        ({"resolved": "bf16"}, ".resolved: no JSON object"),
+        ({"resolved": {"device": "cpu"}}, ".resolved.precision: Field required"),
+        ({"resolved": {"device": "cpu", "precision": "fp8"}}, ".resolved.precision: "),
+        ({"resolved": {"device": "tpu", "precision": "fp32"}}, ".resolved.device: "),
+        (
+            {"resolved": {"device": "cpu", "precision": "fp32", "convolutions": "fast"}},
+            ".resolved.convolutions: ",
+        ),
+    ],
+)
+def test_what_auto_was_is_damaged_in_one_line_that_says_what_to_do(packed, tmp_path, content, what):
+    settings, manifest = load_settings([]), read_manifest(packed)
+    run = Run(tmp_path)
+    run.begin(settings, manifest).close()
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | content if content else content))
+    for use in (
+        lambda: run.begin(settings, manifest),
+        lambda: run.settle(settings, {"device": "cpu", "precision": "fp32"}),
+        lambda: run.keep_form(lambda: "grouped"),
+        run.settings,
+    ):
+        with pytest.raises(RunError) as refused:
+            use()
+        assert f"{path} is damaged (settings.json{what}" in str(refused.value)
+        assert str(refused.value).endswith(": put a copy in its place")
+        assert "\n" not in str(refused.value)
+
+
 def test_a_run_says_how_to_use_its_net_without_its_dataset(packed, tmp_path):
     settings, manifest = (
         load_settings(["--data", str(tmp_path / "gone"), "--crop", "64"]),

@@ -60,6 +60,30 @@ def test_images_that_run_out_end_a_run_with_a_checkpoint_of_the_last_step(
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
 
 
+def test_a_run_goes_on_bit_for_bit_in_its_form_where_another_would_be_chosen_now(
+    packed, whole, tmp_path, monkeypatch, capsys
+):
+    def stopped(*arguments, **options):
+        for step, batch in enumerate(train_loader(*arguments, **options), 1):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    through, out = tmp_path / "through", tmp_path / "run"
+    monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("towers-s2d", ["two towers"]))
+    assert main(monkeypatch, command(packed, through)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.train_loader", stopped)
+        assert main(patch, command(packed, out)) == 143
+    assert "two towers" in capsys.readouterr().out
+    monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("grouped", []))
+    assert main(monkeypatch, command(packed, out)) == 0
+    assert exact(out / "metrics.csv") == exact(through / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(through / "evaluations.csv")
+    assert exact(out / "metrics.csv") != exact(whole / "metrics.csv")  # which has groups, and other rounding
+    assert "- convolutions: towers-s2d" in (out / "report.md").read_text()
+
+
 def test_training_goes_on_while_the_disk_is_full_and_saves_as_soon_as_it_can(
     packed, whole, tmp_path, monkeypatch, capsys
 ):

@@ -1,0 +1,213 @@
+"""The form of the convolutions is looked for once, and a run keeps it. What it is, is for a GPU to show."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from model.alexnet import AlexNet
+from model.forms import FORMS
+from pipeline.manifest import read_manifest
+from trainer import forms
+from trainer.build import build_model
+from trainer.distributed import World
+from trainer.forms import fastest, fastest_form, measure, settle_form
+from trainer.run import Run
+from trainer.settings import Form, Settings, load_settings
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+GPU = World(0, 1, 0, torch.device("cuda", 0))
+NARROW = {"crop": 67, "width": 0.125, "batch": 4, "precision": "fp32"}
+
+
+def test_the_setting_has_the_nets_forms():
+    assert get_args(Form) == tuple(FORMS)
+
+
+def test_conv1_is_tried_with_the_best_form_of_the_groups():
+    speeds = {"grouped": 1.0, "towers": 3.0, "block-diagonal": 2.0, "towers-s2d": 4.0}
+    tried = []
+
+    def images_per_second(form: str) -> float:
+        tried.append(form)
+        return speeds[form]
+
+    assert fastest(forms.GROUPS, images_per_second) == "towers-s2d"
+    assert tried == ["grouped", "towers", "block-diagonal", "towers-s2d"]
+    speeds["towers-s2d"] = 2.9
+    assert fastest(forms.GROUPS, images_per_second) == "towers"
+
+
+def test_a_form_is_measured_by_whole_steps_of_a_net_in_it(monkeypatch):
+    made = []
+
+    def build(*arguments: object) -> AlexNet:
+        made.append(build_model(*arguments))
+        return made[-1]
+
+    def rate(work: Callable[[], int], seconds: float, device: torch.device) -> float:
+        assert seconds >= 0.5
+        before = made[0].conv2.weight.clone()
+        images = work()
+        assert not torch.equal(before, made[0].conv2.weight)
+        return images / 2
+
+    monkeypatch.setattr("trainer.ceilings.build_model", build)
+    monkeypatch.setattr(forms, "rate", rate)
+    assert measure(Settings(**NARROW, convolutions="towers-s2d"), World(0, 2, 0, ALONE.device)) == 1.0
+    assert [net.form for net in made] == [FORMS["towers-s2d"]]
+
+
+def test_a_form_that_fails_here_is_left_out(monkeypatch):
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(forms, "model_work", too_large)
+    with pytest.warns(UserWarning, match="convolutions are not computed as block-diagonal: out of memory"):
+        assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> list[Settings]:
+    """What is measured, as on a GPU whose fastest form is towers-s2d."""
+    tried = []
+
+    def measure(settings: Settings, world: World) -> float:
+        tried.append(settings)
+        return {"grouped": 1.0, "towers": 3.0, "block-diagonal": 2.0, "towers-s2d": 4.0, "grouped-s2d": 2.0}[
+            settings.convolutions
+        ]
+
+    monkeypatch.setattr(forms, "measure", measure)
+    monkeypatch.setattr(World, "device_name", "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tried
+
+
+SAID = "convolutions are computed as towers-s2d, which is fastest here"
+
+
+def test_what_was_found_is_remembered(measured, tmp_path):
+    settings = Settings(**NARROW)
+    assert fastest_form(settings, GPU) == ("towers-s2d", [SAID])
+    assert len(measured) == 4
+    assert fastest_form(settings, GPU) == ("towers-s2d", [SAID])
+    assert len(measured) == 4
+    remembered = json.loads((tmp_path / "cache" / "alexnet-train" / "convolutions.json").read_text())
+    assert list(remembered.values()) == [{"form": "towers-s2d"}]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"preset": "code2012"}, {"width": 0.25}, {"crop": 64}, {"batch": 8}, {"precision": "bf16"},
+     {"compile": True}, {"dropout": "off"}, {"lrn": False}],
+)  # fmt: skip
+def test_other_work_is_measured_anew(measured, changed):
+    settings = Settings(**NARROW)
+    fastest_form(settings, GPU)
+    fastest_form(settings.model_copy(update=changed), GPU)
+    assert len(measured) == 8
+
+
+def test_another_machine_or_version_is_measured_anew(measured, monkeypatch):
+    settings = Settings(**NARROW)
+    fastest_form(settings, GPU)
+    monkeypatch.setattr(World, "device_name", "another GPU")
+    fastest_form(settings, GPU)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 99999)
+    fastest_form(settings, GPU)
+    monkeypatch.setattr(forms, "environment", lambda device: {"device": device, "torch": "99"})
+    fastest_form(settings, GPU)
+    assert len(measured) == 16
+
+
+def test_each_of_several_processes_has_its_share_of_the_batch(measured):
+    settings = Settings(**NARROW)
+    fastest_form(settings, GPU)
+    fastest_form(settings.model_copy(update={"batch": 8}), World(0, 2, 0, GPU.device))
+    assert len(measured) == 4
+
+
+def test_nothing_is_measured_where_there_is_nothing_to_choose(measured):
+    assert fastest_form(Settings(convolutions="towers"), GPU) == ("towers", [])
+    assert fastest_form(Settings(preset="torchvision"), GPU) == ("grouped", [])
+    assert fastest_form(Settings(), ALONE) == ("grouped", [])
+    assert not measured
+    fastest_form(Settings(towers=1), GPU)
+    assert [settings.convolutions for settings in measured] == ["grouped", "grouped-s2d"]
+
+
+@pytest.mark.parametrize("content", ['{"cut', "[]", "7"])
+def test_a_memory_that_is_damaged_is_made_anew(measured, tmp_path, content):
+    path = tmp_path / "cache" / "alexnet-train" / "convolutions.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert fastest_form(Settings(**NARROW), GPU) == ("towers-s2d", [SAID])
+    assert list(json.loads(path.read_text()).values()) == [{"form": "towers-s2d"}]
+
+
+def test_a_memory_that_cannot_be_used_is_said_and_harms_nothing(measured, tmp_path):
+    (tmp_path / "cache").write_text("in the way")
+    form, notes = fastest_form(Settings(**NARROW), GPU)
+    assert form == "towers-s2d"
+    assert notes[1].startswith("this is measured again at the next start: ")
+
+
+@pytest.fixture
+def begun(packed, tmp_path):
+    """A function that begins a run, or continues it, on hardware whose fastest form is given."""
+    manifest = read_manifest(packed)
+
+    def begin(monkeypatch: pytest.MonkeyPatch, fastest: str, *arguments: str) -> str:
+        run, settings = Run(tmp_path / "run"), load_settings(list(arguments))
+        run.begin(settings, manifest).close()
+        run.settle(settings, {"device": "cpu", "precision": "fp32"})
+        found = settings.convolutions if settings.convolutions != "auto" else fastest
+        monkeypatch.setattr(forms, "fastest_form", lambda *_: (found, ["found"]))
+        settled, _ = settle_form(settings, run, ALONE)
+        assert settled.form == settled.convolutions
+        return settled.form
+
+    return begin
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "settings.json").read_text())
+
+
+def test_a_run_keeps_the_form_that_it_began_with(begun, monkeypatch, tmp_path):
+    assert begun(monkeypatch, "towers") == "towers"
+    resolved = {"device": "cpu", "precision": "fp32", "convolutions": "towers"}
+    assert recorded(tmp_path / "run")["resolved"] == resolved
+    assert begun(monkeypatch, "block-diagonal") == "towers"
+    assert begun(monkeypatch, "block-diagonal", "--convolutions", "towers") == "towers"
+    assert recorded(tmp_path / "run")["resolved"] == resolved
+
+
+def test_another_form_that_is_asked_for_is_another_run(begun, monkeypatch):
+    begun(monkeypatch, "towers")
+    with pytest.raises(ValueError, match=r"differs in convolutions \(towers there, grouped here\)"):
+        begun(monkeypatch, "towers", "--convolutions", "grouped")
+
+
+@pytest.mark.parametrize("lacks", ["convolutions", "all that auto was"])
+def test_a_run_of_an_earlier_version_goes_on_in_the_form_there_was(begun, monkeypatch, tmp_path, lacks):
+    begun(monkeypatch, "towers")
+    held = recorded(tmp_path / "run")
+    del held["convolutions"], held["resolved"]["convolutions"]
+    if lacks != "convolutions":
+        del held["resolved"]
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(held))
+    assert begun(monkeypatch, "towers") == "grouped"
+    with pytest.raises(ValueError, match=r"differs in convolutions \(grouped there, towers here\)"):
+        begun(monkeypatch, "towers", "--convolutions", "towers")
+
+
+def test_all_processes_do_as_the_first_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "share", lambda self, value: ("towers", ["as the first says"]))
+    settled, notes = settle_form(Settings(), Run(tmp_path), World(1, 2, 1, ALONE.device))
+    assert (settled.form, notes) == ("towers", ["as the first says"])
