@@ -8,7 +8,7 @@
     loader  read, decode, crop, mirror, normalise, beside DALI's own reader feeding the same graph
     peers   the loader beside others' loaders, of the environment --loader-peers
     model   forward, backward and update on a batch that lies ready, beside the net as torch has it
-    conv1   that layer alone, forward and backward, beside other forms of it; conv2, conv4, conv5 likewise
+    forms   the model in the form of convolutions that is taken here, beside itself in the others
     train   the training loop, beside its loader alone and its model alone
     start   seconds from the command to the end of its first step
     memory  of the GPU, in GB, that training has taken by then
@@ -48,8 +48,7 @@ from trainer.settings import SettingsError, load_settings
 if TYPE_CHECKING:
     from tools.benchmarks.stages import Stage, Stages
 
-CONVOLUTIONS = ("conv1", "conv2", "conv4", "conv5")
-STAGES = ("read", "loader", "peers", "model", *CONVOLUTIONS, "train", "start", "memory", "save", "pack")
+STAGES = ("read", "loader", "peers", "model", "forms", "train", "start", "memory", "save", "pack")
 UNITS = {"start": "s", "memory": "GB", "save": "s"}  # of the others, images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
 NOISE = 0.9  # of a gate, which has to be reached
@@ -196,10 +195,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def possible(options: argparse.Namespace, device: str) -> list[str]:
-    """The stages that are asked for; of all, those for which everything is there. Which form of a
-    convolution is fastest is settled for CPUs."""
+    """The stages that are asked for; of all, those for which everything is there. Which form of convolutions
+    is fastest is settled for CPUs."""
     needs = {"peers": options.loader_peers, "pack": options.input}
-    needs |= dict.fromkeys(("memory", *CONVOLUTIONS), device == "cuda")
+    needs |= dict.fromkeys(("memory", "forms"), device == "cuda")
     every = [stage for stage in STAGES if needs.get(stage, True)]
     return every if "all" in options.stages else options.stages
 

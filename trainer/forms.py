@@ -80,7 +80,8 @@ def fastest(groups: Iterable[str], images_per_second: Callable[[str], float]) ->
 
 
 def measure(settings: Settings, world: World) -> float:
-    """Images/s of this process's steps, without the exchange of gradients; 0 of a form that fails here."""
+    """Images/s of this process's steps, without the exchange of gradients; 0 of another form than `grouped`
+    that fails here. Raises RuntimeError where that one fails: then nothing trains here."""
     decoding = build_decoding(settings, world.device)
     try:
         work = model_work(settings, CLASSES, decoding, settings.batch // world.size, settings.precision)
@@ -88,5 +89,7 @@ def measure(settings: Settings, world: World) -> float:
             work()
         return rate(work, SECONDS, world.device)
     except RuntimeError as error:  # of memory, of the compiler or of a library
+        if settings.form == "grouped":
+            raise
         warnings.warn(f"convolutions are not computed as {settings.convolutions}: {error}", stacklevel=2)
         return 0.0

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from model.forms import FORMS
 from tests.helpers import REPO
 from tools import bench
 
@@ -241,6 +242,15 @@ def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
     done = call(bench.main, "train", "--data", packed, *QUICK, *SETTINGS, "--log-every", "2")
     assert done.returncode == 0
     assert logged[:3] == [2, 4, 6]
+
+
+def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
+    done = call(bench.main, "forms", "--data", packed, *SETTINGS, *QUICK, "--convolutions", "towers")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    figures = record["images_per_second"]["forms"]
+    assert set(figures) == set(FORMS)
+    assert next(iter(figures)) == record["convolutions"] == "towers"
 
 
 def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch, call):

@@ -68,6 +68,8 @@ def test_a_form_that_fails_here_is_left_out(monkeypatch):
     monkeypatch.setattr(forms, "model_work", too_large)
     with pytest.warns(UserWarning, match="convolutions are not computed as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
+    with pytest.raises(torch.OutOfMemoryError):  # as training will: there is nothing to remember
+        measure(Settings(**NARROW, convolutions="grouped"), ALONE)
 
 
 @pytest.fixture

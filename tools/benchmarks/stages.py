@@ -8,17 +8,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial, partialmethod
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.forms import FORMS
 from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, train_loader
 from pipeline.plan import Plan
 from trainer.build import build_decoding
 from trainer.ceilings import Work, loader_work, model_work, rate
 from trainer.distributed import World
+from trainer.forms import fastest_form
 from trainer.metrics import Metrics
 from trainer.precision import resolve_precision
 from trainer.run import Run
@@ -55,6 +57,7 @@ class Stages:
             "crop": self.settings.crop,
             "geometry": self.dataset.manifest.geometry,
             "precision": resolve_precision(self.settings.precision, self.device),
+            "convolutions": vars(self).get("_settled", self.settings).convolutions,  # auto: no stage had any
             "threads": self.decoding.threads,
             "hw_decoder_load": self.decoding.hw_decoder_load,
         }
@@ -71,12 +74,21 @@ class Stages:
     def _loader(self) -> Work:
         return loader_work(self._train_loader())
 
-    def _model(self, precision: str, mode: str | None = None) -> Work:
-        return model_work(self.settings, self.classes, self.decoding, self.settings.batch, precision, mode)
+    @cached_property
+    def _settled(self) -> Settings:
+        """The settings with what `auto` is for a run that begins here."""
+        precision = resolve_precision(self.settings.precision, self.device)
+        settings = self.settings.model_copy(update={"precision": precision})
+        form, _ = fastest_form(settings, self.world)
+        return settings.model_copy(update={"convolutions": form})
+
+    def _model(self, precision: str, mode: str | None = None, form: str | None = None) -> Work:
+        settings = self._settled.model_copy(update={"convolutions": form or self._settled.form})
+        return model_work(settings, self.classes, self.decoding, settings.batch, precision, mode)
 
     def _trainer(self) -> Work:
         run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
-        settings = self.settings.model_copy(update={"epochs": 10**9})
+        settings = self._settled.model_copy(update={"epochs": 10**9})
         run.folder.mkdir()
         trainer = Trainer(settings, run, self.world, Metrics(), port=None)
         trainer.display.silent = True
@@ -146,18 +158,10 @@ class Stages:
                 stage[f"stock {layout}{' compiled' * compiled}"] = self._run(work)
         return stage
 
-    def _forms(self, name: str) -> Stage:
-        from tools.benchmarks.conv_forms import LAYERS, form_work
-
-        layer = LAYERS[name]
-        precision = resolve_precision(self.settings.precision, self.device)
-        how = self.settings.batch, precision, self.device
-        return {form: self._run(partial(form_work, layer, layer.forms[form], *how)) for form in layer.forms}
-
-    conv1 = partialmethod(_forms, "conv1")
-    conv2 = partialmethod(_forms, "conv2")
-    conv4 = partialmethod(_forms, "conv4")
-    conv5 = partialmethod(_forms, "conv5")
+    def forms(self) -> Stage:
+        precision, ours = self._settled.precision, self._settled.form
+        forms = sorted(FORMS, key=lambda form: form != ours)
+        return {form: self._run(partial(self._model, precision, form=form)) for form in forms}
 
     def train(self) -> Stage:
         precision = resolve_precision(self.settings.precision, self.device)
