@@ -53,12 +53,7 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
         return "grouped", []
 
     def images_per_second(form: str) -> float:
-        try:
-            return measure(settings.model_copy(update={"convolutions": form}), world)
-        finally:  # give the memory back, which is for training
-            torch.compiler.reset()
-            gc.collect()
-            torch.cuda.empty_cache()
+        return measure(settings.model_copy(update={"convolutions": form}), world)
 
     def find() -> dict[str, str]:
         groups = GROUPS if settings.towers == 2 else GROUPS[:1]
@@ -82,14 +77,23 @@ def fastest(groups: Iterable[str], images_per_second: Callable[[str], float]) ->
 def measure(settings: Settings, world: World) -> float:
     """Images/s of this process's steps, without the exchange of gradients; 0 of another form than `grouped`
     that fails here. Raises RuntimeError where that one fails: then nothing trains here."""
-    decoding = build_decoding(settings, world.device)
     try:
-        work = model_work(settings, CLASSES, decoding, settings.batch // world.size, settings.precision)
-        for _ in range(3):  # to compile it, and to find the fastest algorithms
-            work()
-        return rate(work, SECONDS, world.device)
+        return _images_per_second(settings, world)
     except RuntimeError as error:  # of memory, of the compiler or of a library
         if settings.form == "grouped":
             raise
         warnings.warn(f"convolutions are not computed as {settings.convolutions}: {error}", stacklevel=2)
         return 0.0
+    finally:  # the memory is for training
+        torch.compiler.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _images_per_second(settings: Settings, world: World) -> float:
+    images = settings.batch // world.size
+    decoding = build_decoding(settings, world.device)
+    work = model_work(settings, CLASSES, decoding, images, settings.precision)
+    for _ in range(3):  # to compile it, and to find the fastest algorithms
+        work()
+    return rate(work, SECONDS, world.device)

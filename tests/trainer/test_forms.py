@@ -85,7 +85,6 @@ def measured(monkeypatch, tmp_path) -> list[Settings]:
 
     monkeypatch.setattr(forms, "measure", measure)
     monkeypatch.setattr(World, "device_name", "a GPU")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tried
 

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.forms import FORMS
 from trainer.distributed import World
 from trainer.learner import Learner
 from trainer.settings import Settings
@@ -38,8 +39,10 @@ def gradients(processes: int, **settings: str) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in learner.model.parameters()]
 
 
-def test_gradients_in_fp32_are_those_of_one_process_bit_for_bit(sent, recwarn):
-    assert all(map(torch.equal, gradients(2), gradients(1)))
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_in_fp32_are_those_of_one_process_bit_for_bit(form, sent, recwarn):
+    ours, alone = (gradients(processes, convolutions=form) for processes in (2, 1))
+    assert all(map(torch.equal, ours, alone))
     assert not recwarn.list  # of strides that do not fit the buckets
 
 
