@@ -28,9 +28,10 @@ class Form(NamedTuple):
     space_to_depth: bool = False
 
 
+GROUPS = ("grouped", "towers", "block-diagonal")
 FORMS = {
     groups + "-s2d" * space_to_depth: Form(groups, space_to_depth)
-    for groups in ("grouped", "towers", "block-diagonal")
+    for groups in GROUPS
     for space_to_depth in (False, True)
 }
 

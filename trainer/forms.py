@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from model.alexnet import Variant
+from model.forms import GROUPS
 from trainer.build import build_decoding
 from trainer.ceilings import model_work, rate
 from trainer.distributed import World
@@ -21,7 +22,6 @@ from trainer.run import Run, environment
 from trainer.settings import Settings
 from trainer.tuning import remembered
 
-GROUPS = ("grouped", "towers", "block-diagonal")
 SECONDS = 1.0  # for which each is measured, after its first steps
 CLASSES = 1000  # of the net that is measured: fc8 is a small part of it
 _NET = ("preset", "dropout", "crop", "compile", *(field.name for field in fields(Variant)))

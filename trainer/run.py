@@ -58,7 +58,7 @@ class _Recorded(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    resolved: Resolved | None = None
+    resolved: Resolved = None  # type: ignore[assignment]  # it may be missing, not null
 
 
 class Run:
@@ -148,7 +148,8 @@ class Run:
             )
 
     def keep_form(self, choose: Callable[[], str]) -> str:
-        """The form of the net's convolutions, recorded when the run begins; until then `choose` finds it."""
+        """The form of the net's convolutions that was recorded when the run began, or that `choose` finds now
+        that it begins. Raises as `recorded_settings` does."""
         held = self.recorded_settings()
         began = held.get(_RESOLVED, {}) if "convolutions" in held else _ONCE
         if "convolutions" in began:

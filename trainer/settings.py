@@ -230,7 +230,8 @@ class Resolved(BaseModel):
 
     device: Literal["cpu", "cuda"]
     precision: Literal["bf16", "fp16", "fp32"]
-    convolutions: Form | None = None  # not chosen yet; or of an earlier version, which had one form
+    # It may be missing, though not null: not chosen yet, or of an earlier version.
+    convolutions: Form = None  # type: ignore[assignment]
 
 
 # These may differ when a run is continued: they change how it is watched, not what it computes.

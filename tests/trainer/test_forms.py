@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.alexnet import AlexNet
-from model.forms import FORMS
+from model.forms import FORMS, GROUPS
 from pipeline.manifest import read_manifest
 from trainer import forms
 from trainer.build import build_model
@@ -35,10 +35,10 @@ def test_conv1_is_tried_with_the_best_form_of_the_groups():
         tried.append(form)
         return speeds[form]
 
-    assert fastest(forms.GROUPS, images_per_second) == "towers-s2d"
+    assert fastest(GROUPS, images_per_second) == "towers-s2d"
     assert tried == ["grouped", "towers", "block-diagonal", "towers-s2d"]
     speeds["towers-s2d"] = 2.9
-    assert fastest(forms.GROUPS, images_per_second) == "towers"
+    assert fastest(GROUPS, images_per_second) == "towers"
 
 
 def test_a_form_is_measured_by_whole_steps_of_a_net_in_it(monkeypatch):

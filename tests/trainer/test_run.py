@@ -66,11 +66,16 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp
     [
         ([], ": no JSON object"),
         ({"resolved": "bf16"}, ".resolved: no JSON object"),
+        ({"resolved": None}, ".resolved: no JSON object"),
         ({"resolved": {"device": "cpu"}}, ".resolved.precision: Field required"),
         ({"resolved": {"device": "cpu", "precision": "fp8"}}, ".resolved.precision: "),
         ({"resolved": {"device": "tpu", "precision": "fp32"}}, ".resolved.device: "),
         (
             {"resolved": {"device": "cpu", "precision": "fp32", "convolutions": "fast"}},
+            ".resolved.convolutions: ",
+        ),
+        (
+            {"resolved": {"device": "cpu", "precision": "fp32", "convolutions": None}},
             ".resolved.convolutions: ",
         ),
     ],
