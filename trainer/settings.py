@@ -135,8 +135,8 @@ class Settings(BaseSettings):
     """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
     convolutions: Literal["auto", Form] = "auto"
     """Form in which they are computed, equal but for rounding: groups by the library, as two towers, or as
-    one with zeros between them; -s2d: conv1 over blocks of 4×4 pixels. auto is what is fastest on the GPU,
-    and grouped on a CPU. A run keeps what it began with."""
+    one with zeros between them; -s2d: conv1 over blocks of 4×4 pixels. auto is the fastest, which a GPU is
+    tried for when the run begins. A run keeps what it began with."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     threads: Count = 0

@@ -136,7 +136,9 @@ def test_each_of_several_processes_has_its_share_of_the_batch(measured):
 def test_nothing_is_measured_where_there_is_nothing_to_choose(measured):
     assert fastest_form(Settings(convolutions="towers"), GPU) == ("towers", [])
     assert fastest_form(Settings(preset="torchvision"), GPU) == ("grouped", [])
-    assert fastest_form(Settings(), ALONE) == ("grouped", [])
+    assert fastest_form(Settings(preset="code2012", precision="bf16"), ALONE) == ("grouped", [])
+    assert fastest_form(Settings(preset="code2012", precision="fp32"), ALONE) == ("towers", [])
+    assert fastest_form(Settings(preset="paper", precision="fp32"), ALONE) == ("grouped", [])
     assert not measured
     fastest_form(Settings(towers=1), GPU)
     assert [settings.convolutions for settings in measured] == ["grouped", "grouped-s2d"]
