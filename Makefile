@@ -19,7 +19,7 @@ PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
 .PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults image image-test
-.PHONY: gpu gpu-tests gpu-model gpu-convolutions gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
+.PHONY: gpu gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 
 setup: $(VENV)/.ready
 
@@ -71,7 +71,7 @@ faults: setup
 # Parts of ten minutes at most on an H200 with 16 cores, by their runs and a minute for each compilation and start;
 # none has been timed there yet. That of gpu-accuracy depends on DATA. Each stage's line is in RECORD as soon as it is
 # measured. Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
-gpu: gpu-tests gpu-model gpu-convolutions gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
+gpu: gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
 gpu-%: BENCH = $(BIN)/python tools/bench.py
@@ -83,8 +83,8 @@ gpu-tests: setup # 180 s
 gpu-model: setup # 6 × 12 s, 4 compilations
 	$(BENCH) model $(GIVEN) --gates
 
-gpu-convolutions: setup # 11 × 12 s, 4 compilations
-	$(BENCH) conv1 conv2 conv4 conv5 $(GIVEN) --limit 120
+gpu-forms: setup # 6 × 12 s, 6 compilations
+	$(BENCH) forms $(GIVEN)
 
 gpu-loader: setup # 5 × 12 s, and trying shares and threads
 	$(BENCH) read loader $(GIVEN) --gates

@@ -22,8 +22,8 @@ on a GPU an amount short of what an H200 shall do, by more than a shared machine
 settings of alexnet-train (--batch, --recipe, --threads, …).
 
 A stage takes (runs + 1) × seconds for each of its lines, and what these compile or start. That is, unless
-told otherwise, 90 s for read, 60 for loader, 270 for peers, 90 for model (180 on a GPU), 30 for each form of
-a convolution and 90 for train; the others last as long as what they do. Each says how long it took.
+told otherwise, 90 s for read, 60 for loader, 270 for peers, 90 for model (180 on a GPU), 180 for forms and 90
+for train; the others last as long as what they do. Each says how long it took.
 """
 
 import argparse
