@@ -73,8 +73,8 @@ def normalise_and_pool(
     return plain(x)
 
 
+@cache  # outermost: some versions of Dynamo look beneath a cache, and the constant must be what they find
 @torch.compiler.assume_constant_result
-@cache
 def _has_kernels() -> bool:
     """Whether the kernels can be built here: that takes Triton and, at run time, a C compiler."""
     if find_spec("triton") is None:

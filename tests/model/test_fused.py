@@ -59,3 +59,12 @@ def test_nothing_but_the_input_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         normalise_and_pool(x, alpha=1e-3)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+@pytest.mark.filterwarnings("ignore:slower, without the fused kernels")
+def test_whether_there_are_kernels_is_a_constant_to_a_compiler_that_looks_beneath_the_cache():
+    def negated(x: Tensor) -> Tensor:
+        return -x if fused._has_kernels.__wrapped__() else x
+
+    x = torch.ones(1)
+    torch.compile(negated, backend="eager", fullgraph=True)(x)
