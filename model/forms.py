@@ -36,32 +36,34 @@ FORMS = {
 }
 
 
-def convolve_pixels(layer: nn.Conv2d, x: Tensor, padding: int, form: Form, apart: bool) -> Maps:
-    """conv1. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the last window needs. apart:
-    whether each tower's maps are by themselves."""
+def convolve_pixels(
+    layer: nn.Conv2d, bias: Tensor | None, x: Tensor, padding: int, form: Form, apart: bool
+) -> Maps:
+    """conv1, with its bias or without. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the
+    last window needs. apart: whether each tower's maps are by themselves."""
     if form.space_to_depth:
         x = _blocks(F.pad(x, (0, padding + 1, 0, padding + 1)))
         weight = _blocks(F.pad(layer.weight, (0, 1, 0, 1)))
-        return _halves([x, x], layer, weight, 1) if apart else [F.conv2d(x, weight, layer.bias)]
+        return _halves([x, x], layer, bias, weight, 1) if apart else [F.conv2d(x, weight, bias)]
     x = F.pad(x, (0, padding, 0, padding))
-    return _halves([x, x], layer, layer.weight, BLOCK) if apart else [layer(x)]
+    return _halves([x, x], layer, bias, layer.weight, BLOCK) if apart else [_whole(layer, bias, x)]
 
 
-def convolve(layer: nn.Conv2d, maps: Maps, form: Form) -> Maps:
-    """A layer after conv1."""
+def convolve(layer: nn.Conv2d, bias: Tensor | None, maps: Maps, form: Form) -> Maps:
+    """A layer after conv1, with its bias or without."""
     if form.groups == "towers":
         if layer.groups == 1:
             maps = 2 * [joined(maps)]
         elif len(maps) == 1:
             maps = list(maps[0].chunk(2, 1))
-        return _halves(maps, layer, layer.weight)
+        return _halves(maps, layer, bias, layer.weight)
     (x,) = maps
     if form.groups == "block-diagonal" and layer.groups == 2:
         first, second = layer.weight.chunk(2)
         nothing = torch.zeros_like(first)
         weight = torch.cat([torch.cat([first, nothing], 1), torch.cat([nothing, second], 1)])
-        return [F.conv2d(x, weight, layer.bias, padding=layer.padding)]
-    return [layer(x)]
+        return [F.conv2d(x, weight, bias, padding=layer.padding)]
+    return [_whole(layer, bias, x)]
 
 
 def joined(maps: Maps) -> Tensor:
@@ -69,10 +71,16 @@ def joined(maps: Maps) -> Tensor:
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
-def _halves(maps: Maps, layer: nn.Conv2d, weight: Tensor, stride: int = 1) -> Maps:
+def _whole(layer: nn.Conv2d, bias: Tensor | None, x: Tensor) -> Tensor:
+    if bias is not None:
+        return layer(x)
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding, groups=layer.groups)
+
+
+def _halves(maps: Maps, layer: nn.Conv2d, bias: Tensor | None, weight: Tensor, stride: int = 1) -> Maps:
     """What each tower's half of the kernels makes of the maps it sees."""
-    assert layer.bias is not None
-    halves = zip(maps, weight.chunk(2), layer.bias.chunk(2), strict=True)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    halves = zip(maps, weight.chunk(2), biases, strict=True)
     return [F.conv2d(*half, stride, layer.padding) for half in halves]
 
 

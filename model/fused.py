@@ -2,7 +2,7 @@
 
 A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
 CPU they are made a few images at a time, which stay in the cache, and once more for the gradient.
-On a GPU they are one Triton kernel forward and one backward, and with a spatial norm three and two.
+On a GPU they are one Triton kernel forward and one backward, and with a spatial norm two and two.
 """
 
 import warnings
@@ -28,12 +28,17 @@ def plain_normalise_and_pool(
     spatial_norm: bool = False,
     activation: Activation = F.relu,
     window: int = 3,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The operation as one reads it in the paper, and what its fast forms are tested against."""
+    dtype = x.dtype
+    if bias is not None:
+        x = x + bias[:, None, None]  # [N,C,H,W], in fp32 until it is normalised
     if relu_first:
         x = activation(x)
     if alpha is not None:
         x = local_response_norm(x, alpha=alpha, towers=towers)
+    x = x.to(dtype)
     if spatial_norm:
         x = spatial_response_norm(x)
     x = F.max_pool2d(x, window, stride=2)  # 3: overlapping (section 3.4)
@@ -48,22 +53,27 @@ def normalise_and_pool(
     spatial_norm: bool = False,
     activation: Activation = F.relu,
     window: int = 3,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
 
     alpha, towers: as in `local_response_norm`; without alpha there is none. relu_first: whether the ReLU
     comes before all else or after it. spatial_norm: whether `spatial_response_norm` follows the local
     one. activation: in the ReLU's place. window: side of pooling's windows in pixels, in that of 3.
+    bias: [C], of the convolution before, if it was left out there (see `adds_bias`).
 
     x: [N,C,H,W], best channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type and
     layout.
     """
-    published = alpha is not None and activation is F.relu and window == 3
-    if published and x.is_cuda and x.dtype != torch.float64 and _has_kernels():
+    if adds_bias(x, alpha, activation, window):
         from model import triton_pool, triton_spatial
 
         kernels = triton_spatial if spatial_norm else triton_pool
-        return kernels.normalise_and_pool(x, alpha, towers, relu_first)[0]
+        if bias is None:
+            bias = x.new_zeros(x.shape[1], dtype=torch.float32)
+        return kernels.normalise_and_pool(x, bias, alpha, towers, relu_first)[0]
+    if bias is not None:
+        x = x + bias[:, None, None].to(x.dtype)
 
     def plain(x: Tensor) -> Tensor:
         return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
@@ -71,6 +81,13 @@ def normalise_and_pool(
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Sliced.apply(x, plain)
     return plain(x)
+
+
+def adds_bias(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
+    """Whether `normalise_and_pool` of what has x's type and device, with these options, is kernels: they
+    add the convolution's bias and sum up its gradient in passing, which are two passes less."""
+    published = alpha is not None and activation is F.relu and window == 3
+    return published and x.is_cuda and x.dtype != torch.float64 and _has_kernels()
 
 
 @cache  # outermost: some versions of Dynamo look beneath a cache, and the constant must be what they find
@@ -82,7 +99,8 @@ def _has_kernels() -> bool:
     from model import triton_pool
 
     try:
-        triton_pool.normalise_and_pool(torch.zeros(1, 16, 3, 3, device="cuda"), 1e-4, 1, True)
+        x, bias = torch.zeros(1, 16, 3, 3, device="cuda"), torch.zeros(16, device="cuda")
+        triton_pool.normalise_and_pool(x, bias, 1e-4, 1, True)
     except Exception as error:  # whatever a compiler and a driver can raise
         warnings.warn(f"slower, without the fused kernels, which cannot be built: {error}", stacklevel=2)
         return False

@@ -1,13 +1,16 @@
 """ReLU, local response normalisation and 3×3 max-pooling with stride 2 in one pass over NHWC on a GPU.
 
-In: fp16, bf16 or fp32; arithmetic: fp32. What is kept for the gradient is the input, and one byte
-for each output: where in its window the maximum was. `plain_normalise_and_pool` says what is
-computed; normalised values are rounded to the input's type before they are compared, as there, so
-that both choose the same maximum.
+In: fp16, bf16 or fp32, and the bias of the convolution before, which is added first; arithmetic: fp32.
+What is kept for the gradient is the input, and one byte for each output: where in its window the
+maximum was. `plain_normalise_and_pool` says what is computed; normalised values are rounded to the
+input's type before they are compared, as there, so that both choose the same maximum.
 
-A program holds one tower's channels at a block of columns, so the windows over channels lie within
-it. The forward pass goes down the rows, and each third row of a window is the first of the next.
+A thread has eight neighbouring channels, and as many threads as a tower's channels take are a strip,
+which goes down the rows at a few columns. A program is a single warp, with as many strips as fit: so the
+two channels beyond a thread's own come from other threads' registers, and few lanes are idle.
 """
+# mypy: disable-error-code="assignment, has-type, misc"
+# (In the kernels tuples grow, which mypy would have of one length.)
 
 import torch
 import triton
@@ -15,29 +18,51 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-BLOCK = 1024  # values that a program holds at a time
 K = tl.constexpr(2.0)
 BETA = tl.constexpr(0.75)
-NOWHERE = tl.constexpr(255)  # the place of a maximum that the ReLU cut off
+GROUP = tl.constexpr(8)  # neighbouring channels of a thread
+WARP = tl.constexpr(32)
+NOWHERE = tl.constexpr(15)  # the place of a maximum that the ReLU cut off
 
 
 @triton.jit
-def _of_group(values, shift: tl.constexpr):
-    """What the next group of channels has (shift 1), or the one before (-1); 0 beyond the ends."""
-    near = tl.broadcast_to(tl.arange(0, values.shape[1])[None, :], values.shape) + shift
-    inside = (near >= 0) & (near < values.shape[1])
-    return tl.where(inside, tl.gather(values, tl.where(inside, near, 0), 1), 0.0)
+def strips(count, tower_channels: tl.constexpr, lanes: tl.constexpr):
+    """Of a program's lanes: their strip [lanes,1], their channels within its tower [lanes,8], which of
+    them exist, and whether they are at the first and the last of the tower's channels [lanes]."""
+    groups: tl.constexpr = (tower_channels + GROUP - 1) // GROUP
+    together: tl.constexpr = lanes // groups
+    lane = tl.arange(0, lanes)
+    strip = (tl.program_id(0) * together + lane // groups)[:, None]
+    group = lane % groups
+    channel = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    exists = (lane < together * groups)[:, None] & (strip < count)
+    if groups * GROUP != tower_channels:
+        exists = exists & (channel < tower_channels)
+    return strip, channel, exists, group == 0, group == groups - 1
 
 
 @triton.jit
-def window_sum(values):
+def position(index, row_blocks, column_blocks):
+    """Image, block of rows and block of columns."""
+    row_block = index // column_blocks
+    return (row_block // row_blocks).to(tl.int64), row_block % row_blocks, index % column_blocks
+
+
+@triton.jit
+def _neighbour(values, shift: tl.constexpr, at_end):
+    """What the next lane has (shift 1), or the one before (-1); 0 beyond the tower."""
+    lane = tl.arange(0, values.shape[0]) + shift
+    lane = tl.minimum(tl.maximum(lane, 0), values.shape[0] - 1)
+    return tl.where(at_end, 0.0, tl.gather(values, lane, 0))
+
+
+@triton.jit
+def window_sum(values, first, last):
     """Sum over five neighbouring channels; those outside of the tower count as 0.
 
-    values: [columns, channels]. A thread loads eight neighbouring channels at once, and for their
-    eight sums it needs no more than four values of other threads.
+    values: [lanes,8]. For its eight sums a thread needs no more than four values of other threads.
     """
-    groups: tl.constexpr = values.shape[1] // 8
-    even, odd = tl.split(values.reshape(values.shape[0], groups, 2, 2, 2))
+    even, odd = tl.split(values.reshape(values.shape[0], 2, 2, 2))
     v04, v26 = tl.split(even)
     v15, v37 = tl.split(odd)
     v0, v4 = tl.split(v04)
@@ -45,201 +70,270 @@ def window_sum(values):
     v1, v5 = tl.split(v15)
     v3, v7 = tl.split(v37)
     v01, v23, v45, v67 = v0 + v1, v2 + v3, v4 + v5, v6 + v7
-    first, middle, last = v01 + v23, v23 + v45, v45 + v67
+    start, middle, end = v01 + v23, v23 + v45, v45 + v67
     even = tl.join(
-        tl.join(_of_group(v67, -1) + v01 + v2, middle + v6),
-        tl.join(first + v4, last + _of_group(v0, 1)),
+        tl.join(_neighbour(v67, -1, first) + v01 + v2, middle + v6),
+        tl.join(start + v4, end + _neighbour(v0, 1, last)),
     )
     odd = tl.join(
-        tl.join(_of_group(v7, -1) + first, v3 + last),
-        tl.join(v1 + middle, v5 + v67 + _of_group(v01, 1)),
+        tl.join(_neighbour(v7, -1, first) + start, v3 + end),
+        tl.join(v1 + middle, v5 + v67 + _neighbour(v01, 1, last)),
     )
     return tl.join(even, odd).reshape(values.shape)
 
 
 @triton.jit
-def inverse_root(a, alpha):
+def biased(x, bias, mask, relu_first: tl.constexpr):
+    """Loads x and returns what is normalised; NaN stays NaN."""
+    a = tl.load(x, mask, other=0.0).to(tl.float32) + bias
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) if relu_first else a
+
+
+@triton.jit
+def _inverse_root(a, alpha, first, last):
     """d^-.5 with d = k + α·Σa² over channels; d^-.75 is this times its own root."""
-    return tl.rsqrt(alpha * window_sum(a * a) + K)
+    return tl.rsqrt(alpha * window_sum(a * a, first, last) + K)
 
 
 @triton.jit
-def relu(x):
-    return tl.where(x < 0, 0.0, x)  # and NaN stays NaN
-
-
-@triton.jit
-def normalised(x, alpha, relu_first: tl.constexpr):
-    a = relu(x) if relu_first else x
-    root = inverse_root(a, alpha)
+def normalised(a, alpha, first, last):
+    root = _inverse_root(a, alpha, first, last)
     return a * (root * tl.sqrt(root))
 
 
 @triton.jit
-def _is_higher(a, b):
-    """As max-pooling compares: of equal values the first is kept, and NaN is higher than all."""
-    return (a > b) | (a != a)  # noqa: PLR0124
+def local_gradient(g, a, alpha, first, last, relu_first: tl.constexpr):
+    """With g the gradient of b = a·d^-β, that of a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1))."""
+    root = _inverse_root(a, alpha, first, last)
+    direct = g * (root * tl.sqrt(root))
+    shared = window_sum(direct * a * (root * root), first, last)
+    result = direct - a * shared * (alpha * (2 * BETA))
+    return tl.where(a > 0, result, 0.0) if relu_first else result
 
 
 @triton.jit
-def tile(tower_channels: tl.constexpr, towers: tl.constexpr, block_columns: tl.constexpr,
-         block_channels: tl.constexpr):  # fmt: skip
-    """Of a program: its columns [columns,1], its channels [columns,channels], and which of them exist."""
-    column = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[:, None]
-    channel = tl.broadcast_to(tl.arange(0, block_channels)[None, :], block_columns, block_channels)
-    return column, tl.program_id(2) * tower_channels + channel, channel < tower_channels
+def ranked(b, dtype: tl.constexpr, y: tl.constexpr):
+    """An integer that is the greater, the greater b is as `dtype`, and of equal ones the earlier.
+
+    The value's bits are above; below is the place, 8 at the window's first pixel and 0 at its last, and
+    here that of row y's first. So one comparison finds both, as negative values are in wrong order only
+    among themselves, and the ReLU cuts all of them off. NaN, which arithmetic makes positive, is the highest.
+    """
+    bits: tl.constexpr = dtype.primitive_bitwidth
+    integer: tl.constexpr = tl.int16 if bits == 16 else tl.int32
+    wide: tl.constexpr = tl.int32 if bits == 16 else tl.int64
+    return (b.to(dtype).to(integer, bitcast=True).to(wide) << bits) | (8 - 3 * y)
 
 
 @triton.jit
-def _row_maximum(row, column, channel, mask, alpha, stride,
-                 relu_first: tl.constexpr, normalise: tl.constexpr):  # fmt: skip
-    """Greatest normalised value of three columns, and its place among them: 0, 1 or 2."""
-    best = tl.full(mask.shape, float("-inf"), tl.float32)
-    place = tl.full(mask.shape, 0, tl.int32)
-    for step in tl.static_range(3):
-        loaded = tl.load(row + (2 * column + step) * stride + channel, mask, other=0.0)
-        b = loaded.to(tl.float32)
-        if normalise:
-            b = normalised(b, alpha, relu_first).to(loaded.dtype).to(tl.float32)
-        higher = _is_higher(b, best)
-        best, place = tl.where(higher, b, best), tl.where(higher, step, place)
-    return best, place
+def maxima_of_three(keys, windows: tl.constexpr):
+    """Of a row's keys the greatest in each of neighbouring windows, every other of them being in two."""
+    maxima = ()
+    for window in tl.static_range(windows):
+        first, second, third = keys[2 * window], keys[2 * window + 1] - 1, keys[2 * window + 2] - 2
+        maxima += (tl.maximum(tl.maximum(first, second), third),)
+    return maxima
+
+
+@triton.jit
+def store_maxima(y, places, above, middle, below, mask, stride: tl.constexpr, windows: tl.constexpr):
+    """The greatest values of neighbouring windows and their places; without one above 0 it is 0, and nowhere.
+
+    above, middle, below: the greatest keys of the windows' rows. Returns those of the next windows' first
+    row, which is the last of these.
+    """
+    dtype: tl.constexpr = y.dtype.element_ty
+    bits: tl.constexpr = dtype.primitive_bitwidth
+    integer: tl.constexpr = tl.int16 if bits == 16 else tl.int32
+    following = ()
+    for step in tl.static_range(windows):
+        key = tl.maximum(tl.maximum(above[step], middle[step]), tl.maximum(below[step], NOWHERE))
+        tl.store(y + step * stride, (key >> bits).to(integer).to(dtype, bitcast=True), mask)
+        tl.store(places + step * stride, key.to(tl.uint8), mask)
+        following += (below[step] + 6,)
+    return following
+
+
+@triton.jit
+def _row_maxima(
+    x, bias, mask, alpha, first, last, stride: tl.constexpr, relu_first: tl.constexpr,
+    y: tl.constexpr, windows: tl.constexpr,
+):  # fmt: skip
+    """The greatest keys in a row that is row y of its windows."""
+    keys = ()
+    for step in tl.static_range(2 * windows + 1):
+        b = normalised(biased(x + step * stride, bias, mask, relu_first), alpha, first, last)
+        keys += (ranked(b, x.dtype.element_ty, y),)
+    return maxima_of_three(keys, windows)
 
 
 @triton.jit
 def _pool(
-    x, y, places, alpha, height, width, rows, columns, relu_first: tl.constexpr, normalise: tl.constexpr,
-    tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
+    x, bias, y, places, alpha: tl.constexpr, relu_first: tl.constexpr, count, row_blocks, column_blocks,
+    height, width, rows, columns, tower_channels: tl.constexpr, towers: tl.constexpr, lanes: tl.constexpr,
+    block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    mask = (column < columns) & exists
-    stride = tower_channels * towers
-    image = tl.program_id(0).to(tl.int64)
-    x += image * height * width * stride
-    target = image * rows * columns * stride + column * stride + channel
-    first, first_place = _row_maximum(x, column, channel, mask, alpha, stride, relu_first, normalise)
-    for row in range(rows):
-        middle = x + (2 * row + 1) * width * stride
-        second, second_place = _row_maximum(
-            middle, column, channel, mask, alpha, stride, relu_first, normalise
-        )
-        last = middle + width * stride
-        third, third_place = _row_maximum(last, column, channel, mask, alpha, stride, relu_first, normalise)
-        higher = _is_higher(second, first)
-        best, place = tl.where(higher, second, first), tl.where(higher, second_place + 3, first_place)
-        higher = _is_higher(third, best)
-        best, place = tl.where(higher, third, best), tl.where(higher, third_place + 6, place)
-        if not relu_first:
-            place = tl.where(best <= 0, NOWHERE, place)
-            best = tl.where(best <= 0, 0.0, best)
-        here = target + row * columns * stride
-        tl.store(y + here, best.to(y.dtype.element_ty), mask)
-        tl.store(places + here, place.to(tl.uint8), mask)
-        first, first_place = third, third_place
+    strip, channel, exists, first, last = strips(count, tower_channels, lanes)
+    stride: tl.constexpr = tower_channels * towers
+    channel += strip % towers * tower_channels
+    image, row, column = position(strip // towers, row_blocks, column_blocks)
+    # The last blocks overlap those before, and store the same there.
+    row = tl.minimum(row * block_rows, rows - block_rows)
+    column = tl.minimum(column * block_columns, columns - block_columns)
+    x += ((image * height + 2 * row) * width + 2 * column) * stride + channel
+    target = ((image * rows + row) * columns + column) * stride + channel
+    y, places = y + target, places + target
+    added = tl.load(bias + channel, exists, other=0.0)
+    above = _row_maxima(x, added, exists, alpha, first, last, stride, relu_first, 0, block_columns)
+    for _ in range(block_rows):
+        x += width * stride
+        middle = _row_maxima(x, added, exists, alpha, first, last, stride, relu_first, 1, block_columns)
+        x += width * stride
+        below = _row_maxima(x, added, exists, alpha, first, last, stride, relu_first, 2, block_columns)
+        above = store_maxima(y, places, above, middle, below, exists, stride, block_columns)
+        y, places = y + columns * stride, places + columns * stride
 
 
 @triton.jit
-def pooled_gradient(grad, places, row, rows, columns, column, channel, mask, stride):
-    """What comes to a row from the up to four windows whose maximum was there. grad, places: an image's."""
-    total = tl.full(mask.shape, 0.0, tl.float32)
-    for up in tl.static_range(2):
-        window_row = row // 2 - up
-        y = row - 2 * window_row  # the place in that window, if below 3
-        if (y < 3) & (window_row >= 0) & (window_row < rows):
-            for left in tl.static_range(2):
-                window_column = column // 2 - left
-                z = column - 2 * window_column
-                there = mask & (z < 3) & (window_column >= 0) & (window_column < columns)
-                source = (window_row * columns + window_column) * stride + channel
-                place = tl.load(places + source, there, other=NOWHERE).to(tl.int32)
-                # All is loaded: a mask that differs from channel to channel makes it one by one.
-                value = tl.load(grad + source, there, other=0.0).to(tl.float32)
-                total += tl.where(place == y * 3 + z, value, 0.0)
-    return total
+def _came(window, y: tl.constexpr, z: tl.constexpr):
+    """The gradient of a window whose maximum was in its row y and column z, otherwise 0."""
+    place, grad = window
+    return tl.where(place == 8 - 3 * y - z, grad, 0.0)
 
 
 @triton.jit
-def local_gradient(g, x, alpha, relu_first: tl.constexpr):
-    """With g the gradient of b = a·d^-β, that of a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1))."""
-    a = relu(x) if relu_first else x
-    root = inverse_root(a, alpha)
-    direct = g * (root * tl.sqrt(root))
-    shared = window_sum(direct * a * (root * root))
-    result = direct - a * shared * (alpha * (2 * BETA))
-    return tl.where(x > 0, result, 0.0) if relu_first else result
+def _window(grad, places, mask):
+    return tl.load(places, mask, other=NOWHERE), tl.load(grad, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def pooled_gradients(grad, places, left, right, stride: tl.constexpr):
+    """What comes from a row of windows to its three rows of pixels, at two columns each.
+
+    grad, places: of the window whose first column is the first of the two; right: whether it is there,
+    and left: whether the one before it is, whose last column that is.
+    """
+    here, before = _window(grad, places, right), _window(grad - stride, places - stride, left)
+    gradients = ()
+    for y in tl.static_range(3):
+        gradients += ((_came(here, y, 0) + _came(before, y, 2), _came(here, y, 1)),)
+    return gradients
 
 
 @triton.jit
 def _backward(
-    grad, places, x, result, alpha, height, width, rows, columns, relu_first: tl.constexpr,
-    tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
+    grad, places, x, bias, result, bias_parts, alpha: tl.constexpr, relu_first: tl.constexpr, count,
+    row_blocks, column_blocks, height, width, rows, columns, tower_channels: tl.constexpr,
+    towers: tl.constexpr, lanes: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip
-    image, row = (tl.program_id(0) // height).to(tl.int64), tl.program_id(0) % height
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    mask = (column < width) & exists
-    stride = tower_channels * towers
-    pooled = image * rows * columns * stride
-    g = pooled_gradient(grad + pooled, places + pooled, row, rows, columns, column, channel, mask, stride)
-    here = (image * height + row) * width * stride + column * stride + channel
-    loaded = tl.load(x + here, mask, other=0.0).to(tl.float32)
-    tl.store(result + here, local_gradient(g, loaded, alpha, relu_first).to(result.dtype.element_ty), mask)
+    """By blocks of 2×2 pixels, which see four windows."""
+    strip, channel, exists, first, last = strips(count, tower_channels, lanes)
+    stride: tl.constexpr = tower_channels * towers
+    bias_parts += strip * tower_channels + channel
+    channel += strip % towers * tower_channels
+    image, row, column = position(strip // towers, row_blocks, column_blocks)
+    row *= block_rows
+    source = ((image * rows + row) * columns + column) * stride + channel
+    grad, places = grad + source, places + source
+    here = ((image * height + 2 * row) * width + 2 * column) * stride + channel
+    x, result = x + here, result + here
+    added = tl.load(bias + channel, exists, other=0.0)
+    left, right = exists & (column > 0) & (column <= columns), exists & (column < columns)
+    above = (row > 0) & (row <= rows)
+    before = columns * stride
+    _, _, carried = pooled_gradients(grad - before, places - before, left & above, right & above, stride)
+    total = tl.full(channel.shape, 0.0, tl.float32)
+    for _ in range(block_rows):
+        there = row < rows
+        top, bottom, following = pooled_gradients(grad, places, left & there, right & there, stride)
+        for y in tl.static_range(2):
+            for z in tl.static_range(2):
+                mask = exists & (2 * row + y < height) & (2 * column + z < width)
+                a = biased(x + z * stride, added, mask, relu_first)
+                g = carried[z] + top[z] if y == 0 else bottom[z]
+                g = local_gradient(g, a, alpha, first, last, relu_first)
+                tl.store(result + z * stride, g.to(result.dtype.element_ty), mask)
+                total += g
+            x, result = x + width * stride, result + width * stride
+        carried = following
+        row += 1
+        grad, places = grad + columns * stride, places + columns * stride
+    tl.store(bias_parts, total, exists)
 
 
-def blocks(channels: int, towers: int) -> dict[str, int]:
-    """How a row is divided among programs."""
-    block = max(8, triton.next_power_of_2(channels // towers))
-    return {
-        "tower_channels": channels // towers,
-        "towers": towers,
-        "block_columns": max(1, BLOCK // block),
-        "block_channels": block,
-    }
+def layout(channels: int, towers: int) -> dict[str, int]:
+    """How a program, a single warp, has the channels: with one lane or more for each strip's group."""
+    groups = triton.cdiv(channels // towers, GROUP.value)
+    lanes = max(WARP.value, triton.next_power_of_2(groups))
+    return {"tower_channels": channels // towers, "towers": towers, "lanes": lanes, "num_warps": 1}
 
 
-def pool(x: Tensor, alpha: float, towers: int, relu_first: bool, normalise: bool) -> tuple[Tensor, Tensor]:
-    """x: [N,C,H,W], channels_last. Returns the pooled values and their places in their windows."""
-    n, c, height, width = x.shape
+def grid(strips: int, sizes: dict[str, int]) -> tuple[int]:
+    """Programs that take all strips."""
+    return (triton.cdiv(strips, sizes["lanes"] // triton.cdiv(sizes["tower_channels"], GROUP.value)),)
+
+
+def equal_blocks(total: int, most: int) -> tuple[int, int]:
+    """How many blocks of at most `most` there are to be, and how much each of them has, but for the last."""
+    blocks = triton.cdiv(total, most)
+    return blocks, triton.cdiv(total, blocks)
+
+
+def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the size that x is pooled to, channels_last; `torch.empty` would be compiled to a fill with NaN."""
+    n, channels, height, width = x.shape
     rows, columns = (height - 1) // 2, (width - 1) // 2
-    y = torch.empty((n, c, rows, columns), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    places = torch.empty_like(y, dtype=torch.uint8)
-    sizes = blocks(c, towers)
-    grid = (n, triton.cdiv(columns, sizes["block_columns"]), towers)
-    wrap_triton(_pool)[grid](
-        x, y, places, alpha, height, width, rows, columns, relu_first, normalise, **sizes
-    )
-    return y, places
+    strides = (rows * columns * channels, 1, columns * channels, channels)
+    return torch.empty_strided((n, channels, rows, columns), strides, dtype=dtype, device=x.device)
 
 
 @triton_op("alexnet::normalise_and_pool", mutates_args={})
-def normalise_and_pool(x: Tensor, alpha: float, towers: int, relu_first: bool) -> tuple[Tensor, Tensor]:
-    """x: [N,C,H,W]. Returns the pooled values and their places in their windows, channels_last."""
-    return pool(x.contiguous(memory_format=torch.channels_last), alpha, towers, relu_first, normalise=True)
+def normalise_and_pool(
+    x: Tensor, bias: Tensor, alpha: float, towers: int, relu_first: bool
+) -> tuple[Tensor, Tensor]:
+    """x: [N,C,H,W]; bias: [C]. Returns the pooled values and their places in their windows, channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, channels, height, width = x.shape
+    y, places = empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+    rows, columns = y.shape[2:]
+    sizes = layout(channels, towers)
+    row_blocks, block_rows = equal_blocks(rows, 13)
+    column_blocks, block_columns = equal_blocks(columns, 3)
+    strips = n * row_blocks * column_blocks * towers
+    wrap_triton(_pool)[grid(strips, sizes)](
+        x, bias, y, places, alpha, relu_first, strips, row_blocks, column_blocks, height, width, rows,
+        columns, block_rows=block_rows, block_columns=block_columns, **sizes,
+    )  # fmt: skip
+    return y, places
 
 
 @triton_op("alexnet::normalise_and_pool_backward", mutates_args={})
-def _gradient(grad: Tensor, x: Tensor, places: Tensor, alpha: float, towers: int, relu_first: bool) -> Tensor:
+def _gradient(
+    grad: Tensor, x: Tensor, bias: Tensor, places: Tensor, alpha: float, towers: int, relu_first: bool
+) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    n, c, height, width = x.shape
+    n, channels, height, width = x.shape
     result = torch.empty_like(x)
-    sizes = blocks(c, towers)
-    grid = (n * height, triton.cdiv(width, sizes["block_columns"]), towers)
-    rows, columns = places.shape[2:]
-    wrap_triton(_backward)[grid](
-        grad, places, x, result, alpha, height, width, rows, columns, relu_first, **sizes
-    )
-    return result
+    sizes = layout(channels, towers)
+    row_blocks, block_rows = equal_blocks(triton.cdiv(height, 2), 14)
+    column_blocks = triton.cdiv(width, 2)
+    strips = n * row_blocks * column_blocks * towers
+    bias_parts = torch.empty_strided((strips // towers, channels), (channels, 1), device=x.device)
+    wrap_triton(_backward)[grid(strips, sizes)](
+        grad, places, x, bias, result, bias_parts, alpha, relu_first, strips, row_blocks, column_blocks,
+        height, width, *places.shape[2:], block_rows=block_rows, **sizes,
+    )  # fmt: skip
+    return result, bias_parts.sum(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x, output[1])
+    x, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, bias, output[1])
 
 
-def _autograd(ctx, grad: Tensor, _places: None) -> tuple[Tensor, None, None, None]:
-    return _gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+def _autograd(ctx, grad: Tensor, _places: None) -> tuple[Tensor, Tensor, None, None, None]:
+    return *_gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 normalise_and_pool.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,11 +1,15 @@
 """The same operation with a second normalisation, within each map, on a GPU (see `model.triton_pool`).
 
-Forward: ReLU and local normalisation; spatial normalisation; pooling. Backward: through pooling and
-spatial normalisation as far as each pixel goes; then the sum over each window, and the rest. A sum
-over 5×5 pixels needs other programs' pixels, which is why these are five kernels and not two. Each
-goes down the rows and keeps the last rows' sums of five columns, so that a pixel loads five values,
-not 25. What is kept for the gradient is the input, the once normalised values, and the places.
+Forward: bias, ReLU and local normalisation; spatial normalisation and pooling. Backward: through pooling
+and spatial normalisation as far as each pixel goes, with the sums over five rows; then the sums over five
+columns, and the rest. A sum over 5×5 pixels needs other programs' pixels, which is why these are four
+kernels and not two. What is kept for the gradient is the input, the once normalised values, and the places.
+
+Going down the rows, the sum of a row's five columns is added to those of the five rows that it is near:
+so a pixel's neighbours are loaded once for several columns and all rows, not 25 times.
 """
+# mypy: disable-error-code="assignment, has-type, misc"
+# (In the kernels tuples grow, which mypy would have of one length.)
 
 import torch
 import triton
@@ -13,155 +17,288 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from model.triton_pool import blocks, local_gradient, normalised, pool, pooled_gradient, tile
+from model.triton_pool import (
+    WARP,
+    biased,
+    empty_pooled,
+    equal_blocks,
+    grid,
+    layout,
+    local_gradient,
+    maxima_of_three,
+    normalised,
+    pooled_gradients,
+    position,
+    ranked,
+    store_maxima,
+    strips,
+)
 
 ALPHA = tl.constexpr(1e-3 / 25)  # on the sum of squares
 # 2αβ of the gradient, its root on either side of the sum: fp16 holds what is in between.
 FACTOR = tl.constexpr((2 * 0.75 * 1e-3 / 25) ** 0.5)
+FEW = tl.constexpr(4)  # channels of a thread where none needs its neighbours
 
 
 @triton.jit
 def _local(
-    x, c, alpha, width, relu_first: tl.constexpr, tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
+    x, bias, c, alpha: tl.constexpr, relu_first: tl.constexpr, count, total, pixels: tl.constexpr,
+    tower_channels: tl.constexpr, towers: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    mask = (column < width) & exists
-    here = (tl.program_id(0).to(tl.int64) * width + column) * (tower_channels * towers) + channel
-    loaded = tl.load(x + here, mask, other=0.0).to(tl.float32)
-    tl.store(c + here, normalised(loaded, alpha, relu_first).to(c.dtype.element_ty), mask)
+    """A strip is a few of the `total` pixels, which follow each other in memory."""
+    strip, channel, exists, first, last = strips(count, tower_channels, lanes)
+    stride: tl.constexpr = tower_channels * towers
+    channel += strip % towers * tower_channels
+    # The last strips overlap those before, and store the same there.
+    pixel = tl.minimum(strip // towers * pixels, total - pixels).to(tl.int64)
+    x, c = x + pixel * stride + channel, c + pixel * stride + channel
+    added = tl.load(bias + channel, exists, other=0.0)
+    for step in tl.static_range(pixels):
+        value = normalised(biased(x + step * stride, added, exists, relu_first), alpha, first, last)
+        tl.store(c + step * stride, value.to(c.dtype.element_ty), exists)
 
 
 @triton.jit
-def _five_columns(image, row, height, width, column, channel, exists, stride, square: tl.constexpr):
-    """Sum of a row's values, or of their squares, over five columns; 0 beyond the map."""
-    total = tl.full(exists.shape, 0.0, tl.float32)
-    end = tl.where(row < height, width, 0)
-    for shift in tl.static_range(-2, 3):
-        near = column + shift
-        mask = exists & (near >= 0) & (near < end)
-        value = tl.load(image + (row * width + near) * stride + channel, mask, other=0.0).to(tl.float32)
-        total += value * value if square else value
-    return total
+def _five_columns(
+    row, mask, column, width, stride: tl.constexpr, square: tl.constexpr, columns: tl.constexpr
+):
+    """The sums of a row's values, or of their squares, in the five columns around each of a few columns.
+
+    row: where the first of these is; they are five at most. Beyond the map values are 0.
+    """
+    values = ()
+    for shift in tl.static_range(-2, columns + 2):
+        near = mask & (column + shift >= 0) & (column + shift < width)
+        value = tl.load(row + shift * stride, near, other=0.0).to(tl.float32)
+        values += (value * value if square else value,)
+    # Each window is some values up to the first one's end, and some after it.
+    until = (values[4],)
+    for step in tl.static_range(4):
+        until = (values[3 - step] + until[0],) + until  # noqa: RUF005
+    sums = (until[0],)
+    for step in tl.static_range(1, columns):
+        after = values[5] if step == 1 else after + values[step + 4]  # noqa: F821
+        sums += (until[step] + after,)
+    return sums
+
+
+@triton.jit
+def _nothing(shape: tl.constexpr, columns: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(columns):
+        zeros += (tl.full(shape, 0.0, tl.float32),)
+    return zeros, zeros, zeros, zeros
+
+
+@triton.jit
+def _five_rows(begun, sums, columns: tl.constexpr):
+    """Adds a row's sums to those around the row two above, which are whole then, and around the next four.
+
+    begun: the sums of what came before around the first four of these rows. Returns the first, and the rest.
+    """
+    whole, above, here, below = (), (), (), ()
+    for step in tl.static_range(columns):
+        whole += (begun[0][step] + sums[step],)
+        above += (begun[1][step] + sums[step],)
+        here += (begun[2][step] + sums[step],)
+        below += (begun[3][step] + sums[step],)
+    return whole, (above, here, below, sums)
+
+
+@triton.jit
+def _few_channels(count, channels: tl.constexpr):
+    """Of a program's lanes: the place of their pixels, their channels [lanes,4], and which of these exist."""
+    groups: tl.constexpr = (channels + FEW - 1) // FEW
+    lane = (tl.program_id(0) * WARP + tl.arange(0, WARP))[:, None]
+    channel = lane % groups * FEW + tl.arange(0, FEW)[None, :]
+    exists = lane < count
+    if groups * FEW != channels:
+        exists = exists & (channel < channels)
+    return lane // groups, channel, exists
+
+
+@triton.jit
+def _row_maxima(c, whole, mask, stride: tl.constexpr, y: tl.constexpr, windows: tl.constexpr):
+    """The greatest keys in a row that is row y of its windows. whole: the sums of squares around pixels."""
+    keys = ()
+    for step in tl.static_range(2 * windows + 1):
+        root = tl.rsqrt(whole[step] * ALPHA + 1.0)
+        value = tl.load(c + step * stride, mask, other=0.0).to(tl.float32)
+        keys += (ranked(value * (root * tl.sqrt(root)), c.dtype.element_ty, y),)
+    return maxima_of_three(keys, windows)
 
 
 @triton.jit
 def _spatial(
-    c, b, height, width, tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
+    c, y, places, count, column_blocks, height, width, rows, columns, channels: tl.constexpr,
+    windows: tl.constexpr,
 ):  # fmt: skip
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    stride = tower_channels * towers
-    image = tl.program_id(0).to(tl.int64) * height * width * stride
-    c, b = c + image, b + image
-    s0 = tl.full(exists.shape, 0.0, tl.float32)
-    s1 = s0
-    s2 = _five_columns(c, 0, height, width, column, channel, exists, stride, True)
-    s3 = _five_columns(c, 1, height, width, column, channel, exists, stride, True)
-    for row in range(height):
-        s4 = _five_columns(c, row + 2, height, width, column, channel, exists, stride, True)
-        root = tl.rsqrt((s0 + s1 + s2 + s3 + s4) * ALPHA + 1.0)
-        mask = exists & (column < width)
-        here = (row * width + column) * stride + channel
-        value = tl.load(c + here, mask, other=0.0).to(tl.float32) * (root * tl.sqrt(root))
-        tl.store(b + here, value.to(b.dtype.element_ty), mask)
-        s0, s1, s2, s3 = s1, s2, s3, s4
+    index, channel, exists = _few_channels(count, channels)
+    image, _, column = position(index, 1, column_blocks)
+    column = tl.minimum(column * windows, columns - windows)
+    target = (image * rows * columns + column) * channels + channel
+    y, places = y + target, places + target
+    column *= 2
+    c += (image * height * width + column) * channels + channel
+    pixels: tl.constexpr = 2 * windows + 1
+    below = width * channels
+    end = tl.where(exists, height, 0)
+    begun = _nothing(channel.shape, pixels)
+    for row in tl.static_range(3):
+        sums = _five_columns(c + row * below, exists, column, width, channels, True, pixels)
+        whole, begun = _five_rows(begun, sums, pixels)
+    first = _row_maxima(c, whole, exists, channels, 0, windows)
+    for row in range(0, 2 * rows, 2):
+        sums = _five_columns(c + 3 * below, row + 3 < end, column, width, channels, True, pixels)
+        whole, begun = _five_rows(begun, sums, pixels)
+        second = _row_maxima(c + below, whole, exists, channels, 1, windows)
+        sums = _five_columns(c + 4 * below, row + 4 < end, column, width, channels, True, pixels)
+        whole, begun = _five_rows(begun, sums, pixels)
+        c += 2 * below
+        third = _row_maxima(c, whole, exists, channels, 2, windows)
+        first = store_maxima(y, places, first, second, third, exists, channels, windows)
+        y, places = y + columns * channels, places + columns * channels
 
 
 @triton.jit
 def _spatial_backward(
-    grad, places, c, direct, term, height, width, rows, columns,
-    tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
-):  # fmt: skip
-    """With g the gradient of c·d^-β: g·d^-β, and what its windows sum up, g·c·d^-(β+1)."""
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    mask = exists & (column < width)
-    stride = tower_channels * towers
-    image = tl.program_id(0).to(tl.int64) * stride
-    pooled, image = image * rows * columns, image * height * width
-    grad, places = grad + pooled, places + pooled
-    c, direct, term = c + image, direct + image, term + image
-    s0 = tl.full(exists.shape, 0.0, tl.float32)
-    s1 = s0
-    s2 = _five_columns(c, 0, height, width, column, channel, exists, stride, True)
-    s3 = _five_columns(c, 1, height, width, column, channel, exists, stride, True)
-    for row in range(height):
-        s4 = _five_columns(c, row + 2, height, width, column, channel, exists, stride, True)
-        root = tl.rsqrt((s0 + s1 + s2 + s3 + s4) * ALPHA + 1.0)
-        here = (row * width + column) * stride + channel
-        g = pooled_gradient(grad, places, row, rows, columns, column, channel, mask, stride)
-        g *= root * tl.sqrt(root)
-        value = g * tl.load(c + here, mask, other=0.0).to(tl.float32) * (root * root) * FACTOR
-        tl.store(direct + here, g.to(direct.dtype.element_ty), mask)
-        tl.store(term + here, value.to(term.dtype.element_ty), mask)
-        s0, s1, s2, s3 = s1, s2, s3, s4
+    grad, places, c, direct, sums, count, column_blocks, height, width, rows, columns, channels: tl.constexpr
+):
+    """With g the gradient of c·d^-β: g·d^-β, and the sums over five rows of g·c·d^-(β+1)."""
+    index, channel, exists = _few_channels(count, channels)
+    image, _, column = position(index, 1, column_blocks)
+    source = (image * rows * columns + column) * channels + channel
+    grad, places = grad + source, places + source
+    left, right = exists & (column > 0) & (column <= columns), exists & (column < columns)
+    column *= 2
+    here = (image * height * width + column) * channels + channel
+    c, direct, sums = c + here, direct + here, sums + here
+    below = width * channels
+    end, last_windows = tl.where(exists, height, 0), tl.where(exists, 2 * rows, 0)
+    begun = _nothing(channel.shape, 2)
+    begun_terms, carried = begun, begun[0]
+    for row in tl.static_range(2):
+        squares = _five_columns(c + row * below, row < end, column, width, channels, True, 2)
+        _, begun = _five_rows(begun, squares, 2)
+    for row in range(0, height + 2, 2):  # two rows each, and then the last sums
+        there = row < last_windows
+        top, bottom, following = pooled_gradients(grad, places, left & there, right & there, channels)
+        for y in tl.static_range(2):
+            squares = _five_columns(c + 2 * below, row + y + 2 < end, column, width, channels, True, 2)
+            whole, begun = _five_rows(begun, squares, 2)
+            terms = ()
+            for z in tl.static_range(2):
+                mask = (row + y < end) & (column + z < width)
+                root = tl.rsqrt(whole[z] * ALPHA + 1.0)
+                g = (carried[z] + top[z] if y == 0 else bottom[z]) * (root * tl.sqrt(root))
+                tl.store(direct + z * channels, g.to(direct.dtype.element_ty), mask)
+                value = tl.load(c + z * channels, mask, other=0.0).to(tl.float32)
+                terms += (g * value * (root * root) * FACTOR,)
+            five, begun_terms = _five_rows(begun_terms, terms, 2)
+            for z in tl.static_range(2):
+                mask = (row >= 2) & (row + y - 2 < end) & (column + z < width)
+                tl.store(sums + z * channels - 2 * below, five[z].to(sums.dtype.element_ty), mask)
+            c, direct, sums = c + below, direct + below, sums + below
+        carried = following
+        grad, places = grad + columns * channels, places + columns * channels
 
 
 @triton.jit
 def _local_backward(
-    direct, term, c, x, result, alpha, height, width, relu_first: tl.constexpr,
-    tower_channels: tl.constexpr, towers: tl.constexpr,
-    block_columns: tl.constexpr, block_channels: tl.constexpr,
+    direct, sums, x, bias, result, bias_parts, alpha: tl.constexpr, relu_first: tl.constexpr, count,
+    row_blocks, column_blocks, height, width, tower_channels: tl.constexpr, towers: tl.constexpr,
+    lanes: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
-    column, channel, exists = tile(tower_channels, towers, block_columns, block_channels)
-    mask = exists & (column < width)
-    stride = tower_channels * towers
-    image = tl.program_id(0).to(tl.int64) * height * width * stride
-    direct, term, c, x, result = direct + image, term + image, c + image, x + image, result + image
-    s0 = tl.full(exists.shape, 0.0, tl.float32)
-    s1 = s0
-    s2 = _five_columns(term, 0, height, width, column, channel, exists, stride, False)
-    s3 = _five_columns(term, 1, height, width, column, channel, exists, stride, False)
-    for row in range(height):
-        s4 = _five_columns(term, row + 2, height, width, column, channel, exists, stride, False)
-        here = (row * width + column) * stride + channel
-        g = tl.load(direct + here, mask, other=0.0).to(tl.float32)
-        g -= tl.load(c + here, mask, other=0.0).to(tl.float32) * (s0 + s1 + s2 + s3 + s4) * FACTOR
-        loaded = tl.load(x + here, mask, other=0.0).to(tl.float32)
-        tl.store(result + here, local_gradient(g, loaded, alpha, relu_first).to(x.dtype.element_ty), mask)
-        s0, s1, s2, s3 = s1, s2, s3, s4
+    strip, channel, exists, first, last = strips(count, tower_channels, lanes)
+    stride: tl.constexpr = tower_channels * towers
+    bias_parts += strip * tower_channels + channel
+    channel += strip % towers * tower_channels
+    image, row, column = position(strip // towers, row_blocks, column_blocks)
+    row, column = row * block_rows, column * block_columns
+    here = ((image * height + row) * width + column) * stride + channel
+    direct, sums, x, result = direct + here, sums + here, x + here, result + here
+    added = tl.load(bias + channel, exists, other=0.0)
+    total = tl.full(channel.shape, 0.0, tl.float32)
+    for _ in range(block_rows):
+        there = exists & (row < height)
+        windows = _five_columns(sums, there, column, width, stride, False, block_columns)
+        for step in tl.static_range(block_columns):
+            mask = there & (column + step < width)
+            a = biased(x + step * stride, added, mask, relu_first)
+            g = tl.load(direct + step * stride, mask, other=0.0).to(tl.float32)
+            g -= normalised(a, alpha, first, last) * windows[step] * FACTOR
+            g = local_gradient(g, a, alpha, first, last, relu_first)
+            tl.store(result + step * stride, g.to(result.dtype.element_ty), mask)
+            total += tl.where(mask, g, 0.0)
+        row += 1
+        direct, sums = direct + width * stride, sums + width * stride
+        x, result = x + width * stride, result + width * stride
+    tl.store(bias_parts, total, exists)
+
+
+def _warps(places: int, channels: int) -> tuple[int, tuple[int]]:
+    """How many lanes `_few_channels` takes for so many places, and the grid."""
+    lanes = places * triton.cdiv(channels, FEW.value)
+    return lanes, (triton.cdiv(lanes, WARP.value),)
 
 
 @triton_op("alexnet::normalise_twice_and_pool", mutates_args={})
 def normalise_and_pool(
-    x: Tensor, alpha: float, towers: int, relu_first: bool
+    x: Tensor, bias: Tensor, alpha: float, towers: int, relu_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [N,C,H,W]. Returns the pooled values, their places and the once normalised values, channels_last."""
+    """x: [N,C,H,W]; bias: [C]. Returns pooled values, their places and the once normalised, channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     n, channels, height, width = x.shape
-    c, b = torch.empty_like(x), torch.empty_like(x)
-    sizes = blocks(channels, towers)
-    parts = triton.cdiv(width, sizes["block_columns"]), towers
-    wrap_triton(_local)[(n * height, *parts)](x, c, alpha, width, relu_first, **sizes)
-    wrap_triton(_spatial)[(n, *parts)](c, b, height, width, **sizes)
-    return *pool(b, alpha, towers, relu_first, normalise=False), c
+    c, y, places = torch.empty_like(x), empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+    rows, columns = y.shape[2:]
+    sizes = layout(channels, towers)
+    strip_blocks, pixels = equal_blocks(n * height * width, 4)
+    count = strip_blocks * towers
+    wrap_triton(_local)[grid(count, sizes)](
+        x, bias, c, alpha, relu_first, count, n * height * width, pixels, **sizes
+    )
+    column_blocks, windows = equal_blocks(columns, 2)
+    lanes, programs = _warps(n * column_blocks, channels)
+    wrap_triton(_spatial)[programs](
+        c, y, places, lanes, column_blocks, height, width, rows, columns, channels, windows, num_warps=1
+    )
+    return y, places, c
 
 
 @triton_op("alexnet::normalise_twice_and_pool_backward", mutates_args={})
 def _gradient(
-    grad: Tensor, x: Tensor, places: Tensor, c: Tensor, alpha: float, towers: int, relu_first: bool
-) -> Tensor:
+    grad: Tensor, x: Tensor, bias: Tensor, places: Tensor, c: Tensor, alpha: float, towers: int,
+    relu_first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad = grad.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     n, channels, height, width = x.shape
-    direct, term, result = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-    sizes = blocks(channels, towers)
-    grid = (n, triton.cdiv(width, sizes["block_columns"]), towers)
-    wrap_triton(_spatial_backward)[grid](
-        grad, places, c, direct, term, height, width, *places.shape[2:], **sizes
-    )
-    wrap_triton(_local_backward)[grid](direct, term, c, x, result, alpha, height, width, relu_first, **sizes)
-    return result
+    direct, sums, result = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    column_blocks = triton.cdiv(width, 2)
+    lanes, programs = _warps(n * column_blocks, channels)
+    wrap_triton(_spatial_backward)[programs](
+        grad, places, c, direct, sums, lanes, column_blocks, height, width, *places.shape[2:], channels,
+        num_warps=1,
+    )  # fmt: skip
+    sizes = layout(channels, towers)
+    row_blocks, block_rows = equal_blocks(height, 9)
+    column_blocks, block_columns = equal_blocks(width, 3)
+    count = n * row_blocks * column_blocks * towers
+    bias_parts = torch.empty_strided((count // towers, channels), (channels, 1), device=x.device)
+    wrap_triton(_local_backward)[grid(count, sizes)](
+        direct, sums, x, bias, result, bias_parts, alpha, relu_first, count, row_blocks, column_blocks,
+        height, width, block_rows=block_rows, block_columns=block_columns, **sizes,
+    )  # fmt: skip
+    return result, bias_parts.sum(0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *ctx.options = inputs
-    ctx.save_for_backward(x, *output[1:])
+    x, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, bias, *output[1:])
 
 
-def _autograd(ctx, grad: Tensor, _places: None, _c: None) -> tuple[Tensor, None, None, None]:
-    return _gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+def _autograd(ctx, grad: Tensor, _places: None, _c: None) -> tuple[Tensor, Tensor, None, None, None]:
+    return *_gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
 normalise_and_pool.register_autograd(_autograd, setup_context=_setup_context)

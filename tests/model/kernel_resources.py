@@ -1,13 +1,15 @@
 """What each kernel takes of an H100 or H200, found without one: prints a JSON object for each stage.
 
-The operation is called forward and backward as always, on one image of the real size, but what it
+The operation is called forward and backward as always, on images of the real size, but what it
 would launch is compiled for compute capability 9.0 by Triton's own ptxas instead, and never run.
+Instructions are those of all warps for an image, and bytes those of an image in each of its tensors.
 
     python tests/model/kernel_resources.py bf16
 """
 
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys
@@ -25,7 +27,8 @@ from model import triton_pool, triton_spatial
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-    float: "fp32", int: "i32",
+    float: "fp64",  # as torch.compile passes it, so that arithmetic with it is in fp64
+    int: "i32",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The module, channels, side, towers, and whether the ReLU comes first.
@@ -35,7 +38,34 @@ STAGES = {
     "code2012-1": (triton_pool, 96, 55, 2, False),
     "code2012-2": (triton_spatial, 256, 27, 2, True),
 }
-resources: dict[str, dict[str, int]] = {}
+IMAGES = 16
+# How often a kernel's loop is run.
+TRIPS = {
+    "_pool": lambda given: given["block_rows"],
+    "_backward": lambda given: given["block_rows"],
+    "_spatial": lambda given: given["rows"],
+    "_spatial_backward": lambda given: (given["height"] + 3) // 2,
+    "_local_backward": lambda given: given["block_rows"],
+}
+resources: dict[str, dict[str, float]] = {}
+
+
+def disassembled(cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.check_output([TOOLS / "cuobjdump", *options, file.name], text=True)
+
+
+def executed(code: str, trips: int) -> int:
+    """Instructions that a warp executes, of a kernel with at most one loop."""
+    found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", code, re.MULTILINE)
+    lines = [(int(address, 16), text) for address, text in found if not text.startswith("NOP")]
+    loop = range(0)
+    for address, text in lines:
+        branch = re.search(r"BRA.* 0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < address and address - int(branch[1], 16) > len(loop):
+            loop = range(int(branch[1], 16), address + 1)
+    return sum(trips if address in loop else 1 for address, _ in lines)
 
 
 class Compiled:
@@ -44,10 +74,11 @@ class Compiled:
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __getitem__(self, _grid):
+    def __getitem__(self, grid):
+        self.grid = grid
         return self
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args, num_warps, **kwargs):
         given = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
         constants = {p.name: given[p.name] for p in self.kernel.params if p.is_constexpr}
         types = {
@@ -58,24 +89,28 @@ class Compiled:
             (i,): [["tt.divisibility", 16]] for i, v in enumerate(given.values()) if isinstance(v, Tensor)
         }
         source = ASTSource(self.kernel, types, constants, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(compiled.asm["cubin"])
-            command = [TOOLS / "cuobjdump", "-res-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        resources[self.kernel.fn.__name__] = {
+        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
+        usage, code = (disassembled(compiled.asm["cubin"], option) for option in ("-res-usage", "-sass"))
+        name = self.kernel.fn.__name__
+        warps = math.prod(self.grid) * num_warps
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        resources[name] = {
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
             "shared_bytes": compiled.metadata.shared,
             "loads": len(re.findall(r"ld\.global", compiled.asm["ptx"])),
+            "fp64": len(re.findall(r"\b(DADD|DFMA|DMUL)\b", code)),
+            "instructions": warps * executed(code, TRIPS[name](given) if name in TRIPS else 1) / IMAGES,
+            "bytes": sum(tensor.nbytes for tensor in tensors) / IMAGES,
         }
 
 
 def main(dtype: str) -> None:
     triton_pool.wrap_triton = triton_spatial.wrap_triton = Compiled
     for name, (kernels, channels, side, towers, relu_first) in STAGES.items():
-        x = torch.empty(1, channels, side, side, dtype=DTYPES[dtype], requires_grad=True)
-        kernels.normalise_and_pool(x, 1e-4, towers, relu_first)[0].sum().backward()
+        x = torch.empty(IMAGES, channels, side, side, dtype=DTYPES[dtype], requires_grad=True)
+        bias = torch.empty(channels, requires_grad=True)
+        kernels.normalise_and_pool(x, bias, 1e-4, towers, relu_first)[0].sum().backward()
         print(json.dumps({"stage": name, **resources}))
         resources.clear()
 

@@ -268,6 +268,19 @@ def assert_forward_pass(preset: str, variant: Variant) -> None:
         torch.testing.assert_close(net(x), reference_logits(net, x, preset), rtol=1e-9, atol=1e-9)
 
 
+def test_where_kernels_add_the_biases_nothing_else_changes(small, monkeypatch):
+    x = some_pixels(2, 96)
+    expected = small(x)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(small.parameters()))
+    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    with recorded(small, "conv1", "conv2") as seen:
+        logits = small(x)
+    assert not seen  # they were not called with their biases
+    gradients = torch.autograd.grad(logits.square().sum(), list(small.parameters()))
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
 def test_channels_last_is_never_copied_back(small):
     with recorded(small, "conv1", "conv2", "conv3", "conv4", "conv5", "pool", "fc6") as seen:
         small(some_pixels(2, 96))

@@ -55,6 +55,14 @@ def test_forms_are_equal_forward_and_backward(variant, preset):
         assert_equal(passed(form, preset, variant), expected)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_forms_are_equal_where_kernels_add_the_biases(preset, monkeypatch):
+    expected = passed("grouped", preset, VARIANTS["a quarter"])
+    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    for form in FORMS:
+        assert_equal(passed(form, preset, VARIANTS["a quarter"]), expected)
+
+
 @pytest.mark.parametrize("crop", [64, 65, 66, 67, 224])
 def test_blocks_of_pixels_fit_any_crop(crop):
     variant = Variant(width=0.125)

@@ -54,6 +54,18 @@ def test_gradient_by_finite_differences(options, monkeypatch):
     assert torch.autograd.gradcheck(lambda x: normalise_and_pool(x, **options), x, fast_mode=True)
 
 
+@pytest.mark.parametrize("options", STAGES)
+def test_a_bias_is_added_first(options):
+    x, bias = activations(2, 12, 9, 9), activations(12, 1, 1, 1).flatten()
+    output, gradient = result_and_gradient(
+        lambda bias, **o: normalise_and_pool(x, bias=bias, **o), bias, **options
+    )
+    sums = x + bias[:, None, None]
+    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, sums, **options)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, expected_gradient.sum((0, 2, 3)))
+
+
 def test_nothing_but_the_input_is_kept():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):

@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Instructions of all warps and bytes of all tensors, an image in 16 bits; what lowers them lowers these, too.
+# The bytes are those of a stage's input and its gradient, once or more, and of what is pooled and kept.
+MOST = {
+    "paper-1": {"instructions": 700_000, "bytes": 2_200_000},
+    "paper-2": {"instructions": 360_000, "bytes": 1_400_000},
+    "code2012-1": {"instructions": 520_000, "bytes": 2_200_000},
+    "code2012-2": {"instructions": 820_000, "bytes": 4_050_000},
+}
 
 
 def has_compiler() -> bool:
@@ -21,19 +29,23 @@ def has_compiler() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="Triton is not installed, or came without ptxas")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_kernels_compile_for_the_h200_and_stay_in_registers(dtype, tmp_path):
+def test_kernels_compile_for_the_h200_and_take_no_more_than_they_did(dtype, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, Path(__file__).with_name("kernel_resources.py"), dtype]
     lines = subprocess.check_output(command, env=environment, text=True).splitlines()
     stages = {stage.pop("stage"): stage for stage in map(json.loads, lines)}
     kernels = {name: len(stage) for name, stage in stages.items()}
-    assert kernels == {"paper-1": 2, "paper-2": 2, "code2012-1": 2, "code2012-2": 5}
-    for stage in stages.values():
+    assert kernels == {"paper-1": 2, "paper-2": 2, "code2012-1": 2, "code2012-2": 4}
+    for stage_name, stage in stages.items():
         for name, used in stage.items():
             assert used["spilled_bytes"] == 0, name
-            # Of 65,536: four programs of 128 threads or more at a time, to hide the memory's latency.
-            assert used["registers"] <= 128, name
+            # Of 65,536: ten warps at a time, each with kilobytes on their way, to hide the memory's latency.
+            assert used["registers"] <= 200, name
             assert used["shared_bytes"] <= 8192, name
-            # 16 bytes at a time: a thread's eight values are one load or two. One by one they would be eight.
-            assert used["loads"] <= 48, name
+            # A thread's values at once or in two loads, and not one by one.
+            assert used["loads"] <= 64, name
+            assert used["fp64"] == 0, name
+        if dtype != "fp32":
+            for resource, most in MOST[stage_name].items():
+                assert sum(used[resource] for used in stage.values()) <= most, (stage_name, resource)

@@ -40,28 +40,35 @@ def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def kernel(x: Tensor, towers: int, relu_first: bool, spatial_norm: bool = False) -> Tensor:
+def kernel(x: Tensor, bias: Tensor, towers: int, relu_first: bool, spatial_norm: bool = False) -> Tensor:
     kernels = triton_spatial if spatial_norm else triton_pool
-    return kernels.normalise_and_pool(x, ALPHA, towers, relu_first)[0]
+    return kernels.normalise_and_pool(x, bias, ALPHA, towers, relu_first)[0]
 
 
 def assert_same(x: Tensor, tolerance: float, **options) -> None:
-    output, expected = kernel(x, **options), fused.plain_normalise_and_pool(x, ALPHA, **options)
+    bias = 30 * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0))
+    bias = bias.round().to(x.device).requires_grad_()
+    output = kernel(x, bias, **options)
+    expected = fused.plain_normalise_and_pool(x, ALPHA, bias=bias, **options)
     assert output.dtype == x.dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-    (gradient,) = torch.autograd.grad(output, x, weights)
-    (expected,) = torch.autograd.grad(expected, x, weights)
+    gradient, of_bias = torch.autograd.grad(output, (x, bias), weights)
+    expected, expected_of_bias = torch.autograd.grad(expected, (x, bias), weights)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=4 * tolerance)  # up to four are added
+    # Each pixel's error, and the plain form adds up gradients that were rounded.
+    pixels = x[:, 0].numel()
+    torch.testing.assert_close(of_bias, expected_of_bias, rtol=tolerance, atol=4 * tolerance * pixels**0.5)
 
 
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_kernels_are_the_plain_form(options, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(triton_pool, "BLOCK", 64)  # several blocks of columns, the last one in part
-    assert_same(activations(1, 12, 5, 12, dtype=dtype), tolerance, **options)
+# Towers of a part of a group and of a whole number; more rows than a block; more channels than a warp has.
+@pytest.mark.parametrize("shape", [(1, 12, 5, 12), (1, 48, 30, 4), (1, 528, 3, 4)])
+def test_kernels_are_the_plain_form(options, shape, dtype, tolerance):
+    assert_same(activations(*shape, dtype=dtype), tolerance, **options)
 
 
 @pytest.mark.parametrize("options", STAGES)
@@ -81,7 +88,7 @@ def test_not_a_number_is_passed_on():
     x[0, 3, 2, 2] = torch.nan
     for options in ({"relu_first": True}, {"relu_first": False}, {"relu_first": True, "spatial_norm": True}):
         expected = fused.plain_normalise_and_pool(x, ALPHA, **options)
-        assert torch.equal(kernel(x, 1, **options).isnan(), expected.isnan())
+        assert torch.equal(kernel(x, torch.zeros(8, device=DEVICE), 1, **options).isnan(), expected.isnan())
 
 
 @pytest.mark.gpu
