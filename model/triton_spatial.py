@@ -37,6 +37,7 @@ from model.triton_pool import (
 ALPHA = tl.constexpr(1e-3 / 25)  # on the sum of squares
 # 2αβ of the gradient, its root on either side of the sum: fp16 holds what is in between.
 FACTOR = tl.constexpr((2 * 0.75 * 1e-3 / 25) ** 0.5)
+PIXELS = 4  # that a thread normalises, where it needs no others
 FEW = tl.constexpr(4)  # channels of a thread where none needs its neighbours
 
 
@@ -252,10 +253,9 @@ def normalise_and_pool(
     c, y, places = torch.empty_like(x), empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
     rows, columns = y.shape[2:]
     sizes = layout(channels, towers)
-    strip_blocks, pixels = equal_blocks(n * height * width, 4)
-    count = strip_blocks * towers
+    count = triton.cdiv(n * height * width, PIXELS) * towers
     wrap_triton(_local)[grid(count, sizes)](
-        x, bias, c, alpha, relu_first, count, n * height * width, pixels, **sizes
+        x, bias, c, alpha, relu_first, count, n * height * width, PIXELS, **sizes
     )
     column_blocks, windows = equal_blocks(columns, 2)
     lanes, programs = _warps(n * column_blocks, channels)
