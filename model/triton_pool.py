@@ -280,11 +280,14 @@ def equal_blocks(total: int, most: int) -> tuple[int, int]:
 
 
 def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the size that x is pooled to, channels_last; `torch.empty` would be compiled to a fill with NaN."""
+    """Of the size that x is pooled to, channels_last.
+
+    Compiled, `torch.empty` with a layout is filled with NaN, and of equal calls of `torch.empty_strided` one
+    is left, whose result is copied.
+    """
     n, channels, height, width = x.shape
-    rows, columns = (height - 1) // 2, (width - 1) // 2
-    strides = (rows * columns * channels, 1, columns * channels, channels)
-    return torch.empty_strided((n, channels, rows, columns), strides, dtype=dtype, device=x.device)
+    pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)
+    return pooled.permute(0, 3, 1, 2)
 
 
 @triton_op("alexnet::normalise_and_pool", mutates_args={})
@@ -319,7 +322,7 @@ def _gradient(
     row_blocks, block_rows = equal_blocks(triton.cdiv(height, 2), 14)
     column_blocks = triton.cdiv(width, 2)
     strips = n * row_blocks * column_blocks * towers
-    bias_parts = torch.empty_strided((strips // towers, channels), (channels, 1), device=x.device)
+    bias_parts = torch.empty((strips // towers, channels), device=x.device)
     wrap_triton(_backward)[grid(strips, sizes)](
         grad, places, x, bias, result, bias_parts, alpha, relu_first, strips, row_blocks, column_blocks,
         height, width, *places.shape[2:], block_rows=block_rows, **sizes,

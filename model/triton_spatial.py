@@ -284,7 +284,7 @@ def _gradient(
     row_blocks, block_rows = equal_blocks(height, 9)
     column_blocks, block_columns = equal_blocks(width, 3)
     count = n * row_blocks * column_blocks * towers
-    bias_parts = torch.empty_strided((count // towers, channels), (channels, 1), device=x.device)
+    bias_parts = torch.empty((count // towers, channels), device=x.device)
     wrap_triton(_local_backward)[grid(count, sizes)](
         direct, sums, x, bias, result, bias_parts, alpha, relu_first, count, row_blocks, column_blocks,
         height, width, block_rows=block_rows, block_columns=block_columns, **sizes,
