@@ -8,6 +8,8 @@ input's type before they are compared, as there, so that both choose the same ma
 A thread has eight neighbouring channels, and as many threads as a tower's channels take are a strip,
 which goes down the rows at a few columns. A program is a single warp, with as many strips as fit: so the
 two channels beyond a thread's own come from other threads' registers, and few lanes are idle.
+
+α is a constant of the kernels: compiled code would pass it in fp64, and all it is multiplied with would be.
 """
 # mypy: disable-error-code="assignment, has-type, misc"
 # (In the kernels tuples grow, which mypy would have of one length.)
@@ -127,7 +129,10 @@ def ranked(b, dtype: tl.constexpr, y: tl.constexpr):
 
 @triton.jit
 def maxima_of_three(keys, windows: tl.constexpr):
-    """Of a row's keys the greatest in each of neighbouring windows, every other of them being in two."""
+    """Of a row's keys the greatest in each of neighbouring windows; every other pixel is in two of them.
+
+    keys: each as of a window's first pixel, from which the places of the next two are 1 and 2 away.
+    """
     maxima = ()
     for window in tl.static_range(windows):
         first, second, third = keys[2 * window], keys[2 * window + 1] - 1, keys[2 * window + 2] - 2
@@ -140,7 +145,7 @@ def store_maxima(y, places, above, middle, below, mask, stride: tl.constexpr, wi
     """The greatest values of neighbouring windows and their places; without one above 0 it is 0, and nowhere.
 
     above, middle, below: the greatest keys of the windows' rows. Returns those of the next windows' first
-    row, which is the last of these.
+    row, which is the last of these, 6 places on.
     """
     dtype: tl.constexpr = y.dtype.element_ty
     bits: tl.constexpr = dtype.primitive_bitwidth
@@ -226,7 +231,7 @@ def _backward(
     row_blocks, column_blocks, height, width, rows, columns, tower_channels: tl.constexpr,
     towers: tl.constexpr, lanes: tl.constexpr, block_rows: tl.constexpr,
 ):  # fmt: skip
-    """By blocks of 2×2 pixels, which see four windows."""
+    """By blocks of 2×2 pixels, which are in four windows; two of these were read for the block above."""
     strip, channel, exists, first, last = strips(count, tower_channels, lanes)
     stride: tl.constexpr = tower_channels * towers
     bias_parts += strip * tower_channels + channel
