@@ -17,22 +17,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from model.triton_pool import (
+from model.triton_lrn import (
     WARP,
     biased,
-    empty_pooled,
     equal_blocks,
     grid,
     layout,
     local_gradient,
-    maxima_of_three,
     normalised,
-    pooled_gradients,
     position,
-    ranked,
-    store_maxima,
     strips,
 )
+from model.triton_pool import empty_pooled, maxima_of_three, pooled_gradients, ranked, store_maxima
 
 ALPHA = tl.constexpr(1e-3 / 25)  # on the sum of squares
 # 2αβ of the gradient, its root on either side of the sum: fp16 holds what is in between.

@@ -1,0 +1,120 @@
+"""Bias, ReLU and local response normalisation of NHWC maps, as part of kernels for a GPU.
+
+A thread has eight neighbouring channels, and as many threads as a tower's channels take are a strip,
+which goes down the rows at a few columns. A program is a single warp, with as many strips as fit: so the
+two channels beyond a thread's own come from other threads' registers, and few lanes are idle.
+
+α is a constant of the kernels: compiled code would pass it in fp64, and all it is multiplied with would be.
+"""
+
+import triton
+import triton.language as tl
+
+K = tl.constexpr(2.0)
+BETA = tl.constexpr(0.75)
+GROUP = tl.constexpr(8)  # neighbouring channels of a thread
+WARP = tl.constexpr(32)
+
+
+@triton.jit
+def strips(count, tower_channels: tl.constexpr, lanes: tl.constexpr):
+    """Of a program's lanes: their strip [lanes,1], their channels within its tower [lanes,8], which of
+    them exist, and whether they are at the first and the last of the tower's channels [lanes]."""
+    groups: tl.constexpr = (tower_channels + GROUP - 1) // GROUP
+    together: tl.constexpr = lanes // groups
+    lane = tl.arange(0, lanes)
+    strip = (tl.program_id(0) * together + lane // groups)[:, None]
+    group = lane % groups
+    channel = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    exists = (lane < together * groups)[:, None] & (strip < count)
+    if groups * GROUP != tower_channels:
+        exists = exists & (channel < tower_channels)
+    return strip, channel, exists, group == 0, group == groups - 1
+
+
+@triton.jit
+def position(index, row_blocks, column_blocks):
+    """Image, block of rows and block of columns."""
+    row_block = index // column_blocks
+    return (row_block // row_blocks).to(tl.int64), row_block % row_blocks, index % column_blocks
+
+
+@triton.jit
+def _neighbour(values, shift: tl.constexpr, at_end):
+    """What the next lane has (shift 1), or the one before (-1); 0 beyond the tower."""
+    lane = tl.arange(0, values.shape[0]) + shift
+    lane = tl.minimum(tl.maximum(lane, 0), values.shape[0] - 1)
+    return tl.where(at_end, 0.0, tl.gather(values, lane, 0))
+
+
+@triton.jit
+def window_sum(values, first, last):
+    """Sum over five neighbouring channels; those outside of the tower count as 0.
+
+    values: [lanes,8]. For its eight sums a thread needs no more than four values of other threads.
+    """
+    even, odd = tl.split(values.reshape(values.shape[0], 2, 2, 2))
+    v04, v26 = tl.split(even)
+    v15, v37 = tl.split(odd)
+    v0, v4 = tl.split(v04)
+    v2, v6 = tl.split(v26)
+    v1, v5 = tl.split(v15)
+    v3, v7 = tl.split(v37)
+    v01, v23, v45, v67 = v0 + v1, v2 + v3, v4 + v5, v6 + v7
+    start, middle, end = v01 + v23, v23 + v45, v45 + v67
+    even = tl.join(
+        tl.join(_neighbour(v67, -1, first) + v01 + v2, middle + v6),
+        tl.join(start + v4, end + _neighbour(v0, 1, last)),
+    )
+    odd = tl.join(
+        tl.join(_neighbour(v7, -1, first) + start, v3 + end),
+        tl.join(v1 + middle, v5 + v67 + _neighbour(v01, 1, last)),
+    )
+    return tl.join(even, odd).reshape(values.shape)
+
+
+@triton.jit
+def biased(x, bias, mask, relu_first: tl.constexpr):
+    """Loads x and returns what is normalised; NaN stays NaN."""
+    a = tl.load(x, mask, other=0.0).to(tl.float32) + bias
+    return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) if relu_first else a
+
+
+@triton.jit
+def _inverse_root(a, alpha, first, last):
+    """d^-.5 with d = k + α·Σa² over channels; d^-.75 is this times its own root."""
+    return tl.rsqrt(alpha * window_sum(a * a, first, last) + K)
+
+
+@triton.jit
+def normalised(a, alpha, first, last):
+    root = _inverse_root(a, alpha, first, last)
+    return a * (root * tl.sqrt(root))
+
+
+@triton.jit
+def local_gradient(g, a, alpha, first, last, relu_first: tl.constexpr):
+    """With g the gradient of b = a·d^-β, that of a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1))."""
+    root = _inverse_root(a, alpha, first, last)
+    direct = g * (root * tl.sqrt(root))
+    shared = window_sum(direct * a * (root * root), first, last)
+    result = direct - a * shared * (alpha * (2 * BETA))
+    return tl.where(a > 0, result, 0.0) if relu_first else result
+
+
+def layout(channels: int, towers: int) -> dict[str, int]:
+    """How a program, a single warp, has the channels: with one lane or more for each strip's group."""
+    groups = triton.cdiv(channels // towers, GROUP.value)
+    lanes = max(WARP.value, triton.next_power_of_2(groups))
+    return {"tower_channels": channels // towers, "towers": towers, "lanes": lanes, "num_warps": 1}
+
+
+def grid(strips: int, sizes: dict[str, int]) -> tuple[int]:
+    """Programs that take all strips."""
+    return (triton.cdiv(strips, sizes["lanes"] // triton.cdiv(sizes["tower_channels"], GROUP.value)),)
+
+
+def equal_blocks(total: int, most: int) -> tuple[int, int]:
+    """How many blocks of at most `most` there are to be, and how much each of them has, but for the last."""
+    blocks = triton.cdiv(total, most)
+    return blocks, triton.cdiv(total, blocks)
