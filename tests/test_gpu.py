@@ -6,12 +6,15 @@ import torch
 from pipeline.graph import jpeg_batch
 from pipeline.loader import Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.plan import Plan
-from tests.helpers import with_nearest_chroma
+from tests.helpers import rows, with_nearest_chroma
+from trainer.distributed import World
 from trainer.meter import Interval
 from trainer.metrics import Metrics
 from trainer.optim import make_optimizer, set_learning_rate
-from trainer.settings import Settings
+from trainer.run import Run
+from trainer.settings import Settings, load_settings
 from trainer.step import Step
+from trainer.train import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +74,25 @@ def test_a_few_steps_lower_the_loss_in_each_precision(batches, precision):
         set_learning_rate(optimizer, 1e-3)
         losses.append(step(pixels, labels)[0])
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, precision):
+    small = ["--recipe", "demo", "--crop", "67", "--width", "0.125", "--batch", "12", "--on-nan", "skip"]
+    settings = load_settings(["--data", str(packed), *small, "--precision", precision])
+    trainer = Trainer(settings, Run(tmp_path), World(0, 1, 0, GPU), Metrics(), port=None)
+    batches = trainer.batches()
+    trainer.train_one(batches)  # which may wait for memory and libraries
+    trainer.log()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_one(batches)
+            trainer.log()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer.intervals.tell()
+    assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv")] == [1, 2, 3, 4]
 
 
 def test_the_gpu_has_its_gauges():

@@ -93,5 +93,5 @@ class Step:
         they show in its scale."""
         scale = self.scaler.scale(torch.ones((), device=self.device))
         condition = torch.stack([all_finite(self._parameters()), scale, *self._skips]).double()
-        self._skips[0] = 0
+        self._skips[:1].zero_()  # a number in its place would be sent there, and waited for
         return condition
