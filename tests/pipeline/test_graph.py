@@ -3,7 +3,6 @@
 from io import BytesIO
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from nvidia.dali import fn, pipeline_def
@@ -185,6 +184,7 @@ def test_on_a_gpu_no_thread_is_bound_to_a_core():
 
 def test_nearest_chroma_is_that_of_the_file(packed):
     """What tests/test_gpu.py compares with, beside another decoder's planes."""
+    av = pytest.importorskip("av", reason="the extra `video` is not installed")
     reader = ShardReader(packed, read_manifest(packed), "train")
     for number in range(len(reader)):
         jpeg = bytes(reader.jpeg(number))
