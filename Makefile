@@ -75,7 +75,7 @@ gpu: gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-load
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
 gpu-%: BENCH = $(BIN)/python tools/bench.py
-gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD) --runs 3 --seconds 3 --limit 240
+gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD) --runs 3 --seconds 3 --limit 400
 
 gpu-tests: setup # 180 s
 	$(BIN)/pytest -m gpu $$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.gpu' tests)
