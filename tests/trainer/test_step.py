@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
-from trainer.step import Condition, Skips, Step
+from trainer.step import Condition, Skips, Step, all_finite
 
 CPU = torch.device("cpu")
 
@@ -91,3 +91,19 @@ def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(bat
     expected, _ = trained([batch], "fp16")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (1000, 33), (5, 3, 4, 4)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, value):
+    size = torch.Size(shape).numel()
+    for place in {0, size // 2, size - 1}:
+        tensor = torch.randn(shape)
+        tensor.view(-1)[place] = value
+        if len(shape) == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        assert not all_finite([torch.ones(3), tensor, torch.ones(())])
+
+
+def test_finite_values_whose_sum_is_not_are_finite():
+    assert all_finite([torch.full((1000,), 3e38), torch.full((1000,), -3e38), torch.zeros(1)])
