@@ -214,3 +214,19 @@ def test_all_processes_do_as_the_first_decides(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "share", lambda self, value: ("towers", ["as the first says"]))
     settled, notes = settle_form(Settings(), Run(tmp_path), World(1, 2, 1, ALONE.device))
     assert (settled.form, notes) == ("towers", ["as the first says"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("preset", ["paper", "code2012"])
+def test_a_gpu_computes_the_same_in_each_form_and_finds_the_fastest(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = Settings(**NARROW, preset=preset, dropout="off")
+    pixels = 100 * torch.randn(4, 3, 67, 67, device=GPU.device).contiguous(memory_format=torch.channels_last)
+    logits = {form: build_model(settings, 10, GPU.device, form)(pixels) for form in FORMS}
+    tolerance = 0.01 * float(logits["grouped"].abs().max())  # TF32
+    for values in logits.values():
+        torch.testing.assert_close(values, logits["grouped"], rtol=0, atol=tolerance)
+    form, notes = fastest_form(settings, GPU)
+    assert form in FORMS
+    assert fastest_form(settings, GPU) == (form, notes)
