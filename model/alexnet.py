@@ -113,9 +113,9 @@ class AlexNet(nn.Module):
         self.form = FORMS[form] if variant.towers == 2 else FORMS[form]._replace(groups="grouped")
         # The text's normalisation runs over the maps of both towers, which are joined for it.
         self.normalises_across = variant.lrn and self.preset.lrn_towers == 1
+        self.lrn_alpha = self.preset.lrn_alpha if variant.lrn else None
         self.activation: Activation = ACTIVATIONS[variant.activation]
         self.window = 3 if variant.overlapping_pooling else 2
-        self.lrn_alpha = self.preset.lrn_alpha if variant.lrn else None
         # The 2012 code rounds the number of windows up, which is zeros on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
         last = (crop + self.conv1_pad - 11) // 4 + 1  # the side of the maps
@@ -169,22 +169,17 @@ class AlexNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """[N,3,crop,crop] → what fc8 takes [N,4096]. Shapes below are those of a 224-px crop."""
-        towers_apart = self.form.groups == "towers" and not self.normalises_across
-        # Kernels that normalise and pool add the bias as well, which is then none of the convolution's.
-        added = adds_bias(x, self.lrn_alpha, self.activation, self.window)
-
-        def biases(layer: nn.Conv2d) -> tuple[Tensor | None, Tensor | None]:
-            return (None, layer.bias) if added else (layer.bias, None)
-
-        bias, later = biases(self.conv1)
-        maps = convolve_pixels(self.conv1, bias, x, self.conv1_pad, self.form, towers_apart)  # [N,96,55,55]
-        maps = self._normalise_and_pool(maps, later, not self.preset.lrn1_before_relu)  # [N,96,27,27]
+        later = adds_bias(x, self.lrn_alpha, self.activation, self.window)  # the bias, after the convolution
+        apart = self.form.groups == "towers" and not self.normalises_across
+        maps = convolve_pixels(self.conv1, x, self.conv1_pad, self.form, apart, not later)  # [N,96,55,55]
+        bias = self.conv1.bias if later else None
+        maps = self._normalise_and_pool(maps, bias, not self.preset.lrn1_before_relu)  # [N,96,27,27]
         if self.variant.without == "conv2":
             maps = [self.pool(x) for x in maps]
         else:
-            bias, later = biases(self.conv2)
-            maps = convolve(self.conv2, bias, maps, self.form)  # [N,256,27,27]
-            maps = self._normalise_and_pool(maps, later, True, self.preset.spatial_norm)  # [N,256,13,13]
+            maps = convolve(self.conv2, maps, self.form, not later)  # [N,256,27,27]
+            bias = self.conv2.bias if later else None
+            maps = self._normalise_and_pool(maps, bias, True, self.preset.spatial_norm)  # [N,256,13,13]
         maps = self._convolved("conv3", maps)  # [N,384,13,13]
         maps = self._convolved("conv4", maps)  # [N,384,13,13]
         maps = self._convolved("conv5", maps)  # [N,256,13,13]
@@ -199,14 +194,15 @@ class AlexNet(nn.Module):
         if name == self.variant.without:
             return maps
         layer: nn.Conv2d = getattr(self, name)
-        return [self.activation(x) for x in convolve(layer, layer.bias, maps, self.form)]
+        return [self.activation(x) for x in convolve(layer, maps, self.form)]
 
     def _normalise_and_pool(
         self, maps: Maps, bias: Tensor | None, relu_first: bool, spatial_norm: bool = False
     ) -> Maps:
+        """bias: of the convolution, where it was left out there."""
         if self.normalises_across:
             maps = [joined(maps)]
-        biases = len(maps) * [None] if bias is None else bias.chunk(len(maps))
+        biases = [None] * len(maps) if bias is None else bias.chunk(len(maps))
         return [
             normalise_and_pool(
                 x,
@@ -216,9 +212,9 @@ class AlexNet(nn.Module):
                 spatial_norm and self.variant.lrn,
                 activation=self.activation,
                 window=self.window,
-                bias=part,
+                bias=bias,
             )
-            for x, part in zip(maps, biases, strict=True)
+            for x, bias in zip(maps, biases, strict=True)
         ]
 
 

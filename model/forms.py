@@ -37,33 +37,35 @@ FORMS = {
 
 
 def convolve_pixels(
-    layer: nn.Conv2d, bias: Tensor | None, x: Tensor, padding: int, form: Form, apart: bool
+    layer: nn.Conv2d, x: Tensor, padding: int, form: Form, apart: bool, biased: bool = True
 ) -> Maps:
-    """conv1, with its bias or without. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the
-    last window needs. apart: whether each tower's maps are by themselves."""
+    """conv1. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the last window needs. apart:
+    whether each tower's maps are by themselves. biased: whether the bias is added."""
+    bias = layer.bias if biased else None
     if form.space_to_depth:
         x = _blocks(F.pad(x, (0, padding + 1, 0, padding + 1)))
         weight = _blocks(F.pad(layer.weight, (0, 1, 0, 1)))
-        return _halves([x, x], layer, bias, weight, 1) if apart else [F.conv2d(x, weight, bias)]
+        return _halves([x, x], weight, bias) if apart else [F.conv2d(x, weight, bias)]
     x = F.pad(x, (0, padding, 0, padding))
-    return _halves([x, x], layer, bias, layer.weight, BLOCK) if apart else [_whole(layer, bias, x)]
+    return _halves([x, x], layer.weight, bias, BLOCK) if apart else [_as_written(layer, x, biased)]
 
 
-def convolve(layer: nn.Conv2d, bias: Tensor | None, maps: Maps, form: Form) -> Maps:
-    """A layer after conv1, with its bias or without."""
+def convolve(layer: nn.Conv2d, maps: Maps, form: Form, biased: bool = True) -> Maps:
+    """A layer after conv1. biased: whether its bias is added."""
+    bias = layer.bias if biased else None
     if form.groups == "towers":
         if layer.groups == 1:
             maps = 2 * [joined(maps)]
         elif len(maps) == 1:
             maps = list(maps[0].chunk(2, 1))
-        return _halves(maps, layer, bias, layer.weight)
+        return _halves(maps, layer.weight, bias, padding=layer.padding)
     (x,) = maps
     if form.groups == "block-diagonal" and layer.groups == 2:
         first, second = layer.weight.chunk(2)
         nothing = torch.zeros_like(first)
         weight = torch.cat([torch.cat([first, nothing], 1), torch.cat([nothing, second], 1)])
         return [F.conv2d(x, weight, bias, padding=layer.padding)]
-    return [_whole(layer, bias, x)]
+    return [_as_written(layer, x, biased)]
 
 
 def joined(maps: Maps) -> Tensor:
@@ -71,17 +73,19 @@ def joined(maps: Maps) -> Tensor:
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
-def _whole(layer: nn.Conv2d, bias: Tensor | None, x: Tensor) -> Tensor:
-    if bias is not None:
+def _as_written(layer: nn.Conv2d, x: Tensor, biased: bool) -> Tensor:
+    if biased:
         return layer(x)
     return F.conv2d(x, layer.weight, None, layer.stride, layer.padding, groups=layer.groups)
 
 
-def _halves(maps: Maps, layer: nn.Conv2d, bias: Tensor | None, weight: Tensor, stride: int = 1) -> Maps:
+def _halves(
+    maps: Maps, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: str | tuple[int, ...] = (0, 0)
+) -> Maps:
     """What each tower's half of the kernels makes of the maps it sees."""
     biases = (None, None) if bias is None else bias.chunk(2)
     halves = zip(maps, weight.chunk(2), biases, strict=True)
-    return [F.conv2d(*half, stride, layer.padding) for half in halves]
+    return [F.conv2d(*half, stride, padding) for half in halves]
 
 
 def _blocks(x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def close_quietly(file: int | IO) -> None:
 
 
 @contextmanager
-def held(lock: IO) -> Iterator[None]:
+def held_open(lock: IO) -> Iterator[None]:
     """Keep a lock file open for the block, and close it quietly."""
     try:
         yield

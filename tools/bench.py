@@ -234,11 +234,11 @@ def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any
     stages = Stages(settings, join(settings.device), options)
 
     def make(more: list[str]) -> Stages:
-        """With other settings; how to decode was measured once, for the first."""
+        """With other settings; how to decode and to convolve is measured once, for the first."""
         settings, found = load_settings([*rest, *more], command="bench.py"), stages.decoding
         share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
         decoding = {"threads": settings.threads or found.threads, "hw_decoder_load": share}
-        return Stages(settings.model_copy(update=decoding), stages.world, options)
+        return Stages(settings.model_copy(update=decoding), stages.world, options, stages)
 
     about = {"command": " ".join(sys.argv), **stages.describe(), "images_per_second": {}}
     about["environment"] = environment(stages.world.device_name)
@@ -250,6 +250,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any
         part = {RECORDED[UNITS.get(stage, "images/s")]: {stage: figures}, "took_seconds": {stage: took}}
         part |= {"failed": {stage: errors}} if errors else {}
         record |= {name: record.get(name, {}) | content for name, content in part.items()}
+        about["convolutions"] = record["convolutions"] = stages.convolutions
         if options.record:
             with open(options.record, "a") as file:
                 print(json.dumps(about | part), file=file)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from pipeline.files import close_quietly, held
+from pipeline.files import close_quietly, held_open
 from pipeline.manifest import NAME, DatasetError, read_manifest
 from trainer.launch import complain, launch, world_size
 from trainer.run import LostError, Run, RunError
@@ -77,7 +77,7 @@ def _train(arguments: Sequence[str]) -> None:
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
     first = os.environ.get("RANK", "0") == "0"
-    with held(run.begin(settings, manifest)) if first else nullcontext():
+    with held_open(run.begin(settings, manifest)) if first else nullcontext():
         from trainer.train import train
 
         train(settings, run)

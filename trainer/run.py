@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import held, sync_folder, whole_file
+from pipeline.files import held_open, sync_folder, whole_file
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
@@ -237,7 +237,7 @@ def _locked(folder: Path) -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:
-            with held(lock):
+            with held_open(lock):
                 owner = _owner(lock)
             raise RunError(
                 f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import held, naming, read_file, sync, sync_folder, whole_file
+from pipeline.files import held_open, naming, read_file, sync, sync_folder, whole_file
 
 NICETIES = [
     "EINVAL",
@@ -184,12 +184,12 @@ def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
 def test_an_error_in_closing_a_lock_does_not_hide_the_one_before(tmp_path):
     lock = open(tmp_path / "lock", "w")  # noqa: SIM115
     os.close(lock.fileno())  # so that closing it is an error
-    with pytest.raises(ValueError, match="the reason"), held(lock):
+    with pytest.raises(ValueError, match="the reason"), held_open(lock):
         raise ValueError("the reason")
 
 
 def test_a_lock_is_open_in_the_block_and_closed_after_it(tmp_path):
     lock = open(tmp_path / "lock", "w")  # noqa: SIM115
-    with held(lock):
+    with held_open(lock):
         assert not lock.closed
     assert lock.closed

@@ -160,6 +160,15 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
     assert list(record["images_per_second"]["loader"]) == ["threads 1", "threads 2"]
 
 
+def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
+    done = call(bench.main, "forms", "--data", packed, *SETTINGS, *QUICK, "--convolutions", "towers")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    figures = record["images_per_second"]["forms"]
+    assert set(figures) == set(FORMS)
+    assert next(iter(figures)) == record["convolutions"] == "towers"
+
+
 @pytest.fixture
 def broken(monkeypatch):
     """The second contestant of `read` has no memory, nor has any of `loader`."""
@@ -236,6 +245,28 @@ def test_how_to_decode_is_measured_once_for_all_values_of_a_sweep(packed, call, 
     assert {decoding.hw_decoder_load for decoding in found[4:]} == {0.25}
 
 
+def test_the_form_of_convolutions_is_looked_for_once_where_one_is_needed_and_recorded(
+    packed, tmp_path, call, monkeypatch
+):
+    from tools.benchmarks import stages
+
+    looked = []
+    monkeypatch.setattr(
+        stages, "fastest_form", lambda settings, _: (looked.append(settings.batch) or "towers", [])
+    )
+    records = tmp_path / "records.jsonl"
+    arguments = ("--data", packed, *QUICK, *SETTINGS, "--record", records)
+    assert call(bench.main, "read", "train", *arguments).returncode == 0
+    assert [json.loads(line)["convolutions"] for line in records.read_text().splitlines()] == [
+        "auto",
+        "towers",
+    ]
+    assert looked == [4]
+    assert call(bench.main, "train", *arguments, "--sweep", "batch", "2", "3").returncode == 0
+    assert looked == [4, 4]
+    assert json.loads(records.read_text().splitlines()[-1])["convolutions"] == "towers"
+
+
 def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
     logged = []
     monkeypatch.setattr("trainer.journal.Journal.interval", lambda self, step, *_: logged.append(step))
@@ -243,15 +274,6 @@ def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
     assert done.returncode == 0
     assert logged
     assert logged == list(range(2, logged[-1] + 1, 2))
-
-
-def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
-    done = call(bench.main, "forms", "--data", packed, *SETTINGS, *QUICK, "--convolutions", "towers")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
-    figures = record["images_per_second"]["forms"]
-    assert set(figures) == set(FORMS)
-    assert next(iter(figures)) == record["convolutions"] == "towers"
 
 
 def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch, call):

@@ -34,10 +34,13 @@ TRACED = 10  # steps
 
 
 class Stages:
-    """Of one dataset and one group of settings. options: of the command line, what they need besides."""
+    """Of one dataset and one group of settings. options: of the command line, what they need besides. first:
+    of a sweep, whose form of convolutions the others take."""
 
-    def __init__(self, settings: Settings, world: World, options: argparse.Namespace):
-        self.settings, self.world, self.seconds = settings, world, options.seconds
+    def __init__(
+        self, settings: Settings, world: World, options: argparse.Namespace, first: "Stages | None" = None
+    ):
+        self.settings, self.world, self.seconds, self.first = settings, world, options.seconds, first
         self.images: Path | None = options.input
         self.loader_peers: Path | None = options.loader_peers
         self.pack_peers: Path | None = options.pack_peers
@@ -57,10 +60,14 @@ class Stages:
             "crop": self.settings.crop,
             "geometry": self.dataset.manifest.geometry,
             "precision": resolve_precision(self.settings.precision, self.device),
-            "convolutions": vars(self).get("_settled", self.settings).convolutions,  # auto: no stage had any
             "threads": self.decoding.threads,
             "hw_decoder_load": self.decoding.hw_decoder_load,
         }
+
+    @property
+    def convolutions(self) -> str:
+        """The form that was taken, or `auto` as long as no stage has trained."""
+        return vars(self).get("_settled", self.settings).convolutions
 
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
         """A run of work that is made for the first of them: what is never run is never made."""
@@ -79,7 +86,10 @@ class Stages:
         """The settings with what `auto` is for a run that begins here."""
         precision = resolve_precision(self.settings.precision, self.device)
         settings = self.settings.model_copy(update={"precision": precision})
-        form, _ = fastest_form(settings, self.world)
+        if self.first and settings.convolutions == "auto":
+            form = self.first._settled.form
+        else:
+            form, _ = fastest_form(settings, self.world)
         return settings.model_copy(update={"convolutions": form})
 
     def _model(self, precision: str, mode: str | None = None, form: str | None = None) -> Work:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import close_quietly, held, naming, whole_file
+from pipeline.files import close_quietly, held_open, naming, whole_file
 from pipeline.manifest import NAME
 from tools.inputs.sources import SourceError
 from tools.packing.results import SUFFIX
@@ -44,7 +44,7 @@ def locked(output: Folder) -> Iterator[None]:
         return
     folder = Path(output.path, UNFINISHED)
     try:
-        with held(_lock(folder, output)):
+        with held_open(_lock(folder, output)):
             for left in folder.glob("tmp*"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
