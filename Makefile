@@ -80,7 +80,7 @@ gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record 
 gpu-tests: setup # 180 s
 	$(BIN)/pytest -m gpu $$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.gpu' tests)
 
-gpu-model: setup # 6 × 12 s, 4 compilations
+gpu-model: setup # 5 × 12 s, 3 compilations
 	$(BENCH) model $(GIVEN) --gates
 
 gpu-forms: setup # 6 × 12 s, 6 compilations

@@ -15,15 +15,20 @@
     save    seconds that a checkpoint holds training up, and until it is on the disk ($TMPDIR)
     pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
 
-What is compared runs by turns after a warm-up. A figure is the median of its runs, with the least and
-the greatest; a ratio is the median over runs that stood side by side. What fails is a line, too, and the
-rest goes on; the exit code is then 1. --gates ends with 1 also where a ratio is below what it has been, or
-on a GPU an amount short of what an H200 shall do, by more than a shared machine's noise. Other options are
-settings of alexnet-train (--batch, --recipe, --threads, …).
+On a CPU, loader and peers are measured at batch 32 and at 128, unless --batch says another. What is compared
+runs by turns after a warm-up. A figure is the median of its runs, with the least and the greatest; a ratio is
+the median over runs that stood side by side. What fails is a line, too, and the rest goes on; the exit code
+is then 1. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
+
+A gate is a goal of a stage: a ratio, or on a GPU an amount that an H200 shall reach. It is passed where the
+median reaches the goal; else undecided where the median's 95 % interval does, and more --runs may decide it;
+else missed. The interval is that of a bootstrap over the runs, with the same draws each time; of five runs or
+fewer it is their range. --gates ends with 1 where a gate is missed, not where one is undecided.
 
 A stage takes (runs + 1) × seconds for each of its lines, and what these compile or start. That is, unless
-told otherwise, 90 s for read, 60 for loader, 270 for peers, 90 for model (180 on a GPU), 180 for forms and 90
-for train; the others last as long as what they do. Each says how long it took.
+told otherwise, 90 s for read, 120 for loader and 540 for peers (half of it at one batch), 120 for model
+(150 on a GPU), 180 for forms and 90 for train; the others last as long as what they do. Each says how long
+it took.
 """
 
 import argparse
@@ -35,12 +40,13 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError, read_manifest
+from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive
 from trainer.run import environment
 from trainer.settings import SettingsError, load_settings
@@ -51,54 +57,9 @@ if TYPE_CHECKING:
 STAGES = ("read", "loader", "peers", "model", "forms", "train", "start", "memory", "save", "pack")
 UNITS = {"start": "s", "memory": "GB", "save": "s"}  # of the others, images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
-NOISE = 0.9  # of a gate, which has to be reached
+BATCHES = dict.fromkeys(("loader", "peers"), (32, 128))  # on a CPU, unless --batch says another
 
 FAILURES = (RuntimeError, ValueError, OSError)  # of a contestant: no memory, CUDA, a trainer, the disk
-
-Figures = dict[str, list[float]]  # of each contestant, a figure a run
-
-
-class Gate(NamedTuple):
-    """What the first contestant of a stage has to reach: a multiple of others, or on a GPU an amount."""
-
-    stage: str
-    goal: float
-    others: tuple[str, ...] = ()
-    pick: Callable[..., float] = max  # which of several others counts
-    device: str = ""  # where the gate stands; any
-    geometry: str = ""  # likewise
-    at_most: bool = False
-
-    def stands(self, device: str, geometry: str) -> bool:
-        return self.device in ("", device) and self.geometry in ("", geometry)
-
-    def passes(self, reached: float) -> bool:
-        return reached <= self.goal / NOISE if self.at_most else reached >= self.goal * NOISE
-
-    def reached(self, figures: Figures) -> float | None:
-        """None where it was not measured, or nothing to compare with."""
-        ours = next(iter(figures.values()), [])
-        theirs = [figures[name] for name in self.others if figures.get(name)]
-        if not ours or (self.others and not theirs):
-            return None
-        return median(a / self.pick(b, default=1.0) for a, *b in zip(ours, *theirs, strict=True))
-
-
-GATES = (
-    Gate("read", 1.0, ("DALI's reader",)),
-    Gate("loader", 1.0, ("DALI's reader",)),
-    Gate("loader", 50_000, device="cuda", geometry="256"),
-    Gate("loader", 15_000, device="cuda", geometry="original"),
-    Gate("peers", 2.0, ("pytorch", "timm", "webdataset", "spdl", "litdata", "streaming")),
-    Gate("peers", 1.0, ("ffcv",)),  # the goal is 2.0
-    Gate("model", 1.5, ("stock NCHW", "stock channels_last")),
-    Gate("model", 80_000, device="cuda"),
-    Gate("start", 25, device="cuda", at_most=True),
-    Gate("memory", 8, device="cuda", at_most=True),
-    Gate("train", 0.97, ("loader alone", "model alone"), pick=min),
-    Gate("pack", 1.4, ("shardwriter",)),
-    Gate("pack", 1.0, ("img2dataset",)),
-)
 
 
 def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figures, dict[str, str]]:
@@ -130,39 +91,21 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
-def table(stage: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[str]:
+def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[str]:
     """A line for each contestant; ratios are to the first."""
-    unit, first = UNITS.get(stage, "images/s"), next(iter(figures.values()), [])
+    unit, first = UNITS.get(label, "images/s"), next(iter(figures.values()), [])
     digits = ",.3f" if unit == "s" else ",.1f"
     for name, error in errors.items():
-        yield f"{stage:8}{name:20}failed: {error}"
+        yield f"{label:18}{name:20}failed: {error}"
     for name, values in figures.items():
         if not values:
             continue
         spread = f"{min(values):{digits}} to {max(values):{digits}}"
-        line = f"{stage:8}{name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
+        line = f"{label:18}{name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
         if first and values is not first:
             ratio = median(a / b for a, b in zip(first, values, strict=True))
             line += f"{next(iter(figures))} is {ratio:.2f} × this"
         yield line
-
-
-def judge(results: dict[str, Figures], device: str, geometry: str = "256") -> tuple[list[str], bool]:
-    """A line for each gate that was measured, and whether all were passed."""
-    lines, passed = [], True
-    for gate in GATES:
-        if gate.stage not in results or not gate.stands(device, geometry):
-            continue
-        reached = gate.reached(results[gate.stage])
-        if reached is None:
-            continue
-        passed &= gate.passes(reached)
-        unit = UNITS.get(gate.stage, "images/s")
-        of = f"× {gate.pick.__name__} of {', '.join(gate.others)}" if gate.others else unit
-        limit = f"at {'most' if gate.at_most else 'least'} {gate.goal:,g}"
-        verdict = "passed" if gate.passes(reached) else "MISSED"
-        lines.append(f"gate    {gate.stage:8}{reached:,.2f} {of}; {limit}: {verdict}")
-    return lines, passed
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -185,7 +128,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--pack-peers", type=Path, metavar="PYTHON", help="of `make .pack-peers`: .pack-peers/bin/python")
     add("--loader-peers", type=Path, metavar="PYTHON", help="of `make .loader-peers`, likewise")
     add("--sweep", nargs="+", metavar=("SETTING", "VALUE"), help="the stage with each value of a setting")
-    add("--gates", action="store_true", help="end with 1 if a gate is missed")
+    add("--gates", action="store_true", help="end with 1 if one is missed")
     add("--record", type=Path, metavar="FILE", help="append a line to this file as each stage ends")
     add("--trace", type=Path, metavar="FILE", help="write a profiler's trace of training there, too")
     options, rest = parser.parse_known_args()
@@ -203,6 +146,14 @@ def possible(options: argparse.Namespace, device: str) -> list[str]:
     return every if "all" in options.stages else options.stages
 
 
+def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
+    """For each batch at which a stage is measured, a label and the setting. as_set: at that which is set."""
+    if as_set or stage not in BATCHES:
+        yield stage, []
+    else:
+        yield from ((f"{stage}, batch {batch}", ["--batch", str(batch)]) for batch in BATCHES[stage])
+
+
 def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -> "Stage":
     """The first contestant of a stage, with each value of a setting."""
     name, *values = sweep
@@ -211,20 +162,32 @@ def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -
 
 
 def measured(
-    contestants: Callable[[], "Stage"], options: argparse.Namespace
-) -> tuple[Figures, dict[str, str], float]:
-    """As by_turns, but that none can be made is an error of "all"; and the seconds it took."""
+    stage: str,
+    label: str,
+    contestants: Callable[[], "Stage"],
+    options: argparse.Namespace,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure a stage and print its lines. Returns its part of the record, in which it has the label; that
+    none of its contestants can be made is an error of "all"."""
     begun = time.monotonic()
     try:
         figures, errors = by_turns(contestants(), options.runs, options.limit)
     except RuntimeError as error:
         figures, errors = {}, {"all": said(error)}
-    return figures, errors, round(time.monotonic() - begun, 1)
+    took = round(time.monotonic() - begun, 1)
+    unit = UNITS.get(stage, "images/s")
+    judged = [] if options.sweep else list(judge(stage, figures, about))
+    gates = (f"{label:18}gate: {judgement.line(unit)}" for judgement in judged)
+    print(*table(label, figures, errors), *gates, f"{label:18}took {took:,} s", sep="\n", flush=True)
+    part = {RECORDED[unit]: {label: figures}, "took_seconds": {label: took}}
+    part |= {"gates": {label: [judgement.record() for judgement in judged]}} if judged else {}
+    return part | ({"failed": {label: errors}} if errors else {})
 
 
-def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], bool]:
-    """The record, and whether nothing failed and all gates were passed. What a stage adds to the record is
-    appended to --record at once. Raises SettingsError, DatasetError or OSError."""
+def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
+    """The record. What a stage adds to it is appended to --record at once. Raises SettingsError, DatasetError
+    or OSError."""
     settings = load_settings(rest, command="bench.py")
     read_manifest(settings.data)  # what is wrong is said before torch is there
 
@@ -242,28 +205,26 @@ def measure(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any
 
     about = {"command": " ".join(sys.argv), **stages.describe(), "images_per_second": {}}
     about["environment"] = environment(stages.world.device_name)
-    record, results = dict(about), {}
-    for stage in possible(options, stages.device.type):
-        sweep = partial(swept, make, stage, options.sweep)
-        figures, errors, took = measured(sweep if options.sweep else getattr(stages, stage), options)
-        print(*table(stage, figures, errors), f"{stage:8}took {took:,} s", sep="\n", flush=True)
-        part = {RECORDED[UNITS.get(stage, "images/s")]: {stage: figures}, "took_seconds": {stage: took}}
-        part |= {"failed": {stage: errors}} if errors else {}
-        record |= {name: record.get(name, {}) | content for name, content in part.items()}
-        about["convolutions"] = record["convolutions"] = stages.convolutions
-        if options.record:
-            with open(options.record, "a") as file:
-                print(json.dumps(about | part), file=file)
-        results[stage] = figures
+    given = options.sweep or any(word.partition("=")[0] == "--batch" for word in rest)
+    record = dict(about)
+    for stage in possible(options, about["device"]):
+        for label, more in at_batches(stage, bool(given) or about["device"] != "cpu"):
+            at = make(more) if more else stages
+            sweep = partial(swept, make, stage, options.sweep)
+            with at.closing:
+                part = measured(stage, label, sweep if options.sweep else getattr(at, stage), options, about)
+            record |= {name: record.get(name, {}) | content for name, content in part.items()}
+            about["convolutions"] = record["convolutions"] = at.convolutions
+            if options.record:
+                with open(options.record, "a") as file:
+                    print(json.dumps(about | at.describe() | part), file=file)
     if options.trace:
         try:
             stages.trace(options.trace)
         except RuntimeError as error:
             record["failed"] = record.get("failed", {}) | {"trace": {"all": said(error)}}
             print(f"trace   failed: {said(error)}")
-    lines, passed = judge({} if options.sweep else results, stages.device.type, about["geometry"])
-    print(*lines, sep="\n", end="\n" if lines else "")
-    return record, "failed" not in record and (passed or not options.gates)
+    return record
 
 
 def main() -> None:
@@ -271,11 +232,12 @@ def main() -> None:
     try:
         for file in filter(None, (options.record, options.trace)):  # not after all the work
             file.parent.mkdir(parents=True, exist_ok=True)
-        record, good = measure(options, rest)
+        record = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:
         sys.exit(f"bench: {error}")
     print(json.dumps(record))
-    sys.exit(not good)
+    missed = any(gate["verdict"] == "missed" for gates in record.get("gates", {}).values() for gate in gates)
+    sys.exit("failed" in record or (missed and options.gates))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 
-from model.forms import FORMS
 from tests.helpers import REPO
 from tools import bench
 
@@ -49,7 +48,7 @@ def test_what_fails_has_no_figures_and_the_others_go_on(turn, error):
     assert list(stage) == ["a", "c"]  # what it held can be freed
     failed, first, third = bench.table("model", figures, errors)
     assert failed.endswith(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
-    assert first.startswith("model   a ")
+    assert first.startswith("model             a ")
     assert "a is 1.00 × this" in third
 
 
@@ -58,7 +57,6 @@ def test_without_the_first_there_are_figures_and_no_ratios():
     [line] = bench.table("model", figures, {})
     assert "5.0 images/s" in line
     assert "×" not in line
-    assert bench.judge({"model": figures}, "cuda") == ([], True)  # and its error is an exit code
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(math.inf, 9), (50, 4), (49, 3), (1, 1)])
@@ -81,46 +79,6 @@ def test_table_has_medians_and_ratios_of_neighbouring_runs():
     assert "10.0 to 40.0" in first
     assert "5.0 images/s" in second
     assert "2.00 ×" in second  # of 2, 4 and 2
-
-
-def test_a_gate_compares_runs_that_stood_side_by_side():
-    figures = {
-        "ours": [30.0, 20.0, 40.0],
-        "a": [10.0, 10.0, 10.0],
-        "b": [5.0, 20.0, 80.0],
-        "c": [1.0, 1.0, 1.0],
-    }
-    assert bench.Gate("x", 1.0, ("a", "b")).reached(figures) == 1.0  # of 3, 1 and .5
-    assert bench.Gate("x", 1.0, ("a", "b"), pick=min).reached(figures) == 4.0  # of 6, 2 and 4
-    assert bench.Gate("x", 1.0).reached(figures) == 30.0
-    assert bench.Gate("x", 1.0, ("not measured",)).reached(figures) is None
-
-
-@pytest.mark.parametrize(("ours", "passed"), [(2.0, True), (0.95, True), (0.85, False)])
-def test_a_gate_is_missed_by_more_than_noise(ours, passed):
-    lines, good = bench.judge({"loader": {"loader": [ours], "DALI's reader": [1.0]}}, "cpu")
-    assert good == passed
-    assert [line.rsplit(": ")[-1] for line in lines] == ["passed" if passed else "MISSED"]
-
-
-def test_amounts_are_asked_of_a_gpu_alone():
-    figures = {"model": {"bf16": [70_000.0]}}
-    assert bench.judge(figures, "cpu") == ([], True)
-    assert bench.judge(figures, "cuda")[1] is False
-    assert bench.judge({"model": {"bf16": [90_000.0]}}, "cuda")[1] is True
-
-
-def test_images_of_full_size_have_a_gate_of_their_own():
-    figures = {"loader": {"loader": [20_000.0], "DALI's reader": [20_000.0]}}
-    assert bench.judge(figures, "cuda", "256")[1] is False
-    assert bench.judge(figures, "cuda", "original")[1] is True
-
-
-@pytest.mark.parametrize(("seconds", "passed"), [(20.0, True), (26.0, True), (30.0, False)])
-def test_some_gates_are_upper_limits(seconds, passed):
-    [line], good = bench.judge({"start": {"warm": [seconds]}}, "cuda")
-    assert good == passed
-    assert "at most 25" in line
 
 
 QUICK = ("--runs", "1", "--seconds", "0.1")
@@ -158,15 +116,6 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
     record = json.loads(done.stdout.splitlines()[-1])
     assert [json.loads(line) for line in records.read_text().splitlines()] == [record]
     assert list(record["images_per_second"]["loader"]) == ["threads 1", "threads 2"]
-
-
-def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
-    done = call(bench.main, "forms", "--data", packed, *SETTINGS, *QUICK, "--convolutions", "towers")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
-    figures = record["images_per_second"]["forms"]
-    assert set(figures) == set(FORMS)
-    assert next(iter(figures)) == record["convolutions"] == "towers"
 
 
 @pytest.fixture
@@ -267,21 +216,65 @@ def test_the_form_of_convolutions_is_looked_for_once_where_one_is_needed_and_rec
     assert json.loads(records.read_text().splitlines()[-1])["convolutions"] == "towers"
 
 
-def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
-    logged = []
-    monkeypatch.setattr("trainer.journal.Journal.interval", lambda self, step, *_: logged.append(step))
-    done = call(bench.main, "train", "--data", packed, *QUICK, *SETTINGS, "--log-every", "2")
-    assert done.returncode == 0
-    assert logged
-    assert logged == list(range(2, logged[-1] + 1, 2))
+@pytest.fixture
+def loaders(monkeypatch):
+    """`loader` has three runs, of figures that depend on its batch, beside another that does 1.0 in each."""
+    from tools.benchmarks.stages import Stages
+
+    figures = {4: (2.0, 2.0, 2.0), 32: (0.7, 0.8, 0.9), 128: (0.9, 0.95, 1.05)}
+
+    def loader(self):
+        warm_up_and_runs = iter((0.0, *figures[self.settings.batch]))
+        return {"loader": lambda: next(warm_up_and_runs), "DALI's reader": lambda: 1.0}
+
+    monkeypatch.setattr(Stages, "loader", loader)
 
 
-def test_a_missed_gate_is_an_exit_code_where_it_is_asked_for(packed, monkeypatch, call):
-    monkeypatch.setattr(bench, "GATES", (bench.Gate("read", 1e9),))
-    for gates, code in (((), 0), (("--gates",), 1)):
-        done = call(bench.main, "read", "--data", packed, *SETTINGS, *QUICK, *gates)
-        assert done.returncode == code
-        assert "MISSED" in done.stdout
+WITHOUT_BATCH = [*SETTINGS[:2], *SETTINGS[4:]]
+
+
+def test_a_stage_is_measured_and_judged_at_two_batches(packed, tmp_path, call, loaders):
+    records = tmp_path / "records.jsonl"
+    done = call(bench.main, "loader", "--data", packed, "--runs", "3", "--record", records, *WITHOUT_BATCH)
+    labels = ["loader, batch 32", "loader, batch 128"]
+    gate = {"goal": 1.0, "at_most": False, "over": ["DALI's reader"]}
+    gates = [
+        gate | {"ratio": 0.8, "interval": [0.7, 0.9], "verdict": "missed"},
+        gate | {"ratio": 0.95, "interval": [0.9, 1.05], "verdict": "undecided"},
+    ]
+    *lines, last = done.stdout.splitlines()
+    record = json.loads(last)
+    assert list(record["images_per_second"]) == list(record["took_seconds"]) == labels
+    assert record["gates"] == {labels[0]: [gates[0]], labels[1]: [gates[1]]}
+    alone = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(line["batch"], line["gates"]) for line in alone] == [
+        (32, {labels[0]: [gates[0]]}),
+        (128, {labels[1]: [gates[1]]}),
+    ]
+    said = [line.split(" gate: ") for line in lines if " gate: " in line]
+    assert [(label.strip(), line.rpartition(": ")[2]) for label, line in said] == [
+        (labels[0], "MISSED"),
+        (labels[1], "undecided; more --runs may decide it"),
+    ]
+
+
+@pytest.mark.parametrize("batch", [("--batch", "4"), ("--batch=4",)])
+def test_a_batch_that_is_given_is_the_only_one(batch, packed, call, loaders):
+    done = call(bench.main, "loader", "--data", packed, "--runs", "3", *WITHOUT_BATCH, *batch)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert list(record["images_per_second"]) == ["loader"]
+    assert [gate["verdict"] for gate in record["gates"]["loader"]] == ["passed"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "gates", "code"),
+    [(4, ["--gates"], 0), (128, ["--gates"], 0), (32, ["--gates"], 1), (32, [], 0)],
+)
+def test_a_missed_gate_alone_is_an_exit_code_and_where_it_is_asked_for(
+    batch, gates, code, packed, call, loaders
+):
+    arguments = ("loader", "--data", packed, "--runs", "3", *WITHOUT_BATCH, "--batch", batch)
+    assert call(bench.main, *arguments, *gates).returncode == code
 
 
 @pytest.mark.parametrize("wrong", [("--runs", "0"), ("--seconds", "nan"), ("--seconds", "inf")])

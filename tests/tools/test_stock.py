@@ -23,3 +23,9 @@ def test_stock_net_is_ours_with_fc6s_inputs_in_another_order():
 def test_stock_step_counts_its_images(layout):
     work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, layout, "fp32")
     assert work() == 2
+
+
+@pytest.mark.slow
+def test_compiled_stock_step_counts_its_images():
+    work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, "channels_last", "fp32", True)
+    assert work() == 2

@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ TRACED = 10  # steps
 
 class Stages:
     """Of one dataset and one group of settings. options: of the command line, what they need besides. first:
-    of a sweep, whose form of convolutions the others take."""
+    of a sweep, whose form of convolutions the others take.
+
+    closing: ends what a stage has started.
+    """
 
     def __init__(
         self, settings: Settings, world: World, options: argparse.Namespace, first: "Stages | None" = None
@@ -44,7 +49,7 @@ class Stages:
         self.images: Path | None = options.input
         self.loader_peers: Path | None = options.loader_peers
         self.pack_peers: Path | None = options.pack_peers
-        self.device = world.device
+        self.device, self.closing = world.device, ExitStack()
         self.dataset = Dataset(settings.data)
         self.classes = len(self.dataset.manifest.classes)
         shards = self.dataset.manifest.split("train").shards
@@ -56,6 +61,8 @@ class Stages:
     def describe(self) -> dict[str, Any]:
         """What the figures depend on, besides the machine."""
         return {
+            "device": self.device.type,
+            "amx": torch.cpu._is_amx_tile_supported(),
             "batch": self.settings.batch,
             "crop": self.settings.crop,
             "geometry": self.dataset.manifest.geometry,
@@ -149,9 +156,12 @@ class Stages:
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers
             try:
-                stage[name] = loader_peers.Contestant(python, name, job, self.seconds).measure
+                contestant = loader_peers.Contestant(python, name, job, self.seconds)
             except loader_peers.PeerError as error:
                 print(f"peers   not measured: {error}", file=sys.stderr)
+                continue
+            stage[name] = contestant.measure
+            self.closing.callback(contestant.close)
         return stage
 
     def model(self) -> Stage:
@@ -162,10 +172,10 @@ class Stages:
         if self.settings.compile and self.device.type == "cuda":
             stage["with CUDA graphs"] = self._run(partial(self._model, precision, "reduce-overhead"))
         pixels, labels = next(synthetic_loader(self.settings.batch, self.classes, self.decoding))
-        for compiled in sorted({False, self.settings.compile}):
-            for layout in LAYOUTS:
-                work = partial(stock_work, pixels, labels, self.classes, layout, precision, compiled)
-                stage[f"stock {layout}{' compiled' * compiled}"] = self._run(work)
+        stock = partial(stock_work, pixels, labels, self.classes, precision=precision)
+        stage |= {f"stock {layout}": self._run(partial(stock, layout=layout)) for layout in LAYOUTS}
+        if shutil.which(os.environ.get("CXX", "g++")):  # torch's compiler needs it, on a CPU and on a GPU
+            stage["stock compiled"] = self._run(partial(stock, layout="channels_last", compiled=True))
         return stage
 
     def forms(self) -> Stage:

@@ -1,0 +1,65 @@
+"""The contestants of the benchmarks' stages: who they are, what they do, and that they end."""
+
+import json
+import sys
+
+import pytest
+
+from model.forms import FORMS
+from tools import bench
+
+QUICK = ("--runs", "1", "--seconds", "0.1", "--recipe", "demo", "--crop", "67", "--width", "0.125")
+QUICK += ("--device", "cpu", "--precision", "fp32")
+BATCH = ("--batch", "4")
+
+
+def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
+    logged = []
+    monkeypatch.setattr("trainer.journal.Journal.interval", lambda self, step, *_: logged.append(step))
+    done = call(bench.main, "train", "--data", packed, *QUICK, *BATCH, "--log-every", "2")
+    assert done.returncode == 0
+    assert logged
+    assert logged == list(range(2, logged[-1] + 1, 2))
+
+
+def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
+    done = call(bench.main, "forms", "--data", packed, *QUICK, *BATCH, "--convolutions", "towers")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    figures = record["images_per_second"]["forms"]
+    assert set(figures) == set(FORMS)
+    assert next(iter(figures)) == record["convolutions"] == "towers"
+
+
+def test_what_a_batch_has_started_ends_before_the_next(packed, call, monkeypatch):
+    from tools.benchmarks import loader_peers, peer_pipelines
+
+    events = []
+
+    class Contestant:
+        def __init__(self, python, name, job, seconds):
+            self.batch = job.batch
+            events.append(("started", job.batch))
+
+        def measure(self):
+            return 1.0
+
+        def close(self):
+            events.append(("ended", self.batch))
+
+    monkeypatch.setattr(loader_peers, "Contestant", Contestant)
+    monkeypatch.setattr(loader_peers, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(peer_pipelines, "PEERS", {"dali": None})
+    arguments = ("peers", "--loader-peers", sys.executable, "--data", packed)
+    done = call(bench.main, *arguments, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert events == [(event, batch) for batch in (32, 128) for event in ("started", "ended")]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_net_as_torch_compiles_it_is_a_peer_where_there_is_a_compiler(there, packed, call, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable if there else "/nowhere/g++")
+    monkeypatch.setattr("tools.benchmarks.stages.Stages._run", lambda self, make: lambda: 1.0)
+    done = call(bench.main, "model", "--data", packed, *QUICK, *BATCH)
+    figures = json.loads(done.stdout.splitlines()[-1])["images_per_second"]["model"]
+    assert list(figures) == ["fp32", "stock NCHW", "stock channels_last", *["stock compiled"] * there]

@@ -1,0 +1,112 @@
+"""The goals of tools/bench.py's stages, and whether what was measured reaches them."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+Figures = dict[str, list[float]]  # of each contestant, a figure a run
+
+RESAMPLES = 10_000
+
+
+class Gate(NamedTuple):
+    """What the first contestant of a stage is to reach: a multiple of others, or an amount."""
+
+    stage: str
+    goal: float
+    others: tuple[str, ...] = ()
+    pick: Callable[..., float] = max  # which of several others counts, run by run
+    where: Mapping[str, object] = {}  # what Stages.describe() has to say for the gate to stand
+    at_most: bool = False
+
+    def stands(self, about: Mapping[str, object]) -> bool:
+        return all(about[name] == value for name, value in self.where.items())
+
+
+class Judgement(NamedTuple):
+    """A gate, which of its others were measured, and what its stage did in each run: ratios of figures that
+    stood side by side, or the figures themselves."""
+
+    gate: Gate
+    over: list[str]
+    reached: list[float]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """That holds the median of such runs with 95 %: percentiles of the medians of resampled runs (Efron's
+        bootstrap, 1979), always the same for the same runs. Of five runs or fewer it is the range."""
+        draw = random.Random(0)
+        resampled = (draw.choices(self.reached, k=len(self.reached)) for _ in range(RESAMPLES))
+        low, *_, high = quantiles(map(median, resampled), n=40)
+        return low, high
+
+    @property
+    def verdict(self) -> str:
+        """`passed` where the median reaches the goal, or `undecided` where the interval does, or `missed`."""
+        sign = -1 if self.gate.at_most else 1
+        goal = sign * self.gate.goal
+        if sign * median(self.reached) >= goal:
+            return "passed"
+        return "undecided" if max(sign * bound for bound in self.interval) >= goal else "missed"
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "goal": self.gate.goal,
+            "at_most": self.gate.at_most,
+            "over": self.over,
+            ("ratio" if self.over else "amount"): median(self.reached),
+            "interval": self.interval,
+            "verdict": self.verdict,
+        }
+
+    def line(self, unit: str) -> str:
+        """unit: of an amount."""
+        gate, digits = self.gate, ",.3f" if self.over else ",.1f"
+        low, high = self.interval
+        several = f"the {'fastest' if gate.pick is max else 'slowest'} of " * (len(self.over) > 1)
+        of = f"× {several}{', '.join(self.over)}" if self.over else unit
+        missing = [name for name in gate.others if name not in self.over]
+        of += f" (not measured: {', '.join(missing)})" if missing else ""
+        limit = f"at {'most' if gate.at_most else 'least'} {gate.goal:,g}"
+        verdict = {"undecided": "undecided; more --runs may decide it", "missed": "MISSED"}
+        found = f"{median(self.reached):{digits}} (95 %: {low:{digits}} to {high:{digits}})"
+        return f"{found} {of}; {limit}: {verdict.get(self.verdict, self.verdict)}"
+
+
+STOCK = ("stock NCHW", "stock channels_last", "stock compiled")
+CPU, GPU = {"device": "cpu"}, {"device": "cuda"}
+
+GATES = (
+    Gate("read", 1.0, ("DALI's reader",)),
+    Gate("loader", 1.0, ("DALI's reader",)),
+    Gate("loader", 50_000, where=GPU | {"geometry": "256"}),
+    Gate("loader", 15_000, where=GPU | {"geometry": "original"}),
+    Gate("peers", 2.0, ("pytorch", "timm", "webdataset", "spdl", "litdata", "streaming")),
+    Gate("peers", 1.1, ("ffcv", "dali"), where=CPU),
+    Gate("peers", 2.0, ("ffcv",), where=GPU),  # it decodes on the CPU there, too
+    Gate("model", 1.9, STOCK, where=CPU | {"precision": "fp32"}),
+    Gate("model", 3.3, STOCK, where=CPU | {"precision": "bf16", "amx": True}),
+    Gate("model", 1.5, STOCK, where=GPU),
+    Gate("model", 80_000, where=GPU),
+    Gate("start", 25, where=GPU, at_most=True),
+    Gate("memory", 8, where=GPU, at_most=True),
+    Gate("train", 0.97, ("loader alone", "model alone"), pick=min),
+    Gate("pack", 1.4, ("shardwriter",)),
+    Gate("pack", 1.0, ("img2dataset",)),
+)
+
+
+def judge(
+    stage: str, figures: Figures, about: Mapping[str, object], gates: Sequence[Gate] = GATES
+) -> Iterator[Judgement]:
+    """Of each gate of the stage that stands and was measured."""
+    ours = next(iter(figures.values()), [])
+    for gate in gates:
+        if gate.stage != stage or not ours or not gate.stands(about):
+            continue
+        over = [name for name in gate.others if figures.get(name)]
+        if over or not gate.others:
+            theirs = (figures[name] for name in over)
+            reached = [a / gate.pick(b, default=1.0) for a, *b in zip(ours, *theirs, strict=True)]
+            yield Judgement(gate, over, reached)
