@@ -41,7 +41,7 @@ class GraphOptions:
     crop: side in pixels. resize_shorter: to which the shorter side is brought first, or None for
     shards that hold images of that size. max_width, max_height: of the dataset, in pixels. device_id:
     the GPU, or None for the CPU. batch: images at most. hw_decoder_load: the share of them for the
-    GPU's JPEG engine.
+    GPU's JPEG engine. cores: for each thread the one that it is kept on, or none.
     """
 
     batch: int
@@ -53,6 +53,7 @@ class GraphOptions:
     threads: int = 2
     prefetch: int = 2
     hw_decoder_load: float = 0.65
+    cores: tuple[int, ...] = ()
 
 
 def jpeg_batch(jpegs: Iterable[memoryview]) -> TensorListCPU:
@@ -139,12 +140,14 @@ def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], te
 
 
 def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
+    os.environ["DALI_AFFINITY_MASK"] = ",".join(map(str, options.cores))  # read as the threads start
     pipeline = pipeline_def(graph)(
         *arguments,
         batch_size=options.batch,
         num_threads=options.threads,
         device_id=options.device_id,
         prefetch_queue_depth=options.prefetch,
+        set_affinity=bool(options.cores),
     )
     pipeline.build()
     return pipeline

@@ -59,13 +59,15 @@ class Dataset:
 @dataclass(frozen=True)
 class Decoding:
     """Where and how images are decoded. crop: side in pixels. threads: of DALI. prefetch: batches.
-    hw_decoder_load: the share of the images that a GPU's JPEG engine decodes, where it has one."""
+    hw_decoder_load: the share of the images that a GPU's JPEG engine decodes, where it has one. cores: for
+    each thread the one that it is kept on, or none, and the system moves them."""
 
     crop: int = 224
     device: torch.device = field(default=torch.device("cpu"))
     threads: int = 2
     prefetch: int = 2
     hw_decoder_load: float = 0.65  # DALI's own default
+    cores: tuple[int, ...] = ()
 
 
 def train_loader(
@@ -181,6 +183,7 @@ def graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOp
         threads=decoding.threads,
         prefetch=decoding.prefetch,
         hw_decoder_load=decoding.hw_decoder_load,
+        cores=decoding.cores,
     )
 
 

@@ -9,6 +9,7 @@ from model.alexnet import AlexNet, Variant
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from pipeline.machine import cpus
+from trainer.memory import keep_freed_memory
 from trainer.settings import Settings
 
 
@@ -16,6 +17,8 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
     """The net with weights drawn by the seed, channels_last on the device. form: a key of FORMS."""
     torch.manual_seed(settings.seed)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch sees no quota of CPU time
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.preset == "torchvision":
         model: AlexNet = TorchvisionAlexNet(classes, settings.dropout)
     else:
@@ -28,9 +31,26 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """How images are decoded: by as many threads as this process's share of the CPUs."""
     threads = settings.threads or max(1, cpus() // processes_here())
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-    return Decoding(settings.crop, device, threads, settings.prefetch, share)
+    cores = own_cores() if device.type == "cpu" else ()
+    return Decoding(
+        settings.crop, device, threads, settings.prefetch, share, cores if len(cores) == threads else ()
+    )
 
 
 def processes_here() -> int:
     """How many processes of the run are on this machine, as what started them says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def own_cores() -> tuple[int, ...]:
+    """This process's part of the cores that it may run on; none under a quota, which names no cores.
+
+    The thread that feeds the decoder would push one of its threads to the other's core, and both would stay
+    there for some time while a core is idle.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if cpus() < len(allowed):
+        return ()
+    count = len(allowed) // processes_here()
+    first = int(os.environ.get("LOCAL_RANK", "0")) * count
+    return tuple(allowed[first : first + count])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -323,3 +324,25 @@ def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypat
     assert set(fetched) == set(order)
     if not stays:
         assert fetched == order
+
+
+def threads_of_dali() -> dict[str, set[int]]:
+    """Where the threads that decode may run, by their number."""
+    return {
+        task.name: os.sched_getaffinity(int(task.name))
+        for task in Path("/proc/self/task").iterdir()
+        if (task / "comm").read_text().startswith("[DALI][TP")
+    }
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_each_thread_that_decodes_stays_on_its_core(packed, is_kept):
+    before, dataset = threads_of_dali(), Dataset(packed)
+    allowed = os.sched_getaffinity(0)
+    cores = tuple(sorted(allowed)[:2])
+    decoding = Decoding(crop=64, threads=len(cores), cores=cores if is_kept else ())
+    loader = train_loader(dataset, plan_of(dataset), range(2), decoding)
+    next(loader)
+    found = [where for thread, where in threads_of_dali().items() if thread not in before]
+    expected = [{core} for core in cores] if is_kept else [allowed] * len(cores)
+    assert sorted(found, key=sorted) == expected

@@ -1,16 +1,61 @@
 """What settings build."""
 
+import os
+
+import pytest
 import torch
 
 from model.alexnet import Variant
-from trainer.build import build_model
+from trainer import build
+from trainer.build import build_decoding, build_model
 from trainer.settings import load_settings
+
+CPU = torch.device("cpu")
 
 
 def test_the_net_is_the_published_one_unless_settings_change_it():
-    cpu = torch.device("cpu")
-    assert build_model(load_settings([]), 10, cpu).variant == Variant()
+    assert build_model(load_settings([]), 10, CPU).variant == Variant()
     changed = ["--activation", "tanh", "--no-lrn", "--no-overlapping-pooling", "--towers", "1", "--conv6"]
     changed += ["--without", "conv3", "--width", "0.5"]
-    net = build_model(load_settings(changed), 10, cpu)
+    net = build_model(load_settings(changed), 10, CPU)
     assert net.variant == Variant("tanh", False, False, 1, True, "conv3", 0.5)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Eight cores, of which this process may use so many, as one of so many."""
+
+    def of(cpus: int = 8, rank: int = 0, processes: int = 1) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 9, 11, 13, 15})
+        monkeypatch.setattr(build, "cpus", lambda: cpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+
+    return of
+
+
+def cores(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
+    return build_decoding(load_settings([*arguments]), device).cores
+
+
+def test_each_thread_has_a_core_and_processes_have_different_ones(machine):
+    machine()
+    assert cores() == (1, 3, 5, 7, 9, 11, 13, 15)
+    machine(rank=0, processes=2)
+    assert cores() == (1, 3, 5, 7)
+    machine(rank=1, processes=2)
+    assert cores() == (9, 11, 13, 15)
+
+
+def test_threads_are_not_kept_where_they_are_not_as_many_as_the_cores(machine):
+    machine()
+    assert cores("--threads", "3") == ()
+    machine(cpus=3)  # a quota, which is of time and names no cores
+    assert cores() == ()
+    machine(processes=16)
+    assert cores() == ()
+
+
+def test_a_gpu_leaves_threads_to_the_system(machine):
+    machine()
+    assert cores(device=torch.device("cuda", 0)) == ()
