@@ -22,7 +22,7 @@ from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import count
 from trainer.run import Run
-from trainer.settings import SettingsError, load_settings, read_recipe
+from trainer.settings import SettingsError, load_settings
 
 MEASURES = ("top1_error", "top5_error")
 
@@ -80,8 +80,7 @@ def main() -> None:
     options, settings = parse_arguments()
     try:
         for recipe in options.recipes:
-            read_recipe(recipe)
-        load_settings(settings, command="compare_recipes.py")
+            load_settings(["--recipe", recipe, *settings], command="compare_recipes.py")
         scores = compare(options, settings)
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare_recipes: {error}")

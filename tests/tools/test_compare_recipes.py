@@ -55,6 +55,9 @@ def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path, call)
         (["fast", "--epoch", "1"], "unknown setting --epoch"),
         (["fast", "--seeds", "0"], "--seeds: 0 is not a number from 1 on"),
         (["fast", "--seeds", "1", "--data", "nowhere"], "no dataset at nowhere"),
+        # What the default recipe's schedule does not bear, and these recipes' do.
+        (["fast", "code2012", "--evaluate-epochs", "10", "--data", "nowhere"], "no dataset at nowhere"),
+        (["code2012", "fast", "--epochs", "3"], "--warmup-epochs 5.0 must be less than --epochs 3"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_line(arguments, message, tmp_path, call):
