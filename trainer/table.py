@@ -36,7 +36,7 @@ class Table:
         with self._lock:
             if self._waiting:
                 self._write()
-            with suppress(FileNotFoundError), open(self.path, "r+b") as file:
+            with suppress(FileNotFoundError), naming(self.path), open(self.path, "r+b") as file:
                 sync(file.fileno(), self.path)
 
     def _write(self) -> None:

@@ -94,6 +94,13 @@ def test_a_table_is_synced_by_a_handle_that_writes(table, monkeypatch):
     assert len(synced) == 1
 
 
+def test_a_table_that_cannot_be_closed_is_named(table):
+    table.append({"step": 1})
+    fault = Fault(Call("close", table.path.name), 1, "EIO", lasting=False)
+    with Storage(table.path.parent, fault), pytest.raises(OSError, match=table.path.name):
+        table.sync()
+
+
 def test_syncing_makes_no_table(table):
     table.sync()
     assert not table.path.exists()
