@@ -134,9 +134,10 @@ class Settings(BaseSettings):
     gradients: Literal["fp32", "bf16"] = "fp32"
     """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
     convolutions: Literal["auto", Form] = "auto"
-    """Form in which they are computed, equal but for rounding: groups by the library, as two towers, or as
-    one with zeros between them; -s2d: conv1 over blocks of 4×4 pixels. auto is the fastest, which a GPU is
-    tried for when the run begins. A run keeps what it began with."""
+    """How the convolutions are computed, with the same result but for rounding: grouped leaves the groups to
+    the library, towers computes each by itself, block-diagonal both as one with zeros between them; -s2d
+    computes conv1 on blocks of 4×4 pixels. auto measures them on a GPU when the run begins, and takes the
+    fastest. A run keeps its form."""
     compile: bool = False
     """Whether to run the model through torch.compile."""
     threads: Count = 0
