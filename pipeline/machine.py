@@ -26,6 +26,12 @@ def cpus(root: Path = ROOT) -> int:
     return allowed if least >= allowed else max(1, math.ceil(least))
 
 
+def cores(root: Path = ROOT) -> tuple[int, ...]:
+    """The numbers of the cores that this process may run on; none under a quota, which is of time on any."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return tuple(allowed) if cpus(root) == len(allowed) else ()
+
+
 def memory_bytes(root: Path = ROOT) -> int:
     """Bytes of memory this process may use: the machine's, or fewer in a group with a limit."""
     limits = [_number(_words(folder / "memory.max")) for folder in _groups(root, "")]

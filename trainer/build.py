@@ -8,7 +8,7 @@ import torch
 from model.alexnet import AlexNet, Variant
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
-from pipeline.machine import cpus
+from pipeline.machine import cores, cpus
 from trainer.memory import keep_freed_memory
 from trainer.settings import Settings
 
@@ -31,9 +31,9 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """How images are decoded: by as many threads as this process's share of the CPUs."""
     threads = settings.threads or max(1, cpus() // processes_here())
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-    cores = own_cores() if device.type == "cpu" else ()
+    own = own_cores() if device.type == "cpu" else ()
     return Decoding(
-        settings.crop, device, threads, settings.prefetch, share, cores if len(cores) == threads else ()
+        settings.crop, device, threads, settings.prefetch, share, own if len(own) == threads else ()
     )
 
 
@@ -43,14 +43,12 @@ def processes_here() -> int:
 
 
 def own_cores() -> tuple[int, ...]:
-    """This process's part of the cores that it may run on; none under a quota, which names no cores.
+    """This process's part of the cores that it may run on.
 
     The thread that feeds the decoder would push one of its threads to the other's core, and both would stay
     there for some time while a core is idle.
     """
-    allowed = sorted(os.sched_getaffinity(0))
-    if cpus() < len(allowed):
-        return ()
+    allowed = cores()
     count = len(allowed) // processes_here()
     first = int(os.environ.get("LOCAL_RANK", "0")) * count
-    return tuple(allowed[first : first + count])
+    return allowed[first : first + count]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.machine import cpus, memory_bytes
+from pipeline.machine import cores, cpus, memory_bytes
 
 GROUPS = Path("/sys/fs/cgroup/cpu")
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -114,3 +114,9 @@ def test_a_real_group(half_a_cpu):
         f"open('{half_a_cpu}/cgroup.procs', 'w').write('0')\nfrom pipeline.machine import cpus\nprint(cpus())"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("max", (3, 8, 20)), ("300000", (3, 8, 20)), ("200000", ())])
+def test_cores_have_numbers_unless_a_quota_is_less(tmp_path, monkeypatch, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 3, 8})
+    assert cores(tree(tmp_path, "0::/", {"cpu.max": f"{quota} 100000"})) == expected

@@ -1,7 +1,5 @@
 """What settings build."""
 
-import os
-
 import pytest
 import torch
 
@@ -23,39 +21,39 @@ def test_the_net_is_the_published_one_unless_settings_change_it():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Eight cores, of which this process may use so many, as one of so many."""
+    """Eight cores, or a quota of so many CPUs, for one of so many processes."""
 
-    def of(cpus: int = 8, rank: int = 0, processes: int = 1) -> None:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7, 9, 11, 13, 15})
-        monkeypatch.setattr(build, "cpus", lambda: cpus)
+    def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
+        monkeypatch.setattr(build, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
+        monkeypatch.setattr(build, "cpus", lambda: quota or 8)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
 
     return of
 
 
-def cores(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
+def kept_on(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
     return build_decoding(load_settings([*arguments]), device).cores
 
 
 def test_each_thread_has_a_core_and_processes_have_different_ones(machine):
     machine()
-    assert cores() == (1, 3, 5, 7, 9, 11, 13, 15)
+    assert kept_on() == (1, 3, 5, 7, 9, 11, 13, 15)
     machine(rank=0, processes=2)
-    assert cores() == (1, 3, 5, 7)
+    assert kept_on() == (1, 3, 5, 7)
     machine(rank=1, processes=2)
-    assert cores() == (9, 11, 13, 15)
+    assert kept_on() == (9, 11, 13, 15)
 
 
 def test_threads_are_not_kept_where_they_are_not_as_many_as_the_cores(machine):
     machine()
-    assert cores("--threads", "3") == ()
-    machine(cpus=3)  # a quota, which is of time and names no cores
-    assert cores() == ()
+    assert kept_on("--threads", "3") == ()
+    machine(quota=3)
+    assert kept_on() == ()
     machine(processes=16)
-    assert cores() == ()
+    assert kept_on() == ()
 
 
 def test_a_gpu_leaves_threads_to_the_system(machine):
     machine()
-    assert cores(device=torch.device("cuda", 0)) == ()
+    assert kept_on(device=torch.device("cuda", 0)) == ()
