@@ -1,11 +1,14 @@
 """The contestants of the benchmarks' stages: who they are, what they do, and that they end."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from model.forms import FORMS
+from pipeline.loader import Dataset
 from tools import bench
 
 QUICK = ("--runs", "1", "--seconds", "0.1", "--recipe", "demo", "--crop", "67", "--width", "0.125")
@@ -29,6 +32,19 @@ def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_
     figures = record["images_per_second"]["forms"]
     assert set(figures) == set(FORMS)
     assert next(iter(figures)) == record["convolutions"] == "towers"
+
+
+def test_a_sweep_opens_its_dataset_once_and_another_one_by_itself(packed, tmp_path, call, monkeypatch):
+    from tools.benchmarks import stages
+
+    opened = []
+    monkeypatch.setattr(stages, "Dataset", lambda root: opened.append(root) or Dataset(root))
+    arguments = ("read", "--data", packed, *QUICK, *BATCH, "--sweep")
+    assert call(bench.main, *arguments, "batch", "2", "3").returncode == 0
+    assert opened == [packed]
+    other = Path(shutil.copytree(packed, tmp_path / "other"))
+    assert call(bench.main, *arguments, "data", packed, other).returncode == 0
+    assert opened == [packed, packed, other]
 
 
 def test_what_a_batch_has_started_ends_before_the_next(packed, call, monkeypatch):

@@ -37,7 +37,7 @@ TRACED = 10  # steps
 
 class Stages:
     """Of one dataset and one group of settings. options: of the command line, what they need besides. first:
-    of a sweep, whose form of convolutions the others take.
+    of a sweep, whose open dataset and form of convolutions the others take.
 
     closing: ends what a stage has started.
     """
@@ -50,7 +50,10 @@ class Stages:
         self.loader_peers: Path | None = options.loader_peers
         self.pack_peers: Path | None = options.pack_peers
         self.device, self.closing = world.device, ExitStack()
-        self.dataset = Dataset(settings.data)
+        if first and first.settings.data == settings.data:
+            self.dataset: Dataset = first.dataset
+        else:
+            self.dataset = Dataset(settings.data)
         self.classes = len(self.dataset.manifest.classes)
         shards = self.dataset.manifest.split("train").shards
         self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
