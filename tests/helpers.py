@@ -6,14 +6,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from PIL import Image
 
+from pipeline.loader import Batch, train_loader
+from pipeline.manifest import DatasetError
 from trainer import cli
 
 REPO = Path(__file__).resolve().parents[1]
@@ -74,6 +77,18 @@ def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def main_without_more_images(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
+    """The same, and the loader of the training ends with an error after seven batches."""
+
+    def broken(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        yield from islice(train_loader(*arguments, **options), 7)
+        raise DatasetError("too many samples cannot be decoded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.train_loader", broken)
+        return main(patch, arguments)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.loader import evaluation_loader, train_loader
-from pipeline.manifest import DatasetError
-from tests.helpers import command, exact, main, rows
+from tests.helpers import command, exact, main, main_without_more_images, rows
 from trainer import checkpoint
 from trainer.metrics import Metrics
 
@@ -46,14 +45,8 @@ def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path
 def test_images_that_run_out_end_a_run_with_a_checkpoint_of_the_last_step(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
-    def broken(*arguments, **options):
-        yield from islice(train_loader(*arguments, **options), 7)
-        raise DatasetError("too many samples cannot be decoded")
-
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr("trainer.train.train_loader", broken)
-        assert main(patch, command(packed, out)) == 1
+    assert main_without_more_images(monkeypatch, command(packed, out)) == 1
     assert capsys.readouterr().err == "alexnet-train: too many samples cannot be decoded\n"
     assert main(monkeypatch, command(packed, out)) == 0
     assert f"continuing {out} after step 7" in capsys.readouterr().out
