@@ -140,7 +140,8 @@ def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], te
 
 
 def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
-    os.environ["DALI_AFFINITY_MASK"] = ",".join(map(str, options.cores))  # read as the threads start
+    if options.cores:
+        os.environ["DALI_AFFINITY_MASK"] = ",".join(map(str, options.cores))  # read as the threads start
     pipeline = pipeline_def(graph)(
         *arguments,
         batch_size=options.batch,

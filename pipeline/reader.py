@@ -106,8 +106,9 @@ class ShardReader:
                 whole = False
             if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
                 failures[place] = failure
-        self._is_kept[numbers[fresh]] = self._kept is not None
-        self._is_kept[numbers[list(failures)]] = False
+        if self._kept is not None:
+            self._is_kept[numbers[fresh]] = True
+            self._is_kept[numbers[list(failures)]] = False
         return Files(buffer, starts, jpegs, fresh, failures)
 
     def forget(self, number: int) -> None:

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -24,7 +26,8 @@ class Gate(NamedTuple):
         return all(about[name] == value for name, value in self.where.items())
 
 
-class Judgement(NamedTuple):
+@dataclass(frozen=True)
+class Judgement:
     """A gate, which of its others were measured, and what its stage did in each run: ratios of figures that
     stood side by side, or the figures themselves."""
 
@@ -32,7 +35,7 @@ class Judgement(NamedTuple):
     over: list[str]
     reached: list[float]
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         """That holds the median of such runs with 95 %: percentiles of the medians of resampled runs (Efron's
         bootstrap, 1979), always the same for the same runs. Of five runs or fewer it is the range."""
