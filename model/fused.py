@@ -1,8 +1,9 @@
 """ReLU, response normalisation and overlapping pooling as one operation that keeps its input alone.
 
 A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
-CPU they are made a few images at a time, which stay in the cache, and once more for the gradient.
-On a GPU they are one Triton kernel forward and one backward, and with a spatial norm two and two.
+CPU they are one pass of a kernel in C, and on a GPU one Triton kernel forward and one backward, or with a
+spatial norm two and two. What those do not compute, and where there is no kernel, goes a few images at
+a time, which stay in the cache, and once more for the gradient.
 """
 
 import warnings
@@ -74,6 +75,10 @@ def normalise_and_pool(
         return kernels.normalise_and_pool(x, bias, alpha, towers, relu_first)[0]
     if bias is not None:
         x = x + bias[:, None, None].to(x.dtype)
+    if _uses_cpu_kernel(x, alpha, activation, window):
+        from model import cpu_pool
+
+        return cpu_pool.normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)[0]
 
     def plain(x: Tensor) -> Tensor:
         return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
@@ -86,13 +91,18 @@ def normalise_and_pool(
 def adds_bias(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
     """Whether `normalise_and_pool` of what has x's type and device, with these options, is kernels: they
     add the convolution's bias and sum up its gradient in passing, which are two passes less."""
-    published = alpha is not None and activation is F.relu and window == 3
-    return published and x.is_cuda and x.dtype != torch.float64 and _has_kernels()
+    published = _published(alpha, activation, window)
+    return published and x.is_cuda and x.dtype != torch.float64 and _has_gpu_kernels()
+
+
+def _published(alpha: float | None, activation: Activation, window: int) -> bool:
+    """Whether it is the paper's operation, which alone has kernels."""
+    return alpha is not None and activation is F.relu and window == 3
 
 
 @cache  # outermost: some versions of Dynamo look beneath a cache, and the constant must be what they find
 @torch.compiler.assume_constant_result
-def _has_kernels() -> bool:
+def _has_gpu_kernels() -> bool:
     """Whether the kernels can be built here: that takes Triton and, at run time, a C compiler."""
     if find_spec("triton") is None:
         return False
@@ -103,6 +113,24 @@ def _has_kernels() -> bool:
         triton_pool.normalise_and_pool(x, bias, 1e-4, 1, True)
     except Exception as error:  # whatever a compiler and a driver can raise
         warnings.warn(f"slower, without the fused kernels, which cannot be built: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _uses_cpu_kernel(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
+    """Whether cpu_pool.c computes it here. A net that is exported is to have torch's own operators."""
+    computed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    published = _published(alpha, activation, window)
+    return computed and published and not torch.compiler.is_exporting() and _has_cpu_kernel()
+
+
+@torch.compiler.assume_constant_result
+def _has_cpu_kernel() -> bool:
+    """Whether cpu_pool.c was built, for this machine. The warning is shown once, as Python does of itself."""
+    try:
+        from model import cpu_pool  # noqa: F401
+    except OSError as error:
+        warnings.warn(f"slower, without the compiled kernel for CPUs: {error}", stacklevel=2)
         return False
     return True
 
@@ -134,3 +162,14 @@ class _Sliced(torch.autograd.Function):
 
 def _images_in_a_slice(x: Tensor) -> int:
     return max(1, SLICE_BYTES // (x[:1].numel() * x.element_size()))
+
+
+def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the size that x is pooled to, channels_last.
+
+    Compiled, `torch.empty` with a layout is filled with NaN, and of equal calls of `torch.empty_strided` one
+    is left, whose result is copied.
+    """
+    n, channels, height, width = x.shape
+    pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)
+    return pooled.permute(0, 3, 1, 2)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from model.fused import empty_pooled
 from model.triton_lrn import biased, equal_blocks, grid, layout, local_gradient, normalised, position, strips
 
 NOWHERE = tl.constexpr(15)  # the place of a maximum that the ReLU cut off
@@ -170,17 +171,6 @@ def _backward(
         row += 1
         grad, places = grad + columns * stride, places + columns * stride
     tl.store(bias_parts, total, exists)
-
-
-def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the size that x is pooled to, channels_last.
-
-    Compiled, `torch.empty` with a layout is filled with NaN, and of equal calls of `torch.empty_strided` one
-    is left, whose result is copied.
-    """
-    n, channels, height, width = x.shape
-    pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)
-    return pooled.permute(0, 3, 1, 2)
 
 
 @triton_op("alexnet::normalise_and_pool", mutates_args={})

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from model.fused import empty_pooled
 from model.triton_lrn import (
     WARP,
     biased,
@@ -28,7 +29,7 @@ from model.triton_lrn import (
     position,
     strips,
 )
-from model.triton_pool import empty_pooled, maxima_of_three, pooled_gradients, ranked, store_maxima
+from model.triton_pool import maxima_of_three, pooled_gradients, ranked, store_maxima
 
 ALPHA = tl.constexpr(1e-3 / 25)  # on the sum of squares
 # 2αβ of the gradient, its root on either side of the sum: fp16 holds what is in between.

@@ -98,6 +98,11 @@ def test_it_decodes_with_pillow_simd_and_has_a_compiler_only_for_cuda(docker, im
     assert (compiler == "None") == (cuda == "None")
 
 
+@pytest.mark.image
+def test_it_has_the_kernel_for_cpus(docker, image):
+    docker("run", "--rm", "--entrypoint", "python", image, "-c", "import model.cpu_pool")
+
+
 @pytest.fixture(scope="module")
 def data(packed):
     """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""

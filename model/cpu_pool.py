@@ -1,0 +1,94 @@
+"""ReLU, response normalisation and 3×3 max-pooling with stride 2 in one pass on a CPU, by cpu_pool.c.
+
+In: bf16 or fp32; arithmetic: fp32. What is kept for the gradient is the input, and one byte for each output.
+The result is the same, bit for bit, in any number of threads.
+"""
+
+import ctypes
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from model.fused import empty_pooled
+
+
+def opened(path: str) -> ctypes.CDLL:
+    """The kernel in a library's file. Raises OSError."""
+    library = ctypes.CDLL(path)
+    library.normalise_and_pool.argtypes = [*5 * [ctypes.c_void_p], ctypes.c_int, ctypes.c_int]
+    return library
+
+
+_spec = find_spec("model._cpu_pool")
+if _spec is None or _spec.origin is None:
+    raise OSError("it was not built; with a C compiler, installing the package builds it")
+_LIBRARY = opened(_spec.origin)  # after torch, so that both have OpenMP's threads in common
+
+
+class _Options(ctypes.Structure):
+    """As in cpu_pool.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("images", "height", "width", "channels", "towers")),
+        *((name, ctypes.c_int) for name in ("bf16", "relu_first", "spatial_norm")),
+        ("alpha", ctypes.c_float),
+    ]
+
+
+def _run(x: Tensor, y: Tensor, places: Tensor, gradient: Tensor | None, *options: float) -> None:
+    """gradient: where that of x goes, for which y has its own; without it, y and its places are computed."""
+    alpha, towers, relu_first, spatial_norm = options
+    n, channels, height, width = x.shape
+    bf16 = x.dtype == torch.bfloat16
+    given = _Options(n, height, width, channels, towers, bf16, relu_first, spatial_norm, alpha)
+    arrays = [None if array is None else array.data_ptr() for array in (x, y, places, gradient)]
+    backward, threads = gradient is not None, torch.get_num_threads()
+    if _LIBRARY.normalise_and_pool(ctypes.byref(given), *arrays, backward, threads):
+        raise MemoryError(f"no memory for a few rows of {width}×{channels} values")
+
+
+@custom_op("alexnet::normalise_and_pool_cpu", mutates_args=(), device_types="cpu")
+def normalise_and_pool(
+    x: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
+) -> tuple[Tensor, Tensor]:
+    """x: [N,C,H,W]; the rest as in `fused.normalise_and_pool`. Returns the pooled values and their places in
+    their windows, channels_last. Raises MemoryError."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, places = empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+    _run(x, y, places, None, alpha, towers, relu_first, spatial_norm)
+    return y, places
+
+
+@normalise_and_pool.register_fake
+def _(x: Tensor, *_options) -> tuple[Tensor, Tensor]:
+    return empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+
+
+@custom_op("alexnet::normalise_and_pool_cpu_backward", mutates_args=(), device_types="cpu")
+def _gradient(
+    grad: Tensor, x: Tensor, places: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
+) -> Tensor:
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
+    result = torch.empty_like(x)
+    _run(x, grad, places, result, alpha, towers, relu_first, spatial_norm)
+    return result
+
+
+@_gradient.register_fake
+def _(_grad: Tensor, x: Tensor, *_options) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, *ctx.options = inputs
+    ctx.save_for_backward(x, output[1])
+
+
+def _autograd(ctx, grad: Tensor, _places: None) -> tuple[Tensor, None, None, None, None]:
+    return _gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+normalise_and_pool.register_autograd(_autograd, setup_context=_setup_context)
