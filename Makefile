@@ -50,7 +50,7 @@ test-python%:
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy pipeline model trainer tools
+	$(BIN)/mypy pipeline model trainer tools docker/grafana/*.py
 
 # With the preset whose net torch's own layers can compute, too.
 bench: demo
@@ -61,12 +61,12 @@ chaos: setup
 	test -e $(DATA)/dataset.json || { \
 		$(BIN)/python tools/draw_pictures.py --output $(DATA)-pictures --train 6 --val 2 && \
 		$(BIN)/python tools/make_shards.py --input $(DATA)-pictures --output $(DATA) --size 80; }
-	$(BIN)/python tools/chaos.py --data $(DATA) --record runs/chaos.jsonl
+	$(BIN)/python tests/endurance/chaos.py --data $(DATA) --record runs/chaos.jsonl
 
 faults: setup
-	$(BIN)/python tools/faults.py packing
-	$(BIN)/python tools/faults.py training
-	$(BIN)/python tools/faults.py continuing
+	$(BIN)/python tests/endurance/faults.py packing
+	$(BIN)/python tests/endurance/faults.py training
+	$(BIN)/python tests/endurance/faults.py continuing
 
 # Parts of ten minutes at most on an H200 with 16 cores, by their runs and a minute for each compilation and start;
 # none has been timed there yet. That of gpu-accuracy depends on DATA. Each stage's line is in RECORD as soon as it is

@@ -7,10 +7,10 @@ from pipeline.graph import jpeg_batch
 from pipeline.loader import Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.plan import Plan
 from tests.helpers import rows, with_nearest_chroma
-from trainer.distributed import World
-from trainer.meter import Interval
-from trainer.metrics import Metrics
+from trainer.monitor.meter import Interval
+from trainer.monitor.metrics import Metrics
 from trainer.optim import make_optimizer, set_learning_rate
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, load_settings
 from trainer.step import Step

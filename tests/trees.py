@@ -11,12 +11,12 @@ import fsspec
 import pytest
 
 from pipeline.manifest import Manifest
+from pipeline.packing import executors
+from pipeline.packing.executors import Crew
+from pipeline.packing.progress import Progress
+from pipeline.packing.shard import pack_shard
 from tests.helpers import REPO
 from tools.make_shards import pack, parse_arguments
-from tools.packing import executors
-from tools.packing.executors import Crew
-from tools.packing.progress import Progress
-from tools.packing.shard import pack_shard
 
 # Real odd and broken files with a manifest of them, which are not part of the repository.
 ODD = REPO.parent / "shared/data/odd-images"
@@ -92,7 +92,7 @@ def threads(count: int) -> Iterator[Crew]:
 
 def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:
     """Pack by a thread of this process, with the arguments of make_shards.py."""
-    options = parse_arguments([*map(str, arguments), "--workers", "1"])
+    options = parse_arguments([*map(str, arguments), "--workers", "1"]).packing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executors, "processes", threads)
         return pack(options, progress)

@@ -192,7 +192,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     read_manifest(settings.data)  # what is wrong is said before torch is there
 
     from tools.benchmarks.stages import Stages
-    from trainer.distributed import join
+    from trainer.processes.distributed import join
 
     stages = Stages(settings, join(settings.device), options)
 

@@ -34,7 +34,7 @@ from pipeline.manifest import DatasetError
 from pipeline.spec import NAME, NetSpec
 from tools.classifying.nets import Net, NetError, open_onnx, open_pt2
 from tools.import_torchvision import read_pth, read_safetensors
-from trainer.distributed import World
+from trainer.processes.distributed import World
 from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 

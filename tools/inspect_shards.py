@@ -25,9 +25,9 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import naming
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.packing.workers import WorkersError, refused_threads
 from pipeline.reader import ShardReader
 from tools.options import natural
-from tools.workers import WorkersError, refused_threads
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
 _PART = 256  # samples that a thread hashes at a time
@@ -237,7 +237,7 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
 
 def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int) -> None:
     """The files of the report."""
-    from tools import shard_figures
+    from tools.inspecting import figures
 
     classes = [(entry.id, entry.name) for entry in dataset.manifest.classes]
     _write_tsv(
@@ -251,12 +251,12 @@ def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int)
         ((n, *copy, classes[copy.label][0]) for n, group in enumerate(groups) for copy in group),
     )
     names = [entry.name for entry in dataset.manifest.classes]
-    shard_figures.draw_classes(output / "classes.png", names, dataset.counts)
-    shard_figures.draw_sizes(
+    figures.draw_classes(output / "classes.png", names, dataset.counts)
+    figures.draw_sizes(
         output / "sizes.png", {split: reader.rows for split, reader in dataset.readers.items()}
     )
     first = next(iter(dataset.readers.values()))
-    shard_figures.draw_samples(output / "samples.png", names, first, seed)
+    figures.draw_samples(output / "samples.png", names, first, seed)
     (output / "report.md").write_text(
         report(name, dataset, groups), encoding="utf-8", errors="surrogateescape"
     )

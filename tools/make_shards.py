@@ -14,8 +14,8 @@ that was killed.
 import argparse
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -24,70 +24,18 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest
-from tools.inputs.sources import SourceError, find_sources
-from tools.packing import executors, journal
-from tools.packing.dataset import describe_plan, plan_tasks, write_dataset
-from tools.packing.images import Geometry
-from tools.packing.journal import REPORT
-from tools.packing.progress import Progress
-from tools.packing.results import Result, load_result
-from tools.packing.shard import DECODED, Check, PackingError, Task
-from tools.storage import UNFINISHED, Folder, absolute, is_url
-from tools.workers import WorkersError, end_at_sigterm, refused_threads, say
+from pipeline.packing.images import Geometry
+from pipeline.packing.options import PackingOptions
+from pipeline.packing.pack import pack
+from pipeline.packing.progress import Progress
+from pipeline.packing.resume import REPORT
+from pipeline.packing.shard import DECODED, Check, PackingError
+from pipeline.packing.sources.find import SourceError
+from pipeline.packing.storage import Folder, is_url
+from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
 
 
-def pack(options: argparse.Namespace, progress: Progress | None = None) -> Manifest:
-    """Pack the whole dataset. Raises SourceError, DatasetError, PackingError or OSError."""
-    _check_folders(options)
-    sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
-    tasks = plan_tasks(options, sources)
-    every = [task for split in tasks.values() for task in split]
-    output = Folder(options.output)
-    with journal.locked(output):
-        if journal.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
-            manifest = Manifest.model_validate_json(output.read(NAME))
-        else:
-            results = _results(options, every, output, progress or Progress())
-            manifest = write_dataset(options, sources, tasks, results)
-        try:
-            journal.end(output)
-        except OSError as error:
-            left = error.filename or f"{output}/{UNFINISHED}"
-            say(f"the dataset is whole, but {left} cannot be removed: {error.strerror}")
-    return manifest
-
-
-def _check_folders(options: argparse.Namespace) -> None:
-    if options.val_fraction is None or is_url(options.input) or is_url(options.output):
-        return
-    if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):
-        raise SourceError(f"--output {options.output} is inside --input, where it would be taken for a class")
-
-
-def _results(
-    options: argparse.Namespace, tasks: list[Task], output: Folder, progress: Progress
-) -> list[Result]:
-    """Of all tasks, those that an earlier run finished among them."""
-    sizes = output.sizes()
-    sizes |= {task.tar: Path(options.output, task.tar).stat().st_size for task in tasks if task.tar}
-    with ThreadPoolExecutor(16) as pool:  # behind a URL, each record is a request or two
-        results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
-    missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
-    total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))
-    progress.begin(total, total - left)
-    if missing:
-        crew = (
-            executors.processes(min(options.workers, len(missing)))
-            if options.executor == "processes"
-            else executors.dask(options.scheduler)
-        )
-        with progress, crew as workers:
-            packed = iter(executors.run_tasks(missing, workers, progress.show))
-        results = [next(packed) if result is None else result for result in results]
-    return [result for result in results if result is not None]
-
-
-def summary(manifest: Manifest, options: argparse.Namespace, progress: Progress, seconds: float) -> str:
+def summary(manifest: Manifest, output: str, progress: Progress, seconds: float) -> str:
     """What was packed, for people."""
     total = sum(split.samples for split in manifest.splits.values())
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
@@ -101,8 +49,8 @@ def summary(manifest: Manifest, options: argparse.Namespace, progress: Progress,
     for outcome, counts in (("repaired", manifest.repaired), ("rejected", manifest.rejected)):
         if counts:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
-            lines.append(f"{outcome}: {reasons}; each is listed in {options.output}/{REPORT}")
-    lines.append(f"train on them: alexnet-train --data {options.output}")
+            lines.append(f"{outcome}: {reasons}; each is listed in {output}/{REPORT}")
+    lines.append(f"train on them: alexnet-train --data {output}")
     return "\n".join(lines)
 
 
@@ -182,6 +130,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.output = options.input
     elif options.check == "headers" and options.geometry != "original":
         parser.error("--check headers is for --geometry original and --in-place, which keep files")
+    given = {field.name: getattr(options, field.name) for field in fields(PackingOptions)}
+    options.packing = PackingOptions(**given)
     return options
 # fmt: on
 
@@ -192,8 +142,8 @@ def main() -> None:
     start, progress = time.monotonic(), Progress()
     try:
         with refused_threads(), _metrics(progress, options.metrics_port):
-            manifest = pack(options, progress)
-        print(summary(manifest, options, progress, time.monotonic() - start))
+            manifest = pack(options.packing, progress)
+        print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
         sys.exit(f"make_shards: {error}")
@@ -215,7 +165,7 @@ def _advice(error: OSError, output: str) -> str:
 def _metrics(progress: Progress, port: int | None):
     if port is None:
         return nullcontext()
-    from tools.packing.metrics import serve
+    from pipeline.packing.exporter import serve
 
     return serve(progress, port)
 

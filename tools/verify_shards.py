@@ -27,11 +27,11 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import whole_file
 from pipeline.machine import cpus
 from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
+from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
-from tools.shard_checks import SAMPLED, check_shard
-from tools.shard_findings import Damage, Decode, Found, Task
-from tools.workers import WorkersError, end_at_sigterm, pool
+from tools.verifying.checks import SAMPLED, check_shard
+from tools.verifying.findings import Damage, Decode, Found, Task
 
 SHOWN = 100  # damages that are printed; the others are counted
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import NAME, DatasetError, read_manifest
-from trainer.launch import complain, launch, world_size
+from trainer.processes.launch import complain, launch, world_size
+from trainer.processes.stop import Stopped
+from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import LostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
-from trainer.stop import Stopped
-from trainer.watchdog import EXIT_STALLED
 
 DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py packed, or continue the run in --out.
 Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from model.alexnet import AlexNet
 from pipeline.loader import Batch, Dataset, evaluation_loader
-from trainer import checkpoint, distributed
+from trainer import checkpoint
 from trainer.build import build_decoding, build_model
-from trainer.distributed import World
-from trainer.metrics import Metrics
-from trainer.moment import Lead
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.moment import Lead
 from trainer.precision import autocast, prepare, resolve_precision
+from trainer.processes import distributed
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 

@@ -17,8 +17,8 @@ import torch
 from model.alexnet import Variant
 from model.forms import GROUPS
 from trainer.build import build_decoding
-from trainer.ceilings import model_work, rate
-from trainer.distributed import World
+from trainer.monitor.ceilings import model_work, rate
+from trainer.processes.distributed import World
 from trainer.run import Run, environment
 from trainer.settings import Settings
 from trainer.tuning import remembered

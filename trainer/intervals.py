@@ -7,11 +7,11 @@ and an interval is told at its own end.
 from collections.abc import Callable
 from functools import partial
 
-from trainer.distributed import World
-from trainer.health import Health
-from trainer.journal import Journal
 from trainer.learner import Learner
-from trainer.meter import Interval, Meter
+from trainer.monitor.health import Health
+from trainer.monitor.journal import Journal
+from trainer.monitor.meter import Interval, Meter
+from trainer.processes.distributed import World
 from trainer.step import Condition
 
 

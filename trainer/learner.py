@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.manifest import Class
 from trainer import checkpoint
 from trainer.build import build_model
-from trainer.distributed import World
 from trainer.optim import make_optimizer
 from trainer.precision import resolve_precision
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 from trainer.step import Step

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from trainer.distributed import World
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 

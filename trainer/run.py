@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +30,7 @@ from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
 from pipeline.spec import NetSpec, SpecError
+from pipeline.versions import installed_version
 from trainer.settings import FREE_TO_CHANGE, Resolved, Settings, SettingsError
 from trainer.table import Table
 
@@ -271,14 +271,6 @@ def environment(device: str) -> dict[str, str]:
         "commit": _git_commit(),
         **{package: installed_version(package) for package in _PACKAGES},
     }
-
-
-def installed_version(package: str) -> str:
-    """Of a package; ours runs from a clone, too, in which it is `not installed`."""
-    try:
-        return version(package)
-    except ModuleNotFoundError:
-        return "not installed"
 
 
 def _cpu_model() -> str:

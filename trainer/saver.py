@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.files import naming
 from pipeline.retry import patiently
 from trainer import checkpoint
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
 from trainer.settings import Settings
 

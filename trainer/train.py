@@ -16,29 +16,30 @@ from pipeline.checked import Damage
 from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
-from trainer import checkpoint, distributed
+from trainer import checkpoint
 from trainer.build import build_decoding, processes_here
-from trainer.ceilings import calibrate, loader_work, model_work
-from trainer.display import Display
-from trainer.distributed import World
 from trainer.evaluate import evaluate
 from trainer.forms import settle_form
-from trainer.health import Health
 from trainer.intervals import Intervals
-from trainer.journal import Journal
 from trainer.learner import Learner
-from trainer.metrics import Metrics
-from trainer.moment import Lead
+from trainer.monitor.ceilings import calibrate, loader_work, model_work
+from trainer.monitor.display import Display
+from trainer.monitor.health import Health
+from trainer.monitor.journal import Journal
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.moment import Lead
+from trainer.monitor.server import serve
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import settle
+from trainer.processes import distributed
+from trainer.processes.distributed import World
+from trainer.processes.stop import Stopped, StopRequest
+from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
 from trainer.saver import Saver
-from trainer.server import serve
 from trainer.settings import Settings
 from trainer.step import all_finite
-from trainer.stop import Stopped, StopRequest
 from trainer.tuning import tuned
-from trainer.watchdog import Watchdog
 
 
 def train(settings: Settings, run: Run) -> None:
@@ -141,7 +142,7 @@ class Trainer:
                 raise
             self.saver.drain()
             if self.world.is_main:
-                from trainer.report import write_report
+                from trainer.monitor.report import write_report
 
                 self.metrics.progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")

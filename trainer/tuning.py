@@ -18,8 +18,8 @@ from pipeline.files import whole_file
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
 from pipeline.retry import read_patiently
-from trainer.ceilings import loader_work, rate
-from trainer.distributed import World
+from trainer.monitor.ceilings import loader_work, rate
+from trainer.processes.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
 

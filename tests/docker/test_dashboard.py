@@ -16,10 +16,10 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from make_dashboard import PATH, dashboard_json
 
 from tests.helpers import REPO, missing
-from tools.make_dashboard import PATH, dashboard_json
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 from trainer.settings import Settings
 
 DOCKER = REPO / "docker"
@@ -95,7 +95,7 @@ def exported() -> dict[str, set[str]]:
 
 
 def test_the_committed_dashboard_is_what_the_script_gives():
-    assert PATH.read_text() == dashboard_json(), "run: python tools/make_dashboard.py"
+    assert PATH.read_text() == dashboard_json(), "run: python docker/grafana/make_dashboard.py"
 
 
 def test_the_dashboard_has_no_field_that_grafana_does_not_know():

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from make_dashboard import PATH as DASHBOARD
 
 from tests.helpers import DEADLINE_SECONDS, REPO, command, free_port, missing, rows, wait_until
-from tools.make_dashboard import PATH as DASHBOARD
 from tools.make_shards import pack, parse_arguments
 
 PROMETHEUS = REPO / "docker/prometheus"

@@ -127,7 +127,7 @@ def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_
 @pytest.mark.parametrize("crops", [1, 10])
 def test_pictures_of_any_shape_are_cut_as_in_the_evaluation(geometry, crops, oblong, tmp_path):
     arguments = ["--input", str(oblong), "--output", str(tmp_path), "--geometry", geometry]
-    pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]))
+    pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]).packing)
     dataset = Dataset(tmp_path)
     spec, reader = NetSpec.of(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
     [(pixels, _)] = evaluation_loader(dataset, "val", 10, Decoding(crop=67), crops=crops)

@@ -15,7 +15,7 @@ from pipeline.manifest import Class, Manifest, Pixels, Split, write_manifest
 from pipeline.shards import Sample, write_index, write_shard
 from tests.helpers import REPO
 from tools.inspect_shards import inspect, main
-from tools.shard_figures import TILE, TILES
+from tools.inspecting.figures import TILE, TILES
 
 COLOURS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 10)]
 

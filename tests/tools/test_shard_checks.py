@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.manifest import Shard, read_manifest
 from pipeline.shards import Place, Sample, dali_index, read_index, write_shard
-from tools.shard_checks import check_shard
-from tools.shard_findings import Decode, Task
+from tools.verifying.checks import check_shard
+from tools.verifying.findings import Decode, Task
 
 TAR = "train-000001.tar"  # samples 20 to 39 of train
 

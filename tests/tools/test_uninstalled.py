@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from pipeline.packing import shard
 from tests.helpers import REPO
-from tools.packing import shard
 
 COMMANDS = sorted(
     str(path.relative_to(REPO)) for path in REPO.glob("tools/*.py") if "ArgumentParser(" in path.read_text()
@@ -30,5 +30,5 @@ def test_packing_needs_no_version_of_an_installation(monkeypatch):
     def version(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("trainer.run.version", version)
+    monkeypatch.setattr("pipeline.versions.version", version)
     assert shard.versions()["alexnet-train"] == "not installed"

@@ -11,9 +11,10 @@ import pytest
 
 from pipeline.manifest import read_manifest
 from pipeline.shards import read_index
-from tools import inspect_shards, shard_checks, verify_shards
-from tools.killing.faults import Call, Fault, Storage
+from tests.endurance.faulty_storage import Call, Fault, Storage
+from tools import inspect_shards, verify_shards
 from tools.verify_shards import verify
+from tools.verifying import checks
 
 pytestmark = pytest.mark.usefixtures("_one_process_verifies")
 
@@ -73,7 +74,7 @@ def test_a_dataset_that_went_away_is_not_one_without_shards(dataset, monkeypatch
 
 @pytest.mark.parametrize("decode", ["sampled", "all"])
 def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeypatch, decode):
-    class Flaky(shard_checks._Hashed):
+    class Flaky(checks._Hashed):
         """The first time that the second tar is read, a bit is another."""
 
         def read(self, size: int) -> bytes:
@@ -84,7 +85,7 @@ def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeyp
             return data
 
     readings: list[Flaky] = []
-    monkeypatch.setattr(shard_checks, "_Hashed", Flaky)
+    monkeypatch.setattr(checks, "_Hashed", Flaky)
     (damage,) = verify(dataset, decode, 1).damages
     assert damage.file == TAR
     assert "its sha256 is not the one in dataset.json" in damage.what

@@ -10,9 +10,9 @@ from pipeline.manifest import Class, read_manifest
 from pipeline.spec import NetSpec
 from trainer import checkpoint
 from trainer.build import build_model
-from trainer.distributed import World
 from trainer.evaluate import count_errors, evaluate, load_trained, log_probabilities
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 

@@ -13,8 +13,8 @@ from model.forms import FORMS, GROUPS
 from pipeline.manifest import read_manifest
 from trainer import forms
 from trainer.build import build_model
-from trainer.distributed import World
 from trainer.forms import fastest, fastest_form, measure, settle_form
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Form, Settings, load_settings
 
@@ -55,7 +55,7 @@ def test_a_form_is_measured_by_whole_steps_of_a_net_in_it(monkeypatch):
         assert not torch.equal(before, made[0].conv2.weight)
         return images / 2
 
-    monkeypatch.setattr("trainer.ceilings.build_model", build)
+    monkeypatch.setattr("trainer.monitor.ceilings.build_model", build)
     monkeypatch.setattr(forms, "rate", rate)
     assert measure(Settings(**NARROW, convolutions="towers-s2d"), World(0, 2, 0, ALONE.device)) == 1.0
     assert [net.form for net in made] == [FORMS["towers-s2d"]]

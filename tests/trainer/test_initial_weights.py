@@ -8,8 +8,8 @@ import torch
 from pipeline.manifest import read_manifest
 from tools.make_shards import pack, parse_arguments
 from trainer import checkpoint
-from trainer.distributed import World
 from trainer.learner import Learner
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
@@ -37,7 +37,11 @@ def four_classes(pictures, tmp_path_factory) -> Path:
         (source / split).mkdir()
         for folder in sorted((pictures / split).iterdir())[:4]:
             (source / split / folder.name).symlink_to(folder)
-    pack(parse_arguments(["--input", str(source), "--output", str(output), "--size", "80", "--workers", "1"]))
+    pack(
+        parse_arguments(
+            ["--input", str(source), "--output", str(output), "--size", "80", "--workers", "1"]
+        ).packing
+    )
     return output
 
 

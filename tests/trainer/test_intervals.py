@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.loader import train_loader
 from tests.helpers import TINY, command, exact, main, main_without_more_images, rows
-from trainer.distributed import World
-from trainer.meter import Meter
-from trainer.metrics import Metrics
+from trainer.monitor.meter import Meter
+from trainer.monitor.metrics import Metrics
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import load_settings
 from trainer.train import Trainer

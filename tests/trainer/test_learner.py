@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.forms import FORMS
-from trainer.distributed import World
 from trainer.learner import Learner
+from trainer.processes.distributed import World
 from trainer.settings import Settings
 
 CPU = torch.device("cpu")

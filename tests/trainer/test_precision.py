@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pipeline.manifest import read_manifest
-from trainer.distributed import World
 from trainer.precision import resolve_precision, settle
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError, load_settings
 

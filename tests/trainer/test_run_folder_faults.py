@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.files import read_fully
 from pipeline.manifest import read_manifest
+from tests.endurance.faulty_storage import Call, Fault, Storage
 from tests.helpers import command, main
-from tools.killing.faults import Call, Fault, Storage
 from trainer import run as run_module
 from trainer import table as table_module
 from trainer.run import Run, RunError
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named(packed, unfinished, monkeypatch, capsys, name):
 def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
     packed, unfinished, monkeypatch, capsys, name
 ):
-    from trainer import report
+    from trainer.monitor import report
 
     plot, whole_file = report._plot, report.whole_file
 

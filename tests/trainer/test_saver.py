@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer import checkpoint
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError, Table
 from trainer.saver import RETRY_SECONDS, Saver
 from trainer.settings import Settings

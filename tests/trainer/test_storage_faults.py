@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from tools.killing.faults import Call, Fault, Storage
+from tests.endurance.faulty_storage import Call, Fault, Storage
 from trainer import checkpoint
 from trainer.checkpoint import load, saved, write
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
 from trainer.saver import Saver
 from trainer.settings import Settings

@@ -15,7 +15,7 @@ import pytest
 from pipeline.loader import evaluation_loader, train_loader
 from tests.helpers import command, exact, main, main_without_more_images, rows
 from trainer import checkpoint
-from trainer.metrics import Metrics
+from trainer.monitor.metrics import Metrics
 
 
 def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ import torch
 
 from pipeline.loader import Dataset, Decoding
 from pipeline.plan import Plan
-from trainer import distributed, tuning
+from trainer import tuning
+from trainer.processes import distributed
 from trainer.settings import Settings
 
 

@@ -20,11 +20,11 @@ from model.forms import FORMS
 from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, train_loader
 from pipeline.plan import Plan
 from trainer.build import build_decoding
-from trainer.ceilings import Work, loader_work, model_work, rate
-from trainer.distributed import World
 from trainer.forms import fastest_form
-from trainer.metrics import Metrics
+from trainer.monitor.ceilings import Work, loader_work, model_work, rate
+from trainer.monitor.metrics import Metrics
 from trainer.precision import resolve_precision
+from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 from trainer.train import Trainer
@@ -296,7 +296,7 @@ class Stages:
 
         with tempfile.TemporaryDirectory() as folder:
             where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
-            options = parse_arguments([*where, "--shard-samples", "500", *arguments])
+            options = parse_arguments([*where, "--shard-samples", "500", *arguments]).packing
             start = time.perf_counter()
             manifest = pack(options)
             seconds = time.perf_counter() - start

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipeline.packing.images import FORMATS, RejectedError, fit, read_image
 from pipeline.retry import is_outage, read_patiently
 from pipeline.spec import NetSpec
-from tools.packing.images import FORMATS, RejectedError, fit, read_image
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ogv", ".wmv"}

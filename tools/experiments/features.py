@@ -17,13 +17,13 @@ from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from threadpoolctl import threadpool_limits
 
+from pipeline.duration import duration
 from pipeline.files import whole_file
 from pipeline.manifest import DatasetError, read_manifest
 from pipeline.plan import epoch_order
 from pipeline.reader import ShardReader
 from tools.experiments.encoders import COMPONENTS, Encoder, Fisher, Sparse, dense_sift
 from tools.experiments.training import TrainingError
-from trainer.display import duration
 from trainer.settings import SettingsError
 
 CHUNK = 256  # pictures in a file

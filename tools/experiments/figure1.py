@@ -62,7 +62,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     numbers = chosen(reader.rows["label"], options.classes, options.images)
 
     from tools.experiments.four_layers import Images, small_images
-    from trainer import distributed
+    from trainer.processes import distributed
 
     world = distributed.join(options.device)
     images = Images(small_images(reader, numbers), reader.rows["label"][numbers], world.device)

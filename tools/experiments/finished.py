@@ -14,8 +14,8 @@ from trainer.run import Run, environment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.distributed import World
     from trainer.evaluate import Trained
+    from trainer.processes.distributed import World
 
 
 class Finished(NamedTuple):
@@ -77,9 +77,9 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
                 "give a dataset that has it with --data"
             )
 
-    from trainer import distributed
     from trainer.evaluate import load_trained
     from trainer.precision import resolve_precision
+    from trainer.processes import distributed
 
     world = distributed.join(options.device)
     trained = load_trained(settings, run, world.device, options.checkpoint == "best")

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
 
     from model.towers import merge
     from trainer.build import build_model
-    from trainer.distributed import join
+    from trainer.processes.distributed import join
 
     settings = settings.model_copy(update={"device": shared_device(settings, torch.cuda.device_count())})
     world, classes = join(settings.device), len(manifest.classes)
@@ -161,8 +161,8 @@ def _train_tower(settings: Settings, steps: int, folder: Path) -> Trained:
     import torch
 
     from model.towers import Tower
-    from trainer import distributed
     from trainer.build import build_model
+    from trainer.processes import distributed
 
     world = distributed.join(settings.device)
     if world.device.type == "cpu":

@@ -1,0 +1,108 @@
+"""From the results of all shards to a dataset."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import PIL
+
+from pipeline.files import whole_file
+from pipeline.manifest import Class, Manifest, Split, write_manifest
+from pipeline.packing.images import RESAMPLING, SUBSAMPLING, Geometry
+from pipeline.packing.options import PackingOptions
+from pipeline.packing.resume import REPORT
+from pipeline.packing.shard import Task, versions
+from pipeline.packing.shard_results import Result
+from pipeline.packing.sources.find import SourceError, Sources
+from pipeline.packing.statistics import PixelSums
+from pipeline.packing.storage import Folder
+from pipeline.shards import write_index
+
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may hold them
+
+
+def write_dataset(
+    options: PackingOptions,
+    sources: Sources,
+    tasks: Mapping[str, Sequence[Task]],
+    results: Sequence[Result],
+) -> Manifest:
+    """Write report, indices and, last, the manifest. Raises SourceError if no file of a split can be used."""
+    output = Folder(options.output)
+    counts = write_report(output, sources, results)
+    sums, rest = PixelSums(), iter(results)
+    parts = {split: [next(rest) for _ in planned] for split, planned in tasks.items()}
+    for result in results:
+        sums.add(result.sums)
+    splits = {split: _write_split(output, split, part) for split, part in parts.items()}
+    rows = np.concatenate([result.rows for result in results])
+    manifest = Manifest(
+        format=1,
+        in_place=options.in_place,
+        geometry=_geometry(rows, options.size) if options.in_place else options.geometry,
+        size=options.size,
+        max_width=rows["width"].max(),
+        max_height=rows["height"].max(),
+        classes=tuple(Class(id=name, name=sources.names.get(name, name)) for name in sources.classes),
+        splits=splits,
+        pixels=sums.statistics(),
+        packed=_packed(options),
+        **counts,
+    )
+    with output.staged() as folder:
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _packed(options: PackingOptions) -> dict[str, str | int | float]:
+    """How it was made."""
+    how: dict[str, str | int | float] = {
+        "by": f"alexnet-train {versions()['alexnet-train']}",
+        "pillow": PIL.__version__,
+        "check": options.check,
+    }
+    if options.in_place:
+        return how
+    return how | {
+        "quality": options.quality,
+        "subsampling": SUBSAMPLING,
+        "resampling": RESAMPLING.name.lower(),
+        "seed": options.seed,
+        "shard_samples": options.shard_samples,
+    }
+
+
+def _geometry(rows: np.ndarray, size: int) -> Geometry:
+    """Which one the images have that somebody else has packed."""
+    if (np.minimum(rows["width"], rows["height"]) != size).any():
+        return "original"
+    return "256" if (rows["width"] == rows["height"]).all() else "short256"
+
+
+def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split:
+    shards = [result.shard for result in results if result.shard is not None]
+    if not shards:
+        raise SourceError(
+            f"none of the files for the split '{split}' can be used: {output}/{REPORT} says why. "
+            "When they are mended, give the same command with --overwrite"
+        )
+    rows, name = np.concatenate([result.rows for result in results]), f"{split}.index.npy"
+    rows["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    with output.staged() as folder:
+        digest = write_index(folder / name, rows)
+    return Split(samples=len(rows), index=name, index_sha256=digest, shards=tuple(shards))
+
+
+def write_report(output: Folder, sources: Sources, results: Sequence[Result]) -> dict[str, dict[str, int]]:
+    """List what was repaired and rejected; returns the counts by outcome and reason."""
+    events = [(path, "rejected", "in no class") for path in sources.strays]
+    events += [event for result in results for event in result.events]
+    rows = (("file", "outcome", "reason"), *sorted(events))
+    text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)
+    with output.staged() as folder, whole_file(folder / REPORT) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+    counts = Counter(event[1:] for event in events)
+    return {
+        outcome: {reason: n for (kind, reason), n in sorted(counts.items()) if kind == outcome}
+        for outcome in ("repaired", "rejected")
+    }

@@ -1,0 +1,68 @@
+"""Packing a dataset: what `make-shards` does, as a function."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.manifest import NAME, Manifest
+from pipeline.packing import executors, resume
+from pipeline.packing.finish import write_dataset
+from pipeline.packing.options import PackingOptions
+from pipeline.packing.planning import describe_plan, plan_tasks
+from pipeline.packing.progress import Progress
+from pipeline.packing.shard import Task
+from pipeline.packing.shard_results import Result, load_result
+from pipeline.packing.sources.find import SourceError, find_sources
+from pipeline.packing.storage import UNFINISHED, Folder, absolute, is_url
+from pipeline.packing.workers import say
+
+
+def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
+    """Pack the whole dataset, or continue where an earlier call with the same options was stopped.
+
+    Raises SourceError, DatasetError, PackingError or OSError.
+    """
+    _check_folders(options)
+    sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
+    tasks = plan_tasks(options, sources)
+    every = [task for split in tasks.values() for task in split]
+    output = Folder(options.output)
+    with resume.locked(output):
+        if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
+            manifest = Manifest.model_validate_json(output.read(NAME))
+        else:
+            results = _results(options, every, output, progress or Progress())
+            manifest = write_dataset(options, sources, tasks, results)
+        try:
+            resume.end(output)
+        except OSError as error:
+            left = error.filename or f"{output}/{UNFINISHED}"
+            say(f"the dataset is whole, but {left} cannot be removed: {error.strerror}")
+    return manifest
+
+
+def _check_folders(options: PackingOptions) -> None:
+    if options.val_fraction is None or is_url(options.input) or is_url(options.output):
+        return
+    if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):
+        raise SourceError(f"--output {options.output} is inside --input, where it would be taken for a class")
+
+
+def _results(options: PackingOptions, tasks: list[Task], output: Folder, progress: Progress) -> list[Result]:
+    """Of all tasks, those that an earlier run finished among them."""
+    sizes = output.sizes()
+    sizes |= {task.tar: Path(options.output, task.tar).stat().st_size for task in tasks if task.tar}
+    with ThreadPoolExecutor(16) as pool:  # behind a URL, each record is a request or two
+        results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
+    missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
+    total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))
+    progress.begin(total, total - left)
+    if missing:
+        crew = (
+            executors.processes(min(options.workers, len(missing)))
+            if options.scheduler is None
+            else executors.dask(options.scheduler)
+        )
+        with progress, crew as workers:
+            packed = iter(executors.run_tasks(missing, workers, progress.show))
+        results = [next(packed) if result is None else result for result in results]
+    return [result for result in results if result is not None]

@@ -1,0 +1,79 @@
+"""From the images found to the tasks that pack them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+
+import numpy as np
+
+from pipeline.packing.images import RESAMPLING, SUBSAMPLING
+from pipeline.packing.options import PackingOptions
+from pipeline.packing.resume import Plan
+from pipeline.packing.shard import Recipe, Task, versions
+from pipeline.packing.sources.find import Source, SourceError, Sources
+from pipeline.packing.storage import absolute
+
+
+def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Task]]:
+    """The shards of each split. Raises SourceError for files outside tars, where tars are to be indexed."""
+    recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
+    parts = _tars if options.in_place else _shards
+    return {
+        split: [
+            Task(
+                output=absolute(options.output),
+                name=f"{split}-{number:06d}.tar",
+                first_key=first,
+                sources=tuple(part),
+                measured=split == "train",
+                recipe=recipe,
+                tar=tar,
+                table=sources.table,
+            )
+            for number, (first, part, tar) in enumerate(parts(options, files, place))
+        ]
+        for place, (split, files) in enumerate(sources.splits.items())
+    }
+
+
+Parts = Iterator[tuple[int, list[Source], str | None]]  # first key, files, and the tar that holds them
+
+
+def _shards(options: PackingOptions, files: Sequence[Source], split: int) -> Parts:
+    """The files in a seeded order, in equal parts."""
+    order = np.random.default_rng((options.seed, 2, split)).permutation(len(files))
+    first = 0
+    for part in np.array_split(order, -(-len(files) // options.shard_samples)):
+        yield first, [files[i] for i in part], None
+        first += len(part)
+
+
+def _tars(options: PackingOptions, files: Sequence[Source], split: int) -> Parts:
+    """Each tar, by its name in the output, with its images in the order in which they lie there."""
+    tars: dict[str, list[Source]] = {}
+    for source in files:
+        if source.size is None:
+            raise SourceError(f"--in-place is for images in tars, and {source.file} is a file by itself")
+        tars.setdefault(os.path.relpath(source.file, options.output), []).append(source)
+    for tar in sorted(tars):
+        yield 0, sorted(tars[tar], key=lambda source: source.offset), tar
+
+
+def describe_plan(options: PackingOptions, tasks: Sequence[Task]) -> Plan:
+    """All that the shards depend on, by the name that a user knows it by."""
+    files = sha256()
+    for task in tasks:
+        files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())
+    return {
+        "--input": absolute(options.input),
+        "--in-place": options.in_place,
+        "--geometry": options.geometry,
+        "--size": options.size,
+        "--quality": options.quality,
+        "--check": options.check,
+        "--val-fraction": options.val_fraction,
+        "--shard-samples": options.shard_samples,
+        "--seed": options.seed,
+        "the files found": files.hexdigest(),
+        "the packer": {"subsampling": SUBSAMPLING, "resampling": RESAMPLING.name.lower(), **versions()},
+    }

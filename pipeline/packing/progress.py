@@ -1,0 +1,78 @@
+"""How far a run is: a bar on a terminal, a line now and then where there is none."""
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from pipeline.duration import duration
+from pipeline.packing.executors import Counts
+
+_LINE_SECONDS = 10.0
+_RATE_SECONDS = 30.0  # over which images/s are taken
+
+
+class Progress:
+    """Of `total` images, of which an earlier run packed `before`."""
+
+    def __init__(self) -> None:
+        self.total = self.before = 0
+        self.counts = Counts()
+        self._looks = deque([(time.monotonic(), 0)])  # when, and images by then
+        self._line_due = time.monotonic() + _LINE_SECONDS
+        self._bar = Bar(
+            TextColumn("packing"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def begin(self, total: int, before: int) -> None:
+        """Note how much there is to do."""
+        self.total, self.before = total, before
+
+    def show(self, counts: Counts) -> None:
+        """Take over what this run has done until now."""
+        now = time.monotonic()
+        self.counts = counts
+        self._looks.append((now, counts.images))
+        while now - self._looks[1][0] > _RATE_SECONDS:
+            self._looks.popleft()
+        self._bar.update(self._task, total=self.total, completed=self.done, description=str(self))
+        if self._bar.disable and now >= self._line_due:
+            self._line_due = now + _LINE_SECONDS
+            print(f"packing: {self}", file=sys.stderr, flush=True)
+
+    @property
+    def done(self) -> int:
+        return self.before + self.counts.images
+
+    @property
+    def images_per_second(self) -> float:
+        (start, first), (end, last) = self._looks[0], self._looks[-1]
+        return (last - first) / (end - start) if end > start else 0.0
+
+    @property
+    def seconds_left(self) -> float:
+        """Infinite as long as nothing is known."""
+        rate = self.images_per_second
+        return (self.total - self.done) / rate if rate else float("inf")
+
+    def __str__(self) -> str:
+        left = f", {duration(self.seconds_left)} left" if self.images_per_second else ""
+        return (
+            f"{self.done:,} of {self.total:,} images, {self.counts.bytes / 1e6:,.1f} MB, "
+            f"{self.counts.rejected:,} rejected, {self.images_per_second:,.0f} images/s{left}"
+        )

@@ -1,0 +1,72 @@
+"""What came of a shard, kept beside it until the dataset is whole, so that a run can be continued."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from pipeline.files import whole_file
+from pipeline.manifest import HEAD_BYTES, Shard
+from pipeline.packing.statistics import PixelSums
+from pipeline.packing.storage import UNFINISHED, Folder
+from pipeline.shards import INDEX_DTYPE
+
+SUFFIX = ".result.json"
+
+Event = tuple[str, str, str]  # path, `repaired` or `rejected`, reason
+
+
+@dataclass(frozen=True)
+class Result:
+    """shard: None if no image of it could be used."""
+
+    shard: Shard | None
+    rows: np.ndarray
+    sums: PixelSums
+    events: list[Event]
+
+    @property
+    def rejected(self) -> int:
+        return sum(outcome == "rejected" for _, outcome, _ in self.events)
+
+
+def save_result(output: Folder, name: str, result: Result) -> None:
+    """Leave the record of a shard that is in its place."""
+    record = {
+        "shard": result.shard and result.shard.model_dump(),
+        "rows": result.rows.tolist(),
+        "sums": {
+            "count": result.sums.count,
+            "total": result.sums.total.tolist(),
+            "products": result.sums.products.tolist(),
+        },
+        "events": result.events,
+    }
+    with output.staged(UNFINISHED) as folder, whole_file(folder / f"{name}{SUFFIX}") as file:
+        file.write(json.dumps(record).encode())
+
+
+def load_result(output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]) -> Result | None:
+    """The record, if the shard is there as it says, with its files. sizes: of those of the output."""
+    try:
+        record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
+        shard = record["shard"] and Shard.model_validate(record["shard"])
+        result = Result(
+            shard=shard,
+            rows=np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE),
+            sums=PixelSums(
+                record["sums"]["count"],
+                np.array(record["sums"]["total"], np.int64),
+                np.array(record["sums"]["products"], np.int64),
+            ),
+            events=[(path, outcome, reason) for path, outcome, reason in record["events"]],
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged: packed again
+        return None
+    if shard is None:
+        return result
+    there = all(sizes.get(file) for file in files) and sizes.get(shard.file) == shard.bytes
+    same = there and sha256(output.read(shard.file, HEAD_BYTES)).hexdigest() == shard.head_sha256
+    return result if same else None

@@ -1,0 +1,201 @@
+"""The files below --input, by name: in a folder of this machine or behind a URL."""
+
+import errno
+import os
+import stat
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from pipeline.files import naming
+from pipeline.packing import storage
+from pipeline.packing.workers import say
+from pipeline.retry import is_outage, patiently
+
+
+class SourceError(ValueError):
+    """Input that cannot be packed; the message says what is wrong and what to do."""
+
+
+class Labelled(NamedTuple):
+    """An image and its class. path: its name in the report. The rest: what storage.read opens."""
+
+    path: str
+    class_id: str
+    file: str
+    offset: int = 0
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split as it was found. place: for messages. classes: also those without images. strays:
+    files which no class has."""
+
+    place: str
+    classes: list[str]
+    images: Iterable[Labelled]
+    strays: list[str] = field(default_factory=list)
+
+
+class LocalFolder:
+    """A folder of this machine. What cannot be listed is an OSError, for it is not empty."""
+
+    def __init__(self, root: str):
+        self.name = root
+        self.root = Path(storage.absolute(root))
+
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        """Folders and other files in a folder, sorted; none where there is no folder."""
+        try:
+            return _listed(f"{self.root}/{below}")
+        except (FileNotFoundError, NotADirectoryError):
+            if not below:
+                raise
+            return [], []
+
+    def files(self, below: str) -> list[str]:
+        """All files at any depth below a folder, relative to it and sorted."""
+        folder = f"{self.root}/{below}"
+        found: list[str] = []
+        seen, waiting = {_real(folder)}, [""]
+        while waiting:
+            prefix = waiting.pop()
+            folders, names = _listed(f"{folder}/{prefix}")
+            found.extend(f"{prefix}{name}" for name in names)
+            # Of two links to one folder it is always the same that counts, and none leads into a circle.
+            real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
+            waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
+            seen.update(real)
+        return sorted(found)
+
+    def locate(self, name: str) -> str:
+        """What storage.read opens."""
+        return f"{self.root}/{name}"  # pathlib would keep each file's name for ever
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    """The names of folders and of other files in a folder, sorted, each once however often it is listed."""
+
+    def look() -> dict[str, bool]:
+        with naming(folder), os.scandir(folder) as entries:
+            return {entry.name: _is_folder(entry) for entry in entries}
+
+    found = sorted(patiently(look, say).items())
+    return [name for name, is_folder in found if is_folder], [n for n, is_folder in found if not is_folder]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if is_outage(error) or error.errno == errno.EIO:
+            raise
+        return False  # a link that leads nowhere: reading it tells why
+
+
+def _real(path: str) -> str:
+    return patiently(partial(os.path.realpath, path, strict=True), say)
+
+
+class RemoteFolder:
+    """The same behind a URL. It is listed once, and has no links and no empty folders."""
+
+    def __init__(self, url: str):
+        self.name = url.rstrip("/")
+        with _as_source_error(url):
+            folder = storage.Folder(url)
+            self._fs, self._root = folder.fs, folder.path.rstrip("/")
+            start = len(self._root) + 1
+            self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
+        if not self._names:
+            with suppress(FileNotFoundError), _as_source_error(url):
+                self._fs.ls(self._root)  # raises what was wrong, which `find` leaves out
+            raise SourceError(f"--input {url} is not a folder: nothing is listed there")
+
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        names = self.files(below)
+        folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+        return list(folders), [name for name in names if "/" not in name]
+
+    def files(self, below: str) -> list[str]:
+        prefix = f"{below}/" if below else ""
+        first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
+        return [name[len(prefix) :] for name in self._names[first:last]]
+
+    def locate(self, name: str) -> str:
+        return f"{self.name}/{name}"
+
+    def size(self, name: str) -> int:
+        with _as_source_error(self.locate(name)):
+            return int(self._fs.size(f"{self._root}/{name}"))
+
+
+def _find(fs: AbstractFileSystem, root: str) -> list[str]:
+    """All files below a folder. Raises what a folder of it does that cannot be listed."""
+    is_async = isinstance(fs, AsyncFileSystem)
+    own = (
+        type(fs)._find is not AsyncFileSystem._find
+        if is_async
+        else type(fs).find is not AbstractFileSystem.find
+    )
+    if own:
+        return fs.find(root)
+    found, waiting, seen = [], [root], {root}  # fsspec's own leaves out folders that fail
+    while waiting:
+        folder = waiting.pop()
+        try:
+            entries = fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            if folder == root:
+                return []
+            raise
+        folders = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"} - seen
+        found += [entry["name"] for entry in entries if entry["type"] != "directory"]
+        waiting += folders
+        seen |= folders
+    return found
+
+
+InputFolder = LocalFolder | RemoteFolder
+
+
+def open_folder(name: str) -> InputFolder:
+    """Raises SourceError where there is none, and OSError."""
+    if storage.is_url(name):
+        return RemoteFolder(name)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+            return LocalFolder(name)
+    raise SourceError(f"--input {name} is not a folder, nor a table (.csv, .tsv or .parquet)")
+
+
+def open_file(name: str) -> BinaryIO:
+    """Raises SourceError where there is none, or OSError."""
+    if not storage.is_url(name):
+        return open(name, "rb")
+    folder, _, file = name.rpartition("/")
+    with _as_source_error(name):
+        where = storage.Folder(folder)
+        return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
+
+
+@contextmanager
+def _as_source_error(name: str) -> Iterator[None]:
+    """Each kind of storage has errors of its own."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise SourceError(f"{name} cannot be read: {error or type(error).__name__}") from error

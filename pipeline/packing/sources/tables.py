@@ -1,0 +1,104 @@
+"""A table of images: CSV, TSV or Parquet with the columns path, label and, perhaps, split.
+
+A path is absolute, a URL, or relative to the table's own folder. A label is a class id. A split is
+`train` or `val`. Other columns are ignored.
+"""
+
+import csv
+from collections.abc import Iterator
+from io import TextIOWrapper
+from typing import Any, BinaryIO
+
+from pipeline.files import naming
+from pipeline.packing import storage
+from pipeline.packing.sources.listing import Labelled, Part, SourceError, open_file
+
+_SUFFIXES = (".csv", ".tsv", ".parquet")
+
+
+def is_table(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES)
+
+
+def read_table(name: str, val_fraction: float | None) -> dict[str, Part]:
+    """The splits of the table, of which val is still to be held out if there is only train."""
+    folder = storage.absolute(name).rpartition("/")[0]
+    images: dict[str, list[Labelled]] = {"train": [], "val": []}
+    seen: dict[str, int] = {}
+    with naming(name), open_file(name) as file:
+        rows = _parquet_rows if name.lower().endswith(".parquet") else _text_rows
+        for number, (path, label, *rest) in rows(file, name, val_fraction):
+            split = rest[0] if rest else "train"
+            if not (isinstance(path, str) and path) or label in (None, "") or split not in images:
+                raise SourceError(
+                    f"{name}, row {number}: a path, a label and, in the column split, train or val are "
+                    f"expected, not {(path, label, *rest)}"
+                )
+            if seen.setdefault(path, number) != number:
+                raise SourceError(f"{name}, row {number}: {path} is in row {seen[path]} already")
+            place = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
+            images[split].append(Labelled(path, str(label), place))
+    if not images["train"]:
+        raise SourceError(f"{name} has no rows for the split 'train'")
+    if val_fraction is not None:
+        del images["val"]
+    return {
+        split: Part(name, sorted({image.class_id for image in found}), found)
+        for split, found in images.items()
+    }
+
+
+def _columns(name: str, found: list[str], val_fraction: float | None) -> list[str]:
+    missing = [column for column in ("path", "label") if column not in found]
+    if missing:
+        raise SourceError(
+            f"{name} has no column {' and no column '.join(missing)}, only: {', '.join(found) or 'none'}"
+        )
+    for column in ("path", "label", "split"):
+        if found.count(column) > 1:
+            raise SourceError(f"{name} has more than one column {column}")
+    if "split" in found and val_fraction is not None:
+        raise SourceError(f"{name} has a column split: leave --val-fraction away")
+    if "split" not in found and val_fraction is None:
+        raise SourceError(
+            f"{name} has no column split (train or val): add it, or keep a tenth of each class for "
+            "validation with --val-fraction 0.1"
+        )
+    return ["path", "label"] + ["split"] * ("split" in found)
+
+
+Rows = Iterator[tuple[int, tuple[Any, ...]]]  # with their numbers, for messages
+
+
+def _text_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
+    delimiter = "\t" if name.lower().endswith(".tsv") else ","
+    try:
+        lines = TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        columns = _columns(name, list(reader.fieldnames or ()), val_fraction)
+        for row in reader:
+            yield reader.line_num, tuple(row[column] for column in columns)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise SourceError(f"{name} is not a table: {error}") from None
+
+
+def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise SourceError(
+            f"{name} needs pyarrow: pip install 'alexnet-train[parquet]', or write the table as CSV"
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+        columns = _columns(name, table.schema_arrow.names, val_fraction)
+        number = 0
+        for batch in table.iter_batches(columns=columns):
+            for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the file system's
+            raise
+        raise SourceError(f"{name} is not a Parquet table: {error}") from None

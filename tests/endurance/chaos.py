@@ -1,0 +1,135 @@
+"""Kill a run again and again, and compare what comes of it with the same run left alone.
+
+    python tests/endurance/chaos.py --data shards --kills 200 --seed 0 --record runs/chaos.json
+
+Each scenario trains a small net without interruption, then with SIGKILL at moments drawn by the seed, and
+after each kill the same command again, until the run is through:
+
+    1               on one process
+    2               on two; all are killed, or one, whose end the other must notice
+    1 to 1, 2, 4    begun on one and continued on 1, 2 and 4 by turns
+    2 to 1, 2, 4    begun on two, likewise
+    alexnet-train   the command and its net as they are
+    torchrun        likewise on two processes, of which one is killed; torchrun starts them again
+
+Kills are aimed at any time, at start-up, at the writing of a checkpoint and at evaluation; what each has hit
+is read from the run folder afterwards. It ends with 1 at the first difference, and that run's folder stays:
+losses, weights and the best checkpoint, bit for bit where the number of processes stays the same; each image
+that the net was given, always; a checkpoint that was there and is not; work done twice that had been saved;
+files or a lock left behind; a process that does not end. Other options are settings of alexnet-train.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pipeline.manifest import DatasetError, read_manifest
+from tests.endurance.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
+from tools.options import natural
+from trainer.run import environment
+from trainer.settings import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from tests.endurance.runs import Tally
+
+# Of the drawn pictures that the tests and `make chaos` pack, four checkpoints an epoch.
+SETTINGS = [
+    "--recipe", "demo", "--crop", "67", "--batch", "8", "--epochs", "8", "--colour", "paper",
+    "--device", "cpu", "--threads", "1", "--port", "0", "--stall-seconds", str(SILENCE_SECONDS),
+    "--log-every", "1", "--checkpoint-steps", "2",
+]  # fmt: skip
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Also the settings that are left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--kills", type=natural, default=200, metavar="N", help="over the first four scenarios (default 200)")
+    add("--command-kills", type=natural, default=2, metavar="N", help="in each of the last two (default 2)")
+    add("--seed", type=natural, default=0, help="of the kills (default 0)")
+    add("--folder", type=Path, default=Path("runs/chaos"), metavar="DIR", help="for the runs (runs/chaos)")
+    add("--record", type=Path, metavar="FILE", help="append the last line to this file, too")
+    return parser.parse_known_args()
+
+
+def table(tallies: "dict[str, Tally]") -> Iterator[str]:
+    """Where the kills have hit, and what each scenario came to."""
+    yield f"{'kills in':16}" + "".join(f"{moment:>18}" for moment in MOMENTS) + f"{'all':>7}"
+    for name, tally in tallies.items():
+        moments = "".join(f"{tally.kills[moment]:>18}" for moment in MOMENTS)
+        yield f"{name:16}{moments}{tally.kills.total():>7}"
+    yield ""
+    columns = ("runs", 6), ("lives", 7), ("one rank", 10), ("others after", 14), ("twice", 7), ("at once", 9)
+    yield f"{'':16}" + "".join(f"{name:>{width}}" for name, width in columns) + "  losses"
+    for name, tally in tallies.items():
+        yield (
+            f"{name:16}{tally.runs:>6}{tally.lives:>7}{tally.one_rank_kills:>10}"
+            f"{tally.longest_end_seconds:>12.1f} s{tally.steps_done_twice:>7}{tally.most_after_a_kill:>9}  "
+            + (f"differ by {tally.loss_difference:.1e} at most" if tally.loss_difference else "equal")
+        )
+    yield "one rank: kills of one of several, and how long the others took at most to end after it"
+    yield "twice: steps done again, after all kills together and after one at most; not counted of commands"
+
+
+def kill_all(options: argparse.Namespace, rest: list[str], tallies: "dict[str, Tally]") -> None:
+    """Add each scenario's tally. Raises SettingsError, DatasetError, OSError, and DifferenceError."""
+    arguments = [*SETTINGS, *rest]
+    settings = load_settings(arguments, command="chaos.py")
+    read_manifest(settings.data)
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise SettingsError(f"{options.folder} is not empty: delete it, or choose another --folder")
+
+    from tests.endurance.elastic import kill_under_torchrun
+    from tests.endurance.runs import COMMAND, SCENARIOS, Chaos
+
+    chaos = Chaos(settings, arguments, options.folder, options.seed)
+    shares = {scenario: options.kills // len(SCENARIOS) for scenario in SCENARIOS}
+    shares[SCENARIOS[0]] += options.kills % len(SCENARIOS)
+    shares[COMMAND] = options.command_kills
+    for scenario, kills in shares.items():
+        if kills:
+            tallies[scenario.name] = chaos.kill(scenario, kills)
+            print(f"{scenario.name}: {kills} kills, and as without them", flush=True)
+    if options.command_kills:
+        tallies["torchrun"] = kill_under_torchrun(chaos, options.command_kills)
+        print(f"torchrun: {options.command_kills} kills, and as without them", flush=True)
+    shutil.rmtree(options.folder)
+
+
+def main() -> None:
+    options, rest = parse_arguments()
+    begun = time.monotonic()
+    tallies: dict[str, Tally] = {}
+    try:
+        kill_all(options, rest, tallies)
+    except (SettingsError, DatasetError, OSError, DifferenceError) as error:
+        sys.exit(f"chaos: {error}")
+    finally:
+        if tallies:
+            print(*table(tallies), sep="\n")
+    record = {
+        "command": " ".join(sys.argv),
+        "seconds": round(time.monotonic() - begun),
+        "environment": environment("CPU"),
+        "scenarios": {name: vars(tally) for name, tally in tallies.items()},
+    }
+    line = json.dumps(record)
+    if options.record:
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        with open(options.record, "a") as file:
+            print(line, file=file)
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

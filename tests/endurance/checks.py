@@ -1,0 +1,148 @@
+"""What must hold: after a kill nothing that was saved is lost, and at the end all is as without kills."""
+
+import csv
+import fcntl
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.endurance.lives import DifferenceError, unfinished
+from trainer import checkpoint
+from trainer.run import Run
+
+EXACT = ("step", "epoch", "loss", "error", "learning_rate")  # of metrics.csv; the rest are times
+CPU = torch.device("cpu")
+
+Images = dict[int, dict[int, str]]  # of each step, of each place in its batch, the hash
+
+
+def read_images(records: Path, batch: int) -> tuple[Images, int]:
+    """What the net got in each step, and how many steps were begun in all lives together.
+
+    records: files `<life>-<world>.<rank>`. Raises DifferenceError where two lives were not given the same.
+    """
+    images: Images = defaultdict(dict)
+    begun = 0
+    for path in sorted(records.iterdir()):
+        world, rank = int(path.stem.split("-")[1]), int(path.suffix[1:])
+        first = rank * batch // world  # a rank's images stand together, in the order of the ranks
+        for line in path.read_text().splitlines():
+            step, *sums = line.split()
+            begun += rank == 0
+            for place, image in enumerate(sums, first):
+                if images[int(step)].setdefault(place, image) != image:
+                    raise DifferenceError(
+                        f"{path}: image {place} of step {step} is not that of a life before"
+                    )
+    return images, begun
+
+
+def begun_steps(records: Path, life: str) -> tuple[int, int]:
+    """The first step that the first rank of a life began with, and the one after its last; 0, 0 if none."""
+    path = records / f"{life}.0"
+    steps = [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+    return (steps[0], steps[-1] + 1) if steps else (0, 0)
+
+
+def check_images(images: Images, reference: Images) -> None:
+    """Raises DifferenceError where a step did not have the reference's images in the reference's order."""
+    for step, expected in reference.items():
+        got = images.get(step, {})
+        for place, image in expected.items():
+            if got.get(place) != image:
+                raise DifferenceError(
+                    f"image {place} of step {step} is {got.get(place)}, without kills {image}"
+                )
+
+
+def check_saved(run: Run, durable: int) -> int:
+    """The step of the newest checkpoint, after all processes of a life are gone.
+
+    durable: the newest that was ever there. Raises DifferenceError if anything that was saved is lost or
+    damaged, and if files or the lock were left behind.
+    """
+    state, damaged = checkpoint.load(run.checkpoints, CPU)
+    if damaged:
+        raise DifferenceError(f"after a kill, {damaged[0]}")
+    step = state["step"] if state else 0
+    if step < durable:
+        raise DifferenceError(
+            f"after a kill the newest checkpoint is of step {step}; there was one of {durable}"
+        )
+    rows = [int(row["step"]) for row in read(run.metrics.path) if int(row["step"]) <= step]
+    if rows != list(range(1, step + 1)):
+        raise DifferenceError(
+            f"after a kill, {run.metrics.path} lacks rows up to step {step}, which is saved"
+        )
+    evaluations = len([row for row in read(run.evaluations.path) if int(row["step"]) <= step])
+    if state and evaluations < len(state["errors"]):
+        raise DifferenceError(f"after a kill, {run.evaluations.path} lacks rows up to step {step}")
+    if state and state["errors"] and not checkpoint.saved(run.checkpoints, "best"):
+        raise DifferenceError(f"after a kill at step {step} there is no best checkpoint")
+    if len(left := unfinished(run.checkpoints)) > 1:
+        raise DifferenceError(f"{len(left)} temporary files lie in {run.checkpoints}")
+    if (run.folder / ".lock").exists():
+        with open(run.folder / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DifferenceError(f"{run.folder} is locked, and no process of it is left") from None
+    return step
+
+
+def check_end(run: Run, reference: Run, same_world: bool) -> float:
+    """Compare a run that is through with one that was not killed.
+
+    Bit for bit where the numbers of processes were the same. Returns the largest relative difference of
+    two losses. Raises DifferenceError.
+    """
+    rows, expected = read(run.metrics.path), read(reference.metrics.path)
+    if [row["step"] for row in rows] != [row["step"] for row in expected]:
+        raise DifferenceError(f"{run.metrics.path} has other steps than without kills")
+    largest = 0.0
+    for row, other in zip(rows, expected, strict=True):
+        for column in EXACT if same_world else ():
+            if row[column] != other[column]:
+                raise DifferenceError(
+                    f"{column} of step {row['step']} is {row[column]}, without kills {other[column]}"
+                )
+        a, b = float(row["loss"]), float(other["loss"])
+        largest = max(largest, abs(a - b) / abs(b))
+    if same_world:
+        if read(run.evaluations.path) != read(reference.evaluations.path):
+            raise DifferenceError(f"{run.evaluations.path} is not that of the run without kills")
+        for kind in ("step", "best"):
+            state, expected_state = (checkpoint.load(of.checkpoints, CPU, kind)[0] for of in (run, reference))
+            check_same(state, expected_state, f"the {kind} checkpoint at the end")
+    if left := sorted(run.folder.rglob(".*.partial")):
+        raise DifferenceError(f"the temporary file {left[0]} is still there at the end")
+    return largest
+
+
+def check_same(value: Any, expected: Any, name: str) -> None:
+    """Compare two states bit for bit, but for the time. Raises DifferenceError, which names what differs."""
+    if isinstance(expected, dict):
+        if value.keys() != expected.keys():
+            raise DifferenceError(f"{name} has other entries than without kills")
+        for key in expected.keys() - {"time"}:
+            check_same(value[key], expected[key], f"{name}, {key}")
+    elif isinstance(expected, Tensor):
+        if value.numpy().tobytes() != expected.numpy().tobytes():
+            largest = (value - expected).abs().max()
+            raise DifferenceError(f"{name} differs from that without kills by up to {largest:.3g}")
+    elif isinstance(expected, list):
+        for number, (item, other) in enumerate(zip(value, expected, strict=True)):
+            check_same(item, other, f"{name}, {number}")
+    elif value != expected:
+        raise DifferenceError(f"{name} is {value}, without kills {expected}")
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    """The whole rows of a table, as the text that was written."""
+    if not table.exists():
+        return []
+    lines = [line for line in table.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return list(csv.DictReader(lines))

@@ -1,0 +1,176 @@
+"""Small jobs for tests/endurance/faults.py: each in a process of its own, on storage of which one call fails.
+
+A job is a command with its arguments, the folder that its calls are counted in, and what must hold of what it
+leaves. `packing` is one; what a fork server has imported already makes it a matter of a tenth of a second.
+"""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.endurance.faulty_storage import SHORT, TWICE, Call, Fault, Storage
+
+DEADLINE_SECONDS = 60  # after which a job hangs
+_forkserver = multiprocessing.get_context("forkserver")
+_preloaded = ["tools.make_shards", "tools.verify_shards", "tests.endurance.faulty_storage"]
+
+
+def preload(*modules: str) -> None:
+    """Have modules imported before the first job is started."""
+    _preloaded.extend(modules)
+    _forkserver.set_forkserver_preload(_preloaded)
+
+
+preload()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: the exit code, or minus the signal's number. text: all that was printed."""
+
+    code: int
+    text: str
+    calls: dict[Call, int]
+    hits: int
+
+
+def live(job: Callable[..., None], arguments: Sequence[str], folder: Path, fault: Fault | None) -> Outcome:
+    """Run a job on such storage, in a process of its own. folder: that its calls are counted in."""
+    log = folder.with_suffix(".log")
+    here, there = _forkserver.Pipe(duplex=False)
+    process = _forkserver.Process(target=_live, args=(job, arguments, folder, fault, log, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        calls, hits = here.recv()
+    except EOFError:  # it was killed
+        calls, hits = {}, 0
+    process.join()
+    text = log.read_text(errors="replace")
+    log.unlink()
+    assert process.exitcode is not None
+    return Outcome(process.exitcode, text, calls, hits)
+
+
+def _live(job, arguments, folder, fault, log, answer) -> None:
+    signal.alarm(DEADLINE_SECONDS)
+    written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(written, descriptor)
+    storage = Storage(folder, fault)
+    try:
+        with storage:
+            job(arguments)
+    finally:
+        answer.send((dict(storage.calls), storage.hits))
+
+
+def pack(arguments: Sequence[str]) -> None:
+    """make_shards in this process, without workers and without pauses."""
+    from pipeline import retry
+    from pipeline.packing import executors
+    from tools import make_shards
+
+    retry.PAUSES, retry._EIO_PAUSES = (0.0, 0.0, 0.0), (0.0, 0.0)  # type: ignore[assignment]
+    executors.processes = _here  # type: ignore[assignment]
+    sys.argv = ["make_shards.py", *arguments]
+    make_shards.main()
+
+
+@contextmanager
+def _here(count: int) -> Iterator:
+    from pipeline.packing.executors import Crew
+    from pipeline.packing.shard import pack_shard
+
+    def submit(task):
+        done: Future = Future()
+        try:
+            done.set_result(pack_shard(task))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    yield Crew(submit, lambda: count)
+
+
+class Packing:
+    """Pictures below `folder`, packed once as they are and then with faults."""
+
+    def __init__(self, folder: Path):
+        """folder: holds in/train/… and in/val/…"""
+        self.folder, self.input, self.output = folder, folder / "in", folder / "out"
+        self.arguments = ["--input", str(self.input), "--output", str(self.output), "--size", "16"]
+        self.arguments += ["--shard-samples", "3", "--max-reject-ratio", "1"]
+        undisturbed = live(pack, self.arguments, folder, None)
+        assert undisturbed.code == 0, undisturbed.text
+        self.calls, self.whole = undisturbed.calls, self._content()
+
+    def _content(self) -> dict[str, bytes]:
+        return {
+            str(p.relative_to(self.output)): p.read_bytes() for p in self.output.rglob("*") if p.is_file()
+        }
+
+    def try_fault(self, fault: Fault) -> tuple[Outcome, list[str]]:
+        """What came of it, and what should not have."""
+        shutil.rmtree(self.output, ignore_errors=True)
+        outcome = live(pack, self.arguments, self.folder, fault)
+        wrong = list(self._judge(outcome, fault))
+        rejected = self._rejected()
+        again = live(pack, self.arguments, self.folder, None)
+        if rejected:  # a dataset without a file that was to blame: it stays so
+            if "already holds a dataset" not in again.text:
+                wrong.append(f"the same command after a rejection: code {again.code}: {again.text}")
+        elif (again.code and "already holds a dataset" not in again.text) or self._content() != self.whole:
+            wrong.append(f"the same command again does not end alike: code {again.code}: {again.text}")
+        return outcome, wrong
+
+    def _judge(self, outcome: Outcome, fault: Fault) -> Iterator[str]:
+        if outcome.code < 0:
+            yield f"ended by {signal.Signals(-outcome.code).name}: {outcome.text}"
+        if "Traceback" in outcome.text:
+            yield f"a traceback: {outcome.text}"
+        if (self.output / "dataset.json").exists():
+            yield from self._judge_dataset(fault)
+        if outcome.code == 0 and not self._rejected():
+            left = {name for name in self._content() if not name.startswith(".packing/")}
+            if left != self.whole.keys():
+                yield f"code 0 with {sorted(left ^ self.whole.keys())} too many or missing"
+        if outcome.code > 0:
+            yield from _judge_line(outcome.text, fault)
+
+    def _judge_dataset(self, fault: Fault) -> Iterator[str]:
+        from tools.verify_shards import verify
+
+        if damages := verify(self.output, "all", 1).damages:
+            yield f"a dataset that does not verify: {damages[0]}"
+        for name in self._rejected():
+            if not fault.call.path.endswith(name):
+                yield f"{name} was rejected"
+
+    def _rejected(self) -> list[str]:
+        try:
+            rows = [line.split("\t") for line in (self.output / "report.tsv").read_text().splitlines()]
+        except FileNotFoundError:
+            return []
+        return [name for name, outcome, _ in rows if outcome == "rejected"]
+
+
+def _judge_line(text: str, fault: Fault) -> Iterator[str]:
+    """An error is one line with the file and the reason, after those of what was tried again."""
+    lines = [
+        line for line in text.splitlines() if "trying again" not in line and "cannot be locked" not in line
+    ]
+    if len(lines) != 1:
+        yield f"{len(lines)} lines: {text}"
+    if fault.error not in (SHORT, TWICE) and os.strerror(getattr(errno, fault.error)) not in text:
+        yield f"no reason: {text}"
+    if fault.call.path.partition("*")[0].rstrip("/").rpartition("/")[2] not in text:
+        yield f"no file: {text}"

@@ -1,0 +1,244 @@
+"""Train for long on a tiny net and images: does anything grow? A table, a record in JSON and a plot.
+
+    python tests/endurance/soak.py --out runs/soak
+
+The trainer runs in a process of its own, with evaluations, checkpoints and its metrics server, and with
+a narrow net, so that steps are short and 1 % of the memory is little. Meanwhile its server is asked for
+its pages, and the process with all that it starts is sampled, with the step:
+
+    resident_bytes    RSS, of which the pages of files are a part that the kernel may take back
+    anonymous_bytes   the rest, where leaks are: what was allocated
+    shared_bytes      shared memory that is mapped, and System V segments that they made
+    open_files        file descriptors
+    threads
+
+Growth is the median of a series over the last tenth of the steps, against that over the tenth after the
+warm-up, which is the first fifth: what comes and goes with a checkpoint does not count. Ends with 1 and
+names what grew where that is more than --limit. Other options are settings of alexnet-train. --out must
+be new; soak.json and soak.png are in it at the end.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+if not __package__:  # run as a script, perhaps where nothing is installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pipeline.manifest import DatasetError, read_manifest
+from tools.options import count, positive
+from trainer.run import Run
+from trainer.settings import SettingsError, load_settings
+
+SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
+WARM_UP, WINDOW = 0.2, 0.1  # shares of the steps
+LEAST = 5  # samples in a window
+SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--width", "0.0625", "--batch", "8", "--threads", "1"]
+SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
+
+Samples = dict[str, list[float]]  # `step`, `seconds` and SERIES
+
+
+class SoakError(RuntimeError):
+    """A soak that came to nothing, in one line."""
+
+
+def processes(pid: int) -> Iterator[int]:
+    """A process and all that it has started, as far as they have not ended."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            yield from processes(int(child))
+
+
+def sample(pid: int) -> dict[str, float]:
+    """SERIES of a process and all that it has started. Raises OSError when it has ended."""
+    figures, tree = dict.fromkeys(SERIES, 0.0), set(processes(pid))
+    for number in tree:
+        process = Path(f"/proc/{number}")
+        try:
+            lines = (process / "smaps_rollup").read_text().splitlines()[1:]
+            kilobytes = dict(line.split()[:2] for line in lines)
+            figures["resident_bytes"] += 1024 * int(kilobytes["Rss:"])
+            figures["anonymous_bytes"] += 1024 * int(kilobytes["Pss_Anon:"])
+            figures["shared_bytes"] += 1024 * int(kilobytes["Pss_Shmem:"])
+            figures["open_files"] += len(list((process / "fd").iterdir()))
+            figures["threads"] += len(list((process / "task").iterdir()))
+        except OSError:
+            if number == pid:
+                raise
+    for segment in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
+        _, _, _, size, creator, *_ = map(int, segment.split())
+        figures["shared_bytes"] += size if creator in tree else 0
+    return figures
+
+
+def step_of(port: int) -> float | None:
+    """The step that the trainer is at, by its metrics; its other pages are asked for, too.
+
+    None as long as it has no server, or has it no longer.
+    """
+    try:
+        pages = {}
+        for page in ("/", "/healthz", "/metrics"):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=30) as answer:
+                pages[page] = answer.read().decode()
+    except OSError:
+        return None
+    (line,) = (line for line in pages["/metrics"].splitlines() if line.startswith("alexnet_step "))
+    return float(line.split()[1])
+
+
+def watch(command: list[str], port: int, steps: int, seconds: float, log: Path) -> Samples:
+    """Sample a training every few seconds between its first step and its last. Raises SoakError."""
+    samples: Samples = {name: [] for name in ("step", "seconds", *SERIES)}
+    begun, quiet = time.monotonic(), {"OMP_NUM_THREADS": "1"} | os.environ  # steps so small gain by one alone
+    with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=quiet) as process:
+        try:
+            while process.poll() is None:
+                step = step_of(port)
+                if step and step < steps:  # after the last one it draws its report
+                    taken = {"step": step, "seconds": round(time.monotonic() - begun, 1)}
+                    with suppress(OSError):  # it has just ended
+                        for name, value in (taken | sample(process.pid)).items():
+                            samples[name].append(value)
+                time.sleep(seconds)
+        finally:
+            process.kill()
+    if process.returncode:
+        last = log.read_text().strip().splitlines()[-1:]
+        raise SoakError(f"the trainer ended with {process.returncode}, see {log}: {' '.join(last)}")
+    return samples
+
+
+def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
+    """Of each series its medians after the warm-up and at the end, and by how many percent it grew.
+
+    Raises SoakError where there are fewer than LEAST samples of either.
+    """
+
+    def within(begin: float) -> list[int]:
+        window = range(round(begin * steps), round((begin + WINDOW) * steps))
+        return [n for n, step in enumerate(samples["step"]) if step in window]
+
+    first, last = within(WARM_UP), within(1 - WINDOW)
+    if min(len(first), len(last)) < LEAST:
+        raise SoakError(
+            f"fewer than {LEAST} samples in a tenth of the steps: take more of them, or more steps"
+        )
+    grown = {}
+    for name in SERIES:
+        before, after = (median(samples[name][n] for n in window) for window in (first, last))
+        grown[name] = {"before": before, "after": after, "percent": 100 * (after - before) / max(before, 1)}
+    return grown
+
+
+def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
+    for name, figures in grown.items():
+        verdict = "flat" if figures["percent"] <= limit else "GREW"
+        medians = f"{figures['before']:>14,.0f} to {figures['after']:>14,.0f}"
+        yield f"{name:17}{medians}  {figures['percent']:+8.2f} %  {verdict}"
+
+
+def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps: int) -> None:
+    """A panel a series, with the two medians over the steps that they are of."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: there may be no screen
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 2, figsize=(11, 8.4), layout="constrained")
+    axes.flat[-1].set_axis_off()
+    for panel, (name, figures) in zip(axes.flat, grown.items(), strict=False):
+        scale, unit = (1e6, "MB") if name.endswith("_bytes") else (1, None)
+        panel.plot(samples["step"], [value / scale for value in samples[name]], color="tab:blue", linewidth=1)
+        for begin, value in ((WARM_UP, figures["before"]), (1 - WINDOW, figures["after"])):
+            place = [begin * steps, (begin + WINDOW) * steps]
+            panel.plot(place, [value / scale] * 2, color="tab:orange", linewidth=3)
+        panel.axvspan(0, WARM_UP * steps, color="tab:gray", alpha=0.15)
+        panel.set(title=f"{name}: {figures['percent']:+.2f} %", xlabel="step", ylabel=unit)
+        panel.set_ylim(0, 1.15 * max(samples[name]) / scale or 1)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def prepare(out: Path) -> Path:
+    """Draw a thousand pictures and pack them; returns the dataset's folder."""
+    pictures, shards = out / "pictures", out / "shards"
+    drawn = ["--output", pictures, "--train", "100", "--val", "10"]
+    packed = ["--input", pictures, "--output", shards, "--size", "80", "--shard-samples", "250"]
+    for command in (["tools.draw_pictures", *drawn], ["tools.make_shards", *packed]):
+        subprocess.run([sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return shards
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """The record, and what grew by how much. Raises SoakError, SettingsError, DatasetError or OSError."""
+    run, port = options.out / "run", free_port()
+    if run.exists():
+        raise SoakError(f"{run} is there already: choose another --out, or delete it")
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = options.data or prepare(options.out)
+    given = ["--data", str(data), "--out", str(run), "--address", "127.0.0.1", "--port", str(port)]
+    arguments = [*SHORT_STEPS, *rest, *given]
+    batch = load_settings(arguments, command="soak.py").batch
+    samples_an_epoch = read_manifest(data).split("train").samples
+    epochs = -(-options.steps * batch // samples_an_epoch)
+    steps = -(-epochs * samples_an_epoch // batch)
+    command = [sys.executable, "-m", "trainer.cli", *arguments, "--epochs", str(epochs)]
+    samples = watch(command, port, steps, options.seconds, options.out / "trainer.log")
+    grown = growth(samples, steps)
+    about = Run(run).starts()[-1]
+    record = {"command": " ".join(sys.argv), "environment": about, "steps": steps, "batch": batch}
+    record |= {"evaluations": len(Run(run).evaluations.rows()), "growth": grown, "samples": samples}
+    draw(options.out / "soak.png", samples, grown, steps)
+    return record, grown
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Also the settings that are left."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="for the run and what comes of it")
+    add("--steps", type=count, default=20_000, metavar="N", help="at least (default 20,000)")
+    add("--data", type=Path, metavar="DIR", help="a packed dataset; without it, pictures are drawn")
+    add("--seconds", type=positive, default=1.0, metavar="S", help="between two samples (default 1)")
+    add("--limit", type=positive, default=1.0, metavar="PERCENT", help="of growth (default 1)")
+    return parser.parse_known_args()
+
+
+def main() -> None:
+    options, rest = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the trainer, too
+    try:
+        record, grown = soak(options, rest)
+        (options.out / "soak.json").write_text(json.dumps(record) + "\n")
+    except (SoakError, SettingsError, DatasetError, OSError) as error:
+        sys.exit(f"soak: {error}")
+    print(*table(grown, options.limit), sep="\n")
+    grew = [name for name, figures in grown.items() if figures["percent"] > options.limit]
+    if grew:
+        sys.exit(f"soak: grew by more than {options.limit:g} %: {', '.join(grew)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Storage that fails above Python's functions: the harness itself, and a sample of what it tries."""
+
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.endurance.faulty_storage import ERRORS, SHORT, TWICE, Call, Fault, Storage
+from tests.helpers import REPO
+
+
+def fault(name: str, path: str, error: str, time: int = 1, lasting: bool = False) -> Fault:
+    return Fault(Call(name, path), time, error, lasting)
+
+
+def test_calls_are_counted_by_file(tmp_path):
+    with Storage(tmp_path) as storage:
+        (tmp_path / "a").write_text("1")
+        (tmp_path / "a").read_text()
+        (tmp_path / "a").rename(tmp_path / "b")
+        assert os.listdir(tmp_path) == ["b"]  # noqa: PTH208
+        shutil.rmtree(tmp_path)
+        Path("/proc/self/stat").read_text()
+    assert storage.calls[Call("create", "a")] == storage.calls[Call("write", "a")] == 1
+    assert storage.calls[Call("open", "a")] == storage.calls[Call("replace", "b")] == 1
+    assert storage.calls[Call("unlink", "b")] == 1
+    assert not any("proc" in call.path for call in storage.calls)
+
+
+def test_one_call_fails_once(tmp_path):
+    (tmp_path / "a").write_text("1")
+    with Storage(tmp_path, fault("open", "a", "ESTALE", time=2)) as storage:
+        assert (tmp_path / "a").read_text() == "1"
+        with pytest.raises(OSError, match=str(tmp_path / "a")) as error:
+            (tmp_path / "a").read_text()
+        assert error.value.errno == errno.ESTALE
+        assert (tmp_path / "a").read_text() == "1"
+    assert storage.hits == 1
+
+
+def test_or_from_then_on(tmp_path):
+    (tmp_path / "a").write_text("1")
+    with Storage(tmp_path, fault("stat", "a", "EIO", time=2, lasting=True)):
+        (tmp_path / "a").stat()
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output"):
+                (tmp_path / "a").stat()
+
+
+def test_reads_and_writes_fall_short_and_lose_nothing(tmp_path):
+    content = bytes(range(256)) * 100
+    with Storage(tmp_path, fault("write", "a", SHORT, lasting=True)) as storage:
+        (tmp_path / "a").write_bytes(content)
+    assert storage.hits > 1
+    with (
+        Storage(tmp_path, fault("read", "a", SHORT, lasting=True)) as storage,
+        open(tmp_path / "a", "rb") as file,
+    ):
+        assert file.read(len(content)) == content
+    assert storage.hits > 1
+
+
+def test_an_entry_is_listed_twice(tmp_path):
+    (tmp_path / "a").touch()
+    with Storage(tmp_path, fault("readdir", "", TWICE)):
+        assert os.listdir(tmp_path) == ["a", "a"]  # noqa: PTH208
+
+
+def test_afterwards_all_is_as_before(tmp_path):
+    before = [open, io.open, os.stat, os.scandir, os.fsync]
+    with Storage(tmp_path):
+        assert before[0] is not open
+    assert before == [open, io.open, os.stat, os.scandir, os.fsync]
+
+
+def test_each_error_is_one_that_the_system_has():
+    for errors in ERRORS.values():
+        assert all(hasattr(errno, error) for error in errors if error not in (SHORT, TWICE))
+
+
+@pytest.mark.slow
+def test_a_sample_of_all_calls_and_errors_of_a_packing():
+    command = [sys.executable, "tests/endurance/faults.py", "--seconds", "100", "--seed", "2012"]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,78 @@
+"""Trainings on storage that fails: what the harness calls wrong, and a sample of what it tries."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.endurance import faulty_training
+from tests.endurance.faulty_storage import Call, Fault
+from tests.endurance.faulty_training import Training
+from tests.endurance.jobs import Outcome
+from tests.helpers import REPO, command, main
+
+FAULT = Fault(Call("write", "run/metrics.csv"), 1, "EIO", lasting=True)
+SAID = "alexnet-train: run/metrics.csv: Input/output error: mend the cause"
+
+
+class Stub(Training):
+    """A training whose lives end as told, after they have changed the run folder as told."""
+
+    def __init__(self, whole: Path, folder: Path):
+        self.folder, self.run, self.begun = folder, faulty_training.Run(folder / "run"), folder / "begun"
+        self.arguments = []
+        shutil.copytree(whole, self.begun)
+        self._prepare()
+        self.whole = self._content()
+
+
+@pytest.fixture
+def violations(packed, tmp_path, monkeypatch):
+    """What is wrong with a life that ends with a code and a text, and harms the run's folder."""
+    whole = tmp_path / "whole"
+    assert main(monkeypatch, command(packed, whole, "--checkpoint-steps", "2")) == 0
+    job = Stub(whole, tmp_path)
+
+    def judged(code: int, text: str, harm=lambda folder: None) -> str:
+        def live(*_: object) -> Outcome:
+            if not lives:
+                harm(job.run.folder)
+            lives.append(Outcome(code if not lives else 0, text if not lives else "", {}, 1))
+            return lives[-1]
+
+        lives: list[Outcome] = []
+        monkeypatch.setattr(faulty_training, "live", live)
+        return "; ".join(job.try_fault(FAULT)[1])
+
+    return judged
+
+
+def test_a_run_that_ends_well_or_says_why_not_is_right(violations):
+    assert violations(0, "") == ""
+    assert violations(1, SAID) == ""
+
+
+def test_what_is_lost_or_not_said_is_wrong(violations):
+    def lose(kind: str):
+        return lambda run: [path.unlink() for path in (run / "checkpoints").glob(f"{kind}-*")]
+
+    assert "Traceback" in violations(1, f"Traceback\n{SAID}")
+    assert "no reason" in violations(1, "alexnet-train: run/metrics.csv")
+    assert "no file" in violations(1, "alexnet-train: Input/output error")
+    assert "0 lines" in violations(1, "")
+    assert "SIGKILL" in violations(-9, "")
+    assert re.search(r"best \d+ is lost", violations(1, SAID, lose("best")))
+    assert "step 15 is lost" in violations(1, SAID, lose("step"))
+    assert "other rows with code 0" in violations(0, "", lambda run: (run / "metrics.csv").unlink())
+    assert "without a report" in violations(0, "", lambda run: (run / "report.md").unlink())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["training", "continuing"])
+def test_a_sample_of_all_calls_and_errors_of_a_training(job):
+    command = [sys.executable, "tests/endurance/faults.py", job, "--seconds", "50", "--seed", "2012"]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

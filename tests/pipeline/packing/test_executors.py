@@ -1,0 +1,287 @@
+"""Who packs makes no difference to the bytes, and one that vanishes costs nothing but time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.packing import executors, workers
+from pipeline.packing.executors import Counts, Crew, run_tasks
+from pipeline.packing.progress import Progress
+from pipeline.packing.shard import PackingError
+from pipeline.packing.shard_results import SUFFIX, Result
+from pipeline.packing.statistics import PixelSums
+from pipeline.packing.storage import UNFINISHED
+from pipeline.shards import INDEX_DTYPE
+from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
+from tests.helpers import DEADLINE_SECONDS, wait_until
+from tests.trees import contents
+from tools.make_shards import pack, parse_arguments
+
+SETTINGS = ("--size", "64", "--shard-samples", "4")
+SHARDS = 20
+
+
+def records(output: Path) -> int:
+    return len(list((output / UNFINISHED).glob(f"*{SUFFIX}")))
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole")
+    run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
+    assert run.returncode == 0, run.stderr
+    return contents(output)
+
+
+@pytest.fixture
+def packing(make_shards) -> Callable[..., tuple[int, str, str]]:
+    """The command with the settings of these tests; returns its exit code, output and errors."""
+
+    def run(source: Path, output: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        done = make_shards(source, output, *SETTINGS, *arguments, **environment)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+# By threads of this process: what run_tasks itself does.
+
+
+def result_of(number: int) -> Result:
+    return Result(None, np.zeros(number, INDEX_DTYPE), PixelSums(), [("a", "rejected", "empty")])
+
+
+def crew_of(pool: ThreadPoolExecutor, work) -> Crew:
+    return Crew(lambda task: pool.submit(work, task), lambda: 2)
+
+
+def test_results_come_in_the_order_of_the_tasks_however_they_end():
+    late = threading.Event()
+
+    def work(number: int) -> Result:
+        if number == 0:
+            assert late.wait(DEADLINE_SECONDS)
+        elif number == 9:
+            late.set()
+        return result_of(number)
+
+    shown = []
+    with ThreadPoolExecutor(2) as pool:
+        crew = crew_of(pool, work)
+        results = run_tasks(range(10), crew, lambda counts: shown.append(counts.images))
+    assert [len(result.rows) for result in results] == list(range(10))
+    assert shown == sorted(shown)
+    assert shown[-1] == sum(range(10)) + 10  # the rejected ones, too
+
+
+def test_no_more_tasks_are_handed_out_than_keep_all_busy():
+    held, most = [], 0
+
+    def submit(task) -> Future:
+        nonlocal most
+        held.append(Future())
+        most = max(most, sum(not future.done() for future in held))
+        if len(held) % 4 == 0 or len(held) == 10:
+            for future in held:
+                if not future.done():
+                    future.set_result(result_of(1))
+        return held[-1]
+
+    assert len(run_tasks(range(10), Crew(submit, lambda: 2), lambda counts: None)) == 10
+    assert most == 4
+
+
+def test_an_error_ends_the_run_before_further_tasks_begin():
+    begun = []
+
+    def work(number: int) -> Result:
+        begun.append(number)
+        if number == 1:
+            raise OSError(28, "No space left on device")
+        return result_of(number)
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="No space left"):
+        run_tasks(range(100), crew_of(pool, work), lambda counts: None)
+    assert len(begun) <= 5  # four are handed out at first, and another when the first is done
+
+
+def test_nothing_to_do_is_done():
+    assert run_tasks([], Crew(lambda task: 1 / 0, lambda: 2), lambda counts: None) == []
+
+
+# By processes.
+
+
+def test_images_are_counted_while_a_shard_is_under_way(pictures, tmp_path, monkeypatch):
+    """The worker comes to its 31st picture of 60, and waits there until the 30 before it are shown."""
+    output, shown = tmp_path / "out", tmp_path / "shown"
+    opened = at_picture(31, f"hold({str(shown)!r})", tmp_path / "events", pictures)
+    monkeypatch.setenv("PYTHONPATH", opened["PYTHONPATH"])
+    seen: list[Counts] = []
+
+    class Recorder(Progress):
+        def show(self, counts: Counts) -> None:
+            seen.append(counts)
+            super().show(counts)
+            if counts.images == 30:
+                shown.touch()
+
+    where = ["--input", str(pictures), "--output", str(output), "--workers", "1", "--size", "64"]
+    manifest = pack(parse_arguments(where).packing, Recorder())  # two shards
+    assert shown.exists()
+    assert [counts.images for counts in seen] == sorted(counts.images for counts in seen)
+    rows = [np.load(output / split.index) for split in manifest.splits.values()]
+    assert seen[-1] == Counts(80, sum(int(part["size"].sum()) for part in rows), 0)
+
+
+def test_a_worker_killed_is_named_and_the_same_command_continues(packing, pictures, whole, tmp_path):
+    # At the 21st picture, two workers have finished three shards of four pictures at the least.
+    output, dies = tmp_path / "out", at_picture(21, KILL_THIS, tmp_path / "events", pictures)
+    code, _, errors = packing(pictures, output, "--workers", "2", **dies)
+    assert code == 1
+    assert errors.startswith("make_shards: a worker process was killed (SIGKILL)")
+    assert "fewer --workers" in errors
+    assert "the same command continues" in errors
+    kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    assert 3 <= len(kept) < SHARDS
+    code, _, errors = packing(pictures, output, "--workers", "2")
+    assert code == 0, errors
+    assert contents(output) == whole
+    now = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
+    assert sum(now[name] == time for name, time in kept.items()) >= len(kept) - 2  # those amid their record
+
+
+def test_how_a_worker_ended_is_said():
+    class Process:
+        def __init__(self, exitcode: int | None):
+            self.exitcode = exitcode
+
+    assert "SIGSEGV" in workers._end([Process(-15), Process(-11), Process(0)])
+    assert "exit code 3" in workers._end([Process(-15), Process(3), Process(None)])
+
+
+def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(packing, pictures, tmp_path):
+    """The worker that the signal comes from goes no further, so that the command cannot be through first."""
+    interrupted = at_picture(21, INTERRUPT_ALL, tmp_path / "events", pictures)
+    code, _, errors = packing(pictures, tmp_path / "out", "--workers", "2", **interrupted)
+    assert code == 130
+    assert "Traceback" not in errors
+    assert 0 < records(tmp_path / "out") < SHARDS
+
+
+# By a Dask cluster.
+
+
+class Cluster:
+    """A scheduler and three workers, each in a process of its own, which `close` ends."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / "scheduler.json"
+        self.address = ""
+        self.processes: list[subprocess.Popen] = []
+
+    def start_scheduler(self) -> None:
+        self.start({}, "scheduler", "--port", "0")
+        wait_until(self.file.exists, self.processes[0])
+        self.address = json.loads(self.file.read_text())["address"]
+
+    def start(self, environment: dict[str, str], *arguments: str) -> None:
+        shared = ("--scheduler-file", str(self.file), "--no-dashboard", "--host", "127.0.0.1")
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "dask", *arguments, *shared],
+                cwd=self.folder,
+                env=os.environ | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    def start_workers(self, environment: dict[str, str], *others: dict[str, str]) -> None:
+        """One with each environment, which the scheduler knows of on return."""
+        from distributed import Client
+
+        for each in (environment, *others):
+            local = ("--local-directory", str(self.folder / "dask"))
+            self.start(each, "worker", "--no-nanny", "--nthreads", "1", *local)
+        with Client(self.address, set_as_default=False) as client:
+            client.wait_for_workers(1 + len(others), timeout=DEADLINE_SECONDS)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Cluster]:
+    pytest.importorskip("distributed", reason="needs the extra `dask`")
+    (tmp_path / "cluster").mkdir()
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        cluster.start_scheduler()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_that_loses_a_worker_packs_the_same_bytes(packing, pictures, whole, cluster, tmp_path):
+    """It dies amid the first shard that it gets, at the third picture of four."""
+    output = tmp_path / "out"
+    cluster.start_workers(at_picture(3, KILL_THIS, tmp_path / "events", pictures), {}, {})
+    code, printed, errors = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
+    assert code == 0, errors
+    assert printed.startswith("80 images (60 train, 20 val)")
+    assert contents(output) == whole
+    _, lost, *others = cluster.processes
+    assert lost.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    assert [worker.poll() for worker in others] == [None, None]  # the cluster stays
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_goes_away_is_named_and_processes_may_continue(
+    packing, pictures, whole, cluster, tmp_path
+):
+    """A worker kills it at the 13th picture, when three workers have finished at least one shard of four."""
+    output, scheduler = tmp_path / "out", cluster.processes[0]
+    kill = f"os.kill({scheduler.pid}, signal.SIGKILL)"
+    cluster.start_workers(*[at_picture(13, kill, tmp_path / "events", pictures)] * 3)
+    code, _, errors = packing(pictures, output, "--executor", "dask", "--scheduler", cluster.address)
+    assert scheduler.wait(DEADLINE_SECONDS) == -signal.SIGKILL
+    assert code == 1
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"make_shards: the Dask scheduler at {cluster.address} went away")
+    for worker in cluster.processes[1:]:
+        worker.kill()  # it would finish its shard
+        worker.wait()
+    assert 0 < records(output) < SHARDS
+    code, printed, errors = packing(pictures, output, "--workers", "2")
+    assert code == 0, errors
+    assert "were packed before" in printed.splitlines()[0]
+    assert contents(output) == whole
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://"])
+def test_a_scheduler_that_is_not_there_is_one_line(address):
+    pytest.importorskip("distributed", reason="needs the extra `dask`")
+    import dask  # whose settings are whole only now
+
+    refused = pytest.raises(PackingError, match=f"--scheduler {address}")
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}), refused, executors.dask(address):
+        pass
+
+
+def test_dask_is_asked_for_by_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(PackingError, match=r"pip install 'alexnet-train\[dask\]'"), executors.dask("tcp://h"):
+        pass

@@ -1,0 +1,296 @@
+"""Tars that somebody else packed, indexed where they lie: `make_shards.py --in-place` and what reads them."""
+
+import json
+import shutil
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset import ShardWriter
+
+from pipeline.loader import Dataset
+from pipeline.manifest import NAME, DatasetError, read_manifest
+from pipeline.packing import pack as pack_module
+from pipeline.packing import resume
+from pipeline.packing.progress import Progress
+from pipeline.packing.shard import DECODED
+from pipeline.packing.sources.find import SourceError
+from tests.trees import pack_here
+from tools import inspect_shards
+from tools.make_shards import parse_arguments
+from tools.verify_shards import repair, verify
+
+KEPT = {"gray": {}, "progressive": {"progressive": True}, "with metadata": {"comment": b"a comment"}}
+LEFT_OUT = ("not a JPEG", "rotated", "truncated", "not plain")
+
+
+def jpeg(image: Image.Image, kind: str = "JPEG", **settings) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def kept(image: Image.Image) -> list[bytes]:
+    """What stays as it is although a packer of `original` would write it anew."""
+    return [jpeg(image.convert("L") if name == "gray" else image, **how) for name, how in KEPT.items()]
+
+
+def left_out(image: Image.Image) -> list[bytes]:
+    """A file for each reason of LEFT_OUT."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = jpeg(image)
+    return [jpeg(image, "PNG"), jpeg(image, exif=exif), good[:-100], good[:20] + b"junk!" + good[20:]]
+
+
+def write(folder: Path, name: str, files: list[tuple[bytes, int]], limit: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ShardWriter(str(folder / f"{name}-%04d.tar"), maxcount=limit, verbose=0) as writer:
+        for number, (content, label) in enumerate(files):
+            key = f"n{label:08d}_{number}"
+            writer.write({"__key__": key, "jpg": content, "cls": label, "json": {"label": label}})
+
+
+def labelled(split: Path) -> list[tuple[bytes, int]]:
+    classes = sorted(split.iterdir())
+    files = [(file.read_bytes(), label) for label, of in enumerate(classes) for file in sorted(of.iterdir())]
+    return [files[number] for number in np.random.default_rng(1).permutation(len(files))]
+
+
+@pytest.fixture(scope="module")
+def foreign(pictures, tmp_path_factory) -> Path:
+    """The drawn pictures as Hugging Face's tars are named, and files of every kind among them."""
+    folder = tmp_path_factory.mktemp("foreign")
+    train, val = (labelled(pictures / split) for split in ("train", "val"))
+    image = Image.open(BytesIO(train[0][0]))
+    odd = [(content, 3) for content in [*kept(image), *left_out(image)]]
+    write(folder, "imagenet1k-train", train[:50] + odd + train[50:], 20)
+    write(folder, "imagenet1k-validation", val, 20)
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> Progress:
+    progress = Progress()
+    pack_here("--input", folder, "--in-place", "--size", "80", *arguments, progress=progress)
+    return progress
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.tar")}
+
+
+def stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def indexed(foreign, tmp_path) -> Path:
+    folder = Path(shutil.copytree(foreign, tmp_path / "indexed"))
+    run(folder)
+    return folder
+
+
+def test_nothing_of_the_tars_is_changed_and_nothing_but_the_index_is_added(foreign, indexed):
+    assert tars(indexed) == tars(foreign)
+    added = {path.name for path in indexed.iterdir()} - tars(foreign).keys()
+    assert added == {NAME, "report.tsv", "train.index.npy", "val.index.npy"}
+
+
+def test_each_sound_image_is_read_with_its_label(pictures, indexed):
+    dataset = Dataset(indexed)
+    for split, odd in (("train", len(KEPT)), ("val", 0)):
+        reader = dataset.reader(split)
+        found = [
+            (reader.jpeg(number).tobytes(), reader.rows["label"][number]) for number in range(len(reader))
+        ]
+        wanted = labelled(pictures / split)
+        assert len(found) == len(wanted) + odd
+        assert set(wanted) <= set(found)
+        for number, (content, label) in enumerate(found):
+            assert Image.open(BytesIO(content)).size == tuple(reader.rows[["width", "height"]][number])
+            assert reader.key(number).startswith(f"n{label:08d}_")
+    assert [entry.id for entry in dataset.manifest.classes] == [str(label) for label in range(10)]
+
+
+def test_what_does_not_fit_is_left_out_and_listed(indexed):
+    _, *rows = (indexed / "report.tsv").read_text().splitlines()
+    assert sorted(row.split("\t")[2] for row in rows) == sorted(LEFT_OUT)
+    assert all(row.startswith("imagenet1k-train-000") and "\trejected\t" in row for row in rows)
+    assert read_manifest(indexed).rejected == dict.fromkeys(sorted(LEFT_OUT), 1)
+
+
+def test_mean_and_components_are_those_of_packing_the_same_images(foreign, indexed, tmp_path):
+    settings = ("--geometry", "original", "--size", "80")
+    packed = pack_here("--input", foreign, "--output", tmp_path / "new", *settings)
+    ours = read_manifest(indexed)
+    # The packer repairs what has to be left out here: a handful of images among sixty.
+    np.testing.assert_allclose(ours.pixels.mean, packed.pixels.mean, atol=4)
+    assert ours.splits["val"].samples == packed.splits["val"].samples
+
+
+def images(sizes: list[tuple[int, int]]) -> list[tuple[bytes, int]]:
+    rng = np.random.default_rng(2)
+    pixels = (rng.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes)
+    return [(jpeg(Image.fromarray(image)), label % 2) for label, image in enumerate(pixels)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "geometry"),
+    [
+        ([(80, 80)] * 4, "256"),
+        ([(80, 80), (80, 120), (100, 80), (80, 80)], "short256"),
+        ([(80, 80), (80, 120), (100, 90), (80, 80)], "original"),
+        ([(64, 64)] * 4, "original"),
+    ],
+)
+def test_the_geometry_is_what_all_images_have_in_common(sizes, geometry, tmp_path):
+    write(tmp_path / "train", "some", images(sizes), 2)
+    write(tmp_path / "val", "some", images(sizes), 2)
+    run(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert (manifest.geometry, manifest.size) == (geometry, 80)
+    assert [shard.file for shard in manifest.splits["val"].shards] == [
+        "val/some-0000.tar",
+        "val/some-0001.tar",
+    ]
+    assert verify(tmp_path, "all", 1).count == 0
+
+
+def test_where_headers_are_believed_the_same_is_indexed_but_for_what_only_decoding_finds(indexed):
+    whole, rows = read_manifest(indexed), np.load(indexed / "train.index.npy")
+    run(indexed, "--overwrite", "--check", "headers")
+    manifest = read_manifest(indexed)
+    assert manifest.rejected == whole.rejected
+    np.testing.assert_array_equal(np.load(indexed / "train.index.npy"), rows)
+    assert len(rows) < DECODED * 4  # of each of four tars only the first was decoded
+    assert manifest.pixels != whole.pixels
+    assert manifest.packed["check"] == "headers"
+
+
+def test_an_interrupted_run_continues(indexed, monkeypatch):
+    whole = {path.name: path.read_bytes() for path in indexed.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_dataset", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(indexed, "--overwrite")
+    assert not (indexed / NAME).exists()
+    progress = run(indexed)
+    assert (progress.before, progress.counts.images) == (progress.total, 0)
+    assert {path.name: path.read_bytes() for path in indexed.iterdir()} == whole
+
+
+def test_a_tar_that_changed_meanwhile_is_another_plan(indexed, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_dataset", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(indexed, "--overwrite")
+    tar = indexed / "imagenet1k-train-0001.tar"
+    write(tmp_path, "new", images([(90, 90)] * 3), 3)
+    shutil.copy(tmp_path / "new-0000.tar", tar)
+    with pytest.raises(SourceError, match="differs in the files found"):
+        run(indexed)
+
+
+@pytest.mark.parametrize(
+    "stopped_at", [None, "nothing", (pack_module, "write_dataset"), (resume, "_remove_records")]
+)
+def test_packing_never_replaces_tars_that_were_not_packed_there(
+    stopped_at, foreign, pictures, tmp_path, monkeypatch
+):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    for number, tar in enumerate(sorted(foreign.glob("*.tar"))):  # bearing the very names of a packing
+        split = "train" if "train" in tar.name else "val"
+        shutil.copy(tar, folder / f"{split}-{number:06d}.tar")
+    before = tars(folder)
+    if stopped_at:
+        run(folder)
+    if stopped_at and stopped_at != "nothing":
+        with monkeypatch.context() as patch:
+            patch.setattr(*stopped_at, stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(folder, "--overwrite")
+    for overwrite in ((), ("--overwrite",)):
+        with pytest.raises(SourceError, match=r"holds train-000000.tar, which was not packed there"):
+            pack_here("--input", pictures, "--output", folder, *overwrite)
+    assert tars(folder) == before
+
+
+def test_damage_is_named_with_the_shard_and_the_member(indexed):
+    reader = Dataset(indexed).reader("train")
+    row = reader.rows[30]
+    tar = indexed / reader.split.shards[row["shard"]].file
+    key, start = reader.key(30), int(row["offset"])
+    content = bytearray(tar.read_bytes())
+    content[start : start + 4] = b"none"
+    tar.write_bytes(content)
+    (indexed / reader.split.shards[0].file).unlink()
+    damages = [str(damage) for damage in verify(indexed, "sampled", 1).damages]
+    assert damages == [
+        "imagenet1k-train-0000.tar: is missing",
+        f"{tar.name}, {key}.jpg, byte {start}: is no JPEG",
+        f"{tar.name}: its sha256 is not the one in dataset.json",
+    ]
+
+
+def test_indices_are_made_again_by_the_command_that_made_them(indexed):
+    (indexed / "train.index.npy").unlink()
+    assert [damage.file for damage in verify(indexed, "none", 1).damages] == ["train.index.npy"]
+    with pytest.raises(DatasetError, match=f"make_shards --input {indexed} --in-place --overwrite"):
+        repair(indexed, 1)
+    run(indexed, "--overwrite")
+    assert verify(indexed, "none", 1).count == 0
+
+
+def test_names_that_lead_out_of_the_folder_are_not_followed(indexed):
+    content = json.loads((indexed / NAME).read_text())
+    for name in ("../other.tar", "/other.tar", "a/../../other.tar", "./x.tar"):
+        content["splits"]["val"]["shards"][0]["file"] = name
+        (indexed / NAME).write_text(json.dumps(content))
+        with pytest.raises(DatasetError, match="is not in the dataset's folder"):
+            verify(indexed, "none", 1)
+
+
+def test_what_is_in_it_can_be_inspected(indexed, tmp_path):
+    inspect_shards.inspect(indexed, tmp_path / "report", 0, 1)
+    assert "10 classes" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--in-place", "--output", "out"), "one of --output DIR and --in-place is needed"),
+        ((), "one of --output DIR and --in-place is needed"),
+        (("--in-place", "--quality", "80"), "--quality is for writing shards"),
+        (("--in-place", "--val-fraction", ".1"), "--val-fraction is for writing shards"),
+        (("--output", "out", "--check", "headers"), "--check headers is for --geometry original"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["--input", "in", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_packing_below_the_input_continues_without_taking_its_own_shards_for_input(
+    foreign, tmp_path, monkeypatch
+):
+    source = Path(shutil.copytree(foreign, tmp_path / "source"))
+    arguments = ("--input", source, "--output", source / "packed", "--size", "32")
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_dataset", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack_here(*arguments)
+    progress = Progress()
+    pack_here(*arguments, progress=progress)
+    assert progress.counts.images == 0
+    run(source)
+    assert len(read_manifest(source).splits["val"].shards) == 1
+
+
+def test_files_outside_tars_cannot_be_indexed(pictures):
+    with pytest.raises(SourceError, match="--in-place is for images in tars"):
+        run(pictures)

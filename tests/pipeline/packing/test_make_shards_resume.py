@@ -1,0 +1,231 @@
+"""An unfinished output: it is continued by the same command, and kept from any other."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import NAME, read_manifest
+from pipeline.packing import executors, resume
+from pipeline.packing.progress import Progress
+from pipeline.packing.shard import PackingError
+from pipeline.packing.shard_results import SUFFIX
+from pipeline.packing.sources.find import SourceError
+from pipeline.packing.storage import UNFINISHED
+from tests.events import HOLD, at_picture, events
+from tests.helpers import REPO, wait_until
+from tests.trees import contents, pack_here
+from tools.make_shards import pack, parse_arguments
+
+SETTINGS = ("--size", "32", "--shard-samples", "10", "--max-reject-ratio", "1")
+SHARDS = 8  # 60 images to train on, 20 to validate on
+
+
+@pytest.fixture(scope="module")
+def source(pictures, tmp_path_factory) -> Path:
+    """With a file to repair and one to reject, so that records have events."""
+    root = shutil.copytree(pictures, tmp_path_factory.mktemp("source") / "in")
+    first, second, *_ = sorted(root.glob("train/*/*"))
+    first.write_bytes(b"no image")
+    second.write_bytes(
+        bytes.fromhex("47494638396101000100800000000000ffffff2c00000000010001000002024401003b")
+    )
+    return root
+
+
+def run(source: Path, output: Path, *arguments: str) -> Progress:
+    progress = Progress()
+    pack_here("--input", source, "--output", output, *SETTINGS, *arguments, progress=progress)
+    return progress
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory) -> dict[str, bytes]:
+    """What a run makes that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole")
+    assert run(source, output).before == 0
+    return contents(output)
+
+
+@pytest.fixture
+def unfinished(source, tmp_path, monkeypatch) -> Path:
+    """An output with all shards and records, left when the index was to be written."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "unfinished"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.packing.pack.write_dataset", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, output)
+    assert len(list((output / UNFINISHED).glob(f"*{SUFFIX}"))) == SHARDS
+    return output
+
+
+def record(output: Path, name: str) -> Path:
+    return output / UNFINISHED / f"{name}{SUFFIX}"
+
+
+def test_what_is_whole_is_not_packed_again(source, whole, unfinished):
+    before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tar")}
+    progress = run(source, unfinished)
+    assert (progress.before, progress.counts.images) == (80, 0)
+    assert {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tar")} == before
+    assert contents(unfinished) == whole
+
+
+DAMAGES = {
+    "no record": lambda output: record(output, "train-000001.tar").unlink(),
+    "no shard": lambda output: (output / "train-000001.tar").unlink(),
+    "no index": lambda output: (output / "train-000001.idx").unlink(),
+    "an empty index": lambda output: (output / "train-000001.idx").write_bytes(b""),
+    "a shard cut short": lambda output: (output / "train-000001.tar").write_bytes(b"short"),
+    "another shard in its place": lambda output: (output / "train-000001.tar").write_bytes(
+        bytes((output / "train-000001.tar").stat().st_size)
+    ),
+    "a broken record": lambda output: record(output, "train-000001.tar").write_text('{"shard": '),
+    "a record of something else": lambda output: record(output, "train-000001.tar").write_text("[1]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_not_whole_is_packed_again(source, whole, unfinished, damage):
+    damage(unfinished)
+    progress = run(source, unfinished)
+    assert (progress.before, progress.counts.images) == (70, 10)
+    assert contents(unfinished) == whole
+
+
+def test_what_a_killed_worker_was_writing_is_removed(source, whole, unfinished):
+    (unfinished / UNFINISHED / "tmpabc").mkdir()
+    (unfinished / UNFINISHED / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
+    run(source, unfinished)
+    assert contents(unfinished) == whole
+
+
+OTHERS = {
+    "--seed": ("--seed", "1"),
+    "--size": ("--size", "33"),
+    "--quality": ("--quality", "89"),
+    "--geometry": ("--geometry", "short256"),
+    "--shard-samples": ("--shard-samples", "11"),
+}
+
+
+@pytest.mark.parametrize(("name", "arguments"), OTHERS.items())
+def test_another_plan_is_refused_by_what_differs(source, unfinished, name, arguments):
+    before = contents(unfinished)
+    with pytest.raises(SourceError, match=rf"differs in {name}.*: .*--overwrite"):
+        run(source, unfinished, *arguments)
+    assert contents(unfinished) == before
+    run(source, unfinished, *arguments, "--overwrite")
+    manifest = read_manifest(unfinished)
+    shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
+    assert {path.name for path in unfinished.glob("*.tar")} == shards
+    assert not (unfinished / UNFINISHED).exists()
+
+
+def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_path, monkeypatch):
+    more = shutil.copytree(source, tmp_path / "more")
+    with pytest.raises(SourceError, match="differs in --input, the files found:"):
+        run(more, unfinished)
+    monkeypatch.setattr("PIL.__version__", "1.0")
+    with pytest.raises(SourceError, match="differs in the packer:"):
+        run(source, unfinished)
+
+
+def test_more_workers_may_continue(source, whole, unfinished):
+    record(unfinished, "train-000001.tar").unlink()
+    record(unfinished, "val-000001.tar").unlink()
+    options = ("--input", str(source), "--output", str(unfinished), *SETTINGS, "--workers", "2")
+    pack(parse_arguments([*options]).packing)
+    assert contents(unfinished) == whole
+
+
+def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path, monkeypatch):
+    """Killed in `end`: some records may be gone, the plan goes last."""
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "end", lambda output: None)
+        run(source, tmp_path)
+    record(tmp_path, "train-000001.tar").unlink()
+    assert run(source, tmp_path).counts.images == 0
+    assert contents(tmp_path) == whole
+
+
+def test_overwriting_that_is_stopped_leaves_nothing_of_the_old_behind(source, whole, tmp_path, monkeypatch):
+    run(source, tmp_path, "--shard-samples", "5")
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "_remove_records", lambda output: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, tmp_path, "--overwrite")
+    assert not (tmp_path / NAME).exists()
+    (tmp_path / "train-000011.tar").write_bytes(b"as if it had not been its turn yet")
+    with pytest.raises(SourceError, match="unfinished"):
+        run(source, tmp_path)
+    run(source, tmp_path, "--overwrite")
+    assert contents(tmp_path) == whole
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(
+    source, whole, tmp_path, make_shards, monkeypatch
+):
+    refused = []
+
+    def run_tasks(*arguments):
+        refused.append(make_shards(source, tmp_path, *SETTINGS))
+        return real(*arguments)
+
+    real = executors.run_tasks
+    monkeypatch.setattr(executors, "run_tasks", run_tasks)
+    run(source, tmp_path)
+    assert refused[0].returncode == 1
+    assert refused[0].stderr.startswith(f"make_shards: another run is packing into {tmp_path}")
+    assert contents(tmp_path) == whole
+
+
+def test_a_refused_run_leaves_a_dataset_as_it_was(source, whole, tmp_path):
+    run(source, tmp_path)
+    with pytest.raises(SourceError, match="already holds a dataset"):
+        run(source, tmp_path)
+    assert contents(tmp_path) == whole
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_the_plan_is_readable(unfinished, source):
+    plan = json.loads((unfinished / UNFINISHED / "plan.json").read_text())
+    assert (plan["--seed"], plan["--size"], plan["--input"]) == (0, 32, str(source))
+
+
+def workers_of(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_end_with_the_command(source, tmp_path):
+    """It is killed while one of them waits at a picture, so that there is work left."""
+    held = at_picture(31, HOLD, tmp_path / "events", source)
+    command = [sys.executable, "tools/make_shards.py", "--input", source, "--output", tmp_path / "out"]
+    with subprocess.Popen([*command, "--workers=2"], cwd=REPO, env=os.environ | held) as process:
+        wait_until(lambda: len(events(tmp_path / "events")) >= 31, process)
+        workers = workers_of(process.pid)
+        process.kill()  # it alone
+    assert workers
+    wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def test_versions_that_differ_in_a_worker_are_refused(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.packing.planning.versions", lambda: {"pillow": "1.0"})
+    with pytest.raises(PackingError, match="install the same versions"):
+        run(source, tmp_path)

@@ -1,0 +1,66 @@
+"""Listing behind URLs of kinds that fsspec walks folder by folder: what cannot be listed is not left out."""
+
+from typing import ClassVar
+
+import fsspec
+import pytest
+
+from pipeline.packing.sources.find import SourceError, find_sources
+from pipeline.packing.sources.listing import RemoteFolder
+
+FOLDERS = {
+    "in": ["train/", "val/"],
+    "in/train": ["a/"],
+    "in/val": ["a/"],
+    "in/train/a": ["1.jpg", "1.jpg"],
+    "in/val/a": ["2.jpg"],
+}
+
+
+class Shelf(fsspec.AbstractFileSystem):
+    """Folders by name; those in `broken` fail."""
+
+    protocol = "shelf"
+    cachable = False
+    broken: ClassVar[dict[str, Exception]] = {}
+
+    def ls(self, path, detail=True, **_):
+        path = self._strip_protocol(path)
+        if path in self.broken:
+            raise self.broken[path]
+        if path not in FOLDERS:
+            raise FileNotFoundError(path)
+        kinds = [(name.rstrip("/"), "directory" if name.endswith("/") else "file") for name in FOLDERS[path]]
+        return [{"name": f"{path}/{name}", "type": kind, "size": 0} for name, kind in kinds]
+
+
+@pytest.fixture(autouse=True)
+def shelf(monkeypatch) -> type[Shelf]:
+    fsspec.register_implementation("shelf", Shelf, clobber=True)
+    monkeypatch.setattr(Shelf, "broken", {})
+    return Shelf
+
+
+def test_each_file_is_listed_once():
+    assert RemoteFolder("shelf://in").files("") == ["train/a/1.jpg", "val/a/2.jpg"]
+
+
+@pytest.mark.parametrize("folder", ["in", "in/train", "in/train/a"])
+@pytest.mark.parametrize(
+    "error", [OSError("it went away"), PermissionError("not for you"), TimeoutError("too late")]
+)
+def test_a_folder_that_cannot_be_listed_is_an_error(shelf, folder, error):
+    shelf.broken[folder] = error
+    with pytest.raises(SourceError, match=f"shelf://in cannot be read: {error}"):
+        find_sources("shelf://in", None, 0)
+
+
+def test_a_folder_that_is_gone_is_an_error_too(shelf):
+    shelf.broken["in/train/a"] = FileNotFoundError("in/train/a")
+    with pytest.raises(SourceError, match="in/train/a"):
+        find_sources("shelf://in", None, 0)
+
+
+def test_no_folder_at_all_is_said():
+    with pytest.raises(SourceError, match="is not a folder: nothing is listed there"):
+        find_sources("shelf://elsewhere", None, 0)

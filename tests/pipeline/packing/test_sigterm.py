@@ -1,0 +1,47 @@
+"""SIGTERM, as `docker stop` sends it to the first process of a container, which has no default for it."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import NAME
+from pipeline.packing.storage import UNFINISHED
+from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
+
+AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def packing(source: Path, output: Path, size: int) -> list[str]:
+    command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
+    return [*command, "--size", str(size), "--shard-samples", "4", "--workers", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_first", [True, False])
+def test_packing_ends_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
+    if is_first and (
+        not shutil.which("unshare") or subprocess.run([*AS_FIRST, "true"], check=False).returncode
+    ):
+        pytest.skip("no process can be the first of a namespace here")
+    command = packing(pictures, tmp_path / "out", 1024)
+    process = subprocess.Popen(
+        AS_FIRST * is_first + command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: list((tmp_path / "out" / UNFINISHED).glob("*.result.json")), process)
+    packer = children(process.pid)[0] if is_first else process.pid
+    workers = children(packer)
+    subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(packer)], check=True)
+    _, errors = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    wait_until(lambda: not any(Path(f"/proc/{worker}/exe").exists() for worker in workers))
+    assert not (tmp_path / "out" / NAME).exists()
+    assert subprocess.run(command, cwd=REPO, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "out" / NAME).exists()

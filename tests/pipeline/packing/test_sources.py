@@ -1,0 +1,184 @@
+"""Which files are packed, into which split, under which label and name."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.packing.sources.find import Source, find_sources
+from pipeline.packing.sources.listing import SourceError
+
+
+def fill(root: Path, *paths: str) -> Path:
+    """Empty files; a path that ends in / is a folder."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).mkdir() if path.endswith("/") else (root / path).touch()
+    return root
+
+
+def flat(root: Path, *counts: int) -> Path:
+    return fill(
+        root, *(f"class{label}/{n:03d}.jpg" for label, count in enumerate(counts) for n in range(count))
+    )
+
+
+def test_imagenet_layout(tmp_path):
+    fill(
+        tmp_path,
+        "train/n02/b.JPEG",
+        "train/n02/a.JPEG",
+        "train/n01/c.JPEG",
+        "val/n01/d.JPEG",
+        "val/n02/e.JPEG",
+    )
+    sources = find_sources(tmp_path, None, 0)
+    assert sources.classes == ["n01", "n02"]
+    assert sources.splits == {
+        "train": [
+            Source("train/n01/c.JPEG", 0, f"{tmp_path}/train/n01/c.JPEG"),
+            Source("train/n02/a.JPEG", 1, f"{tmp_path}/train/n02/a.JPEG"),
+            Source("train/n02/b.JPEG", 1, f"{tmp_path}/train/n02/b.JPEG"),
+        ],
+        "val": [
+            Source("val/n01/d.JPEG", 0, f"{tmp_path}/val/n01/d.JPEG"),
+            Source("val/n02/e.JPEG", 1, f"{tmp_path}/val/n02/e.JPEG"),
+        ],
+    }
+    assert sources.strays == []
+
+
+def test_any_name_at_any_depth_is_a_file_of_its_class(tmp_path):
+    fill(tmp_path, "train/a/images/deep/1", "train/a/.hidden", "train/a/no jpg.txt", "val/a/2.png")
+    sources = find_sources(tmp_path, None, 0)
+    assert [source.path for source in sources.splits["train"]] == [
+        "train/a/.hidden",
+        "train/a/images/deep/1",
+        "train/a/no jpg.txt",
+    ]
+
+
+def test_files_behind_links_are_found_and_dangling_links_are_kept_for_the_report(tmp_path):
+    fill(tmp_path, "elsewhere/1.jpg", "in/train/a/2.jpg", "in/val/a/3.jpg")
+    (tmp_path / "in/train/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/train/a/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/train/a/gone.jpg").symlink_to(tmp_path / "nothing")
+    sources = find_sources(tmp_path / "in", None, 0)
+    assert sources.classes == ["a", "b"]
+    assert [source.path for source in sources.splits["train"]] == [
+        "train/a/2.jpg",
+        "train/a/gone.jpg",
+        "train/a/more/1.jpg",
+        "train/b/1.jpg",
+    ]
+
+
+def test_files_outside_class_folders_are_listed(tmp_path):
+    fill(tmp_path, "train/readme", "train/a/1.jpg", "val/a/1.jpg", "val/labels.txt")
+    assert find_sources(tmp_path, None, 0).strays == ["train/readme", "val/labels.txt"]
+    fill(tmp_path / "flat", "a/1.jpg", "a/2.jpg", "notes")
+    assert find_sources(tmp_path / "flat", 0.5, 0).strays == ["notes"]
+
+
+@settings(max_examples=40)
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=1, max_size=5),
+    fraction=st.floats(0.3, 0.7),
+    seed=st.integers(0, 2**63),
+)
+def test_flat_layout_is_split_in_every_class(tmp_path_factory, counts, fraction, seed):
+    root = flat(tmp_path_factory.mktemp("flat"), *counts)
+    splits = find_sources(root, fraction, seed).splits
+    assert list(splits) == ["train", "val"]
+    for split in splits.values():
+        assert split == sorted(split, key=lambda source: source.path)
+    everything = sorted(path.relative_to(root).as_posix() for path in root.glob("*/*"))
+    assert sorted(source.path for split in splits.values() for source in split) == everything  # each once
+    for label, count in enumerate(counts):
+        held = sum(source.label == label for source in splits["val"])
+        assert abs(held - count * fraction) <= 0.5
+        assert all(source.path.startswith(f"class{source.label}/") for source in splits["val"])
+    assert find_sources(root, fraction, seed).splits == splits
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path):
+    flat(tmp_path, 40, 40)
+    held = {tuple(s.path for s in find_sources(tmp_path, 0.25, seed).splits["val"]) for seed in range(5)}
+    assert len(held) == 5
+    assert {len(each) for each in held} == {20}
+
+
+ERRORS = {
+    "no folder": ([], None, "missing", "is not a folder"),
+    "a file": (["missing"], None, "missing", "is not a folder"),
+    "only train": (["train/a/1.jpg"], None, "", "none named val"),
+    "only train, and a fraction": (["train/a/1.jpg"], 0.1, "", "--input .*train with --val-fraction"),
+    "val, and a fraction": (["train/a/1.jpg", "val/a/1.jpg"], 0.1, "", "leave --val-fraction away"),
+    "neither train nor val": (["a/1.jpg", "b/1.jpg"], None, "", "--val-fraction 0.1 keeps"),
+    "no classes": (["train/1.jpg", "val/1.jpg"], None, "", "no class folders"),
+    "no classes in a flat folder": (["1.jpg"], 0.1, "", "no class folders"),
+    "classes without a file": (["train/a/", "val/a/1.jpg"], None, "", "no files for the split 'train'"),
+    "nothing to validate on": (["train/a/1.jpg", "val/"], None, "", "no files for the split 'val'"),
+    "too few to hold one out": (["a/1.jpg", "b/1.jpg"], 0.1, "", "no files for the split 'val'"),
+    "a class of val alone": (
+        ["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"],
+        None,
+        "",
+        "class b is in .*val but not",
+    ),
+}
+
+
+@pytest.mark.parametrize(("paths", "fraction", "root", "message"), ERRORS.values(), ids=ERRORS)
+def test_what_cannot_be_packed_is_refused_with_the_reason(tmp_path, paths, fraction, root, message):
+    fill(tmp_path, *paths)
+    with pytest.raises(SourceError, match=message) as refusal:
+        find_sources(tmp_path / root, fraction, 0)
+    assert str(tmp_path / root) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_class_without_training_files_is_refused(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "train/b/", "val/a/1.jpg", "val/b/1.jpg")
+    with pytest.raises(SourceError, match=r"\bb\b"):
+        find_sources(tmp_path, None, 0)
+
+
+def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    (tmp_path / "train/a/loop").symlink_to(".")
+    assert [source.path for source in find_sources(tmp_path, None, 0).splits["train"]] == ["train/a/1.jpg"]
+
+
+def test_a_class_folder_whose_name_is_not_text_is_refused(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+    Path(os.fsdecode(bytes(tmp_path) + b"/train/\xff")).mkdir()
+    with pytest.raises(SourceError, match="cannot be written"):
+        find_sources(tmp_path, None, 0)
+
+
+def test_a_relative_input_gives_files_that_any_working_directory_finds(tmp_path, monkeypatch):
+    fill(tmp_path, "in/train/a/1.jpg", "in/val/a/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert find_sources("in", None, 0) == find_sources(tmp_path / "in", None, 0)
+
+
+def test_a_class_folder_is_sorted_by_its_own_name_whatever_follows(tmp_path):
+    fill(tmp_path, "train/a/1.jpg", "train/a-b/1.jpg", "val/a/1.jpg")  # "-" sorts before "/"
+    assert [source.label for source in find_sources(tmp_path, None, 0).splits["train"]] == [0, 1]
+
+
+def test_classes_that_are_numbers_are_sorted_as_numbers(tmp_path):
+    names = ["0", "1", "2", "9", "10", "100"]
+    fill(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in names))
+    sources = find_sources(tmp_path, None, 0)
+    assert sources.classes == names
+    assert [source.path for source in sources.splits["val"]] == [f"val/{name}/1.jpg" for name in names]
+
+
+@pytest.mark.parametrize("names", [["10", "2", "a"], ["1.5", "10", "2"], ["-1", "10", "2"], ["10", "2", "²"]])
+def test_a_class_that_is_no_number_makes_all_of_them_text(tmp_path, names):
+    fill(tmp_path, *(f"{split}/{name}/1.jpg" for split in ("train", "val") for name in names))
+    assert find_sources(tmp_path, None, 0).classes == names

@@ -1,0 +1,183 @@
+"""Files here and in a bucket: read by parts, written whole; a dataset packed into a bucket and out of one."""
+
+import signal
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from pipeline.packing import storage
+from pipeline.packing.shard import READ_AHEAD, _contents
+from pipeline.packing.sources.find import Source
+from pipeline.packing.storage import UNFINISHED, Folder, StorageError
+from tests.events import KILL_ALL, at_picture
+from tests.trees import pack_here
+from tools.make_shards import main
+
+SETTINGS = ("--size", "32", "--shard-samples", "10")
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def folder(request, tmp_path) -> Folder:
+    if request.param == "local":
+        (tmp_path / "folder" / UNFINISHED).mkdir(parents=True)
+        return Folder(tmp_path / "folder")
+    return Folder(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+
+
+def put(folder: Folder, name: str, content: bytes, below: str = ".") -> None:
+    with folder.staged(below) as staging:
+        (staging / name).write_bytes(content)
+
+
+def test_files_come_when_they_are_whole(folder):
+    put(folder, "old", b"before")
+    with folder.staged() as staging:
+        (staging / "a").write_bytes(b"0123456789")
+        (staging / "old").write_bytes(b"after")
+        assert folder.sizes() == {"old": 6}
+        assert folder.read("old") == b"before"
+    assert folder.sizes() == {"a": 10, "old": 5}
+    assert folder.read("a") == b"0123456789"
+    assert folder.read("a", 4) == b"0123"
+    assert storage.read(f"{folder}/a", 3) == b"3456789"
+    assert storage.read(f"{folder}/a", 3, 4) == b"3456"
+
+
+def test_nothing_comes_after_an_error(folder):
+    def write() -> None:
+        with folder.staged() as staging:
+            (staging / "a").write_bytes(b"half")
+            raise OSError("as of a full disk")
+
+    with pytest.raises(OSError, match="full disk"):
+        write()
+    assert folder.sizes() == {}
+    assert folder.sizes(UNFINISHED) == {}
+
+
+def test_two_writers_of_one_file_do_not_meet(folder):
+    with folder.staged() as one, folder.staged() as other:
+        (one / "a").write_bytes(b"one")
+        (other / "a").write_bytes(b"other")
+    assert folder.read("a") == b"one"  # whose block ended last
+
+
+def test_folders_below_and_removal(folder):
+    put(folder, "plan", b"1", UNFINISHED)
+    put(folder, "a", b"1")
+    assert folder.sizes() == {"a": 1}
+    assert folder.sizes(UNFINISHED) == {"plan": 1}
+    folder.remove([f"{UNFINISHED}/plan"])
+    folder.remove([])
+    assert folder.sizes(UNFINISHED) == {}
+    assert folder.sizes("nowhere") == {}
+    with pytest.raises(FileNotFoundError):
+        folder.read("nothing")
+
+
+def test_names_of_local_folders_are_no_urls(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a::b", "a:b", "[x]*"):
+        (tmp_path / name / UNFINISHED).mkdir(parents=True)
+        put(Folder(name), "file", b"1")
+        assert (tmp_path / name / "file").read_bytes() == b"1"
+        assert storage.read(f"{name}/file") == b"1"
+    assert str(Folder("a/../b")) == str(tmp_path / "b")
+    assert storage.absolute("s3://bucket/a/../b") == "s3://bucket/a/../b"
+
+
+def test_storage_that_cannot_be_used_is_an_os_error_with_its_url():
+    with pytest.raises(StorageError, match=r"^gopher://host/a: "):
+        Folder("gopher://host/a")
+    with pytest.raises(StorageError, match=r"^gopher://host/a: "):
+        storage.read("gopher://host/a")
+
+
+def test_a_server_without_parts_of_files_is_named(tmp_path):
+    """As Python's own: asked for a range, it sends the whole file."""
+    (tmp_path / "a").write_bytes(b"0123456789")
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a"
+        assert storage.read(url) == b"0123456789"
+        with pytest.raises(StorageError, match=f"^{url}: .*parts of files"):
+            storage.read(url, 3, 4)
+        server.shutdown()
+
+
+# The command, from and to a bucket.
+
+
+def files_in(folder: Folder) -> dict[str, bytes]:
+    assert folder.sizes(UNFINISHED) == {}
+    return {name: folder.read(name) for name in folder.sizes()}
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, make_shards, tmp_path_factory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("whole")
+    run = make_shards(pictures, output, *SETTINGS)
+    assert run.returncode == 0, run.stderr
+    return files_in(Folder(output))
+
+
+@pytest.mark.slow
+def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, call, s3, whole):
+    run = make_shards(pictures, f"{s3}/first", *SETTINGS)
+    assert run.returncode == 0, run.stderr
+    assert f"alexnet-train --data {s3}/first" in run.stdout
+    assert files_in(Folder(f"{s3}/first")) == whole
+    there = ("--input", pictures, "--output", f"{s3}/first")
+    again = call(main, *there, *SETTINGS)
+    assert again.returncode == 1
+    assert f"{s3}/first already holds a dataset" in again.stderr
+    pack_here(*there, "--overwrite", "--size", "32")
+    assert {name for name in Folder(f"{s3}/first").sizes() if name.endswith(".tar")} == {
+        "train-000000.tar",
+        "val-000000.tar",
+    }
+
+
+@pytest.mark.slow
+def test_a_bucket_is_packed_like_a_folder(pictures, make_shards, s3, whole, tmp_path):
+    for path in pictures.rglob("*.JPEG"):
+        name = path.relative_to(pictures)
+        put(Folder(f"{s3}/pictures/{name.parent}"), name.name, path.read_bytes())
+    run = make_shards(f"{s3}/pictures", tmp_path / "out", *SETTINGS)
+    assert run.returncode == 0, run.stderr
+    assert files_in(Folder(tmp_path / "out")) == whole
+
+
+@pytest.mark.slow
+def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path, make_shards, call, whole):
+    """At the 51st picture, when two workers have finished three shards of ten pictures at the least."""
+    output = Folder(f"{s3}/killed")
+    there = ("--input", str(pictures), "--output", str(output), *SETTINGS, "--workers", "2")
+    kill = at_picture(51, KILL_ALL, tmp_path / "events", pictures)
+    assert make_shards(pictures, output, *SETTINGS, "--workers", "2", **kill).returncode == -signal.SIGKILL
+    left = output.sizes()
+    assert sum(name.endswith(".tar") for name in left) >= 3
+    assert "dataset.json" not in left
+
+    other = call(main, *there, "--seed", "1")
+    assert other.returncode == 1
+    assert "differs in --seed" in other.stderr
+    run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
+    assert run.returncode == 0, run.stderr
+    assert "were packed before" in run.stdout.splitlines()[0]
+    assert files_in(output) == whole
+
+
+def test_more_files_than_are_read_ahead_keep_their_order(tmp_path):
+    target = Folder("memory://order")
+    with target.staged() as staging:
+        for number in range(2 * READ_AHEAD + 3):
+            (staging / str(number)).write_bytes(str(number).encode())
+    here = tmp_path / "local"
+    here.write_bytes(b"local")
+    remote = [Source(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
+    sources = (*remote[:5], Source("local", 0, str(here)), *remote[5:])
+    assert [content() for _, content in _contents(sources)] == [source.path.encode() for source in sources]

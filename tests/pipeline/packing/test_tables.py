@@ -1,0 +1,135 @@
+"""Tables of images: which columns and rows are taken, and how others are refused."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from pipeline.packing.sources.find import Source, find_sources
+from pipeline.packing.sources.listing import SourceError
+
+
+def write_text(path: Path, columns: dict[str, list]) -> None:
+    between = "\t" if path.suffix == ".tsv" else ","
+    rows = [columns, *zip(*columns.values(), strict=True)]
+    path.write_text("".join(between.join(map(str, row)) + "\n" for row in rows))
+
+
+def write_parquet(path: Path, columns: dict[str, list]) -> None:
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+WRITERS = {".csv": write_text, ".tsv": write_text, ".parquet": write_parquet}
+every_kind = pytest.mark.parametrize(("suffix", "write"), WRITERS.items(), ids=WRITERS)
+COLUMNS = {
+    "width": [1, 2, 3, 4],
+    "label": ["b", "a", "b", "a"],
+    "path": ["2.jpg", "/mnt/1.jpg", "s3://bucket/x/3.jpg", "deep/4.jpg"],
+    "split": ["train", "train", "val", "val"],
+}
+
+
+@every_kind
+def test_paths_are_relative_absolute_or_urls_and_other_columns_are_ignored(tmp_path, suffix, write):
+    path = tmp_path / f"images{suffix}"
+    write(path, COLUMNS)
+    sources = find_sources(path, None, 0)
+    assert sources.classes == ["a", "b"]
+    assert sources.splits == {
+        "train": [Source("/mnt/1.jpg", 0, "/mnt/1.jpg"), Source("2.jpg", 1, f"{tmp_path}/2.jpg")],
+        "val": [
+            Source("deep/4.jpg", 0, f"{tmp_path}/deep/4.jpg"),
+            Source("s3://bucket/x/3.jpg", 1, "s3://bucket/x/3.jpg"),
+        ],
+    }
+
+
+@every_kind
+def test_without_a_column_split_a_fraction_of_each_class_is_held_out(tmp_path, suffix, write):
+    path = tmp_path / f"images{suffix}"
+    write(path, {"path": [f"{n}.jpg" for n in range(20)], "label": [n % 2 for n in range(20)]})
+    sources = find_sources(path, 0.2, 0)
+    assert sources.classes == ["0", "1"]
+    assert [source.label for source in sources.splits["val"]] == [0, 0, 1, 1]
+    assert len(sources.splits["train"]) == 16
+
+
+def test_quotes_and_a_byte_order_mark_are_no_part_of_a_name(tmp_path):
+    path = tmp_path / "images.CSV"
+    path.write_bytes('\ufeffpath,label,split\r\n"a, b.jpg","x",train\r\nçà.jpg,x,val\r\n'.encode())
+    splits = find_sources(path, None, 0).splits
+    assert [split[0].path for split in splits.values()] == ["a, b.jpg", "çà.jpg"]
+
+
+def without(*names: str) -> dict[str, list]:
+    return {name: values for name, values in COLUMNS.items() if name not in names}
+
+
+ERRORS = {
+    "no path": (without("path"), None, "has no column path, only: width, label, split"),
+    "neither": (without("path", "label"), None, "has no column path and no column label, only: width, split"),
+    "no split": (without("split"), None, "has no column split .* --val-fraction 0.1"),
+    "split and a fraction": (COLUMNS, 0.1, "has a column split: leave --val-fraction away"),
+    "another split": (COLUMNS | {"split": ["train", "val", "test", "val"]}, None, r"row \d: .*'test'"),
+    "an empty path": (COLUMNS | {"path": ["1", "", "3", "4"]}, None, r"row \d: a path"),
+    "an empty label": (COLUMNS | {"label": ["a", "", "a", "a"]}, None, r"row \d: a path, a label"),
+    "twice": (COLUMNS | {"path": ["1", "2", "1", "4"]}, None, r"row \d: 1 is in row \d already"),
+    "a class of val alone": (COLUMNS | {"label": ["a", "a", "a", "c"]}, None, "class c is in .* but not in"),
+    "no val": (COLUMNS | {"split": ["train"] * 4}, None, "no files for the split 'val'"),
+    "no train": (COLUMNS | {"split": ["val"] * 4}, None, "no rows for the split 'train'"),
+    "a class that cannot be shown": (
+        COLUMNS | {"label": ["a", "b\x07", "a", "a"]},
+        None,
+        "cannot be written",
+    ),
+}
+
+
+@every_kind
+@pytest.mark.parametrize(("columns", "fraction", "message"), ERRORS.values(), ids=ERRORS)
+def test_tables_that_cannot_be_packed_are_refused(
+    tmp_path, suffix, write: Callable, columns, fraction, message
+):
+    path = tmp_path / f"images{suffix}"
+    write(path, columns)
+    with pytest.raises(SourceError, match=message) as refusal:
+        find_sources(path, fraction, 0)
+    assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+BROKEN = {
+    "absent.csv": (None, "cannot be read: .*No such file"),
+    "absent.parquet": (None, "cannot be read: .*No such file"),
+    "empty.csv": (b"", "no column path and no column label, only: none"),
+    "latin.csv": (b"path,label,split\n\xe9,a,train\n", "is not a table"),
+    "short.tsv": (b"path\tlabel\tsplit\n1\ta\n", "row 2: a path"),
+    "twice.csv": (b"path,label,path,split\n1,a,2,train\n", "more than one column path"),
+    "text.parquet": (b"path,label\n", "is not a Parquet table"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_tables_are_refused(tmp_path, name):
+    content, message = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message) as refusal:
+        find_sources(tmp_path / name, None, 0)
+    assert name in str(refusal.value)
+
+
+def test_parquet_paths_that_are_no_text_are_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", COLUMNS | {"path": [1, 2, 3, 4]})
+    with pytest.raises(SourceError, match="row 1: a path"):
+        find_sources(tmp_path / "a.parquet", None, 0)
+
+
+def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", COLUMNS)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SourceError, match=r"alexnet-train\[parquet\].*CSV"):
+        find_sources(tmp_path / "a.parquet", None, 0)

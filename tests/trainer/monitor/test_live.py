@@ -1,0 +1,122 @@
+"""The live page, as text and in a real browser."""
+
+import os
+import re
+import shutil
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from playwright.sync_api import expect, sync_playwright
+
+from trainer.monitor.live import live_page
+from trainer.monitor.meter import Interval
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.server import MetricsServer
+
+CPU = torch.device("cpu")
+
+
+def interval(images_per_second: float, loss: float = 2.0) -> Interval:
+    """Ten steps in two seconds, limited by the model."""
+    return Interval(
+        10, round(2 * images_per_second), loss, 0.5, 2.0, wait_seconds=0.1, busy_seconds=1.95, ready=9
+    )
+
+
+def page(metrics: Metrics) -> str:
+    return live_page(metrics.exposition(), list(metrics.history))
+
+
+def curve(text: str, name: str) -> list[tuple[float, float]]:
+    """The points of the curve under a heading."""
+    svg = re.search(rf"<h2>{name}</h2>(<svg.*?</svg>)", text)[1]
+    points = ElementTree.fromstring(svg).find("polyline").get("points")
+    return [tuple(map(float, point.split(","))) for point in points.split()]
+
+
+def test_it_shows_the_metrics_of_the_run():
+    metrics = Metrics()
+    metrics.describe({"run": "runs/a<b>", "recipe": "paper", "device": "CPU", "precision": "fp32"})
+    metrics.step.set(250)
+    metrics.epoch.set(2.5)
+    metrics.progress_ratio.set(0.25)
+    metrics.harvested(interval(1234.5), 0.01, 1.0, CPU)
+    metrics.evaluated("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
+    text = page(metrics)
+    assert "runs/a&lt;b&gt; · paper · CPU · fp32" in text
+    for shown in (
+        ">1,234.5 ",
+        ">compute-bound<",
+        "epoch 2.50 · step 250 · 25.0%",
+        ">42.3%<",
+        ">18.7%<",
+        ">1.250<",
+    ):
+        assert shown in text
+    assert "2 min 30 s left" in text  # 750 steps at 5 a second
+
+
+def test_a_curve_runs_from_nought_to_its_greatest_value():
+    metrics = Metrics()
+    for rate in (100.0, 50.0, 200.0):
+        metrics.harvested(interval(rate), 0.01, 1.0, CPU)
+    (x0, y0), (_, y1), (x2, y2) = curve(page(metrics), "images/s")
+    assert (x0, x2, y2) == (0, 600, 0)
+    assert (y0, y1) == (45, 67.5)  # of a height of 90: half and three quarters of the way down
+
+
+def test_a_loss_that_is_no_number_leaves_a_gap_and_the_page_stands():
+    metrics = Metrics()
+    for loss in (2.0, float("nan"), float("inf"), 1.0):
+        metrics.harvested(interval(100, loss), 0.01, 1.0, CPU)
+    assert [x for x, _ in curve(page(metrics), "loss")] == [0, 600]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        assert not os.environ.get("CI"), "CI has to install chromium"
+        pytest.skip("no chromium on the PATH: apt-get install chromium")
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield launched
+        launched.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_a_browser_sees_values_change_and_asks_no_other_host(browser, scheme, dark):
+    metrics = Metrics()
+    server = MetricsServer(metrics, "127.0.0.1", 0, 900.0)
+    try:
+        tab = browser.new_page(color_scheme=scheme)
+        requests, errors = [], []
+        tab.on("request", lambda request: requests.append(request.url))
+        tab.on("console", lambda message: errors.append(message.text))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        metrics.harvested(interval(111.5), 0.01, 1.0, CPU)
+        tab.goto(f"http://127.0.0.1:{server.port}/")
+        assert "111.5" in tab.inner_text(".rate")
+        metrics.harvested(interval(222.5), 0.01, 1.0, CPU)
+        expect(tab.locator(".rate")).to_contain_text("222.5")
+        assert tab.title().startswith("222.5 images/s")
+        assert set(requests) == {f"http://127.0.0.1:{server.port}/"}
+        assert errors == []
+        ground, ink = (
+            tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
+        )
+        assert (brightness(ground) < brightness(ink)) == dark
+        assert abs(brightness(ground) - brightness(ink)) > 150  # of 255
+    finally:
+        server.close()
+    expect(tab.locator("#gone")).to_contain_text("No answer since")
+
+
+def brightness(colour: str) -> float:
+    """Of a CSS rgb(), 0 to 255."""
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3

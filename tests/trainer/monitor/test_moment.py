@@ -1,0 +1,58 @@
+"""How far the host runs ahead of a device, which an event of its queue stands for here."""
+
+import pytest
+import torch
+
+from trainer.monitor.moment import Lead, Moment
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """What a device is given, in order: `queued`; and how much of that it has done once the host waited."""
+
+    class Device:
+        queued = 0
+        done = 0
+
+    class Event:
+        def __init__(self, enable_timing: bool, blocking: bool):
+            assert enable_timing
+
+        def record(self):
+            self.place = Device.queued
+
+        def synchronize(self):
+            Device.done = max(Device.done, self.place)
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.place - self.place)
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    return Device
+
+
+def test_the_host_is_two_steps_ahead_and_no_more(device):
+    lead = Lead(GPU)
+    ahead = []
+    for _ in range(6):
+        lead.hold()
+        device.queued += 1  # the step
+        ahead.append(device.queued - device.done)
+    assert ahead == [1, 2, 2, 2, 2, 2]
+
+
+def test_seconds_on_a_gpu_are_the_devices(device):
+    begun = Moment(GPU)
+    device.queued += 3
+    assert Moment(GPU).seconds_since(begun) == 3.0
+    assert device.done == 0  # nothing has waited
+
+
+def test_a_cpu_has_done_its_work_when_it_is_asked(device, monkeypatch):
+    times = iter([1.0, 3.5])
+    monkeypatch.setattr("trainer.monitor.moment.time.monotonic", lambda: next(times))
+    begun, done = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
+    done.wait()
+    assert done.seconds_since(begun) == 2.5

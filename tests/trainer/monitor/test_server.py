@@ -1,0 +1,128 @@
+"""What the server of a process answers."""
+
+import socket
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from trainer.monitor import server as module
+from trainer.monitor.meter import Interval
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.server import MetricsServer
+
+STALL_SECONDS = 900.0
+
+
+@pytest.fixture
+def served():
+    metrics = Metrics()
+    server = MetricsServer(metrics, "127.0.0.1", 0, STALL_SECONDS)
+    yield metrics, f"http://127.0.0.1:{server.port}"
+    server.close()
+
+
+def get(url: str) -> str:
+    return urllib.request.urlopen(url, timeout=10).read().decode()
+
+
+def test_metrics_are_served_as_they_stand(served):
+    metrics, url = served
+    metrics.images["train"].inc(1280)
+    assert 'alexnet_images_total{phase="train"} 1280.0' in get(f"{url}/metrics").splitlines()
+
+
+def test_health_follows_progress(served, monkeypatch):
+    metrics, url = served
+    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    assert get(f"{url}/healthz") == "ok\n"
+    monkeypatch.setattr(metrics, "stalled_seconds", lambda: 0.7 * STALL_SECONDS)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(f"{url}/healthz")
+    assert error.value.code == 503
+    assert "no progress" in error.value.read().decode()
+
+
+def test_the_live_page_is_there_before_the_first_interval_and_follows_it(served):
+    metrics, url = served
+    assert "starting" in get(url)
+    interval = Interval(
+        10, 1280, loss=2.5, error=0.5, seconds=2.0, wait_seconds=0.1, busy_seconds=1.9, ready=9
+    )
+    metrics.harvested(interval, 0.01, 1.0, torch.device("cpu"))
+    assert "640.0" in get(url)
+
+
+def test_a_page_may_load_nothing_from_elsewhere(served):
+    policy = urllib.request.urlopen(served[1], timeout=10).headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+@pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/?x=1"])
+def test_nothing_else_is_served(served, path):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        get(served[1] + path)
+    assert error.value.code == 404
+
+
+def test_a_port_in_use_is_an_error(served):
+    port = int(served[1].rsplit(":", 1)[1])
+    with pytest.raises(OSError, match="in use"):
+        MetricsServer(Metrics(), "127.0.0.1", port, STALL_SECONDS)
+
+
+def test_no_other_method_is_answered_and_head_is_without_a_body(served):
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(urllib.request.Request(served[1], method=method), timeout=10)
+        assert error.value.code == 501
+    head = urllib.request.urlopen(urllib.request.Request(served[1], method="HEAD"), timeout=10)
+    assert int(head.headers["Content-Length"]) > 1000
+    assert head.read() == b""
+    assert head.headers["Server"] == "alexnet-train"
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=60)
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether the server closes a connection without a word."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(served, monkeypatch, capfd):
+    monkeypatch.setattr(module, "HEAD_SECONDS", 0.5)
+    with connect(served[1]) as slow:
+        slow.setblocking(False)
+        begun = time.monotonic()
+        while time.monotonic() < begun + 60:
+            time.sleep(0.1)
+            try:
+                slow.send(b"G")
+                if ended(slow):
+                    break
+            except BlockingIOError:
+                continue  # nothing from the server yet
+            except OSError:
+                break
+        else:
+            pytest.fail("it was never cut off")
+    assert capfd.readouterr().err == ""
+
+
+def test_clients_beyond_the_most_are_closed_and_others_served(served, monkeypatch):
+    monkeypatch.setattr(module, "HEAD_SECONDS", 60.0)
+    waiting = [connect(served[1]) for _ in range(module.MAX_CLIENTS)]
+    with connect(served[1]) as another:
+        assert ended(another)
+    for client in waiting:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.recv(15) == b"HTTP/1.0 200 OK"
+        client.close()

@@ -1,0 +1,41 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+
+import pytest
+
+from trainer.processes.stop import Stopped, StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_of_a_kind_is_noted_and_the_second_acts_as_before(number):
+    class SecondSignalError(Exception):
+        pass
+
+    def before(*_: object) -> None:
+        raise SecondSignalError
+
+    own = signal.signal(number, before)
+    try:
+        with StopRequest() as request:
+            assert not request.is_made
+            os.kill(os.getpid(), number)
+            assert request.is_made
+            assert request.signal == number
+            with pytest.raises(SecondSignalError):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, own)
+
+
+def test_ctrl_c_and_the_sigterm_with_which_torchrun_answers_it_are_one_request():
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.is_made
+
+
+def test_the_exit_code_is_that_of_a_process_ended_by_the_signal():
+    assert (Stopped(signal.SIGTERM).exit_code, Stopped(signal.SIGINT).exit_code) == (143, 130)

@@ -1,0 +1,167 @@
+"""Two hosts: network namespaces with an address each, a cable between them, and torchrun over gloo.
+
+The run folder is one that both see, as on a network file system.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import DEADLINE_SECONDS, command, exact, rows, wait_until
+from trainer import checkpoint
+from trainer.processes.watchdog import EXIT_STALLED
+
+pytestmark = pytest.mark.slow
+
+STEPS = 200  # enough that a run cannot end between a look at its table and what is done to it
+SETTINGS = ["--epochs", "40", "--checkpoint-steps", "2"]
+
+
+def ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Host:
+    """A namespace. Its first one, 10.77.6.1, is where torchrun's processes meet, and has rank 0."""
+
+    def __init__(self, number: int, folder: Path):
+        self.name, self.address = f"host-{os.getpid()}-{number}", f"10.77.6.{number}"
+        self.is_first, self.log = number == 1, folder / f"host-{number}.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self, arguments: list[str], restarts: int = 0) -> None:
+        """Start its part of a run, with its output in a log of its own."""
+        world = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", str(restarts)]
+        meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.6.1:29400", "--local-addr", self.address]
+        meet += ["--rdzv-conf", f"is_host={self.is_first:d}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *world, *meet, *arguments]
+        network = {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *torchrun],
+                stdout=log,
+                stderr=log,
+                env=os.environ | network,
+            )
+
+    def pids(self) -> list[int]:
+        return [int(pid) for pid in ip("netns", "pids", self.name).split()]
+
+    def kill(self) -> None:
+        """SIGKILL to all that runs there, at once."""
+        while pids := self.pids():
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if self.process:
+            self.process.wait()
+
+    def ranks(self) -> set[str]:
+        """Of the trainers that run there."""
+        found = set()
+        for pid in self.pids():
+            with suppress(OSError):  # it has just ended
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                found |= {text.decode() for text in variables if text.startswith(b"RANK=")}
+        return found
+
+    def link(self, state: str) -> None:
+        ip("-n", self.name, "link", "set", "eth0", state)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[Host]]:
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2: apt-get install iproute2")
+    first, second = pair = [Host(number, tmp_path) for number in (1, 2)]
+    with ExitStack() as stack:
+        for host in pair:
+            made = subprocess.run(
+                ["ip", "netns", "add", host.name], capture_output=True, text=True, check=False
+            )
+            if made.returncode:
+                pytest.skip(f"needs root, for network namespaces: {made.stderr.strip()}")
+            stack.callback(ip, "netns", "delete", host.name)
+        cable = ["eth0", "netns", first.name, "type", "veth", "peer", "name", "eth0", "netns", second.name]
+        ip("link", "add", *cable)
+        for host in pair:
+            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
+            ip("-n", host.name, "link", "set", "lo", "up")
+            host.link("up")
+            stack.callback(host.kill)
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def one_host(packed, tmp_path_factory) -> Path:
+    """The same two processes on one host."""
+    out = tmp_path_factory.mktemp("one-host") / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, *command(packed, out, *SETTINGS)], check=True)
+    return out
+
+
+def start(hosts: list[Host], arguments: list[str], restarts: int = 0) -> None:
+    for host in hosts:
+        host.start(arguments, restarts)
+
+
+def ended(hosts: list[Host]) -> list[int]:
+    return [host.process.wait(DEADLINE_SECONDS) for host in hosts]
+
+
+def test_a_short_cut_and_a_host_that_is_lost_and_back_leave_the_losses_of_one_host(
+    hosts, packed, one_host, tmp_path
+):
+    first, second = hosts
+    metrics = tmp_path / "run/metrics.csv"
+    arguments = command(packed, tmp_path / "run", *SETTINGS)
+    start(hosts, arguments, restarts=1)
+    wait_until(lambda: len(rows(metrics)) >= 2)
+    assert [host.ranks() for host in hosts] == [{"RANK=0"}, {"RANK=1"}]
+    second.link("down")
+    time.sleep(2)  # shorter than any limit: a cut is to pass unnoticed
+    stood = len(rows(metrics))
+    second.link("up")
+    wait_until(lambda: len(rows(metrics)) > stood + 1 and checkpoint.saved(metrics.parent / "checkpoints"))
+    assert "continuing" not in first.log.read_text()  # nothing had to be started again
+    second.kill()
+    assert len(rows(metrics)) < STEPS
+    second.start(arguments, restarts=1)
+    assert ended(hosts) == [0, 0], first.log.read_text() + second.log.read_text()
+    assert "continuing" in first.log.read_text()
+    assert exact(metrics) == exact(one_host / "metrics.csv")
+    assert rows(tmp_path / "run/evaluations.csv") == rows(one_host / "evaluations.csv")
+
+
+def test_a_long_cut_ends_both_hosts_with_stacks_and_the_same_commands_continue(
+    hosts, packed, one_host, tmp_path
+):
+    first, second = hosts
+    metrics = tmp_path / "run/metrics.csv"
+    arguments = command(packed, tmp_path / "run", *SETTINGS, "--stall-seconds", "10")
+    start(hosts, arguments)
+    wait_until(lambda: len(rows(metrics)) >= 3)
+    second.link("down")
+    assert first.process.wait(DEADLINE_SECONDS) == 1  # torchrun's code, whatever its processes end with
+    wait_until(lambda: not second.ranks())  # whose torchrun waits for an answer of the first host's
+    second.link("up")
+    assert second.process.wait(DEADLINE_SECONDS) == 1
+    for rank, host in enumerate(hosts):
+        assert f"rank {rank} has made no progress" in host.log.read_text()
+        assert "in run_to_end" in host.log.read_text()  # in a step, or in what ranks agree on between two
+    assert f"exitcode: {EXIT_STALLED}" in first.log.read_text()
+    start(hosts, arguments)
+    assert ended(hosts) == [0, 0], first.log.read_text() + second.log.read_text()
+    assert "continuing" in first.log.read_text()
+    assert exact(metrics) == exact(one_host / "metrics.csv")

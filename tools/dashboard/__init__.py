@@ -1,1 +1,0 @@
-"""The rows and panels of the dashboard that make_dashboard.py writes."""

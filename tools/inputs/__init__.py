@@ -1,1 +1,0 @@
-"""What there is to pack: class folders, archives, tables, here or behind a URL."""

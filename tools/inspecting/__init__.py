@@ -1,0 +1,1 @@
+"""What inspect_shards.py is made of."""

@@ -1,0 +1,1 @@
+"""What verify_shards.py is made of."""

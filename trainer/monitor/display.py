@@ -1,0 +1,68 @@
+"""How a run shows itself: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from pipeline.duration import duration
+
+if TYPE_CHECKING:  # they import torch, and pipeline/packing/progress.py does not
+    from trainer.evaluate import Scores
+    from trainer.monitor.meter import Interval
+
+
+class Display:
+    """Shows a run of `steps` steps of which `done` are done; silent on all ranks but the first."""
+
+    def __init__(self, steps: int, done: int, silent: bool = False):
+        self.steps, self.silent = steps, silent
+        live = sys.stderr.isatty() and not silent
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]:.2f}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            disable=not live,
+            speed_estimate_period=120,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=done, epoch=0.0, text="starting")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.silent:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line that stays, from any rank."""
+        if self._progress.disable:
+            print(text, flush=True)
+        else:
+            self._progress.console.print(text, highlight=False, markup=False)
+
+    def interval(self, step: int, epoch: float, learning_rate: float, interval: "Interval") -> None:
+        text = (
+            f"loss {interval.loss:.3f}  error {interval.error:.1%}  "
+            f"{interval.images_per_second:,.1f} images/s  input wait {interval.wait_ratio:.1%}"
+        )
+        self._progress.update(self._task, completed=step, epoch=epoch, text=text)
+        if self._progress.disable:
+            left = duration((self.steps - step) * interval.seconds / interval.steps)
+            self.say(
+                f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
+            )
+
+    def scores(self, epoch: float, scores: "Scores") -> None:
+        self.say(
+            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, "
+            f"top-5 error {scores.top5_error:.1%}, loss {scores.loss:.3f} over {scores.images:,} images"
+        )

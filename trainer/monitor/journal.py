@@ -1,0 +1,72 @@
+"""What a run tells: the same numbers to the log, to Prometheus and to the tables of the run folder.
+
+Every process has its metrics. The first alone speaks and writes the tables.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from pipeline.manifest import Manifest
+from trainer.evaluate import PROTOCOLS, Scores
+from trainer.monitor.display import Display
+from trainer.monitor.meter import Interval
+from trainer.monitor.metrics import Metrics
+from trainer.processes.distributed import World
+from trainer.run import Run
+from trainer.settings import Settings
+
+
+class Journal:
+    """Tells what happens in one run."""
+
+    def __init__(self, run: Run, world: World, metrics: Metrics, display: Display):
+        self.run, self.world, self.metrics, self.display = run, world, metrics, display
+
+    def introduce(
+        self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
+    ) -> None:
+        """Say what runs on what. port: of the metrics server, if there is one."""
+        name = self.world.device_name
+        if self.world.is_main:
+            about = {"run": str(self.run.folder), "recipe": settings.recipe, "precision": precision}
+            self.metrics.describe(about | self.run.record_environment(name))
+        train, val = (manifest.split(split).samples for split in ("train", "val"))
+        self.display.say(
+            f"{self.run.folder}: recipe {settings.recipe}, {train:,} training and {val:,} validation "
+            f"images in {len(manifest.classes):,} classes, on {self.world.size} × {name} in {precision}"
+        )
+        if port is not None:
+            self.display.say(f"live page: http://{settings.address}:{port}/ and metrics at /metrics")
+        for note in notes:
+            self.display.say(note)
+
+    def go_back_to(self, step: int) -> list[dict[str, float]]:
+        """Drop what the tables hold of later steps, which will be done again; returns the intervals left."""
+        if not self.world.is_main:
+            return []
+        self.run.metrics.truncate(step)
+        self.run.evaluations.truncate(step)
+        for row in self.run.evaluations.rows()[-1:]:
+            scores = {name: row[name] for name in ("loss", "top1_error", "top5_error")}
+            self.metrics.evaluated(PROTOCOLS[1], **scores)
+        return self.run.metrics.rows()
+
+    def interval(
+        self, step: int, epoch: float, learning_rate: float, scale: float, interval: Interval
+    ) -> None:
+        """An interval of training that ended after `step` steps. scale: of fp16's loss, else 1."""
+        self.metrics.harvested(interval, learning_rate, scale, self.world.device)
+        if self.world.is_main:
+            row = {"step": step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
+            row |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
+            self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
+        self.display.interval(step, epoch, learning_rate, interval)
+
+    def scores(self, step: int, epoch: float, scores: Scores) -> None:
+        """An evaluation after `step` steps."""
+        self.metrics.evaluated(
+            PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
+        )
+        if self.world.is_main:
+            self.run.evaluations.append({"step": step, "epoch": epoch, **asdict(scores)})
+        self.display.scores(epoch, scores)

@@ -1,0 +1,107 @@
+"""The world that torchrun or trainer/processes/launch.py made, or a world of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.run import LostError
+from trainer.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. local_rank: among those of this machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device does its work after the host has gone on."""
+        return self.device.type == "cuda"
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. Several wait for their devices."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def share(self, value: Any) -> Any:
+        """What the first process gives, in all of them."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+
+def rank() -> int:
+    """Of this process, also before it has joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def join(device: str) -> World:
+    """Join the run's processes. device: `auto`, `cuda`, `cuda:N` or `cpu`.
+
+    Raises SettingsError if there is no such GPU.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError(f"--device {device}: torch finds no GPU here; leave it away to train on the CPU")
+    size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    where = torch.device("cuda", _gpu(device, local_rank)) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(where)
+    if size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
+    return World(rank(), size, local_rank, where)
+
+
+def _gpu(device: str, local_rank: int) -> int:
+    """The number of this process's GPU. Raises SettingsError if there is none of that number."""
+    number, gpus = int(device.partition(":")[2] or local_rank), torch.cuda.device_count()
+    if number >= gpus:
+        raise SettingsError(f"--device {device}: there is no GPU {number}, but {gpus} from 0 on")
+    return number
+
+
+@contextmanager
+def noticing_loss() -> Iterator[None]:
+    """Raises LostError for what torch raises where another process of the run is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise LostError(
+            f"rank {rank()} has lost another process of the run, which may have said why. "
+            "The same command continues after the last checkpoint"
+        ) from error
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

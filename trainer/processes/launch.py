@@ -1,0 +1,187 @@
+"""Several processes on one machine, started by the command itself: one for each GPU.
+
+They find the world in their environment, as if torchrun had started them. Besides what torchrun does, the
+command ends with the run's own exit code, says what is wrong once and not for each process, and starts
+again only what may succeed when tried again: a process that was killed, crashed or stalled. One that
+refused a setting or its data would do so again.
+
+Each process has a process group of its own, so that Ctrl-C reaches it once, from here. It is killed with
+this process, however that ends, so that nothing goes on training unseen.
+"""
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+
+from pipeline.machine import cpus
+from trainer.processes.stop import StopRequest
+from trainer.processes.watchdog import EXIT_STALLED
+from trainer.settings import Settings, SettingsError
+
+GRACE_SECONDS = 30.0  # for the other processes once one has failed: a checkpoint may be under way
+_POLL_SECONDS = 0.1
+_ASKED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # to stop
+_COMPLAINTS = "COMPLAINTS_FD"  # in the environment of a process: where it says what is wrong
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_LIBC = ctypes.CDLL(None)
+
+
+def world_size(settings: Settings) -> int:
+    """Processes of the run: as torchrun has started, or as this machine is to have.
+
+    Raises SettingsError if there cannot be so many.
+    """
+    wanted, one_gpu = settings.processes, ":" in settings.device
+    if "WORLD_SIZE" in os.environ:
+        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        if wanted and wanted != int(here):
+            raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; leave it away")
+        if one_gpu and here != "1":
+            raise SettingsError(
+                f"--device {settings.device}: torchrun has started {here} here, a GPU for each"
+            )
+        return int(os.environ["WORLD_SIZE"])
+    gpus = 0 if settings.device == "cpu" else 1 if one_gpu else visible_gpus()
+    if gpus and wanted and wanted > gpus:
+        raise SettingsError(
+            f"--processes {wanted}: each takes a GPU; on --device {settings.device}, take {gpus}"
+        )
+    return wanted or gpus or 1
+
+
+def visible_gpus() -> int:
+    """GPUs as CUDA's driver counts them, CUDA_VISIBLE_DEVICES heeded. It takes no memory of them."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
+
+
+def complain(text: str, code: int) -> None:
+    """Say on stderr what ends this process with an exit code; if others run beside it, `launch` says it."""
+    if _COMPLAINTS in os.environ:
+        os.write(int(os.environ[_COMPLAINTS]), f"{code} {text}\n".encode())
+    else:
+        print(text, file=sys.stderr)
+
+
+def launch(command: Sequence[str], processes: int, restarts: int) -> int:
+    """Run a command in so many processes, each with its rank in the environment; returns the exit code.
+
+    restarts: how often all are started again after one was lost. SIGTERM and SIGINT are passed on; the
+    second of a kind ends this process, and the others with it.
+    """
+    with StopRequest() as stop:
+        for restart in range(1, restarts + 2):
+            group = _Group(command, processes)
+            group.wait(stop)
+            code = group.outcome()
+            again = is_lost(code) and not stop.is_made and restart <= restarts
+            group.say(code, f"restart {restart} of {restarts}" if again else "")
+            if not again:
+                break
+    return code
+
+
+class _Group:
+    """Processes that were started together."""
+
+    def __init__(self, command: Sequence[str], size: int):
+        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 – as long as the group
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]  # if another takes it meanwhile, these end and are started again
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env=self._environment(rank, size, port),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[self.complaints.fileno()],
+                process_group=0,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 – there are no threads
+            )
+            for rank in range(size)
+        ]
+        self.killed: set[int] = set()  # ranks, by us
+
+    def _environment(self, rank: int, size: int, port: int) -> dict[str, str]:
+        world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        world |= {"MASTER_PORT": port, _COMPLAINTS: self.complaints.fileno()}
+        threads = max(1, cpus() // size)
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            **{name: str(value) for name, value in world.items()},
+        }
+
+    def wait(self, stop: StopRequest) -> None:
+        """Until all have ended, because they are done, one has failed, or they are asked to stop."""
+        passed_on, end = None, math.inf
+        while None in (codes := [process.poll() for process in self.processes]):
+            if stop.signal is not None and stop.signal != passed_on:
+                self._send(stop.signal)
+                passed_on = stop.signal
+            if end == math.inf and not {None, 0, *_ASKED}.issuperset(codes):
+                self._send(signal.SIGTERM)
+                end = time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > end:
+                self.killed |= {rank for rank, code in enumerate(codes) if code is None}
+                self._send(signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+
+    def _send(self, number: int) -> None:
+        for process in self.processes:
+            process.send_signal(number)  # does nothing to one that has ended
+
+    def outcome(self) -> int:
+        """The exit code of the process whose end explains the others'; of one that a signal ended, as in
+        a shell. Those that we killed only waited for it."""
+        codes = [p.returncode for rank, p in enumerate(self.processes) if rank not in self.killed]
+        return worst([code if code >= 0 else 128 - code for code in codes])
+
+    def say(self, code: int, restart: str) -> None:
+        """Say why they ended, each thing once, and what comes next."""
+        self.complaints.seek(0)
+        lines = [line.split(" ", 1) for line in self.complaints.read().decode().splitlines()]
+        for text in dict.fromkeys(text for number, text in lines if int(number) == code):
+            print(text, file=sys.stderr)
+        for rank, process in enumerate(self.processes):
+            if process.returncode < 0 and 128 - process.returncode == code and code not in _ASKED:
+                name = signal.Signals(-process.returncode).name
+                print(f"alexnet-train: the process of rank {rank} was ended by {name}", file=sys.stderr)
+        if is_lost(code):
+            again = f"all start again after the last checkpoint, {restart}" if restart else ""
+            print(f"alexnet-train: {again or 'the same command continues the run'}", file=sys.stderr)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """Of exit codes the one that explains the others: a process that was lost, one with something to say
+    (1 and 2), those that others left behind or that stalled, those that were asked to stop, 0."""
+
+    def weight(code: int) -> int:
+        if code in _ASKED:
+            return 1
+        if code == EXIT_STALLED:
+            return 2
+        return 4 if code > 128 else 3 * (code > 0)
+
+    return max(codes, key=weight)
+
+
+def is_lost(code: int) -> bool:
+    """Whether what ended so may succeed when tried again: it was killed, crashed or stalled."""
+    return code == EXIT_STALLED or (code > 128 and code not in _ASKED)
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
