@@ -26,7 +26,7 @@ from pipeline.graph import (
     train_pipeline,
     undecodable,
 )
-from pipeline.manifest import DatasetError, Manifest, Row, read_manifest
+from pipeline.manifest import RGB, DatasetError, Manifest, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
 from pipeline.reader import Files, ShardReader
 
@@ -42,7 +42,7 @@ class Dataset:
     open on this machine. Raises DatasetError, as `read_manifest` and `ShardReader` do.
     """
 
-    def __init__(self, root: Path, mean: Row | None = None, processes: int = 1):
+    def __init__(self, root: Path, mean: RGB | None = None, processes: int = 1):
         self.root, self.processes = root, processes
         self.manifest: Manifest = read_manifest(root)
         if mean is not None:

@@ -74,7 +74,7 @@ def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
 
 
 @dataclass(frozen=True)
-class Part:
+class RankBatch:
     """One rank's part of one step. `epoch` [n] differs within a batch where an epoch ends."""
 
     samples: np.ndarray
@@ -128,7 +128,7 @@ class Plan:
     def _samples_in(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
 
-    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Part:
+    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> RankBatch:
         """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
         spans = list(self._spans(step, rank, world))
         parts = [draws(self.seed, *span) for span in spans]
@@ -136,7 +136,7 @@ class Plan:
             np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
         )
         epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
-        return Part(self._samples_in(spans), epochs, Draws(*joined))
+        return RankBatch(self._samples_in(spans), epochs, Draws(*joined))
 
 
 @lru_cache(maxsize=2)

@@ -191,7 +191,8 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(Path.unlink, "is missing"), (change_one_byte, "is not the one that dataset.json")]
+    ("change", "reason"),
+    [(Path.unlink, "is missing"), (change_one_byte, "does not match its checksum in dataset.json")],
 )
 def test_an_absent_or_another_index_is_named(change, reason, tmp_path):
     manifest = written(tmp_path, noise(0, 4))
