@@ -173,10 +173,16 @@ def change_one_byte(path: Path) -> None:
 
 DAMAGES = {
     "absent": (Path.unlink, "is missing"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 20479 bytes and .* says 20480"),
-    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 20481 bytes and .* says 20480"),
+    "cut short": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "has 20479 bytes, but .* says 20480",
+    ),
+    "longer": (
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        "has 20481 bytes, but .* says 20480",
+    ),
     "empty": (lambda path: path.write_bytes(b""), "has 0 bytes"),
-    "another": (change_one_byte, "was replaced"),
+    "another": (change_one_byte, "is not the one that was packed"),
 }
 
 
