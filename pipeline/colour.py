@@ -1,11 +1,11 @@
-"""Fancy PCA: one colour offset for an image each time it is used (section 4.1 of the paper).
+"""Fancy PCA: a random colour offset for each image each time it is used (section 4.1 of the paper).
 
-The paper adds [p1,p2,p3]·[α1λ1, α2λ2, α3λ3]ᵀ to each pixel, α ~ N(0, .1²). It does not say on which
-scale its eigenvalues λ are; on 0–255 they would blot the image out (14,830), so here:
+The paper adds [p1,p2,p3]·[α1λ1, α2λ2, α3λ3]ᵀ to each pixel, α ~ N(0, .1²). It does not say on which scale the
+eigenvalues λ are computed. On 0–255 they would drown the image (14,830), so here:
 
-- `paper`     the text's formula with pixels on 0–1: on 0–255 a standard deviation of .1·λ/255;
-- `code2012`  what the published code does: √λ for λ, and the sum divided by 1.1, so that the
-              variance stays near that of the test images;
+- `paper`     the text's formula with pixels on 0–1, which on 0–255 is a standard deviation of .1·λ/255;
+- `code2012`  what the published code does: √λ in place of λ, and the sum divided by 1.1, which keeps the
+              variance near that of the test images;
 - `off`       no offset.
 """
 
@@ -18,17 +18,17 @@ _ALPHA_STD = 0.1
 
 
 def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:
-    """Standard deviations [3] of the offset along the principal components, on the 0–255 scale."""
+    """Return the offset's standard deviations [3] along the principal components, on the 0–255 scale."""
     eigenvalues = np.array(pixels.eigenvalues)
     deviations = {"paper": eigenvalues / 255, "code2012": np.sqrt(eigenvalues), "off": np.zeros(3)}
     return _ALPHA_STD * deviations[colour]
 
 
 def colour_offsets(colour: str, pixels: Pixels, normal: np.ndarray) -> np.ndarray:
-    """RGB offsets [n,3] to add, on the 0–255 scale, from standard normal draws [n,3]."""
+    """Turn standard normal draws [n,3] into RGB offsets [n,3] to add, on the 0–255 scale."""
     return (normal * colour_deviations(colour, pixels)) @ np.array(pixels.eigenvectors).T
 
 
 def colour_divisor(colour: str) -> float:
-    """By what the code of 2012 divides pixels that carry colour noise: one plus its strength."""
+    """Return what the 2012 code divides pixels with colour noise by: one plus the noise's strength."""
     return 1.0 + _ALPHA_STD if colour == "code2012" else 1.0

@@ -1,8 +1,8 @@
-"""Durations as people read them."""
+"""Durations in a form for people to read."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the units that people would use."""
+    """Format seconds as minutes and seconds, or as hours and minutes."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Read, write and flush files: atomic writes, complete reads, and errors that name the file."""
 
 import errno
 import io
@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-# What storage answers that does not know fsync, or not of a folder or of a file opened for reading: SMB,
-# DrvFs, vboxsf, some FUSE. Errors in writing (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are none of these.
+# Errors from storage that does not support fsync, or not on folders or files opened for reading: SMB, DrvFs,
+# vboxsf, some FUSE file systems. Write errors (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are not among them.
 _NO_SYNC = {
     errno.EINVAL,
     errno.EBADF,
@@ -27,7 +27,7 @@ _CHUNK = 1 << 20  # bytes
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give each OSError in the block the file's name if it has none, as those of read and write have not."""
+    """Add the file's name to each OSError of the block that lacks one, as those of read and write do."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes of a file, or `size` of them from `offset` on, fewer only where it ends before.
+    """Read a file from `offset` on: all of it or `size` bytes, and fewer only if the file ends before.
 
     Raises OSError, which names the file.
     """
@@ -47,16 +47,16 @@ def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> byt
             return read_fully(file, size)
         size = max(os.fstat(file.fileno()).st_size - offset, 0)
         content = read_fully(file, size + 1)
-        while len(content) > size:  # it grows, or its size was not known
+        while len(content) > size:  # the file is growing, or its size was not known
             size = len(content)
             content += read_fully(file, _CHUNK)
         return content
 
 
 def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
-    """The next `size` bytes, however little comes at a time, and fewer only at the end of the file.
+    """Read the next `size` bytes, however few arrive at a time, and fewer only at the end of the file.
 
-    Raises OSError, also for EAGAIN, which Python's own `read` takes for the end.
+    Raises OSError, also for EAGAIN, which Python's own `read` reports as the end of the file.
     """
     parts = []
     while size:
@@ -71,11 +71,11 @@ def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that takes its name, or another's place, once it is whole and on the disk.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Write a file atomically: it gets its name, or replaces the file of that name, once it is on the disk.
 
-    After an error in the block, or a failed write (OSError), nothing of it is left and what bore the
-    name before is as it was.
+    After an error in the block, or a failed write (OSError), nothing of it is left, and any file that had the
+    name before is unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -85,16 +85,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             sync(file.fileno(), path)
         partial.replace(path)
     except BaseException:
-        with suppress(OSError):  # the first error is the one to tell of
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink()
         raise
     sync_folder(path.parent)
 
 
 def sync(file: int, path: str | Path) -> None:
-    """Make what was written to a file or folder last through a crash, where its storage can.
+    """Flush a file or folder to the disk, where its storage supports that, and so make it survive a crash.
 
-    file: an open descriptor. Raises OSError, which names the path, where the storage failed to.
+    file: an open descriptor. Raises OSError, which names the path, if the storage fails.
     """
     try:
         with naming(path):
@@ -105,7 +105,7 @@ def sync(file: int, path: str | Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a crash, where its storage can. Raises OSError."""
+    """Flush the names in a folder to the disk, where its storage supports that. Raises OSError."""
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -119,9 +119,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def close_quietly(file: int | IO) -> None:
-    """Close a file or descriptor to which nothing was written that matters.
+    """Close a file or descriptor that has no written data to lose, and ignore errors.
 
-    A mount that went away answers with an error, which would hide the one that ended the work.
+    On a mount that went away, closing fails, and that error would hide the one that ended the work.
     """
     with suppress(OSError):
         os.close(file) if isinstance(file, int) else file.close()
@@ -129,7 +129,7 @@ def close_quietly(file: int | IO) -> None:
 
 @contextmanager
 def held_open(lock: IO) -> Iterator[None]:
-    """Keep a lock file open for the block, and close it quietly."""
+    """Keep a lock file open during the block, then close it and ignore errors."""
     try:
         yield
     finally:

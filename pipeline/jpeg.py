@@ -1,35 +1,35 @@
-"""A JPEG file segment by segment, as far as its first scan: no pixel is decoded."""
+"""Walk the segments of a JPEG file up to its first scan, without decoding any pixels."""
 
 from collections.abc import Iterator
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 SCAN = 0xDA
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that start a picture; these three start tables
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that start a frame; those three do not
 
 
 def segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, first byte and end of each segment, for as long as one follows directly on the other.
+    """Yield the marker, start and end of each segment, for as long as one directly follows another.
 
-    The first scan is the last of them; its end is that of its header.
+    The first scan is the last one yielded; its end is the end of its header.
     """
-    place = 2 if content[:2] == START else len(content)
-    while place + 4 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # no segment starts so
+    start = 2 if content[:2] == START else len(content)
+    while start + 4 <= len(content) and content[start] == 0xFF:
+        marker = content[start + 1]
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # not the marker of a segment
             return
-        end = place + 2 + (content[place + 2] << 8 | content[place + 3])
-        yield marker, place, end
+        end = start + 2 + (content[start + 2] << 8 | content[start + 3])
+        yield marker, start, end
         if marker == SCAN:
             return
-        place = end
+        start = end
 
 
-def size_place(content: bytes) -> int | None:
-    """Where the frame header says the picture's height and width: two bytes each, the higher first.
+def size_offset(content: bytes) -> int | None:
+    """Return the offset of the image's height and width in the file: two bytes each, the high byte first.
 
-    None if there is no frame before the scan, or not all of it. Two to three microseconds.
+    Returns None if no complete frame header comes before the first scan. Takes two to three microseconds.
     """
-    for marker, place, end in segments(content):
+    for marker, start, end in segments(content):
         if marker in FRAMES:
-            return place + 5 if place + 9 <= min(end, len(content)) else None
+            return start + 5 if start + 9 <= min(end, len(content)) else None
     return None

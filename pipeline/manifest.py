@@ -1,8 +1,7 @@
-"""dataset.json: what a packed dataset is, and its checks when opened.
+"""dataset.json: the description of a packed dataset, checked when it is opened.
 
-The packer writes it last, so a folder without it is not a dataset. All that a run needs to know
-about its data stands in it: lengths, classes, mean, PCA; nothing is scanned and nothing is a
-constant in code.
+The packer writes it last, so a folder without it is not a dataset. It holds everything that a run needs to
+know about its data: lengths, classes, mean and PCA. Nothing is scanned, and nothing is a constant in code.
 """
 
 import json
@@ -20,25 +19,25 @@ from pydantic import (
     ValidationError,
 )
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.retry import read_patiently
 
 FORMAT = 1
-NAME = "dataset.json"
-MAX_BYTES = 1 << 28  # of dataset.json; a million shards take as much
-MAX_SIDE = 65535  # of an image in pixels: what a JPEG and the index can say
-HEAD_BYTES = 65536  # of each shard, hashed at opening: tells a replaced shard from the packed one
+MANIFEST_NAME = "dataset.json"
+MAX_BYTES = 1 << 28  # largest dataset.json that is read; a million shards take about as much
+MAX_SIDE = 65535  # largest side of an image, in pixels, that a JPEG and the index can hold
+HEAD_BYTES = 65536  # hashed when a shard is opened, to tell a replaced shard from the packed one
 
-Row = tuple[float, float, float]
+RGB = tuple[float, float, float]  # one value per channel
 Geometry = Literal["256", "short256", "original"]
 
 
 class DatasetError(ValueError):
-    """A dataset that cannot be used; the message says what is wrong and what to do."""
+    """A dataset cannot be used; the message says what is wrong and what to do."""
 
 
 def _inside(name: str) -> str:
-    """A file's name, which must not lead out of the dataset's folder."""
+    """Check a file name, which must not lead out of the dataset's folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name:
         raise ValueError(f"{name} is not in the dataset's folder")
@@ -54,7 +53,7 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One tar file. `bytes` and both digests are of the whole file and of its first 64 KiB."""
+    """A tar file. bytes, sha256: of the whole file. head_sha256: of its first 64 KiB."""
 
     file: Name
     samples: PositiveInt
@@ -64,7 +63,7 @@ class Shard(_Record):
 
 
 class Split(_Record):
-    """One part of the dataset; `index` is the array with a row for each sample."""
+    """A split of the dataset. index: the file that holds the array with a row per sample."""
 
     samples: PositiveInt
     index: Name
@@ -73,7 +72,7 @@ class Split(_Record):
 
 
 class Class(_Record):
-    """A class; its label is its place in `Manifest.classes`."""
+    """A class; its label is its index in `Manifest.classes`."""
 
     id: str
     name: str
@@ -86,18 +85,18 @@ class Pixels(_Record):
     eigenvectors: [3,3], column j belongs to eigenvalue j (section 4.1 of the paper).
     """
 
-    mean: Row
-    eigenvalues: Row
-    eigenvectors: tuple[Row, Row, Row]
+    mean: RGB
+    eigenvalues: RGB
+    eigenvectors: tuple[RGB, RGB, RGB]
 
 
 class Manifest(_Record):
     """The content of dataset.json."""
 
     format: Literal[1]  # FORMAT
-    in_place: bool = False  # the tars are somebody else's, and may hold more than the index names
+    in_place: bool = False  # the tars were only indexed, and may hold more than the index names
     geometry: Geometry
-    size: Side  # of the shorter side in pixels, after resizing
+    size: Side  # length of the shorter side after resizing, in pixels
     max_width: Side
     max_height: Side
     classes: tuple[Class, ...]
@@ -113,49 +112,49 @@ class Manifest(_Record):
         return sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
-        """The split of that name. Raises DatasetError, naming those there are."""
+        """Return the split of that name. Raises DatasetError, which lists the existing splits."""
         if name not in self.splits:
-            raise DatasetError(f"the dataset has no split '{name}', only: {', '.join(self.splits)}")
+            raise DatasetError(f"the dataset has no split '{name}'; it has: {', '.join(self.splits)}")
         return self.splits[name]
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write dataset.json into `root`, whole or not at all."""
-    with whole_file(root / NAME) as file:
+    """Write dataset.json into `root` atomically."""
+    with atomic_write(root / MANIFEST_NAME) as file:
         file.write(json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
 
 
 def read_manifest(root: Path) -> Manifest:
     """Read `root`/dataset.json.
 
-    Raises DatasetError if it is absent, newer, broken or absurdly large, and OSError, which names it, if it
-    cannot be read.
+    Raises DatasetError if it is missing, broken, absurdly large or of a newer format, and OSError, which
+    names the file, if it cannot be read.
     """
-    path = root / NAME
+    path = root / MANIFEST_NAME
     try:
         text = read_patiently(path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         state = "has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
             f"no dataset at {root}: the folder {state}. "
-            f"Pack one: python tools/make_shards.py --input IMAGES --output {root}"
+            f"To pack one, run: python tools/make_shards.py --input IMAGES --output {root}"
         ) from None
     if len(text) > MAX_BYTES:
-        raise DatasetError(f"{path} has more than {MAX_BYTES >> 20} MiB: it is not a dataset.json")
+        raise DatasetError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not JSON ({error}). Pack the dataset again") from error
+        raise DatasetError(f"{path} is not valid JSON ({error}). Pack the dataset again") from error
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and found > FORMAT:
         raise DatasetError(
-            f"{path} has format {found} and this version reads format {FORMAT}: upgrade alexnet-train"
+            f"{path} has format {found}, but this version reads format {FORMAT}: upgrade alexnet-train"
         )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or "content"
         raise DatasetError(
-            f"{path} is not a dataset.json: {where}: {first['msg']}. Pack the dataset again"
+            f"{path} is not a valid dataset.json: {where}: {first['msg']}. Pack the dataset again"
         ) from error

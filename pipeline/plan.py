@@ -1,13 +1,13 @@
-"""Which image comes when, and how it is augmented: pure functions of (seed, epoch, position).
+"""The order of the images and their augmentation, as pure functions of (seed, epoch, position).
 
-Training is one endless row of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which
-each of the N samples comes exactly once; step k takes the positions k·B to (k+1)·B − 1, whatever
-epoch they fall in. So every batch is full, ranks end together, a run resumes at one integer, and
-no draw depends on the number of ranks, on threads or on prefetching: rank r of W takes the r-th
-of W equal parts of each step.
+Training is one endless sequence of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which each of
+the N samples comes exactly once. Step k takes the positions k·B to (k+1)·B − 1, whatever epoch they fall in,
+and rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
+together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
+prefetching.
 
-Random numbers are words of Philox streams. NumPy keeps a bit generator's stream the same from
-version to version, which it does not promise for `permutation` or `normal`.
+Random numbers are words of Philox streams. NumPy keeps the streams of a bit generator the same from version
+to version, which it does not promise for `permutation` or `normal`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 _ORDER, _AUGMENT = 0, 1  # streams
-_WORDS = 8  # 64-bit words for each position of the augmentation stream; Philox makes 4 a count
+_WORDS = 8  # 64-bit words per position in the augmentation stream; each count of Philox gives 4
 
 
 @lru_cache(maxsize=8)
@@ -30,21 +30,21 @@ def _philox(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:
-    """Uniform in [0, 1) from the upper 53 bits."""
+    """Turn words into uniform numbers in [0, 1), from their upper 53 bits."""
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int = 0) -> np.ndarray:
-    """The epoch's permutation of all samples, int64 [sum(shard_samples)].
+    """Return the epoch's permutation of all samples, int64 [sum(shard_samples)].
 
-    window: how many shards are shuffled together; 0 is all of them, a true global shuffle.
-    With fewer, the shards' order is permuted, and samples are permuted within each window, so
-    that data larger than memory is read a few shards at a time.
+    window: how many shards are shuffled together; 0 means all of them, a true global shuffle. With fewer,
+    the order of the shards is permuted, and samples are permuted within each window of shards, so data
+    larger than memory is read a few shards at a time.
     """
     shards, samples = len(shard_samples), int(np.sum(shard_samples))
     words = _philox(seed, epoch, _ORDER).random_raw(shards + samples)
     ends = np.cumsum(shard_samples)
-    numbers = np.split(np.arange(samples), ends[:-1])  # of each shard
+    numbers = np.split(np.arange(samples), ends[:-1])  # the sample numbers of each shard
     shuffled = np.argsort(words[:shards], kind="stable")
     parts = []
     for first in range(0, shards, window or shards):
@@ -63,10 +63,10 @@ class Draws:
 
 
 def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
-    """Random numbers for the positions start to start+count−1 of an epoch."""
+    """Draw the random numbers for the positions start to start+count−1 of an epoch."""
     words = _philox(seed, epoch, _AUGMENT, start).random_raw(count * _WORDS).reshape(count, _WORDS)
     u = _uniform(words)
-    # Box–Muller, on 1 − u to keep log away from 0; the fourth normal is not needed.
+    # Box–Muller, with 1 − u because log(0) is not finite. The fourth normal number is not needed.
     radius = np.sqrt(-2.0 * np.log1p(-u[:, 4:6]))
     angle = 2.0 * np.pi * u[:, 6:8]
     normal = np.concatenate((radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])), axis=1)
@@ -74,8 +74,8 @@ def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One rank's part of one step. `epoch` [n] differs within a batch where an epoch ends."""
+class RankBatch:
+    """One rank's share of one step. `epoch` [n] differs within a batch in which an epoch ends."""
 
     samples: np.ndarray
     epoch: np.ndarray
@@ -86,8 +86,8 @@ class Part:
 class Plan:
     """The order of a whole run.
 
-    shard_samples: samples in each shard. batch: images in a step over all ranks. window: as for
-    `epoch_order`. Raises ValueError for a batch that is not positive.
+    shard_samples: number of samples in each shard. batch: images in a step over all ranks. window: as for
+    `epoch_order`. Raises ValueError if the batch is not positive.
     """
 
     seed: int
@@ -97,46 +97,52 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.batch < 1:
-            raise ValueError(f"a batch of {self.batch} images is not possible; it must be 1 or more")
+            raise ValueError(f"the batch must have 1 image or more, not {self.batch}")
 
     @cached_property
     def samples(self) -> int:
-        """Samples in an epoch."""
+        """The number of samples in an epoch."""
         return sum(self.shard_samples)
 
     def steps(self, epochs: int) -> int:
-        """Steps after which each sample has come `epochs` times. The last one is filled up from
-        the next epoch, so some samples have come once more."""
+        """Return the number of steps after which each sample has come `epochs` times.
+
+        The last step is filled up from the next epoch, so some samples have come once more.
+        """
         return -(-epochs * self.samples // self.batch)
 
-    def _spans(self, step: int, rank: int, world: int) -> Iterator[tuple[int, int, int]]:
-        """Rank's part of a step: epoch, first position in it, and how many."""
+    def images_per_rank(self, world: int) -> int:
+        """Return the images of a step on each of `world` ranks. Raises ValueError unless they are equal."""
         if self.batch % world:
             raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
-        part = self.batch // world
-        position = step * self.batch + rank * part
-        while part:
+        return self.batch // world
+
+    def _spans(self, step: int, rank: int, world: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the rank's share of a step as spans: epoch, first position in it, and length."""
+        left = self.images_per_rank(world)
+        position = step * self.batch + rank * left
+        while left:
             epoch, start = divmod(position, self.samples)
-            count = min(part, self.samples - start)
+            count = min(left, self.samples - start)
             yield epoch, start, count
-            position, part = position + count, part - count
+            position, left = position + count, left - count
 
     def step_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """The samples of `step_batch` alone, which cost a fraction of it."""
+        """Return only the samples of `step_batch`, at a fraction of its cost."""
         return self._samples_in(self._spans(step, rank, world))
 
     def _samples_in(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
 
-    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> Part:
-        """Rank's part of a step. Raises ValueError unless `world` divides the batch."""
+    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> RankBatch:
+        """Return the rank's share of a step. Raises ValueError unless `world` divides the batch."""
         spans = list(self._spans(step, rank, world))
         parts = [draws(self.seed, *span) for span in spans]
         joined = (
             np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
         )
         epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
-        return Part(self._samples_in(spans), epochs, Draws(*joined))
+        return RankBatch(self._samples_in(spans), epochs, Draws(*joined))
 
 
 @lru_cache(maxsize=2)
@@ -145,10 +151,10 @@ def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
 
 
 def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int) -> np.ndarray:
-    """Integer offsets, uniform over 0 to extent − crop inclusive: 33 for 224 out of 256 px."""
+    """Return integer offsets, uniform over 0 to extent − crop inclusive: 33 values for 224 out of 256 px."""
     return np.floor(uniform * (extent - crop + 1)).astype(np.int64)
 
 
 def share(samples: int, rank: int, world: int) -> range:
-    """Rank's samples in an evaluation: contiguous, and each sample on exactly one rank."""
+    """Return the rank's samples in an evaluation: contiguous, and with each sample on exactly one rank."""
     return range(samples * rank // world, samples * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Samples read from the shards, by number."""
+"""Read samples from the shards by number."""
 
 import os
 import resource
@@ -19,19 +19,21 @@ from pipeline.retry import is_outage, patiently, say_on_stderr
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
-_SHARE_TO_KEEP = 4  # a quarter of the memory: the page cache may have the same bytes, and others need some
+# A split is kept in memory if it takes a quarter of it or less: the page cache may hold the same bytes, and
+# other programs need memory too.
+_SHARE_TO_KEEP = 4
 
 
 class OutageError(DatasetError):
-    """Storage that cannot be read at present, though nothing may be wrong with the samples."""
+    """The storage cannot be read at present, though the samples may be undamaged."""
 
 
 class Files(NamedTuple):
     """The bytes of n samples.
 
-    buffer: uint8, in which all of them are. starts: int64 [n], where each begins. jpegs: each as a view of
-    the buffer. fresh: int64, the places in the row of those that were read just now; the others were in
-    memory. failures: why some could not be read, by their place in the row.
+    buffer: uint8, holds all of them. starts: int64 [n], the offset of each in the buffer. jpegs: a view of
+    the buffer for each. fresh: int64, the indices among the n of those that were just read; the others were
+    in memory. failures: why some could not be read, by their index among the n.
     """
 
     buffer: np.ndarray
@@ -44,17 +46,17 @@ class Files(NamedTuple):
 class ShardReader:
     """A split's samples by number.
 
-    rows: [samples] of INDEX_DTYPE. Opening checks that each file is there, as long as packed, and
-    begins with the bytes that were packed; it raises DatasetError that names the first that is
-    not. Whole-file checksums are a matter for a verifying tool: they would read everything.
+    rows: [samples] of INDEX_DTYPE. Opening checks that each file exists, has the size that was packed and
+    begins with the bytes that were packed, and raises DatasetError, which names the first file that does not.
+    Checksums of whole files are left to tools/verify_shards.py, as they need everything to be read.
 
-    The files stay open: one that is deleted, or gets another in its place, is read on as it was. They are
-    read and never mapped: a read of a file cut short returns, where a map would kill the process.
+    The files stay open, so one that is deleted or replaced is still read as it was. They are read and never
+    mapped: reading a truncated file returns, while touching a map of it would kill the process.
 
-    What fails is tried again for some seconds: a network that stumbles must not change what is trained on.
+    Reads that fail are retried for some seconds: a short network failure must not change what is trained on.
 
-    A split that fits stays in memory: each sample is kept where it was first read to. processes: on this
-    machine, of which each keeps its own.
+    A split that fits is kept in memory, each sample from when it is first read. processes: the number of
+    processes on this machine, each of which keeps its own copy.
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str, processes: int = 1):
@@ -65,10 +67,10 @@ class ShardReader:
             if not 0 < self.rows[side].min() <= self.rows[side].max() <= most:
                 raise DatasetError(
                     f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
-                    f"{side} is 1 to {most}: pack the dataset again"
+                    f"{side} is from 1 to {most}: pack the dataset again"
                 )
         self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
-        self._kept = _room_to_keep(int(self._ends[-1]), processes)
+        self._kept = _allocate_kept(int(self._ends[-1]), processes)
         self._is_kept = np.zeros(len(self.rows), bool)
         _allow_open_files(len(self.split.shards))
         self._given_up: set[int] = set()  # shards with a sample that stayed unreadable
@@ -82,10 +84,10 @@ class ShardReader:
         return len(self.rows)
 
     def read(self, numbers: np.ndarray) -> Files:
-        """The file bytes of samples, in four microseconds each from the page cache.
+        """Read the files of samples, in four microseconds each from the page cache.
 
-        A thread would read them no sooner: each read gives Python's lock away and has to get it back.
-        Raises OutageError while the storage cannot be read.
+        Threads would not be faster, as each read releases Python's global lock and has to acquire it again.
+        Raises OutageError if the storage cannot be read.
         """
         rows = self.rows[numbers]
         if self._kept is None:
@@ -94,36 +96,38 @@ class ShardReader:
         else:
             buffer, ends = self._kept, self._ends[numbers]
             fresh = np.flatnonzero(~self._is_kept[numbers])
-        starts, room = ends - rows["size"], memoryview(buffer.data)
-        jpegs = [room[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        starts, view = ends - rows["size"], memoryview(buffer.data)
+        jpegs = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         failures = {}
         shards, offsets = rows["shard"][fresh].tolist(), rows["offset"][fresh].tolist()
-        for place, shard, offset in zip(fresh.tolist(), shards, offsets, strict=True):
-            jpeg = jpegs[place]
+        for index, shard, offset in zip(fresh.tolist(), shards, offsets, strict=True):
+            jpeg = jpegs[index]
             try:
                 whole = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
             except OSError:
                 whole = False
             if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
-                failures[place] = failure
+                failures[index] = failure
         if self._kept is not None:
             self._is_kept[numbers[fresh]] = True
             self._is_kept[numbers[list(failures)]] = False
         return Files(buffer, starts, jpegs, fresh, failures)
 
     def forget(self, number: int) -> None:
-        """Have a sample read again when it is asked for: what was read of it is damaged."""
+        """Read a sample again the next time, because its bytes in memory are damaged."""
         self._is_kept[number] = False
 
-    def _read_patiently(self, shard: int, room: memoryview, offset: int) -> str | None:
-        """Fill `room` where one read has not. Returns what is wrong if these bytes are lost, as the end of a
-        sentence, or None. Raises OutageError."""
+    def _read_patiently(self, shard: int, target: memoryview, offset: int) -> str | None:
+        """Fill `target` from a shard, with retries.
+
+        Returns what is wrong, as a predicate, if the bytes are lost, or None. Raises OutageError.
+        """
         path = self.root / self.split.shards[shard].file
 
         def read() -> None:
             try:
                 with naming(path):
-                    _read_all(self._files[shard], room, offset)
+                    _read_all(self._files[shard], target, offset)
             except OSError as error:
                 if is_outage(error):
                     self._reopen(shard)
@@ -134,21 +138,21 @@ class ShardReader:
                 read()
             except OSError as error:
                 if shard in self._given_up and not is_outage(error):
-                    raise  # or a lost shard would hold up each step
+                    raise  # without another retry: a lost shard would delay each step
                 patiently(read, say_on_stderr)
         except EOFError as error:
             return f"cannot be read: {error}"
         except OSError as error:
             if is_outage(error):
                 raise OutageError(
-                    f"{path} cannot be read: {error.strerror}. Give the same command again when it can"
+                    f"{path} cannot be read: {error.strerror}. Run the same command again when it can be"
                 ) from error
             self._given_up.add(shard)
             return f"cannot be read: {error.strerror}"
         return None
 
     def _reopen(self, shard: int) -> None:
-        """Get another handle of a file, if it is there: one that went stale with its mount stays so."""
+        """Open a shard again, if possible: a descriptor that went stale with its mount stays stale."""
         with suppress(OSError, DatasetError):
             record = self.split.shards[shard]
             file = _open_shard(self.root / record.file, record)
@@ -156,20 +160,20 @@ class ShardReader:
             os.close(file)
 
     def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
-        """The same without the rest. Raises DatasetError that names the first that cannot be read."""
+        """Read only the files' bytes. Raises DatasetError, which names the first unreadable sample."""
         files = self.read(numbers)
-        for place, why in files.failures.items():
-            raise DatasetError(f"the sample in {self.name(numbers[place])} {why}: copy the shard again")
+        for index, why in files.failures.items():
+            raise DatasetError(f"the sample in {self.name(numbers[index])} {why}: copy the shard again")
         return files.jpegs
 
     def jpeg(self, number: int) -> memoryview:
-        """The same of one."""
+        """Read one file's bytes. Raises DatasetError, as `jpegs` does."""
         return self.jpegs(np.array([number]))[0]
 
     def will_need(self, numbers: np.ndarray) -> None:
-        """Have the kernel fetch what of these samples is not in memory, without waiting for it."""
-        for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order of the disk
-            with suppress(OSError):  # of which reading will tell
+        """Have the kernel fetch those of these samples that are not in memory, without waiting for them."""
+        for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order on the disk
+            with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     @property
@@ -178,7 +182,7 @@ class ShardReader:
         return 2 * sum(shard.bytes for shard in self.split.shards) < memory_bytes()
 
     def key(self, number: int) -> str:
-        """The sample's key, from its header in the tar. Raises DatasetError where that is damaged."""
+        """Read the sample's key from its tar header. Raises DatasetError if the header is damaged."""
         shard, offset, *_ = self.rows[number].tolist()
         block = bytearray(_BLOCK)
         if failure := self._read_patiently(shard, memoryview(block), offset - _BLOCK):
@@ -186,48 +190,53 @@ class ShardReader:
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            raise DatasetError(f"no tar header before {self.name(number)}: copy the shard again") from None
+            raise DatasetError(
+                f"there is no tar header before {self.name(number)}: copy the shard again"
+            ) from None
         folder, slash, name = header.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     def name(self, number: int) -> str:
-        """Where a sample lies, for messages."""
+        """Describe where a sample is, for messages."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
-def _room_to_keep(size: int, processes: int) -> np.ndarray | None:
-    """Memory for so many bytes, which the system gives as it is written to; None where it is scarce."""
+def _allocate_kept(size: int, processes: int) -> np.ndarray | None:
+    """Allocate memory to keep a split in, or return None if memory is scarce.
+
+    The system provides the memory only as it is written to.
+    """
     if processes * size > memory_bytes() // _SHARE_TO_KEEP:
         return None
     try:
         return np.empty(size, np.uint8)
-    except MemoryError:  # a limit of the process's own, or a system that promises no more than it has
+    except MemoryError:  # the process has a limit, or the system does not overcommit
         return None
 
 
 def _open_shard(path: Path, shard: Shard) -> int:
-    """A descriptor of the file, once it is known to be the one that was packed."""
+    """Open a shard, check that it is the one that was packed, and return its descriptor."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise DatasetError(f"the shard {path} is missing: copy it again, or pack the dataset again") from None
     try:
-        with suppress(OSError):  # where it is not known
-            # Before the first read: else the kernel reads on behind it, and FUSE drops most of what
-            # `will_need` asks for.
+        with suppress(OSError):  # not supported
+            # This must come before the first read, or the kernel reads ahead, and FUSE then drops most of
+            # what `will_need` asks for.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         head = b""
         with naming(path):
             actual = os.fstat(file).st_size
             if actual != shard.bytes:
                 raise DatasetError(
-                    f"the shard {path} has {actual} bytes and dataset.json says {shard.bytes}: copy it again"
+                    f"the shard {path} has {actual} bytes, but dataset.json says {shard.bytes}: copy it again"
                 )
             while part := os.pread(file, HEAD_BYTES - len(head), len(head)):
                 head += part
         if sha256(head).hexdigest() != shard.head_sha256:
-            raise DatasetError(f"the shard {path} was replaced since it was packed: copy it again")
+            raise DatasetError(f"the shard {path} is not the one that was packed: copy it again")
     except BaseException:
         close_quietly(file)
         raise
@@ -239,17 +248,17 @@ def _close(files: list[int]) -> None:
         close_quietly(file)
 
 
-def _read_all(file: int, room: memoryview, offset: int) -> None:
-    """Fill `room`, however little comes at a time. Raises EOFError if the file ends before, and OSError."""
-    while room:
-        count = os.preadv(file, (room,), offset)
+def _read_all(file: int, target: memoryview, offset: int) -> None:
+    """Fill `target`, however few bytes come at once. Raises EOFError if the file ends early, or OSError."""
+    while target:
+        count = os.preadv(file, (target,), offset)
         if not count:
             raise EOFError("the shard has become shorter")
-        room, offset = room[count:], offset + count
+        target, offset = target[count:], offset + count
 
 
 def _allow_open_files(count: int) -> None:
-    """Each shard stays open; the usual soft limit of 1024 is fewer than large sets have."""
+    """Raise the soft limit on open files, usually 1024: each shard stays open, and large sets have more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

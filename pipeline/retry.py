@@ -1,7 +1,7 @@
-"""Whose trouble an error is: a file's own, or the storage's and the process's, which is tried again.
+"""Tell an outage of the storage or the process from an error of one file, and retry during an outage.
 
-A mount that went away, a server that restarts or a process without a free descriptor fails for one file
-after another. Were that taken for many bad files, good ones would be left out for a trouble that passes.
+While a mount is away, a server restarts or the process has no free descriptor, one file after another fails.
+If these counted as bad files, good ones would be left out because of a problem that passes.
 """
 
 import errno
@@ -17,9 +17,9 @@ from pipeline.files import read_file
 T = TypeVar("T")
 
 PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each further attempt
-_EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and a disk has tried again by itself
+_EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried by itself
 
-# All others are an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM, ETIMEDOUT and those that nobody thought of.
+# All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM, ETIMEDOUT and any that are unknown.
 _OF_A_FILE = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -28,30 +28,30 @@ _OF_A_FILE = {
     errno.EPERM,
     errno.ELOOP,
     errno.ENAMETOOLONG,
-    errno.EILSEQ,  # of its name
+    errno.EILSEQ,  # in its name
     errno.EFBIG,
     errno.EOVERFLOW,
     errno.ENXIO,  # a socket or a pipe
     errno.ENODEV,
     errno.EBADMSG,  # its checksum
-    errno.EUCLEAN,  # its file system's records of it
+    errno.EUCLEAN,  # its metadata in the file system
     errno.ENODATA,
     errno.EIO,
 }
-# fsspec raises them without a number.
+# fsspec raises these without an errno.
 _ERRORS_OF_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def is_outage(error: OSError) -> bool:
-    """Whether the storage or the process is in trouble, and not just the file that was asked for."""
+    """Whether the storage or the process is in trouble, rather than just the requested file."""
     return not isinstance(error, _ERRORS_OF_A_FILE) and error.errno not in _OF_A_FILE
 
 
 def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
-    """What the action returns, tried again with growing pauses, seven seconds in all, during an outage.
+    """Run the action and return its result; in an outage, retry with growing pauses for seven seconds.
 
-    EIO, which may pass and may be a file's own, is given half a second. say: is told before the first
-    pause, for people. Raises the last OSError.
+    EIO, which may be either an outage or an error of the file, is retried for half a second. say: called with
+    a message for people before the first pause. Raises the last OSError.
     """
     attempt = 0
     while True:
@@ -63,13 +63,13 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
                 raise
             if attempt == 0:
                 what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-                say(f"{what}: trying again for {sum(pauses):.1f} seconds")
+                say(f"{what}: retrying for {sum(pauses):.1f} seconds")
             time.sleep(pauses[attempt])
             attempt += 1
 
 
 def read_patiently(path: Path, size: int | None = None) -> bytes:
-    """The content of a small file, or its first `size` bytes. Raises OSError, which names it."""
+    """Read a small file, or its first `size` bytes, with retries. Raises OSError, which names the file."""
     return patiently(partial(read_file, path, size=size), say_on_stderr)
 
 
@@ -80,5 +80,5 @@ def say_on_stderr(text: str) -> None:
 def _pauses(error: OSError) -> tuple[float, ...]:
     if error.errno == errno.EIO:
         return _EIO_PAUSES
-    # An error without a number is of a URL, which its library has tried again.
+    # An error without an errno is about a URL, and fsspec has already retried it.
     return PAUSES if error.errno is not None and is_outage(error) else ()

@@ -1,7 +1,6 @@
-"""net.json: what one has to know to use a trained net, besides its weights.
+"""net.json: everything needed to use a trained net, besides its weights.
 
-It lies in each run folder and in each export, which can so be used without the dataset and without the
-settings of the training.
+Each run folder and each export contains it, so neither needs the dataset or the training settings to be used.
 """
 
 from pathlib import Path
@@ -9,23 +8,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import whole_file
-from pipeline.manifest import Class, Geometry, Manifest, Row, Side
+from pipeline.files import atomic_write
+from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
 from pipeline.retry import read_patiently
 
-NAME = "net.json"
+NET_NAME = "net.json"
 
 
 class SpecError(ValueError):
-    """What is not a net.json; the message names where it lies."""
+    """The content is not a valid net.json; the message says where it was found."""
 
 
 class NetSpec(BaseModel):
-    """How a picture becomes the net's input, and what its outputs mean.
+    """How an image becomes the net's input, and what its outputs mean.
 
-    The picture is brought to a shorter side of `size` pixels; geometry `256` then takes its central square,
-    the others do not. Of that, the central square of `crop` pixels, RGB on the 0–255 scale minus `mean`,
-    is the input: [N,3,crop,crop]. Output n of [N,classes] is the logit of `classes[n]`.
+    The image is resized to a shorter side of `size` pixels; with geometry `256`, its central square is then
+    cropped. The input [N,3,crop,crop] is the central square of `crop` pixels of the result, in RGB on the
+    0–255 scale minus `mean`. Output n of [N,classes] is the logit of `classes[n]`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -34,12 +33,12 @@ class NetSpec(BaseModel):
     geometry: Geometry
     size: Side
     crop: Side
-    mean: Row
+    mean: RGB
     classes: tuple[Class, ...]
 
     @classmethod
     def of(cls, manifest: Manifest, crop: int) -> "NetSpec":
-        """That of a net trained on a dataset with crops of that size."""
+        """Return the spec of a net that is trained on a dataset with crops of `crop` pixels."""
         return cls(
             geometry=manifest.geometry,
             size=manifest.size,
@@ -49,21 +48,21 @@ class NetSpec(BaseModel):
         )
 
     @classmethod
-    def parse(cls, content: str | bytes, place: object) -> "NetSpec":
-        """Raises SpecError, naming the place, where the content is not a net.json."""
+    def parse(cls, content: str | bytes, source: object) -> "NetSpec":
+        """Parse a net.json found in `source`. Raises SpecError, which names the source, if it is invalid."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "all of it"
-            raise SpecError(f"the {NAME} of {place} is not one: {where}: {first['msg']}") from None
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise SpecError(f"{source} has no valid {NET_NAME}: {where}: {first['msg']}") from None
 
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":
-        """Raises SpecError, or OSError: FileNotFoundError where there is none."""
-        return cls.parse(read_patiently(folder / NAME), folder)
+        """Read net.json from a folder. Raises SpecError, or OSError: FileNotFoundError if there is none."""
+        return cls.parse(read_patiently(folder / NET_NAME), folder)
 
     def write(self, folder: Path) -> None:
-        """Whole or not at all. Raises OSError."""
-        with whole_file(folder / NAME) as file:
+        """Write net.json into a folder atomically. Raises OSError."""
+        with atomic_write(folder / NET_NAME) as file:
             file.write(self.model_dump_json(indent=1).encode() + b"\n")

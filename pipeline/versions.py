@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str) -> str:
-    """The version of a package, or `not installed`, as for this project in a clone."""
+    """Return a package's version, or `not installed`, as for this project when run from a clone."""
     try:
         return version(package)
     except PackageNotFoundError:

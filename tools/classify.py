@@ -27,7 +27,7 @@ from PIL import Image
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import naming, whole_file
+from pipeline.files import atomic_write, naming
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, Source, find, read, views
@@ -166,7 +166,7 @@ def classify_videos(
             yield error
         if source in drawn and results:
             drawn[source].parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(drawn[source]) as file:
+            with atomic_write(drawn[source]) as file:
                 annotate(source.path, results, file)
 
 

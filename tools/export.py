@@ -29,9 +29,9 @@ from torch import Tensor
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError
-from pipeline.spec import NAME, NetSpec
+from pipeline.spec import NET_NAME, NetSpec
 from tools.classifying.nets import Net, NetError, open_onnx, open_pt2
 from tools.import_torchvision import read_pth, read_safetensors
 from trainer.processes.distributed import World
@@ -94,7 +94,7 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
 
     trained = load_trained(settings, run, CPU.device, best)
     trained.model.eval()
-    with whole_file(output) as file, warnings.catch_warnings(action="ignore", category=FutureWarning):
+    with atomic_write(output) as file, warnings.catch_warnings(action="ignore", category=FutureWarning):
         found = FORMS[output.suffix](trained, run.net(settings), file)
     notes = [*trained.notes, f"{output}: {output.stat().st_size / 1e6:.0f} MB, step {trained.step}, {found}"]
     return "\n".join(notes)
@@ -111,13 +111,13 @@ def write_onnx(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
         traced(trained), dynamo=True, input_names=["pixels"], output_names=["logits"], verbose=False
     )
     assert program is not None
-    program.model.metadata_props[NAME] = spec.model_dump_json()
+    program.model.metadata_props[NET_NAME] = spec.model_dump_json()
     file.write(program.model_proto.SerializeToString())
     return compare(trained, spec, file, open_onnx)
 
 
 def write_pt2(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
-    torch.export.save(traced(trained), file, extra_files={NAME: spec.model_dump_json()})
+    torch.export.save(traced(trained), file, extra_files={NET_NAME: spec.model_dump_json()})
     return compare(trained, spec, file, open_pt2)
 
 
@@ -133,7 +133,7 @@ def compare(trained: "Trained", spec: NetSpec, file: BinaryIO, opened: Callable[
     file.flush()
     net = opened(Path(file.name))
     if net.spec != spec:
-        raise ExportError(f"its {NAME} reads back other than it was written")
+        raise ExportError(f"its {NET_NAME} reads back other than it was written")
     pixels = next(iter(trained.batches("val", 1, CPU)))[0].contiguous().clone()
     with torch.inference_mode():
         expected = trained.model(pixels)
@@ -161,7 +161,7 @@ def write_safetensors(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     except ImportError:
         raise ExportError("safetensors is missing: pip install 'alexnet-train[export]'") from None
     state = torchvision_state(trained)
-    file.write(save(state, {NAME: spec.model_dump_json()}))
+    file.write(save(state, {NET_NAME: spec.model_dump_json()}))
     return compare_state(state, file, read_safetensors)
 
 

@@ -1,10 +1,10 @@
-"""Show what is in a packed dataset: classes, sizes, samples, duplicates.
+"""Show what a packed dataset contains: classes, sizes, samples and duplicates.
 
     python tools/inspect_shards.py --data shards --output report
 
-Writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the samples of each class;
-and duplicates.tsv with the samples that are there more than once, byte for byte after packing.
-Those that training and validation share make the validation error too small.
+This writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the number of samples in
+each class; and duplicates.tsv with the samples that occur more than once, byte for byte after packing.
+Duplicates shared by the training and validation splits make the validation error look too small.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pipeline.packing.workers import WorkersError, refused_threads
 from pipeline.reader import ShardReader
 from tools.options import natural
 
-LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
+LISTED = 20  # classes or groups of duplicates in the report; the .tsv files list all of them
 _PART = 256  # samples that a thread hashes at a time
 
 
@@ -55,7 +55,7 @@ Groups = list[list[Copy]]
 
 
 def open_dataset(root: Path) -> Dataset:
-    """Raises DatasetError where it is missing or damaged."""
+    """Open a dataset. Raises DatasetError if it is missing or damaged."""
     manifest = read_manifest(root)
     readers = {split: ShardReader(root, manifest, split) for split in manifest.splits}
     counts = {
@@ -66,9 +66,9 @@ def open_dataset(root: Path) -> Dataset:
 
 
 def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
-    """Groups of samples with the same bytes, in the order of their first samples.
+    """Find the groups of samples with the same bytes, in the order of their first samples.
 
-    Threads are enough for it: hashing lets the others run.
+    Threads are enough, as hashing releases Python's global lock.
     """
 
     def digests(part: tuple[ShardReader, range]) -> bytes:
@@ -88,18 +88,18 @@ def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
     _, ids, counts = np.unique(found, return_inverse=True, return_counts=True)
     ends = np.cumsum([len(reader) for _, reader in samples])
     groups: dict[int, list[Copy]] = {}
-    for place in np.flatnonzero(counts[ids] > 1):
-        which = int(np.searchsorted(ends, place, side="right"))
+    for position in np.flatnonzero(counts[ids] > 1):
+        which = int(np.searchsorted(ends, position, side="right"))
         split, reader = samples[which]
-        number = int(place - ends[which] + len(reader))
+        number = int(position - ends[which] + len(reader))
         row = reader.rows[number]
         copy = Copy(split, reader.split.shards[row["shard"]].file, reader.key(number), int(row["label"]))
-        groups.setdefault(int(ids[place]), []).append(copy)
+        groups.setdefault(int(ids[position]), []).append(copy)
     return list(groups.values())
 
 
 def report(name: str, dataset: Dataset, groups: Groups) -> str:
-    """The text of report.md."""
+    """Return the text of report.md."""
     manifest = dataset.manifest
     total = sum(map(len, dataset.readers.values()))
     lines = [
@@ -108,13 +108,13 @@ def report(name: str, dataset: Dataset, groups: Groups) -> str:
         f"Geometry {manifest.geometry}, shorter side {manifest.size} px, packed by "
         f"{manifest.packed.get('by', 'an unknown packer')}; fingerprint {manifest.fingerprint}.",
         "",
-        *_table(("split", "shards", "images", "MB", "in a class: least", "median", "most"), _splits(dataset)),
+        *_table(("split", "shards", "images", "MB", "per class: min", "median", "max"), _splits(dataset)),
         "",
         *_absent(dataset),
         *_outcomes(manifest),
         "## Classes",
         "",
-        "![samples by class](classes.png)",
+        "![samples per class](classes.png)",
         "",
         *_extremes(dataset),
         "",
@@ -122,7 +122,7 @@ def report(name: str, dataset: Dataset, groups: Groups) -> str:
         "",
         "![histograms of bytes, width and height](sizes.png)",
         "",
-        *_table(("of", "split", "least", "1 %", "median", "99 %", "most"), _sizes(dataset)),
+        *_table(("quantity", "split", "min", "1 %", "median", "99 %", "max"), _sizes(dataset)),
         "",
         "## Samples",
         "",
@@ -160,7 +160,7 @@ def _absent(dataset: Dataset) -> list[str]:
         absent = [_class(dataset, int(label)) for label in np.flatnonzero(counts == 0)]
         if absent:
             more = f" and {len(absent) - LISTED:,} more" if len(absent) > LISTED else ""
-            lines += [f"**Not in {split}:** {', '.join(absent[:LISTED])}{more}.", ""]
+            lines += [f"**Classes without samples in {split}:** {', '.join(absent[:LISTED])}{more}.", ""]
     return lines
 
 
@@ -180,7 +180,7 @@ def _extremes(dataset: Dataset) -> list[str]:
         (str(label), _class(dataset, label), *(f"{counts[label]:,}" for counts in dataset.counts.values()))
         for label in (order if len(order) <= LISTED else order[:half] + order[-half:])
     ]
-    title = [f"The {half} largest and the {half} smallest; all are in classes.tsv.", ""]
+    title = [f"The {half} largest and the {half} smallest classes; classes.tsv lists all of them.", ""]
     return [*(title if len(order) > LISTED else []), *_table(head, rows)]
 
 
@@ -195,7 +195,7 @@ def _duplicates(dataset: Dataset, groups: Groups) -> list[str]:
     if not groups:
         return ["No two samples have the same bytes."]
     copies = sum(len(group) - 1 for group in groups)
-    lines = [f"- Samples that repeat another byte for byte: {copies:,}, in groups: {len(groups):,}"]
+    lines = [f"- Samples that repeat another one byte for byte: {copies:,}; groups: {len(groups):,}"]
     if "train" in dataset.readers:
         for split in [name for name in dataset.readers if name != "train"]:
             leaked = [group for group in groups if {"train", split} <= {copy.split for copy in group}]
@@ -206,12 +206,12 @@ def _duplicates(dataset: Dataset, groups: Groups) -> list[str]:
     conflicts = sum(len({copy.label for copy in group}) > 1 for group in groups)
     if conflicts:
         lines.append(f"- **Groups with different labels: {conflicts:,}**")
-    # What harms most first: shared by splits, labelled differently, many.
+    # The most harmful come first: shared by splits, then with different labels.
     worst = sorted(groups, key=lambda group: [-len({copy[i] for copy in group}) for i in (0, 3)])
     rows = ((_names(dataset, group),) for group in worst[:LISTED])
-    lines += ["", *_table(("the same picture: split, key, class",), rows)]
+    lines += ["", *_table(("identical images: split, key, class",), rows)]
     if len(groups) > LISTED:
-        lines += ["", f"and {len(groups) - LISTED:,} more groups: all are in duplicates.tsv."]
+        lines += ["", f"There are {len(groups) - LISTED:,} more groups; duplicates.tsv lists all of them."]
     return lines
 
 
@@ -226,7 +226,7 @@ def _write_tsv(path: Path, head: Iterable[str], rows: Iterable[Iterable]) -> Non
 
 
 def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
-    """Write the report; returns the duplicates. Raises DatasetError or OSError."""
+    """Write the report and return the duplicates. Raises DatasetError or OSError."""
     dataset = open_dataset(data)
     groups = find_duplicates(dataset.readers, threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
 
 
 def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int) -> None:
-    """The files of the report."""
+    """Write the files of the report."""
     from tools.inspecting import figures
 
     classes = [(entry.id, entry.name) for entry in dataset.manifest.classes]
@@ -265,9 +265,9 @@ def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="the packed dataset")
-    add("--output", type=Path, required=True, metavar="DIR", help="where the report goes")
-    add("--seed", type=natural, default=0, help="of the choice of samples that are shown (default 0)")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write the report to")
+    add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
     options = parser.parse_args()
     try:
         with refused_threads():
@@ -276,7 +276,7 @@ def main() -> None:
         sys.exit(f"inspect_shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
-        sys.exit(f"inspect_shards: {reason}: mend the cause and give the same command again")
+        sys.exit(f"inspect_shards: {reason}: fix the cause and run the same command again")
     print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 

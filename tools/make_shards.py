@@ -2,13 +2,13 @@
 
     python tools/make_shards.py --input ILSVRC2012 --output shards
 
-The input is ImageNet's own layout, train/<class>/… and val/<class>/…, or another that folders.py and
-tables.py name. Files are judged by content; those that cannot be used are counted by reason, listed
-in report.tsv, and never stop the run.
+The input has ImageNet's own layout, train/<class>/… and val/<class>/…, or one of the other forms that
+folders.py and tables.py in pipeline/packing/sources describe. Files are judged by their content. Those
+that cannot be used are counted by reason and listed in report.tsv; they never stop the run.
 
-Which file lands where depends on the sorted file names and the seed alone, and each shard is packed
-by itself: a rerun gives the same bytes, with any number of workers. The same command continues a run
-that was killed.
+The contents of each shard depend only on the sorted file names and the seed, and each shard is packed
+independently, so a rerun gives the same bytes with any number of workers. After a run was killed, the
+same command continues it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.machine import cpus
-from pipeline.manifest import NAME, DatasetError, Manifest
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
 from pipeline.packing.images import Geometry
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.pack import pack
@@ -36,7 +36,7 @@ from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threa
 
 
 def summary(manifest: Manifest, output: str, progress: Progress, seconds: float) -> str:
-    """What was packed, for people."""
+    """Describe what was packed, for the terminal."""
     total = sum(split.samples for split in manifest.splits.values())
     size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
@@ -45,7 +45,7 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
         f"in {seconds:.1f} s ({progress.counts.images / seconds:,.0f} images/s)"
     ]
     if progress.before:
-        lines[0] += f"; {progress.before:,} were packed before"
+        lines[0] += f"; {progress.before:,} were packed by earlier runs"
     for outcome, counts in (("repaired", manifest.repaired), ("rejected", manifest.rejected)):
         if counts:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
@@ -55,13 +55,13 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
 
 
 def check_rejects(manifest: Manifest, limit: float) -> None:
-    """Raises DatasetError if more than that share of the files was rejected."""
+    """Raise DatasetError if a larger share of the files than `limit` was rejected."""
     rejected = sum(manifest.rejected.values())
     found = rejected + sum(split.samples for split in manifest.splits.values())
     if rejected > limit * found:
         raise DatasetError(
             f"{rejected:,} of {found:,} files were rejected ({rejected / found:.1%}), more than "
-            f"--max-reject-ratio {limit:g}. The dataset is whole without them"
+            f"--max-reject-ratio {limit:g} allows. The dataset is complete without them"
         )
 
 
@@ -84,52 +84,60 @@ def _fraction(text: str) -> float:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input", required=True, metavar="FOLDER",
-        help="class folders train/<class>/… and val/<class>/…, ILSVRC's tars, Kaggle's download, "
-        "WebDataset shards, or a table (CSV, TSV, Parquet); here or behind a URL")
-    add("--output", metavar="DIR", help="where the shards go, here or behind a URL")
+    add("--input", required=True, metavar="PATH",
+        help="the images: class folders train/<class>/… and val/<class>/…, the ILSVRC tars, Kaggle's "
+        "download, WebDataset shards, or a table (CSV, TSV or Parquet); a local path or a URL")
+    add("--output", metavar="DIR", help="local folder or URL to write the shards to")
     add("--in-place", action="store_true",
-        help="write no shards, but index the WebDataset shards of --input; what is no plain JPEG is left out")
+        help="write no shards, but index the WebDataset shards of --input where they are; images that are "
+        "not plain JPEGs are left out")
     add("--geometry", choices=get_args(Geometry), default="256",
-        help="256: shorter side to 256 px and its central square, as in the paper; short256: not cut; "
-        "original: the files' own bytes, without metadata, where they are sound")
+        help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
+        "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
+        "sound (default 256)")
     add("--size", type=_number(int, 16, 4096), default=256, metavar="PX",
-        help="of the shorter side (default 256)")
-    add("--quality", type=_number(int, 1, 100), default=90, help="of the JPEGs (default 90)")
+        help="length of the shorter side after resizing, in pixels (default 256)")
+    add("--quality", type=_number(int, 1, 100), default=90, help="JPEG quality, from 1 to 100 (default 90)")
     add("--check", choices=get_args(Check), default="decode",
-        help="of files that are kept as they are: decode all, or believe headers and decode one in "
-        f"{DECODED}, for mean and components (default decode)")
+        help="how to check files that are kept unchanged: decode every file, or trust the headers and decode "
+        f"only one file in {DECODED}, to compute the pixel mean and principal components (default decode)")
     add("--val-fraction", type=_fraction, metavar="F",
-        help="of each class, kept for validation, if DIR has no val")
+        help="fraction of each class to hold out for validation if --input has no validation images")
     add("--class-names", type=Path, metavar="FILE",
-        help="lines of a class folder's name and a name to show")
+        help="text file that has, on each line, a class folder's name and the name to show for it")
     add("--shard-samples", type=_number(int, 1, 10**6), default=1000, metavar="N",
-        help="images in a shard at most (default 1000)")
-    add("--seed", type=_number(int, 0, 2**63), default=0, help="of the order of images (default 0)")
+        help="maximum number of images in a shard (default 1000)")
+    add("--seed", type=_number(int, 0, 2**63), default=0,
+        help="random seed for the order of the images and for --val-fraction (default 0)")
     add("--max-reject-ratio", type=_number(float, 0, 1), default=0.01, metavar="R",
-        help="exit with 1, the dataset kept, if more of the files are rejected (default 0.01)")
+        help="exit with code 1 if a larger fraction of the files is rejected; the dataset is kept "
+        "(default 0.01)")
     add("--workers", type=_number(int, 1, 1024), default=cpus(),
-        help="processes (default: one a CPU)")
+        help="number of worker processes (default: one per CPU)")
     add("--executor", choices=("processes", "dask"), default="processes",
-        help="who packs: processes of this machine, or the workers of a Dask cluster")
-    add("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
-    add("--metrics-port", type=_number(int, 1, 65535), metavar="PORT", help="serve Prometheus metrics there")
+        help="where to pack: in processes on this machine, or on the workers of a Dask cluster "
+        "(default processes)")
+    add("--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786")
+    add("--metrics-port", type=_number(int, 1, 65535), metavar="PORT",
+        help="serve Prometheus metrics on this port while packing")
     add("--overwrite", action="store_true",
-        help="replace the dataset that --output holds, whole or unfinished")
+        help="replace the dataset in --output, whether it is complete or unfinished")
     options = parser.parse_args(arguments)
     if (options.executor == "dask") != (options.scheduler is not None):
-        parser.error("--executor dask and --scheduler ADDRESS go together")
+        parser.error("--executor dask and --scheduler ADDRESS must be given together")
     if options.in_place == (options.output is not None):
-        parser.error("one of --output DIR and --in-place is needed")
+        parser.error("give either --output DIR or --in-place")
     if options.in_place:
         for name in ("geometry", "quality", "val_fraction", "shard_samples", "seed"):
             if getattr(options, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} is for writing shards, and --in-place writes none")
+                parser.error(
+                    f"--{name.replace('_', '-')} cannot be used with --in-place, which writes no shards"
+                )
         if is_url(options.input):
-            parser.error("--in-place is for a folder of this machine")
+            parser.error("--in-place needs a local folder, and --input is a URL")
         options.output = options.input
     elif options.check == "headers" and options.geometry != "original":
-        parser.error("--check headers is for --geometry original and --in-place, which keep files")
+        parser.error("--check headers needs --geometry original or --in-place, which keep files unchanged")
     given = {field.name: getattr(options, field.name) for field in fields(PackingOptions)}
     options.packing = PackingOptions(**given)
     return options
@@ -154,12 +162,12 @@ def main() -> None:
 
 
 def _advice(error: OSError, output: str) -> str:
-    """What went wrong, and what is to be done."""
+    """Say what went wrong and what to do about it."""
     reason = f"{error.strerror}: {error.filename or output}" if error.strerror else str(error)
     with suppress(OSError):
-        if NAME not in Folder(output).sizes():
-            reason += f". The folder is no dataset until {NAME} is written"
-    return f"{reason}: mend the cause and give the same command, which continues"
+        if MANIFEST_NAME not in Folder(output).sizes():
+            reason += f". The dataset is incomplete until {MANIFEST_NAME} is written"
+    return f"{reason}: fix the cause and run the same command again to continue"
 
 
 def _metrics(progress: Progress, port: int | None):

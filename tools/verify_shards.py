@@ -1,14 +1,14 @@
-"""Check that a packed dataset is whole and sound, down to the byte.
+"""Check that a packed dataset is complete and undamaged, down to the byte.
 
     python tools/verify_shards.py --data shards
 
-Every file of dataset.json is read: checksums, the structure of each tar, labels, DALI's .idx and the
-index are compared with each other, and pictures decoded. Each damage is named with its shard, key and byte;
-only pixels that changed and still decode cannot be told from their neighbours: of these the shard is named.
-Ends with 0 where all is sound and with 1 where anything is not.
+Every file named in dataset.json is read. Checksums, the structure of each tar, labels, DALI's .idx files and
+the indices are compared with each other, and images are decoded. Each problem is reported with its shard, key
+and byte offset. Only where changed pixels still decode can the sample not be told, and the shard alone is
+named. The exit code is 0 if the dataset is sound and 1 if anything is wrong.
 
---repair-index writes every .idx and index anew that is missing or wrong, from tars that have the
-checksums of dataset.json. Where a tar does not, nothing is written: copy or pack it again.
+--repair-index rewrites every .idx file and index that is missing or wrong, from tars whose checksums are
+those in dataset.json. If a tar has another checksum, nothing is written: copy that shard or pack it again.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from rich.progress import Progress
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.machine import cpus
-from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
 from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.verifying.checks import SAMPLED, check_shard
 from tools.verifying.findings import Damage, Decode, Found, Task
 
-SHOWN = 100  # damages that are printed; the others are counted
+SHOWN = 100  # problems that are printed; the others are only counted
 
 
 @dataclass
-class Row:
-    """What came of a split."""
+class SplitSummary:
+    """The outcome for one split."""
 
     shards: int
     samples: int
@@ -49,9 +49,9 @@ class Row:
 
 @dataclass
 class Verdict:
-    """What came of a dataset. damages: those that are named, of `count`."""
+    """The outcome for a dataset. damages: those that are listed, out of `count`."""
 
-    splits: dict[str, Row] = field(default_factory=dict)
+    splits: dict[str, SplitSummary] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
     count: int = 0
 
@@ -61,37 +61,40 @@ class Verdict:
 
 
 def check_dataset(root: Path, manifest: Manifest) -> list[Damage]:
-    """What is wrong before any shard is opened: names, sums, and files that belong to no split."""
-    damages = [] if manifest.splits else [Damage(NAME, "names no split")]
+    """Find what is wrong before any shard is opened: file names, totals, and files that no split names."""
+    damages = [] if manifest.splits else [Damage(MANIFEST_NAME, "names no split")]
     named: set[str] = set()
     for name, split in manifest.splits.items():
         tars = [shard.file for shard in split.shards]
         for file in (split.index, *tars):
             if not _is_below(file, manifest.in_place):
-                damages.append(Damage(NAME, f"names {file!a}, which is no file of its folder"))
+                damages.append(Damage(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
             elif file in named:
-                damages.append(Damage(NAME, f"names {file} twice"))
+                damages.append(Damage(MANIFEST_NAME, f"names {file} twice"))
             named.add(file)
         named |= {f"{Path(tar).stem}.idx" for tar in tars}
         samples = sum(shard.samples for shard in split.shards)
         if samples != split.samples:
             damages.append(
-                Damage(NAME, f"gives {name} {split.samples} samples, and its shards {samples} together")
+                Damage(
+                    MANIFEST_NAME,
+                    f"says that {name} has {split.samples} samples, but its shards have {samples}",
+                )
             )
     kinds = (".index.npy", ".partial") if manifest.in_place else (".tar", ".idx", ".index.npy", ".partial")
     strays = (path.name for path in root.iterdir() if path.name.endswith(kinds))
-    damages += [Damage(file, f"is not named by {NAME}") for file in sorted(set(strays) - named)]
+    damages += [Damage(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
     return damages
 
 
 def _is_below(file: str, folders: bool) -> bool:
-    """Whether it is a name of ours, in the dataset's folder itself or in folders of it."""
+    """Whether the packer writes files of this name: in the dataset's folder or, if `folders`, below it."""
     path = PurePosixPath(file)
     return (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
 
 
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
-    """The rows of a split, or None where they cannot be trusted. Raises OSError in an outage."""
+    """Return the rows of a split, or None if they cannot be trusted. Raises OSError in an outage."""
     try:
         rows = read_index(root, split, len(manifest.classes))
     except (DatasetError, OSError) as error:
@@ -103,7 +106,7 @@ def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarra
         limit = getattr(manifest, f"max_{side}")
         if (largest := rows[side].max()) > limit:
             damages.append(
-                Damage(NAME, f"says that no {side} is over {limit}, and {split.index} has {largest}")
+                Damage(MANIFEST_NAME, f"says that no {side} exceeds {limit}, but {split.index} has {largest}")
             )
     return rows, damages
 
@@ -111,7 +114,7 @@ def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarra
 def check_shards(
     root: Path, manifest: Manifest, rows: dict[str, np.ndarray | None], decode: Decode, workers: int
 ) -> Iterator[tuple[str, Found]]:
-    """The split and what was found of each shard, in the order of dataset.json."""
+    """Yield each shard's split and findings, in the order of dataset.json."""
     tasks = []
     for name, split in manifest.splits.items():
         ends = np.cumsum([shard.samples for shard in split.shards])
@@ -133,17 +136,17 @@ def check_shards(
 
 
 def verify(root: Path, decode: Decode, workers: int) -> Verdict:
-    """Check everything. Raises DatasetError where there is no dataset.json to check by."""
+    """Check the whole dataset. Raises DatasetError if there is no dataset.json to check against."""
     manifest, verdict = read_manifest(root), Verdict()
     verdict.add(check_dataset(root, manifest))
-    if any(damage.file == NAME for damage in verdict.damages):
+    if any(damage.file == MANIFEST_NAME for damage in verdict.damages):
         return verdict
     rows = {}
     for name, split in manifest.splits.items():
         rows[name], damages = check_index(root, split, manifest)
         verdict.add(damages)
         size = sum(shard.bytes for shard in split.shards)
-        verdict.splits[name] = Row(len(split.shards), split.samples, size)
+        verdict.splits[name] = SplitSummary(len(split.shards), split.samples, size)
     for name, found in check_shards(root, manifest, rows, decode, workers):
         verdict.add(found.damages, found.count)
         verdict.splits[name].decoded += found.decoded
@@ -152,16 +155,17 @@ def verify(root: Path, decode: Decode, workers: int) -> Verdict:
 
 
 def repair(root: Path, workers: int) -> list[str]:
-    """Write the .idx and index files that are missing or wrong; returns the names of what was written.
+    """Write the .idx and index files that are missing or wrong, and return the names of the files written.
 
-    Raises DatasetError where a tar is not the one that was packed, or was packed by somebody else.
+    Raises DatasetError if a tar is not the one that was packed, or if the dataset was indexed in place.
     """
     manifest = read_manifest(root)
     if manifest.in_place:
         raise DatasetError(
-            f"its tars were indexed in place: make_shards --input {root} --in-place --overwrite does so again"
+            f"the tars in {root} were indexed in place: "
+            f"to index them again, run make_shards --input {root} --in-place --overwrite"
         )
-    damages = [damage for damage in check_dataset(root, manifest) if damage.file == NAME]
+    damages = [damage for damage in check_dataset(root, manifest) if damage.file == MANIFEST_NAME]
     rows: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
     files: dict[str, bytes] = {}
     unknown = dict.fromkeys(manifest.splits)
@@ -174,9 +178,11 @@ def repair(root: Path, workers: int) -> list[str]:
         if found.index is not None:
             files[str(Path(tar).with_suffix(".idx"))] = found.index
     if damages:
-        raise DatasetError("\n  ".join(["nothing is repaired while this is wrong:", *listed(damages)]))
+        raise DatasetError(
+            "\n  ".join(["nothing can be repaired because of these problems:", *listed(damages)])
+        )
     for file, content in files.items():
-        with whole_file(root / file) as index:
+        with atomic_write(root / file) as index:
             index.write(content)
     written, splits = list(files), dict(manifest.splits)
     for name, split in manifest.splits.items():
@@ -187,18 +193,18 @@ def repair(root: Path, workers: int) -> list[str]:
             written.append(split.index)
     if splits != manifest.splits:
         write_manifest(root, manifest.model_copy(update={"splits": splits}))
-        written.append(NAME)
+        written.append(MANIFEST_NAME)
     return written
 
 
 def listed(damages: list[Damage], count: int = 0) -> list[str]:
-    """The first of them, a line each."""
+    """Describe the first SHOWN problems, one per line, and say how many more there are."""
     lines = [str(damage) for damage in damages[:SHOWN]]
     more = max(count, len(damages)) - len(lines)
     return [*lines, f"and {more:,} more"] if more else lines
 
 
-def table(splits: dict[str, Row]) -> list[str]:
+def table(splits: dict[str, SplitSummary]) -> list[str]:
     lines = [f"{'split':8}{'shards':>10}{'damaged':>10}{'samples':>14}{'decoded':>14}{'bytes':>18}"]
     lines += [
         f"{name:8}{row.shards:10,}{row.damaged:10,}{row.samples:14,}{row.decoded:14,}{row.bytes:18,}"
@@ -210,13 +216,14 @@ def table(splits: dict[str, Row]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="the packed dataset")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")
     add("--decode", choices=get_args(Decode), default="sampled",
-        help=f"pictures: all, none, or about {SAMPLED} of each shard, and of one with a wrong checksum all "
-        "(default)")  # fmt: skip
-    add("--repair-index", action="store_true", help="write what is missing or wrong of .idx and index")
+        help=f"which images to decode: all, none, or about {SAMPLED} per shard and every image of a shard "
+        "whose checksum is wrong (default sampled)")  # fmt: skip
+    add("--repair-index", action="store_true",
+        help="rewrite the .idx files and indices that are missing or wrong")  # fmt: skip
     add("--workers", type=int, default=cpus(), metavar="N",
-        help="processes (default: one a CPU)")  # fmt: skip
+        help="number of worker processes (default: one per CPU)")  # fmt: skip
     options = parser.parse_args()
     if not 1 <= options.workers <= 1024:
         parser.error(f"--workers {options.workers} is not between 1 and 1024")
@@ -232,15 +239,15 @@ def main() -> None:
             print(f"written: {', '.join(written)}" if written else "nothing to repair")
             return
         verdict = verify(options.data, options.decode, options.workers)
-    except (DatasetError, WorkersError, RecursionError) as error:  # the last of JSON nested too deep
+    except (DatasetError, WorkersError, RecursionError) as error:  # the last for JSON nested too deeply
         sys.exit(f"verify_shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
         sys.exit(
-            f"verify_shards: {reason}: not all could be checked: mend the cause, and give the command again"
+            f"verify_shards: {reason}: the check is incomplete: fix the cause and run the same command again"
         )
     except MemoryError:
-        sys.exit("verify_shards: memory ran out: try fewer --workers")
+        sys.exit("verify_shards: out of memory: try fewer --workers")
     except KeyboardInterrupt:
         sys.exit(130)
     print(*table(verdict.splits), sep="\n")
@@ -248,9 +255,9 @@ def main() -> None:
         print("sound")
         return
     print("", *listed(verdict.damages, verdict.count), "", sep="\n")
-    print(f"damaged: {verdict.count:,} findings")
+    print(f"damaged; problems found: {verdict.count:,}")
     if all(damage.file.endswith((".idx", ".index.npy")) for damage in verdict.damages):
-        print("no tar is damaged: --repair-index writes .idx and index anew")
+        print("no tar is damaged: --repair-index rewrites the .idx files and indices")
     sys.exit(1)
 
 

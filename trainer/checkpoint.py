@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipeline.files import read_file, read_fully, sync, sync_folder, whole_file
+from pipeline.files import atomic_write, read_file, read_fully, sync, sync_folder
 from pipeline.retry import patiently, say_on_stderr
 from trainer.run import RunError
 
@@ -54,7 +54,7 @@ def write(
     path = path_of(folder, step)
     # The best has that name first: once it can be loaded, a run that goes on from it will not save it again.
     first = path.with_name(path.name.replace("step", "best")) if best else path
-    with whole_file(first) as file:
+    with atomic_write(first) as file:
         _write_with_sum(state, file)
         size = file.tell()
         _read_back(file)
@@ -149,13 +149,13 @@ def _read_back(file: BinaryIO) -> None:
 
 def _name_too(path: Path, name: Path) -> None:
     """Give a checkpoint a second name."""
-    link = name.with_name(f".{name.name}.link.partial")  # no name that whole_file would write into
+    link = name.with_name(f".{name.name}.link.partial")  # no name that atomic_write would write into
     try:
         link.hardlink_to(path)
         link.replace(name)
     except OSError:  # not every file system has links
         _delete([link])
-        with open(path, "rb") as source, whole_file(name) as copy:
+        with open(path, "rb") as source, atomic_write(name) as copy:
             shutil.copyfileobj(source, copy, _CHUNK)
     sync_folder(path.parent)
 

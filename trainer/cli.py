@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
-from pipeline.manifest import NAME, DatasetError, read_manifest
+from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from trainer.processes.launch import complain, launch, world_size
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
@@ -61,7 +61,8 @@ def _train(arguments: Sequence[str]) -> None:
             f"--batch {settings.batch} cannot be divided among {world} processes: "
             f"take {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
-    if "container" in os.environ and not (settings.data / NAME).is_file():  # which docker/Dockerfile sets
+    # docker/Dockerfile sets `container`.
+    if "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file():
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"

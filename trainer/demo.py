@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.manifest import NAME
+from pipeline.manifest import MANIFEST_NAME
 
 
 def demo(folder: Path) -> int:
@@ -19,7 +19,9 @@ def demo(folder: Path) -> int:
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
         pictures / "val": ["tools.draw_pictures", "--output", pictures],
-        shards / NAME: ["tools.make_shards", "--input", pictures, "--output", shards, "--size", "128"],
+        shards / MANIFEST_NAME: [
+            *("tools.make_shards", "--input", pictures, "--output", shards, "--size", "128")
+        ],
     }
     for result, command in preparations.items():
         if not result.exists():

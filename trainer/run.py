@@ -25,11 +25,10 @@ from typing import Any, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import held_open, sync_folder, whole_file
+from pipeline.files import atomic_write, held_open, sync_folder
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
-from pipeline.spec import NAME as _NET
-from pipeline.spec import NetSpec, SpecError
+from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
 from trainer.settings import FREE_TO_CHANGE, Resolved, Settings, SettingsError
 from trainer.table import Table
@@ -39,7 +38,7 @@ _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _RESOLVED = "resolved"  # in settings.json: what `auto` was when the run began
 _ONCE = {"convolutions": "grouped"}  # what was not recorded while there was one
 # What is left of a start that was killed early.
-_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", _NET, f".{_NET}.partial"}
+_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
 _HELD = {errno.EAGAIN, errno.EACCES}  # by another process; a server of SMB says the latter
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
@@ -210,7 +209,7 @@ class Run:
             raise RunError(f"{error}. Delete it, and it is made again from the dataset") from None
         except DatasetError as error:
             raise RunError(
-                f"{self.folder} is of an earlier version, with no {_NET}, and needs its dataset: {error}"
+                f"{self.folder} is of an earlier version, with no {NET_NAME}, and needs its dataset: {error}"
             ) from None
 
     def record_environment(self, device: str) -> dict[str, str]:
@@ -305,5 +304,5 @@ def _read_json(path: Path, remedy: str) -> Any:
 
 
 def _write_json(path: Path, content: object) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")

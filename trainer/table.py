@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import naming, sync, whole_file
+from pipeline.files import atomic_write, naming, sync
 from pipeline.retry import read_patiently
 
 
@@ -80,7 +80,7 @@ class Table:
         head, *lines = text.splitlines(keepends=True)
         column = head.strip().split(",").index("step")
         kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-        with whole_file(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write("".join([head, *kept]).encode())
 
 

@@ -97,7 +97,7 @@ class Trainer:
         self.step = 0
         self.errors: list[float] = []  # validation top-1, an epoch each
         self.evaluated = 0  # epochs done when that was last measured
-        self.bad: set[str] = set()  # places of samples that were left out
+        self.bad: set[str] = set()  # locations of samples that were left out
         self.stop = StopRequest()
         self.stopping = False  # as all processes have agreed
 
@@ -214,9 +214,9 @@ class Trainer:
         Of several, this one goes on with what is good until all stop together, and the first saves.
         """
         self.metrics.input_errors[damage.reason].inc()
-        if damage.place not in self.bad:
+        if damage.location not in self.bad:
             self.display.warn(f"left out: {damage}")
-            self.bad.add(damage.place)
+            self.bad.add(damage.location)
         if len(self.bad) > self.settings.max_bad_samples:
             error = DatasetError(
                 f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checked import Damage
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
 from pipeline.retry import read_patiently
@@ -107,7 +107,7 @@ def remembered(
         found = find()
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps({**known, key: found}, indent=1).encode())
     except OSError as error:
         notes = [f"this is measured again at the next start: {error.filename}: {error.strerror}"]

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.packing.shard import PackingError, Task, pack_shard
-from pipeline.packing.shard_results import Result
+from pipeline.packing.shard import PackingError, ShardTask, pack_shard
+from pipeline.packing.shard_results import ShardResult
 from pipeline.packing.workers import WorkersError, pool, shared_array
 
 _KEPT = "the shards that are whole are kept, and the same command continues"
@@ -22,7 +22,7 @@ class Counts:
     bytes: int = 0
     rejected: int = 0
 
-    def add(self, result: Result) -> None:
+    def add(self, result: ShardResult) -> None:
         self.images += len(result.rows) + result.rejected
         self.bytes += int(result.rows["size"].sum())
         self.rejected += result.rejected
@@ -33,18 +33,18 @@ class Crew:
     """submit: starts `pack_shard`. width: how many tasks run at once. counts: of shards under way, too,
     where that can be seen from here."""
 
-    submit: Callable[[Task], Future[Result]]
+    submit: Callable[[ShardTask], Future[ShardResult]]
     width: Callable[[], int]
     counts: Callable[[], Counts] | None = None
 
 
-def run_tasks(tasks: Sequence[Task], crew: Crew, show: Callable[[Counts], None]) -> list[Result]:
+def run_tasks(tasks: Sequence[ShardTask], crew: Crew, show: Callable[[Counts], None]) -> list[ShardResult]:
     """The results in the order of the tasks; `show` is called with the counts a few times a second.
 
     At an error no further task begins.
     """
-    results: dict[int, Result] = {}
-    running: dict[Future[Result], int] = {}
+    results: dict[int, ShardResult] = {}
+    running: dict[Future[ShardResult], int] = {}
     waiting, whole = iter(enumerate(tasks)), Counts()
     try:
         while len(results) < len(tasks):
@@ -82,7 +82,7 @@ def _share(shared: Any) -> None:
     _shared = shared
 
 
-def _pack_counting(task: Task) -> Result:
+def _pack_counting(task: ShardTask) -> ShardResult:
     def count(size: int, rejected: int) -> None:
         with _shared.get_lock():
             _shared[0] += 1

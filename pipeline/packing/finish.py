@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import PIL
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.manifest import Class, Manifest, Split, write_manifest
 from pipeline.packing.images import RESAMPLING, SUBSAMPLING, Geometry
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import REPORT
-from pipeline.packing.shard import Task, versions
-from pipeline.packing.shard_results import Result
+from pipeline.packing.shard import ShardTask, versions
+from pipeline.packing.shard_results import ShardResult
 from pipeline.packing.sources.find import SourceError, Sources
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder
@@ -24,8 +24,8 @@ _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names 
 def write_dataset(
     options: PackingOptions,
     sources: Sources,
-    tasks: Mapping[str, Sequence[Task]],
-    results: Sequence[Result],
+    tasks: Mapping[str, Sequence[ShardTask]],
+    results: Sequence[ShardResult],
 ) -> Manifest:
     """Write report, indices and, last, the manifest. Raises SourceError if no file of a split can be used."""
     output = Folder(options.output)
@@ -79,7 +79,7 @@ def _geometry(rows: np.ndarray, size: int) -> Geometry:
     return "256" if (rows["width"] == rows["height"]).all() else "short256"
 
 
-def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split:
+def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> Split:
     shards = [result.shard for result in results if result.shard is not None]
     if not shards:
         raise SourceError(
@@ -93,13 +93,15 @@ def _write_split(output: Folder, split: str, results: Sequence[Result]) -> Split
     return Split(samples=len(rows), index=name, index_sha256=digest, shards=tuple(shards))
 
 
-def write_report(output: Folder, sources: Sources, results: Sequence[Result]) -> dict[str, dict[str, int]]:
+def write_report(
+    output: Folder, sources: Sources, results: Sequence[ShardResult]
+) -> dict[str, dict[str, int]]:
     """List what was repaired and rejected; returns the counts by outcome and reason."""
     events = [(path, "rejected", "in no class") for path in sources.strays]
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))
     text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)
-    with output.staged() as folder, whole_file(folder / REPORT) as file:
+    with output.staged() as folder, atomic_write(folder / REPORT) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
     counts = Counter(event[1:] for event in events)
     return {

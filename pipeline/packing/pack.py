@@ -3,14 +3,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.manifest import NAME, Manifest
+from pipeline.manifest import MANIFEST_NAME, Manifest
 from pipeline.packing import executors, resume
 from pipeline.packing.finish import write_dataset
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.planning import describe_plan, plan_tasks
 from pipeline.packing.progress import Progress
-from pipeline.packing.shard import Task
-from pipeline.packing.shard_results import Result, load_result
+from pipeline.packing.shard import ShardTask
+from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
 from pipeline.packing.storage import UNFINISHED, Folder, absolute, is_url
 from pipeline.packing.workers import say
@@ -28,7 +28,7 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
     output = Folder(options.output)
     with resume.locked(output):
         if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
-            manifest = Manifest.model_validate_json(output.read(NAME))
+            manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
             results = _results(options, every, output, progress or Progress())
             manifest = write_dataset(options, sources, tasks, results)
@@ -47,7 +47,9 @@ def _check_folders(options: PackingOptions) -> None:
         raise SourceError(f"--output {options.output} is inside --input, where it would be taken for a class")
 
 
-def _results(options: PackingOptions, tasks: list[Task], output: Folder, progress: Progress) -> list[Result]:
+def _results(
+    options: PackingOptions, tasks: list[ShardTask], output: Folder, progress: Progress
+) -> list[ShardResult]:
     """Of all tasks, those that an earlier run finished among them."""
     sizes = output.sizes()
     sizes |= {task.tar: Path(options.output, task.tar).stat().st_size for task in tasks if task.tar}

@@ -9,18 +9,18 @@ import numpy as np
 from pipeline.packing.images import RESAMPLING, SUBSAMPLING
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import Plan
-from pipeline.packing.shard import Recipe, Task, versions
-from pipeline.packing.sources.find import Source, SourceError, Sources
+from pipeline.packing.shard import Recipe, ShardTask, versions
+from pipeline.packing.sources.find import SourceError, SourceImage, Sources
 from pipeline.packing.storage import absolute
 
 
-def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Task]]:
+def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[ShardTask]]:
     """The shards of each split. Raises SourceError for files outside tars, where tars are to be indexed."""
     recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
     parts = _tars if options.in_place else _shards
     return {
         split: [
-            Task(
+            ShardTask(
                 output=absolute(options.output),
                 name=f"{split}-{number:06d}.tar",
                 first_key=first,
@@ -36,10 +36,10 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Task
     }
 
 
-Parts = Iterator[tuple[int, list[Source], str | None]]  # first key, files, and the tar that holds them
+Parts = Iterator[tuple[int, list[SourceImage], str | None]]  # first key, files, and the tar that holds them
 
 
-def _shards(options: PackingOptions, files: Sequence[Source], split: int) -> Parts:
+def _shards(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
     """The files in a seeded order, in equal parts."""
     order = np.random.default_rng((options.seed, 2, split)).permutation(len(files))
     first = 0
@@ -48,9 +48,9 @@ def _shards(options: PackingOptions, files: Sequence[Source], split: int) -> Par
         first += len(part)
 
 
-def _tars(options: PackingOptions, files: Sequence[Source], split: int) -> Parts:
+def _tars(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
     """Each tar, by its name in the output, with its images in the order in which they lie there."""
-    tars: dict[str, list[Source]] = {}
+    tars: dict[str, list[SourceImage]] = {}
     for source in files:
         if source.size is None:
             raise SourceError(f"--in-place is for images in tars, and {source.file} is a file by itself")
@@ -59,7 +59,7 @@ def _tars(options: PackingOptions, files: Sequence[Source], split: int) -> Parts
         yield 0, sorted(tars[tar], key=lambda source: source.offset), tar
 
 
-def describe_plan(options: PackingOptions, tasks: Sequence[Task]) -> Plan:
+def describe_plan(options: PackingOptions, tasks: Sequence[ShardTask]) -> Plan:
     """All that the shards depend on, by the name that a user knows it by."""
     files = sha256()
     for task in tasks:

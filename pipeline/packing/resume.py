@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import close_quietly, held_open, naming, whole_file
-from pipeline.manifest import NAME
+from pipeline.files import atomic_write, close_quietly, held_open, naming
+from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import UNFINISHED, Folder
@@ -31,7 +31,7 @@ _PLAN = "plan.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 10  # to lock a file that no run removes meanwhile
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
-_OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(NAME)}|{re.escape(REPORT)}")
+_OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(MANIFEST_NAME)}|{re.escape(REPORT)}")
 
 Plan = Mapping[str, object]
 
@@ -114,7 +114,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     """
     files, recorded = output.sizes(), _read_plan(output)
     if recorded == plan:
-        return NAME in files
+        return MANIFEST_NAME in files
     shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
     if shards and not _packed_here(output, files, recorded):
         raise SourceError(f"{output} holds {shards[0]}, which was not packed there: choose another --output")
@@ -124,14 +124,16 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
             f"{output} holds an unfinished dataset, from which this differs in {', '.join(differing)}: "
             "continue that with its own options, choose another --output, or replace it with --overwrite"
         )
-    if NAME in files and not overwrite:
+    if MANIFEST_NAME in files and not overwrite:
         raise SourceError(
             f"{output} already holds a dataset: choose another --output, or replace it with --overwrite"
         )
-    if NAME in files or recorded is not None:
+    if MANIFEST_NAME in files or recorded is not None:
         _write_plan(output, {"--in-place": in_place})  # killed amid this, the same command is back here
-        output.remove({NAME} & files.keys())
-        output.remove([*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != NAME)])
+        output.remove({MANIFEST_NAME} & files.keys())
+        output.remove(
+            [*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != MANIFEST_NAME)]
+        )
         _remove_records(output)
     _write_plan(output, plan)
     return False
@@ -142,7 +144,7 @@ def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None
     if recorded is not None:
         return not recorded.get("--in-place")
     try:
-        return NAME in files and not json.loads(output.read(NAME)).get("in_place")
+        return MANIFEST_NAME in files and not json.loads(output.read(MANIFEST_NAME)).get("in_place")
     except (ValueError, AttributeError):  # a broken manifest
         return True
 
@@ -159,7 +161,7 @@ def _remove_records(output: Folder) -> None:
 
 
 def _write_plan(output: Folder, plan: Plan) -> None:
-    with output.staged(UNFINISHED) as folder, whole_file(folder / _PLAN) as file:
+    with output.staged(UNFINISHED) as folder, atomic_write(folder / _PLAN) as file:
         file.write(json.dumps(plan, indent=1).encode() + b"\n")
 
 

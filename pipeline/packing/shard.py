@@ -16,8 +16,8 @@ import PIL
 from PIL import features
 
 from pipeline.packing.images import Geometry, Packed, RejectedError, check_image, pack_image
-from pipeline.packing.shard_results import Event, Result, save_result
-from pipeline.packing.sources.find import Source
+from pipeline.packing.shard_results import Event, ShardResult, save_result
+from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder, is_there, is_url, read
 from pipeline.packing.workers import say
@@ -56,13 +56,13 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One output shard: a pure function of these fields and of the files named."""
 
     output: str
     name: str
     first_key: int
-    sources: tuple[Source, ...]
+    sources: tuple[SourceImage, ...]
     measured: bool  # training pixels, of which mean and PCA are taken
     recipe: Recipe
     tar: str | None = None  # in the output, which holds the sources and is only to be indexed
@@ -77,7 +77,7 @@ class Task:
 Count = Callable[[int, int], None]  # called for each image with its packed bytes and 1 if it is rejected
 
 
-def pack_shard(task: Task, count: Count = lambda size, rejected: None) -> Result:
+def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> ShardResult:
     """Pack one shard, or index one, and leave its record beside it. Raises OSError or PackingError."""
     recipe, output = task.recipe, Folder(task.output)
     if recipe.versions != versions():
@@ -102,14 +102,14 @@ def pack_shard(task: Task, count: Count = lambda size, rejected: None) -> Result
         rows = np.array(places, INDEX_DTYPE)
         describe = partial(describe_shard, Path(task.output), task.tar, len(places))
         shard = patiently(describe, say) if places else None
-    result = Result(shard, rows, sums, events)
+    result = ShardResult(shard, rows, sums, events)
     save_result(output, task.name, result)
     return result
 
 
 def _accepted(
-    task: Task, sums: PixelSums, events: list[Event], count: Count
-) -> Iterator[tuple[int, Source, Packed]]:
+    task: ShardTask, sums: PixelSums, events: list[Event], count: Count
+) -> Iterator[tuple[int, SourceImage, Packed]]:
     """The images that are not rejected, by key."""
     recipe, accepted = task.recipe, 0
     for key, (source, content) in enumerate(_contents(task.sources, task.table), task.first_key):
@@ -134,11 +134,11 @@ def _accepted(
 
 
 def _contents(
-    sources: tuple[Source, ...], table: str | None = None
-) -> Iterator[tuple[Source, Callable[[], bytes]]]:
+    sources: tuple[SourceImage, ...], table: str | None = None
+) -> Iterator[tuple[SourceImage, Callable[[], bytes]]]:
     """Each source with what hands over its bytes; those behind URLs are read ahead."""
     with ThreadPoolExecutor(READ_AHEAD) as pool:  # its threads start when there is something for them
-        ahead: deque[tuple[Source, Callable[[], bytes]]] = deque()
+        ahead: deque[tuple[SourceImage, Callable[[], bytes]]] = deque()
         for source in sources:
             content = partial(_read, source, table)
             ahead.append((source, pool.submit(content).result if is_url(source.file) else content))
@@ -147,7 +147,7 @@ def _contents(
         yield from ahead
 
 
-def _read(source: Source, table: str | None) -> bytes:
+def _read(source: SourceImage, table: str | None) -> bytes:
     """Raises RejectedError where the file is to blame, and else OSError or PackingError."""
     try:
         if not is_url(source.file) and not patiently(partial(_is_regular, source.file), say):
@@ -165,7 +165,7 @@ def _is_regular(file: str) -> bool:
     return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path takes three times as long
 
 
-def _check_storage(source: Source, table: str | None, error: OSError) -> None:
+def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:
     """Raise PackingError where not this file alone is missing, but where it was found, or all of its tar."""
     place = table or source.file.rpartition("/")[0]
     if not is_there(place):

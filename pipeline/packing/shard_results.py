@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.manifest import HEAD_BYTES, Shard
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import UNFINISHED, Folder
@@ -19,7 +19,7 @@ Event = tuple[str, str, str]  # path, `repaired` or `rejected`, reason
 
 
 @dataclass(frozen=True)
-class Result:
+class ShardResult:
     """shard: None if no image of it could be used."""
 
     shard: Shard | None
@@ -32,7 +32,7 @@ class Result:
         return sum(outcome == "rejected" for _, outcome, _ in self.events)
 
 
-def save_result(output: Folder, name: str, result: Result) -> None:
+def save_result(output: Folder, name: str, result: ShardResult) -> None:
     """Leave the record of a shard that is in its place."""
     record = {
         "shard": result.shard and result.shard.model_dump(),
@@ -44,16 +44,18 @@ def save_result(output: Folder, name: str, result: Result) -> None:
         },
         "events": result.events,
     }
-    with output.staged(UNFINISHED) as folder, whole_file(folder / f"{name}{SUFFIX}") as file:
+    with output.staged(UNFINISHED) as folder, atomic_write(folder / f"{name}{SUFFIX}") as file:
         file.write(json.dumps(record).encode())
 
 
-def load_result(output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]) -> Result | None:
+def load_result(
+    output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]
+) -> ShardResult | None:
     """The record, if the shard is there as it says, with its files. sizes: of those of the output."""
     try:
         record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
         shard = record["shard"] and Shard.model_validate(record["shard"])
-        result = Result(
+        result = ShardResult(
             shard=shard,
             rows=np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE),
             sums=PixelSums(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import Pixels, Row
+from pipeline.manifest import RGB, Pixels
 
 # Pixels in a row of products. 255² × 256 < 2²⁴: float32 holds every such sum, and every part of it,
 # exactly, in whatever order BLAS adds. For so short a row, BLAS starts no threads in a worker process.
@@ -53,7 +53,7 @@ class PixelSums:
         vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
 
         # Rounded, so that another BLAS does not change the manifest in its last digits.
-        def rounded(row: np.ndarray) -> Row:
+        def rounded(row: np.ndarray) -> RGB:
             red, green, blue = (round(float(value), 6) for value in row)
             return red, green, blue
 

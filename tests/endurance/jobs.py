@@ -166,7 +166,7 @@ class Packing:
 def _judge_line(text: str, fault: Fault) -> Iterator[str]:
     """An error is one line with the file and the reason, after those of what was tried again."""
     lines = [
-        line for line in text.splitlines() if "trying again" not in line and "cannot be locked" not in line
+        line for line in text.splitlines() if "retrying for" not in line and "cannot be locked" not in line
     ]
     if len(lines) != 1:
         yield f"{len(lines)} lines: {text}"

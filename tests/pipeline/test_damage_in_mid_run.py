@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.checked import CheckedReader, Damage
 from pipeline.graph import jpeg_batch
-from pipeline.jpeg import size_place
+from pipeline.jpeg import size_offset
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
@@ -70,7 +70,7 @@ def claim_another_size(path: Path) -> None:
     content = bytearray(path.read_bytes())
     place = content.find(b"\xff\xd8\xff")
     while place >= 0:
-        at = place + (size_place(bytes(content[place : place + 4096])) or 0)
+        at = place + (size_offset(bytes(content[place : place + 4096])) or 0)
         content[at] ^= 0x80  # 80 rows become 32,848
         place = content.find(b"\xff\xd8\xff", place + 2)
     with open(path, "r+b") as file:
@@ -97,7 +97,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     ),
     "an I/O error": (fail_with_eio, "unreadable", "cannot be read: Input/output error"),
     "written over": (write_over, "undecodable", "does not begin like a JPEG"),
-    "other sizes": (claim_another_size, "undecodable", "claims 80×32848 px, and the index says 80×80"),
+    "other sizes": (claim_another_size, "undecodable", "claims 80×32848 px, but the index says 80×80"),
 }
 
 
@@ -122,7 +122,7 @@ def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
     damages: list[Damage] = []
     ours = train(dataset, harm, leave_out=damages.append)
     reader = dataset.reader("train")
-    assert sorted(damage.place for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {(reason, what)}
 
     step_batch = Plan.step_batch
@@ -147,7 +147,7 @@ def test_what_the_decoder_alone_refuses_is_found_by_the_decoder(dataset):
     put_junk_in_the_header(path_of(dataset))
     assert sum(len(labels) for _, labels in [*batches, *loader]) == STEPS * 12
     reader = dataset.reader("train")
-    assert sorted(damage.place for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {("undecodable", "cannot be decoded")}
     Image.open(io.BytesIO(reader.jpeg(LOST.start))).load()  # Pillow does not refuse it
 
@@ -258,4 +258,4 @@ def test_a_picture_without_a_size_is_left_out(dataset):
     assert samples.tolist() == [24, 26]
     assert len(files.jpegs) == 2
     [damage] = damages
-    assert str(damage) == f"the sample in {path} at byte {place} does not say the size of its picture"
+    assert str(damage) == f"the sample in {path} at byte {place} does not give the size of its image"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import held_open, naming, read_file, sync, sync_folder, whole_file
+from pipeline.files import atomic_write, held_open, naming, read_file, sync, sync_folder
 
 NICETIES = [
     "EINVAL",
@@ -38,7 +38,7 @@ def failing(monkeypatch, function: str, name: str, folders: bool) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 
@@ -120,7 +120,7 @@ def test_a_file_takes_its_name_once_it_is_on_the_disk_and_then_the_name_is_put_t
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", renamed)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
     assert calls == [
         ("sync", ".name.partial", True, b"old"),

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from pipeline.graph import (
     RESERVED_BYTES,
+    Decoding,
     GraphOptions,
     augment,
     evaluation_pipeline,
@@ -50,8 +52,8 @@ class Packed:
         self.train = ShardReader(output, self.manifest, "train")
         self.val = ShardReader(output, self.manifest, "val")
         self.options = GraphOptions(
+            Decoding(crop=CROP),
             batch=len(self.train),
-            crop=CROP,
             resize_shorter=SIZE if geometry == "original" else None,
             max_width=self.manifest.max_width,
             max_height=self.manifest.max_height,
@@ -146,13 +148,14 @@ def test_both_upright_and_broad_pictures_are_among_them(packed_as):
 
 @pytest.mark.parametrize("crops", [0, 2, 5])
 def test_other_numbers_of_crops_are_refused(crops):
-    options = GraphOptions(batch=1, crop=CROP, resize_shorter=None, max_width=SIZE, max_height=SIZE)
-    with pytest.raises(ValueError, match=f"{crops} crops are not possible"):
+    options = GraphOptions(Decoding(CROP), batch=1, resize_shorter=None, max_width=SIZE, max_height=SIZE)
+    with pytest.raises(ValueError, match=f"crops must be 1 .* or 10 .*, not {crops}$"):
         evaluation_pipeline(lambda: None, options, (0.0, 0.0, 0.0), crops)
 
 
 def options_of(width: int, height: int, batch: int = 1024) -> GraphOptions:
-    return GraphOptions(batch, CROP, SIZE, max_width=width, max_height=height, device_id=0)
+    decoding = Decoding(CROP, torch.device("cuda", 0))
+    return GraphOptions(decoding, batch, SIZE, max_width=width, max_height=height)
 
 
 @pytest.mark.parametrize("size", [(256, 256), (500, 375), (1, 1)])

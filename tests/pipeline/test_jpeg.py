@@ -6,7 +6,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from pipeline.jpeg import size_place
+from pipeline.jpeg import size_offset
 
 
 def encoded(width: int, height: int, mode: str = "RGB", **options) -> bytes:
@@ -16,7 +16,7 @@ def encoded(width: int, height: int, mode: str = "RGB", **options) -> bytes:
 
 
 def size_in(content: bytes) -> tuple[int, int] | None:
-    place = size_place(content)
+    place = size_offset(content)
     return None if place is None else struct.unpack(">HH", content[place : place + 4])
 
 
@@ -40,7 +40,7 @@ def test_it_is_the_height_and_width_that_the_encoder_was_given(options):
     "content", [b"", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"GIF89a" * 9, bytes(100), b"\xff" * 9000]
 )
 def test_what_has_no_frame_has_no_size(content):
-    assert size_place(content) is None
+    assert size_offset(content) is None
 
 
 def test_any_beginning_of_a_file_is_read_without_an_error():
@@ -51,4 +51,4 @@ def test_any_beginning_of_a_file_is_read_without_an_error():
 def test_a_frame_behind_the_first_scan_is_not_looked_for():
     content = encoded(123, 45)
     frame = content.index(b"\xff\xc0")
-    assert size_place(content[:frame] + content[content.index(b"\xff\xda") :] + content[frame:]) is None
+    assert size_offset(content[:frame] + content[content.index(b"\xff\xda") :] + content[frame:]) is None

@@ -245,7 +245,7 @@ def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
     monkeypatch.setattr(Plan, "step_batch", of_the_next)
     for rank in range(world):
         assert_equal(ours[rank], train(dataset, range(8), rank=rank, world=world))
-    places = [[damage.place for damage in damages] for damages in left_out]
+    places = [[damage.location for damage in damages] for damages in left_out]
     assert [place] in places  # once, though it comes in both epochs
     assert all(found in ([], [place]) for found in places)
 
@@ -265,7 +265,7 @@ def test_a_sample_that_is_left_out_is_missing_from_an_evaluation(dataset, damage
     others = [n for n in range(60) if n != number]
     assert torch.equal(torch.cat([pixels for pixels, _ in ours]), torch.cat([p for p, _ in whole])[others])
     assert torch.equal(torch.cat([labels for _, labels in ours]), torch.cat([n for _, n in whole])[others])
-    assert [damage.place for damage in left_out] == [place]
+    assert [damage.location for damage in left_out] == [place]
 
 
 def test_a_dataset_of_which_nothing_can_be_decoded_is_an_error(packed, tmp_path):
@@ -292,7 +292,7 @@ def test_too_large_a_crop_is_refused_at_once(dataset):
     for load in loaders.values():
         assert next(iter(load(Decoding(crop=80))))[0].shape[2:] == (80, 80)
         with pytest.raises(
-            DatasetError, match="crop of 81 px does not fit into images of 80 px: set --crop to at"
+            DatasetError, match="crop of 81 px does not fit into images of 80 px: set --crop to 80 or less"
         ):
             load(Decoding(crop=81))
 

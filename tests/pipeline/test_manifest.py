@@ -71,7 +71,7 @@ def test_fields_of_later_versions_are_left_alone(manifest, tmp_path):
 
 def test_splits_are_found_by_name(manifest):
     assert manifest.split("train").samples == 18
-    with pytest.raises(DatasetError, match="no split 'test', only: train"):
+    with pytest.raises(DatasetError, match="no split 'test'; it has: train"):
         manifest.split("test")
 
 
@@ -99,7 +99,7 @@ def test_a_newer_format(manifest, tmp_path):
 def test_what_is_not_json(content, tmp_path):
     (tmp_path / "dataset.json").write_bytes(content)
     message = refusal(tmp_path)
-    assert f"{tmp_path / 'dataset.json'} is not JSON" in message
+    assert f"{tmp_path / 'dataset.json'} is not valid JSON" in message
     assert "Pack the dataset again" in message
 
 
@@ -107,14 +107,14 @@ def test_what_is_not_json(content, tmp_path):
 def test_json_of_something_else(content, tmp_path):
     (tmp_path / "dataset.json").write_text(content)
     message = refusal(tmp_path)
-    assert f"{tmp_path / 'dataset.json'} is not a dataset.json" in message
+    assert f"{tmp_path / 'dataset.json'} is not a valid dataset.json" in message
     assert "Pack the dataset again" in message
 
 
 def test_a_file_that_would_fill_the_memory(tmp_path):
     with open(tmp_path / "dataset.json", "wb") as file:
         file.truncate(MAX_BYTES + 1)  # a hole, which takes no disk
-    assert "it is not a dataset.json" in refusal(tmp_path)
+    assert "so it is not a dataset.json" in refusal(tmp_path)
 
 
 WRONG = {
@@ -144,7 +144,7 @@ def test_a_wrong_field_is_named(field, manifest, tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     message = refusal(tmp_path)
     assert re.search(
-        rf"{re.escape(str(tmp_path / 'dataset.json'))} is not a dataset.json: {field}\b", message
+        rf"{re.escape(str(tmp_path / 'dataset.json'))} is not a valid dataset.json: {field}\b", message
     )
     assert "Pack the dataset again" in message
 

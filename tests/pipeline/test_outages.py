@@ -92,7 +92,7 @@ def test_a_shard_with_a_lost_sample_is_waited_for_in_an_outage(packed, storage):
 def test_an_outage_that_stays_ends_the_loader_and_leaves_no_sample_out(packed, storage, code):
     dataset = Dataset(packed)
     storage.fail(code, FOR_EVER, dataset.reader("train"), shard=1)
-    line = f"train-000001.tar cannot be read: {os.strerror(code)}. Give the same command again"
+    line = f"train-000001.tar cannot be read: {os.strerror(code)}. Run the same command again"
     with pytest.raises(OutageError, match=line):
         batches(dataset, pytest.fail)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.plan import Part, Plan, draws, epoch_order, share
+from pipeline.plan import Plan, RankBatch, draws, epoch_order, share
 
 seeds = st.integers(0, 2**63)
 layouts = st.lists(st.integers(1, 12), min_size=1, max_size=8)
@@ -21,7 +21,7 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-def joined(batches: list[Part]) -> dict[str, np.ndarray]:
+def joined(batches: list[RankBatch]) -> dict[str, np.ndarray]:
     """The fields of batches in a row."""
     fields = {"samples": [b.samples for b in batches], "epoch": [b.epoch for b in batches]}
     for name in ("uniform", "mirror", "normal"):
@@ -69,7 +69,7 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(plan, world):
 
 @pytest.mark.parametrize("batch", [0, -8])
 def test_a_batch_of_nothing_is_refused(batch):
-    with pytest.raises(ValueError, match=f"a batch of {batch} images is not possible"):
+    with pytest.raises(ValueError, match=f"the batch must have 1 image or more, not {batch}$"):
         Plan(seed=0, batch=batch, shard_samples=(3,))
 
 

@@ -87,7 +87,7 @@ def test_what_passes_is_waited_for_and_said_once(monkeypatch, name):
     assert patiently(storage.read, storage.said.append) == b"content"
     assert storage.slept == list(PAUSES[:3])
     (line,) = storage.said
-    assert line.startswith(f"/mnt/file: {os.strerror(getattr(errno, name))}: trying again")
+    assert line.startswith(f"/mnt/file: {os.strerror(getattr(errno, name))}: retrying for")
 
 
 def test_what_stays_is_raised_after_all_pauses(monkeypatch):

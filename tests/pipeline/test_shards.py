@@ -173,10 +173,16 @@ def change_one_byte(path: Path) -> None:
 
 DAMAGES = {
     "absent": (Path.unlink, "is missing"),
-    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 20479 bytes and .* says 20480"),
-    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "has 20481 bytes and .* says 20480"),
+    "cut short": (
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        "has 20479 bytes, but .* says 20480",
+    ),
+    "longer": (
+        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+        "has 20481 bytes, but .* says 20480",
+    ),
     "empty": (lambda path: path.write_bytes(b""), "has 0 bytes"),
-    "another": (change_one_byte, "was replaced"),
+    "another": (change_one_byte, "is not the one that was packed"),
 }
 
 
@@ -191,7 +197,8 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"), [(Path.unlink, "is missing"), (change_one_byte, "is not the one that dataset.json")]
+    ("change", "reason"),
+    [(Path.unlink, "is missing"), (change_one_byte, "does not match its checksum in dataset.json")],
 )
 def test_an_absent_or_another_index_is_named(change, reason, tmp_path):
     manifest = written(tmp_path, noise(0, 4))

@@ -101,8 +101,8 @@ def test_classes_are_counted_and_those_that_a_split_lacks_are_named(tmp_path):
     text = (tmp_path / "report/report.md").read_text()
     megabytes = sum(path.stat().st_size for path in root.glob("train-*.tar")) / 1e6
     assert f"| train | 2 | 7 | {megabytes:.1f} | 0 | 2 | 5 |" in text
-    assert "**Not in train:** c1 one." in text
-    assert "**Not in val:** c2 $two$ | 2." in text
+    assert "**Classes without samples in train:** c1 one." in text
+    assert "**Classes without samples in val:** c2 $two$ | 2." in text
     assert "| 2 | c2 $two$ \\| 2 | 2 | 0 |" in text
     assert "Repaired: 2 not RGB." in text
 
@@ -141,7 +141,7 @@ def test_duplicates_are_named_by_shard_and_key(tmp_path, threads):
     found = [(row["group"], row["split"], row["shard"], row["key"], row["label"]) for row in rows]
     assert found == [(str(n), *copy) for n, group in enumerate(expected) for copy in group]
     text = (tmp_path / "report/report.md").read_text()
-    assert "- Samples that repeat another byte for byte: 3, in groups: 3\n" in text
+    assert "- Samples that repeat another one byte for byte: 3; groups: 3\n" in text
     assert "- **Samples of val that are also in train: 2 (40.00%)**" in text
     assert "- **Groups with different labels: 1**" in text
     lines = [line for line in text.splitlines() if line.startswith(("| train p", "| val p"))]
@@ -156,7 +156,7 @@ def test_one_picture_many_times_keeps_the_report_short(tmp_path):
     root = dataset(tmp_path / "shards", ["zero"], train=[(0, plain((9, 9, 9)))] * 50)
     inspect(root, tmp_path / "report", 0, 1)
     text = (tmp_path / "report/report.md").read_text()
-    assert "- Samples that repeat another byte for byte: 49, in groups: 1\n" in text
+    assert "- Samples that repeat another one byte for byte: 49; groups: 1\n" in text
     assert "train p005 (c0 zero); and 44 more |" in text
     assert len(table(tmp_path / "report/duplicates.tsv")) == 50
 

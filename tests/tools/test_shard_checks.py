@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import Shard, read_manifest
-from pipeline.shards import Place, Sample, dali_index, read_index, write_shard
+from pipeline.shards import Sample, SampleLocation, dali_index, read_index, write_shard
 from tools.verifying.checks import check_shard
 from tools.verifying.findings import Decode, Task
 
@@ -68,12 +68,12 @@ def test_a_flipped_byte_of_a_header_is_found_and_hides_nothing_else(folder):
     edit(tar, header + 2, b"x")
     edit(tar, other, b"\0\0")
     assert found_in(folder) == [
-        f"{TAR}, byte {header}: no sound header of a member",
-        f"{TAR}, 000000023.cls, byte {jpeg_at(folder, 4) - 1024}: does not belong to a .jpg before it",
-        f"{TAR}, 000000027.jpg, byte {other}: is no JPEG",
-        f"{TAR}, byte {header + 512}: no sample here, nor at 0 more places of the index",
-        f"{TAR}: its sha256 is not the one in dataset.json",
-        f"{TAR}: has 19 samples and dataset.json says 20",
+        f"{TAR}, byte {header}: no valid member header",
+        f"{TAR}, 000000023.cls, byte {jpeg_at(folder, 4) - 1024}: does not follow the .jpg of the same key",
+        f"{TAR}, 000000027.jpg, byte {other}: is not a JPEG",
+        f"{TAR}, byte {header + 512}: no sample here, where the index has one, nor at 0 more offsets",
+        f"{TAR}: its sha256 differs from the one in dataset.json",
+        f"{TAR}: has 19 samples, but dataset.json says 20",
     ]
 
 
@@ -81,8 +81,10 @@ def test_a_page_of_zeros_is_found_where_it_is(folder):
     place = jpeg_at(folder, 5) - 512
     edit(folder / TAR, place, bytes(1024))
     found = found_in(folder)
-    assert found[0] == f"{TAR}, byte {place}: zeros where a header is due"
-    assert f"{TAR}, byte {place + 512}: no sample here, nor at 0 more places of the index" in found
+    assert found[0] == f"{TAR}, byte {place}: zeros where a member's header is expected"
+    assert (
+        f"{TAR}, byte {place + 512}: no sample here, where the index has one, nor at 0 more offsets" in found
+    )
 
 
 def test_a_tar_cut_short_names_what_it_ends_in(folder):
@@ -90,11 +92,11 @@ def test_a_tar_cut_short_names_what_it_ends_in(folder):
     size = (folder / TAR).stat().st_size
     os.truncate(folder / TAR, place + 100)
     assert found_in(folder) == [
-        f"{TAR}, byte {place - 512}: no sound header of a member",
-        f"{TAR}, byte {place + 100}: it ends without the zeros that end a tar",
-        f"{TAR}, byte {place}: no sample here, nor at 4 more places of the index",
-        f"{TAR}: has {place + 100} bytes and dataset.json says {size}",
-        f"{TAR}: has 15 samples and dataset.json says 20",
+        f"{TAR}, byte {place - 512}: no valid member header",
+        f"{TAR}, byte {place + 100}: ends without the zeros that end a tar",
+        f"{TAR}, byte {place}: no sample here, where the index has one, nor at 4 more offsets",
+        f"{TAR}: has {place + 100} bytes, but dataset.json says {size}",
+        f"{TAR}: has 15 samples, but dataset.json says 20",
     ]
 
 
@@ -102,7 +104,7 @@ def test_bytes_behind_the_end_are_found(folder):
     size = (folder / TAR).stat().st_size
     with open(folder / TAR, "ab") as file:
         file.write(b"x" * 512)
-    assert f"{TAR}: has {size + 512} bytes and dataset.json says {size}" in found_in(folder)
+    assert f"{TAR}: has {size + 512} bytes, but dataset.json says {size}" in found_in(folder)
 
 
 def test_padding_that_is_not_zero_names_its_byte(folder):
@@ -111,8 +113,8 @@ def test_padding_that_is_not_zero_names_its_byte(folder):
     assert place % 512
     edit(folder / TAR, place, b"x")
     assert found_in(folder) == [
-        f"{TAR}, 000000020.jpg, byte {place}: bytes other than zero behind it",
-        f"{TAR}: its sha256 is not the one in dataset.json",
+        f"{TAR}, 000000020.jpg, byte {place}: nonzero padding bytes after it",
+        f"{TAR}: its sha256 differs from the one in dataset.json",
     ]
 
 
@@ -123,13 +125,13 @@ def test_a_wrong_checksum_has_every_picture_decoded(folder):
     place = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
     edit(folder / TAR, place, bytes(end - place))
     found = found_in(folder)
-    assert found[0].startswith(f"{TAR}, 000000031.jpg, byte {row['offset']}: does not decode: ")
-    assert found[1:] == [f"{TAR}: its sha256 is not the one in dataset.json"]
+    assert found[0].startswith(f"{TAR}, 000000031.jpg, byte {row['offset']}: cannot be decoded: ")
+    assert found[1:] == [f"{TAR}: its sha256 differs from the one in dataset.json"]
     assert found_in(folder, "none") == found[1:]
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [(b"a", "is 'a' and no label"), (b"\xff", r"is '\xff' and no label")]
+    ("text", "what"), [(b"a", "is 'a', which is not a label"), (b"\xff", r"is '\xff', which is not a label")]
 )
 def test_a_label_that_is_none_is_named(folder, text, what):
     place = jpeg_at(folder, 2) - 1024
@@ -161,11 +163,11 @@ def test_a_picture_is_what_the_packer_promises(tmp_path):
     found = in_shard(tmp_path, samples, lambda rows: None)
     offsets = [(tmp_path / "new.tar").read_bytes().index(f"{key}.jpg".encode()) + 512 for key in range(5)]
     assert found == [
-        f"1.jpg, byte {offsets[1]}: is no JPEG",
+        f"1.jpg, byte {offsets[1]}: is not a JPEG",
         f"2.jpg, byte {offsets[2]}: is L, not RGB",
-        f"3.jpg, byte {offsets[3]}: its width is 24 and the index says 16",
-        f"3.jpg, byte {offsets[3]}: its height is 8 and the index says 16",
-        f"4.cls, byte {offsets[4] + 1536}: its label is 10, of 10 classes",
+        f"3.jpg, byte {offsets[3]}: its width is 24, but the index says 16",
+        f"3.jpg, byte {offsets[3]}: its height is 8, but the index says 16",
+        f"4.cls, byte {offsets[4] + 1536}: its label is 10, but there are only 10 classes",
     ]
 
 
@@ -185,13 +187,13 @@ def test_members_that_make_no_sample_are_named(tmp_path):
     digest = sha256(content).hexdigest()  # of the whole and, being less than 64 KiB, of its head
     shard = Shard(file="new.tar", samples=2, bytes=len(content), sha256=digest, head_sha256=digest)
     assert named(Task(tmp_path, shard, None, 10, "sampled")) == [
-        f"new.tar, b.cls, byte {at['b']}: does not belong to a .jpg before it",
-        f"new.tar, c.jpg, byte {at['c']}: has no .cls behind it",
-        f"new.tar, e.cls, byte {at['e']}: does not belong to a .jpg before it",
-        f"new.tar, f.txt, byte {at['f']}: does not belong to a .jpg before it",
-        rf"new.tar, 'l\n.jpg', byte {at['l'] - 512}: is no regular file",
-        f"new.tar, d.jpg, byte {at['d']}: has no .cls behind it",
-        "new.tar: has 1 samples and dataset.json says 2",
+        f"new.tar, b.cls, byte {at['b']}: does not follow the .jpg of the same key",
+        f"new.tar, c.jpg, byte {at['c']}: is not followed by its .cls",
+        f"new.tar, e.cls, byte {at['e']}: does not follow the .jpg of the same key",
+        f"new.tar, f.txt, byte {at['f']}: does not follow the .jpg of the same key",
+        rf"new.tar, 'l\n.jpg', byte {at['l'] - 512}: is not a regular file",
+        f"new.tar, d.jpg, byte {at['d']}: is not followed by its .cls",
+        "new.tar: has 1 samples, but dataset.json says 2",
         "new.idx: is missing",
     ]
 
@@ -199,7 +201,7 @@ def test_members_that_make_no_sample_are_named(tmp_path):
 def test_a_head_that_readers_would_refuse_is_named(folder):
     task = task_of(folder)
     shard = task.shard.model_copy(update={"head_sha256": "0" * 64})
-    what = "the sha256 of its first 64 KiB is not the one in dataset.json"
+    what = "the sha256 of its first 64 KiB differs from the one in dataset.json"
     assert named(replace(task, shard=shard)) == [f"{TAR}: {what}"]
 
 
@@ -213,10 +215,10 @@ def test_an_index_that_disagrees_with_the_tar_is_named_by_sample(tmp_path):
     offsets = [(tmp_path / "new.tar").read_bytes().index(f"{key}.jpg".encode()) + 512 for key in range(5)]
     size = len(jpeg())
     assert found == [
-        f"1.jpg, byte {offsets[1]}: its label is 1 and the index says 2",
-        f"2.jpg, byte {offsets[2]}: its size is {size} and the index says {size - 1}",
+        f"1.jpg, byte {offsets[1]}: its label is 1, but the index says 2",
+        f"2.jpg, byte {offsets[2]}: its size is {size}, but the index says {size - 1}",
         f"3.jpg, byte {offsets[3]}: is not in the index",
-        f"byte {offsets[3] + 512}: no sample here, nor at 0 more places of the index",
+        f"byte {offsets[3] + 512}: no sample here, where the index has one, nor at 0 more offsets",
     ]
 
 
@@ -226,11 +228,11 @@ def test_an_idx_is_compared_with_its_tar(folder):
     jpg, offset, *rest = lines[7].split(" ")
     wrong = " ".join([jpg, str(int(offset) + 1), *rest])
     path.write_text("\n".join([*lines[:7], wrong, *lines[8:], ""]))
-    assert found_in(folder) == [f"{path.name}: line 8 is '{wrong}', by the tar it is '{lines[7]}'"]
+    assert found_in(folder) == [f"{path.name}: line 8 is '{wrong}', but for this tar it must be '{lines[7]}'"]
     path.write_text("\n".join([*lines[:7], ""]))
-    assert found_in(folder) == [f"{path.name}: line 8 is '', by the tar it is '{lines[7]}'"]
+    assert found_in(folder) == [f"{path.name}: line 8 is '', but for this tar it must be '{lines[7]}'"]
     path.write_text("\n".join([*lines, "", ""]))
-    assert found_in(folder) == [f"{path.name}: line 23 is '', by the tar it is '(nothing)'"]
+    assert found_in(folder) == [f"{path.name}: line 23 is '', but for this tar it must be '(nothing)'"]
 
 
 def test_dalis_index_is_what_wds2idx_makes(folder, tmp_path):
@@ -242,5 +244,5 @@ def test_dalis_index_is_what_wds2idx_makes(folder, tmp_path):
     for line in made.read_text().splitlines()[1:]:
         _, jpeg_offset, jpeg_size, name, _, label_offset, label_size, _ = line.split()
         numbers = map(int, (jpeg_offset, jpeg_size, label_offset, label_size))
-        places.append(Place(name.removesuffix(".jpg"), *numbers))
+        places.append(SampleLocation(name.removesuffix(".jpg"), *numbers))
     assert dali_index(places) == (folder / TAR.replace("tar", "idx")).read_bytes()

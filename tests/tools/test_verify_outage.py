@@ -88,8 +88,8 @@ def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeyp
     monkeypatch.setattr(checks, "_Hashed", Flaky)
     (damage,) = verify(dataset, decode, 1).damages
     assert damage.file == TAR
-    assert "its sha256 is not the one in dataset.json" in damage.what
-    assert ("not the same when it was read twice" in damage.what) == (decode == "sampled")
+    assert "its sha256 differs from the one in dataset.json" in damage.what
+    assert ("gave different bytes when read twice" in damage.what) == (decode == "sampled")
 
 
 def test_memory_that_runs_out_is_no_damage(dataset, monkeypatch):
@@ -112,10 +112,10 @@ def test_the_command_says_so_in_a_line(dataset, monkeypatch, error):
         verify_shards.main()
     if isinstance(error, OSError):
         assert end.value.code.startswith(
-            "verify_shards: /mnt/a.tar: Stale file handle: not all could be checked"
+            "verify_shards: /mnt/a.tar: Stale file handle: the check is incomplete"
         )
     else:
-        assert end.value.code == "verify_shards: memory ran out: try fewer --workers"
+        assert end.value.code == "verify_shards: out of memory: try fewer --workers"
 
 
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
@@ -139,5 +139,5 @@ def test_inspecting_names_the_file_and_what_to_do(dataset, monkeypatch, name, fi
     place = root / file if name == "read" else root / "report"
     reason = os.strerror(errno.EIO)
     assert (
-        end.value.code == f"inspect_shards: {place}: {reason}: mend the cause and give the same command again"
+        end.value.code == f"inspect_shards: {place}: {reason}: fix the cause and run the same command again"
     )

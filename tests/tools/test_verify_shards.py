@@ -73,7 +73,7 @@ def test_pictures_larger_than_dataset_json_says_are_named(dataset):
     with_manifest(dataset, lambda content: content.update(max_width=79))
     indices = ("train.index.npy", "val.index.npy")
     assert found_in(dataset) == [
-        f"dataset.json: says that no width is over 79, and {index} has 80" for index in indices
+        f"dataset.json: says that no width exceeds 79, but {index} has 80" for index in indices
     ]
 
 
@@ -89,7 +89,7 @@ def test_the_index_of_another_dataset_is_refused(dataset):
     shutil.copy(dataset / "val.index.npy", dataset / "train.index.npy")
     (line,) = found_in(dataset)
     assert line.startswith("train.index.npy: the index ")
-    assert "is not the one that dataset.json was written with" in line
+    assert "does not match its checksum in dataset.json" in line
 
 
 def test_strays_are_named(dataset):
@@ -127,12 +127,12 @@ def test_names_that_lead_elsewhere_are_refused(dataset, name):
 @pytest.mark.parametrize("name", ["a\0.tar", "\ud800.tar", "train.tgz"])
 def test_names_that_packing_never_gives_are_damage(dataset, name):
     for _ in named(dataset, name):
-        assert f"dataset.json: names {name!a}, which is no file of its folder" in found_in(dataset)
+        assert f"dataset.json: names {name!a}, which is not a file in its folder" in found_in(dataset)
 
 
 def test_sums_in_dataset_json_must_agree(dataset):
     with_manifest(dataset, lambda content: content["splits"]["train"].update(samples=61))
-    assert found_in(dataset) == ["dataset.json: gives train 61 samples, and its shards 60 together"]
+    assert found_in(dataset) == ["dataset.json: says that train has 61 samples, but its shards have 60"]
 
 
 def test_one_shard_under_two_names_is_found(dataset):
@@ -179,7 +179,7 @@ def test_damages_are_printed_up_to_a_number_and_counted(dataset, run):
     assert lines[1].split()[:4] == ["train", "3", "3", "60"]
     for shard in range(3):
         assert sum(line.startswith(f"train-{shard:06d}.tar, ") for line in lines) == 20
-    assert lines[-3:] == ["and 120 more", "", "damaged: 181 findings"]
+    assert lines[-3:] == ["and 120 more", "", "damaged; problems found: 181"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -252,8 +252,8 @@ def test_repair_refuses_where_a_tar_is_not_sound(dataset, run):
     before = contents(dataset)
     done = run(dataset, "--repair-index")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("verify_shards: nothing is repaired while this is wrong:\n  ")
-    assert f"{TAR}: its sha256 is not the one in dataset.json" in done.stderr
+    assert done.stderr.startswith("verify_shards: nothing can be repaired because of these problems:\n  ")
+    assert f"{TAR}: its sha256 differs from the one in dataset.json" in done.stderr
     assert contents(dataset) == before
 
 

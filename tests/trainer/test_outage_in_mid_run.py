@@ -28,9 +28,9 @@ def test_the_run_saves_and_ends_and_the_same_command_continues_it(
 
     monkeypatch.setattr(ShardReader, "read", goes_away)
     assert main(monkeypatch, command(packed, out, "--evaluation-batch", "12")) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "trying again" not in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "retrying for" not in line]
     assert f"{packed}/{split}-00000" in line
-    assert "cannot be read: Stale file handle. Give the same command again" in line
+    assert "cannot be read: Stale file handle. Run the same command again" in line
     assert rows(out / "metrics.csv")
     assert [path.name[:4] for path in (out / "checkpoints").iterdir()]
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pipeline.manifest import read_manifest
-from pipeline.spec import NAME, NetSpec
+from pipeline.spec import NET_NAME, NetSpec
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
 
@@ -109,9 +109,9 @@ def test_a_run_says_how_to_use_its_net_without_its_dataset(packed, tmp_path):
     net = run.net(settings)
     assert net == NetSpec.of(manifest, 64)
     assert (net.classes, net.mean, net.size) == (manifest.classes, manifest.pixels.mean, 80)
-    path = tmp_path / "run" / NAME
+    path = tmp_path / "run" / NET_NAME
     path.write_text("{}")
-    with pytest.raises(RunError, match=r"net.json of .*run is not one: geometry"):
+    with pytest.raises(RunError, match=r"run has no valid net.json: geometry"):
         run.net(settings)
     path.unlink()  # as of a run of an earlier version
     assert run.net(load_settings(["--data", str(packed), "--crop", "64"])) == net

@@ -167,14 +167,14 @@ def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
 ):
     from trainer.monitor import report
 
-    plot, whole_file = report._plot, report.whole_file
+    plot, atomic_write = report._plot, report.atomic_write
 
     def full(path: Path, *_: object) -> None:
         if path.name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(report, "_plot", lambda path, *more: full(path) or plot(path, *more))
-    monkeypatch.setattr(report, "whole_file", lambda path: full(path) or whole_file(path))
+    monkeypatch.setattr(report, "atomic_write", lambda path: full(path) or atomic_write(path))
     arguments = command(packed, unfinished, "--checkpoint-steps", "2")
     assert main(monkeypatch, arguments) == 1
     assert f"{unfinished / name}: No space left on device" in capsys.readouterr().err

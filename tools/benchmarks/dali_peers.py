@@ -54,7 +54,7 @@ def external_source_bytes(
 ) -> Callable[[], int]:
     """Read only, along the plan, labels beside: `batches()` returns sample numbers."""
     checked = CheckedReader(reader, None, replace=False)
-    kept: deque[tuple] = deque(maxlen=options.prefetch + 2)  # as the loader does
+    kept: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)  # as the loader does
 
     def source() -> tuple:
         samples, files = checked.read(batches())
@@ -103,9 +103,9 @@ def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], 
 def _build(graph: Callable, options: GraphOptions) -> Any:
     pipeline = graph(
         batch_size=options.batch,
-        num_threads=options.threads,
-        device_id=options.device_id,
-        prefetch_queue_depth=options.prefetch,
+        num_threads=options.decoding.threads,
+        device_id=options.decoding.device_id,
+        prefetch_queue_depth=options.decoding.prefetch,
     )
     pipeline.build()
     return pipeline

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.files import naming
-from pipeline.spec import NAME, NetSpec, SpecError
+from pipeline.spec import NET_NAME, NetSpec, SpecError
 
 BATCH = 32  # inputs of a forward pass
 
@@ -58,7 +58,7 @@ def open_onnx(path: Path) -> Net:
         session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     except Exception as error:  # a class of its own for each code of the C++ library
         raise NetError(f"{path} is not a net: {str(error).splitlines()[0]}") from None
-    spec = NetSpec.parse(session.get_modelmeta().custom_metadata_map.get(NAME, ""), path)
+    spec = NetSpec.parse(session.get_modelmeta().custom_metadata_map.get(NET_NAME, ""), path)
     name = session.get_inputs()[0].name
     return Net(lambda pixels: session.run(None, {name: pixels})[0], spec)
 
@@ -67,7 +67,7 @@ def open_pt2(path: Path) -> Net:
     """By PyTorch, on the CPU. Raises NetError, SpecError or OSError."""
     import torch
 
-    extra = {NAME: ""}
+    extra = {NET_NAME: ""}
     try:
         with naming(path), open(path, "rb") as file:
             module = torch.export.load(file, extra_files=extra).module()
@@ -75,7 +75,7 @@ def open_pt2(path: Path) -> Net:
         raise
     except Exception as error:  # whatever a broken archive makes torch raise
         raise NetError(f"{path} is not a net: {str(error).splitlines()[0]}") from None
-    spec = NetSpec.parse(extra[NAME], path)
+    spec = NetSpec.parse(extra[NET_NAME], path)
 
     @torch.inference_mode()
     def logits(pixels: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
@@ -174,7 +174,7 @@ def _claim(folder: Path, options: argparse.Namespace) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(own, indent=1).encode() + b"\n")
 
 
@@ -199,7 +199,7 @@ def _errors_once(
         }
         labels = {split: pictures.labels(split) for split in files}
         top1, top5 = linear_errors(files, labels, classes, epochs, store.seed, workers)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps([top1, top5]).encode() + b"\n")
         print(f"{store.folder.name}: top-1 error {top1:.1%}, top-5 error {top5:.1%}", flush=True)
     top1, top5 = json.loads(path.read_text())

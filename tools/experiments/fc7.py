@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from tools.experiments.finished import Finished
 from trainer.precision import autocast, prepare
 from trainer.run import RunError
@@ -48,7 +48,7 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
         # A part is the share of one process of so many.
         batches = trained.batches(split, 1, replace(world, rank=part, size=count))
         rows = np.concatenate([features(opened, pixels) for pixels, _ in batches])
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             np.save(file, rows)
         computed += len(rows)
         rate = computed / (time.monotonic() - begun)

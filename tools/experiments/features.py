@@ -18,7 +18,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from threadpoolctl import threadpool_limits
 
 from pipeline.duration import duration
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError, read_manifest
 from pipeline.plan import epoch_order
 from pipeline.reader import ShardReader
@@ -178,7 +178,7 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
             )
         encoder = ENCODERS[store.kind].fit(found, store.words, store.seed)
     store.folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(store.encoder) as file:
+    with atomic_write(store.encoder) as file:
         np.savez(file, **vars(encoder))
     return store
 
@@ -200,6 +200,6 @@ def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stor
             for encoder, rows in zip(encoders, features, strict=True):
                 rows[place] = encoder.encode(descriptors, places)
     for store, rows in zip(stores, features, strict=True):
-        with whole_file(store.chunk(split, number)) as file:
+        with atomic_write(store.chunk(split, number)) as file:
             np.save(file, rows)
     return len(chunk)

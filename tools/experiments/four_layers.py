@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError
 from pipeline.reader import ShardReader
 
@@ -118,7 +118,7 @@ def train(images: Images, trial: Trial, folder: Path, batch: int, target: float,
     while len(errors) < epochs and not is_over(errors, target):
         errors.append(_epoch(images, net, optimizer, batch, (trial.seed, len(errors))))
         state = {"errors": errors, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
     return errors[:epochs]
 

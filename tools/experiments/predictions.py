@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 from tools.experiments.fc7 import identity
 from tools.experiments.finished import Finished
 from tools.experiments.record import TOP1, TOP5, Measures
@@ -25,7 +25,7 @@ def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[
     if not kept.exists():
         found, labels = _computed(opened, split, crops)
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(kept) as file:
+        with atomic_write(kept) as file:
             np.savez(file, probabilities=found, labels=labels)
     with np.load(kept) as arrays:
         return arrays["probabilities"], arrays["labels"]

@@ -6,7 +6,7 @@ from statistics import mean
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline.files import whole_file
+from pipeline.files import atomic_write
 
 TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
 Measures = dict[str, list[float]]  # of each measure, named with its unit, a value a seed
@@ -55,7 +55,7 @@ class Record(BaseModel):
     def save(self, folder: Path) -> Path:
         """Write <experiment>.json; returns its path. Raises OSError."""
         path = folder / f"{self.experiment}.json"
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
         return path
 

@@ -1,1 +1,1 @@
-"""What inspect_shards.py is made of."""
+"""Parts of inspect_shards.py."""

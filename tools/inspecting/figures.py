@@ -6,23 +6,24 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: there may be no screen
+matplotlib.use("Agg")  # writes files without a display
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
 from pipeline.reader import ShardReader
 
-TILES = 100  # of the contact sheet at most
+TILES = 100  # on the contact sheet, at most
 TILE = 128  # pixels
 _CAPTION = 20  # pixels below a tile
 _GAP = 6  # pixels
-_NAMED = 40  # classes that have a bar with their name; more are a curve
+_NAMED = 40  # most classes to draw as bars with names; more are drawn as a curve
 _DPI = 100
 
 
 def draw_classes(path: Path, names: list[str], counts: dict[str, np.ndarray]) -> None:
-    """Samples of each class, a panel a split: bars in the order of the first split's, or a falling curve."""
+    """Draw the samples per class, one panel per split: as bars in the order of the first split, or as a
+    falling curve if there are too many classes for bars."""
     order = np.argsort(-next(iter(counts.values())), kind="stable")
     named = len(names) <= _NAMED
     size = (9, 1.2 + 0.22 * len(names) if named else 3.6)  # inches
@@ -44,13 +45,13 @@ def draw_classes(path: Path, names: list[str], counts: dict[str, np.ndarray]) ->
 
 
 def draw_sizes(path: Path, rows: dict[str, np.ndarray]) -> None:
-    """Histograms of the JPEGs' bytes, width and height, as shares of each split."""
+    """Draw histograms of the JPEGs' bytes, width and height, as percentages of each split."""
     titles = {"size": "bytes of a JPEG", "width": "width in px", "height": "height in px"}
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     for panel, (column, title) in zip(panels, titles.items(), strict=True):
         low = min(int(part[column].min()) for part in rows.values())
         high = max(int(part[column].max()) for part in rows.values())
-        wide = high > 4 * low  # then few bins of a linear scale would hold all but the largest
+        wide = high > 4 * low  # on a linear scale, almost all samples would fall into a few bins
         edges = np.geomspace(low, high, 41) if wide else np.linspace(low - 0.5, high + 0.5, 41)
         for split, part in rows.items():
             shares = np.histogram(part[column], edges)[0] / len(part)
@@ -69,9 +70,9 @@ def draw_sizes(path: Path, rows: dict[str, np.ndarray]) -> None:
 
 
 def draw_samples(path: Path, names: list[str], reader: ShardReader, seed: int) -> None:
-    """A contact sheet of seeded samples: each class has as many as fit, at most a row of ten.
+    """Draw a contact sheet of randomly chosen samples: as many per class as fit, at most ten.
 
-    If there are more classes than TILES, as many of them as fit have one each.
+    If there are more classes than TILES, it shows one sample of each of TILES random classes.
     """
     labels = reader.rows["label"]
     rng = np.random.default_rng(seed)
@@ -83,8 +84,8 @@ def draw_samples(path: Path, names: list[str], reader: ShardReader, seed: int) -
     figure = plt.figure(figsize=(sheet.width / _DPI, sheet.height / _DPI))
     for block, label in enumerate(shown):
         numbers = rng.permutation(np.flatnonzero(labels == label))[:each]
-        for place, number in enumerate(numbers, block * each):
-            row, column = divmod(place, columns)
+        for index, number in enumerate(numbers, block * each):
+            row, column = divmod(index, columns)
             tile = _tile(reader.jpeg(number).tobytes())
             left, top = column * width + (width - tile.width) // 2, row * height + (TILE - tile.height) // 2
             sheet.paste(tile, (left, top))
@@ -106,7 +107,7 @@ def draw_samples(path: Path, names: list[str], reader: ShardReader, seed: int) -
 def _tile(jpeg: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(jpeg)).convert("RGB")
-    except Exception:  # which verify_shards.py is there to find
+    except Exception:  # damaged; verify_shards.py says how
         return Image.new("RGB", (TILE, TILE), "red")
     image.thumbnail((TILE, TILE))
     return image
@@ -119,6 +120,6 @@ def _short(name: str, length: int) -> str:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters in names that the font lacks
+        warnings.simplefilter("ignore")  # about letters in names that the font lacks
         figure.savefig(path, dpi=_DPI)
     plt.close(figure)

@@ -1,1 +1,1 @@
-"""What verify_shards.py is made of."""
+"""Parts of verify_shards.py."""

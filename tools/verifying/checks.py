@@ -1,8 +1,8 @@
-"""One shard against what dataset.json and the index say of it, down to the byte.
+"""Check one shard against dataset.json and the index, down to the byte.
 
-A tar is read once, from its first byte to its last: hashed, walked header by header, each picture
-compared with its row of the index and, where asked, decoded. Behind a broken header the walk goes on
-at the next sound one, so that one flipped byte does not hide the rest.
+A tar is read once, from its first byte to its last: it is hashed and walked header by header, and each image
+is compared with its row of the index and, on request, decoded. After a broken header the walk continues at
+the next valid one, so one flipped byte does not hide the rest.
 """
 
 import os
@@ -24,28 +24,28 @@ from pipeline.manifest import HEAD_BYTES
 from pipeline.packing.storage import is_there, read
 from pipeline.packing.workers import say
 from pipeline.retry import is_outage, patiently
-from pipeline.shards import INDEX_DTYPE, Place, dali_index
+from pipeline.shards import INDEX_DTYPE, SampleLocation, dali_index
 from tools.verifying.findings import Found, Task
 
-SAMPLED = 16  # pictures of a shard
+SAMPLED = 16  # images per shard
 _BLOCK = tarfile.BLOCKSIZE
 
 
 def check_shard(task: Task) -> Found:
-    """Check one shard and its .idx; this is what runs in the worker processes.
+    """Check one shard and its .idx. This runs in the worker processes.
 
-    Where the checksum is wrong, `sampled` decodes everything: that may name the sample. Raises OSError where
-    the storage or this process is in trouble, which is no damage.
+    If the checksum is wrong, `sampled` decodes every image, which may identify the damaged sample. Raises
+    OSError if the storage or this process is in trouble, which is not damage.
     """
-    found, places, same = _check_tar(task)
+    found, locations, same = _check_tar(task)
     if not same and task.decode == "sampled":
         first = found.damages[0].what
-        found, places, same = _check_tar(replace(task, decode="all"))
+        found, locations, same = _check_tar(replace(task, decode="all"))
         if same:
             found.add(
                 task.shard.file,
-                f"was not the same when it was read twice ({first}; then it was right): do not trust its "
-                "storage, or this machine's memory",
+                f"gave different bytes when read twice (at first: {first}; then it was right): do not trust "
+                "its storage or this machine's memory",
             )
     if task.in_place:
         return found
@@ -55,8 +55,8 @@ def check_shard(task: Task) -> Found:
         index = read(str(path))
     except OSError as error:
         _add_unreadable(found, task, path.name, error)
-    if same:  # else a difference would be the tar's
-        wanted = dali_index(places)
+    if same:  # otherwise the tar is to blame for a difference
+        wanted = dali_index(locations)
         if index != wanted:
             found.index = wanted
         if index is not None and index != wanted:
@@ -74,31 +74,31 @@ def _add_unreadable(found: Found, task: Task, file: str, error: OSError) -> None
 def _first_difference(index: bytes, wanted: bytes) -> str:
     lines = zip_longest(index.split(b"\n"), wanted.split(b"\n"), fillvalue=b"(nothing)")
     number, (line, right) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return f"line {number} is {str(line[:80])[1:]}, by the tar it is {str(right)[1:]}"
+    return f"line {number} is {str(line[:80])[1:]}, but for this tar it must be {str(right)[1:]}"
 
 
-def _check_tar(task: Task) -> tuple[Found, list[Place], bool]:
-    """Also the places of the samples, and whether the tar is byte for byte the packed one."""
+def _check_tar(task: Task) -> tuple[Found, list[SampleLocation], bool]:
+    """Return the findings, the samples' locations, and whether the tar has the bytes that were packed."""
     found = Found()
 
-    def read_tar() -> tuple[list[Place], bool]:
+    def read_tar() -> tuple[list[SampleLocation], bool]:
         nonlocal found
         found = Found()
         return _read_tar(task, found)
 
     try:
-        places, same = patiently(read_tar, say)
+        locations, same = patiently(read_tar, say)
     except OSError as error:
         _add_unreadable(found, task, task.shard.file, error)
         return found, [], False
-    return found, places, same
+    return found, locations, same
 
 
-def _read_tar(task: Task, found: Found) -> tuple[list[Place], bool]:
+def _read_tar(task: Task, found: Found) -> tuple[list[SampleLocation], bool]:
     shard, samples = task.shard, _Samples(task, found)
     path = task.root / shard.file
     with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata in pictures
+        warnings.simplefilter("ignore")  # about metadata in images
         size = os.fstat(opened.fileno()).st_size
         head = sha256(read_fully(opened, HEAD_BYTES)).hexdigest()
         opened.seek(0)
@@ -112,86 +112,86 @@ def _read_tar(task: Task, found: Found) -> tuple[list[Place], bool]:
             samples.finish()
     same = file.digest.hexdigest() == shard.sha256
     if size != shard.bytes:
-        found.add(shard.file, f"has {size} bytes and dataset.json says {shard.bytes}")
+        found.add(shard.file, f"has {size} bytes, but dataset.json says {shard.bytes}")
     elif not same:
-        found.add(shard.file, "its sha256 is not the one in dataset.json")
+        found.add(shard.file, "its sha256 differs from the one in dataset.json")
     elif head != shard.head_sha256:
-        found.add(shard.file, "the sha256 of its first 64 KiB is not the one in dataset.json")
-    if not task.in_place and len(samples.places) != shard.samples:
-        found.add(shard.file, f"has {len(samples.places)} samples and dataset.json says {shard.samples}")
+        found.add(shard.file, "the sha256 of its first 64 KiB differs from the one in dataset.json")
+    if not task.in_place and len(samples.locations) != shard.samples:
+        found.add(shard.file, f"has {len(samples.locations)} samples, but dataset.json says {shard.samples}")
     found.rows = np.array(samples.rows, INDEX_DTYPE)
-    return samples.places, same
+    return samples.locations, same
 
 
 class _Hashed:
-    """A file read forwards, and hashed on the way."""
+    """A file that is read forwards and hashed on the way."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self.place, self.digest = file, 0, sha256()
+        self._file, self.position, self.digest = file, 0, sha256()
 
     def read(self, size: int) -> bytes:
         data = read_fully(self._file, size)
-        self.place += len(data)
+        self.position += len(data)
         self.digest.update(data)
         return data
 
 
 class _Member(NamedTuple):
     name: str
-    offset: int  # of the content
+    offset: int  # of its content, in bytes
     content: bytes
 
 
 def _members(file: _Hashed, size: int, name: str, found: Found) -> Iterator[_Member]:
-    """The sound members of a tar of `size` bytes; what else is in it is damage. Reads to the end."""
-    lost = False  # behind a broken header, until there is a sound one
-    end = None  # where zeros began, which nothing may follow
+    """Yield the valid members of a tar of `size` bytes; anything else in it is damage. Reads to the end."""
+    lost = False  # after a broken header, until a valid one follows
+    end = None  # where the zeros at the end of the tar began, if they have
     while len(block := file.read(_BLOCK)) == _BLOCK:
-        start = file.place - _BLOCK
+        start = file.position - _BLOCK
         if not any(block):
             end = start if end is None else end
             continue
         if end is not None and not lost:
-            found.add(name, "zeros where a header is due", end)
+            found.add(name, "zeros where a member's header is expected", end)
         end = None
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            sound = 0 <= header.size <= size - file.place
+            sound = 0 <= header.size <= size - file.position
         except tarfile.HeaderError:
             sound = False
         if not sound:
             if not lost:
-                found.add(name, "no sound header of a member", start)
+                found.add(name, "no valid member header", start)
             lost = True
             continue
         lost = False
         content, padding = file.read(header.size), file.read(-header.size % _BLOCK)
         if any(padding):
-            found.add(name, "bytes other than zero behind it", file.place - len(padding), header.name)
+            found.add(name, "nonzero padding bytes after it", file.position - len(padding), header.name)
         if header.isreg():
             yield _Member(header.name, start + _BLOCK, content)
         else:
-            found.add(name, "is no regular file", start, header.name)
+            found.add(name, "is not a regular file", start, header.name)
     if end is None:
-        found.add(name, "it ends without the zeros that end a tar", file.place)
+        found.add(name, "ends without the zeros that end a tar", file.position)
 
 
 def _indexed(file: _Hashed, rows: np.ndarray | None) -> Iterator[tuple[_Member, np.ndarray]]:
-    """The members that rows name, by rows. Reads to the end."""
+    """Yield the members that the rows name, with their rows. Reads to the end."""
     for row in () if rows is None else np.sort(rows, order="offset"):
-        before = file.read(int(row["offset"]) - file.place)
+        before = file.read(int(row["offset"]) - file.position)
         name = before[-_BLOCK:][:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
-        yield _Member(name, file.place, file.read(int(row["size"]))), row
+        yield _Member(name, file.position, file.read(int(row["size"]))), row
     while file.read(1 << 20):
         pass
 
 
 class _Samples:
-    """Pairs the members up to samples and compares these with their rows."""
+    """Pairs the members into samples and compares each with its row of the index."""
 
     def __init__(self, task: Task, found: Found):
         self.task, self.found = task, found
-        self.places: list[Place] = []
+        self.locations: list[SampleLocation] = []
         self.rows: list[tuple[int, ...]] = []
         self._jpeg: _Member | None = None  # waits for its label
         self._expected = None if task.rows is None else {int(row["offset"]): row for row in task.rows}
@@ -206,10 +206,10 @@ class _Samples:
             self._jpeg = None
             self._sample(key, jpeg, member)
         else:
-            self._damage("does not belong to a .jpg before it", member)
+            self._damage("does not follow the .jpg of the same key", member)
 
     def take_indexed(self, jpeg: _Member, row: np.ndarray) -> None:
-        """One whose label only the index is asked for."""
+        """Take the image of an in-place sample, whose label only the index gives."""
         ordinal = len(self.rows)
         image = self._open(jpeg)
         if image is not None:
@@ -220,7 +220,7 @@ class _Samples:
         self._unlabelled()
         if self._expected:
             first, *others = sorted(self._expected)
-            what = f"no sample here, nor at {len(others)} more places of the index"
+            what = f"no sample here, where the index has one, nor at {len(others)} more offsets"
             self.found.add(self.task.shard.file, what, first)
 
     def _damage(self, what: str, member: _Member) -> None:
@@ -228,11 +228,12 @@ class _Samples:
 
     def _unlabelled(self) -> None:
         if self._jpeg is not None:
-            self._damage("has no .cls behind it", self._jpeg)
+            self._damage("is not followed by its .cls", self._jpeg)
 
     def _sample(self, key: str, jpeg: _Member, cls: _Member) -> None:
-        ordinal = len(self.places)
-        self.places.append(Place(key, jpeg.offset, len(jpeg.content), cls.offset, len(cls.content)))
+        ordinal = len(self.locations)
+        location = SampleLocation(key, jpeg.offset, len(jpeg.content), cls.offset, len(cls.content))
+        self.locations.append(location)
         row = None
         if self._expected is not None:
             row = self._expected.pop(jpeg.offset, None)
@@ -254,7 +255,7 @@ class _Samples:
         differs = False
         for name, value in zip(("size", "label", "width", "height"), here[2:], strict=True):
             if row[name] != value:
-                self._damage(f"its {name} is {value} and the index says {row[name]}", jpeg)
+                self._damage(f"its {name} is {value}, but the index says {row[name]}", jpeg)
                 differs = True
         return differs
 
@@ -264,7 +265,7 @@ class _Samples:
         except MemoryError:
             raise
         except Exception:  # damaged bytes may break the decoder in any way
-            self._damage("is no JPEG", jpeg)
+            self._damage("is not a JPEG", jpeg)
             return None
         if image.mode != "RGB" and not (self.task.in_place and image.mode == "L"):
             self._damage(f"is {image.mode}, not RGB", jpeg)
@@ -277,14 +278,14 @@ class _Samples:
         except MemoryError:
             raise
         except Exception as error:
-            self._damage(f"does not decode: {error}", jpeg)
+            self._damage(f"cannot be decoded: {error}", jpeg)
 
     def _label(self, cls: _Member) -> int | None:
         text, classes = cls.content, self.task.classes
         if not (text.isdigit() and len(text) < 10):
-            self._damage(f"is {text[:20].decode('latin-1')!a} and no label", cls)
+            self._damage(f"is {text[:20].decode('latin-1')!a}, which is not a label", cls)
         elif int(text) >= classes:
-            self._damage(f"its label is {int(text)}, of {classes} classes", cls)
+            self._damage(f"its label is {int(text)}, but there are only {classes} classes", cls)
         else:
             return int(text)
         return None

@@ -1,4 +1,4 @@
-"""What is to be checked of a shard, and what was found."""
+"""What to check in a shard, and what was found."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,11 @@ from pipeline.manifest import Shard
 from pipeline.shards import INDEX_DTYPE
 
 Decode = Literal["all", "sampled", "none"]
-KEPT = 20  # damages of a shard that are named; the others are counted
+KEPT = 20  # problems per shard that are listed; the others are only counted
 
 
 class Damage(NamedTuple):
-    """What is wrong, and where: at which byte of the file, in which member of the tar."""
+    """What is wrong, and where: the file, and where known the byte offset in it and the member of the tar."""
 
     file: str
     what: str
@@ -32,20 +32,20 @@ class Damage(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to check. rows: what the index says of it, or None where there is no sound index."""
+    """One shard to check. rows: its rows of the index, or None if there is no sound index."""
 
     root: Path
     shard: Shard
     rows: np.ndarray | None
     classes: int
     decode: Decode
-    in_place: bool = False  # a tar of somebody else's: only what the index names in it is looked at
+    in_place: bool = False  # the tar was indexed in place: only the samples that the index names are checked
 
 
 @dataclass
 class Found:
-    """What a shard holds. damages: the first KEPT of `count`. rows: what the index must say of it, with
-    `shard` left 0. index: what its .idx must be, or None if that is what it is."""
+    """What was found in a shard. damages: the first KEPT out of `count`. rows: the rows that the index must
+    have for it, with `shard` left 0. index: the content that its .idx must have, or None if it is right."""
 
     damages: list[Damage] = field(default_factory=list)
     count: int = 0

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only: there may be no screen
 import matplotlib.pyplot as plt
 
-from pipeline.files import naming, whole_file
+from pipeline.files import atomic_write, naming
 from pipeline.manifest import Manifest
 from trainer.run import REPORT, Run, RunError
 
@@ -43,7 +43,7 @@ def write_report(run: Run, manifest: Manifest) -> Path:
     )
     _plot(run.folder / "images_per_second.png", "images/s", [series("training", steps, "images_per_second")])
     path = run.folder / REPORT
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(_text(run, manifest, steps, evaluations).encode())
     return path
 

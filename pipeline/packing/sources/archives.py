@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.packing import storage
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, Part, SourceError
+from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
 
 _BLOCK = 512  # tar's unit, in bytes
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -87,7 +87,7 @@ def read_each(place: str, read: Callable[[T], R], items: Iterable[T]) -> Iterato
         yield from pool.map(read, items)
 
 
-def class_tars(folder: InputFolder, name: str) -> Part:
+def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     """A tar of class tars."""
     file = folder.locate(name)
     outer = list(members(file, 0, folder.size(name)))
@@ -96,7 +96,7 @@ def class_tars(folder: InputFolder, name: str) -> Part:
     if not tars:
         raise SourceError(f"{file} has no class tars, <class>.tar")
     strays = [f"train/{member.name}" for member in outer if not member.name.endswith(".tar")]
-    return Part(file, list(tars), _images(file, tars), strays)
+    return SplitFiles(file, list(tars), _images(file, tars), strays)
 
 
 def _images(file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
@@ -110,7 +110,7 @@ def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
     return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()]
 
 
-def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> Part:
+def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:
     """A tar of validation images, whose labels stand elsewhere."""
     file = folder.locate(tar)
     found = {PurePosixPath(member.name).name: member for member in members(file, 0, folder.size(tar))}
@@ -120,4 +120,4 @@ def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> Part:
         for name, class_id in annotations.classes(sorted(filter(is_image, found))).items():
             yield Labelled(f"val/{class_id}/{name}", class_id, file, found[name].offset, found[name].size)
 
-    return Part(file, [], images(), strays)
+    return SplitFiles(file, [], images(), strays)

@@ -10,13 +10,13 @@ import numpy as np
 
 from pipeline.packing.sources.folders import find_parts
 from pipeline.packing.sources.labels import read_class_names
-from pipeline.packing.sources.listing import Part, SourceError, open_folder
+from pipeline.packing.sources.listing import SourceError, SplitFiles, open_folder
 from pipeline.packing.sources.tables import is_table, read_table
 from pipeline.packing.storage import absolute
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceImage:
     """An image to pack.
 
     path: its name for sorting and for the report, mostly `train/<class>/<file>` whatever form the
@@ -37,7 +37,7 @@ class Sources:
     names the files, if one does, so that nobody has seen them yet."""
 
     classes: list[str]
-    splits: dict[str, list[Source]]
+    splits: dict[str, list[SourceImage]]
     strays: list[str]
     names: dict[str, str] = field(default_factory=dict)
     table: str | None = None
@@ -66,7 +66,9 @@ def find_sources(
     return replace(found, table=table)
 
 
-def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names: dict[str, str]) -> Sources:
+def _number(
+    parts: dict[str, SplitFiles], val_fraction: float | None, seed: int, names: dict[str, str]
+) -> Sources:
     """Give the classes their labels, and check that there is enough to train and validate on."""
     train = parts["train"]
     classes = _in_order(train.classes)
@@ -79,14 +81,14 @@ def _number(parts: dict[str, Part], val_fraction: float | None, seed: int, names
         if not name.isprintable():  # also bytes that are not UTF-8
             raise SourceError(f"the class {name!r} in {train.place} has a name that cannot be written")
     labels = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[Source]] = {}
+    splits: dict[str, list[SourceImage]] = {}
     for split, part in parts.items():
         found = []
         for path, class_id, file, offset, size in part.images:
             if class_id not in labels:
                 _check_alike([*classes, class_id], f"{part.place} and {train.place}")
                 raise SourceError(f"the class {class_id} is in {part.place} but not in {train.place}")
-            found.append(Source(path, labels[class_id], file, offset, size))
+            found.append(SourceImage(path, labels[class_id], file, offset, size))
         splits[split] = sorted(found, key=lambda source: (source.label, source.path))
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
@@ -119,7 +121,7 @@ def _in_order(classes: Iterable[str]) -> list[str]:
     return sorted(classes)
 
 
-def _hold_out(sources: list[Source], fraction: float, seed: int) -> dict[str, list[Source]]:
+def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[str, list[SourceImage]]:
     """The same fraction of each class for validation, drawn by the seed."""
     rng = np.random.default_rng((seed, 1))
     labels = np.array([source.label for source in sources])

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.packing import storage
 from pipeline.packing.sources.archives import class_tars, flat_tar
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, Part, SourceError
+from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
 
 _KAGGLE = "Data/CLS-LOC"
@@ -24,7 +24,7 @@ _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # where folders train and val are
 _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
-def find_parts(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, Part], Annotations]:
+def find_parts(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, SplitFiles], Annotations]:
     """The splits of the input, of which val is still to be held out if there is only train."""
     base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
     places: dict[str, str] = {
@@ -71,7 +71,7 @@ def _check_splits(
         )
 
 
-def class_folders(folder: InputFolder, below: str, split: str) -> Part:
+def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
     """Every file in a class folder counts, at any depth and whatever its name."""
     classes, strays = folder.entries(below)
 
@@ -83,10 +83,10 @@ def class_folders(folder: InputFolder, below: str, split: str) -> Part:
                 yield Labelled(path, class_id, folder.locate(f"{place}/{name}"))
 
     place = folder.locate(below) if below else folder.name
-    return Part(place, classes, images(), [_join(split, name) for name in strays])
+    return SplitFiles(place, classes, images(), [_join(split, name) for name in strays])
 
 
-def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> Part:
+def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
     """A folder of validation images, whose labels stand elsewhere."""
     files = folder.entries(below)[1]
 
@@ -96,7 +96,7 @@ def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> Pa
             yield Labelled(f"val/{class_id}/{name}", class_id, folder.locate(f"{below}/{name}"))
 
     strays = [f"val/{name}" for name in files if not is_image(name)]
-    return Part(folder.locate(below), [], images(), strays)
+    return SplitFiles(folder.locate(below), [], images(), strays)
 
 
 def _imagenet_tars(folder: InputFolder) -> dict[str, str]:

@@ -35,7 +35,7 @@ class Labelled(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFiles:
     """A split as it was found. place: for messages. classes: also those without images. strays:
     files which no class has."""
 

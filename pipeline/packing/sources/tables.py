@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from pipeline.files import naming
 from pipeline.packing import storage
-from pipeline.packing.sources.listing import Labelled, Part, SourceError, open_file
+from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -20,7 +20,7 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES)
 
 
-def read_table(name: str, val_fraction: float | None) -> dict[str, Part]:
+def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
     """The splits of the table, of which val is still to be held out if there is only train."""
     folder = storage.absolute(name).rpartition("/")[0]
     images: dict[str, list[Labelled]] = {"train": [], "val": []}
@@ -43,7 +43,7 @@ def read_table(name: str, val_fraction: float | None) -> dict[str, Part]:
     if val_fraction is not None:
         del images["val"]
     return {
-        split: Part(name, sorted({image.class_id for image in found}), found)
+        split: SplitFiles(name, sorted({image.class_id for image in found}), found)
         for split, found in images.items()
     }
 

@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from pipeline.manifest import NAME
+from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources.archives import Member, ReadAhead, members, read_each
-from pipeline.packing.sources.listing import InputFolder, Labelled, Part, SourceError
+from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
 from pipeline.packing.storage import UNFINISHED
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -49,12 +49,14 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
         if any(file.lower().rpartition(".")[2] in _IMAGES for file in files):
             return []
     names = folder.files("")
-    marks = (f"/{NAME}", f"/{UNFINISHED}/plan.json")
+    marks = (f"/{MANIFEST_NAME}", f"/{UNFINISHED}/plan.json")
     packed = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
     return [name for name in names if name.endswith(".tar") and name.rpartition("/")[0] not in packed]
 
 
-def webdataset_tars(folder: InputFolder, tars: list[str], val_fraction: float | None) -> dict[str, Part]:
+def webdataset_tars(
+    folder: InputFolder, tars: list[str], val_fraction: float | None
+) -> dict[str, SplitFiles]:
     """The splits of the tars, of which val is still to be held out if there is only train."""
     splits, unused = _by_split(folder, tars)
     _check_splits(folder, splits, val_fraction)
@@ -91,14 +93,14 @@ def _check_splits(folder: InputFolder, splits: dict[str, list[str]], val_fractio
         )
 
 
-def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> Part:
+def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
     place, images, strays = f"{folder.name} (tars of {split})", [], unused.copy()
     for found, others in read_each(folder.name, partial(_read_tar, folder), tars):
         images += found
         strays += others
     if not images:
         raise SourceError(f"{place} has no sample with an image (.jpg, …) and its label (.cls)")
-    return Part(place, list({image.class_id for image in images}), images, strays)
+    return SplitFiles(place, list({image.class_id for image in images}), images, strays)
 
 
 def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str]]:

@@ -17,7 +17,7 @@ from pipeline.packing import executors, workers
 from pipeline.packing.executors import Counts, Crew, run_tasks
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
-from pipeline.packing.shard_results import SUFFIX, Result
+from pipeline.packing.shard_results import SUFFIX, ShardResult
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import UNFINISHED
 from pipeline.shards import INDEX_DTYPE
@@ -56,8 +56,8 @@ def packing(make_shards) -> Callable[..., tuple[int, str, str]]:
 # By threads of this process: what run_tasks itself does.
 
 
-def result_of(number: int) -> Result:
-    return Result(None, np.zeros(number, INDEX_DTYPE), PixelSums(), [("a", "rejected", "empty")])
+def result_of(number: int) -> ShardResult:
+    return ShardResult(None, np.zeros(number, INDEX_DTYPE), PixelSums(), [("a", "rejected", "empty")])
 
 
 def crew_of(pool: ThreadPoolExecutor, work) -> Crew:
@@ -67,7 +67,7 @@ def crew_of(pool: ThreadPoolExecutor, work) -> Crew:
 def test_results_come_in_the_order_of_the_tasks_however_they_end():
     late = threading.Event()
 
-    def work(number: int) -> Result:
+    def work(number: int) -> ShardResult:
         if number == 0:
             assert late.wait(DEADLINE_SECONDS)
         elif number == 9:
@@ -103,7 +103,7 @@ def test_no_more_tasks_are_handed_out_than_keep_all_busy():
 def test_an_error_ends_the_run_before_further_tasks_begin():
     begun = []
 
-    def work(number: int) -> Result:
+    def work(number: int) -> ShardResult:
         begun.append(number)
         if number == 1:
             raise OSError(28, "No space left on device")

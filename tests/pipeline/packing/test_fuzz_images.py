@@ -238,9 +238,9 @@ class Dali:
     def __init__(self):
         from nvidia.dali import fn, pipeline_def, types
 
-        from pipeline.graph import GraphOptions, _decode
+        from pipeline.graph import Decoding, GraphOptions, _decode
 
-        options = GraphOptions(batch=1, crop=1, resize_shorter=None, max_width=1, max_height=1)
+        options = GraphOptions(Decoding(crop=1), batch=1, resize_shorter=None, max_width=1, max_height=1)
 
         @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
         def graph():

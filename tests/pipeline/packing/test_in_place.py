@@ -11,7 +11,7 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from pipeline.loader import Dataset
-from pipeline.manifest import NAME, DatasetError, read_manifest
+from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.packing import pack as pack_module
 from pipeline.packing import resume
 from pipeline.packing.progress import Progress
@@ -95,7 +95,7 @@ def indexed(foreign, tmp_path) -> Path:
 def test_nothing_of_the_tars_is_changed_and_nothing_but_the_index_is_added(foreign, indexed):
     assert tars(indexed) == tars(foreign)
     added = {path.name for path in indexed.iterdir()} - tars(foreign).keys()
-    assert added == {NAME, "report.tsv", "train.index.npy", "val.index.npy"}
+    assert added == {MANIFEST_NAME, "report.tsv", "train.index.npy", "val.index.npy"}
 
 
 def test_each_sound_image_is_read_with_its_label(pictures, indexed):
@@ -176,7 +176,7 @@ def test_an_interrupted_run_continues(indexed, monkeypatch):
         patch.setattr(pack_module, "write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             run(indexed, "--overwrite")
-    assert not (indexed / NAME).exists()
+    assert not (indexed / MANIFEST_NAME).exists()
     progress = run(indexed)
     assert (progress.before, progress.counts.images) == (progress.total, 0)
     assert {path.name: path.read_bytes() for path in indexed.iterdir()} == whole
@@ -231,8 +231,8 @@ def test_damage_is_named_with_the_shard_and_the_member(indexed):
     damages = [str(damage) for damage in verify(indexed, "sampled", 1).damages]
     assert damages == [
         "imagenet1k-train-0000.tar: is missing",
-        f"{tar.name}, {key}.jpg, byte {start}: is no JPEG",
-        f"{tar.name}: its sha256 is not the one in dataset.json",
+        f"{tar.name}, {key}.jpg, byte {start}: is not a JPEG",
+        f"{tar.name}: its sha256 differs from the one in dataset.json",
     ]
 
 
@@ -246,10 +246,10 @@ def test_indices_are_made_again_by_the_command_that_made_them(indexed):
 
 
 def test_names_that_lead_out_of_the_folder_are_not_followed(indexed):
-    content = json.loads((indexed / NAME).read_text())
+    content = json.loads((indexed / MANIFEST_NAME).read_text())
     for name in ("../other.tar", "/other.tar", "a/../../other.tar", "./x.tar"):
         content["splits"]["val"]["shards"][0]["file"] = name
-        (indexed / NAME).write_text(json.dumps(content))
+        (indexed / MANIFEST_NAME).write_text(json.dumps(content))
         with pytest.raises(DatasetError, match="is not in the dataset's folder"):
             verify(indexed, "none", 1)
 
@@ -262,11 +262,11 @@ def test_what_is_in_it_can_be_inspected(indexed, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--in-place", "--output", "out"), "one of --output DIR and --in-place is needed"),
-        ((), "one of --output DIR and --in-place is needed"),
-        (("--in-place", "--quality", "80"), "--quality is for writing shards"),
-        (("--in-place", "--val-fraction", ".1"), "--val-fraction is for writing shards"),
-        (("--output", "out", "--check", "headers"), "--check headers is for --geometry original"),
+        (("--in-place", "--output", "out"), "give either --output DIR or --in-place"),
+        ((), "give either --output DIR or --in-place"),
+        (("--in-place", "--quality", "80"), "--quality cannot be used with --in-place"),
+        (("--in-place", "--val-fraction", ".1"), "--val-fraction cannot be used with --in-place"),
+        (("--output", "out", "--check", "headers"), "--check headers needs --geometry original"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, message, capsys):

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.planning import plan_tasks
-from pipeline.packing.sources.find import Source, Sources
+from pipeline.packing.sources.find import SourceImage, Sources
 from tools.draw_pictures import class_names, draw
 
 SIZE = 48
@@ -175,7 +175,7 @@ def test_the_manifest_is_written_last(dataset):
 
 
 def planned(seed: int, count: int, limit: int) -> list[list[str]]:
-    files = [Source(f"train/a/{number}", 0, f"/in/train/a/{number}") for number in range(count)]
+    files = [SourceImage(f"train/a/{number}", 0, f"/in/train/a/{number}") for number in range(count)]
     options = PackingOptions("i", "o", seed=seed, shard_samples=limit)
     tasks = plan_tasks(options, Sources(["a"], {"train": files, "val": files}, []))
     firsts = np.cumsum([0, *(len(task.sources) for task in tasks["train"])])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import NAME, read_manifest
+from pipeline.manifest import MANIFEST_NAME, read_manifest
 from pipeline.packing import executors, resume
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
@@ -163,7 +163,7 @@ def test_overwriting_that_is_stopped_leaves_nothing_of_the_old_behind(source, wh
         patch.setattr(resume, "_remove_records", lambda output: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(source, tmp_path, "--overwrite")
-    assert not (tmp_path / NAME).exists()
+    assert not (tmp_path / MANIFEST_NAME).exists()
     (tmp_path / "train-000011.tar").write_bytes(b"as if it had not been its turn yet")
     with pytest.raises(SourceError, match="unfinished"):
         run(source, tmp_path)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.jpeg import size_place
+from pipeline.jpeg import size_offset
 from pipeline.packing import images
 from pipeline.packing.images import Packed, RejectedError, check_image, pack_image
 from tests.trees import ODD
@@ -69,7 +69,7 @@ def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | s
 
 def assert_the_loader_takes(packed: Packed) -> None:
     """It compares the size in the header with the index each time."""
-    place = size_place(packed.jpeg)
+    place = size_offset(packed.jpeg)
     assert place is not None
     assert struct.unpack(">HH", packed.jpeg[place : place + 4]) == (packed.height, packed.width)
 

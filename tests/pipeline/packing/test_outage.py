@@ -13,7 +13,7 @@ import pytest
 from pipeline.packing import resume
 from pipeline.packing.images import RejectedError, pack_image
 from pipeline.packing.shard import PackingError, _read
-from pipeline.packing.sources.find import Source
+from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import Folder
 from tests.endurance.faulty_storage import TWICE, Call, Fault
 from tests.endurance.jobs import Outcome, Packing
@@ -64,7 +64,7 @@ def test_what_passes_is_waited_for(packing, picture, name, error):
     assert outcome.text.startswith(
         f"make_shards: {packing.folder / picture}: {os.strerror(getattr(errno, error))}: "
     )
-    assert outcome.text.count("trying again") == 1
+    assert outcome.text.count("retrying for") == 1
     assert rejected(packing) == []
 
 
@@ -168,8 +168,8 @@ def test_a_plan_that_cannot_be_looked_at_keeps_the_records(tmp_path):
 # Where a file was found tells whose trouble it is that it is missing.
 
 
-def source_at(path: Path, size: int | None = None) -> Source:
-    return Source("train/a/1.jpg", 0, str(path), 0, size)
+def source_at(path: Path, size: int | None = None) -> SourceImage:
+    return SourceImage("train/a/1.jpg", 0, str(path), 0, size)
 
 
 def test_a_missing_file_among_others_is_rejected(tmp_path):

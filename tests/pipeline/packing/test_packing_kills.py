@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.manifest import NAME
+from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.storage import UNFINISHED
 from tests.events import KILL_ALL, at_event, events
 from tests.trees import contents
@@ -76,7 +76,7 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(make_shards, picture
             kills += 1
             left = finished_files(output)
             assert {name: content for name, content in left.items() if whole[name] != content} == {}
-            assert NAME not in left or left == whole
+            assert MANIFEST_NAME not in left or left == whole
             amid += 0 < len(left) < len(whole)
         else:
             assert packing(output, {})

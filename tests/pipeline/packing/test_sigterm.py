@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import NAME
+from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.storage import UNFINISHED
 from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
 
@@ -42,6 +42,6 @@ def test_packing_ends_at_once_and_the_same_command_continues(pictures, tmp_path,
     _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
     wait_until(lambda: not any(Path(f"/proc/{worker}/exe").exists() for worker in workers))
-    assert not (tmp_path / "out" / NAME).exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert subprocess.run(command, cwd=REPO, check=False, stdout=subprocess.DEVNULL).returncode == 0
-    assert (tmp_path / "out" / NAME).exists()
+    assert (tmp_path / "out" / MANIFEST_NAME).exists()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.packing.sources.find import Source, find_sources
+from pipeline.packing.sources.find import SourceImage, find_sources
 from pipeline.packing.sources.listing import SourceError
 
 
@@ -38,13 +38,13 @@ def test_imagenet_layout(tmp_path):
     assert sources.classes == ["n01", "n02"]
     assert sources.splits == {
         "train": [
-            Source("train/n01/c.JPEG", 0, f"{tmp_path}/train/n01/c.JPEG"),
-            Source("train/n02/a.JPEG", 1, f"{tmp_path}/train/n02/a.JPEG"),
-            Source("train/n02/b.JPEG", 1, f"{tmp_path}/train/n02/b.JPEG"),
+            SourceImage("train/n01/c.JPEG", 0, f"{tmp_path}/train/n01/c.JPEG"),
+            SourceImage("train/n02/a.JPEG", 1, f"{tmp_path}/train/n02/a.JPEG"),
+            SourceImage("train/n02/b.JPEG", 1, f"{tmp_path}/train/n02/b.JPEG"),
         ],
         "val": [
-            Source("val/n01/d.JPEG", 0, f"{tmp_path}/val/n01/d.JPEG"),
-            Source("val/n02/e.JPEG", 1, f"{tmp_path}/val/n02/e.JPEG"),
+            SourceImage("val/n01/d.JPEG", 0, f"{tmp_path}/val/n01/d.JPEG"),
+            SourceImage("val/n02/e.JPEG", 1, f"{tmp_path}/val/n02/e.JPEG"),
         ],
     }
     assert sources.strays == []

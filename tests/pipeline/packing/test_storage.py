@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.packing import storage
 from pipeline.packing.shard import READ_AHEAD, _contents
-from pipeline.packing.sources.find import Source
+from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import UNFINISHED, Folder, StorageError
 from tests.events import KILL_ALL, at_picture
 from tests.trees import pack_here
@@ -178,6 +178,6 @@ def test_more_files_than_are_read_ahead_keep_their_order(tmp_path):
             (staging / str(number)).write_bytes(str(number).encode())
     here = tmp_path / "local"
     here.write_bytes(b"local")
-    remote = [Source(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
-    sources = (*remote[:5], Source("local", 0, str(here)), *remote[5:])
+    remote = [SourceImage(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
+    sources = (*remote[:5], SourceImage("local", 0, str(here)), *remote[5:])
     assert [content() for _, content in _contents(sources)] == [source.path.encode() for source in sources]

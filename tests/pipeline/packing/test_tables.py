@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipeline.packing.sources.find import Source, find_sources
+from pipeline.packing.sources.find import SourceImage, find_sources
 from pipeline.packing.sources.listing import SourceError
 
 
@@ -39,10 +39,10 @@ def test_paths_are_relative_absolute_or_urls_and_other_columns_are_ignored(tmp_p
     sources = find_sources(path, None, 0)
     assert sources.classes == ["a", "b"]
     assert sources.splits == {
-        "train": [Source("/mnt/1.jpg", 0, "/mnt/1.jpg"), Source("2.jpg", 1, f"{tmp_path}/2.jpg")],
+        "train": [SourceImage("/mnt/1.jpg", 0, "/mnt/1.jpg"), SourceImage("2.jpg", 1, f"{tmp_path}/2.jpg")],
         "val": [
-            Source("deep/4.jpg", 0, f"{tmp_path}/deep/4.jpg"),
-            Source("s3://bucket/x/3.jpg", 1, "s3://bucket/x/3.jpg"),
+            SourceImage("deep/4.jpg", 0, f"{tmp_path}/deep/4.jpg"),
+            SourceImage("s3://bucket/x/3.jpg", 1, "s3://bucket/x/3.jpg"),
         ],
     }
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.manifest import read_manifest
 from pipeline.packing import storage
 from pipeline.packing.sources.archives import ReadAhead, members
-from pipeline.packing.sources.find import Source, Sources, find_sources
+from pipeline.packing.sources.find import SourceImage, Sources, find_sources
 from pipeline.packing.sources.listing import SourceError
 from tests.trees import Tree, class_folders, packed_files, tar_of, upload, write
 from tools.draw_pictures import class_names, draw
@@ -217,7 +217,7 @@ def test_a_tar_beside_class_folders_does_not_hide_them(tmp_path):
         write(tmp_path / path, b"")
     sources = find_sources(tmp_path, None, 0)
     assert [source.path for source in sources.splits["train"]] == ["train/a/1.webp", "train/a/more.tar"]
-    assert sources.splits["val"] == [Source("val/a/1.JPEG", 0, f"{tmp_path}/val/a/1.JPEG")]
+    assert sources.splits["val"] == [SourceImage("val/a/1.JPEG", 0, f"{tmp_path}/val/a/1.JPEG")]
 
 
 GOOD = tar_of(pair("a", 0))
