@@ -47,7 +47,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.benchmarks.gates import Figures, judge
-from tools.options import count, positive
+from tools.options import count, positive, program
 from trainer.run import environment
 from trainer.settings import SettingsError, load_settings
 
@@ -188,7 +188,7 @@ def measured(
 def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     """The record. What a stage adds to it is appended to --record at once. Raises SettingsError, DatasetError
     or OSError."""
-    settings = load_settings(rest, command="bench.py")
+    settings = load_settings(rest, command=program())
     read_manifest(settings.data)  # what is wrong is said before torch is there
 
     from tools.benchmarks.stages import Stages
@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     def make(more: list[str]) -> Stages:
         """With other settings; how to decode and to convolve is measured once, for the first."""
-        settings, found = load_settings([*rest, *more], command="bench.py"), stages.decoding
+        settings, found = load_settings([*rest, *more], command=program()), stages.decoding
         share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
         decoding = {"threads": settings.threads or found.threads, "hw_decoder_load": share}
         return Stages(settings.model_copy(update=decoding), stages.world, options, stages)

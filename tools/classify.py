@@ -1,7 +1,7 @@
 """Say what is in pictures and videos: the five most probable classes of each.
 
-    python tools/classify.py photos/ clip.mp4 --run runs/a
-    python tools/classify.py photos/ --net net.onnx --output classes.jsonl --overlay drawn/
+    alexnet-train classify photos/ clip.mp4 --run runs/a
+    alexnet-train classify photos/ --net net.onnx --out classes.jsonl --overlay drawn/
 
 The net is that of a run folder, or of an export of tools/export.py, which needs no settings, no dataset and,
 as .onnx, no PyTorch. A picture is brought to the net's size as in packing and in evaluation: turned as its
@@ -29,11 +29,9 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import naming, whole_file
 from tools.classifying.nets import Net, NetError, open_export, open_run
-from tools.classifying.overlay import draw_bars, reduced, with_bars
+from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import InputError, Source, find, read, views
-from tools.classifying.results import Result, best, csv_rows, json_lines
-from tools.classifying.video import annotate, classify_video
-from tools.options import count, positive
+from tools.options import count, positive, refuse_old_name
 
 Tell = Callable[[Result], None]
 AT_A_TIME = 32  # pictures in memory
@@ -46,12 +44,12 @@ def main() -> None:
         sources, others = find(options.inputs)
         drawn = drawings(sources, options.overlay) if options.overlay else {}
         net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
-        with open_output(options.output) as tell:
+        with open_output(options.out) as tell:
             failed = classify(net, sources, options, tell, drawn)
     except (InputError, NetError) as error:
         sys.exit(f"classify: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.output or 'the results'}: {error.strerror or error}"
+        reason = f"{error.filename or options.out or 'the results'}: {error.strerror or error}"
         sys.exit(f"classify: {reason}: mend the cause and give the same command again")
     passed = f"; {others} files of other kinds passed over" if others else ""
     print(f"classify: {len(sources)} files, {failed} of them failed{passed}", file=sys.stderr)
@@ -60,7 +58,6 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="classify.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -74,11 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--crops", type=int, choices=(1, 10), default=1, help="the centre (default), or ten")
     add("--window", type=positive, default=1.0, metavar="SECONDS", help="of a video, averaged (default 1)")
     add("--every", type=count, default=1, metavar="N", help="look at each Nth frame of a video (default 1)")
-    add("--output", type=Path, metavar="FILE", help="results as .jsonl or .csv (default: lines to read)")
+    add("--out", type=Path, metavar="FILE", help="results as .jsonl or .csv (default: lines to read)")
+    refuse_old_name(parser, "--output", "--out")
     add("--overlay", type=Path, metavar="DIR", help="where to draw each picture and video with its classes")
     options = parser.parse_args()
-    if options.output and options.output.suffix not in FORMS:
-        parser.error(f"--output {options.output}: its name must end in {' or '.join(FORMS)}")
+    if options.out and options.out.suffix not in FORMS:
+        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMS)}")
     return options
 
 
@@ -125,6 +123,8 @@ def classify_pictures(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
     """Yields the errors of those that are broken."""
+    if drawn:
+        from tools.classifying.overlay import draw_bars, reduced, with_bars
 
     def prepare(source: Source) -> tuple[np.ndarray, Image.Image | None] | InputError:
         try:
@@ -156,6 +156,8 @@ def classify_videos(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
     """Yields the errors of those that are broken, after the results of what is sound in them."""
+    if sources:
+        from tools.classifying.video import annotate, classify_video
     for source in sources:
         results = []
         try:

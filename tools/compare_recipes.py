@@ -20,7 +20,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import count
+from tools.options import count, program
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
@@ -80,7 +80,7 @@ def main() -> None:
     options, settings = parse_arguments()
     try:
         for recipe in options.recipes:
-            load_settings(["--recipe", recipe, *settings], command="compare_recipes.py")
+            load_settings(["--recipe", recipe, *settings], command=program())
         scores = compare(options, settings)
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare_recipes: {error}")

@@ -1,6 +1,6 @@
 """Draw a labelled picture set whose classes are a shape and a colour together.
 
-    python tools/draw_pictures.py --output pictures
+    alexnet-train draw-pictures --out pictures
 
 Ten classes: five shapes, each in a warm and in a cold colour, at any place and size and turned a
 little, on a background with stains of both colours. Neither the colour nor the shape alone tells the class,
@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.options import count, natural
+from tools.options import count, natural, refuse_old_name
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
@@ -81,7 +81,10 @@ def _draw_shape(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to draw the pictures into"
+    )
+    refuse_old_name(parser, "--output", "--out")
     parser.add_argument(
         "--train", type=count, default=300, metavar="N", help="pictures of a class (default 300)"
     )
@@ -92,13 +95,13 @@ def main() -> None:
     options = parser.parse_args()
     for number, (split, pictures) in enumerate((("train", options.train), ("val", options.val))):
         for label, name in enumerate(class_names()):
-            folder = options.output / split / name
+            folder = options.out / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for picture in range(pictures):
                 rng = np.random.default_rng((options.seed, number, label, picture))
                 draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
     classes = len(class_names())
-    print(f"{classes * (options.train + options.val):,} pictures of {classes} classes in {options.output}")
+    print(f"{classes * (options.train + options.val):,} pictures of {classes} classes in {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Make a run of torchvision's AlexNet weights, to be evaluated, used and exported like any other.
 
-    python tools/import_torchvision.py alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
+    alexnet-train import-torchvision alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
     alexnet-train evaluate runs/torchvision
-    python tools/export.py runs/torchvision --output alexnet.safetensors
+    alexnet-train export runs/torchvision --out alexnet.safetensors
 
 The file is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs are the classes of
 the dataset, in that order; ImageNet's are packed in torchvision's own. Without a dataset, --classes names
@@ -10,13 +10,13 @@ them. The weights stay as they are, bit for bit, and torchvision's mean is subtr
 own is.
 """
 
+from __future__ import annotations
+
 import argparse
 import pickle
 import sys
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,9 +25,11 @@ from pipeline.files import naming
 from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NetSpec
-from trainer import checkpoint
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIZE = 256  # of the shorter side in pixels, before the crop
 
@@ -45,7 +47,6 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="import_torchvision.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -67,6 +68,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
     """
     # Here, where an error can be told: torch needs a folder for temporary files then.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
+    from trainer import checkpoint
 
     try:
         read = read_safetensors if weights.suffix == ".safetensors" else read_pth
@@ -88,12 +90,14 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
 def read_pth(path: Path) -> dict[str, Tensor]:
     """A state dict, without running code that the file may hold. Raises ValueError or OSError."""
+    import torch
+
     try:
         with naming(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(str(error).partition("\n")[0]) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError("it is no dict of tensors")
     return state
 

@@ -1,6 +1,6 @@
 """Show what is in a packed dataset: classes, sizes, samples, duplicates.
 
-    python tools/inspect_shards.py --data shards --output report
+    alexnet-train inspect-shards --data shards --out report
 
 Writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the samples of each class;
 and duplicates.tsv with the samples that are there more than once, byte for byte after packing.
@@ -27,7 +27,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.packing.workers import WorkersError, refused_threads
 from pipeline.reader import ShardReader
-from tools.options import natural
+from tools.options import natural, refuse_old_name
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files have all
 _PART = 256  # samples that a thread hashes at a time
@@ -266,18 +266,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="the packed dataset")
-    add("--output", type=Path, required=True, metavar="DIR", help="where the report goes")
+    add("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
+    refuse_old_name(parser, "--output", "--out")
     add("--seed", type=natural, default=0, help="of the choice of samples that are shown (default 0)")
     options = parser.parse_args()
     try:
         with refused_threads():
-            groups = inspect(options.data, options.output, options.seed, cpus())
+            groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
         sys.exit(f"inspect_shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
         sys.exit(f"inspect_shards: {reason}: mend the cause and give the same command again")
-    print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
+    print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pack images into WebDataset shards with an index and a manifest.
 
-    python tools/make_shards.py --input ILSVRC2012 --output shards
+    alexnet-train make-shards --input ILSVRC2012 --out shards
 
 The input is ImageNet's own layout, train/<class>/… and val/<class>/…, or another that folders.py and
 tables.py name. Files are judged by content; those that cannot be used are counted by reason, listed
@@ -33,6 +33,7 @@ from pipeline.packing.shard import DECODED, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
 from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
+from tools.options import fraction, refuse_old_name, within
 
 
 def summary(manifest: Manifest, output: str, progress: Progress, seconds: float) -> str:
@@ -65,21 +66,6 @@ def check_rejects(manifest: Manifest, limit: float) -> None:
         )
 
 
-def _number(kind: type, low: float, high: float):
-    def number(text: str):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def _fraction(text: str) -> float:
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
 # fmt: off
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -87,40 +73,41 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--input", required=True, metavar="FOLDER",
         help="class folders train/<class>/… and val/<class>/…, ILSVRC's tars, Kaggle's download, "
         "WebDataset shards, or a table (CSV, TSV, Parquet); here or behind a URL")
-    add("--output", metavar="DIR", help="where the shards go, here or behind a URL")
+    add("--out", dest="output", metavar="DIR", help="where the shards go, here or behind a URL")
+    refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input; what is no plain JPEG is left out")
     add("--geometry", choices=get_args(Geometry), default="256",
         help="256: shorter side to 256 px and its central square, as in the paper; short256: not cut; "
         "original: the files' own bytes, without metadata, where they are sound")
-    add("--size", type=_number(int, 16, 4096), default=256, metavar="PX",
+    add("--size", type=within(int, 16, 4096), default=256, metavar="PX",
         help="of the shorter side (default 256)")
-    add("--quality", type=_number(int, 1, 100), default=90, help="of the JPEGs (default 90)")
+    add("--quality", type=within(int, 1, 100), default=90, help="of the JPEGs (default 90)")
     add("--check", choices=get_args(Check), default="decode",
         help="of files that are kept as they are: decode all, or believe headers and decode one in "
         f"{DECODED}, for mean and components (default decode)")
-    add("--val-fraction", type=_fraction, metavar="F",
+    add("--val-fraction", type=fraction, metavar="F",
         help="of each class, kept for validation, if DIR has no val")
     add("--class-names", type=Path, metavar="FILE",
         help="lines of a class folder's name and a name to show")
-    add("--shard-samples", type=_number(int, 1, 10**6), default=1000, metavar="N",
+    add("--shard-samples", type=within(int, 1, 10**6), default=1000, metavar="N",
         help="images in a shard at most (default 1000)")
-    add("--seed", type=_number(int, 0, 2**63), default=0, help="of the order of images (default 0)")
-    add("--max-reject-ratio", type=_number(float, 0, 1), default=0.01, metavar="R",
+    add("--seed", type=within(int, 0, 2**63), default=0, help="of the order of images (default 0)")
+    add("--max-reject-ratio", type=within(float, 0, 1), default=0.01, metavar="R",
         help="exit with 1, the dataset kept, if more of the files are rejected (default 0.01)")
-    add("--workers", type=_number(int, 1, 1024), default=cpus(),
+    add("--workers", type=within(int, 1, 1024), default=cpus(),
         help="processes (default: one a CPU)")
     add("--executor", choices=("processes", "dask"), default="processes",
         help="who packs: processes of this machine, or the workers of a Dask cluster")
     add("--scheduler", metavar="ADDRESS", help="of the Dask cluster, such as tcp://host:8786")
-    add("--metrics-port", type=_number(int, 1, 65535), metavar="PORT", help="serve Prometheus metrics there")
+    add("--metrics-port", type=within(int, 1, 65535), metavar="PORT", help="serve Prometheus metrics there")
     add("--overwrite", action="store_true",
-        help="replace the dataset that --output holds, whole or unfinished")
+        help="replace the dataset that --out holds, whole or unfinished")
     options = parser.parse_args(arguments)
     if (options.executor == "dask") != (options.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS go together")
     if options.in_place == (options.output is not None):
-        parser.error("one of --output DIR and --in-place is needed")
+        parser.error("one of --out DIR and --in-place is needed")
     if options.in_place:
         for name in ("geometry", "quality", "val_fraction", "shard_samples", "seed"):
             if getattr(options, name) != parser.get_default(name):

@@ -31,20 +31,23 @@ from pipeline.manifest import DatasetError
 from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
+from tools.options import program
 from trainer.run import RunError
 from trainer.settings import SettingsError
+
+MODULES = {"towers": "two_towers", "report": "summary"}  # where the module has another name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
     experiment = parser.parse_args(sys.argv[1:2]).experiment
-    module = import_module(f"tools.experiments.{experiment.replace('-', '_')}")
+    module = import_module(f"tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
     parser = argparse.ArgumentParser(
-        prog=f"paper.py {experiment}",
+        prog=f"{program()} {experiment}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -1,6 +1,6 @@
 """Check that a packed dataset is whole and sound, down to the byte.
 
-    python tools/verify_shards.py --data shards
+    alexnet-train verify-shards --data shards
 
 Every file of dataset.json is read: checksums, the structure of each tar, labels, DALI's .idx and the
 index are compared with each other, and pictures decoded. Each damage is named with its shard, key and byte;
@@ -30,6 +30,7 @@ from pipeline.manifest import NAME, DatasetError, Manifest, Split, read_manifest
 from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
+from tools.options import within
 from tools.verifying.checks import SAMPLED, check_shard
 from tools.verifying.findings import Damage, Decode, Found, Task
 
@@ -215,12 +216,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"pictures: all, none, or about {SAMPLED} of each shard, and of one with a wrong checksum all "
         "(default)")  # fmt: skip
     add("--repair-index", action="store_true", help="write what is missing or wrong of .idx and index")
-    add("--workers", type=int, default=cpus(), metavar="N",
+    add("--workers", type=within(int, 1, 1024), default=cpus(), metavar="N",
         help="processes (default: one a CPU)")  # fmt: skip
-    options = parser.parse_args()
-    if not 1 <= options.workers <= 1024:
-        parser.error(f"--workers {options.workers} is not between 1 and 1024")
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ def demo(folder: Path) -> int:
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
-        pictures / "val": ["tools.draw_pictures", "--output", pictures],
-        shards / NAME: ["tools.make_shards", "--input", pictures, "--output", shards, "--size", "128"],
+        pictures / "val": ["tools.draw_pictures", "--out", pictures],
+        shards / NAME: ["tools.make_shards", "--input", pictures, "--out", shards, "--size", "128"],
     }
     for result, command in preparations.items():
         if not result.exists():

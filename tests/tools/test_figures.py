@@ -179,8 +179,8 @@ def test_codes_are_measured_beside_the_exact_search_and_what_learns_less(finishe
         (("codes", "{run}", "--bits", "12"), "--bits 12: codes are of whole bytes"),
         (("codes", "{run}", "--bits", "64"), "principal components need as many training images"),
         (("figure1", "--rates", "0.1", "-1"), "--rates: -1 is not a number above 0"),
-        (("figure4", "{run}", "--seed", "-1"), "--seed: -1 is not a number from 0 on"),
-        (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a number from 1 on"),
+        (("figure4", "{run}", "--seed", "-1"), "--seed: -1 is not a whole number of at least 0"),
+        (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_shown_is_said(

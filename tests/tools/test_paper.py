@@ -81,7 +81,7 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
         (["ablation"], "invalid choice: 'ablation'"),
         (["ablations", "--recipe", "small"], "'no colour augmentation' is so already"),
         (["ablations", "--data", "nowhere"], "no dataset at nowhere"),
-        (["ablations", "--jobs", "0"], "--jobs: 0 is not a number from 1 on"),
+        (["ablations", "--jobs", "0"], "--jobs: 0 is not a whole number of at least 1"),
         (["ablations", "--epoch", "3"], "unknown setting --epoch; did you mean --epochs?"),
     ],
 )

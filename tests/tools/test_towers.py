@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from tools.experiments.record import Record
-from tools.experiments.towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
+from tools.experiments.two_towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
 from trainer.settings import Settings, SettingsError, load_settings
 
 

@@ -26,6 +26,7 @@ import torch
 from pipeline.machine import cpus
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
+from tools.options import count, positive
 
 REPO = Path(__file__).resolve().parents[2]
 LEAD_SECONDS = 1.0
@@ -134,13 +135,13 @@ def main() -> None:
     )
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed by make-shards")
-    parser.add_argument("--batch", type=int, default=128, metavar="N")
-    parser.add_argument("--crop", type=int, default=224, metavar="PX")
+    parser.add_argument("--batch", type=count, default=128, metavar="N")
+    parser.add_argument("--crop", type=count, default=224, metavar="PX")
     parser.add_argument(
-        "--threads", type=int, default=cpus(), metavar="N", help="or processes (default: CPUs)"
+        "--threads", type=count, default=cpus(), metavar="N", help="or processes (default: CPUs)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are to be")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a turn")
+    parser.add_argument("--seconds", type=positive, default=5.0, metavar="S", help="least length of a turn")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some packages print

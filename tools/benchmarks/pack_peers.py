@@ -1,6 +1,6 @@
 """Packing as others do it, for `tools/bench.py pack` to measure beside ours.
 
-    .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --output FOLDER --workers 2
+    .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --out FOLDER --workers 2
 
 It runs in an environment of its own (`make .pack-peers`), since Pillow and pillow-simd are both imported
 as PIL. The last word printed is the number of images that were packed.
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, required=True)
     options = parser.parse_args()
-    print(PEERS[options.peer](options.input, options.output, options.workers))
+    print(PEERS[options.peer](options.input, options.out, options.workers))

@@ -295,7 +295,7 @@ class Stages:
         from tools.make_shards import pack, parse_arguments
 
         with tempfile.TemporaryDirectory() as folder:
-            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
             options = parse_arguments([*where, "--shard-samples", "500", *arguments]).packing
             start = time.perf_counter()
             manifest = pack(options)
@@ -304,7 +304,7 @@ class Stages:
 
     def _pack_of_peer(self, peer: str, workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
             command = [str(self.pack_peers), str(Path(__file__).with_name("pack_peers.py")), peer, *where]
             start = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -41,11 +41,11 @@ def open_export(path: Path) -> Net:
     if path.suffix not in openers:
         raise NetError(f"{path}: a net is an .onnx or a .pt2, as tools/export.py makes them")
     if not path.is_file():
-        raise NetError(f"no net at {path}: python tools/export.py RUN --output {path}")
+        raise NetError(f"no net at {path}: alexnet-train export RUN --out {path}")
     try:
         return openers[path.suffix](path)
     except SpecError as error:
-        raise NetError(f"{error}. Export it again: python tools/export.py RUN --output {path}") from None
+        raise NetError(f"{error}. Export it again: alexnet-train export RUN --out {path}") from None
 
 
 def open_onnx(path: Path) -> Net:

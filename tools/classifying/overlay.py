@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from tools.classifying.results import Guess, short
+from tools.classifying.output import Guess, short
 
 BAR, FIRST_BAR = "#c9d7e8", "#8fb3dc"
 ROW_PIXELS, MARGIN_PIXELS, DPI = 26, 8, 100

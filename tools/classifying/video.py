@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from tools.classifying.nets import BATCH, Net
+from tools.classifying.output import Result, Window, best
 from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, views
-from tools.classifying.results import Result, Window, best
 
 WHOLE = 0.9  # share of the duration that a video must have frames for; sound may last longer than they do
 TICK = Fraction(1, 90000)  # seconds: of the copy's clock

@@ -11,9 +11,7 @@ proportion for more. What was encoded is not encoded again, and a worker has 256
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +23,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
-from tools.options import count
+from tools.options import command_line, count
 from trainer.run import environment
 from trainer.settings import SettingsError
 
@@ -131,7 +129,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         title="Baselines",
         source="section 6, published on ILSVRC-2010's test set",
         data=_budget(options),
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment("cpu") | _versions(),
         rows=rows,
         remarks=[

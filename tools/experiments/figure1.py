@@ -10,8 +10,6 @@ are kept in memory at 3 KB each. What is finished is not trained again, and what
 
 import argparse
 import math
-import shlex
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -22,7 +20,7 @@ from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
-from tools.options import count, positive
+from tools.options import command_line, count, positive
 from trainer.run import environment
 
 if TYPE_CHECKING:
@@ -79,7 +77,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         data=f"{describe(options.data)}; of the first {images.classes} classes {len(images):,} training "
         f"images at 32 px, batch {options.batch}, {options.seeds} seeds, of the learning rates "
         f"{', '.join(f'{rate:g}' for rate in options.rates)} the one that was fastest for each net",
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment(world.device_name),
         rows=rows(curves, options.target, steps),
         figures=[Figure(file="figure1.png", caption=caption(rates, options.target))],

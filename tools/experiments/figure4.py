@@ -32,9 +32,21 @@ QUERIES, NEIGHBOURS = 5, 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser)
     add = parser.add_argument
-    add("--images", type=int, nargs="+", metavar="N", help=f"to classify (default {IMAGES} that are drawn)")
-    add("--queries", type=int, nargs="+", metavar="N", help=f"to seek alike (default {QUERIES} others)")
-    add("--seed", type=natural, default=0, metavar="N", help="of the images that are drawn (default 0)")
+    add(
+        "--images",
+        type=natural,
+        nargs="+",
+        metavar="N",
+        help=f"indices of images to classify (default: {IMAGES} random ones)",
+    )
+    add(
+        "--queries",
+        type=natural,
+        nargs="+",
+        metavar="N",
+        help=f"indices of query images (default: {QUERIES} others)",
+    )
+    add("--seed", type=natural, default=0, metavar="N", help="seed of that random choice (default 0)")
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:

@@ -1,7 +1,6 @@
 """A run that an experiment looks at, from its options to the trained net."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe
+from tools.options import command_line
 from trainer.run import Run, environment
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Finished(NamedTuple):
             nets.append(f"{net.folder.name} ({settings.preset}, crop {settings.crop} px, {step:,} steps)")
         return {
             "data": f"{describe(self.trained.settings.data)}; nets: {', '.join(nets)}",
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command_line(),
             "environment": environment(self.world.device_name),
         }
 

@@ -1,6 +1,5 @@
 """Trainings that an experiment needs, each `alexnet-train` in a process and a run folder of its own."""
 
-import shlex
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Measures
+from tools.options import command_line
 from trainer.run import Run
 from trainer.settings import load_settings
 
@@ -89,7 +89,7 @@ def about(trainings: Sequence[Training]) -> dict[str, Any]:
     return {
         "data": f"{describe(settings.data)}; recipe {settings.recipe}, {settings.epochs} epochs at a crop of "
         f"{settings.crop} px and a batch of {settings.batch}, {seeds} seed{'s' if seeds > 1 else ''}",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "environment": run.starts()[-1],
     }
 

@@ -13,8 +13,6 @@ Other options are settings of alexnet-train.
 """
 
 import argparse
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.manifest import read_manifest
 from tools.experiments.record import Measures, Record, Row
 from tools.experiments.training import TrainingError, describe
+from tools.options import command_line, count
 from trainer.run import environment
 from trainer.settings import Settings, SettingsError, load_settings
 
@@ -50,7 +49,7 @@ class Trained(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each net (default 50)")
+    parser.add_argument("--steps", type=count, default=50, metavar="N", help="of each net (default 50)")
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> Record:
@@ -97,7 +96,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
         source="section 3.2 and Fig. 2; layers-145.cfg",
         data=f"{describe(settings.data)}; {options.steps} steps at a crop of {settings.crop} px and a batch "
         f"of {settings.batch}, preset {settings.preset}, {settings.precision}, without dropout",
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment(world.device_name),
         rows=[
             Row(system=ONE, measured=_measures(one)),
