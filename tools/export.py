@@ -1,18 +1,21 @@
-"""Export a trained net, to be used without this project.
+"""Export a trained net for use without this project.
 
     alexnet-train export runs/a --out net.onnx
     alexnet-train export runs/a --out net.pt2 --checkpoint best
 
-    .onnx          for ONNX Runtime and others
-    .pt2           torch.export, for PyTorch alone; opening one can run code, so take none from strangers
-    .safetensors,  torchvision's state dict, of a run of tools/import_torchvision.py
+The extension of --out chooses the format:
+
+    .onnx          for ONNX Runtime and other ONNX readers
+    .pt2           torch.export, for PyTorch; opening such a file can run code, so accept none from strangers
+    .safetensors,  torchvision's state dict, for a run made by `alexnet-train import-torchvision`
     .pth
 
-The first two map `pixels` [N,3,crop,crop], for any N, to `logits` [N,classes], in fp32 as in evaluation.
-`net.json`, in the ONNX file's metadata_props or the other's extra_files, says how a picture becomes pixels
-and what the classes are: pipeline/spec.py. A file gets its name only once it was read back, and its logits of
-validation images differ from the checkpoint's by at most 0.0001 of the largest; a state dict, once it is
-equal bit for bit.
+The first two map `pixels` [N,3,crop,crop], for any N, to `logits` [N,classes], in fp32 as in evaluation. They
+carry `net.json`, in the ONNX file's metadata_props or in the .pt2 file's extra_files; it says how a picture
+becomes pixels and what the classes are (see pipeline/spec.py).
+
+Each file is read back before it gets its name. Its logits of validation images must differ from the
+checkpoint's by at most 0.0001 of the largest logit; a state dict must be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ if TYPE_CHECKING:
 
     from trainer.evaluate import Trained
 
-TOLERANCE = 1e-4  # of the largest logit: other orders of summing in fp32
-IMAGES = 16  # of the validation set, on which the two are compared
+TOLERANCE = 1e-4  # relative to the largest logit: fp32 sums in a different order
+IMAGES = 16  # validation images on which the two are compared
 
 
 class ExportError(ValueError):
@@ -65,7 +68,7 @@ def main() -> None:
         sys.exit(f"export: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"export: {reason}: mend the cause and give the same command again")
+        sys.exit(f"export: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,21 +79,32 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
-    add("--out", type=Path, required=True, metavar="FILE", help=f"by its form: {', '.join(FORMS)}")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"file to write; its extension, one of {', '.join(FORMS)}, chooses the format",
+    )
     refuse_old_name(parser, "--output", "--out")
-    add("--checkpoint", choices=("newest", "best"), default="newest", help="default newest")
-    add("--data", type=Path, metavar="DIR", help="the run's dataset, if it is not where it was")
+    add(
+        "--checkpoint",
+        choices=("newest", "best"),
+        default="newest",
+        help="checkpoint to export (default newest)",
+    )
+    add("--data", type=Path, metavar="DIR", help="the run's dataset, if it has moved")
     options = parser.parse_args()
     if options.out.suffix not in FORMS:
-        parser.error(f"--out {options.out}: its name must end in {', '.join(FORMS)}")
+        parser.error(f"--out {options.out}: its name must end in one of {', '.join(FORMS)}")
     return options
 
 
 def export(settings: Settings, run: Run, output: Path, best: bool = False) -> str:
-    """Write a checkpoint's net; returns a line about it.
+    """Write a checkpoint's net to `output`; return a line that describes the file.
 
-    Raises ExportError where the file does not compute what the net does, after which nothing is left of it,
-    OSError, and what `load_trained` does.
+    Raises ExportError, leaving no file, if the file does not compute what the net does; OSError; and whatever
+    `load_trained` raises.
     """
     import torch
 
@@ -112,7 +126,9 @@ def write_onnx(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
         import torch
     except ImportError as error:
         raise ExportError(f"{error.name} is missing: pip install 'alexnet-train[export]'") from None
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision's operators, which none needs
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it warns of torchvision's operators, which the net does not use
     program = torch.onnx.export(
         traced(trained), dynamo=True, input_names=["pixels"], output_names=["logits"], verbose=False
     )
@@ -130,7 +146,7 @@ def write_pt2(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
 
 
 def traced(trained: Trained) -> torch.export.ExportedProgram:
-    """The net as torch's own operators, for any number of images."""
+    """Trace the net to torch's own operators, for any batch size."""
     import torch
 
     crop, shapes = trained.settings.crop, {"x": {0: torch.export.Dim("batch")}}
@@ -139,7 +155,7 @@ def traced(trained: Trained) -> torch.export.ExportedProgram:
 
 
 def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
-    """Read a file back and compare logits, for several images and for one. Raises ExportError."""
+    """Read a file back and compare its logits, for several images and for one. Raises ExportError."""
     import torch
 
     from trainer.processes.distributed import World
@@ -147,7 +163,7 @@ def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[P
     file.flush()
     net = opened(Path(file.name))
     if net.spec != spec:
-        raise ExportError(f"its {NAME} reads back other than it was written")
+        raise ExportError(f"its {NAME} differs when it is read back")
     pixels = (
         next(iter(trained.batches("val", 1, World(0, 1, 0, torch.device("cpu")))))[0].contiguous().clone()
     )
@@ -160,7 +176,7 @@ def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[P
     if not difference <= TOLERANCE:  # nor NaN
         raise ExportError(
             f"its logits of {len(pixels)} validation images differ by {difference:.1e} of the largest, more "
-            f"than the {TOLERANCE:.0e} that rounding explains: nothing was written"
+            f"than the {TOLERANCE:.0e} that rounding explains; nothing was written"
         )
     return f"logits of {len(pixels)} validation images within {difference:.0e} of the largest"
 
@@ -188,20 +204,20 @@ def torchvision_state(trained: Trained) -> dict[str, Tensor]:
 
     if not isinstance(trained.model, TorchvisionAlexNet):
         raise ExportError(
-            f"torchvision's alexnet is another net than preset {trained.settings.preset}, with other kernels "
-            "and no response normalisation, so that no state dict of it fits: export .onnx or .pt2"
+            f"torchvision's AlexNet is another net than preset {trained.settings.preset}, with other "
+            "kernels and no response normalisation: export .onnx or .pt2 instead"
         )
     return to_torchvision(trained.model.state_dict())
 
 
 def compare_state(state: dict[str, Tensor], file: BinaryIO, read: Callable[[Path], dict[str, Tensor]]) -> str:
-    """Read a file back and compare its bits. Raises ExportError."""
+    """Read a state dict back and compare it bit for bit. Raises ExportError."""
     import torch
 
     file.flush()
     found = read(Path(file.name))
     if state.keys() != found.keys() or not all(torch.equal(state[name], found[name]) for name in state):
-        raise ExportError("its state dict reads back other than it was written")
+        raise ExportError("its state dict differs when it is read back")
     return "state dict equal bit for bit"
 
 

@@ -172,10 +172,10 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, run_classify, mon
     assert (code, out) == (1, "")
     assert errors.splitlines() == [
         f"classify: {folder}/1.jpg: truncated",
-        f"classify: {text}: not an image: neither one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM "
-        "nor, by its name, a video",
+        f"classify: {text}: not an image: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, "
+        "and its extension is not that of a video",
         f"classify: {folder}/movie.mp4: not a video: Invalid data found when processing input",
-        "classify: 6 files, 3 of them failed; 1 files of other kinds passed over",
+        "classify: 6 files, 3 failed; 1 files of other kinds skipped",
     ]
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -188,7 +188,7 @@ def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkey
     plain("red").save(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
     assert run_classify(tmp_path / "empty")[0] == (
-        f"classify: no pictures or videos in {tmp_path}/empty, and 0 other files"
+        f"classify: no pictures or videos in {tmp_path}/empty (other files: 0)"
     )
     assert run_classify(tmp_path / "none.jpg")[0] == f"classify: {tmp_path}/none.jpg does not exist"
     over = run_classify(tmp_path / "a.jpg", "--overlay", tmp_path)[0]
@@ -199,14 +199,14 @@ def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkey
         assert run_classify(tmp_path / "a.jpg", *wrong)[0] == 2
     monkeypatch.setattr(classify, "open_export", nets.open_export)
     net, picture = tmp_path / "net.onnx", tmp_path / "a.jpg"
-    missing = f"classify: no net at {net}: alexnet-train export RUN --out {net}"
+    missing = f"classify: no net at {net}. Export one: alexnet-train export RUN --out {net}"
     assert run_classify(picture, net=("--net", net))[0] == missing
     for name in ("net.onnx", "net.pt2"):
         (tmp_path / name).write_text("not a net")
         assert run_classify(picture, net=("--net", tmp_path / name))[0].startswith(
             f"classify: {tmp_path}/{name} is not a net: "
         )
-    assert "a net is an .onnx or a .pt2" in run_classify(picture, net=("--net", picture))[0]
+    assert "not an exported net" in run_classify(picture, net=("--net", picture))[0]
     assert f"no run in {tmp_path}" in run_classify(picture, net=("--run", tmp_path))[0]
 
 

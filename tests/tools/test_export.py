@@ -126,7 +126,7 @@ def test_what_is_not_torchvisions_is_refused(theirs, packed, tmp_path, command):
     text = tmp_path / "text.pth"
     text.write_text("weights")
     message = command(import_torchvision.main, text, "--out", tmp_path / "b", "--data", packed)
-    assert f"{text} is not the state dict that is needed" in message
+    assert f"{text} is not a state dict of torchvision's AlexNet" in message
     classes = tmp_path / "classes.txt"
     classes.write_text("n01440764 tench, Tinca tinca\n")
     message = command(import_torchvision.main, theirs, "--out", tmp_path / "b", "--classes", classes)

@@ -38,10 +38,10 @@ def test_nothing_is_dropped_or_compiled_and_precision_is_full_unless_asked():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"towers": 1}, "leave --towers"),
-        ({"conv6": True}, "leave --towers, --conv6"),
-        ({"without": "conv3"}, "and --without away"),
-        ({"precision": "fp16"}, "take bf16"),
+        ({"towers": 1}, "remove --towers"),
+        ({"conv6": True}, "remove --towers, --conv6"),
+        ({"without": "conv3"}, "--conv6 and --without"),
+        ({"precision": "fp16"}, "use bf16"),
     ],
 )
 def test_what_has_no_two_towers_is_refused(other, message):
