@@ -54,13 +54,13 @@ lint: setup
 
 # With the preset whose net torch's own layers can compute, too.
 bench: demo
-	$(BIN)/python tools/bench.py all --data runs/demo/shards --input runs/demo/pictures --recipe demo --preset paper --gates
+	$(BIN)/alexnet-train bench all --data runs/demo/shards --input runs/demo/pictures --recipe demo --preset paper --gates
 
 chaos: DATA ?= runs/chaos-data
 chaos: setup
 	test -e $(DATA)/dataset.json || { \
-		$(BIN)/python tools/draw_pictures.py --output $(DATA)-pictures --train 6 --val 2 && \
-		$(BIN)/python tools/make_shards.py --input $(DATA)-pictures --output $(DATA) --size 80; }
+		$(BIN)/alexnet-train draw-pictures --out $(DATA)-pictures --train 6 --val 2 && \
+		$(BIN)/alexnet-train make-shards --input $(DATA)-pictures --out $(DATA) --size 80; }
 	$(BIN)/python tests/endurance/chaos.py --data $(DATA) --record runs/chaos.jsonl
 
 faults: setup
@@ -74,7 +74,7 @@ faults: setup
 gpu: gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
-gpu-%: BENCH = $(BIN)/python tools/bench.py
+gpu-%: BENCH = $(BIN)/alexnet-train bench
 gpu-%: GIVEN = --data $(DATA) --device cuda --recipe fast --batch 1024 --record $(RECORD) --runs 3 --seconds 3 --limit 400
 
 gpu-tests: setup # 180 s
@@ -107,7 +107,7 @@ gpu-peers: setup # 9 × 12 s, and 8 starts
 	$(if $(wildcard .loader-peers),$(BENCH) peers $(GIVEN) --gates --loader-peers .loader-peers/bin/python,@echo 'left out: make .loader-peers')
 
 gpu-accuracy: setup
-	$(BIN)/python tools/compare_recipes.py fast code2012 --data $(DATA) --device cuda --within 1
+	$(BIN)/alexnet-train compare-recipes fast code2012 --data $(DATA) --device cuda --within 1
 
 # Grafana's types and TypeScript's compiler, with which tests/docker/test_dashboard.py checks the dashboard.
 test-all: $(if $(shell command -v npm),.npm/.ready)

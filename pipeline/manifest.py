@@ -137,7 +137,7 @@ def read_manifest(root: Path) -> Manifest:
         state = "has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
             f"no dataset at {root}: the folder {state}. "
-            f"To pack one, run: python tools/make_shards.py --input IMAGES --output {root}"
+            f"Pack one: alexnet-train make-shards --input IMAGES --out {root}"
         ) from None
     if len(text) > MAX_BYTES:
         raise DatasetError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")

@@ -79,7 +79,7 @@ def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn pictures packed: 80 px square, 60 of train in three shards and 20 of val in one."""
     output = tmp_path_factory.mktemp("packed")
     sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
-    pack(parse_arguments(["--input", str(pictures), "--output", str(output), *sizes]).packing)
+    pack(parse_arguments(["--input", str(pictures), "--out", str(output), *sizes]).packing)
     return output
 
 
@@ -131,7 +131,7 @@ def make_shards() -> Callable[..., subprocess.CompletedProcess]:
     """
 
     def run(source: Path, output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
+        command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--out", str(output)]
         return subprocess.run(
             [*command, "--workers", "1", *arguments],
             cwd=REPO,

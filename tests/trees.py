@@ -101,5 +101,5 @@ def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:
 def packed_files(source: Path | str, output: Path) -> dict[str, bytes]:
     """Pack pictures at 32 px, seven in a shard; returns all that is written, report.tsv too."""
     sizes = ("--size", "32", "--shard-samples", "7", "--max-reject-ratio", "0.1")
-    pack_here("--input", source, "--output", output, *sizes)
+    pack_here("--input", source, "--out", output, *sizes)
     return contents(output)

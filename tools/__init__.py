@@ -1,1 +1,1 @@
-"""Commands around the trainer: packing, measuring, drawing."""
+"""The commands around the trainer; `tools/command.py` is the entry point `alexnet-train`."""

@@ -1,34 +1,36 @@
-"""Measure each stage on this machine: a table, then JSON on the last line.
+"""Measure the throughput of each stage on this machine: a table, then JSON on the last line.
 
-    python tools/bench.py read loader --data shards
-    python tools/bench.py all --data shards --input ILSVRC2012 --gates
-    python tools/bench.py loader --data shards --sweep threads 1 2 4
+    alexnet-train bench read loader --data shards
+    alexnet-train bench all --data shards --input ILSVRC2012 --gates
+    alexnet-train bench loader --data shards --sweep threads 1 2 4
 
-    read    JPEG bytes out of the shards in the plan's order, beside DALI's own reader
-    loader  read, decode, crop, mirror, normalise, beside DALI's own reader feeding the same graph
-    peers   the loader beside others' loaders, of the environment --loader-peers
-    model   forward, backward and update on a batch that lies ready, beside the net as torch has it
-    forms   the model in the form of convolutions that is taken here, beside itself in the others
-    train   the training loop, beside its loader alone and its model alone
-    start   seconds from the command to the end of its first step
-    memory  of the GPU, in GB, that training has taken by then
-    save    seconds that a checkpoint holds training up, and until it is on the disk ($TMPDIR)
-    pack    files of --input to shards, in one process and in all, beside others' of --pack-peers
+    read    read JPEG bytes from the shards in the plan's order; compared with DALI's own reader
+    loader  read, decode, crop, mirror and normalise; compared with DALI's own reader feeding the same graph
+    peers   the loader, compared with other loaders, installed in the environment of --loader-peers
+    model   forward, backward and update on a ready batch; compared with the same net from torch's own layers
+    forms   the model with the form of convolutions chosen on this machine; compared with the other forms
+    train   the training loop; compared with the loader alone and the model alone
+    start   seconds from starting the command to the end of the first training step
+    memory  GPU memory in GB that training has taken by the end of its first step
+    save    seconds that a checkpoint delays training, and seconds until it is on the disk ($TMPDIR)
+    pack    pack the files of --input into shards, in one process and in all; compared with --pack-peers
 
-On a CPU, loader and peers are measured at batch 32 and at 128, unless --batch says another. What is compared
-runs by turns after a warm-up. A figure is the median of its runs, with the least and the greatest; a ratio is
-the median over runs that stood side by side. What fails is a line, too, and the rest goes on; the exit code
-is then 1. Other options are settings of alexnet-train (--batch, --recipe, --threads, …).
+On a CPU, loader and peers are measured at batch sizes 32 and 128 unless --batch is given. Contestants of a
+stage run by turns, after a warm-up run of each. A figure is the median of its runs, with the minimum and the
+maximum; a ratio is the median of the ratios of runs from the same round. A contestant that fails gets a line
+in the table, the others go on, and the exit code is 1. Any other option is a setting of `alexnet-train train`
+(--batch, --recipe, --threads, …).
 
-A gate is a goal of a stage: a ratio, or on a GPU an amount that an H200 shall reach. It is passed where the
-median reaches the goal; else undecided where the median's 95 % interval does, and more --runs may decide it;
-else missed. The interval is that of a bootstrap over the runs, with the same draws each time; of five runs or
-fewer it is their range. --gates ends with 1 where a gate is missed, not where one is undecided.
+A gate is the goal of a stage: a ratio or, on a GPU, an amount that an H200 should reach. A gate is passed if
+the median reaches the goal, undecided if only the 95 % interval of the median does (more --runs may decide
+it), and missed otherwise. The interval comes from a bootstrap over the runs with fixed random draws; for five
+runs or fewer it is their range. With --gates the exit code is 1 if a gate is missed, but not if it is
+undecided.
 
-A stage takes (runs + 1) × seconds for each of its lines, and what these compile or start. That is, unless
-told otherwise, 90 s for read, 120 for loader and 540 for peers (half of it at one batch), 120 for model
-(150 on a GPU), 180 for forms and 90 for train; the others last as long as what they do. Each says how long
-it took.
+A stage takes (runs + 1) × seconds for each line of its table, plus the time to compile or start what it
+measures. With the defaults that is 90 s for read, 120 s for loader, 540 s for peers (half of that at a single
+batch size), 120 s for model (150 s on a GPU), 180 s for forms and 90 s for train; the other stages last as
+long as the work they do. Each stage prints how long it took.
 """
 
 import argparse
@@ -47,7 +49,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.benchmarks.gates import Figures, judge
-from tools.options import count, positive
+from tools.options import count, positive, program
 from trainer.run import environment
 from trainer.settings import SettingsError, load_settings
 
@@ -55,18 +57,18 @@ if TYPE_CHECKING:
     from tools.benchmarks.stages import Stage, Stages
 
 STAGES = ("read", "loader", "peers", "model", "forms", "train", "start", "memory", "save", "pack")
-UNITS = {"start": "s", "memory": "GB", "save": "s"}  # of the others, images/s
+UNITS = {"start": "s", "memory": "GB", "save": "s"}  # all other stages: images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
-BATCHES = dict.fromkeys(("loader", "peers"), (32, 128))  # on a CPU, unless --batch says another
+BATCHES = dict.fromkeys(("loader", "peers"), (32, 128))  # on a CPU, unless --batch is given
 
-FAILURES = (RuntimeError, ValueError, OSError)  # of a contestant: no memory, CUDA, a trainer, the disk
+FAILURES = (RuntimeError, ValueError, OSError)  # of a contestant: out of memory, CUDA, a trainer, the disk
 
 
 def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figures, dict[str, str]]:
-    """Each once to warm up, then all by turns: a machine that slows down slows all of them.
+    """Run each contestant once to warm up, then all by turns, so that a slow moment affects all of them.
 
-    Returns the figures, and errors of those that failed: they have no figures, and leave the stage with what
-    they held. limit: seconds, within which a second round and more have to end.
+    Returns the figures, and the errors of contestants that failed. Those have no figures and are removed from
+    the stage, which frees what they held. limit: seconds within which every round but the first must end.
     """
     figures: Figures = {name: [] for name in stage}
     errors: dict[str, str] = {}
@@ -87,12 +89,12 @@ def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figure
 
 
 def said(error: Exception) -> str:
-    """An error in a line, of its end where it is long."""
+    """Return an error as one line; only the end of a long one."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
 def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[str]:
-    """A line for each contestant; ratios are to the first."""
+    """Yield a line for each contestant, with its ratio to the first."""
     unit, first = UNITS.get(label, "images/s"), next(iter(figures.values()), [])
     digits = ",.3f" if unit == "s" else ",.1f"
     for name, error in errors.items():
@@ -109,37 +111,65 @@ def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[s
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Also the settings that are left."""
+    """Return the options, and the remaining arguments, which are settings of the trainer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("stages", nargs="+", choices=(*STAGES, "all"), metavar="stage", help="of those above, or all")
-    add("--runs", type=count, default=5, metavar="N", help="runs that count, of each (default 5)")
-    add("--seconds", type=positive, default=5.0, metavar="S", help="least length of a run (default 5)")
+    add(
+        "stages",
+        nargs="+",
+        choices=(*STAGES, "all"),
+        metavar="STAGE",
+        help="one or more of the stages above, or all",
+    )
+    add("--runs", type=count, default=5, metavar="N", help="measured runs of each contestant (default 5)")
+    add("--seconds", type=positive, default=5.0, metavar="S", help="minimum length of a run (default 5)")
     add(
         "--limit",
         type=positive,
         default=math.inf,
         metavar="S",
-        help="for a stage; only its first round may go beyond",
+        help="stop a stage's rounds after so many seconds; its first round always ends (default none)",
     )
-    add("--input", type=Path, metavar="DIR", help="images for `pack`")
-    add("--pack-peers", type=Path, metavar="PYTHON", help="of `make .pack-peers`: .pack-peers/bin/python")
-    add("--loader-peers", type=Path, metavar="PYTHON", help="of `make .loader-peers`, likewise")
-    add("--sweep", nargs="+", metavar=("SETTING", "VALUE"), help="the stage with each value of a setting")
-    add("--gates", action="store_true", help="end with 1 if one is missed")
-    add("--record", type=Path, metavar="FILE", help="append a line to this file as each stage ends")
-    add("--trace", type=Path, metavar="FILE", help="write a profiler's trace of training there, too")
+    add("--input", type=Path, metavar="DIR", help="folder of images for the stage pack")
+    add(
+        "--pack-peers",
+        type=Path,
+        metavar="PYTHON",
+        help="Python of `make .pack-peers`: .pack-peers/bin/python",
+    )
+    add(
+        "--loader-peers",
+        type=Path,
+        metavar="PYTHON",
+        help="Python of `make .loader-peers`: .loader-peers/bin/python",
+    )
+    add(
+        "--sweep",
+        nargs="+",
+        metavar=("SETTING", "VALUE"),
+        help="measure one stage with each value of a setting",
+    )
+    add("--gates", action="store_true", help="exit with 1 if a gate is missed")
+    add("--record", type=Path, metavar="FILE", help="append a line of JSON to this file as each stage ends")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="also write a profiler trace of a few training steps to this file",
+    )
     options, rest = parser.parse_known_args()
     if options.sweep and (len(options.stages) > 1 or "all" in options.stages or len(options.sweep) < 2):
-        parser.error("--sweep takes one stage, a setting and its values")
+        parser.error("--sweep needs exactly one stage, a setting and at least one value")
     return options, rest
 
 
 def possible(options: argparse.Namespace, device: str) -> list[str]:
-    """The stages that are asked for; of all, those for which everything is there. Which form of convolutions
-    is fastest is settled for CPUs."""
+    """Return the stages that were asked for; for `all`, those whose requirements are met.
+
+    The fastest form of convolutions is already known for CPUs.
+    """
     needs = {"peers": options.loader_peers, "pack": options.input}
     needs |= dict.fromkeys(("memory", "forms"), device == "cuda")
     every = [stage for stage in STAGES if needs.get(stage, True)]
@@ -147,7 +177,7 @@ def possible(options: argparse.Namespace, device: str) -> list[str]:
 
 
 def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
-    """For each batch at which a stage is measured, a label and the setting. as_set: at that which is set."""
+    """Yield a label and the setting for each batch size of a stage. as_set: use only the configured one."""
     if as_set or stage not in BATCHES:
         yield stage, []
     else:
@@ -155,7 +185,7 @@ def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
 
 
 def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -> "Stage":
-    """The first contestant of a stage, with each value of a setting."""
+    """Return the first contestant of a stage with each value of a setting."""
     name, *values = sweep
     stages = {f"{name} {value}": getattr(make([f"--{name}", value]), stage)() for value in values}
     return {label: next(iter(contestants.values())) for label, contestants in stages.items()}
@@ -168,8 +198,10 @@ def measured(
     options: argparse.Namespace,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Measure a stage and print its lines. Returns its part of the record, in which it has the label; that
-    none of its contestants can be made is an error of "all"."""
+    """Measure a stage and print its lines; return its part of the record, under its label.
+
+    If the contestants cannot be created at all, the error is recorded for "all".
+    """
     begun = time.monotonic()
     try:
         figures, errors = by_turns(contestants(), options.runs, options.limit)
@@ -186,10 +218,12 @@ def measured(
 
 
 def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
-    """The record. What a stage adds to it is appended to --record at once. Raises SettingsError, DatasetError
-    or OSError."""
-    settings = load_settings(rest, command="bench.py")
-    read_manifest(settings.data)  # what is wrong is said before torch is there
+    """Measure the chosen stages and return the record; each stage's part is appended to --record at once.
+
+    Raises SettingsError, DatasetError or OSError.
+    """
+    settings = load_settings(rest, command=program())
+    read_manifest(settings.data)  # a missing dataset is reported before torch is imported
 
     from tools.benchmarks.stages import Stages
     from trainer.processes.distributed import join
@@ -197,8 +231,8 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     stages = Stages(settings, join(settings.device), options)
 
     def make(more: list[str]) -> Stages:
-        """With other settings; how to decode and to convolve is measured once, for the first."""
-        settings, found = load_settings([*rest, *more], command="bench.py"), stages.decoding
+        """Make stages with other settings; the fastest decoding and convolutions are measured only once."""
+        settings, found = load_settings([*rest, *more], command=program()), stages.decoding
         share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
         decoding = {"threads": settings.threads or found.threads, "hw_decoder_load": share}
         return Stages(settings.model_copy(update=decoding), stages.world, options, stages)
@@ -230,7 +264,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 def main() -> None:
     options, rest = parse_arguments()
     try:
-        for file in filter(None, (options.record, options.trace)):  # not after all the work
+        for file in filter(None, (options.record, options.trace)):  # fail before the work, not after it
             file.parent.mkdir(parents=True, exist_ok=True)
         record = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:

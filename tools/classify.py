@@ -1,17 +1,20 @@
-"""Say what is in pictures and videos: the five most probable classes of each.
+"""Classify pictures and videos: report the five most probable classes of each.
 
-    python tools/classify.py photos/ clip.mp4 --run runs/a
-    python tools/classify.py photos/ --net net.onnx --output classes.jsonl --overlay drawn/
+    alexnet-train classify photos/ clip.mp4 --run runs/a
+    alexnet-train classify photos/ --net net.onnx --out classes.jsonl --overlay drawn/
 
-The net is that of a run folder, or of an export of tools/export.py, which needs no settings, no dataset and,
-as .onnx, no PyTorch. A picture is brought to the net's size as in packing and in evaluation: turned as its
-EXIF says, in RGB, its shorter side resized; then its centre is taken, or with --crops 10 the mean of the
-softmax over corners, centre and their mirror images.
+The net comes from a run folder, or from a file that `alexnet-train export` wrote. An exported file needs no
+settings and no dataset, and an .onnx file needs no PyTorch either.
 
-Of a video, there is a result for each --window of seconds: the mean of the softmax over its frames.
+Pictures are prepared as in packing and evaluation: rotated according to EXIF, converted to RGB, and resized
+by their shorter side. The net then sees the centre crop or, with --crops 10, the four corners, the centre and
+their mirror images, whose softmax outputs are averaged.
 
-In folders, at any depth, files count that are named like pictures or videos; a file given by its own name is
-judged by content. One that is broken is named, and the others go on; the exit code is then 1.
+A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
+
+Folders are searched at any depth for files with the extension of a picture or a video. A file named on the
+command line may have any extension; its content decides. A broken file is reported and the others are still
+classified, but the exit code is then 1.
 """
 
 import argparse
@@ -29,11 +32,9 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import atomic_write, naming
 from tools.classifying.nets import Net, NetError, open_export, open_run
-from tools.classifying.overlay import draw_bars, reduced, with_bars
+from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import InputError, Source, find, read, views
-from tools.classifying.results import Result, best, csv_rows, json_lines
-from tools.classifying.video import annotate, classify_video
-from tools.options import count, positive
+from tools.options import count, positive, refuse_old_name
 
 Tell = Callable[[Result], None]
 AT_A_TIME = 32  # pictures in memory
@@ -46,45 +47,72 @@ def main() -> None:
         sources, others = find(options.inputs)
         drawn = drawings(sources, options.overlay) if options.overlay else {}
         net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
-        with open_output(options.output) as tell:
+        with open_output(options.out) as tell:
             failed = classify(net, sources, options, tell, drawn)
     except (InputError, NetError) as error:
         sys.exit(f"classify: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.output or 'the results'}: {error.strerror or error}"
-        sys.exit(f"classify: {reason}: mend the cause and give the same command again")
-    passed = f"; {others} files of other kinds passed over" if others else ""
-    print(f"classify: {len(sources)} files, {failed} of them failed{passed}", file=sys.stderr)
+        reason = f"{error.filename or options.out or 'the results'}: {error.strerror or error}"
+        sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
+    passed = f"; {others} files of other kinds skipped" if others else ""
+    print(f"classify: {len(sources)} files, {failed} failed{passed}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="classify.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help="a picture, a video, or a folder of them")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help="picture, video, or folder of them")
     net = parser.add_mutually_exclusive_group(required=True)
-    net.add_argument("--run", type=Path, metavar="DIR", help="run folder")
-    net.add_argument("--net", type=Path, metavar="FILE", help="export, .onnx or .pt2")
-    add("--checkpoint", choices=("newest", "best"), default="newest", help="of a run (default newest)")
-    add("--crops", type=int, choices=(1, 10), default=1, help="the centre (default), or ten")
-    add("--window", type=positive, default=1.0, metavar="SECONDS", help="of a video, averaged (default 1)")
-    add("--every", type=count, default=1, metavar="N", help="look at each Nth frame of a video (default 1)")
-    add("--output", type=Path, metavar="FILE", help="results as .jsonl or .csv (default: lines to read)")
-    add("--overlay", type=Path, metavar="DIR", help="where to draw each picture and video with its classes")
+    net.add_argument("--run", type=Path, metavar="DIR", help="run folder of the net")
+    net.add_argument("--net", type=Path, metavar="FILE", help="exported net, .onnx or .pt2")
+    add(
+        "--checkpoint",
+        choices=("newest", "best"),
+        default="newest",
+        help="checkpoint of --run to use (default newest)",
+    )
+    add(
+        "--crops",
+        type=int,
+        choices=(1, 10),
+        default=1,
+        help="number of crops: the centre crop (1, the default) or ten",
+    )
+    add(
+        "--window",
+        type=positive,
+        default=1.0,
+        metavar="SECONDS",
+        help="length of video that one result averages over (default 1)",
+    )
+    add("--every", type=count, default=1, metavar="N", help="classify every Nth frame of a video (default 1)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write results to this .jsonl or .csv file (default: readable lines on standard output)",
+    )
+    refuse_old_name(parser, "--output", "--out")
+    add(
+        "--overlay",
+        type=Path,
+        metavar="DIR",
+        help="write a copy of each picture and video with its classes drawn below it",
+    )
     options = parser.parse_args()
-    if options.output and options.output.suffix not in FORMS:
-        parser.error(f"--output {options.output}: its name must end in {' or '.join(FORMS)}")
+    if options.out and options.out.suffix not in FORMS:
+        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMS)}")
     return options
 
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[Tell]:
-    """Where results go: a file, or lines on standard output."""
+    """Open the results: a file, or lines on standard output. Yields a function that writes one result."""
     if path is None:
         yield lambda result: print(result, flush=True)
         return
@@ -93,8 +121,10 @@ def open_output(path: Path | None) -> Iterator[Tell]:
 
 
 def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
-    """The files that --overlay makes. Raises InputError where one would take the place of another, or of an
-    input."""
+    """Return the file that --overlay writes for each source.
+
+    Raises InputError if one would overwrite another, or an input.
+    """
     drawn: dict[Source, Path] = {}
     taken = {source.path.resolve() for source in sources}
     for source in sources:
@@ -110,8 +140,11 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
 def classify(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> int:
-    """Tell the results of all files, and draw them; returns how many files failed, each with its reason on
-    standard error. Raises OSError where a result cannot be written, and while the inputs cannot be read."""
+    """Report and draw the results of all files; return how many files failed.
+
+    The reason for each failure goes to standard error. Raises OSError if a result cannot be written, or if
+    the storage of the inputs is unavailable.
+    """
     failed = 0
     for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
         chosen = [source for source in sources if source.is_video == of_videos]
@@ -124,7 +157,9 @@ def classify(
 def classify_pictures(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Yields the errors of those that are broken."""
+    """Classify pictures in batches, yielding an error for each one that is broken."""
+    if drawn:
+        from tools.classifying.overlay import draw_bars, reduced, with_bars
 
     def prepare(source: Source) -> tuple[np.ndarray, Image.Image | None] | InputError:
         try:
@@ -155,7 +190,9 @@ def classify_pictures(
 def classify_videos(
     net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Yields the errors of those that are broken, after the results of what is sound in them."""
+    """Classify videos, yielding an error for each one that is broken, after the results of its sound part."""
+    if sources:
+        from tools.classifying.video import annotate, classify_video
     for source in sources:
         results = []
         try:

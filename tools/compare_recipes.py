@@ -1,11 +1,12 @@
-"""Does a recipe cost accuracy? Each is trained from several seeds: a table of errors, then JSON.
+"""Compare the accuracy of recipes, each trained with several seeds: a table of errors, then JSON.
 
-    python tools/compare_recipes.py fast code2012 --data shards --seeds 3 --within 1.0
+    alexnet-train compare-recipes fast code2012 --data shards --seeds 3 --within 1.0
 
-Errors are those of the last validation, in percent: the mean over the seeds, with the least and the
-greatest. --within ends with 1 if the first recipe's mean top-1 error is above another's by more points.
-Recipes are names or TOML files; other options are settings of alexnet-train, the same for all. The same
-command continues what was interrupted, and what is finished is not trained again.
+Errors are those of the last validation, in percent: the mean over the seeds, with the minimum and the
+maximum. With --within the exit code is 1 if the first recipe's mean top-1 error exceeds another's by more
+than so many percentage points. Recipes are names or TOML files; any other option is a setting of
+`alexnet-train train`, the same for all recipes. The same command again resumes interrupted runs and does not
+repeat finished ones.
 """
 
 import argparse
@@ -20,26 +21,48 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import count
+from tools.options import count, program
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
 MEASURES = ("top1_error", "top5_error")
 
-Scores = dict[str, list[float]]  # of each measure, a value a seed
+Scores = dict[str, list[float]]  # measure → a value for each seed
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Also the settings that are left."""
+    """Return the options, and the remaining arguments, which are settings of the trainer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("recipes", nargs="+", metavar="RECIPE", help="the first is compared with the others")
-    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--out", type=Path, default=Path("runs/compared"), metavar="DIR", help="a run folder each goes there")
-    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
-    add("--within", type=float, metavar="POINTS", help="end with 1 if the first is worse by more")
+    add(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="recipe names or TOML files; the first is compared with the others",
+    )
+    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/compared"),
+        metavar="DIR",
+        help="folder for the run folders (default runs/compared)",
+    )
+    add(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of runs trained at the same time (default 1)",
+    )
+    add(
+        "--within",
+        type=float,
+        metavar="POINTS",
+        help="exit with 1 if the first recipe is worse by more than this",
+    )
     options, settings = parser.parse_known_args()
     if len({Path(recipe).stem for recipe in options.recipes}) < len(options.recipes):
         parser.error("two recipes have the same name")
@@ -47,7 +70,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Scores]:
-    """The scores of each recipe, in percent."""
+    """Train the recipes and return the scores of each, in percent."""
     names = [Path(recipe).stem for recipe in options.recipes]
     trainings = [
         Training(options.out / f"{name}-{seed}", ["--recipe", recipe, "--seed", str(seed), *settings])
@@ -65,7 +88,7 @@ def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Score
 
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:
-    """A line for each recipe; points are those of its mean top-1 error over the first's."""
+    """Yield a line for each recipe, with its mean top-1 error minus the first recipe's, in points."""
     first = mean(next(iter(scores.values()))["top1_error"])
     for name, measured in scores.items():
         columns = (
@@ -80,7 +103,7 @@ def main() -> None:
     options, settings = parse_arguments()
     try:
         for recipe in options.recipes:
-            load_settings(["--recipe", recipe, *settings], command="compare_recipes.py")
+            load_settings(["--recipe", recipe, *settings], command=program())
         scores = compare(options, settings)
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare_recipes: {error}")

@@ -1,10 +1,10 @@
-"""Draw the figures of docs/benchmarks.md from the records beside it.
+"""Draw the figures of docs/benchmarks.md from the records of `alexnet-train bench`.
 
     python tools/draw_benchmarks.py docs/benchmarks
 
-Reads every *.jsonl there, whose lines tools/bench.py wrote, and writes stages.png (the newest record of
-each stage, a bar a contestant) and sweeps.png (the newest record of each swept setting). Bars and points
-are medians, with the least and the greatest run.
+Reads every *.jsonl in the folder and writes stages.png (the newest record of each stage, with a bar for each
+contestant) and sweeps.png (the newest record of each swept setting). Bars and points are medians; the error
+bars reach from the slowest to the fastest run.
 """
 
 import argparse
@@ -21,22 +21,23 @@ matplotlib.use("Agg")  # files only: there may be no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-Figures = dict[str, list[float]]  # of each contestant, a figure a run
+Figures = dict[str, list[float]]  # contestant → a figure for each run
 
 
 def read_records(folder: Path) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """The newest figures of each stage, and of each `stage by setting` that was swept."""
+    """Return the newest figures of each stage and of each swept `stage by setting`. Raises ValueError."""
     stages: dict[str, Figures] = {}
     sweeps: dict[str, Figures] = {}
-    for file in sorted(folder.glob("*.jsonl")):  # their names begin with the day
+    for file in sorted(folder.glob("*.jsonl")):  # file names begin with the date
         for number, line in enumerate(file.read_text().splitlines(), 1):
             try:
                 record: dict[str, Any] = json.loads(line)
                 measured = record["images_per_second"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}, is no record of tools/bench.py") from None
+                raise ValueError(f"{file}, line {number}, is not a record of alexnet-train bench") from None
             for stage, every in measured.items():
-                figures = {name: runs for name, runs in every.items() if runs}  # the others failed
+                # A contestant without runs failed.
+                figures = {name: runs for name, runs in every.items() if runs}
                 if not figures:
                     continue
                 setting = re.search(r"--sweep (\S+)", record["command"])
@@ -48,13 +49,13 @@ def read_records(folder: Path) -> tuple[dict[str, Figures], dict[str, Figures]]:
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """From the median down to the least and up to the greatest."""
+    """Return the distances from the median to the minimum and to the maximum."""
     middle = median(values)
     return middle - min(values), max(values) - middle
 
 
 def draw_stage(panel: Axes, stage: str, figures: Figures) -> None:
-    names = list(figures)[::-1]  # the first comes to the top
+    names = list(figures)[::-1]  # the first contestant is drawn at the top
     middles = [median(figures[name]) for name in names]
     errors = list(zip(*(spread(figures[name]) for name in names), strict=True))
     colours = ["tab:orange" if name == names[-1] else "tab:blue" for name in names]
@@ -79,14 +80,16 @@ def draw_sweep(panel: Axes, title: str, figures: Figures) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="with the records, *.jsonl")
+    parser.add_argument("folder", type=Path, help="folder with the records, *.jsonl")
     folder = parser.parse_args().folder
     try:
         stages, sweeps = read_records(folder)
     except (ValueError, OSError) as error:
         sys.exit(f"draw_benchmarks: {error}")
     if not stages and not sweeps:
-        sys.exit(f"draw_benchmarks: {folder} has no records: tools/bench.py prints one as its last line")
+        sys.exit(
+            f"draw_benchmarks: {folder} has no records: write some with alexnet-train bench --record FILE"
+        )
     for name, panels, draw in (("stages", stages, draw_stage), ("sweeps", sweeps, draw_sweep)):
         if not panels:
             continue

@@ -1,10 +1,10 @@
-"""Draw a labelled picture set whose classes are a shape and a colour together.
+"""Draw a labelled set of pictures whose classes combine a shape and a colour.
 
-    python tools/draw_pictures.py --output pictures
+    alexnet-train draw-pictures --out pictures
 
-Ten classes: five shapes, each in a warm and in a cold colour, at any place and size and turned a
-little, on a background with stains of both colours. Neither the colour nor the shape alone tells the class,
-and no pixel is always the same.
+There are ten classes: five shapes, each in a warm and in a cold colour. Position, size and a small rotation
+are random, and the background has stains of both colours. Neither the colour nor the shape alone determines
+the class, and no pixel is the same in all pictures.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.options import count, natural
+from tools.options import count, natural, refuse_old_name
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
 SIDE = 144  # pixels
-_SCALE = 2  # drawn larger, then reduced, for smooth edges
+_SCALE = 2  # drawn larger and then reduced, for smooth edges
 
 
 def class_names() -> list[str]:
@@ -31,7 +31,7 @@ def class_names() -> list[str]:
 
 
 def draw(name: str, rng: np.random.Generator) -> Image.Image:
-    """One picture of a class: RGB, SIDE×SIDE."""
+    """Draw one picture of a class: RGB, SIDE×SIDE."""
     hue, shape = name.split("_")
     canvas = _background(rng)
     radius = rng.uniform(0.26, 0.38) * canvas.width
@@ -81,24 +81,35 @@ def _draw_shape(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--train", type=count, default=300, metavar="N", help="pictures of a class (default 300)"
+        "--out", type=Path, required=True, metavar="DIR", help="folder to draw the pictures into"
+    )
+    refuse_old_name(parser, "--output", "--out")
+    parser.add_argument(
+        "--train", type=count, default=300, metavar="N", help="training pictures of each class (default 300)"
     )
     parser.add_argument(
-        "--val", type=count, default=50, metavar="N", help="likewise, for validation (default 50)"
+        "--val", type=count, default=50, metavar="N", help="validation pictures of each class (default 50)"
     )
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="seed of the pictures (default 0)",
+    )
     options = parser.parse_args()
     for number, (split, pictures) in enumerate((("train", options.train), ("val", options.val))):
         for label, name in enumerate(class_names()):
-            folder = options.output / split / name
+            folder = options.out / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for picture in range(pictures):
                 rng = np.random.default_rng((options.seed, number, label, picture))
                 draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
     classes = len(class_names())
-    print(f"{classes * (options.train + options.val):,} pictures of {classes} classes in {options.output}")
+    print(
+        f"{classes * (options.train + options.val):,} pictures in {classes} classes written to {options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Make a run of torchvision's AlexNet weights, to be evaluated, used and exported like any other.
+"""Turn torchvision's AlexNet weights into a run that can be evaluated, used and exported like any other.
 
-    python tools/import_torchvision.py alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
+    alexnet-train import-torchvision alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
     alexnet-train evaluate runs/torchvision
-    python tools/export.py runs/torchvision --output alexnet.safetensors
+    alexnet-train export runs/torchvision --out alexnet.safetensors
 
-The file is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs are the classes of
-the dataset, in that order; ImageNet's are packed in torchvision's own. Without a dataset, --classes names
-them. The weights stay as they are, bit for bit, and torchvision's mean is subtracted, whatever the dataset's
-own is.
+FILE is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs stand for the classes of
+the dataset in --data, in that order; ImageNet is packed in torchvision's own order. Without a dataset,
+--classes names the classes. The weights are kept bit for bit, and the run subtracts torchvision's mean, not
+the dataset's.
 """
+
+from __future__ import annotations
 
 import argparse
 import pickle
 import sys
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,11 +25,13 @@ from pipeline.files import naming
 from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NetSpec
-from trainer import checkpoint
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
-SIZE = 256  # of the shorter side in pixels, before the crop
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIZE = 256  # pixels of the shorter side, before the crop
 
 
 def main() -> None:
@@ -40,39 +42,48 @@ def main() -> None:
         sys.exit(f"import_torchvision: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"import_torchvision: {reason}: mend the cause and give the same command again")
+        sys.exit(f"import_torchvision: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="import_torchvision.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("weights", type=Path, metavar="FILE", help="state dict, .pth or .safetensors")
-    add("--out", type=Path, required=True, metavar="DIR", help="run folder to make")
-    add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
+    add("weights", type=Path, metavar="FILE", help="torchvision's state dict, .pth or .safetensors")
+    add("--out", type=Path, required=True, metavar="DIR", help="run folder to create")
     add(
-        "--classes", type=Path, metavar="FILE", help="a line a class, its id and name, if there is no dataset"
+        "--data",
+        type=Path,
+        default=Path("shards"),
+        metavar="DIR",
+        help="packed dataset whose classes the outputs are (default shards)",
+    )
+    add(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file with the id and name of a class on each line, in place of --data",
     )
     return parser.parse_args()
 
 
 def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
-    """Make the run; returns a line about it. classes: a file of them, in the place of the dataset's.
+    """Create the run; return a line that describes it. classes: a file that replaces the dataset's classes.
 
     Raises SettingsError, DatasetError or OSError.
     """
-    # Here, where an error can be told: torch needs a folder for temporary files then.
+    # Imported here, where an error becomes one line: importing torch needs a folder for temporary files.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
+    from trainer import checkpoint
 
     try:
         read = read_safetensors if weights.suffix == ".safetensors" else read_pth
         state = from_torchvision(read(weights))
     except ValueError as error:
-        raise SettingsError(f"{weights} is not the state dict that is needed: {error}") from None
+        raise SettingsError(f"{weights} is not a state dict of torchvision's AlexNet: {error}") from None
     outputs = len(state["fc8.bias"])
     named = read_classes(classes) if classes else read_manifest(data).classes
     if len(named) != outputs:
@@ -87,19 +98,21 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """A state dict, without running code that the file may hold. Raises ValueError or OSError."""
+    """Read a state dict without running code from the file. Raises ValueError or OSError."""
+    import torch
+
     try:
         with naming(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(str(error).partition("\n")[0]) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError("it is no dict of tensors")
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("it is not a dict of tensors")
     return state
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The same of the other form."""
+    """Read a state dict in safetensors format. Raises SettingsError, ValueError or OSError."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -112,10 +125,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_classes(path: Path) -> tuple[Class, ...]:
-    """Ids and names. Raises OSError, or SettingsError where a line has no name."""
+    """Read the ids and names of classes. Raises OSError, or SettingsError if a line has no name."""
     lines = [line.split(maxsplit=1) for line in read_patiently(path).decode().splitlines()]
     if any(len(line) != 2 for line in lines):
-        raise SettingsError(f"{path} must have an id, white space and a name on each line")
+        raise SettingsError(f"{path}: each line must have an id, white space and a name")
     return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)
 
 

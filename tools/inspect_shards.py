@@ -1,6 +1,6 @@
 """Show what a packed dataset contains: classes, sizes, samples and duplicates.
 
-    python tools/inspect_shards.py --data shards --output report
+    alexnet-train inspect-shards --data shards --out report
 
 This writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the number of samples in
 each class; and duplicates.tsv with the samples that occur more than once, byte for byte after packing.
@@ -27,7 +27,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.packing.workers import WorkersError, refused_threads
 from pipeline.reader import ShardReader
-from tools.options import natural
+from tools.options import natural, refuse_old_name
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files list all of them
 _PART = 256  # samples that a thread hashes at a time
@@ -266,18 +266,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write the report to")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write the report to")
+    refuse_old_name(parser, "--output", "--out")
     add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
     options = parser.parse_args()
     try:
         with refused_threads():
-            groups = inspect(options.data, options.output, options.seed, cpus())
+            groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
         sys.exit(f"inspect_shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
         sys.exit(f"inspect_shards: {reason}: fix the cause and run the same command again")
-    print(f"{options.output / 'report.md'}: groups of duplicates: {len(groups):,}")
+    print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pack images into WebDataset shards with an index and a manifest.
 
-    python tools/make_shards.py --input ILSVRC2012 --output shards
+    alexnet-train make-shards --input ILSVRC2012 --out shards
 
 The input has ImageNet's own layout, train/<class>/… and val/<class>/…, or one of the other forms that
 folders.py and tables.py in pipeline/packing/sources describe. Files are judged by their content. Those
@@ -33,6 +33,7 @@ from pipeline.packing.shard import DECODED, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
 from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
+from tools.options import fraction, refuse_old_name, within
 
 
 def summary(manifest: Manifest, output: str, progress: Progress, seconds: float) -> str:
@@ -65,21 +66,6 @@ def check_rejects(manifest: Manifest, limit: float) -> None:
         )
 
 
-def _number(kind: type, low: float, high: float):
-    def number(text: str):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return number
-
-
-def _fraction(text: str) -> float:
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
 # fmt: off
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -87,7 +73,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--input", required=True, metavar="PATH",
         help="the images: class folders train/<class>/… and val/<class>/…, the ILSVRC tars, Kaggle's "
         "download, WebDataset shards, or a table (CSV, TSV or Parquet); a local path or a URL")
-    add("--output", metavar="DIR", help="local folder or URL to write the shards to")
+    add("--out", dest="output", metavar="DIR", help="local folder or URL to write the shards to")
+    refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input where they are; images that are "
         "not plain JPEGs are left out")
@@ -95,38 +82,38 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
         "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
         "sound (default 256)")
-    add("--size", type=_number(int, 16, 4096), default=256, metavar="PX",
+    add("--size", type=within(int, 16, 4096), default=256, metavar="PX",
         help="length of the shorter side after resizing, in pixels (default 256)")
-    add("--quality", type=_number(int, 1, 100), default=90, help="JPEG quality, from 1 to 100 (default 90)")
+    add("--quality", type=within(int, 1, 100), default=90, help="JPEG quality, from 1 to 100 (default 90)")
     add("--check", choices=get_args(Check), default="decode",
         help="how to check files that are kept unchanged: decode every file, or trust the headers and decode "
         f"only one file in {DECODED}, to compute the pixel mean and principal components (default decode)")
-    add("--val-fraction", type=_fraction, metavar="F",
+    add("--val-fraction", type=fraction, metavar="F",
         help="fraction of each class to hold out for validation if --input has no validation images")
     add("--class-names", type=Path, metavar="FILE",
         help="text file that has, on each line, a class folder's name and the name to show for it")
-    add("--shard-samples", type=_number(int, 1, 10**6), default=1000, metavar="N",
+    add("--shard-samples", type=within(int, 1, 10**6), default=1000, metavar="N",
         help="maximum number of images in a shard (default 1000)")
-    add("--seed", type=_number(int, 0, 2**63), default=0,
+    add("--seed", type=within(int, 0, 2**63), default=0,
         help="random seed for the order of the images and for --val-fraction (default 0)")
-    add("--max-reject-ratio", type=_number(float, 0, 1), default=0.01, metavar="R",
+    add("--max-reject-ratio", type=within(float, 0, 1), default=0.01, metavar="R",
         help="exit with code 1 if a larger fraction of the files is rejected; the dataset is kept "
         "(default 0.01)")
-    add("--workers", type=_number(int, 1, 1024), default=cpus(),
+    add("--workers", type=within(int, 1, 1024), default=cpus(),
         help="number of worker processes (default: one per CPU)")
     add("--executor", choices=("processes", "dask"), default="processes",
         help="where to pack: in processes on this machine, or on the workers of a Dask cluster "
         "(default processes)")
     add("--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786")
-    add("--metrics-port", type=_number(int, 1, 65535), metavar="PORT",
+    add("--metrics-port", type=within(int, 1, 65535), metavar="PORT",
         help="serve Prometheus metrics on this port while packing")
     add("--overwrite", action="store_true",
-        help="replace the dataset in --output, whether it is complete or unfinished")
+        help="replace the dataset in --out, whether it is complete or unfinished")
     options = parser.parse_args(arguments)
     if (options.executor == "dask") != (options.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS must be given together")
     if options.in_place == (options.output is not None):
-        parser.error("give either --output DIR or --in-place")
+        parser.error("give either --out DIR or --in-place")
     if options.in_place:
         for name in ("geometry", "quality", "val_fraction", "shard_samples", "seed"):
             if getattr(options, name) != parser.get_default(name):

@@ -1,14 +1,23 @@
-"""Values of options, for argparse: what is out of range is refused before anything begins."""
+"""Argument types and helpers for argparse that the commands share.
+
+A value out of range is refused while the command line is read, before any work begins.
+"""
 
 import argparse
 import math
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 
 def count(text: str, least: int = 1) -> int:
-    """A number of things."""
+    """Parse a whole number of at least `least`, for argparse's `type`."""
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return int(text)
 
 
@@ -16,11 +25,51 @@ natural = partial(count, least=0)
 
 
 def positive(text: str) -> float:
-    """A finite value above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return value
+    """Parse a finite number above 0, for argparse's `type`."""
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+
+
+def within(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Return an argparse `type` for numbers of that kind from `low` to `high`, both included."""
+
+    def number(text: str) -> float:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+
+    return number
+
+
+def fraction(text: str) -> float:
+    """Parse a number strictly between 0 and 1, for argparse's `type`."""
+    with suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+
+
+def refuse_old_name(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Make the parser refuse an option's former name with a line that gives its present one."""
+
+    class Refused(argparse.Action):
+        def __call__(self, *_: Any, **__: Any) -> NoReturn:
+            parser.error(f"{old} is now {new}")
+
+    parser.add_argument(old, nargs="?", action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def program() -> str:
+    """Return the name this command was started by: `alexnet-train NAME`, or the script's file name."""
+    return Path(sys.argv[0]).name
+
+
+def command_line() -> str:
+    """Return this process's command line as it can be typed again in a shell."""
+    name, *arguments = sys.argv
+    return (
+        f"{f'python {shlex.quote(name)}' if name.endswith('.py') else name} {shlex.join(arguments)}".rstrip()
+    )

@@ -1,22 +1,22 @@
-"""The paper's experiments, each on any packed dataset, and one report of all that was run.
+"""Repeat an experiment of the paper on any packed dataset, or write a report of all that were run.
 
-    python tools/paper.py ablations --data shards --recipe small --seeds 3
-    python tools/paper.py report
+    alexnet-train paper ablations --data shards --recipe small --seeds 3
+    alexnet-train paper report
 
-    crops       ten crops of a picture against its centre
-    ensembles   averages of several nets
-    cnn-star    a sixth convolution, pre-trained on another dataset, fine-tuned
-    baselines   Fisher vectors and sparse codes, the first rows of the tables
-    ablations   what each part of the net and of its training is worth
-    figure1     how much sooner a net learns with ReLUs than with tanh
+    crops       ten crops of each picture, compared with the centre crop
+    ensembles   the averaged predictions of several nets
+    cnn-star    a net with a sixth convolution, pre-trained on another dataset and fine-tuned
+    baselines   Fisher vectors and sparse codes, the first rows of the paper's tables
+    ablations   the error without each part of the net and of its training
+    figure1     how much faster a net learns with ReLU than with tanh
     figure3     the kernels of the first layer, by tower
-    figure4     the top five of validation images, and the training images nearest to them
-    codes       retrieval by short binary codes of an auto-encoder
-    towers      the net on two devices, as in Fig. 2, beside the same net on one
-    report      results.md of all that was run, the published numbers beside those that were measured
+    figure4     the five most probable classes of validation images, and their nearest training images
+    codes       image retrieval by short binary codes from an auto-encoder
+    towers      the net on two devices, as in Fig. 2, compared with the same net on one
+    report      results.md: for each experiment that was run, the published and the measured numbers
 
-An experiment leaves a record, its pictures and its trainings in --out; the same command goes on with what
-was interrupted. `python tools/paper.py ablations --help` says what one takes.
+An experiment writes a record, pictures and its training runs to --out; the same command again resumes what
+was interrupted. `alexnet-train paper NAME --help` lists the options of one experiment.
 """
 
 import argparse
@@ -31,26 +31,35 @@ from pipeline.manifest import DatasetError
 from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
+from tools.options import program
 from trainer.run import RunError
 from trainer.settings import SettingsError
+
+MODULES = {"towers": "two_towers", "report": "summary"}  # where the module has another name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="paper.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", choices=(*EXPERIMENTS, "report"))
+    parser.add_argument(
+        "experiment", choices=(*EXPERIMENTS, "report"), metavar="NAME", help="an experiment, or report"
+    )
     experiment = parser.parse_args(sys.argv[1:2]).experiment
-    module = import_module(f"tools.experiments.{experiment.replace('-', '_')}")
+    module = import_module(f"tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
     parser = argparse.ArgumentParser(
-        prog=f"paper.py {experiment}",
+        prog=f"{program()} {experiment}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="default runs/paper"
+        "--out",
+        type=Path,
+        default=Path("runs/paper"),
+        metavar="DIR",
+        help="output folder (default runs/paper)",
     )
     module.add_arguments(parser)
     options, settings = parser.parse_known_args(sys.argv[2:])

@@ -1,6 +1,6 @@
 """Check that a packed dataset is complete and undamaged, down to the byte.
 
-    python tools/verify_shards.py --data shards
+    alexnet-train verify-shards --data shards
 
 Every file named in dataset.json is read. Checksums, the structure of each tar, labels, DALI's .idx files and
 the indices are compared with each other, and images are decoded. Each problem is reported with its shard, key
@@ -30,6 +30,7 @@ from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read
 from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
+from tools.options import within
 from tools.verifying.checks import SAMPLED, check_shard
 from tools.verifying.findings import Damage, Decode, Found, Task
 
@@ -222,12 +223,9 @@ def parse_arguments() -> argparse.Namespace:
         "whose checksum is wrong (default sampled)")  # fmt: skip
     add("--repair-index", action="store_true",
         help="rewrite the .idx files and indices that are missing or wrong")  # fmt: skip
-    add("--workers", type=int, default=cpus(), metavar="N",
+    add("--workers", type=within(int, 1, 1024), default=cpus(), metavar="N",
         help="number of worker processes (default: one per CPU)")  # fmt: skip
-    options = parser.parse_args()
-    if not 1 <= options.workers <= 1024:
-        parser.error(f"--workers {options.workers} is not between 1 and 1024")
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:

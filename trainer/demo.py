@@ -18,9 +18,9 @@ def demo(folder: Path) -> int:
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
-        pictures / "val": ["tools.draw_pictures", "--output", pictures],
+        pictures / "val": ["tools.draw_pictures", "--out", pictures],
         shards / MANIFEST_NAME: [
-            *("tools.make_shards", "--input", pictures, "--output", shards, "--size", "128")
+            *("tools.make_shards", "--input", pictures, "--out", shards, "--size", "128")
         ],
     }
     for result, command in preparations.items():

@@ -44,7 +44,7 @@ def _check_folders(options: PackingOptions) -> None:
     if options.val_fraction is None or is_url(options.input) or is_url(options.output):
         return
     if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):
-        raise SourceError(f"--output {options.output} is inside --input, where it would be taken for a class")
+        raise SourceError(f"--out {options.output} is inside --input, where it would be taken for a class")
 
 
 def _results(

@@ -85,7 +85,7 @@ def _lock(folder: Path, output: Folder) -> TextIO:
             close_quietly(lock)
             if isinstance(error, BlockingIOError):
                 raise SourceError(
-                    f"another run is packing into {output}: wait for it, or choose another --output"
+                    f"another run is packing into {output}: wait for it, or choose another --out"
                 ) from None
             raise
         # Some storage makes up another number for a file at each look: then it never is the same.
@@ -117,16 +117,16 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
         return MANIFEST_NAME in files
     shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
     if shards and not _packed_here(output, files, recorded):
-        raise SourceError(f"{output} holds {shards[0]}, which was not packed there: choose another --output")
+        raise SourceError(f"{output} holds {shards[0]}, which was not packed there: choose another --out")
     if recorded is not None and not overwrite:
         differing = (name for name in {**plan, **recorded} if plan.get(name) != recorded.get(name))
         raise SourceError(
             f"{output} holds an unfinished dataset, from which this differs in {', '.join(differing)}: "
-            "continue that with its own options, choose another --output, or replace it with --overwrite"
+            "continue that with its own options, choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files and not overwrite:
         raise SourceError(
-            f"{output} already holds a dataset: choose another --output, or replace it with --overwrite"
+            f"{output} already holds a dataset: choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files or recorded is not None:
         _write_plan(output, {"--in-place": in_place})  # killed amid this, the same command is back here

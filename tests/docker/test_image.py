@@ -140,8 +140,8 @@ def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
     pictures.chmod(0o755)
     tmp_path.chmod(0o777)
     mounts = ("--volume", f"{pictures}:/pictures:ro", "--volume", f"{tmp_path}:/packed")
-    command = ("--input", "/pictures", "--output", "/packed/shards", "--size", "80")
-    docker("run", "--rm", *HARDENED, *mounts, "--entrypoint", "make-shards", image, *command)
+    command = ("make-shards", "--input", "/pictures", "--out", "/packed/shards", "--size", "80")
+    docker("run", "--rm", *HARDENED, *mounts, image, *command)
     manifest = read_manifest(tmp_path / "shards")
     assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
 

@@ -118,7 +118,7 @@ def many(pictures, tmp_path_factory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for copy in range(20 if "train" in folder.parts else 1):
             os.link(picture, folder / f"{copy}-{picture.name}")
-    pack(parse_arguments(["--input", str(source), "--output", str(output), "--size", "80", "--workers", "1"]))
+    pack(parse_arguments(["--input", str(source), "--out", str(output), "--size", "80", "--workers", "1"]))
     return output
 
 

@@ -107,7 +107,7 @@ class Packing:
     def __init__(self, folder: Path):
         """folder: holds in/train/… and in/val/…"""
         self.folder, self.input, self.output = folder, folder / "in", folder / "out"
-        self.arguments = ["--input", str(self.input), "--output", str(self.output), "--size", "16"]
+        self.arguments = ["--input", str(self.input), "--out", str(self.output), "--size", "16"]
         self.arguments += ["--shard-samples", "3", "--max-reject-ratio", "1"]
         undisturbed = live(pack, self.arguments, folder, None)
         assert undisturbed.code == 0, undisturbed.text

@@ -177,8 +177,8 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
 def prepare(out: Path) -> Path:
     """Draw a thousand pictures and pack them; returns the dataset's folder."""
     pictures, shards = out / "pictures", out / "shards"
-    drawn = ["--output", pictures, "--train", "100", "--val", "10"]
-    packed = ["--input", pictures, "--output", shards, "--size", "80", "--shard-samples", "250"]
+    drawn = ["--out", pictures, "--train", "100", "--val", "10"]
+    packed = ["--input", pictures, "--out", shards, "--size", "80", "--shard-samples", "250"]
     for command in (["tools.draw_pictures", *drawn], ["tools.make_shards", *packed]):
         subprocess.run([sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return shards

@@ -47,7 +47,7 @@ class Packed:
         self.whole = whole
         options = ["--geometry", geometry, "--size", str(SIZE), "--workers", "1"]
         self.manifest: Manifest = pack(
-            parse_arguments(["--input", str(source), "--output", str(output), *options]).packing
+            parse_arguments(["--input", str(source), "--out", str(output), *options]).packing
         )
         self.train = ShardReader(output, self.manifest, "train")
         self.val = ShardReader(output, self.manifest, "val")

@@ -70,7 +70,7 @@ def any_geometry(
     """Ten images to train on; but for `256` upright and broad ones."""
     output = tmp_path_factory.mktemp("shards")
     options = ["--geometry", request.param, "--size", "100", "--workers", "1"]
-    pack(parse_arguments(["--input", str(oblong), "--output", str(output), *options]).packing)
+    pack(parse_arguments(["--input", str(oblong), "--out", str(output), *options]).packing)
     return Dataset(output)
 
 

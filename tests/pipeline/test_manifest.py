@@ -78,13 +78,13 @@ def test_splits_are_found_by_name(manifest):
 def test_an_absent_folder(tmp_path):
     message = refusal(tmp_path / "none")
     assert f"no dataset at {tmp_path / 'none'}: the folder does not exist" in message
-    assert f"tools/make_shards.py --input IMAGES --output {tmp_path / 'none'}" in message
+    assert f"alexnet-train make-shards --input IMAGES --out {tmp_path / 'none'}" in message
 
 
 def test_a_folder_without_a_manifest(tmp_path):
     message = refusal(tmp_path)
     assert f"no dataset at {tmp_path}: the folder has no dataset.json" in message
-    assert f"tools/make_shards.py --input IMAGES --output {tmp_path}" in message
+    assert f"alexnet-train make-shards --input IMAGES --out {tmp_path}" in message
 
 
 def test_a_newer_format(manifest, tmp_path):

@@ -190,7 +190,7 @@ def test_too_few_patches_to_learn_from_are_refused(packed, tmp_path):
 
 def test_features_that_the_disk_cannot_hold_are_not_begun(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
-    with pytest.raises(SettingsError, match=r"the features take 0.0 GB and .* has 0.0 GB free"):
+    with pytest.raises(SettingsError, match=r"the features need 0.0 GB and .* has 0.0 GB free"):
         run(packed, tmp_path / "out", "--only", "fisher", "--limit", "10")
 
 

@@ -20,9 +20,9 @@ from pipeline.spec import NetSpec
 from tools import classify
 from tools.classifying import nets
 from tools.classifying.nets import Net
+from tools.classifying.output import Guess
 from tools.classifying.overlay import draw_bars
 from tools.classifying.pictures import read, views
-from tools.classifying.results import Guess
 from tools.classifying.video import frames
 from tools.make_shards import pack, parse_arguments
 from trainer import checkpoint
@@ -99,7 +99,7 @@ def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_
     for number in range(len(reader)):
         (folder / f"{number:02}.jpg").write_bytes(reader.jpeg(number).tobytes())
     output = tmp_path / "top.jsonl"
-    code, _, _ = run_classify(folder, "--crops", crops, "--output", output, net=("--run", trained))
+    code, _, _ = run_classify(folder, "--crops", crops, "--out", output, net=("--run", trained))
     assert code == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["file"] for row in rows] == [str(folder / f"{n:02}.jpg") for n in range(len(reader))]
@@ -126,7 +126,7 @@ def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_
 @pytest.mark.parametrize("geometry", ["short256", "original"])
 @pytest.mark.parametrize("crops", [1, 10])
 def test_pictures_of_any_shape_are_cut_as_in_the_evaluation(geometry, crops, oblong, tmp_path):
-    arguments = ["--input", str(oblong), "--output", str(tmp_path), "--geometry", geometry]
+    arguments = ["--input", str(oblong), "--out", str(tmp_path), "--geometry", geometry]
     pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]).packing)
     dataset = Dataset(tmp_path)
     spec, reader = NetSpec.of(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
@@ -168,14 +168,14 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, run_classify, mon
     (folder / "notes.txt").write_text("not looked at")
     output, text = tmp_path / "top.csv", tmp_path / "notes.txt"
     text.write_text("looked at, as it was asked for")
-    code, out, errors = run_classify(folder, text, "--output", output)
+    code, out, errors = run_classify(folder, text, "--out", output)
     assert (code, out) == (1, "")
     assert errors.splitlines() == [
         f"classify: {folder}/1.jpg: truncated",
-        f"classify: {text}: not an image: neither one of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM "
-        "nor, by its name, a video",
+        f"classify: {text}: not an image: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, "
+        "and its extension is not that of a video",
         f"classify: {folder}/movie.mp4: not a video: Invalid data found when processing input",
-        "classify: 6 files, 3 of them failed; 1 files of other kinds passed over",
+        "classify: 6 files, 3 failed; 1 files of other kinds skipped",
     ]
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -188,25 +188,25 @@ def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkey
     plain("red").save(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
     assert run_classify(tmp_path / "empty")[0] == (
-        f"classify: no pictures or videos in {tmp_path}/empty, and 0 other files"
+        f"classify: no pictures or videos in {tmp_path}/empty (other files: 0)"
     )
     assert run_classify(tmp_path / "none.jpg")[0] == f"classify: {tmp_path}/none.jpg does not exist"
     over = run_classify(tmp_path / "a.jpg", "--overlay", tmp_path)[0]
     assert (
         over == f"classify: --overlay {tmp_path}: {tmp_path}/a.jpg would be written twice, or over an input"
     )
-    for wrong in (("--output", "top.txt"), ("--window", "nan"), ("--every", "0")):
+    for wrong in (("--out", "top.txt"), ("--window", "nan"), ("--every", "0")):
         assert run_classify(tmp_path / "a.jpg", *wrong)[0] == 2
     monkeypatch.setattr(classify, "open_export", nets.open_export)
     net, picture = tmp_path / "net.onnx", tmp_path / "a.jpg"
-    missing = f"classify: no net at {net}: python tools/export.py RUN --output {net}"
+    missing = f"classify: no net at {net}. Export one: alexnet-train export RUN --out {net}"
     assert run_classify(picture, net=("--net", net))[0] == missing
     for name in ("net.onnx", "net.pt2"):
         (tmp_path / name).write_text("not a net")
         assert run_classify(picture, net=("--net", tmp_path / name))[0].startswith(
             f"classify: {tmp_path}/{name} is not a net: "
         )
-    assert "a net is an .onnx or a .pt2" in run_classify(picture, net=("--net", picture))[0]
+    assert "not an exported net" in run_classify(picture, net=("--net", picture))[0]
     assert f"no run in {tmp_path}" in run_classify(picture, net=("--run", tmp_path))[0]
 
 
@@ -215,7 +215,7 @@ def test_a_windows_classes_are_the_mean_over_its_frames(tmp_path, run_classify):
     colours = ["red"] * 10 + ["lime"] * 5 + ["blue"] * 5 + ["lime"] * 5
     video = write_video(tmp_path / "film.mp4", [plain(colour) for colour in colours])
     output = tmp_path / "top.jsonl"
-    assert run_classify(video, "--output", output)[0] == 0
+    assert run_classify(video, "--out", output)[0] == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["start_seconds"], row["end_seconds"], row["frames"]) for row in rows] == [
         (0, 1, 10),
@@ -228,7 +228,7 @@ def test_a_windows_classes_are_the_mean_over_its_frames(tmp_path, run_classify):
     # Each frame is sure of its colour, so that the mean of the softmax is a half and not of a mixed colour.
     assert mixed["n1"] == pytest.approx(0.5, abs=0.04)
     assert mixed["n2"] == pytest.approx(0.5, abs=0.04)
-    assert run_classify(video, "--output", output, "--every", "5", "--window", "10")[0] == 0
+    assert run_classify(video, "--out", output, "--every", "5", "--window", "10")[0] == 0
     [row] = [json.loads(line) for line in output.read_text().splitlines()]
     assert row["frames"] == 5
 

@@ -53,7 +53,7 @@ def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path, call)
         (["fast", "pap"], "unknown recipe pap"),
         (["fast", "fast"], "two recipes have the same name"),
         (["fast", "--epoch", "1"], "unknown setting --epoch"),
-        (["fast", "--seeds", "0"], "--seeds: 0 is not a number from 1 on"),
+        (["fast", "--seeds", "0"], "--seeds: 0 is not a whole number of at least 1"),
         (["fast", "--seeds", "1", "--data", "nowhere"], "no dataset at nowhere"),
         # What the default recipe's schedule does not bear, and these recipes' do.
         (["fast", "code2012", "--evaluate-epochs", "10", "--data", "nowhere"], "no dataset at nowhere"),

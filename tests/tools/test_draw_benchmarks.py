@@ -44,7 +44,7 @@ def test_bars_reach_from_the_least_to_the_greatest():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("no JSON", "line 1, is no record"), ('{"a": 1}', "line 1"), (None, "has no records")],
+    [("no JSON", "line 1, is not a record"), ('{"a": 1}', "line 1"), (None, "has no records")],
 )
 def test_what_cannot_be_drawn_is_one_line(content, message, tmp_path, call):
     if content is not None:

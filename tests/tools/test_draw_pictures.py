@@ -22,7 +22,7 @@ def silhouette(shape: str, seed: int) -> np.ndarray:
 
 
 def draw_set(output: Path, seed: int, monkeypatch) -> dict[str, bytes]:
-    arguments = ["--output", str(output), "--train", "2", "--val", "1", "--seed", str(seed)]
+    arguments = ["--out", str(output), "--train", "2", "--val", "1", "--seed", str(seed)]
     monkeypatch.setattr(sys, "argv", ["draw_pictures.py", *arguments])
     draw_pictures.main()
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.JPEG")}

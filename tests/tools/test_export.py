@@ -71,7 +71,7 @@ def test_an_export_computes_what_the_checkpoint_does_for_any_number_of_images(ne
     assert (spec.size, spec.crop) == (80, 64)
     for form in FORMS if net != "paper" else FORMS[:1]:
         path = tmp_path / f"net{form}"
-        assert "logits of 16 validation images" in command(export.main, run.folder, "--output", path)
+        assert "logits of 16 validation images" in command(export.main, run.folder, "--out", path)
         opened = open_export(path)
         assert opened.spec == spec
         for count in (1, 7):
@@ -89,7 +89,7 @@ def test_an_export_that_computes_something_else_is_not_left(packed, tmp_path, co
         return traced(trained._replace(model=other))
 
     monkeypatch.setattr(export, "traced", wrong)
-    assert "differ by" in command(export.main, run.folder, "--output", tmp_path / "net.pt2")
+    assert "differ by" in command(export.main, run.folder, "--out", tmp_path / "net.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -109,7 +109,7 @@ def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, pack
     spec = NetSpec.read(out)
     assert (spec.mean, spec.size, spec.crop) == (INPUT_MEAN, 256, 224)
     for name in ("back.pth", "back.safetensors"):
-        printed = command(export.main, out, "--output", tmp_path / name, "--data", packed)
+        printed = command(export.main, out, "--out", tmp_path / name, "--data", packed)
         assert "equal bit for bit" in printed
     before = import_torchvision.read_pth(theirs)
     after = [import_torchvision.read_pth(tmp_path / "back.pth")]
@@ -122,13 +122,11 @@ def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, pack
 
 def test_what_is_not_torchvisions_is_refused(theirs, packed, tmp_path, command):
     run = untrained(packed, tmp_path / "run", lrn=False)
-    assert "another net than preset paper" in command(
-        export.main, run.folder, "--output", tmp_path / "net.pth"
-    )
+    assert "another net than preset paper" in command(export.main, run.folder, "--out", tmp_path / "net.pth")
     text = tmp_path / "text.pth"
     text.write_text("weights")
     message = command(import_torchvision.main, text, "--out", tmp_path / "b", "--data", packed)
-    assert f"{text} is not the state dict that is needed" in message
+    assert f"{text} is not a state dict of torchvision's AlexNet" in message
     classes = tmp_path / "classes.txt"
     classes.write_text("n01440764 tench, Tinca tinca\n")
     message = command(import_torchvision.main, theirs, "--out", tmp_path / "b", "--classes", classes)

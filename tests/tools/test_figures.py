@@ -174,13 +174,13 @@ def test_codes_are_measured_beside_the_exact_search_and_what_learns_less(finishe
     [
         (("figure3", "nowhere"), "no run in nowhere"),
         (("figure3", "{run}", "--seeds", "3"), "unrecognized arguments: --seeds 3"),
-        (("figure4", "{run}", "--images", "20"), "--images 20: the validation images are 0 to 19"),
+        (("figure4", "{run}", "--images", "20"), "--images 20: the indices of validation images are 0 to 19"),
         (("figure4", "{run}", "--data", "{without}"), "has no split 'train', only val"),
-        (("codes", "{run}", "--bits", "12"), "--bits 12: codes are of whole bytes"),
-        (("codes", "{run}", "--bits", "64"), "principal components need as many training images"),
+        (("codes", "{run}", "--bits", "12"), "--bits 12: codes are whole bytes"),
+        (("codes", "{run}", "--bits", "64"), "principal components need at least as many training images"),
         (("figure1", "--rates", "0.1", "-1"), "--rates: -1 is not a number above 0"),
-        (("figure4", "{run}", "--seed", "-1"), "--seed: -1 is not a number from 0 on"),
-        (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a number from 1 on"),
+        (("figure4", "{run}", "--seed", "-1"), "--seed: -1 is not a whole number of at least 0"),
+        (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_shown_is_said(

@@ -66,7 +66,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def test_the_report_of_the_drawn_pictures(packed, tmp_path):
     done = subprocess.run(
-        [sys.executable, "tools/inspect_shards.py", "--data", packed, "--output", tmp_path / "report"],
+        [sys.executable, "tools/inspect_shards.py", "--data", packed, "--out", tmp_path / "report"],
         cwd=REPO,
         capture_output=True,
         text=True,
@@ -219,7 +219,7 @@ def test_letters_that_the_font_lacks_are_no_noise(tmp_path, recwarn):
 def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, call):
     root = dataset(tmp_path / "shards", ["zero"], train=[(0, plain((0, 0, 250)))])
     (root / "train-000000.tar").unlink()
-    done = call(main, "--data", root, "--output", tmp_path / "report")
+    done = call(main, "--data", root, "--out", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"inspect_shards: the shard {root / 'train-000000.tar'} is missing")
     assert done.stderr.count("\n") == 1

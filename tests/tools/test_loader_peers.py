@@ -128,14 +128,14 @@ def test_a_package_that_is_missing_is_one_line(packed, tmp_path):
     missing = "raise ModuleNotFoundError(\"No module named 'torchvision'\")\n"
     (tmp_path / "torchvision.py").write_text(missing)  # found before one that is installed
     line = refusal("pytorch", "--data", str(packed), "--crop", "67", PYTHONPATH=str(tmp_path))
-    assert line.startswith("loader_peers: pytorch is not in ")
+    assert line.startswith("loader_peers: pytorch is not installed in ")
     assert "torchvision" in line
     assert line.count("\n") == 1
 
 
 def test_a_folder_without_a_dataset_is_one_line(tmp_path):
     line = refusal("dali", "--data", str(tmp_path))
-    assert line == f"loader_peers: {tmp_path} holds no packed dataset: see make-shards\n"
+    assert line == f"loader_peers: no packed dataset in {tmp_path}: pack one with alexnet-train make-shards\n"
 
 
 def test_a_crop_larger_than_the_packed_images_is_refused(packed):
@@ -146,7 +146,9 @@ def test_a_crop_larger_than_the_packed_images_is_refused(packed):
 
 def test_who_asks_for_a_contestant_that_cannot_run_gets_its_reason(tmp_path):
     job = Job(tmp_path, batch=2, crop=67, threads=1)
-    with pytest.raises(PeerError, match=f"^dali: {tmp_path} holds no packed dataset: see make-shards$"):
+    with pytest.raises(
+        PeerError, match=f"^dali: no packed dataset in {tmp_path}: pack one with alexnet-train make-shards$"
+    ):
         Contestant(Path(sys.executable), "dali", job, seconds=0.1)
     with pytest.raises(PeerError, match=r"^/nowhere/python does not run: No such file or directory$"):
         Contestant(Path("/nowhere/python"), "dali", job, seconds=0.1)

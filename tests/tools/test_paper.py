@@ -48,7 +48,7 @@ def test_a_record_is_read_as_it_was_written_and_nothing_else_is(tmp_path):
     path = written.save(tmp_path)
     assert Record.read(path) == written
     path.write_text('{"rows": []}')
-    with pytest.raises(RecordError, match=r"ablations.json is no record"):
+    with pytest.raises(RecordError, match=r"ablations.json is not a record"):
         Record.read(path)
 
 
@@ -79,9 +79,9 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
         (["report"], "no records in"),
         (["report", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
         (["ablation"], "invalid choice: 'ablation'"),
-        (["ablations", "--recipe", "small"], "'no colour augmentation' is so already"),
+        (["ablations", "--recipe", "small"], "'no colour augmentation' changes nothing"),
         (["ablations", "--data", "nowhere"], "no dataset at nowhere"),
-        (["ablations", "--jobs", "0"], "--jobs: 0 is not a number from 1 on"),
+        (["ablations", "--jobs", "0"], "--jobs: 0 is not a whole number of at least 1"),
         (["ablations", "--epoch", "3"], "unknown setting --epoch; did you mean --epochs?"),
     ],
 )

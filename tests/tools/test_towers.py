@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from tools.experiments.record import Record
-from tools.experiments.towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
+from tools.experiments.two_towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
 from trainer.settings import Settings, SettingsError, load_settings
 
 
@@ -38,10 +38,10 @@ def test_nothing_is_dropped_or_compiled_and_precision_is_full_unless_asked():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"towers": 1}, "leave --towers"),
-        ({"conv6": True}, "leave --towers, --conv6"),
-        ({"without": "conv3"}, "and --without away"),
-        ({"precision": "fp16"}, "take bf16"),
+        ({"towers": 1}, "remove --towers"),
+        ({"conv6": True}, "remove --towers, --conv6"),
+        ({"without": "conv3"}, "--conv6 and --without"),
+        ({"precision": "fp16"}, "use bf16"),
     ],
 )
 def test_what_has_no_two_towers_is_refused(other, message):

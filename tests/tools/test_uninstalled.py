@@ -15,7 +15,9 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize("command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"]], ids=" ".join
+)
 def test_help_comes_from_a_clone(command):
     """-S leaves out the files by which site-packages points to the clone."""
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))

@@ -14,8 +14,8 @@ from pipeline.files import read_fully
 from tests.helpers import REPO
 from tools.classify import open_output
 from tools.classifying import nets
+from tools.classifying.output import Result
 from tools.classifying.pictures import InputError, find, read
-from tools.classifying.results import Result
 
 # What tempfile says where no folder can be written.
 WITHOUT_TEMPORARY_FOLDER = """
@@ -38,7 +38,7 @@ def failure(code: int) -> OSError:
 @pytest.mark.parametrize(
     "command",
     [
-        ["tools/export.py", "{run}", "--output", "{run}/net.pt2"],
+        ["tools/export.py", "{run}", "--out", "{run}/net.pt2"],
         ["tools/import_torchvision.py", "net.pth", "--out", "{run}/new"],
         ["tools/classify.py", "{run}", "--run", "{run}"],
     ],

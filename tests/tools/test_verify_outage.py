@@ -132,7 +132,7 @@ def test_dataset_json_and_index_are_named(dataset, error):
 @pytest.mark.parametrize(("name", "file"), [("read", "shards/dataset.json"), ("write", "report/report.md")])
 def test_inspecting_names_the_file_and_what_to_do(dataset, monkeypatch, name, file):
     root = dataset.parent
-    command = ["inspect_shards.py", "--data", str(dataset), "--output", str(root / "report")]
+    command = ["inspect_shards.py", "--data", str(dataset), "--out", str(root / "report")]
     monkeypatch.setattr(sys, "argv", command)
     with Storage(root, fault(name, file, "EIO")), pytest.raises(SystemExit) as end:
         inspect_shards.main()

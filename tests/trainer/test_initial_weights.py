@@ -39,7 +39,7 @@ def four_classes(pictures, tmp_path_factory) -> Path:
             (source / split / folder.name).symlink_to(folder)
     pack(
         parse_arguments(
-            ["--input", str(source), "--output", str(output), "--size", "80", "--workers", "1"]
+            ["--input", str(source), "--out", str(output), "--size", "80", "--workers", "1"]
         ).packing
     )
     return output

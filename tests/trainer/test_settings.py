@@ -104,6 +104,9 @@ def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch
         ["tools/make_shards.py", "--help"],
         ["tools/draw_pictures.py", "--help"],
         ["tools/bench.py", "--help"],
+        ["tools/export.py", "--help"],
+        ["tools/import_torchvision.py", "--help"],
+        ["tools/classify.py", "--help"],
     ],
 )
 def test_help_and_refusals_do_not_wait_for_torch_or_dali(arguments):

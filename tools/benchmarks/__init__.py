@@ -1,1 +1,1 @@
-"""What tools/bench.py measures: the stages of this project, and the same work done by others."""
+"""What tools/bench.py measures: this project's stages, and the same work done by other tools."""

@@ -1,4 +1,4 @@
-"""The same work done by others, for `tools/bench.py` to measure beside ours."""
+"""The same work done by DALI's own reader, for `alexnet-train bench` to compare with."""
 
 from collections import deque
 from collections.abc import Callable
@@ -21,9 +21,10 @@ def _reader(dataset: Dataset, mapped: bool = True) -> tuple[Any, Any]:
 
 
 def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:
-    """JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer.
+    """Return JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer.
 
-    mapped: its default, which reads nothing until something touches the bytes; a shard cut short kills it.
+    mapped: map files, DALI's default, which reads nothing until the bytes are used and crashes on a truncated
+    shard.
     """
     indices = [Path(tar).with_suffix(".idx") for tar in tars]
     return fn.readers.webdataset(  # type: ignore[return-value]
@@ -39,7 +40,7 @@ def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:
 
 
 def dali_reader_bytes(dataset: Dataset, options: GraphOptions, mapped: bool) -> Callable[[], int]:
-    """Read only. Each call takes a batch and returns its number of images."""
+    """Only read, with DALI's reader. Each call takes a batch and returns its number of images."""
 
     @pipeline_def
     def graph() -> tuple:
@@ -52,7 +53,7 @@ def dali_reader_bytes(dataset: Dataset, options: GraphOptions, mapped: bool) -> 
 def external_source_bytes(
     reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
 ) -> Callable[[], int]:
-    """Read only, along the plan, labels beside: `batches()` returns sample numbers."""
+    """Only read, in the plan's order, with labels. `batches()` returns sample indices."""
     checked = CheckedReader(reader, None, replace=False)
     kept: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)  # as the loader does
 
@@ -72,7 +73,7 @@ def external_source_bytes(
 
 
 def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], int]:
-    """DALI's reader feeding the training graph, with DALI's own random numbers, to torch as ours."""
+    """Feed the training graph from DALI's reader, with DALI's random numbers, and pass batches to torch."""
 
     @pipeline_def
     def graph() -> tuple:
@@ -86,7 +87,7 @@ def dali_reader_images(dataset: Dataset, options: GraphOptions) -> Callable[[], 
             y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
         )
-        return pixels, fn.pad(label)  # text of equal length
+        return pixels, fn.pad(label)  # label text, padded to equal length
 
     pipeline = _build(graph, options)
 

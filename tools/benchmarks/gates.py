@@ -1,4 +1,4 @@
-"""The goals of tools/bench.py's stages, and whether what was measured reaches them."""
+"""The goals of the stages of `alexnet-train bench`, and whether the measured figures reach them."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,19 +7,19 @@ from functools import cached_property
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-Figures = dict[str, list[float]]  # of each contestant, a figure a run
+Figures = dict[str, list[float]]  # contestant → a figure for each run
 
 RESAMPLES = 10_000
 
 
 class Gate(NamedTuple):
-    """What the first contestant of a stage is to reach: a multiple of others, or an amount."""
+    """The goal of a stage's first contestant: a multiple of others' figures, or an amount."""
 
     stage: str
     goal: float
     others: tuple[str, ...] = ()
-    pick: Callable[..., float] = max  # which of several others counts, run by run
-    where: Mapping[str, object] = {}  # what Stages.describe() has to say for the gate to stand
+    pick: Callable[..., float] = max  # chooses which of several others counts, in each run
+    where: Mapping[str, object] = {}  # values of Stages.describe() for which the gate applies
     at_most: bool = False
 
     def stands(self, about: Mapping[str, object]) -> bool:
@@ -28,8 +28,11 @@ class Gate(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A gate, which of its others were measured, and what its stage did in each run: ratios of figures that
-    stood side by side, or the figures themselves."""
+    """A gate and its result.
+
+    over: which of the others were measured. reached: for each run, the ratio to them in the same round, or
+    the figure itself.
+    """
 
     gate: Gate
     over: list[str]
@@ -37,8 +40,10 @@ class Judgement:
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """That holds the median of such runs with 95 %: percentiles of the medians of resampled runs (Efron's
-        bootstrap, 1979), always the same for the same runs. Of five runs or fewer it is the range."""
+        """The 95 % interval of the median, by percentiles of a bootstrap over the runs (Efron, 1979).
+
+        It is deterministic; for five runs or fewer it is their range.
+        """
         draw = random.Random(0)
         resampled = (draw.choices(self.reached, k=len(self.reached)) for _ in range(RESAMPLES))
         low, *_, high = quantiles(map(median, resampled), n=40)
@@ -46,7 +51,7 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """`passed` where the median reaches the goal, or `undecided` where the interval does, or `missed`."""
+        """`passed` if the median reaches the goal, `undecided` if only the interval does, else `missed`."""
         sign = -1 if self.gate.at_most else 1
         goal = sign * self.gate.goal
         if sign * median(self.reached) >= goal:
@@ -64,7 +69,7 @@ class Judgement:
         }
 
     def line(self, unit: str) -> str:
-        """unit: of an amount."""
+        """Return the result as one line. unit: the unit of an amount."""
         gate, digits = self.gate, ",.3f" if self.over else ",.1f"
         low, high = self.interval
         several = f"the {'fastest' if gate.pick is max else 'slowest'} of " * (len(self.over) > 1)
@@ -87,7 +92,7 @@ GATES = (
     Gate("loader", 15_000, where=GPU | {"geometry": "original"}),
     Gate("peers", 2.0, ("pytorch", "timm", "webdataset", "spdl", "litdata", "streaming")),
     Gate("peers", 1.1, ("ffcv", "dali"), where=CPU),
-    Gate("peers", 2.0, ("ffcv",), where=GPU),  # it decodes on the CPU there, too
+    Gate("peers", 2.0, ("ffcv",), where=GPU),  # it decodes on the CPU there as well
     Gate("model", 1.9, STOCK, where=CPU | {"precision": "fp32"}),
     Gate("model", 3.3, STOCK, where=CPU | {"precision": "bf16", "amx": True}),
     Gate("model", 1.5, STOCK, where=GPU),
@@ -103,7 +108,7 @@ GATES = (
 def judge(
     stage: str, figures: Figures, about: Mapping[str, object], gates: Sequence[Gate] = GATES
 ) -> Iterator[Judgement]:
-    """Of each gate of the stage that stands and was measured."""
+    """Yield a judgement for each gate of the stage that applies and was measured."""
     ours = next(iter(figures.values()), [])
     for gate in gates:
         if gate.stage != stage or not ours or not gate.stands(about):

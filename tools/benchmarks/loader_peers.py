@@ -1,11 +1,11 @@
-"""Input pipelines as others build them, for `tools/bench.py` to measure beside ours.
+"""Other input pipelines, for `alexnet-train bench peers` to compare with.
 
     .loader-peers/bin/python -m tools.benchmarks.loader_peers pytorch --data shards
 
-It runs in an environment of its own (`make .loader-peers`); `dali` runs in the project's. Once the
-first batch is there, a line tells the versions. From then on each line of stdin is answered by one
-measurement, {"images_per_second": …}, until stdin ends. All contestants can be started once and measured
-by turns, as each stands still in between: see `Contestant`.
+This script runs in its own environment (`make .loader-peers`); `dali` runs in the project's. After the first
+batch it prints a line with versions. From then on it answers each line of stdin with one measurement,
+{"images_per_second": …}, until stdin ends. All contestants can be started once and measured by turns, because
+each is stopped in between (see `Contestant`).
 """
 
 import argparse
@@ -26,16 +26,17 @@ import torch
 from pipeline.machine import cpus
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
+from tools.options import count, positive
 
 REPO = Path(__file__).resolve().parents[2]
 LEAD_SECONDS = 1.0
 
 
 def rate(batches: Iterator[Any], seconds: float, device: str = "cpu") -> float:
-    """Images/s of `(images, labels)` over at least `seconds`, from one batch's arrival to another's.
+    """Measure images/s over at least `seconds` of batches `(images, labels)`, from one arrival to another.
 
-    What was prefetched before costs nothing now: it is used up in LEAD_SECONDS, which do not count. On a
-    GPU ("cuda") a batch has arrived when the device has done all that was asked of it.
+    Batches that were prefetched earlier are used up during LEAD_SECONDS, which do not count. On a GPU
+    ("cuda") a batch has arrived when the device has finished all its work.
     """
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     lead = time.perf_counter() + LEAD_SECONDS
@@ -50,14 +51,14 @@ def rate(batches: Iterator[Any], seconds: float, device: str = "cpu") -> float:
 
 
 class PeerError(RuntimeError):
-    """A contestant that cannot run, in one line."""
+    """A contestant that cannot run; the message is one line."""
 
 
 class Contestant:
-    """One of PEERS in a process group of its own, under the Python of its environment.
+    """One of PEERS, in its own process group, run by the Python of its environment.
 
-    It is stopped but for `measure()`: it would fill its queues, for seconds, in the turn of the next.
-    Raises PeerError.
+    It is stopped except during `measure()`; otherwise it would fill its queues during the next contestant's
+    turn. Raises PeerError.
     """
 
     def __init__(self, python: Path, name: str, job: Job, seconds: float):
@@ -79,20 +80,20 @@ class Contestant:
             raise PeerError(f"{command[0]} does not run: {error.strerror}") from None
 
     def measure(self) -> float:
-        """Images/s of one turn."""
+        """Return the images/s of one turn."""
         assert self.process.stdin
         self._signal(signal.SIGCONT)
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # its last words say why
+            pass  # _answer() reports its error
         answer = self._answer()
         self._signal(signal.SIGSTOP)
         return answer["images_per_second"]
 
     def _signal(self, number: signal.Signals) -> None:
-        """To its workers, too."""
+        """Send a signal to the process and its workers."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
@@ -106,14 +107,14 @@ class Contestant:
         raise PeerError(f"{self.name}: {last[0].removeprefix('loader_peers: ')}")
 
     def close(self) -> None:
-        """Let it end by itself, its workers and its files with it."""
+        """Let the process end by itself, with its workers and files."""
         self._signal(signal.SIGCONT)
         self.process.communicate()
         self.errors.close()
 
 
 def serve(name: str, job: Job, seconds: float, answers: IO[str]) -> None:
-    """Answer on `answers`, a line each, as the module's docstring says."""
+    """Write measurements to `answers`, one per line, as the module's docstring describes."""
 
     def answer(**content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
@@ -132,25 +133,48 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed by make-shards")
-    parser.add_argument("--batch", type=int, default=128, metavar="N")
-    parser.add_argument("--crop", type=int, default=224, metavar="PX")
+    parser.add_argument("peer", choices=PEERS, help="pipeline to run")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
+    parser.add_argument("--batch", type=count, default=128, metavar="N", help="batch size (default 128)")
     parser.add_argument(
-        "--threads", type=int, default=cpus(), metavar="N", help="or processes (default: CPUs)"
+        "--crop",
+        type=count,
+        default=224,
+        metavar="PX",
+        help="side of the crop (default 224)",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are to be")
-    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="least length of a turn")
+    parser.add_argument(
+        "--threads",
+        type=count,
+        default=cpus(),
+        metavar="N",
+        help="number of threads or processes (default: one per CPU)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where batches are delivered",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive,
+        default=5.0,
+        metavar="S",
+        help="minimum length of a turn (default 5)",
+    )
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # some packages print
+    os.dup2(2, 1)  # some packages print to stdout
     try:
         with tempfile.TemporaryDirectory(prefix="loader-peers-") as scratch:
             work = options.data, options.batch, options.crop, options.threads, options.device
             job = Job(*work, Path(scratch))
             serve(options.peer, job, options.seconds, answers)
     except ImportError as error:
-        sys.exit(f"loader_peers: {options.peer} is not in {sys.prefix}: {error} (make .loader-peers)")
+        sys.exit(
+            f"loader_peers: {options.peer} is not installed in {sys.prefix}: {error}. Run make .loader-peers"
+        )
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"loader_peers: {' '.join(str(error).split())}")
 

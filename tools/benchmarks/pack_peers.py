@@ -1,13 +1,13 @@
-"""Packing as others do it, for `tools/bench.py pack` to measure beside ours.
+"""Packing with other tools, for `alexnet-train bench pack` to compare with.
 
-    .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --output FOLDER --workers 2
+    .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --out FOLDER --workers 2
 
-It runs in an environment of its own (`make .pack-peers`), since Pillow and pillow-simd are both imported
-as PIL. The last word printed is the number of images that were packed.
+This script runs in its own environment (`make .pack-peers`), because Pillow and pillow-simd are both imported
+as PIL. The last word it prints is the number of packed images.
 
-    shardwriter  what one writes first: Pillow in a pool of processes, webdataset's ShardWriter
-    copy         ShardWriter alone: the files' own bytes, unread
-    img2dataset  from file:// URLs, with its own resizing by OpenCV
+    shardwriter  the obvious script: Pillow in a pool of processes, and webdataset's ShardWriter
+    copy         ShardWriter alone, with the files' own bytes, not decoded
+    img2dataset  from file:// URLs, resized by its own OpenCV code
 """
 
 import argparse
@@ -24,7 +24,7 @@ def files(root: Path) -> list[Path]:
 
 
 def resized(path: Path) -> bytes:
-    """The central square of 256 px, as JPEG."""
+    """Return the central square of 256 px, as JPEG."""
     from PIL import Image
 
     image = Image.open(path).convert("RGB")
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, required=True)
     options = parser.parse_args()
-    print(PEERS[options.peer](options.input, options.output, options.workers))
+    print(PEERS[options.peer](options.input, options.out, options.workers))

@@ -1,4 +1,4 @@
-"""What `loader_peers.py` has others do, and the packed photos in the forms that they read."""
+"""The job that `loader_peers.py` gives to other loaders, and the packed photos in formats that they read."""
 
 import json
 import tarfile
@@ -10,17 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    data: Path  # of dataset.json
+    data: Path  # folder of dataset.json
     batch: int
     crop: int
     threads: int  # or processes
-    device: str = "cpu"  # or cuda: where the batches are to be
-    scratch: Path = Path()  # for what is made of the shards
+    device: str = "cpu"  # or cuda: where batches are delivered
+    scratch: Path = Path()  # for files converted from the shards
 
     def check(self) -> None:
-        """Raises ValueError where the work cannot be done on this data."""
+        """Raise ValueError if the job cannot be done on this data."""
         if self.manifest["geometry"] != "256":
-            raise ValueError(f"{self.data} is not packed in squares: see --geometry of make-shards")
+            raise ValueError(f"{self.data} is not packed as squares: pack it with --geometry 256")
         if not 0 < self.crop <= self.size:
             raise ValueError(f"a crop of {self.crop} px does not fit in images of {self.size} px")
 
@@ -33,7 +33,9 @@ class Job:
         try:
             return json.loads((self.data / "dataset.json").read_text())
         except (OSError, ValueError):
-            raise ValueError(f"{self.data} holds no packed dataset: see make-shards") from None
+            raise ValueError(
+                f"no packed dataset in {self.data}: pack one with alexnet-train make-shards"
+            ) from None
 
     @property
     def tars(self) -> list[str]:
@@ -46,11 +48,11 @@ class Job:
 
     @property
     def share(self) -> float:
-        """The crop's part of the area of a packed image."""
+        """The crop's share of the area of a packed image."""
         return (self.crop / self.size) ** 2
 
     def samples(self) -> Iterator[tuple[bytes, int]]:
-        """JPEG bytes and label, in the order of the shards."""
+        """Yield JPEG bytes and label, in the order of the shards."""
         for path in self.tars:
             with tarfile.open(path) as tar:
                 parts = ((Path(member.name), tar.extractfile(member)) for member in tar)
@@ -60,7 +62,7 @@ class Job:
                     yield content, int(contents[key, ".cls"])
 
     def files(self) -> list[tuple[str, int]]:
-        """The same as files in a folder for each class: paths and labels."""
+        """Write the samples as files in a folder for each class; return paths and labels."""
         written = []
         for number, (jpeg, label) in enumerate(self.samples()):
             path = self.scratch / "files" / f"{label:04d}" / f"{number:08d}.jpg"

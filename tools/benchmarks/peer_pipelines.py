@@ -1,20 +1,19 @@
-"""The pipelines of `loader_peers.py`, each as its own documentation recommends, with all cores.
+"""The pipelines of `loader_peers.py`, each set up as its own documentation recommends, using all cores.
 
-All do the same: a JPEG decoded, a random crop, mirrored or not, normalised, as float32 on the job's
-device, batch after batch in random order, without end. For a GPU, what its documentation has there is
-there: the copy from pinned memory with all of them, the decoder with DALI, normalising with timm, DALI,
-SPDL and FFCV. An epoch is made long where its end would empty the queues, since
-the datasets to measure on are small. What cannot read tars gets files or its own format, made first
-and not measured.
+All do the same work: decode a JPEG, take a random crop, mirror it or not, and normalise it to float32 on the
+job's device, in endless batches in random order. On a GPU each does there what its documentation does there:
+all of them copy from pinned memory, DALI decodes, and timm, DALI, SPDL and FFCV normalise. The datasets to
+measure on are small, so an epoch is made long wherever its end would empty the queues. A pipeline that cannot
+read tars gets files or its own format, prepared in advance and not measured.
 
-    pytorch     DataLoader of processes, torchvision's ImageFolder and transforms, as in its examples
-    timm        create_loader, which crops likewise when told to keep area and shape
-    webdataset  shards resampled, shuffled in a buffer, decoded by Pillow, batched in WebLoader's processes
-    dali        readers.webdataset and DALIGenericIterator, decoding the crop alone, in threads
-    spdl        a pipeline of threads, a batch each, decoding by FFmpeg
+    pytorch     DataLoader with processes, torchvision's ImageFolder and transforms, as in PyTorch's examples
+    timm        create_loader, which takes the same crop when area and aspect ratio are fixed
+    webdataset  resampled shards, shuffled in a buffer, decoded by Pillow, batched in WebLoader's processes
+    dali        readers.webdataset and DALIGenericIterator, decoding only the crop, in threads
+    spdl        a pipeline of threads, one batch each, decoding with FFmpeg
     litdata     StreamingDataset over chunks of the same JPEG bytes
     streaming   MosaicML's, over MDS shards of the same JPEG bytes
-    ffcv        .beton of JPEGs, compressed again at quality 90 as it has no way to take bytes, in threads
+    ffcv        a .beton of JPEGs, recompressed at quality 90 because FFCV cannot take bytes, in threads
 """
 
 import io
@@ -27,17 +26,17 @@ import torch
 
 from tools.benchmarks.peer_job import Job
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # for pixels from 0 to 1
 LONG_EPOCH = 1_000_000  # samples, about ImageNet's
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [N,3,crop,crop] in any layout, labels [N]
 
 
 def _torchvision() -> None:
-    """Make torchvision importable beside PyTorch's CPU build too.
+    """Make torchvision importable with PyTorch's CPU build as well.
 
-    Its wheels on PyPI are built for CUDA: beside a CPU build their operators do not load, and two
-    whose absence fails the import are declared here, unused.
+    Its wheels on PyPI are built for CUDA, so their operators do not load with a CPU build. The import fails
+    without two of them, which are declared here and never used.
     """
     try:
         import torchvision
@@ -48,7 +47,7 @@ def _torchvision() -> None:
 
 
 def _transform(job: Job) -> Callable[[Any], torch.Tensor]:
-    """Of a PIL image, as in PyTorch's ImageNet example."""
+    """Return the transform of a PIL image, as in PyTorch's ImageNet example."""
     _torchvision()
     from torchvision import transforms
 
@@ -68,12 +67,12 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _workers(job: Job) -> dict[str, Any]:
-    """How a DataLoader is to work."""
+    """Return DataLoader's arguments for workers and memory."""
     return {"num_workers": job.threads, "persistent_workers": True, "pin_memory": job.on_gpu}
 
 
 def _delivered(loader: Iterable[Any], job: Job) -> Batches:
-    """A DataLoader's batches, which it has pinned if they are for a GPU."""
+    """Yield a DataLoader's batches on the job's device; batches for a GPU are already in pinned memory."""
     for images, labels in _endless(loader):
         yield images.to(job.device, non_blocking=True), labels.to(job.device, non_blocking=True)
 
@@ -146,7 +145,7 @@ def dali(job: Job) -> Batches:
             std=[255 * std for std in STD],
             mirror=fn.random.coin_flip(),
         )
-        labels = fn.pad(digits)  # their text, of equal length
+        labels = fn.pad(digits)  # label text, padded to equal length
         return pixels, labels.gpu() if job.on_gpu else labels
 
     outputs, drop = ["data", "label"], LastBatchPolicy.DROP
@@ -197,7 +196,7 @@ def _chunk(sample: tuple[bytes, int]) -> dict[str, Any]:
 
 
 def _opened(jpeg: bytes) -> Any:
-    """By Pillow, as torchvision's folders do."""
+    """Decode with Pillow, as torchvision's ImageFolder does."""
     from PIL import Image
 
     return Image.open(io.BytesIO(jpeg)).convert("RGB")
@@ -261,7 +260,7 @@ def ffcv(job: Job) -> Batches:
     label = [IntDecoder(), ops.ToTensor(), ops.Squeeze()]
     if job.on_gpu:
         to_device = ops.ToDevice(torch.device(job.device), non_blocking=True)
-        normalise = Normalize(mean.tolist(), std.tolist())  # FFCV's own needs CuPy there
+        normalise = Normalize(mean.tolist(), std.tolist())  # FFCV's own needs CuPy on a GPU
         image += [ops.ToTensor(), to_device, ops.ToTorchImage(), ops.Convert(torch.float32), normalise]
         label.append(to_device)
     else:
@@ -278,7 +277,7 @@ def ffcv(job: Job) -> Batches:
     yield from _endless(loader)
 
 
-# Each with the packages that its figures depend on.
+# Each pipeline with the packages that its figures depend on.
 PEERS: dict[str, tuple[Callable[[Job], Any], tuple[str, ...]]] = {
     "pytorch": (pytorch, ("torch", "torchvision", "pillow")),
     "timm": (timm, ("timm", "torch", "torchvision", "pillow")),

@@ -1,4 +1,4 @@
-"""The contestants of each stage of tools/bench.py."""
+"""The contestants of each stage of `alexnet-train bench`."""
 
 import argparse
 import json
@@ -30,16 +30,16 @@ from trainer.settings import Settings, SettingsError
 from trainer.train import Trainer
 from trainer.tuning import tuned
 
-Stage = dict[str, Callable[[], float]]  # what is compared: each does one run and returns its figure
+Stage = dict[str, Callable[[], float]]  # contestants: each call does one run and returns its figure
 
 TRACED = 10  # steps
 
 
 class Stages:
-    """Of one dataset and one group of settings. options: of the command line, what they need besides. first:
-    of a sweep, whose open dataset and form of convolutions the others take.
+    """The stages for one dataset and one group of settings.
 
-    closing: ends what a stage has started.
+    options: command-line options that the stages use. first: the first stages of a sweep, whose open dataset
+    and form of convolutions the others reuse. closing: closes what a stage has started.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Stages:
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, Any]:
-        """What the figures depend on, besides the machine."""
+        """Return what the figures depend on, other than the machine."""
         return {
             "device": self.device.type,
             "amx": torch.cpu._is_amx_tile_supported(),
@@ -76,11 +76,11 @@ class Stages:
 
     @property
     def convolutions(self) -> str:
-        """The form that was taken, or `auto` as long as no stage has trained."""
+        """The chosen form, or `auto` while no stage has trained."""
         return vars(self).get("_settled", self.settings).convolutions
 
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
-        """A run of work that is made for the first of them: what is never run is never made."""
+        """Return a run of work that its first call creates: work that never runs is never created."""
         make = cache(make)
         return lambda: rate(make(), self.seconds, self.device)
 
@@ -93,7 +93,7 @@ class Stages:
 
     @cached_property
     def _settled(self) -> Settings:
-        """The settings with what `auto` is for a run that begins here."""
+        """The settings with `auto` resolved as for a run that starts on this machine."""
         precision = resolve_precision(self.settings.precision, self.device)
         settings = self.settings.model_copy(update={"precision": precision})
         if self.first and settings.convolutions == "auto":
@@ -152,7 +152,9 @@ class Stages:
         from tools.benchmarks.peer_pipelines import PEERS
 
         if self.loader_peers is None:
-            raise SettingsError("peers needs --loader-peers: make .loader-peers, .loader-peers/bin/python")
+            raise SettingsError(
+                "peers needs --loader-peers .loader-peers/bin/python, which `make .loader-peers` installs"
+            )
         device = self.device.type
         stage: Stage = {"loader": partial(loader_peers.rate, self._train_loader(), self.seconds, device)}
         job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads, device)
@@ -177,7 +179,7 @@ class Stages:
         pixels, labels = next(synthetic_loader(self.settings.batch, self.classes, self.decoding))
         stock = partial(stock_work, pixels, labels, self.classes, precision=precision)
         stage |= {f"stock {layout}": self._run(partial(stock, layout=layout)) for layout in LAYOUTS}
-        if shutil.which(os.environ.get("CXX", "g++")):  # torch's compiler needs it, on a CPU and on a GPU
+        if shutil.which(os.environ.get("CXX", "g++")):  # torch's compiler needs it on CPUs and GPUs
             stage["stock compiled"] = self._run(partial(stock, layout="channels_last", compiled=True))
         return stage
 
@@ -195,9 +197,9 @@ class Stages:
         }
 
     def trace(self, path: Path) -> None:
-        """Write what host and device do in a few steps of training, for chrome://tracing or Perfetto."""
+        """Write a trace of host and device over a few training steps, for chrome://tracing or Perfetto."""
         work = self._trainer()
-        for _ in range(3):  # to warm up
+        for _ in range(3):  # warm-up
             work()
         with torch.profiler.profile() as profile:
             for _ in range(TRACED):
@@ -207,27 +209,27 @@ class Stages:
         profile.export_chrome_trace(str(path))
 
     def start(self) -> Stage:
-        """Seconds from the command to the end of its first step, which may find compiled code or not."""
+        """Measure seconds from the command to the end of its first step, with warm and cold caches."""
         if not self.settings.compile:
             return {"start": lambda: self._first_step(None)[0]}
         cache = tempfile.mkdtemp(prefix="alexnet-bench-")
         return {"warm": lambda: self._first_step(cache)[0], "cold": lambda: self._first_step(None)[0]}
 
     def memory(self) -> Stage:
-        """GB of the GPU that a training takes, DALI's and the driver's included."""
+        """Measure the GPU memory in GB that training takes, including DALI's and the driver's."""
         if self.device.type != "cuda":
-            raise SettingsError("memory is measured on a GPU, and torch finds none here")
+            raise SettingsError("memory is measured on a GPU, and torch finds none on this machine")
         return {"memory": lambda: self._first_step(None)[1] / 1e9}
 
     def _taken(self) -> int:
-        """Bytes of the GPU, by all processes."""
+        """Return the bytes of GPU memory that all processes use."""
         if self.device.type != "cuda":
             return 0
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
     def _first_step(self, cache: str | None) -> tuple[float, int]:
-        """Seconds until it is done, and bytes of the GPU then."""
+        """Return the seconds until the first step is done, and the bytes of GPU memory in use then."""
         with tempfile.TemporaryDirectory(prefix="alexnet-bench-") as folder:
             recipe, log = Path(folder, "settings.toml"), Path(folder, "log")
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
@@ -244,14 +246,14 @@ class Stages:
             process.kill()
             process.wait()
             if " step 1/" not in log.read_text():
-                raise SettingsError(f"training does not start: {log.read_text().strip()[-300:]}")
+                raise SettingsError(f"training did not start: {log.read_text().strip()[-300:]}")
         return seconds, taken
 
     def save(self) -> Stage:
-        """Seconds that saving holds up training, and until what is saved is on the disk."""
+        """Measure seconds that saving delays training, and seconds until the checkpoint is on the disk."""
         folder = Path(tempfile.mkdtemp(prefix="alexnet-bench-"))
         trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
-        trainer.train_one(trainer.batches())  # so that there is a momentum to save
+        trainer.train_one(trainer.batches())  # creates the momentum to save
 
         def background(held_up: bool) -> float:
             start = time.perf_counter()
@@ -295,7 +297,7 @@ class Stages:
         from tools.make_shards import pack, parse_arguments
 
         with tempfile.TemporaryDirectory() as folder:
-            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
             options = parse_arguments([*where, "--shard-samples", "500", *arguments]).packing
             start = time.perf_counter()
             manifest = pack(options)
@@ -304,7 +306,7 @@ class Stages:
 
     def _pack_of_peer(self, peer: str, workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            where = ["--input", str(self.images), "--output", folder, "--workers", str(workers)]
+            where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
             command = [str(self.pack_peers), str(Path(__file__).with_name("pack_peers.py")), peer, *where]
             start = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=False)

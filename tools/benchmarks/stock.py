@@ -1,6 +1,6 @@
-"""The paper's AlexNet as one writes it from torch's own layers, the peer of `tools/bench.py model`.
+"""The paper's AlexNet from torch's own layers, for `alexnet-train bench model` to compare with.
 
-The same computation as the preset `paper`, to rounding; the flattening in CHW order permutes fc6's inputs.
+It computes the same as the preset `paper`, up to rounding; flattening in CHW order permutes fc6's inputs.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 def stock_alexnet(classes: int, crop: int = 224) -> nn.Sequential:
-    """Maps [N,3,crop,crop] to logits [N,classes]."""
+    """Build a net that maps [N,3,crop,crop] to logits [N,classes]."""
     pad = (11 - crop) % 4
 
     def normalise() -> nn.Module:
@@ -33,17 +33,17 @@ def stock_alexnet(classes: int, crop: int = 224) -> nn.Sequential:
         *(nn.Linear(4096, 4096), nn.ReLU(inplace=True), nn.Dropout(0.5)),
         nn.Linear(4096, classes),
     )
-    net(torch.zeros(1, 3, crop, crop))  # from which the first linear layer learns its inputs
+    net(torch.zeros(1, 3, crop, crop))  # the lazy linear layer infers its input size
     return net
 
 
 def stock_work(
     pixels: Tensor, labels: Tensor, classes: int, layout: str, precision: str, compiled: bool = False
 ) -> Callable[[], int]:
-    """Forward, backward and update on one batch that lies ready, as PyTorch's tutorials write them.
+    """Return a function that does a training step on a ready batch, written as in PyTorch's tutorials.
 
-    pixels: [N,3,crop,crop]. layout: a key of LAYOUTS, of weights and pixels. precision: `bf16`, `fp16`
-    or `fp32`. Each call does a step and returns N.
+    pixels: [N,3,crop,crop]. layout: a key of LAYOUTS, for weights and pixels. precision: `bf16`, `fp16`
+    or `fp32`. Each call does one step and returns N.
     """
     device, memory_format = pixels.device, LAYOUTS[layout]
     pixels = prepare(pixels, precision).contiguous(memory_format=memory_format)

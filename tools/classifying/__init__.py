@@ -1,1 +1,1 @@
-"""What tools/classify.py is made of: nets of any form, pictures, videos, results and how they are drawn."""
+"""The parts of tools/classify.py: opening nets, reading pictures and videos, writing and drawing results."""

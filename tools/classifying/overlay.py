@@ -1,4 +1,4 @@
-"""A picture with its best classes as bars below it, as in the paper's Fig. 4."""
+"""Draw a picture's best classes as bars below it, as in the paper's Fig. 4."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from tools.classifying.results import Guess, short
+from tools.classifying.output import Guess, short
 
 BAR, FIRST_BAR = "#c9d7e8", "#8fb3dc"
 ROW_PIXELS, MARGIN_PIXELS, DPI = 26, 8, 100
-PERCENT_PIXELS = 64  # of the probability, right of the bars
-LEAST_WIDTH, MOST_WIDTH = 320, 1280  # in pixels
+PERCENT_PIXELS = 64  # width of the column of probabilities, right of the bars
+LEAST_WIDTH, MOST_WIDTH = 320, 1280  # pixels
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """A picture as wide as is drawn: between bounds, with even sides, as video wants them."""
+    """Resize a picture to the width it is drawn at: within bounds and, for video codecs, with even sides."""
     width = min(max(image.width, LEAST_WIDTH), MOST_WIDTH) // 2 * 2
     height = max(2, round(image.height * width / image.width / 2) * 2)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def with_bars(image: Image.Image, bars: Image.Image) -> Image.Image:
-    """A picture with bars of its width below it."""
+    """Return a picture with bars of the same width below it."""
     whole = Image.new("RGB", (image.width, image.height + bars.height))
     whole.paste(image)
     whole.paste(bars, (0, image.height))
@@ -32,7 +32,7 @@ def with_bars(image: Image.Image, bars: Image.Image) -> Image.Image:
 
 
 def draw_bars(guesses: Sequence[Guess], width: int) -> Image.Image:
-    """A row a class: a bar of its probability's length, its name and its probability."""
+    """Draw a row for each class: a bar as long as its probability, its name and the probability."""
     height = ROW_PIXELS * len(guesses) + 2 * MARGIN_PIXELS
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))

@@ -1,4 +1,4 @@
-"""From files to what a net takes: what the packer and the evaluation do, by Pillow and numpy."""
+"""From image files to the net's input, as the packer and the evaluation do it, with Pillow and numpy."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -16,15 +16,21 @@ PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ogv", ".wmv"}
 VIDEOS |= {".flv", ".3gp"}
 CENTRE = ((0.5, 0.5),)
-FIVE = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), *CENTRE)  # of the room that a crop has, in x and y
+FIVE = (
+    (0.0, 0.0),
+    (1.0, 0.0),
+    (0.0, 1.0),
+    (1.0, 1.0),
+    *CENTRE,
+)  # crop offsets in x and y, as fractions of the free space
 
 
 class InputError(ValueError):
-    """Input that cannot be classified; the message names it."""
+    """An input that cannot be classified; the message names it."""
 
 
 class Source(NamedTuple):
-    """A file. name: below the folder that was given, or alone."""
+    """A file to classify. name: its path relative to the given folder, or its file name."""
 
     path: Path
     name: str
@@ -35,9 +41,11 @@ class Source(NamedTuple):
 
 
 def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
-    """Files as they were given and, in folders, at any depth, all that are named like a picture or a video;
-    and how many others there are in those. Raises InputError where there is nothing to classify, and OSError
-    where a folder cannot be listed."""
+    """Return the files to classify, and the number of files in folders that were skipped.
+
+    Files are taken as given; folders are searched at any depth for the extensions of pictures and videos.
+    Raises InputError if there is nothing to classify, and OSError if a folder cannot be listed.
+    """
     sources: list[Source] = []
     others = 0
     for given in inputs:
@@ -45,7 +53,7 @@ def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
             files = sorted(path for path in _inside(given) if path.is_file())
             found = [path for path in files if path.suffix.lower() in PICTURES | VIDEOS]
             if not found:
-                raise InputError(f"no pictures or videos in {given}, and {len(files)} other files")
+                raise InputError(f"no pictures or videos in {given} (other files: {len(files)})")
             sources += [Source(path, str(path.relative_to(given))) for path in found]
             others += len(files) - len(found)
         elif given.exists():
@@ -56,7 +64,7 @@ def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """All files at any depth. Raises OSError, where `rglob` would pass over what it cannot list."""
+    """Yield all files at any depth. Raises OSError for a folder that cannot be listed; `rglob` skips it."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -66,9 +74,9 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 
 def read(path: Path) -> Image.Image:
-    """A picture as the packer would see it, by content, whatever the name.
+    """Read a picture as the packer does, judging it by content and not by name.
 
-    Raises InputError, and OSError in an outage of the storage, which is not the picture's fault.
+    Raises InputError for a broken picture, and OSError if the storage is unavailable.
     """
     try:
         return read_image(read_patiently(path))
@@ -79,13 +87,15 @@ def read(path: Path) -> Image.Image:
     except RejectedError as error:
         more = ""
         if str(error) == "not an image":
-            more = f": neither one of {', '.join(FORMATS)} nor, by its name, a video"
+            more = f": it is none of {', '.join(FORMATS)}, and its extension is not that of a video"
         raise InputError(f"{path}: {error}{more}") from None
 
 
 def views(image: Image.Image, spec: NetSpec, crops: int) -> np.ndarray:
-    """The centre of a picture, or with ten crops corners and centre and their mirror images:
-    [crops,3,crop,crop] in fp32, minus the mean."""
+    """Return a picture's crops as [crops,3,crop,crop] fp32, minus the mean.
+
+    One crop is the centre; ten are the corners and the centre with their mirror images.
+    """
     pixels = np.asarray(fit(image, spec.geometry, spec.size), np.float32) - np.array(spec.mean, np.float32)
     cut = [_cut(pixels, x, y, spec.crop) for x, y in (FIVE if crops == 10 else CENTRE)]
     if crops == 10:
@@ -94,7 +104,7 @@ def views(image: Image.Image, spec: NetSpec, crops: int) -> np.ndarray:
 
 
 def _cut(pixels: np.ndarray, x: float, y: float, crop: int) -> np.ndarray:
-    """A square of [h,w,3], at the pixel to which DALI rounds too."""
+    """Cut a square out of [h,w,3], rounding its offset to the same pixel as DALI."""
     height, width, _ = pixels.shape
     top, left = int(y * (height - crop) + 0.5), int(x * (width - crop) + 0.5)
     return pixels[top : top + crop, left : left + crop]

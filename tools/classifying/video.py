@@ -1,4 +1,4 @@
-"""Videos: their frames upright, the classes of each window of time, and a copy with these drawn, by PyAV."""
+"""Videos, read and written with PyAV: upright frames, classes per time window, and an annotated copy."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from tools.classifying.nets import BATCH, Net
+from tools.classifying.output import Result, Window, best
 from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, views
-from tools.classifying.results import Result, Window, best
 
-WHOLE = 0.9  # share of the duration that a video must have frames for; sound may last longer than they do
-TICK = Fraction(1, 90000)  # seconds: of the copy's clock
+WHOLE = 0.9  # least fraction of the duration that must have frames; sound may last longer than the pictures
+TICK = Fraction(1, 90000)  # seconds: the time base of the annotated copy
 
 _ROUNDING = 1e-6
 
@@ -26,9 +26,9 @@ Frame = tuple[float, Image.Image]  # seconds from the first one, and RGB
 
 
 def frames(path: Path, every: int = 1) -> Iterator[Frame]:
-    """Each `every`th frame, as it is to be held.
+    """Yield every `every`th frame, rotated upright.
 
-    Raises InputError where there is none or PyAV is missing; for damage, after the sound frames before it.
+    Raises InputError if there is no frame or PyAV is missing; for damage, after the sound frames before it.
     """
     try:
         import av
@@ -39,7 +39,7 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
     try:
         with av.open(path) as container:
             if not container.streams.video:
-                raise InputError(f"{path}: it has no pictures")
+                raise InputError(f"{path}: it has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             duration = (container.duration or 0) / av.time_base
@@ -52,25 +52,25 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
                 if number % every == 0 and not frame.is_corrupt:
                     yield seconds, _upright(frame.to_image(), frame.rotation)
     except av.FFmpegError as error:
-        place = f"damaged after {seconds:.1f} s" if first is not None else "not a video"
-        raise InputError(f"{path}: {place}: {error.strerror}") from None
+        problem = f"damaged after {seconds:.1f} s" if first is not None else "not a video"
+        raise InputError(f"{path}: {problem}: {error.strerror}") from None
     if first is None:
         raise InputError(f"{path}: it has no frames")
     if broken:
-        raise InputError(f"{path}: damaged: {broken} frames are broken and were left out")
+        raise InputError(f"{path}: damaged: {broken} broken frames were skipped")
     if seconds + period < WHOLE * duration:
         raise InputError(f"{path}: truncated: it has frames for {seconds:.1f} of {duration:.1f} s")
 
 
 def _upright(image: Image.Image, degrees: int) -> Image.Image:
-    """A frame turned counterclockwise, as a telephone that was held upright has it noted."""
+    """Rotate a frame counterclockwise by the angle that a telephone records when it is held upright."""
     return image.rotate(degrees, expand=True) if degrees else image
 
 
 def classify_video(path: Path, net: Net, crops: int, window: float, every: int) -> Iterator[Result]:
-    """A result for each window of so many seconds: the mean of its frames' softmax.
+    """Yield a result for each window of `window` seconds: the mean softmax over its frames.
 
-    Raises InputError, for damage after the results of what is sound.
+    Raises InputError; for damage, after the results of the sound part.
     """
     damage = []
 
@@ -92,15 +92,15 @@ def classify_video(path: Path, net: Net, crops: int, window: float, every: int) 
 
 
 def annotate(path: Path, results: Sequence[Result], file: BinaryIO) -> None:
-    """Write a copy as MP4, without sound, each frame above the classes of its window."""
+    """Write a copy as MP4, without sound, with the classes of its window below each frame."""
     import av
 
     starts = [result.window.start_seconds for result in results if result.window]
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    bars: dict[int, Image.Image] = {}  # of the window that frames are in
+    bars: dict[int, Image.Image] = {}  # of the current window, by its index
     stream = None
     with av.open(file, "w", format="mp4") as container:
-        with suppress(InputError):  # it was told when the results were
+        with suppress(InputError):  # damage was already reported with the results
             for seconds, original in frames(path):
                 image = reduced(original)
                 number = max(0, bisect_right(starts, seconds + _ROUNDING) - 1)

@@ -1,4 +1,4 @@
-"""The experiments of tools/paper.py, a module each, and what they share."""
+"""The experiments of tools/paper.py, one module each, and the modules they share."""
 
 EXPERIMENTS = (  # in the order of the report
     "crops", "ensembles", "cnn-star", "baselines", "ablations",

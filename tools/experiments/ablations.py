@@ -1,10 +1,11 @@
-"""What each part of the net and of its training is worth: the net without it, seed by seed.
+"""Measure what each part of the net and of its training contributes, by training without it.
 
-    python tools/paper.py ablations --data shards --seeds 3 --recipe small --epochs 20
+    alexnet-train paper ablations --data shards --seeds 3 --recipe small --epochs 20
 
-Each is trained with the same settings but one. The published differences are those of the paper's text and
-of its code's logs. Other options are settings of alexnet-train, the same for all; a recipe whose learning
-rate falls by the number of epochs (schedule `cosine`) fits any budget. What is finished is not trained again.
+Each ablation changes one setting and is compared seed by seed. The published differences come from the
+paper's text and from the logs of its code. Any other option is a setting of `alexnet-train train`, the same
+for all runs; a recipe whose learning rate depends on the number of epochs (schedule `cosine`) suits any
+budget. Finished runs are not repeated.
 """
 
 import argparse
@@ -20,7 +21,7 @@ WHOLE = "AlexNet"
 
 
 class Ablation(NamedTuple):
-    """top1, top5: published differences to the whole net, in points."""
+    """A change of settings. top1, top5: published differences from the whole net, in percentage points."""
 
     settings: tuple[str, ...]
     source: str
@@ -45,13 +46,25 @@ ABLATIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
-    add("--only", nargs="+", choices=list(ABLATIONS), metavar="NAME", help=f"of {', '.join(ABLATIONS)}")
+    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of runs trained at the same time (default 1)",
+    )
+    add(
+        "--only",
+        nargs="+",
+        choices=list(ABLATIONS),
+        metavar="NAME",
+        help=f"run only these of {', '.join(ABLATIONS)}",
+    )
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train the grid, or what is left of it; returns the record. Raises SettingsError or TrainingError."""
+    """Train what is not finished of the grid; return the record. Raises SettingsError or TrainingError."""
     chosen = {WHOLE: Ablation((), "")} | {
         name: ablation for name, ablation in ABLATIONS.items() if not options.only or name in options.only
     }
@@ -59,8 +72,8 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
     for name, ablation in chosen.items():
         if name != WHOLE and load_settings([*settings, *ablation.settings]) == whole:
             raise SettingsError(
-                f"'{name}' is so already by these settings: take a recipe that has what it leaves out, "
-                "or name the others with --only"
+                f"'{name}' changes nothing with these settings: choose a recipe with the part it removes, "
+                "or select the other ablations with --only"
             )
     trainings = [
         Training(

@@ -1,19 +1,18 @@
-"""The first rows of the paper's tables: a linear classifier on Fisher vectors, and one on sparse codes.
+"""Repeat the first rows of the paper's tables: linear classifiers on Fisher vectors and on sparse codes.
 
-    python tools/paper.py baselines --data shards --seeds 3 --workers 16
-    python tools/paper.py baselines --data shards --limit 100000 --only fisher
+    alexnet-train paper baselines --data shards --seeds 3 --workers 16
+    alexnet-train paper baselines --data shards --limit 100000 --only fisher
 
-Both take dense SIFT of the packed pictures' grey values, learn a vocabulary from some of them, and make one
-vector of each picture; the seeds are of vocabulary and classifier. Vectors are kept in --out as float16: of a
-picture and seed 16.5 KB with 64 Gaussians (21 GB for ImageNet's 1.28M) and 10.8 KB with 256 atoms (14 GB), in
-proportion for more. What was encoded is not encoded again, and a worker has 256 pictures in memory at most.
+Both compute dense SIFT on the packed pictures' grey values, learn a vocabulary from some of the descriptors,
+and turn each picture into one vector. Seeds affect the vocabulary and the classifier. Vectors are kept in
+--out as float16; each picture and seed takes 16.5 KB with 64 Gaussians (21 GB for ImageNet's 1.28M pictures)
+and 10.8 KB with 256 atoms (14 GB), and proportionally more with more of them. Pictures are encoded only once,
+and a worker holds at most 256 pictures in memory.
 """
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,20 +24,20 @@ from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
-from tools.options import count
+from tools.options import command_line, count
 from trainer.run import environment
 from trainer.settings import SettingsError
 
-if TYPE_CHECKING:  # they need the extra
+if TYPE_CHECKING:  # these need the extra `baselines`
     from tools.experiments.features import Pictures, Store
 
 TAKES_SETTINGS = False
-_REGULARISATION = 1e-4  # of the weights: from 1e-6 to 1e-3 the errors hardly differ
+_REGULARISATION = 1e-4  # weight decay; errors hardly differ from 1e-6 to 1e-3
 _PACKAGES = ("scikit-learn", "scikit-image", "opencv-python-headless")
 
 
 class System(NamedTuple):
-    """A row of the table: its name, errors on ILSVRC-2010's test set, and what differs from there."""
+    """A row of the table: its name, published errors on ILSVRC-2010's test set, and differences from ours."""
 
     name: str
     top1: float
@@ -60,26 +59,50 @@ SYSTEMS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
-    add("--limit", type=count, metavar="N", help="at most N pictures of each split, drawn from all")
-    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--only", choices=list(SYSTEMS), help="one of the two")
-    add("--gaussians", type=count, default=64, metavar="N", help="of the Fisher vectors (default 64)")
-    add("--atoms", type=count, default=256, metavar="N", help="of the sparse codes (default 256)")
-    add("--step", type=count, default=4, metavar="PX", help="between descriptors (default 4)")
-    add("--scales", type=count, default=5, metavar="N", help="of descriptors, √2 apart (default 5)")
+    add("--limit", type=count, metavar="N", help="use at most N pictures of each split, chosen at random")
+    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add("--only", choices=list(SYSTEMS), help="run only one of the two systems")
+    add(
+        "--gaussians",
+        type=count,
+        default=64,
+        metavar="N",
+        help="Gaussians of the Fisher vectors (default 64)",
+    )
+    add("--atoms", type=count, default=256, metavar="N", help="atoms of the sparse codes (default 256)")
+    add("--step", type=count, default=4, metavar="PX", help="distance between descriptors (default 4)")
+    add(
+        "--scales",
+        type=count,
+        default=5,
+        metavar="N",
+        help="number of scales of descriptors, √2 apart (default 5)",
+    )
     add(
         "--vocabulary",
         type=count,
         default=100_000,
         metavar="N",
-        help="descriptors to learn a vocabulary from (default 100000)",
+        help="number of descriptors to learn the vocabulary from (default 100000)",
     )
-    add("--epochs", type=count, default=10, metavar="N", help="of the classifier (default 10)")
-    add("--workers", type=count, default=cpus(), metavar="N", help="default: CPUs")
+    add(
+        "--epochs",
+        type=count,
+        default=10,
+        metavar="N",
+        help="training epochs of the classifier (default 10)",
+    )
+    add(
+        "--workers",
+        type=count,
+        default=cpus(),
+        metavar="N",
+        help="number of worker processes (default: one per CPU)",
+    )
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Encode, train and evaluate, or what is left of it; returns the record.
+    """Encode, train and evaluate what is not finished; return the record.
 
     Raises SettingsError, DatasetError or TrainingError.
     """
@@ -93,10 +116,10 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         ) from None
     manifest = read_manifest(options.data)
     if len(manifest.classes) < 2:
-        raise SettingsError(f"{options.data} has one class: there is nothing to tell apart")
+        raise SettingsError(f"{options.data} has only one class, so there is nothing to classify")
     if manifest.size <= PATCH:
         raise SettingsError(
-            f"{options.data} has pictures of {manifest.size} px, and SIFT sees {PATCH}: pack larger ones"
+            f"{options.data} has pictures of {manifest.size} px, SIFT needs over {PATCH}: pack larger ones"
         )
     folder = options.out / "baselines"
     _claim(folder, options)
@@ -131,7 +154,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         title="Baselines",
         source="section 6, published on ILSVRC-2010's test set",
         data=_budget(options),
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment("cpu") | _versions(),
         rows=rows,
         remarks=[
@@ -155,7 +178,7 @@ def _versions() -> dict[str, str]:
 
 
 def _claim(folder: Path, options: argparse.Namespace) -> None:
-    """Note what the folder's features are of. Raises SettingsError if they are of something else."""
+    """Record what the folder's features depend on. Raises SettingsError if it holds other features."""
     own = {"dataset": read_manifest(options.data).fingerprint, **_versions()}
     own |= {
         name: getattr(options, name)
@@ -170,7 +193,7 @@ def _claim(folder: Path, options: argparse.Namespace) -> None:
         if differing:
             raise SettingsError(
                 f"{folder} already holds other features, which differ in {', '.join(differing)}: choose "
-                "another --out, or give those settings to continue"
+                "another --out, or use those settings to continue"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +205,7 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise SettingsError(
-            f"the features take {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
+            f"the features need {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
             "choose another --out, a --limit, or fewer --gaussians, --atoms or --seeds"
         )
 
@@ -190,7 +213,7 @@ def _check_room(folder: Path, needed: int) -> None:
 def _errors_once(
     pictures: "Pictures", store: "Store", classes: int, epochs: int, workers: int
 ) -> tuple[float, float]:
-    """Top-1 and top-5 error over val, from the folder where they are known."""
+    """Return the top-1 and top-5 error on val, from the folder if they are already known."""
     path = store.folder / f"errors-{epochs}.json"
     if not path.exists():
         files = {
@@ -214,10 +237,10 @@ def linear_errors(
     seed: int,
     workers: int,
 ) -> tuple[float, float]:
-    """Train linear SVMs, one a class, on the files of `train`, one in memory at a time; errors over `val`.
+    """Train a linear SVM per class on the files of `train`, one in memory at a time; return errors on `val`.
 
-    files, labels: by split, of each chunk. By averaged stochastic gradient descent, the average begun
-    after the first epoch.
+    files, labels: for each split, those of its chunks. Training is averaged stochastic gradient descent whose
+    average starts after the first epoch.
     """
     import torch
     from sklearn.linear_model import SGDClassifier
@@ -234,7 +257,7 @@ def linear_errors(
     wrong = np.zeros(2)
     for file, own in zip(files["val"], labels["val"], strict=True):
         scores = svm.decision_function(np.load(file).astype(np.float32))
-        if classes == 2:  # [n], of the second
+        if classes == 2:  # [n]: scores of the second class
             scores = np.stack((-scores, scores), 1)
         wrong += count_errors(torch.from_numpy(scores), torch.from_numpy(own)).numpy()
     top1, top5 = wrong / sum(map(len, labels["val"]))

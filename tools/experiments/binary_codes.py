@@ -1,8 +1,8 @@
-"""Short binary codes of feature vectors, and the search among them by Hamming distance.
+"""Short binary codes of feature vectors, and search among them by Hamming distance.
 
-Three ways to a code, each a function that learns from a sample of features and says for other features
-which bits are set. Random hyperplanes and the signs of principal components are what an auto-encoder has
-to be better than.
+There are three kinds of codes. The function of each learns from a sample of features and returns an encoder
+for other features. Random hyperplanes and the signs of principal components are the baselines that an
+auto-encoder has to beat.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 Encoder = Callable[[Tensor], Tensor]  # features fp32 [n,d] → bits, bool [n,bits]
 HIDDEN = 512  # units of the auto-encoder's layers before and after the code
 BATCH = 256
-ROWS = 8192  # features that are encoded at a time
+ROWS = 8192  # features encoded at a time
 
 
 def random_hyperplanes(sample: Tensor, bits: int, seed: int) -> Encoder:
-    """On which side of so many planes through the sample's mean, drawn by the seed."""
+    """Encode on which side of random planes through the sample's mean a vector lies."""
     torch.manual_seed(seed)
     return _sides(sample.mean(0), torch.randn(sample.shape[1], bits).to(sample.device))
 
 
 def pca_signs(sample: Tensor, bits: int, seed: int) -> Encoder:
-    """The signs of the first principal components. Needs as many samples as bits."""
-    torch.manual_seed(seed)  # of the randomised decomposition
+    """Encode the signs of the first principal components. Needs at least as many samples as bits."""
+    torch.manual_seed(seed)  # for the randomised decomposition
     mean = sample.mean(0)
     _, _, directions = torch.pca_lowrank(sample - mean, bits, center=False, niter=4)
     return _sides(mean, directions)
@@ -37,9 +37,9 @@ def _sides(mean: Tensor, directions: Tensor) -> Encoder:
 
 
 class AutoEncoder(nn.Module):
-    """[n,inputs] → code of −1 and 1 [n,bits] → [n,inputs], with a hidden layer on either side.
+    """Map [n,inputs] to a code of −1 and 1 [n,bits] and back, with a hidden layer on either side.
 
-    The code is the sign of what comes out of a tanh, which the gradient takes for that itself.
+    The code is the sign of a tanh; the gradient passes through as if it were the tanh itself.
     """
 
     def __init__(self, inputs: int, bits: int):
@@ -54,7 +54,7 @@ class AutoEncoder(nn.Module):
 
 
 def auto_encoder(sample: Tensor, bits: int, seed: int, epochs: int) -> Encoder:
-    """An auto-encoder trained by Adam on the squared error of features of mean 0 and variance 1 over all."""
+    """Train an auto-encoder with Adam on the squared error of standardised features."""
     torch.manual_seed(seed)
     mean = sample.mean(0)
     scale = (sample - mean).square().mean().sqrt()
@@ -74,7 +74,7 @@ def auto_encoder(sample: Tensor, bits: int, seed: int, epochs: int) -> Encoder:
 
 @torch.inference_mode()
 def encode(encoder: Encoder, parts: list[np.ndarray], device: torch.device) -> np.ndarray:
-    """The codes of features fp16 [n,d] in parts, as `pack` makes them."""
+    """Encode features, given in parts fp16 [n,d]; return codes as `pack` makes them."""
     return np.concatenate(
         [
             pack(
@@ -87,14 +87,16 @@ def encode(encoder: Encoder, parts: list[np.ndarray], device: torch.device) -> n
 
 
 def pack(bits: np.ndarray) -> np.ndarray:
-    """Bits, bool [n,bits], as words of 64 bits, or of 32 or 8 where these do not fill such: [n,words]."""
+    """Pack bits, bool [n,bits], into the largest words that they fill, of 64, 32 or 8 bits: [n,words]."""
     width = next(width for width in (64, 32, 8) if bits.shape[1] % width == 0)
     return np.packbits(bits, axis=1).view(f"u{width // 8}")
 
 
 def nearest_codes(query: np.ndarray, codes: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of the `count` codes [n,words] nearest to a query [words] in Hamming distance, the nearest
-    first; of those at the same distance, the one with the lower number."""
+    """Return the indices of the `count` codes [n,words] nearest to a query [words] in Hamming distance.
+
+    The nearest comes first; at the same distance, the lower index.
+    """
     distances = np.bitwise_count(codes ^ query).sum(1, dtype=np.int64)
     keys = distances * len(codes) + np.arange(len(codes))  # all different
     count = min(count, len(keys))

@@ -1,11 +1,12 @@
-"""CNN*: a sixth convolution, pre-trained on a larger dataset with classes of its own, then fine-tuned.
+"""Repeat CNN*: a net with a sixth convolution, pre-trained on a larger dataset and then fine-tuned.
 
-    python tools/paper.py cnn-star --pretrain fall2011 --data shards --recipe code2012 --seeds 2
+    alexnet-train paper cnn-star --pretrain fall2011 --data shards --recipe code2012 --seeds 2
 
-Four trainings for each seed: the published net; the one with a sixth convolution, from random weights; that
-one on --pretrain; and from its weights on --data, where fc8 begins anew. As the code of 2012 did, fine-tuning
-begins at a tenth of the learning rate, and conv1 at a hundredth. Other options are settings of alexnet-train
-for all; --pretrain-settings and --fine-tune-settings add some for one. What is finished is not trained again.
+For each seed there are four runs: the published net; the net with a sixth convolution, from random weights;
+that net trained on --pretrain, whose classes are its own; and that net continued on --data with a new fc8. As
+in the code of 2012, fine-tuning starts at a tenth of the learning rate, and conv1 at a hundredth. Any other
+option is a setting of `alexnet-train train` for all runs; --pretrain-settings and --fine-tune-settings add
+settings for one. Finished runs are not repeated.
 """
 
 import argparse
@@ -22,15 +23,32 @@ TAKES_SETTINGS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--pretrain", type=Path, required=True, metavar="DIR", help="the dataset that is trained on first")
-    add("--pretrain-settings", default="", metavar="SETTINGS", help='of that training, as "--epochs 3"')
-    add("--fine-tune-settings", default="", metavar="SETTINGS", help="of the last one")
-    add("--seeds", type=count, default=2, metavar="N", help="0 to N−1 (default 2, as published)")
-    add("--jobs", type=count, default=1, metavar="N", help="trainings at a time (default 1)")
+    add("--pretrain", type=Path, required=True, metavar="DIR", help="packed dataset to pre-train on")
+    add(
+        "--pretrain-settings",
+        default="",
+        metavar="SETTINGS",
+        help='more settings for pre-training, such as "--epochs 3"',
+    )
+    add("--fine-tune-settings", default="", metavar="SETTINGS", help="more settings for fine-tuning")
+    add(
+        "--seeds",
+        type=count,
+        default=2,
+        metavar="N",
+        help="number of seeds, 0 to N−1 (default 2, as published)",
+    )
+    add(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of runs trained at the same time (default 1)",
+    )
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train the four, or what is left of them. Raises SettingsError or TrainingError."""
+    """Train the four nets, as far as they are not finished. Raises SettingsError or TrainingError."""
     rate = load_settings(settings).learning_rate
     seeds, folder = range(options.seeds), options.out / "cnn-star"
 
@@ -48,7 +66,7 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
         Training(folder, [*settings, "--initial-weights", str(before.folder)])
         for (folder, settings), before in zip(trainings("star", *fine_tuning), first, strict=True)
     ]
-    # The fine-tuning of a seed needs its pre-training, which therefore goes before all of them.
+    # All pre-training comes before any fine-tuning, which needs its weights.
     before = train_all([*one, *random, *first], options.jobs)
     after = train_all(star, options.jobs)
     count = len(seeds)

@@ -1,12 +1,12 @@
-"""Short binary codes for retrieval, which the paper proposes in section 6.1 and did not try.
+"""Retrieve images by short binary codes, which the paper proposes in section 6.1 but did not try.
 
-    python tools/paper.py codes runs/a
+    alexnet-train paper codes runs/a
 
 An auto-encoder learns to compress the 4096 activations of the last hidden layer to a few bits. Training
-images are then found by the Hamming distance of their codes from a validation image's, and compared with
-those that an exact search finds in L2. Random hyperplanes and the signs of principal components, which
-learn nothing or less, show what the auto-encoder is worth. The activations are computed once and kept in
---out; those learned from are in memory at 16 KB an image.
+images are then found by the Hamming distance between their codes and a validation image's, and compared with
+the results of an exact search in L2. Random hyperplanes and the signs of principal components serve as
+baselines for the auto-encoder. The activations are computed once and kept in --out; those learned from are
+held in memory, 16 KB per image.
 """
 
 import argparse
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     import torch
 
 TAKES_SETTINGS = False
-NEAREST = 10  # that are sought in L2
-FOUND = 100  # images that a search by codes gives, for a finer one to choose from
+NEAREST = 10  # neighbours found by the exact search in L2
+FOUND = 100  # images that a search by codes returns, for a finer search to choose from
 RECALL = f"the {NEAREST} nearest among {NEAREST} found (%)"
 CLASS = "of 6 found, those of the query's class (%)"
 SPEED = "search (ms a query)"
-TOGETHER = "search of all at once (ms a query)"  # which reads the activations once for all
+TOGETHER = "search of all at once (ms a query)"  # reads the activations once for all queries
 AUTO, PCA, RANDOM = "auto-encoder", "signs of principal components", "random hyperplanes"
 Systems = dict[tuple[str, int], Measures]  # by method and bits
 
@@ -42,37 +42,50 @@ Systems = dict[tuple[str, int], Measures]  # by method and bits
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser)
     add = parser.add_argument
-    add("--bits", type=count, nargs="+", default=[32, 64, 128], metavar="N", help="default 32 64 128")
-    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--epochs", type=count, default=20, metavar="N", help="of the auto-encoder (default 20)")
+    add(
+        "--bits",
+        type=count,
+        nargs="+",
+        default=[32, 64, 128],
+        metavar="N",
+        help="lengths of the codes (default 32 64 128)",
+    )
+    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add(
+        "--epochs",
+        type=count,
+        default=20,
+        metavar="N",
+        help="training epochs of the auto-encoder (default 20)",
+    )
     add(
         "--learn",
         type=count,
         default=50_000,
         metavar="N",
-        help="images to learn from (default 50,000)",
+        help="number of training images to learn from (default 50,000)",
     )
     add(
         "--queries",
         type=count,
         default=500,
         metavar="N",
-        help="validation images to seek (default 500)",
+        help="number of validation images to search with (default 500)",
     )
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Learn codes and search by them; draws codes.png. Raises SettingsError and what `kept_features` does."""
+    """Learn codes, search by them and draw codes.png. Raises SettingsError and what `kept_features` does."""
     for bits in options.bits:
         if bits % 8:
-            raise SettingsError(f"--bits {bits}: codes are of whole bytes, take a multiple of 8")
+            raise SettingsError(f"--bits {bits}: codes are whole bytes, choose a multiple of 8")
     opened = finished.open_run(options, "train", "val")
     dataset, device = opened.trained.dataset, opened.world.device
     labels, val_labels = (dataset.reader(split).rows["label"] for split in ("train", "val"))
     if min(options.learn, len(labels)) < max(options.bits):
         raise SettingsError(
-            f"--bits {max(options.bits)}: principal components need as many training images, and there are "
-            f"{min(options.learn, len(labels))} to learn from: take fewer bits, or a larger --learn"
+            f"--bits {max(options.bits)}: principal components need at least as many training images, and "
+            f"there are {min(options.learn, len(labels))} to learn from: use fewer bits or a larger --learn"
         )
 
     from tools.experiments.fc7 import kept_features, nearest, take
@@ -112,12 +125,12 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
 
 
 def drawn(total: int, count: int, seed: int) -> np.ndarray:
-    """Numbers of at most so many of a split's samples, in order."""
+    """Draw at most `count` of a split's samples; return their sorted indices."""
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
 def recalls(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """In %. found: numbers of images by their codes, [queries,FOUND]; exact: in L2, [queries,NEAREST]."""
+    """Return recalls in percent. found: indices by codes [queries,FOUND]. exact: in L2 [queries,NEAREST]."""
 
     def recall(nearest: int, among: int) -> float:
         hits = [np.isin(e[:nearest], f[:among]).mean() for e, f in zip(exact, found, strict=True)]
@@ -169,7 +182,7 @@ def measure(
 
 
 def search(codes: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
-    """Numbers of the codes nearest to each that is asked for, [queries,FOUND], and the median seconds."""
+    """Return the indices [queries,FOUND] of the codes nearest to each query, and the median seconds."""
     from tools.experiments.binary_codes import nearest_codes
 
     found, seconds = [], []
@@ -181,7 +194,7 @@ def search(codes: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def rows(systems: Systems) -> list[Row]:
-    """The auto-encoder's are compared with the best that needs no training, at the same number of bits."""
+    """Return rows; the auto-encoder is compared with the best untrained method at the same number of bits."""
 
     def named(name: str, bits: int) -> str:
         return f"{name}, {bits} bits"
@@ -193,7 +206,7 @@ def rows(systems: Systems) -> list[Row]:
 
 
 def plot(path: Path, systems: Systems, best: float) -> None:
-    """Recall, and the share of the right class, over the bits; best: that of the exact search."""
+    """Draw recall and the share of the right class over the bits. best: the share of the exact search."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no screen

@@ -1,8 +1,10 @@
-"""Ten crops against the centre: four corners and the centre with their mirror images, their softmax averaged.
+"""Compare ten crops with the centre crop.
 
-    python tools/paper.py crops runs/a runs/b
+The ten crops are the four corners and the centre with their mirror images; their softmax is averaged.
 
-Each run is one value. The published errors are those of the code's log on ILSVRC-2010's test images.
+    alexnet-train paper crops runs/a runs/b
+
+Each run gives one value. The published errors come from the code's log on ILSVRC-2010's test images.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Pictures as vectors before the CNN: dense SIFT, and what two systems make of it for a linear classifier.
+"""Image features from before CNNs: dense SIFT, encoded in two ways for a linear classifier.
 
-Fisher vectors: Perronnin, Sánchez and Mensink, ECCV 2010. Sparse codes, max-pooled over a spatial pyramid:
-Yang, Yu, Gong and Huang, CVPR 2009, with codes of a fixed number of atoms. Needs the extra `baselines`.
+Fisher vectors follow Perronnin, Sánchez and Mensink, ECCV 2010. Sparse codes, max-pooled over a spatial
+pyramid, follow Yang, Yu, Gong and Huang, CVPR 2009, but with a fixed number of atoms per code. Needs the
+extra `baselines`.
 """
 
 import warnings
@@ -16,20 +17,20 @@ from sklearn.decomposition import PCA, MiniBatchDictionaryLearning
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-PATCH = 16  # px that a descriptor sees at its scale: four by four histograms of 4 px
-COMPONENTS = 64  # of the PCA before the Gaussians, and so the fewest descriptors to learn from
-_LEAST_VARIANCE = 1e-5  # of a Gaussian: patches without any gradient are all the same descriptor
-_PENALTY = 0.15  # of L1, while the atoms are learned
-_LEARN_FROM = 8192  # descriptors, for the atoms: each costs milliseconds
+PATCH = 16  # px of a descriptor's patch at its scale: four by four histograms of 4 px
+COMPONENTS = 64  # of the PCA before the Gaussians; also the least number of descriptors to learn from
+_LEAST_VARIANCE = 1e-5  # of a Gaussian: all patches without a gradient have the same descriptor
+_PENALTY = 0.15  # L1 penalty while learning the atoms
+_LEARN_FROM = 8192  # descriptors to learn atoms from; each costs milliseconds
 _NONZERO = 5  # atoms in a code
 _PYRAMID = (1, 2, 4)  # cells along a side
 
 
 def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, np.ndarray]:
-    """SIFT, upright, every `step` px at up to `scales` scales √2 apart: all into which a patch fits.
+    """Compute upright SIFT every `step` px, at up to `scales` scales √2 apart into which a patch fits.
 
     image: [side,side] uint8. Returns descriptors [n,128] of length 1, or 0 where a patch has no gradient,
-    and the centres of their patches [n,2], each coordinate in 0 to 1.
+    and the centres of their patches [n,2], with coordinates from 0 to 1.
     """
     sift, descriptors, places = cv2.SIFT_create(), [], []  # type: ignore[attr-defined]  # its stubs lack it
     for scale in range(scales):
@@ -37,8 +38,8 @@ def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, n
         if side <= PATCH:
             break
         scaled = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-        middles = range(PATCH // 2, side - PATCH // 2, step)  # whole numbers, to which OpenCV rounds
-        # A histogram of OpenCV's SIFT is 1.5 times a keypoint's size wide.
+        middles = range(PATCH // 2, side - PATCH // 2, step)  # integers, to which OpenCV would round
+        # A histogram of OpenCV's SIFT is 1.5 times as wide as the keypoint's size.
         keypoints = [cv2.KeyPoint(x, y, PATCH / 6, 0) for y in middles for x in middles]
         descriptors.append(sift.compute(scaled, keypoints)[1])
         places.append((np.array([(x, y) for y in middles for x in middles]) + 0.5) / side)
@@ -48,7 +49,7 @@ def dense_sift(image: np.ndarray, step: int, scales: int) -> tuple[np.ndarray, n
 
 
 class Encoder(Protocol):
-    """Arrays learned from descriptors [n,128]; `encode` makes one vector of length 1 of a picture's."""
+    """Arrays learned from descriptors [n,128]; `encode` maps a picture's descriptors to one unit vector."""
 
     @classmethod
     def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self: ...
@@ -61,8 +62,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Fisher:
-    """The gradient of the log likelihood by the weights, means and deviations of a Gaussian mixture over
-    64 principal components, each divided by its expected size; power and L2 normalised.
+    """Fisher vectors: normalised gradients of the log likelihood of a Gaussian mixture.
+
+    The gradient is taken by the weights, means and deviations of a mixture over 64 principal components, each
+    divided by its expected size, then power and L2 normalised.
 
     centre: [128], components: [64,128]; weights: [words], means, variances: [words,64] of the Gaussians.
     """
@@ -90,20 +93,20 @@ class Fisher:
 
     @cached_property
     def _mixture(self) -> GaussianMixture:
-        """As scikit-learn has it once it is fitted."""
+        """The mixture in the state that scikit-learn gives it after fitting."""
         mixture = GaussianMixture(len(self.weights), covariance_type="diag")
         mixture.weights_, mixture.means_, mixture.covariances_ = self.weights, self.means, self.variances
         mixture.precisions_cholesky_ = 1 / np.sqrt(self.variances)
         return mixture
 
     def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """[length]: for the weights, then the means, then the deviations. The places do not matter."""
+        """Return [length]: entries for weights, then means, then deviations. Positions do not matter."""
         return fisher_vector((descriptors - self.centre) @ self.components.T, self._mixture, improved=True)
 
 
 @dataclass(frozen=True)
 class Sparse:
-    """The largest coefficient of each atom in each cell of a spatial pyramid, L2 normalised.
+    """Sparse codes: the largest coefficient of each atom in each cell of a spatial pyramid, L2 normalised.
 
     atoms: [words,128], of length 1.
     """
@@ -122,7 +125,7 @@ class Sparse:
             random_state=seed,
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # of patches that are all but the same
+            warnings.simplefilter("ignore", ConvergenceWarning)  # patches may be almost identical
             return cls(learner.fit(chosen[:_LEARN_FROM]).components_)
 
     @property
@@ -130,15 +133,15 @@ class Sparse:
         return len(self.atoms) * sum(level**2 for level in _PYRAMID)
 
     def encode(self, descriptors: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """[length]: cells of the coarsest level first, row by row, all atoms of each."""
+        """Return [length]: the cells of the coarsest level first, row by row, with all atoms of each."""
         pooled = pool(np.abs(pursue(descriptors, self.atoms)), places)
         return pooled / max(np.linalg.norm(pooled), 1e-12)
 
 
 def pursue(signals: np.ndarray, atoms: np.ndarray) -> np.ndarray:
-    """Orthogonal matching pursuit: codes [n,words] of five atoms, so that codes @ atoms ≈ signals [n,128].
+    """Find codes [n,words] of five atoms with codes @ atoms ≈ signals [n,128] (orthogonal matching pursuit).
 
-    All signals at once, for scikit-learn goes through them one by one, ten times as slow.
+    All signals are processed at once; scikit-learn's loop over them is ten times slower.
     """
     chosen = np.empty((len(signals), 0), np.int64)
     rest = signals
@@ -146,7 +149,7 @@ def pursue(signals: np.ndarray, atoms: np.ndarray) -> np.ndarray:
         best = np.abs(rest @ atoms.T).argmax(1)
         chosen = np.concatenate((chosen, best[:, None]), 1)
         bases = atoms[chosen]  # [n,chosen,128]
-        # The small term decides where an atom is chosen again, because nothing is left to explain.
+        # The small term keeps the system solvable where an atom is chosen again, with no residual left.
         products = bases @ bases.transpose(0, 2, 1) + 1e-5 * np.eye(chosen.shape[1], dtype=atoms.dtype)
         weights = np.linalg.solve(products, bases @ signals[:, :, None])
         rest = signals - (weights * bases).sum(1)
@@ -156,7 +159,7 @@ def pursue(signals: np.ndarray, atoms: np.ndarray) -> np.ndarray:
 
 
 def pool(codes: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The largest value of each column of codes [n,words] in each cell of the pyramid, 0 in an empty one."""
+    """Return each column's largest value of codes [n,words] in each cell of the pyramid; 0 if it is empty."""
     cells = []
     for level in _PYRAMID:
         column, row = (places * level).astype(np.int64).T

@@ -1,9 +1,10 @@
-"""Averages of several nets' probabilities, as the paper's 5 CNNs and 7 CNNs*.
+"""Average the probabilities of several nets, like the paper's 5 CNNs and 7 CNNs*.
 
-    python tools/paper.py ensembles runs/a-0 runs/a-1 runs/a-2 runs/star-0 --weights 1 1 1 2
+    alexnet-train paper ensembles runs/a-0 runs/a-1 runs/a-2 runs/star-0 --weights 1 1 1 2
 
-Runs with a sixth convolution (--conv6) count as CNNs*. Ten crops each, as published; --crops 1 takes the
-centre. An average is compared with each single net: its sign is said where it is better, or worse, than all.
+Runs with a sixth convolution (--conv6) count as CNNs*. Each net is evaluated on ten crops, as published;
+--crops 1 takes the centre crop. An average is compared with each single net, and is called better or worse
+only if it is so for all of them.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from trainer.settings import SettingsError
 
 TAKES_SETTINGS = False
 ONE, ONE_STAR = "1 CNN", "1 CNN*"
-PUBLISHED = {  # of averages, the difference to one CNN
+PUBLISHED = {  # averages are given as the difference from one CNN
     ONE: {TOP1: 40.7, TOP5: 18.2},
     ONE_STAR: {TOP1: 39.0, TOP5: 16.6},
     "5 CNNs": {TOP1: -2.6, TOP5: -1.8},
@@ -29,24 +30,30 @@ PUBLISHED = {  # of averages, the difference to one CNN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser, several=True)
-    parser.add_argument("--crops", type=int, choices=(1, 10), default=10, help="default 10")
+    parser.add_argument("--crops", type=int, choices=(1, 10), default=10, help="number of crops (default 10)")
     parser.add_argument(
-        "--weights", type=positive, nargs="+", metavar="W", help="of the runs, for a weighted mean too"
+        "--weights",
+        type=positive,
+        nargs="+",
+        metavar="W",
+        help="weight of each run: also report the weighted mean",
     )
 
 
 def average(probabilities: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> np.ndarray:
-    """Mean of [images,classes] over the nets; weights need not sum to 1."""
+    """Average [images,classes] over the nets; the weights need not sum to 1."""
     return np.average(np.stack(probabilities), axis=0, weights=weights)
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Evaluate the nets and their averages. Raises SettingsError for weights that do not fit, and what
-    `open_run` and `probabilities` do."""
+    """Evaluate the nets and their averages.
+
+    Raises SettingsError for a wrong number of weights, and what `open_run` and `probabilities` do.
+    """
     if len(options.runs) < 2:
-        raise SettingsError("an ensemble takes two runs or more")
+        raise SettingsError("an ensemble needs at least two runs")
     if options.weights and len(options.weights) != len(options.runs):
-        raise SettingsError(f"--weights takes a number for each of the {len(options.runs)} runs")
+        raise SettingsError(f"--weights needs one number for each of the {len(options.runs)} runs")
     opened, scores, labels = finished.open_runs(options), [], np.empty(0)
     for net in opened:
         found, labels = probabilities(net, options.split, options.crops, options.out)
@@ -66,9 +73,9 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
 def rows(
     scores: Sequence[np.ndarray], stars: Sequence[bool], labels: np.ndarray, weights: Sequence[float] | None
 ) -> list[Row]:
-    """Single nets and their averages: of those without a sixth convolution, and of all.
+    """Return rows for single nets and for averages: of the nets without a sixth convolution, and of all.
 
-    scores: [images,classes] of each net. stars: which have a sixth convolution.
+    scores: [images,classes] for each net. stars: which nets have a sixth convolution.
     """
     groups = {
         name: [score for score, star in zip(scores, stars, strict=True) if star == starred]

@@ -1,11 +1,11 @@
-"""What a trained net's last hidden layer says of every image of a split: computed once, kept, and searched.
+"""Features from a trained net's last hidden layer, computed once for every image, kept and searched.
 
-Features are kept in fp16, 8 KB an image (10.5 GB for ImageNet's training set), in files of up to PART
-images that are mapped, not read. Their folder is named by all that they depend on: another checkpoint or
-dataset has a folder of its own. A computation that was interrupted goes on with the next part.
+Features are kept in fp16, 8 KB per image (10.5 GB for ImageNet's training set), in memory-mapped files of up
+to PART images. The name of their folder covers everything they depend on, so another checkpoint or dataset
+gets another folder. An interrupted computation continues with the next part.
 
-The search is brute force, and exact: each image is looked at. A library of approximate indexes (Faiss,
-hnswlib) would be faster for many queries, and would have to be checked against this one.
+The search is exact, by brute force over all images. A library of approximate indexes (Faiss, hnswlib) would
+be faster for many queries, but would have to be checked against this search.
 """
 
 import json
@@ -24,16 +24,16 @@ from trainer.precision import autocast, prepare
 from trainer.run import RunError
 from trainer.settings import FREE_TO_CHANGE
 
-PART = 8192  # images in a file at most
-MEMORY = 256 << 20  # bytes that a search takes, besides the queries themselves
-Parts = list[np.ndarray]  # the features of a split, fp16 [n,4096] each
+PART = 8192  # most images in a file
+MEMORY = 256 << 20  # bytes that a search uses in addition to its queries
+Parts = list[np.ndarray]  # the features of a split, each part fp16 [n,4096]
 
 
 def kept_features(opened: Finished, split: str, out: Path) -> Parts:
-    """The features of a split in the order of its shards, mapped from files under `out`.
+    """Return the features of a split in the order of its shards, mapped from files under `out`.
 
-    What is not there yet is computed, on the centre crop. Raises DatasetError for damaged data, RunError
-    where the net's activations are not finite in fp16, OSError.
+    Missing features are computed on the centre crop. Raises DatasetError for damaged data, RunError if the
+    net's activations are not finite in fp16, and OSError.
     """
     trained, world = opened.trained, opened.world
     folder = out / "features" / f"{opened.folder.name}-{trained.step}-{identity(opened)}"
@@ -45,7 +45,7 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
     for part, path in enumerate(paths):
         if path.exists():
             continue
-        # A part is the share of one process of so many.
+        # A part is the share of one process out of `count`.
         batches = trained.batches(split, 1, replace(world, rank=part, size=count))
         rows = np.concatenate([features(opened, pixels) for pixels, _ in batches])
         with atomic_write(path) as file:
@@ -58,16 +58,18 @@ def kept_features(opened: Finished, split: str, out: Path) -> Parts:
 
 @torch.inference_mode()
 def features(opened: Finished, pixels: Tensor) -> np.ndarray:
-    """Pixels [n,3,crop,crop] → what fc7 makes of them, after its ReLU, fp16 [n,4096]. Raises RunError."""
+    """Map pixels [n,3,crop,crop] to the output of fc7 after its ReLU, fp16 [n,4096]. Raises RunError."""
     with autocast(opened.precision, pixels.device):
         found = opened.trained.model.features(prepare(pixels, opened.precision)).half()
     if not found.isfinite().all():
-        raise RunError("the net's activations are not finite in fp16: its training diverged, train it again")
+        raise RunError(
+            "the net's activations are not finite in fp16: its training diverged, so train it again"
+        )
     return found.cpu().numpy()
 
 
 def identity(opened: Finished) -> str:
-    """Sixteen hex digits of what features depend on: the net, its weights, the dataset, the precision."""
+    """Return 16 hex digits that identify what features depend on: net, weights, dataset and precision."""
     trained = opened.trained
     settings = json.loads(trained.settings.model_dump_json(exclude=set(FREE_TO_CHANGE)))
     found = sha256(json.dumps([settings, opened.precision, trained.dataset.manifest.fingerprint]).encode())
@@ -77,7 +79,7 @@ def identity(opened: Finished) -> str:
 
 
 def take(parts: Parts, numbers: np.ndarray) -> np.ndarray:
-    """The rows of these numbers, which are sorted: fp16 [n,4096]."""
+    """Return the rows at these sorted indices: fp16 [n,4096]."""
     ends = np.cumsum([len(part) for part in parts])
     own = np.split(numbers, np.searchsorted(numbers, ends[:-1]))
     starts = [0, *ends[:-1].tolist()]
@@ -87,11 +89,11 @@ def take(parts: Parts, numbers: np.ndarray) -> np.ndarray:
 def nearest(
     queries: np.ndarray, parts: Parts, count: int, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` rows of `parts` that are nearest to each query in L2, the nearest first.
+    """Find the `count` rows of `parts` that are nearest to each query in L2, nearest first.
 
-    queries: [q,d]. Returns distances, float64 [q,count], and numbers over all parts, int64 [q,count]; of
-    rows at the same distance, the one with the lower number comes first. |q|² − 2qx + |x|² is computed in
-    fp64, in which products of fp16 values are exact. Takes MEMORY at a time, and 8 bytes a value of queries.
+    queries: [q,d]. Returns distances, float64 [q,count], and indices over all parts, int64 [q,count]; at the
+    same distance the lower index comes first. |q|² − 2qx + |x|² is computed in fp64, in which products of
+    fp16 values are exact. Uses MEMORY bytes, and 8 bytes for each value of the queries.
     """
     rows = max(1, MEMORY // (10 * queries.shape[1] + 40 * len(queries)))  # as fp16 and fp64, and to sort
     asked = torch.from_numpy(np.asarray(queries)).to(device, torch.float64)

@@ -1,8 +1,8 @@
-"""The baselines' features on the disk: learned encoders, and pictures encoded chunk by chunk, which resumes.
+"""The baselines' features on disk: learned encoders, and pictures encoded in chunks, which can be resumed.
 
-A folder an encoder: encoder.npz, and <split>-<number>.npy, float16 [pictures, length]. A file is whole or
-not there, so that what is there need not be done again. A picture's features depend on it and on the encoder
-alone, not on the workers.
+Each encoder has a folder with encoder.npz and <split>-<number>.npy, float16 [pictures,length]. Files are
+written atomically, so those that exist need not be made again. A picture's features depend only on the
+picture and the encoder, not on the workers.
 """
 
 import time
@@ -28,12 +28,12 @@ from trainer.settings import SettingsError
 
 CHUNK = 256  # pictures in a file
 ENCODERS: dict[str, type[Encoder]] = {"fisher": Fisher, "sparse": Sparse}
-_FROM_A_PICTURE = 64  # descriptors that learning takes of each picture, at most
+_FROM_A_PICTURE = 64  # least number of descriptors that learning takes from each picture
 _LINE_SECONDS = 10.0
 
 
 class Pictures(NamedTuple):
-    """A dataset's pictures as descriptors. limit: how many of a split are taken, if not all."""
+    """A dataset's pictures as descriptors. limit: use at most so many of a split."""
 
     data: Path
     limit: int | None
@@ -41,22 +41,22 @@ class Pictures(NamedTuple):
     scales: int
 
     def chunks(self, split: str) -> list[np.ndarray]:
-        """Sample numbers of a split in a random order, which is always the same, CHUNK at a time.
+        """Return a split's sample indices in a fixed random order, CHUNK at a time.
 
-        Shards may be in the order of the classes, and a limit takes of all of them.
+        Shards may be sorted by class; thanks to the random order a limit takes samples of all classes.
         """
         samples = [shard.samples for shard in _manifest(self.data).split(split).shards]
         order = epoch_order(0, 0, samples)[: self.limit]
         return np.split(order, range(CHUNK, len(order), CHUNK))
 
     def labels(self, split: str) -> list[np.ndarray]:
-        """Of the chunks."""
+        """Return the labels of each chunk."""
         return [
             _reader(self.data, split).rows["label"][chunk].astype(np.int64) for chunk in self.chunks(split)
         ]
 
     def descriptors(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """As dense_sift has them. Raises DatasetError for a picture that cannot be decoded."""
+        """Return what `dense_sift` does for a sample. Raises DatasetError if it cannot be decoded."""
         reader, side = _reader(self.data, split), _manifest(self.data).size
         return dense_sift(_grey(reader, number, side), self.step, self.scales)
 
@@ -70,8 +70,9 @@ def _reader(data: Path, split: str) -> ShardReader:
 
 
 def _grey(reader: ShardReader, number: int, side: int) -> np.ndarray:
-    """[side,side] uint8: the shorter side resized to `side` where it is not, and the middle (section 2)."""
-    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION  # the packer turned what was rotated
+    """Resize the shorter side to `side` if needed and return the central square, uint8 (section 2)."""
+    # The packer has already applied the orientation.
+    flags = cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(reader.jpeg(number), np.uint8), flags)
     except cv2.error:
@@ -88,7 +89,7 @@ def _grey(reader: ShardReader, number: int, side: int) -> np.ndarray:
 
 
 class Store(NamedTuple):
-    """The folder of one encoder. kind: one of ENCODERS. words: Gaussians or atoms."""
+    """The folder of one encoder. kind: a key of ENCODERS. words: number of Gaussians or atoms."""
 
     folder: Path
     kind: str
@@ -104,9 +105,9 @@ class Store(NamedTuple):
 
 
 def learn(pictures: Pictures, stores: Sequence[Store], count: int, workers: int) -> None:
-    """Learn the encoders that are not there, each from `count` descriptors of the training pictures.
+    """Learn the missing encoders, each from `count` descriptors of the training pictures.
 
-    Raises SettingsError where there are too few, and what `encode` does.
+    Raises SettingsError if there are too few descriptors, and what `encode` does.
     """
     missing = [store for store in stores if not store.encoder.exists()]
     for store in _parallel(workers, _learn, [(pictures, store, count) for store in missing]):
@@ -114,7 +115,7 @@ def learn(pictures: Pictures, stores: Sequence[Store], count: int, workers: int)
 
 
 def encode(pictures: Pictures, stores: Sequence[Store], workers: int) -> None:
-    """Encode all chunks of both splits that are not there, telling how far it is.
+    """Encode the missing chunks of both splits, printing progress.
 
     Raises DatasetError for a picture that cannot be decoded, TrainingError if a worker process dies, OSError.
     """
@@ -137,7 +138,7 @@ def encode(pictures: Pictures, stores: Sequence[Store], workers: int) -> None:
 
 
 def bytes_to_come(pictures: Pictures, stores: Sequence[Store]) -> int:
-    """Of the chunks that are not there, once the encoders are."""
+    """Return the bytes that the missing chunks will take; all encoders must exist."""
     return sum(
         len(chunk) * load_encoder(store).length * np.dtype(np.float16).itemsize
         for split in ("train", "val")
@@ -148,21 +149,21 @@ def bytes_to_come(pictures: Pictures, stores: Sequence[Store]) -> int:
 
 
 def _parallel(workers: int, function: Callable, tasks: Sequence[tuple]) -> Iterator:
-    """What the function returns, in the order in which tasks end; with one worker in this process."""
+    """Yield the function's results in the order in which tasks end; one worker means this process."""
     calls = (delayed(function)(*task) for task in tasks)
     try:
         yield from Parallel(workers, return_as="generator_unordered")(calls)
     except TerminatedWorkerError:
         raise TrainingError(
-            "a worker process was killed, as the system does where memory runs out: try fewer --workers; "
-            "what was encoded is kept, and the same command continues"
+            "a worker process was killed, perhaps because memory ran out: try fewer --workers. "
+            "Encoded pictures are kept, and the same command continues"
         ) from None
 
 
 def _learn(pictures: Pictures, store: Store, count: int) -> Store:
     rng = np.random.default_rng(store.seed)
     parts = []
-    # One thread, for the sums of several come in any order, and their last digits with it.
+    # One thread: with several, the order of sums varies, and so do the last digits.
     with threadpool_limits(1):
         numbers = np.concatenate(pictures.chunks("train"))
         each = max(_FROM_A_PICTURE, -(-count // len(numbers)))
@@ -173,8 +174,8 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
         usable = int(found.any(axis=1).sum())
         if usable < max(store.words, COMPONENTS):
             raise SettingsError(
-                f"{usable:,} patches with a gradient are too few to learn {store.words:,} words, and at "
-                f"least {COMPONENTS} are needed: raise --limit or --vocabulary, or lower --gaussians, --atoms"
+                f"{usable:,} patches with a gradient are too few to learn {store.words:,} words, at least "
+                f"{COMPONENTS} are needed: raise --limit or --vocabulary, or lower --gaussians, --atoms"
             )
         encoder = ENCODERS[store.kind].fit(found, store.words, store.seed)
     store.folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def load_encoder(store: Store) -> Encoder:
 
 
 def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stores: Sequence[Store]) -> int:
-    """Write a chunk's files; returns how many pictures there are in it."""
+    """Write a chunk's files; return its number of pictures."""
     encoders = [load_encoder(store) for store in stores]
     features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
     _reader(pictures.data, split).will_need(chunk)

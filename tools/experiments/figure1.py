@@ -1,17 +1,15 @@
-"""Fig. 1: how much sooner a four-layer net learns with ReLUs than with tanh.
+"""Repeat Fig. 1: how much faster a four-layer net learns with ReLU than with tanh.
 
-    python tools/paper.py figure1 --data shards
+    alexnet-train paper figure1 --data shards
 
-The training images are made 32 px small, as CIFAR-10's are, and learned without regularisation. For each
-activation, every rate of --rates is tried on the first seed, in that order, and given up once it needs more
-epochs than the best so far; the rate that came to --target soonest is trained on the other seeds. Images
-are kept in memory at 3 KB each. What is finished is not trained again, and what was interrupted goes on.
+The training images are reduced to 32 px, as in CIFAR-10, and learned without regularisation. For each
+activation, the learning rates of --rates are tried in order with the first seed; a rate is given up once it
+needs more epochs than the best so far. The rate that reaches --target first is then trained with the other
+seeds. Images are kept in memory, 3 KB each. Finished runs are not repeated, and interrupted ones resume.
 """
 
 import argparse
 import math
-import shlex
-import sys
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -22,7 +20,7 @@ from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
-from tools.options import count, positive
+from tools.options import command_line, count, positive
 from trainer.run import environment
 
 if TYPE_CHECKING:
@@ -30,33 +28,54 @@ if TYPE_CHECKING:
 
 TAKES_SETTINGS = False
 LABELS = {"relu": "ReLU", "tanh": "tanh"}
-Curves = dict[str, list[list[float]]]  # of each activation, of each seed, the training error of each epoch
+Curves = dict[str, list[list[float]]]  # activation → for each seed, the training error of each epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
     add(
-        "--classes", type=count, default=10, metavar="N", help="the first N classes (default 10, as CIFAR-10)"
+        "--classes",
+        type=count,
+        default=10,
+        metavar="N",
+        help="use the first N classes (default 10, as CIFAR-10)",
     )
-    add("--images", type=count, default=50_000, metavar="N", help="at most (default 50,000, as CIFAR-10)")
+    add(
+        "--images",
+        type=count,
+        default=50_000,
+        metavar="N",
+        help="use at most N images (default 50,000, as CIFAR-10)",
+    )
     add(
         "--rates",
         type=positive,
         nargs="+",
         default=[0.01, 0.03, 0.1, 0.003],
         metavar="R",
-        help="learning rates",
+        help="learning rates to try, in this order (default 0.01 0.03 0.1 0.003)",
     )
-    add("--seeds", type=count, default=3, metavar="N", help="0 to N−1 (default 3)")
-    add("--epochs", type=count, default=60, metavar="N", help="of a training at most (default 60)")
-    add("--batch", type=count, default=128, metavar="N", help="images in a step (default 128)")
-    add("--target", type=positive, default=25.0, metavar="%", help="training error (default 25)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
+    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add("--epochs", type=count, default=60, metavar="N", help="most epochs of a run (default 60)")
+    add("--batch", type=count, default=128, metavar="N", help="batch size (default 128)")
+    add(
+        "--target",
+        type=positive,
+        default=25.0,
+        metavar="PERCENT",
+        help="training error to reach (default 25)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="device to train on (default: the GPU if there is one)",
+    )
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Train what is left of it and draw figure1.png. Raises DatasetError or SettingsError."""
+    """Train what is not finished and draw figure1.png. Raises DatasetError or SettingsError."""
     manifest = read_manifest(options.data)
     reader = ShardReader(options.data, manifest, "train")
     numbers = chosen(reader.rows["label"], options.classes, options.images)
@@ -79,7 +98,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         data=f"{describe(options.data)}; of the first {images.classes} classes {len(images):,} training "
         f"images at 32 px, batch {options.batch}, {options.seeds} seeds, of the learning rates "
         f"{', '.join(f'{rate:g}' for rate in options.rates)} the one that was fastest for each net",
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment(world.device_name),
         rows=rows(curves, options.target, steps),
         figures=[Figure(file="figure1.png", caption=caption(rates, options.target))],
@@ -88,13 +107,13 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
 
 
 def chosen(labels: np.ndarray, classes: int, images: int) -> np.ndarray:
-    """Numbers of the samples to learn, in order: of the first classes, drawn if there are too many."""
+    """Return sorted indices of samples of the first classes, chosen at random if there are too many."""
     numbers = np.flatnonzero(labels < classes)
     return np.sort(np.random.default_rng(0).permutation(numbers)[:images])
 
 
 class Sweep:
-    """The trainings of one command, kept in a folder."""
+    """The runs of one command, kept in a folder."""
 
     def __init__(self, options: argparse.Namespace, images: "Images", folder: Path):
         self.options, self.images, self.folder = options, images, folder
@@ -102,12 +121,12 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
 
     def fastest_rate(self, activation: str) -> float:
-        """The learning rate that comes to the target in the fewest epochs on seed 0, or closest to it."""
+        """Return the learning rate that reaches the target first with seed 0, or comes closest."""
         from tools.experiments.four_layers import Trial, epochs_to
 
         best, least, rate = math.inf, math.inf, self.options.rates[0]
         for tried in self.options.rates:
-            # A rate that needs more epochs than this is slower than the best.
+            # A rate that needs more epochs than this is slower than the best so far.
             enough = min(self.options.epochs, math.ceil(min(best, self.options.epochs) + 0.5))
             errors = self._train(Trial(activation, tried, 0), enough)
             reached = epochs_to(errors, self.target)
@@ -117,7 +136,7 @@ class Sweep:
         return rate
 
     def curves(self, activation: str, rate: float) -> list[list[float]]:
-        """The training errors of each seed."""
+        """Return the training errors of each seed."""
         from tools.experiments.four_layers import Trial
 
         seeds = range(self.options.seeds)
@@ -134,7 +153,7 @@ class Sweep:
 
 
 def rows(curves: Curves, target: float, steps: int) -> list[Row]:
-    """Iterations to the target, and tanh's over ReLU's, seed by seed, where all seeds came to it."""
+    """Return iterations to the target, and tanh's divided by ReLU's seed by seed, if all seeds reached it."""
     from tools.experiments.four_layers import epochs_to
 
     taken = {a: [steps * epochs_to(errors, target / 100) for errors in curves[a]] for a in curves}
@@ -154,7 +173,7 @@ def rows(curves: Curves, target: float, steps: int) -> list[Row]:
 
 
 def remarks(curves: Curves, rates: dict[str, float], options: argparse.Namespace) -> list[str]:
-    """What falls short: a net that did not come to the target, a sweep whose best is at its end."""
+    """Return remarks on nets that missed the target and sweeps whose best rate is at their end."""
     from tools.experiments.four_layers import epochs_to
 
     found = []
@@ -166,24 +185,24 @@ def remarks(curves: Curves, rates: dict[str, float], options: argparse.Namespace
         than = f", {times:.1f} times what {LABELS[fastest]} took" if times else ""
         if short:
             found.append(
-                f"{LABELS[activation]} did not come to {options.target:g} % within {options.epochs} epochs "
+                f"{LABELS[activation]} did not reach {options.target:g} % within {options.epochs} epochs "
                 f"on {short} of {len(epochs)} seeds{than}."
             )
         if len(options.rates) > 1 and rates[activation] in (min(options.rates), max(options.rates)):
             found.append(
-                f"{LABELS[activation]} was fastest at {rates[activation]:g}, an end of the rates tried: "
-                "beyond it may be a faster one."
+                f"{LABELS[activation]} was fastest at {rates[activation]:g}, an end of the range tried: "
+                "a rate beyond it may be faster."
             )
     return found
 
 
 def caption(rates: dict[str, float], target: float) -> str:
     which = " and ".join(f"{LABELS[a]} at a learning rate of {rate:g}" for a, rate in rates.items())
-    return f"Training error of a four-layer net until it is {target:g} %: {which}; a line a seed."
+    return f"Training error of a four-layer net until it is {target:g} %: {which}; one line per seed."
 
 
 def plot(path: Path, curves: Curves, target: float) -> None:
-    """As in the paper: the training error over the epochs, solid for ReLU and dashed for tanh."""
+    """Draw the training error over epochs, solid for ReLU and dashed for tanh as in the paper."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no screen
@@ -192,7 +211,7 @@ def plot(path: Path, curves: Curves, target: float) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for activation, line, colour in (("relu", "-", "C0"), ("tanh", "--", "C3")):
         for seed, errors in enumerate(curves[activation]):
-            middles = np.arange(len(errors)) + 0.5  # of the epochs, whose errors these are
+            middles = np.arange(len(errors)) + 0.5  # the errors are averages over their epochs
             label = LABELS[activation] if seed == 0 else None
             axes.plot(middles, errors, line, color=colour, linewidth=1.2, label=label)
     axes.axhline(target / 100, color="gray", linewidth=0.8)

@@ -1,11 +1,11 @@
-"""Fig. 3: the kernels of the first layer, those of each tower together.
+"""Repeat Fig. 3: draw the kernels of the first layer, grouped by tower.
 
-    python tools/paper.py figure3 runs/a
+    alexnet-train paper figure3 runs/a
 
-The first tower's kernels are above, the second's below, 16 in a row, as in the paper. Each has a contrast
-of its own: its largest weight, of either sign, is black or white (or a colour's least or most), and 0 is
-gray. How colourful a kernel is, is the share of its energy (the sum of its squared weights) that is lost
-when it is turned to gray: 0 % for one that sees no colour, 67 % for independent weights.
+The first tower's kernels are on top and the second's below, 16 in a row, as in the paper. Each kernel is
+scaled by its own largest weight, which is drawn at full contrast; 0 is gray. How colourful a kernel is, is
+measured as the share of its energy (the sum of its squared weights) that is lost when it is converted to
+gray: 0 % for a kernel that ignores colour, 67 % for independent weights.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tools.experiments.record import Figure, Record, Row
 
 TAKES_SETTINGS = False
 COLUMNS = 16
-SCALE = 4  # pixels of the picture a weight
+SCALE = 4  # pixels of the picture per weight
 GAP = 4  # pixels between kernels
 TOWER_GAP = 16  # pixels between towers
 COLOUR = "colour's share of a kernel's energy, mean (%)"
@@ -65,16 +65,16 @@ def _caption(towers: int) -> str:
 
 
 def by_tower(weights: np.ndarray, towers: int) -> np.ndarray:
-    """[kernels,3,11,11] → [towers,kernels/towers,11,11,3]: a group of conv2 takes the maps of a tower's."""
+    """Reshape [kernels,3,11,11] to [towers,n,11,11,3]; each group of conv2 reads one tower's maps."""
     return weights.reshape(towers, -1, *weights.shape[1:]).transpose(0, 1, 3, 4, 2)
 
 
 def draw(towers: np.ndarray) -> Image.Image:
-    """The kernels [towers,n,h,w,3] on white, COLUMNS in a row."""
+    """Draw the kernels [towers,n,h,w,3] on white, COLUMNS in a row."""
     count, kernels, side = towers.shape[:3]
     cell = side * SCALE + GAP
     rows = -(-kernels // COLUMNS)
-    height = rows * cell - GAP + TOWER_GAP  # of a tower, with the room to the next
+    height = rows * cell - GAP + TOWER_GAP  # of a tower, with the gap to the next
     sheet = np.full((count * height - TOWER_GAP, COLUMNS * cell - GAP, 3), 255, np.uint8)
     for tower in range(count):
         for number, kernel in enumerate(towers[tower]):
@@ -86,13 +86,13 @@ def draw(towers: np.ndarray) -> Image.Image:
 
 
 def contrast(kernel: np.ndarray) -> np.ndarray:
-    """Weights as uint8 pixels: 0 is gray, and the largest is as far from it as there is room."""
+    """Convert weights to uint8 pixels: 0 is gray, and the largest weight has full contrast."""
     largest = max(np.abs(kernel).max(), np.finfo(np.float32).tiny)
     return np.rint(127.5 + 127.5 * kernel / largest).astype(np.uint8)
 
 
 def colour_shares(kernels: np.ndarray) -> np.ndarray:
-    """Of each kernel in [n,h,w,3], the share (0 to 1) of its energy that its gray version lacks: [n]."""
+    """Map kernels [n,h,w,3] to the share [n] (0 to 1) of their energy that their gray versions lack."""
     gray = kernels.mean(3, keepdims=True)
     energy = np.maximum((kernels**2).sum((1, 2, 3)), np.finfo(np.float32).tiny)
     return ((kernels - gray) ** 2).sum((1, 2, 3)) / energy

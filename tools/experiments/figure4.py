@@ -1,11 +1,11 @@
-"""Fig. 4: what a net takes validation images for, and which training images it finds alike.
+"""Repeat Fig. 4: how a net classifies validation images, and which training images it finds similar.
 
-    python tools/paper.py figure4 runs/a
+    alexnet-train paper figure4 runs/a
 
-Eight validation images with their five most probable classes; and five others with the six training
-images whose 4096 activations of the last hidden layer are nearest to theirs in L2. Writes figure4.png and
-figure4.html, a page that needs no other file. The activations of the training images are computed once
-and kept in --out. Images are named by their numbers in the split, from 0 on, and drawn by --seed if not.
+Shows eight validation images with their five most probable classes, and five others with the six training
+images whose 4096 activations of the last hidden layer are nearest in L2. Writes figure4.png and figure4.html,
+a self-contained page. The activations of the training images are computed once and kept in --out. Images are
+given by their index in the split, from 0, or chosen at random with --seed.
 """
 
 import argparse
@@ -32,14 +32,28 @@ QUERIES, NEIGHBOURS = 5, 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser)
     add = parser.add_argument
-    add("--images", type=int, nargs="+", metavar="N", help=f"to classify (default {IMAGES} that are drawn)")
-    add("--queries", type=int, nargs="+", metavar="N", help=f"to seek alike (default {QUERIES} others)")
-    add("--seed", type=natural, default=0, metavar="N", help="of the images that are drawn (default 0)")
+    add(
+        "--images",
+        type=natural,
+        nargs="+",
+        metavar="N",
+        help=f"indices of images to classify (default: {IMAGES} random ones)",
+    )
+    add(
+        "--queries",
+        type=natural,
+        nargs="+",
+        metavar="N",
+        help=f"indices of query images (default: {QUERIES} others)",
+    )
+    add("--seed", type=natural, default=0, metavar="N", help="seed of that random choice (default 0)")
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Write figure4.png and figure4.html. Raises SettingsError for an image that is not there, and what
-    `open_run` and `kept_features` do."""
+    """Write figure4.png and figure4.html.
+
+    Raises SettingsError for an index out of range, and what `open_run` and `kept_features` do.
+    """
     opened = finished.open_run(options, "train", "val")
     total = opened.trained.dataset.manifest.split("val").samples
     drawn = np.random.default_rng(options.seed).permutation(total).tolist()
@@ -66,12 +80,12 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
 def _checked(option: str, numbers: list[int], total: int) -> list[int]:
     for number in numbers:
         if not 0 <= number < total:
-            raise SettingsError(f"{option} {number}: the validation images are 0 to {total - 1}")
+            raise SettingsError(f"{option} {number}: the indices of validation images are 0 to {total - 1}")
     return numbers
 
 
 def classify(opened: Finished, number: int) -> "Classified":
-    """A validation image with its most probable classes, the best first."""
+    """Classify a validation image; its most probable classes come best first."""
     import torch
 
     from tools.experiments.figure4_drawing import Classified
@@ -91,7 +105,7 @@ def classify(opened: Finished, number: int) -> "Classified":
 
 
 def retrieve(opened: Finished, queries: list[int], out: Path) -> "list[Retrieved]":
-    """Validation images with the training images that are nearest to each."""
+    """Find the training images nearest to each of some validation images."""
     from tools.experiments.fc7 import features, kept_features, nearest
     from tools.experiments.figure4_drawing import Retrieved
 
@@ -117,7 +131,7 @@ def picture(dataset: "Dataset", split: str, number: int) -> "Picture":
 
 
 def counts(classified: "list[Classified]", retrieved: "list[Retrieved]") -> list[str]:
-    """What is right among what is shown, in words."""
+    """Say how many of the shown classes and neighbours are right."""
     first = sum(shown.picture.label == shown.top[0][0] for shown in classified)
     among = sum(shown.picture.label in (label for label, *_ in shown.top) for shown in classified)
     alike = [near.label == shown.query.label for shown in retrieved for near, _ in shown.nearest]

@@ -1,4 +1,4 @@
-"""Fig. 4 as a PNG and as a page: pictures with bars, and rows of pictures that a net finds alike."""
+"""Draw Fig. 4 as a PNG and an HTML page: pictures with bars, and rows of similar pictures."""
 
 from base64 import b64encode
 from html import escape
@@ -17,9 +17,9 @@ from PIL import Image
 from pipeline.manifest import DatasetError
 from pipeline.reader import ShardReader
 
-SIDE = 256  # of a picture on the page in pixels, at most
-COLUMNS = 4  # of classified pictures
-RIGHT, WRONG = "#f4a3a3", "#a9c7ea"  # bars: of the picture's own class, of others
+SIDE = 256  # most pixels of a picture's side on the page
+COLUMNS = 4  # classified pictures per row
+RIGHT, WRONG = "#f4a3a3", "#a9c7ea"  # bars of the picture's own class and of others
 CAPTION = (
     "Left: validation images, their class, and the most probable classes by the net, the right one in red. "
     "Right: validation images in the first column, and the training images whose last hidden activations "
@@ -28,7 +28,7 @@ CAPTION = (
 
 
 class Picture(NamedTuple):
-    """number: in its split. name: of its class."""
+    """A sample. number: its index in the split. label, name: its class."""
 
     number: int
     label: int
@@ -37,32 +37,34 @@ class Picture(NamedTuple):
 
 
 class Classified(NamedTuple):
-    """top: label, name and probability (0 to 1) of the most probable classes, the best first."""
+    """A classified picture. top: label, name and probability (0 to 1) of its best classes, best first."""
 
     picture: Picture
     top: list[tuple[int, str, float]]
 
 
 class Retrieved(NamedTuple):
-    """nearest: training pictures with their distances, the nearest first."""
+    """A query with its neighbours. nearest: training pictures and distances, nearest first."""
 
     query: Picture
     nearest: list[tuple[Picture, float]]
 
 
 def thumbnail(reader: ShardReader, number: int) -> Image.Image:
-    """A sample at no more than SIDE px. Raises DatasetError where it cannot be decoded."""
+    """Return a sample reduced to at most SIDE px. Raises DatasetError if it cannot be decoded."""
     try:
         with Image.open(BytesIO(reader.jpeg(number))) as opened:
             image = opened.convert("RGB")
     except (OSError, SyntaxError):
-        raise DatasetError(f"the sample in {reader.name(number)} cannot be decoded: copy it again") from None
+        raise DatasetError(
+            f"the sample in {reader.name(number)} cannot be decoded: copy the shard again"
+        ) from None
     image.thumbnail((SIDE, SIDE))
     return image
 
 
 def draw(path: Path, classified: list[Classified], retrieved: list[Retrieved]) -> None:
-    """Both panels side by side."""
+    """Draw both panels side by side."""
     figure = plt.figure(figsize=(15, 7.2), layout="constrained")
     panels = figure.subfigures(1, 2, squeeze=False, wspace=0.04, width_ratios=(1, 1.15))[0]
     _draw_classified(panels[0], classified)
@@ -85,7 +87,7 @@ def _draw_classified(panel: SubFigure, classified: list[Classified]) -> None:
 
 def _draw_one(above: Axes, below: Axes, shown: Classified) -> None:
     above.imshow(shown.picture.image)
-    above.set_anchor("S")  # beside its bars
+    above.set_anchor("S")  # next to its bars
     above.set_title(short(shown.picture.name), fontsize=10, parse_math=False)
     for place, (label, name, probability) in enumerate(shown.top):
         below.barh(place, probability, color=RIGHT if label == shown.picture.label else WRONG)
@@ -107,13 +109,13 @@ def _draw_retrieved(panel: SubFigure, retrieved: list[Retrieved]) -> None:
 
 
 def short(name: str, length: int = 24) -> str:
-    """The first of a class's names."""
+    """Return the first of a class's names, shortened to `length` characters."""
     name = " ".join(name.partition(",")[0].split())
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def write_page(path: Path, classified: list[Classified], retrieved: list[Retrieved]) -> None:
-    """A page in one file, with its pictures in it."""
+    """Write a self-contained page that embeds its pictures."""
     cards = "\n".join(map(_card, classified))
     rows = "\n".join(map(_row, retrieved))
     path.write_text(_PAGE.format(cards=cards, rows=rows), encoding="utf-8")
@@ -179,13 +181,13 @@ _PAGE = """<!doctype html>
 </style>
 <h1>Fig. 4: what the net sees</h1>
 <h2>The most probable classes</h2>
-<p>Validation images with their class, and what the net holds them for; the right class in red.</p>
+<p>Validation images with their class, and the net's most probable classes; the right class is red.</p>
 <div class="cards">
 {cards}
 </div>
 <h2>The nearest training images</h2>
-<p>Validation images on the left, and beside each the training images whose 4096 activations of the last
-hidden layer are nearest in L2, the nearest first; framed in red where the class is another.</p>
+<p>Validation images on the left; next to each, the training images whose 4096 activations of the last
+hidden layer are nearest in L2, nearest first; a red frame marks another class.</p>
 <div class="rows">
 {rows}
 </div>

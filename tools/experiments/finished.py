@@ -1,7 +1,6 @@
-"""A run that an experiment looks at, from its options to the trained net."""
+"""Opening the trained net of a finished run for an experiment, from its options."""
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe
+from tools.options import command_line
 from trainer.run import Run, environment
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class Finished(NamedTuple):
-    """A trained net in evaluation mode. world: this process and its device. precision: of autocast."""
+    """A trained net in evaluation mode.
+
+    world: this process and its device. precision: that of autocast.
+    """
 
     trained: "Trained"
     world: "World"
@@ -27,43 +30,53 @@ class Finished(NamedTuple):
     folder: Path
 
     def pixels(self, split: str, number: int) -> "Tensor":
-        """One image as the net takes it: the centre crop [1,3,crop,crop]. Raises DatasetError."""
+        """Return one image as the net takes it: its centre crop [1,3,crop,crop]. Raises DatasetError."""
         total = self.trained.dataset.manifest.split(split).samples
-        # Of so many processes as there are images, each has one.
+        # With as many processes as images, each process has one image.
         [(pixels, _)] = self.trained.batches(split, 1, replace(self.world, rank=number, size=total))
         return pixels
 
     def about(self, *others: "Finished") -> dict[str, Any]:
-        """What a record says of the data, the nets and the machine."""
+        """Return a record's fields on data, nets and machine."""
         nets = []
         for net in (self, *others):
             settings, step = net.trained.settings, net.trained.step
             nets.append(f"{net.folder.name} ({settings.preset}, crop {settings.crop} px, {step:,} steps)")
         return {
             "data": f"{describe(self.trained.settings.data)}; nets: {', '.join(nets)}",
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command_line(),
             "environment": environment(self.world.device_name),
         }
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: whether it takes more than one run, and any split."""
+    """Add the options of an experiment on finished runs. several: accept more than one run, and any split."""
     add = parser.add_argument
     if several:
         add("runs", nargs="+", type=Path, metavar="RUN", help="run folders of trained nets")
-        add("--split", default="val", help="whose images (default val)")
+        add("--split", default="val", help="split of the dataset to evaluate on (default val)")
     else:
         add("run", type=Path, metavar="RUN", help="run folder of the trained net")
-    add("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
-    add("--checkpoint", choices=("newest", "best"), default="newest", help="default newest")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default the GPU if there is one")
+    add("--data", type=Path, metavar="DIR", help="use this dataset instead of the run's own")
+    add(
+        "--checkpoint",
+        choices=("newest", "best"),
+        default="newest",
+        help="checkpoint of each run (default newest)",
+    )
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="device to run on (default: the GPU if there is one)",
+    )
 
 
 def open_run(options: argparse.Namespace, *splits: str) -> Finished:
-    """The net of options.run. splits: that the dataset must have.
+    """Open the net of options.run. splits: splits that the dataset must have.
 
-    Raises SettingsError, DatasetError or RunError, as `load_trained` does, before torch is imported where
-    it can.
+    Raises SettingsError, DatasetError or RunError, as `load_trained` does, and before importing torch where
+    possible.
     """
     run = Run(options.run)
     settings = run.settings()
@@ -74,7 +87,7 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
         if split not in there:
             raise DatasetError(
                 f"{settings.data} has no split '{split}', only {', '.join(there)}: "
-                "give a dataset that has it with --data"
+                "choose a dataset that has it with --data"
             )
 
     from trainer.evaluate import load_trained
@@ -90,7 +103,7 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
 
 
 def open_runs(options: argparse.Namespace) -> list[Finished]:
-    """The nets of options.runs, all on the dataset of the first. Raises what `open_run` does."""
+    """Open the nets of options.runs, all on the dataset of the first. Raises what `open_run` does."""
     opened: list[Finished] = []
     for run in options.runs:
         data = opened[0].trained.settings.data if opened else options.data

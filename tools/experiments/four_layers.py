@@ -1,4 +1,4 @@
-"""The four-layer net of Fig. 1, the small images that it learns, and one training of it."""
+"""The four-layer net of Fig. 1, the small images it learns, and its training."""
 
 import math
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError
 from pipeline.reader import ShardReader
 
-SIDE = 32  # of an image in pixels, as in CIFAR-10
+SIDE = 32  # pixels of an image's side, as in CIFAR-10
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-DEVIATIONS = 0.0001, 0.01, 0.01, 0.01  # of the initial weights, by layer
+DEVIATIONS = 0.0001, 0.01, 0.01, 0.01  # standard deviations of the initial weights, by layer
 
 
 def four_layers(classes: int, activation: str, seed: int) -> nn.Sequential:
-    """[n,3,32,32] → logits [n,classes].
+    """Build a net that maps [n,3,32,32] to logits [n,classes].
 
-    The paper does not say which four layers; these are those of the author's CIFAR-10 example of the time
+    The paper does not describe the four layers. These come from the author's CIFAR-10 example of the time
     (cuda-convnet: 32, 32 and 64 kernels of 5×5, pooling 3/2 after each, one fully connected layer), with
-    its initial weights, but without its response normalisation.
+    its initial weights but without its response normalisation.
     """
     torch.manual_seed(seed)
     act = ACTIVATIONS[activation]
@@ -50,13 +50,13 @@ def four_layers(classes: int, activation: str, seed: int) -> nn.Sequential:
 
 
 def small_images(reader: ShardReader, numbers: np.ndarray) -> np.ndarray:
-    """The central squares of these samples at SIDE px, uint8 [n,3,SIDE,SIDE]. Raises DatasetError."""
+    """Return the central squares of samples at SIDE px, uint8 [n,3,SIDE,SIDE]. Raises DatasetError."""
     images = np.empty((len(numbers), SIDE, SIDE, 3), np.uint8)
     for place, number in enumerate(numbers.tolist()):
         jpeg = reader.jpeg(number)
         try:
             with Image.open(BytesIO(jpeg)) as image:
-                image.draft("RGB", (SIDE, SIDE))  # decoded at an eighth to a whole of its size
+                image.draft("RGB", (SIDE, SIDE))  # lets the decoder reduce it, to an eighth at most
                 images[place] = _central_square(image.convert("RGB"))
         except (OSError, SyntaxError):
             name = reader.name(number)
@@ -71,7 +71,7 @@ def _central_square(image: Image.Image) -> np.ndarray:
 
 
 class Images:
-    """Small images on a device. pixels: uint8 [n,3,SIDE,SIDE]; labels: [n], from 0 on."""
+    """Small images on a device. pixels: uint8 [n,3,SIDE,SIDE]; labels: [n], from 0."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, device: torch.device):
         self.pixels = torch.from_numpy(pixels).to(device).contiguous(memory_format=torch.channels_last)
@@ -88,7 +88,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training, without regularisation of any kind, by SGD with momentum .9 at a constant rate."""
+    """One run, without any regularisation: SGD with momentum 0.9 at a constant learning rate."""
 
     activation: str
     rate: float
@@ -99,10 +99,10 @@ class Trial:
 
 
 def train(images: Images, trial: Trial, folder: Path, batch: int, target: float, epochs: int) -> list[float]:
-    """Training errors (0 to 1) over each epoch, as it went, until one is at most `target`.
+    """Train until the training error is at most `target`; return the error (0 to 1) of each epoch.
 
-    There are at most `epochs` of them; a last one that is not a number says that the training diverged.
-    What was done is kept in `folder` after each epoch, and gone on with.
+    An epoch's error is measured while it trains. There are at most `epochs` errors; the last one is NaN if
+    training diverged. The state is saved in `folder` after each epoch, and training resumes from it.
     """
     device = images.labels.device
     net = four_layers(images.classes, trial.activation, trial.seed).to(device)
@@ -130,7 +130,7 @@ def _epoch(
     batch: int,
     draw: tuple[int, int],
 ) -> float:
-    """The share of images that were misclassified when their turn came; NaN once the loss is not finite."""
+    """Train one epoch; return the share of misclassified images, or NaN if the loss is not finite."""
     order = torch.from_numpy(np.random.default_rng(draw).permutation(len(images))).to(images.labels.device)
     misses = torch.zeros((), dtype=torch.int64, device=order.device)
     for numbers in order.split(batch):
@@ -144,14 +144,14 @@ def _epoch(
 
 
 def is_over(errors: list[float], target: float) -> bool:
-    """Whether the last error is at most the target, or not a number."""
+    """Say whether the last error is at most the target, or NaN."""
     return bool(errors) and not errors[-1] > target
 
 
 def epochs_to(errors: list[float], target: float) -> float:
-    """After how many epochs the training error came to the target, infinite if it did not.
+    """Return the number of epochs until the training error reached the target, or infinity if it did not.
 
-    The error over an epoch is taken for that in its middle; between two, the line through them counts.
+    An epoch's error counts as the error at its middle; between two epochs it is interpolated linearly.
     """
     for number, error in enumerate(errors):
         if error <= target:

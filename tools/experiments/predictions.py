@@ -1,4 +1,4 @@
-"""What trained nets say of each image of a split, computed once and kept."""
+"""The predictions of trained nets for each image of a split, computed once and kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +15,10 @@ from trainer.precision import autocast, prepare
 
 
 def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """[images,classes] float32, averaged over the crops (section 4.1), and the labels [images].
+    """Return probabilities [images,classes] in fp32, averaged over crops (section 4.1), and labels [images].
 
-    They are kept under `out`, and taken from there where weights, images and crops are the same. Raises
-    DatasetError for damaged data, OSError.
+    They are kept under `out` and reused for the same weights, images and crops. Raises DatasetError for
+    damaged data, and OSError.
     """
     folder = out / "predictions"
     kept = folder / f"{opened.folder.name}-{identity(opened)}-{split}-{crops}.npz"
@@ -43,11 +43,11 @@ def _computed(opened: Finished, split: str, crops: int) -> tuple[np.ndarray, np.
 
 
 def errors(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Top-1 and top-5 error of [images,classes], in percent."""
+    """Return the top-1 and top-5 error of scores [images,classes], in percent."""
     wrong = count_errors(torch.from_numpy(scores), torch.from_numpy(labels)).tolist()
     return {measure: 100 * count / len(labels) for measure, count in zip((TOP1, TOP5), wrong, strict=True)}
 
 
 def transposed(rows: Sequence[dict[str, float]]) -> Measures:
-    """A list of values for each measure."""
+    """Turn rows into a list of values for each measure."""
     return {measure: [row[measure] for row in rows] for measure in rows[0]}

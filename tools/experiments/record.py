@@ -1,4 +1,4 @@
-"""What an experiment leaves, as JSON and as Markdown: numbers beside the paper's, and pictures."""
+"""The record of an experiment, as JSON and Markdown: numbers next to the paper's, and pictures."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,15 +9,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.files import atomic_write
 
 TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
-Measures = dict[str, list[float]]  # of each measure, named with its unit, a value a seed
+Measures = dict[str, list[float]]  # measure, named with its unit → a value for each seed
 
 
 class RecordError(ValueError):
-    """A file that holds no record; the message names it."""
+    """A file that is not a record; the message names it."""
 
 
 class Row(BaseModel):
-    """One system. published: the paper's values, or where `than` names a row, its differences to that."""
+    """One system. published: the paper's values or, if `than` names another row, the differences from it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,7 +29,7 @@ class Row(BaseModel):
 
 
 class Figure(BaseModel):
-    """A picture beside the record."""
+    """A picture that belongs to the record."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,7 +38,10 @@ class Figure(BaseModel):
 
 
 class Record(BaseModel):
-    """source: where the paper has it. data: what it was measured on, and with what budget, in words."""
+    """An experiment's results.
+
+    source: where the paper reports it. data: the dataset and budget, in words.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,7 +56,7 @@ class Record(BaseModel):
     remarks: list[str] = []
 
     def save(self, folder: Path) -> Path:
-        """Write <experiment>.json; returns its path. Raises OSError."""
+        """Write <experiment>.json to a folder; return its path. Raises OSError."""
         path = folder / f"{self.experiment}.json"
         with atomic_write(path) as file:
             file.write(self.model_dump_json(indent=1).encode() + b"\n")
@@ -61,19 +64,19 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """Raises RecordError where the file is no record."""
+        """Read a record. Raises RecordError if the file is not one."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise RecordError(
-                f"{path} is no record ({error.errors()[0]['msg']}): delete it and run the experiment again"
+                f"{path} is not a record ({error.errors()[0]['msg']}): delete it and run the experiment again"
             ) from None
 
     def row(self, system: str) -> Row:
         return next(row for row in self.rows if row.system == system)
 
     def __str__(self) -> str:
-        """A section of the report."""
+        """Return the record as a section of the report."""
         parts = [f"## {self.title}", f"Paper: {self.source}. Measured on {self.data}."]
         if self.rows:
             parts.append("\n".join(self._table()))
@@ -83,7 +86,7 @@ class Record(BaseModel):
         return "\n\n".join([*parts, f"`{self.command}` on {about}."])
 
     def _table(self) -> Iterator[str]:
-        """A line a system and measure."""
+        """Yield the lines of a table with a row for each system and measure."""
         yield "| system | measure | published | measured | difference | |"
         yield "|---|---|---|---|---|---|"
         for row in self.rows:
@@ -92,7 +95,7 @@ class Record(BaseModel):
                 yield f"| {name} | {measure} | {' | '.join(self._cells(row, measure))} |"
 
     def _cells(self, row: Row, measure: str) -> list[str]:
-        """Published, measured, difference to the row that it is compared with, and what that says."""
+        """Return the cells: published, measured, difference from the row it is compared with, and verdict."""
         published, measured = row.published.get(measure), spread(row.measured[measure])
         if not row.than:
             return ["" if published is None else f"{published:g}", measured, "", ""]
@@ -108,13 +111,13 @@ class Record(BaseModel):
 
 
 def differences(row: Row, base: Row, measure: str) -> list[float]:
-    """By how much a row is above another, seed by seed; one value is compared with each of the other's."""
+    """Return a row's values minus another's, seed by seed; a single value counts for every seed."""
     ours, theirs = row.measured[measure], base.measured[measure]
     return [a - b for a, b in zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True)]
 
 
 def verdict(found: list[float], published: float) -> str:
-    """Whether differences have the published sign: only where all seeds agree is it said."""
+    """Say whether the differences have the published sign, which only agreement of all seeds decides."""
     if len(found) < 2:
         return "one run"
     if all(value * published > 0 for value in found):
@@ -123,7 +126,7 @@ def verdict(found: list[float], published: float) -> str:
 
 
 def spread(values: list[float], sign: bool = False) -> str:
-    """The mean, with the least and the greatest."""
+    """Return the mean with the minimum and the maximum, as text."""
     form = "+.2f" if sign else ".2f"
     middle = f"{mean(values):{form}}"
     return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"

@@ -1,6 +1,5 @@
-"""Trainings that an experiment needs, each `alexnet-train` in a process and a run folder of its own."""
+"""The training runs of an experiment, each `alexnet-train` in its own process and run folder."""
 
-import shlex
 import subprocess
 import sys
 import time
@@ -11,23 +10,27 @@ from typing import Any, NamedTuple
 
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Measures
+from tools.options import command_line
 from trainer.run import Run
 from trainer.settings import load_settings
 
 
 class TrainingError(RuntimeError):
-    """A training that failed, in one line."""
+    """A training run that failed; the message is one line."""
 
 
 class Training(NamedTuple):
-    """folder: of the run. settings: of alexnet-train."""
+    """A training run. folder: its run folder. settings: command-line arguments of alexnet-train."""
 
     folder: Path
     settings: Sequence[str]
 
 
 def outcome(training: Training) -> dict[str, float] | None:
-    """A run's last validation, if it is finished. Raises SettingsError where the folder holds another run."""
+    """Return a run's last validation, or None if it is not finished.
+
+    Raises SettingsError if the folder holds another run.
+    """
     run, chosen = Run(training.folder), load_settings(training.settings)
     if run.is_new(chosen, read_manifest(chosen.data)) or not run.is_finished:
         return None
@@ -35,7 +38,7 @@ def outcome(training: Training) -> dict[str, float] | None:
 
 
 def train(training: Training) -> dict[str, float]:
-    """The last validation of a run that is begun or continued. Raises TrainingError."""
+    """Start or resume a run; return its last validation. Raises TrainingError."""
     folder, settings = training
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
@@ -44,14 +47,16 @@ def train(training: Training) -> dict[str, float]:
         done = subprocess.run(command, stdout=file, stderr=file, check=False)
     if done.returncode:
         last = log.read_text().strip().splitlines()[-1:]
-        raise TrainingError(f"{folder.name} ended with {done.returncode}, see {log}: {' '.join(last)}")
+        raise TrainingError(
+            f"{folder.name} ended with exit code {done.returncode}, see {log}: {' '.join(last)}"
+        )
     return Run(folder).evaluations.rows()[-1]
 
 
 def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, float]]:
-    """The last validation of each, after training what is not finished, `jobs` at a time, with progress.
+    """Train the runs that are not finished, `jobs` at a time; return the last validation of every run.
 
-    Raises TrainingError for the first that fails, or SettingsError where a folder holds another run.
+    Raises TrainingError for the first run that fails, or SettingsError if a folder holds another run.
     """
     found = [outcome(training) for training in trainings]
     left = [training for training, evaluation in zip(trainings, found, strict=True) if evaluation is None]
@@ -75,27 +80,27 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
 
 
 def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
-    """The errors of evaluations, in percent."""
+    """Return the errors of evaluations, in percent."""
     columns = {TOP1: "top1_error", TOP5: "top5_error"}
     rows = list(evaluations)
     return {measure: [100 * row[column] for row in rows] for measure, column in columns.items()}
 
 
 def about(trainings: Sequence[Training]) -> dict[str, Any]:
-    """What a record says of the data, the budget and the machine, once they are trained."""
+    """Return a record's fields on data, budget and machine, once the runs are trained."""
     run = Run(trainings[0].folder)
     settings = run.settings()
     seeds = len({Run(training.folder).settings().seed for training in trainings})
     return {
         "data": f"{describe(settings.data)}; recipe {settings.recipe}, {settings.epochs} epochs at a crop of "
         f"{settings.crop} px and a batch of {settings.batch}, {seeds} seed{'s' if seeds > 1 else ''}",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "environment": run.starts()[-1],
     }
 
 
 def describe(data: Path) -> str:
-    """A dataset in words."""
+    """Describe a dataset in words."""
     manifest = read_manifest(data)
     train, val = (manifest.split(split).samples for split in ("train", "val"))
     return (

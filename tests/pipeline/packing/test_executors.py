@@ -135,7 +135,7 @@ def test_images_are_counted_while_a_shard_is_under_way(pictures, tmp_path, monke
             if counts.images == 30:
                 shown.touch()
 
-    where = ["--input", str(pictures), "--output", str(output), "--workers", "1", "--size", "64"]
+    where = ["--input", str(pictures), "--out", str(output), "--workers", "1", "--size", "64"]
     manifest = pack(parse_arguments(where).packing, Recorder())  # two shards
     assert shown.exists()
     assert [counts.images for counts in seen] == sorted(counts.images for counts in seen)

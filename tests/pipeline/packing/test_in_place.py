@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_left_out_and_listed(indexed):
 
 def test_mean_and_components_are_those_of_packing_the_same_images(foreign, indexed, tmp_path):
     settings = ("--geometry", "original", "--size", "80")
-    packed = pack_here("--input", foreign, "--output", tmp_path / "new", *settings)
+    packed = pack_here("--input", foreign, "--out", tmp_path / "new", *settings)
     ours = read_manifest(indexed)
     # The packer repairs what has to be left out here: a handful of images among sixty.
     np.testing.assert_allclose(ours.pixels.mean, packed.pixels.mean, atol=4)
@@ -215,7 +215,7 @@ def test_packing_never_replaces_tars_that_were_not_packed_there(
                 run(folder, "--overwrite")
     for overwrite in ((), ("--overwrite",)):
         with pytest.raises(SourceError, match=r"holds train-000000.tar, which was not packed there"):
-            pack_here("--input", pictures, "--output", folder, *overwrite)
+            pack_here("--input", pictures, "--out", folder, *overwrite)
     assert tars(folder) == before
 
 
@@ -262,11 +262,11 @@ def test_what_is_in_it_can_be_inspected(indexed, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--in-place", "--output", "out"), "give either --output DIR or --in-place"),
-        ((), "give either --output DIR or --in-place"),
+        (("--in-place", "--out", "out"), "give either --out DIR or --in-place"),
+        ((), "give either --out DIR or --in-place"),
         (("--in-place", "--quality", "80"), "--quality cannot be used with --in-place"),
         (("--in-place", "--val-fraction", ".1"), "--val-fraction cannot be used with --in-place"),
-        (("--output", "out", "--check", "headers"), "--check headers needs --geometry original"),
+        (("--out", "out", "--check", "headers"), "--check headers needs --geometry original"),
     ],
 )
 def test_what_does_not_go_together_is_refused(arguments, message, capsys):
@@ -279,7 +279,7 @@ def test_packing_below_the_input_continues_without_taking_its_own_shards_for_inp
     foreign, tmp_path, monkeypatch
 ):
     source = Path(shutil.copytree(foreign, tmp_path / "source"))
-    arguments = ("--input", source, "--output", source / "packed", "--size", "32")
+    arguments = ("--input", source, "--out", source / "packed", "--size", "32")
     with monkeypatch.context() as patch:
         patch.setattr(pack_module, "write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):

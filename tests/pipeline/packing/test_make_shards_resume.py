@@ -39,7 +39,7 @@ def source(pictures, tmp_path_factory) -> Path:
 
 def run(source: Path, output: Path, *arguments: str) -> Progress:
     progress = Progress()
-    pack_here("--input", source, "--output", output, *SETTINGS, *arguments, progress=progress)
+    pack_here("--input", source, "--out", output, *SETTINGS, *arguments, progress=progress)
     return progress
 
 
@@ -142,7 +142,7 @@ def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_
 def test_more_workers_may_continue(source, whole, unfinished):
     record(unfinished, "train-000001.tar").unlink()
     record(unfinished, "val-000001.tar").unlink()
-    options = ("--input", str(source), "--output", str(unfinished), *SETTINGS, "--workers", "2")
+    options = ("--input", str(source), "--out", str(unfinished), *SETTINGS, "--workers", "2")
     pack(parse_arguments([*options]).packing)
     assert contents(unfinished) == whole
 
@@ -216,7 +216,7 @@ def is_alive(pid: int) -> bool:
 def test_workers_end_with_the_command(source, tmp_path):
     """It is killed while one of them waits at a picture, so that there is work left."""
     held = at_picture(31, HOLD, tmp_path / "events", source)
-    command = [sys.executable, "tools/make_shards.py", "--input", source, "--output", tmp_path / "out"]
+    command = [sys.executable, "tools/make_shards.py", "--input", source, "--out", tmp_path / "out"]
     with subprocess.Popen([*command, "--workers=2"], cwd=REPO, env=os.environ | held) as process:
         wait_until(lambda: len(events(tmp_path / "events")) >= 31, process)
         workers = workers_of(process.pid)

@@ -38,7 +38,7 @@ def pack(call, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
 
     def run(source: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
         monkeypatch.setattr(executors, "processes", threads)
-        return call(module.main, "--input", source, "--output", output, "--workers", "1", *arguments)
+        return call(module.main, "--input", source, "--out", output, "--workers", "1", *arguments)
 
     return run
 
@@ -189,14 +189,14 @@ def test_a_missing_input_is_one_line(make_shards, tmp_path):
 )
 def test_arguments_out_of_bounds_are_refused_by_name(bad, capsys):
     with pytest.raises(SystemExit) as end:
-        module.parse_arguments(["--input", "in", "--output", "out", *bad.split()])
+        module.parse_arguments(["--input", "in", "--out", "out", *bad.split()])
     assert end.value.code == 2
     assert bad.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("missing", ["--input", "--output"])
+@pytest.mark.parametrize("missing", ["--input", "--out"])
 def test_input_and_output_must_be_given(missing, capsys):
-    given = {"--input": "in", "--output": "out"}
+    given = {"--input": "in", "--out": "out"}
     del given[missing]
     with pytest.raises(SystemExit, match="2"):
         module.parse_arguments([part for pair in given.items() for part in pair])

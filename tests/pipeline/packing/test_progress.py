@@ -99,7 +99,7 @@ def test_metrics_are_the_same_figures(clock):
 def test_a_taken_metrics_port_is_one_line(pictures, call, tmp_path):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
-        run = call(main, "--input", pictures, "--output", tmp_path / "out", "--metrics-port", port)
+        run = call(main, "--input", pictures, "--out", tmp_path / "out", "--metrics-port", port)
     assert run.returncode == 1
     assert run.stderr.startswith("make_shards: ")
     assert run.stderr.count("\n") == 1

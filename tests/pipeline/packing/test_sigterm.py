@@ -20,7 +20,7 @@ def children(pid: int) -> list[int]:
 
 
 def packing(source: Path, output: Path, size: int) -> list[str]:
-    command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--output", str(output)]
+    command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--out", str(output)]
     return [*command, "--size", str(size), "--shard-samples", "4", "--workers", "2"]
 
 

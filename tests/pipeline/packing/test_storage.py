@@ -130,7 +130,7 @@ def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, call, s
     assert run.returncode == 0, run.stderr
     assert f"alexnet-train --data {s3}/first" in run.stdout
     assert files_in(Folder(f"{s3}/first")) == whole
-    there = ("--input", pictures, "--output", f"{s3}/first")
+    there = ("--input", pictures, "--out", f"{s3}/first")
     again = call(main, *there, *SETTINGS)
     assert again.returncode == 1
     assert f"{s3}/first already holds a dataset" in again.stderr
@@ -155,7 +155,7 @@ def test_a_bucket_is_packed_like_a_folder(pictures, make_shards, s3, whole, tmp_
 def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path, make_shards, call, whole):
     """At the 51st picture, when two workers have finished three shards of ten pictures at the least."""
     output = Folder(f"{s3}/killed")
-    there = ("--input", str(pictures), "--output", str(output), *SETTINGS, "--workers", "2")
+    there = ("--input", str(pictures), "--out", str(output), *SETTINGS, "--workers", "2")
     kill = at_picture(51, KILL_ALL, tmp_path / "events", pictures)
     assert make_shards(pictures, output, *SETTINGS, "--workers", "2", **kill).returncode == -signal.SIGKILL
     left = output.sizes()

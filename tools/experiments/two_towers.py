@@ -1,20 +1,18 @@
-"""Two GPUs, as in Fig. 2: the net as two towers in two processes, beside the grouped net on one device.
+"""Train the net as two towers on two devices, as in Fig. 2, and compare it with the net on one device.
 
-    python tools/paper.py towers --data shards --steps 100 --batch 128
+    alexnet-train paper towers --data shards --steps 100 --batch 128
 
-Both train from the same weights on the same batches: how far apart are their losses and weights then, what
-has gone between the towers, and how fast was each? As a yardstick the grouped net trains once more with the
-images of each batch in reverse order, which only takes sums in another order. The half net, which the paper
-compared with, is timed too; what it costs in accuracy is an ablation. With two GPUs each has a tower, and
-else two processes share the CPU.
+The two towers run in two processes, and the grouped net in one. Both train from the same weights on the same
+batches. The record says how far their losses and weights are apart, how much data the towers exchanged, and
+how fast each net was. As a yardstick the grouped net trains again with the images of each batch reversed,
+which only changes the order of sums. The half net, with which the paper compared, is timed too; its accuracy
+is one of the ablations. With two GPUs each tower has one; otherwise two processes share the CPU.
 
-No net drops units (two processes draw other masks than one) or is compiled, and `auto` precision is fp32.
-Other options are settings of alexnet-train.
+Dropout is off (two processes would draw other masks than one), no net is compiled, and `auto` precision means
+fp32. Any other option is a setting of `alexnet-train train`.
 """
 
 import argparse
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipeline.manifest import read_manifest
 from tools.experiments.record import Measures, Record, Row
 from tools.experiments.training import TrainingError, describe
+from tools.options import command_line, count
 from trainer.run import environment
 from trainer.settings import Settings, SettingsError, load_settings
 
@@ -41,25 +40,31 @@ WEIGHT = "largest difference of a weight to one device's (millionths of the larg
 
 
 class Trained(NamedTuple):
-    """What came of a net's steps: the loss of each, and the median rate of all but the first."""
+    """The result of training a net: the loss of each step, and the median rate of all steps but the first."""
 
     losses: list[float]
     images_per_second: float
     parameters: int
-    sent_bytes: int = 0  # by a tower
+    sent_bytes: int = 0  # by one tower
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each net (default 50)")
+    parser.add_argument(
+        "--steps",
+        type=count,
+        default=50,
+        metavar="N",
+        help="training steps of each net (default 50)",
+    )
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> Record:
-    """Train the nets one after the other; returns the record.
+    """Train the nets one after the other; return the record.
 
-    Raises SettingsError for a net that has no two towers, DatasetError, and TrainingError if a tower fails.
+    Raises SettingsError for a net without two towers, DatasetError, and TrainingError if a tower fails.
     """
     if options.steps < 2:
-        raise SettingsError("--steps takes 2 or more: the first step of a net is not timed")
+        raise SettingsError("--steps must be at least 2: the first step of a net is not timed")
     settings = comparable(load_settings(arguments))
     manifest = read_manifest(settings.data)
     manifest.split("train")
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
         trained = _train(name, net, settings, options.steps, world.device, reverse=name == REVERSED)
         return trained, net.state_dict()
 
-    one, weights = train_alone(ONE)  # first, since it finds in this process what may be wrong with the data
+    one, weights = train_alone(ONE)  # first, because problems with the data then show in this process
     reverse, reverse_weights = train_alone(REVERSED)
     half, _ = train_alone(HALF, towers=1)
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
@@ -97,7 +102,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
         source="section 3.2 and Fig. 2; layers-145.cfg",
         data=f"{describe(settings.data)}; {options.steps} steps at a crop of {settings.crop} px and a batch "
         f"of {settings.batch}, preset {settings.preset}, {settings.precision}, without dropout",
-        command=shlex.join(["python", *sys.argv]),
+        command=command_line(),
         environment=environment(world.device_name),
         rows=[
             Row(system=ONE, measured=_measures(one)),
@@ -114,28 +119,30 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
 
 
 def comparable(settings: Settings) -> Settings:
-    """The settings with which the nets compute the same. Raises SettingsError where none do."""
+    """Return settings with which the nets compute the same. Raises SettingsError if that is impossible."""
     if (settings.towers, settings.conv6, settings.without) != (2, False, "none"):
-        raise SettingsError("Fig. 2 is the net of two towers: leave --towers, --conv6 and --without away")
+        raise SettingsError("Fig. 2 shows the net with two towers: remove --towers, --conv6 and --without")
     if settings.precision == "fp16":
-        raise SettingsError("--precision fp16: each tower would scale its gradients by itself; take bf16")
+        raise SettingsError("--precision fp16: each tower would scale its gradients independently; use bf16")
     precision = "fp32" if settings.precision == "auto" else settings.precision
     return settings.model_copy(update={"dropout": "off", "compile": False, "precision": precision})
 
 
 def shared_device(settings: Settings, gpus: int) -> str:
-    """`cuda` or `cpu`, the same for all. Raises SettingsError if GPUs are asked for and there are not two,
-    or one is named."""
+    """Return the device of all nets, `cuda` or `cpu`.
+
+    Raises SettingsError if GPUs are requested and there are fewer than two, or if a single one is named.
+    """
     if settings.device.startswith("cuda") and (gpus < 2 or ":" in settings.device):
         raise SettingsError(
-            f"--device {settings.device}: the first two GPUs are needed and torch finds {gpus}; leave it "
-            "away to take two if there are, and else the CPU"
+            f"--device {settings.device}: this needs the first two GPUs, and torch finds {gpus}; without "
+            "--device it uses two GPUs if there are, and otherwise the CPU"
         )
     return "cuda" if settings.device != "cpu" and gpus > 1 else "cpu"
 
 
 def _train_towers(settings: Settings, steps: int, folder: Path) -> list[Trained]:
-    """Both, each in a process of torch's launcher; their weights go to the folder."""
+    """Train both towers, each in a process of torch's launcher; their weights go to the folder."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -144,7 +151,7 @@ def _train_towers(settings: Settings, steps: int, folder: Path) -> list[Trained]
         max_nodes=1,
         nproc_per_node=2,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a port that is free
+        rdzv_endpoint="localhost:0",  # any free port
         run_id="towers",
         max_restarts=0,
     )
@@ -152,12 +159,12 @@ def _train_towers(settings: Settings, steps: int, folder: Path) -> list[Trained]
         results = elastic_launch(config, _train_tower)(settings, steps, folder)
     except ChildFailedError as error:
         tower, _ = error.get_first_failure()
-        raise TrainingError(f"the process of tower {tower} failed: torch says above how") from None
+        raise TrainingError(f"the process of tower {tower} failed; torch's message above says why") from None
     return [results[tower] for tower in range(2)]
 
 
 def _train_tower(settings: Settings, steps: int, folder: Path) -> Trained:
-    """In each of the two processes."""
+    """Train one tower; runs in each of the two processes."""
     import torch
 
     from model.towers import Tower
@@ -183,9 +190,9 @@ def _train(
     device: "torch.device",
     reverse: bool = False,
 ) -> Trained:
-    """Train on the first batches of the settings' plan, telling how far it is unless the name is empty.
+    """Train on the first batches of the settings' plan; print progress unless the name is empty.
 
-    reverse: whether the images of each batch come in reverse order.
+    reverse: reverse the order of the images in each batch.
     """
     import torch
 
@@ -196,7 +203,7 @@ def _train(
     from trainer.optim import learning_rate, make_optimizer, set_learning_rate
     from trainer.step import Step
 
-    torch.backends.cudnn.allow_tf32 = False  # whose rounding would be all that differs
+    torch.backends.cudnn.allow_tf32 = False  # its rounding would hide every other difference
     dataset = Dataset(settings.data)
     shards = dataset.manifest.split("train").shards
     plan = Plan(settings.seed, settings.batch, tuple(s.samples for s in shards), settings.shuffle_window)
@@ -217,7 +224,7 @@ def _train(
         epoch = number * plan.batch / plan.samples
         set_learning_rate(optimizer, learning_rate(settings, epoch, ()), epoch)
         pixels, labels = (part.flip(0) for part in batch) if reverse else batch
-        losses.append(step(pixels, labels)[0].item())  # which waits for the device
+        losses.append(step(pixels, labels)[0].item())  # waits for the device
         seconds.append(time.perf_counter() - begun)
         if name and (number % 10 == 0 or number == steps):
             print(f"{name}: step {number}/{steps}, loss {losses[-1]:.4f}", flush=True)
@@ -225,12 +232,12 @@ def _train(
 
 
 def _largest(weights: "Weights", others: "Weights") -> float:
-    """The largest difference of a weight."""
+    """Return the largest difference of any weight."""
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
 def _measures(*parts: Trained) -> Measures:
-    """Of a net, whose first part has the loss."""
+    """Return the measures of a net made of these parts; the first part has the loss."""
     return {
         "parameters (millions)": [sum(part.parameters for part in parts) / 1e6],
         f"loss of step {len(parts[0].losses)}": [parts[0].losses[-1]],
@@ -239,7 +246,7 @@ def _measures(*parts: Trained) -> Measures:
 
 
 def _remarks(settings: Settings, ratio: float) -> list[str]:
-    """ratio: of the rates of the towers and the half net."""
+    """Return remarks for the report. ratio: rate of the towers over that of the half net."""
     import torch
 
     from model.alexnet import AlexNet, Variant, count_parameters

@@ -1,4 +1,4 @@
-"""The best classes of a picture, or of a part of a video, and the forms in which they are told."""
+"""The best classes of a picture or of a window of a video, as text, JSON lines and CSV."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ COLUMNS = ("file", "start_seconds", "end_seconds", "frames", "rank", "class", "n
 
 
 class Guess(NamedTuple):
-    """A class and its probability, 0 to 1."""
+    """A class and its probability (0 to 1)."""
 
     id: str
     name: str
@@ -21,7 +21,7 @@ class Guess(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A part of a video, whose frames were averaged."""
+    """A time window of a video whose frames were averaged."""
 
     start_seconds: float
     end_seconds: float
@@ -29,7 +29,7 @@ class Window(NamedTuple):
 
 
 class Result(NamedTuple):
-    """top: the best classes, the best first. window: of a video; a picture has none."""
+    """A file or window with its classes. top: the best classes, best first. window: None for a picture."""
 
     file: str
     top: list[Guess]
@@ -42,18 +42,18 @@ class Result(NamedTuple):
 
 
 def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Guess]:
-    """The most probable classes of [classes], or all if there are fewer."""
+    """Return the `count` most probable classes of probabilities [classes], or all if there are fewer."""
     ranked = np.argsort(-probabilities, kind="stable")[:count]
     return [Guess(spec.classes[n].id, spec.classes[n].name, float(probabilities[n])) for n in ranked]
 
 
 def short(name: str) -> str:
-    """The first of a class's names, which ImageNet parts by commas."""
+    """Return the first of a class's names; ImageNet separates them by commas."""
     return name.partition(",")[0]
 
 
 def json_lines(file: TextIO) -> Callable[[Result], None]:
-    """An object a line."""
+    """Return a function that writes a result as a line of JSON."""
 
     def write(result: Result) -> None:
         window = result.window._asdict() if result.window else {}
@@ -65,7 +65,7 @@ def json_lines(file: TextIO) -> Callable[[Result], None]:
 
 
 def csv_rows(file: TextIO) -> Callable[[Result], None]:
-    """A row a guess, under COLUMNS."""
+    """Write the header COLUMNS; return a function that writes a row for each guess of a result."""
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
 

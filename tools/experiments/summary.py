@@ -1,4 +1,7 @@
-"""results.md: every record in a folder, the paper's numbers beside those that were measured."""
+"""Write results.md from the records in --out: the paper's numbers next to the measured ones.
+
+alexnet-train paper report
+"""
 
 import argparse
 from pathlib import Path
@@ -11,16 +14,20 @@ TAKES_SETTINGS = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None besides --out."""
+    """Add nothing: --out is all this command takes."""
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Path:
-    """Write results.md; returns its path. Raises RecordError for a file that is no record, and SettingsError
-    if there is none."""
+    """Write results.md; return its path.
+
+    Raises RecordError for a file that is not a record, and SettingsError if there are no records.
+    """
     paths = [options.out / f"{name}.json" for name in EXPERIMENTS]
     records = [Record.read(path) for path in paths if path.exists()]
     if not records:
-        raise SettingsError(f"no records in {options.out}: run an experiment first, see --help")
+        raise SettingsError(
+            f"no records in {options.out}: run an experiment first, see alexnet-train paper --help"
+        )
     path = options.out / "results.md"
     head = "# The paper's results, measured\n\nOf several seeds: the mean, with the least and the greatest."
     path.write_text("\n\n".join([head, *map(str, records)]) + "\n", encoding="utf-8")

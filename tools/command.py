@@ -1,0 +1,91 @@
+"""The entry point `alexnet-train`: one name for every command of the project.
+
+    alexnet-train --data shards --out runs/a      trains; so does alexnet-train train --data …
+    alexnet-train make-shards --help
+
+A command's module is imported only once that command has been chosen, so that no help text waits for the
+imports of another command.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A module whose `main()` reads sys.argv, and what the command does, in one line."""
+
+    module: str
+    summary: str
+
+
+TRAINER = "trainer.cli"  # handles its own commands, and trains where none is named
+COMMANDS = {
+    "train": Command(TRAINER, "train AlexNet on packed shards, or resume a run"),
+    "evaluate": Command(TRAINER, "measure the top-1 and top-5 error of a run's checkpoint"),
+    "demo": Command(TRAINER, "draw pictures, pack them, train and evaluate; needs no data"),
+    "make-shards": Command("tools.make_shards", "pack images into WebDataset shards"),
+    "verify-shards": Command("tools.verify_shards", "check every byte of a packed dataset"),
+    "inspect-shards": Command("tools.inspect_shards", "report a dataset's classes, sizes and duplicates"),
+    "classify": Command("tools.classify", "classify pictures and videos with a trained net"),
+    "export": Command("tools.export", "export a trained net to ONNX, torch.export or torchvision's format"),
+    "import-torchvision": Command(
+        "tools.import_torchvision", "turn torchvision's AlexNet weights into a run"
+    ),
+    "bench": Command("tools.bench", "measure the throughput of each stage on this machine"),
+    "paper": Command("tools.paper", "repeat an experiment of the paper, or report on all of them"),
+    "compare-recipes": Command("tools.compare_recipes", "train recipes with several seeds, compare errors"),
+    "draw-pictures": Command("tools.draw_pictures", "draw a labelled set of pictures to try things on"),
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; without one, train."""
+    arguments = sys.argv[1:]
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        from pipeline.versions import installed_version
+
+        print(f"alexnet-train {installed_version('alexnet-train')}")
+        return
+    if not name or name.startswith("-"):
+        name = "train"
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"the commands are {', '.join(COMMANDS)}"
+        print(f"alexnet-train: unknown command '{name}'; {hint}", file=sys.stderr)
+        sys.exit(2)
+    module = COMMANDS[name].module
+    if module != TRAINER:
+        sys.argv = [f"alexnet-train {name}", *arguments[1:]]  # argparse calls the program by sys.argv[0]
+    import_module(module).main()
+
+
+def usage() -> str:
+    """Return the text of `alexnet-train --help`."""
+    width = max(map(len, COMMANDS)) + 2
+    return "\n".join(
+        [
+            "usage: alexnet-train [COMMAND] [OPTION …]",
+            "",
+            "Train AlexNet as published in 2012. Without a command, options are those of train.",
+            "",
+            "commands:",
+            *(f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()),
+            "",
+            "options:",
+            f"  {'-h, --help':{width}}show this help and exit",
+            f"  {'--version':{width}}show the version and exit",
+            "",
+            "`alexnet-train train --help` lists the settings of a training run, and",
+            "`alexnet-train COMMAND --help` the options of any other command.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
