@@ -31,7 +31,7 @@ from pipeline.retry import read_patiently
 from pipeline.spec import NAME as _NET
 from pipeline.spec import NetSpec, SpecError
 from pipeline.versions import installed_version
-from trainer.settings import FREE_TO_CHANGE, Resolved, Settings, SettingsError
+from trainer.settings import Resolved, Settings, SettingsError
 from trainer.table import Table
 
 REPORT = "report.md"
@@ -226,7 +226,7 @@ class Run:
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
     """What makes a run this run; dataset: its fingerprint; whole: and all that may change."""
-    chosen = json.loads(settings.model_dump_json(exclude=set() if whole else set(FREE_TO_CHANGE)))
+    chosen = json.loads(settings.model_dump_json()) if whole else settings.identity()
     return {"dataset": dataset, **chosen}
 
 

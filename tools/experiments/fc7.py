@@ -22,7 +22,6 @@ from pipeline.files import whole_file
 from tools.experiments.finished import Finished
 from trainer.precision import autocast, prepare
 from trainer.run import RunError
-from trainer.settings import FREE_TO_CHANGE
 
 PART = 8192  # images in a file at most
 MEMORY = 256 << 20  # bytes that a search takes, besides the queries themselves
@@ -69,7 +68,7 @@ def features(opened: Finished, pixels: Tensor) -> np.ndarray:
 def identity(opened: Finished) -> str:
     """Sixteen hex digits of what features depend on: the net, its weights, the dataset, the precision."""
     trained = opened.trained
-    settings = json.loads(trained.settings.model_dump_json(exclude=set(FREE_TO_CHANGE)))
+    settings = trained.settings.identity()
     found = sha256(json.dumps([settings, opened.precision, trained.dataset.manifest.fingerprint]).encode())
     for name, values in trained.model.state_dict().items():
         found.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
