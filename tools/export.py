@@ -40,7 +40,7 @@ from trainer.settings import Settings, SettingsError
 
 # The model's modules are imported where an error can be told: torch needs a folder for temporary files then.
 if TYPE_CHECKING:
-    from trainer.evaluate import Trained
+    from trainer.evaluate import TrainedNet
 
 TOLERANCE = 1e-4  # of the largest logit: other orders of summing in fp32
 IMAGES = 16  # of the validation set, on which the two are compared
@@ -100,7 +100,7 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
     return "\n".join(notes)
 
 
-def write_onnx(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
+def write_onnx(trained: "TrainedNet", spec: NetSpec, file: BinaryIO) -> str:
     try:
         import onnxruntime  # noqa: F401 – for the check
         import onnxscript  # noqa: F401 – torch.onnx needs it
@@ -116,19 +116,19 @@ def write_onnx(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     return compare(trained, spec, file, open_onnx)
 
 
-def write_pt2(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
+def write_pt2(trained: "TrainedNet", spec: NetSpec, file: BinaryIO) -> str:
     torch.export.save(traced(trained), file, extra_files={NAME: spec.model_dump_json()})
     return compare(trained, spec, file, open_pt2)
 
 
-def traced(trained: "Trained") -> torch.export.ExportedProgram:
+def traced(trained: "TrainedNet") -> torch.export.ExportedProgram:
     """The net as torch's own operators, for any number of images."""
     crop, shapes = trained.settings.crop, {"x": {0: torch.export.Dim("batch")}}
     model = trained.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=shapes)
 
 
-def compare(trained: "Trained", spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
+def compare(trained: "TrainedNet", spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
     """Read a file back and compare logits, for several images and for one. Raises ExportError."""
     file.flush()
     net = opened(Path(file.name))
@@ -149,13 +149,13 @@ def compare(trained: "Trained", spec: NetSpec, file: BinaryIO, opened: Callable[
     return f"logits of {len(pixels)} validation images within {difference:.0e} of the largest"
 
 
-def write_pth(trained: "Trained", _spec: NetSpec, file: BinaryIO) -> str:
+def write_pth(trained: "TrainedNet", _spec: NetSpec, file: BinaryIO) -> str:
     state = torchvision_state(trained)
     torch.save(state, file)
     return compare_state(state, file, read_pth)
 
 
-def write_safetensors(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
+def write_safetensors(trained: "TrainedNet", spec: NetSpec, file: BinaryIO) -> str:
     try:
         from safetensors.torch import save
     except ImportError:
@@ -165,7 +165,7 @@ def write_safetensors(trained: "Trained", spec: NetSpec, file: BinaryIO) -> str:
     return compare_state(state, file, read_safetensors)
 
 
-def torchvision_state(trained: "Trained") -> dict[str, Tensor]:
+def torchvision_state(trained: "TrainedNet") -> dict[str, Tensor]:
     from model.torchvision_alexnet import TorchvisionAlexNet, to_torchvision
 
     if not isinstance(trained.model, TorchvisionAlexNet):

@@ -14,14 +14,14 @@ from trainer.run import Run, environment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate import Trained
+    from trainer.evaluate import TrainedNet
     from trainer.processes.distributed import World
 
 
 class Finished(NamedTuple):
     """A trained net in evaluation mode. world: this process and its device. precision: of autocast."""
 
-    trained: "Trained"
+    trained: "TrainedNet"
     world: "World"
     precision: str
     folder: Path
