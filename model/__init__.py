@@ -1,1 +1,1 @@
-"""The net of the paper: layers, presets, initialisation, cost."""
+"""The net of the paper: layers, presets, initialisation and cost."""

@@ -5,14 +5,14 @@ Two presets, because the paper's text and the code behind its numbers differ:
 - `paper`     the text (sections 3.3 to 3.5 and 5): ReLU, then local response normalisation over
               all channels with α = 1e-4 on the sum; every weight from N(0, .01²).
 - `code2012`  layers-145.cfg of the published source: α divided by the window's size, windows that
-              end at the tower's edge, the first normalisation before its ReLU, a 5×5 in-map one
-              after the second, conv3 to conv5 from N(0, .03²).
+              end at the tower's edge, the first normalisation before its ReLU, a 5×5 normalisation
+              within each map after the second one, conv3 to conv5 from N(0, .03²).
 
-Either has 60,965,224 parameters and 724,406,816 multiply-accumulates at 224 px and 1000 classes.
+Both have 60,965,224 parameters and 724,406,816 multiply-accumulates at 224 px and 1000 classes.
 
-Departures from both: one device instead of two (grouped convolutions compute what the two towers
-did; model/towers.py has two), and pool5 is flattened in HWC order, so that channels_last needs no
-copy on the way to fc6.
+Departures from both: there is one device instead of two (grouped convolutions compute what the two
+towers did; model/towers.py uses two devices), and pool5 is flattened in HWC order, which lets
+channels_last maps reach fc6 without a copy.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from model.fused import Activation, adds_bias, normalise_and_pool
 
 @dataclass(frozen=True)
 class Preset:
-    """What the text and the code disagree on; all else is common."""
+    """The choices on which the text and the code disagree; everything else is the same."""
 
     lrn_alpha: float  # on the sum of squares
     lrn_towers: int
@@ -45,15 +45,16 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """The net with something of it changed, as in the paper's experiments; of itself, nothing is.
+    """Changes to the net, as in the paper's experiments; the default is the net without changes.
 
     activation: a key of ACTIVATIONS (section 3.1). lrn: whether responses are normalised (3.3).
-    overlapping_pooling: whether pooling's windows are 3 pixels wide or 2, with a stride of 2 (3.4).
-    towers: 2, or 1 for the net that one GPU was trained with: half of each convolution but the last,
-    59,798,312 parameters (3.2). conv6: whether a sixth convolution follows the last pooling, as in the
-    net called CNN*, 61,555,304 parameters (6.1). without: a convolution from conv2 to conv5 that is
-    left out, with its activation and normalisation, or "none" (7). width: kernels and units of each
-    layer but fc8 as a share of the paper's, each tower's rounded, and one at least; not of the paper.
+    overlapping_pooling: whether pooling windows are 3 or 2 pixels wide, with a stride of 2 (3.4).
+    towers: 2, or 1 for the net that the paper trained on one GPU, with half of each convolution but the
+    last and 59,798,312 parameters (3.2). conv6: whether a sixth convolution follows the last pooling
+    layer, as in the net called CNN* with 61,555,304 parameters (6.1). without: a convolution from conv2
+    to conv5 to leave out, together with its activation and normalisation, or "none" (7). width: factor on
+    the paper's number of kernels and units in each layer but fc8, rounded for each tower to at least one;
+    it is not from the paper.
     """
 
     activation: str = "relu"
@@ -69,7 +70,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
 
 
 class Dropout2012(nn.Module):
-    """Dropout as in 2012: units are zeroed in training, all are halved at test (section 4.2)."""
+    """Dropout as in 2012: units are zeroed during training, and all are halved at test time (section 4.2)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.empty_like(x).bernoulli_(0.5) if self.training else x * 0.5
@@ -85,14 +86,14 @@ DROPOUTS: dict[str, Callable[[], nn.Module]] = {
 class AlexNet(nn.Module):
     """The net, with weights drawn from torch's global generator.
 
-    classes: outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (what most
-    frameworks do now: doubled in training, untouched at test) or `off`. crop: side of the square
-    input in pixels; the paper's is 224, the least is 64. variant: what is changed. form: a key of
-    FORMS: how its convolutions are computed; of a net of one tower, which has no groups, only -s2d counts.
+    classes: number of outputs of fc8. preset: a key of PRESETS. dropout: `2012`, `inverted` (as in most
+    frameworks today: doubled during training, unchanged at test time) or `off`. crop: side of the square
+    input in pixels; 224 in the paper, and at least 64. variant: changes to the net. form: a key of FORMS
+    that says how to compute the convolutions; a net of one tower has no groups, so only -s2d matters.
 
-    Input: [N,3,crop,crop] on the raw 0–255 scale minus the mean. Dividing by a standard deviation
-    as well shrinks the first logits 30 to 40 times under these small initial weights, and the net
-    may then never leave the loss ln(classes).
+    Input: [N,3,crop,crop] on the raw 0–255 scale, minus the mean. With these small initial weights,
+    dividing by a standard deviation as well makes the first logits 30 to 40 times smaller, and the loss
+    may then never leave ln(classes).
     """
 
     conv1: nn.Conv2d
@@ -111,18 +112,18 @@ class AlexNet(nn.Module):
         super().__init__()
         self.preset, self.variant = PRESETS[preset], variant
         self.form = FORMS[form] if variant.towers == 2 else FORMS[form]._replace(groups="grouped")
-        # The text's normalisation runs over the maps of both towers, which are joined for it.
+        # The normalisation of the paper's text spans both towers, so their maps are joined for it.
         self.normalises_across = variant.lrn and self.preset.lrn_towers == 1
         self.lrn_alpha = self.preset.lrn_alpha if variant.lrn else None
         self.activation: Activation = ACTIVATIONS[variant.activation]
         self.window = 3 if variant.overlapping_pooling else 2
-        # The 2012 code rounds the number of windows up, which is zeros on the right and bottom.
+        # The 2012 code rounds the number of windows up, which means zero padding on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
         last = (crop + self.conv1_pad - 11) // 4 + 1  # the side of the maps
         for _ in range(3):
             last = (last - self.window) // 2 + 1
         if last < 1:
-            raise ValueError(f"crop of {crop} px is too small for AlexNet; the least is 64")
+            raise ValueError(f"a crop of {crop} px is too small for AlexNet; use at least 64")
 
         def share(kernels: int) -> int:
             return max(1, round(variant.width * kernels))
@@ -152,10 +153,10 @@ class AlexNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Section 5: normal weights; bias 1 where it gives the ReLUs positive input at first."""
+        """Initialise as in section 5: normal weights, and biases of 1 that give ReLUs positive inputs."""
         stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
         positive = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
-        if self.variant.activation != "relu":  # which needs no such help, and would begin near its limit
+        if self.variant.activation != "relu":  # tanh needs none, and would start near saturation
             positive = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -164,11 +165,11 @@ class AlexNet(nn.Module):
                 nn.init.constant_(layer.bias, float(name in positive))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,3,crop,crop] → logits [N,classes]."""
+        """Map [N,3,crop,crop] to logits [N,classes]."""
         return self.fc8(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """[N,3,crop,crop] → what fc8 takes [N,4096]. Shapes below are those of a 224-px crop."""
+        """Map [N,3,crop,crop] to the input of fc8 [N,4096]. Shapes below are those of a 224-px crop."""
         later = adds_bias(x, self.lrn_alpha, self.activation, self.window)  # the bias, after the convolution
         apart = self.form.groups == "towers" and not self.normalises_across
         maps = convolve_pixels(self.conv1, x, self.conv1_pad, self.form, apart, not later)  # [N,96,55,55]
@@ -199,7 +200,7 @@ class AlexNet(nn.Module):
     def _normalise_and_pool(
         self, maps: Maps, bias: Tensor | None, relu_first: bool, spatial_norm: bool = False
     ) -> Maps:
-        """bias: of the convolution, where it was left out there."""
+        """bias: that of the convolution, if the convolution did not add it."""
         if self.normalises_across:
             maps = [joined(maps)]
         biases = [None] * len(maps) if bias is None else bias.chunk(len(maps))
@@ -219,14 +220,14 @@ class AlexNet(nn.Module):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trained values."""
+    """Count the trained values."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, crop: int = 224) -> int:
-    """Multiply-accumulates of one image's forward pass, convolutions and linear layers alone.
+    """Count the multiply-accumulates of convolutions and linear layers in the forward pass of one image.
 
-    Runs on the meta device: nothing is computed, and the model is left as it was.
+    Runs on the meta device: it computes nothing, and leaves the model unchanged.
     """
     total = 0
 

@@ -1,18 +1,19 @@
 /* ReLU, response normalisation and 3x3 max-pooling with stride 2 in one pass over NHWC on a CPU.
  *
- * In: fp32 or bf16, which is computed with in fp32. What is kept for the gradient is the input, and one byte for
- * each output: where in its window the maximum was. An image is one thread's, and a few of its rows lie in the cache.
- * `plain_normalise_and_pool` of fused.py says what is computed; normalised values are rounded to the input's type
- * before they are compared, as there, so that both choose the same maximum. NaN stays NaN.
+ * Inputs are fp32 or bf16; arithmetic is in fp32. Only the input and one byte per output are kept for the gradient:
+ * the index of the maximum in its window. Each image is processed by one thread, a few rows at a time, which stay in
+ * the cache. `plain_normalise_and_pool` in fused.py defines the result. As there, normalised values are rounded to the
+ * input's type before they are compared, so both choose the same maximum. NaN stays NaN.
  *
- * The loops are written for the compiler to vectorise: over neighbouring channels, without branches.
+ * The loops run over neighbouring channels without branches, so that the compiler vectorises them.
  */
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Compiled for each, and chosen as the library is loaded. Without contracted operations all give the same bits. */
+/* A version is compiled for each processor, and the loader chooses one. Without contracted operations, all versions
+ * give bitwise the same results. */
 #if defined(__x86_64__) && defined(__gnu_linux__)
 #define EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -26,7 +27,7 @@
 #define SPATIAL_ALPHA (1e-3f / 25) /* on the sum */
 
 enum { WINDOW = 5, REACH = 2 };
-enum { NOWHERE = 9 }; /* the place of a maximum that the ReLU cut off */
+enum { NOWHERE = 9 }; /* the index of a maximum that the ReLU cut off */
 
 typedef struct {
     int images, height, width, channels, towers;
@@ -46,7 +47,7 @@ INLINE uint32_t as_bits(float value) {
     return bits;
 }
 
-/* The upper half of the bits, rounded to the nearest, to the even one of two. */
+/* The upper half of the bits, rounded to nearest, ties to even. */
 INLINE uint32_t upper_half(float value) {
     uint32_t bits = as_bits(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
     return (value == value ? rounded : bits | 0x400000) >> 16;
@@ -70,14 +71,14 @@ INLINE void store(const Options *o, const float *restrict row, void *target, siz
     }
 }
 
-/* d^-1/4, by Newton's method from a quarter of the exponent; 0 of infinity. */
+/* d^-1/4 by Newton's method, starting from a quarter of the exponent; 0 for infinity. */
 INLINE float inverse_fourth_root(float d) {
     float y = as_float(0x4f58cae5 - (as_bits(d) >> 2));
     for (int i = 0; i < 3; i++) y *= 1.25f - 0.25f * (d * (y * y)) * (y * y);
     return d > 3.402823466e38f ? 0.0f : y;
 }
 
-/* Squares of `row`, with zeros at either end of each tower. */
+/* The squares of `row`, padded with zeros at both ends of each tower. */
 INLINE void squares(const Options *o, const float *restrict row, float *restrict padded) {
     int channels = o->channels / o->towers;
     for (int strip = 0; strip < o->width * o->towers; strip++) {
@@ -89,7 +90,7 @@ INLINE void squares(const Options *o, const float *restrict row, float *restrict
 
 INLINE float window_sum(const float *first) { return first[0] + first[1] + first[2] + first[3] + first[4]; }
 
-/* What is normalised of row h. */
+/* Read row h, and apply the ReLU if it comes first. */
 INLINE void read_row(const Options *o, const void *x, int h, float *restrict row) {
     int count = o->width * o->channels;
     load(o, x, (size_t)h * count, row, count);
@@ -118,7 +119,7 @@ INLINE void normalise(const Options *o, const float *restrict row, float *restri
     round_row(o, result);
 }
 
-/* With g the gradient of b, that of a is g d^-3/4 - 2 alpha beta a * the sum of g a d^-7/4. In place. */
+/* Replace the gradient g of b by that of a: g d^-3/4 - 2 alpha beta a * the sum of g a d^-7/4. */
 INLINE void normalise_backward(const Options *o, const float *restrict row, float *restrict padded,
                                float *restrict shared, float *restrict gradient) {
     int channels = o->channels / o->towers;
@@ -146,7 +147,7 @@ INLINE void normalise_backward(const Options *o, const float *restrict row, floa
     }
 }
 
-/* Of a row, the sum over five neighbouring pixels of `a`, or of its squares; those beyond the edge count as 0. */
+/* Sum `a`, or its squares, over five neighbouring pixels of a row; pixels beyond the edge count as 0. */
 INLINE void sum_across(const Options *o, const float *restrict a, int squared, float *restrict sums) {
     int channels = o->channels;
     for (int w = 0; w < o->width; w++) {
@@ -159,7 +160,7 @@ INLINE void sum_across(const Options *o, const float *restrict a, int squared, f
     }
 }
 
-/* Sums down the rows h-2 to h+2 of a ring of five. */
+/* Sum over the rows h-2 to h+2, which are in a ring buffer of five rows. */
 INLINE void sum_down(const Options *o, const float *ring, int h, float *restrict sums) {
     int count = o->width * o->channels;
     memset(sums, 0, count * sizeof *sums);
@@ -169,32 +170,33 @@ INLINE void sum_down(const Options *o, const float *ring, int h, float *restrict
     }
 }
 
-/* A row of maxima of three rows, and their places. A ReLU that comes after cuts off here; before, it left none. */
-INLINE void pool(const Options *o, float *const rows[3], float *restrict maxima, uint8_t *restrict places) {
+/* Pool three rows to one row of maxima and their indices. A ReLU that comes last is applied here; one that came first
+ * has left no negative values. */
+INLINE void pool(const Options *o, float *const rows[3], float *restrict maxima, uint8_t *restrict argmax) {
     int channels = o->channels;
     for (int j = 0; j < (o->width - 1) / 2; j++) {
         const float *pixels[9];
         for (int i = 0; i < 9; i++) pixels[i] = rows[i / 3] + (2 * j + i % 3) * channels;
         float *restrict maximum = maxima + j * channels;
-        uint8_t *restrict where = places + j * channels;
+        uint8_t *restrict where = argmax + j * channels;
         for (int c = 0; c < channels; c++) {
             float best = pixels[0][c];
-            int place = 0;
+            int index = 0;
             for (int i = 1; i < 9; i++) {
                 float b = pixels[i][c];
                 int greater = (b > best) | (b != b);
                 best = greater ? b : best;
-                place = greater ? i : place;
+                index = greater ? i : index;
             }
             int cut = best < 0;
             maximum[c] = cut ? 0.0f : best;
-            where[c] = cut ? NOWHERE : place;
+            where[c] = cut ? NOWHERE : index;
         }
     }
 }
 
-/* What comes to row h of the normalised maps from the rows of windows that it is in. */
-INLINE void pool_backward(const Options *o, const void *grad, const uint8_t *places, int h, float *restrict here,
+/* The gradient of row h of the normalised maps, from the rows of windows that contain it. */
+INLINE void pool_backward(const Options *o, const void *grad, const uint8_t *argmax, int h, float *restrict here,
                           float *restrict gradient) {
     int channels = o->channels, rows = (o->height - 1) / 2, columns = (o->width - 1) / 2;
     memset(gradient, 0, o->width * channels * sizeof *gradient);
@@ -204,22 +206,22 @@ INLINE void pool_backward(const Options *o, const void *grad, const uint8_t *pla
         load(o, grad, (size_t)i * columns * channels, here, columns * channels);
         for (int j = 0; j < columns; j++)
             for (int z = 0; z < 3; z++) {
-                const uint8_t *restrict place = places + (i * columns + j) * channels;
+                const uint8_t *restrict index = argmax + (i * columns + j) * channels;
                 const float *restrict from = here + j * channels;
                 float *restrict to = gradient + (2 * j + z) * channels;
-                for (int c = 0; c < channels; c++) to[c] += place[c] == 3 * y + z ? from[c] : 0.0f;
+                for (int c = 0; c < channels; c++) to[c] += index[c] == 3 * y + z ? from[c] : 0.0f;
             }
     }
 }
 
-/* How many floats a thread works with: fifteen rows and more, of which two have ends at each tower. */
+/* The number of floats in a thread's scratch memory. Two of its rows are padded at both ends of each tower. */
 static size_t scratch(const Options *o) {
     size_t row = (size_t)o->width * o->channels, padded = row + (size_t)o->width * o->towers * 2 * REACH;
     return (o->spatial_norm ? 4 * WINDOW + 4 : 4) * row + 2 * padded;
 }
 
 EACH_PROCESSOR
-static void forward_image(const Options *o, const void *x, void *y, uint8_t *places, float *memory) {
+static void forward_image(const Options *o, const void *x, void *y, uint8_t *argmax, float *memory) {
     int count = o->width * o->channels, rows = (o->height - 1) / 2, pooled = (o->width - 1) / 2 * o->channels;
     float *row = memory, *ready = row + count, *padded = ready + 3 * count;
     float *once = padded + count + o->width * o->towers * 2 * REACH, *across = once + WINDOW * count;
@@ -246,14 +248,14 @@ static void forward_image(const Options *o, const void *x, void *y, uint8_t *pla
         if (done % 2 == 0 && done > 0 && done / 2 <= rows) {
             float *window[3] = {ready + (done + 1) % 3 * count, ready + (done + 2) % 3 * count, normalised};
             size_t first = (size_t)(done / 2 - 1) * pooled;
-            pool(o, window, row, places + first);
+            pool(o, window, row, argmax + first);
             store(o, row, y, first, pooled);
         }
     }
 }
 
 EACH_PROCESSOR
-static void backward_image(const Options *o, const void *grad, const uint8_t *places, const void *x, void *result,
+static void backward_image(const Options *o, const void *grad, const uint8_t *argmax, const void *x, void *result,
                            float *memory) {
     int count = o->width * o->channels, ends = o->width * o->towers * 2 * REACH;
     float *row = memory, *gradient = row + count, *padded = gradient + count, *shared = padded + count + ends;
@@ -264,7 +266,7 @@ static void backward_image(const Options *o, const void *grad, const uint8_t *pl
     if (!o->spatial_norm) {
         for (int h = 0; h < o->height; h++) {
             read_row(o, x, h, row);
-            pool_backward(o, grad, places, h, here, gradient);
+            pool_backward(o, grad, argmax, h, here, gradient);
             normalise_backward(o, row, padded, shared, gradient);
             store(o, gradient, result, (size_t)h * count, count);
         }
@@ -282,7 +284,7 @@ static void backward_image(const Options *o, const void *grad, const uint8_t *pl
             const float *restrict b = once + middle % WINDOW * count;
             float *restrict g = direct + middle % WINDOW * count;
             sum_down(o, across, middle, sums);
-            pool_backward(o, grad, places, middle, here, g);
+            pool_backward(o, grad, argmax, middle, here, g);
             for (int i = 0; i < count; i++) {
                 float root = inverse_fourth_root(SPATIAL_K + SPATIAL_ALPHA * sums[i]), second = root * root;
                 g[i] *= second * root;
@@ -301,9 +303,9 @@ static void backward_image(const Options *o, const void *grad, const uint8_t *pl
     }
 }
 
-/* All images: forward from x to y, or with a gradient of y backward from it to that of x. Which image is whose does
- * not matter to the result, so that it is the same in any number of threads. Returns 1 where memory is lacking. */
-int normalise_and_pool(const Options *o, const char *x, char *y, uint8_t *places, char *gradient, int backward,
+/* Process all images: forward from x to y, or backward from the gradient of y, which y then holds, to that of x. The
+ * result does not depend on how images are assigned to threads. Returns 1 if memory runs out. */
+int normalise_and_pool(const Options *o, const char *x, char *y, uint8_t *argmax, char *gradient, int backward,
                        int threads) {
     size_t size = o->bf16 ? 2 : 4, image = (size_t)o->height * o->width * o->channels;
     size_t pooled = (size_t)((o->height - 1) / 2) * ((o->width - 1) / 2) * o->channels;
@@ -317,9 +319,9 @@ int normalise_and_pool(const Options *o, const char *x, char *y, uint8_t *places
             const char *from = x + n * image * size;
             char *to = y + n * pooled * size;
             if (memory && backward)
-                backward_image(o, to, places + n * pooled, from, gradient + n * image * size, memory);
+                backward_image(o, to, argmax + n * pooled, from, gradient + n * image * size, memory);
             else if (memory)
-                forward_image(o, from, to, places + n * pooled, memory);
+                forward_image(o, from, to, argmax + n * pooled, memory);
         }
         free(memory);
     }

@@ -1,7 +1,7 @@
 """ReLU, response normalisation and 3×3 max-pooling with stride 2 in one pass on a CPU, by cpu_pool.c.
 
-In: bf16 or fp32; arithmetic: fp32. What is kept for the gradient is the input, and one byte for each output.
-The result is the same, bit for bit, in any number of threads.
+Inputs are bf16 or fp32; arithmetic is in fp32. Only the input and one byte per output are kept for the
+gradient. The result is bitwise the same with any number of threads.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from model.fused import empty_pooled
 
 
 def opened(path: str) -> ctypes.CDLL:
-    """The kernel in a library's file. Raises OSError."""
+    """Open the library with the kernel. Raises OSError."""
     library = ctypes.CDLL(path)
     library.normalise_and_pool.argtypes = [*5 * [ctypes.c_void_p], ctypes.c_int, ctypes.c_int]
     return library
@@ -23,12 +23,12 @@ def opened(path: str) -> ctypes.CDLL:
 
 _spec = find_spec("model._cpu_pool")
 if _spec is None or _spec.origin is None:
-    raise OSError("it was not built; with a C compiler, installing the package builds it")
-_LIBRARY = opened(_spec.origin)  # after torch, so that both have OpenMP's threads in common
+    raise OSError("it was not built; install a C compiler and reinstall the package to build it")
+_LIBRARY = opened(_spec.origin)  # after torch, so that both share OpenMP's threads
 
 
 class _Options(ctypes.Structure):
-    """As in cpu_pool.c."""
+    """The same struct as in cpu_pool.c."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("images", "height", "width", "channels", "towers")),
@@ -37,28 +37,30 @@ class _Options(ctypes.Structure):
     ]
 
 
-def _run(x: Tensor, y: Tensor, places: Tensor, gradient: Tensor | None, *options: float) -> None:
-    """gradient: where that of x goes, for which y has its own; without it, y and its places are computed."""
+def _run(x: Tensor, y: Tensor, argmax: Tensor, gradient: Tensor | None, *options: float) -> None:
+    """Compute y and argmax from x. If `gradient` is given, compute it for x from that of y, held in y."""
     alpha, towers, relu_first, spatial_norm = options
     n, channels, height, width = x.shape
     bf16 = x.dtype == torch.bfloat16
     given = _Options(n, height, width, channels, towers, bf16, relu_first, spatial_norm, alpha)
-    arrays = [None if array is None else array.data_ptr() for array in (x, y, places, gradient)]
+    arrays = [None if array is None else array.data_ptr() for array in (x, y, argmax, gradient)]
     backward, threads = gradient is not None, torch.get_num_threads()
     if _LIBRARY.normalise_and_pool(ctypes.byref(given), *arrays, backward, threads):
-        raise MemoryError(f"no memory for a few rows of {width}×{channels} values")
+        raise MemoryError(f"not enough memory for a few rows of {width}×{channels} values")
 
 
 @custom_op("alexnet::normalise_and_pool_cpu", mutates_args=(), device_types="cpu")
 def normalise_and_pool(
     x: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
 ) -> tuple[Tensor, Tensor]:
-    """x: [N,C,H,W]; the rest as in `fused.normalise_and_pool`. Returns the pooled values and their places in
-    their windows, channels_last. Raises MemoryError."""
+    """Run the forward pass on x: [N,C,H,W]; other arguments are as in `fused.normalise_and_pool`.
+
+    Returns the pooled values and the index of each maximum in its window, channels_last. Raises MemoryError.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
-    y, places = empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
-    _run(x, y, places, None, alpha, towers, relu_first, spatial_norm)
-    return y, places
+    y, argmax = empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+    _run(x, y, argmax, None, alpha, towers, relu_first, spatial_norm)
+    return y, argmax
 
 
 @normalise_and_pool.register_fake
@@ -68,12 +70,12 @@ def _(x: Tensor, *_options) -> tuple[Tensor, Tensor]:
 
 @custom_op("alexnet::normalise_and_pool_cpu_backward", mutates_args=(), device_types="cpu")
 def _gradient(
-    grad: Tensor, x: Tensor, places: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
+    grad: Tensor, x: Tensor, argmax: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
 ) -> Tensor:
     grad = grad.contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     result = torch.empty_like(x)
-    _run(x, grad, places, result, alpha, towers, relu_first, spatial_norm)
+    _run(x, grad, argmax, result, alpha, towers, relu_first, spatial_norm)
     return result
 
 
@@ -87,7 +89,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, output[1])
 
 
-def _autograd(ctx, grad: Tensor, _places: None) -> tuple[Tensor, None, None, None, None]:
+def _autograd(ctx, grad: Tensor, _argmax: None) -> tuple[Tensor, None, None, None, None]:
     return _gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 

@@ -1,13 +1,13 @@
-"""Forms of the net's convolutions: the same function of the same weights, to rounding, at other speeds.
+"""Forms of the net's convolutions, which compute the same function up to rounding, at different speeds.
 
 grouped         as the layers are written: conv2, conv4 and conv5 in two groups
-towers          each group by itself; maps of the two towers are joined where a layer sees both
+towers          each group separately; the maps of the two towers are joined where a layer sees both
 block-diagonal  one convolution over both groups, half of whose weights are 0: twice the arithmetic
 
-With -s2d ("space to depth"), conv1 sees each block of 4×4 pixels as one of 48 channels: 3×3 with stride 1
-instead of 11×11 with stride 4, to which a row and a column of zeros are added.
+With -s2d ("space to depth"), conv1 sees each block of 4×4 pixels as one pixel with 48 channels. It is then
+3×3 with stride 1 instead of 11×11 with stride 4, after a row and a column of zeros are added to its kernels.
 
-Which one is fastest depends on the device and its library.
+Which form is fastest depends on the device and its library.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 BLOCK = 4  # pixels: conv1's stride
 
-Maps = list[Tensor]  # [N,C,H,W] of all kernels together, or of each tower by itself
+Maps = list[Tensor]  # one [N,C,H,W] for all kernels, or one for each tower
 
 
 class Form(NamedTuple):
-    """How groups are computed, and conv1."""
+    """How to compute groups and conv1."""
 
     groups: str = "grouped"
     space_to_depth: bool = False
@@ -39,8 +39,11 @@ FORMS = {
 def convolve_pixels(
     layer: nn.Conv2d, x: Tensor, padding: int, form: Form, apart: bool, biased: bool = True
 ) -> Maps:
-    """conv1. x: [N,3,crop,crop]. padding: zeros on the right and bottom that the last window needs. apart:
-    whether each tower's maps are by themselves. biased: whether the bias is added."""
+    """Apply conv1 to x: [N,3,crop,crop].
+
+    padding: number of zeros on the right and bottom that the last window needs. apart: whether to return
+    each tower's maps separately. biased: whether to add the bias.
+    """
     bias = layer.bias if biased else None
     if form.space_to_depth:
         x = _blocks(F.pad(x, (0, padding + 1, 0, padding + 1)))
@@ -51,7 +54,7 @@ def convolve_pixels(
 
 
 def convolve(layer: nn.Conv2d, maps: Maps, form: Form, biased: bool = True) -> Maps:
-    """A layer after conv1. biased: whether its bias is added."""
+    """Apply a layer after conv1. biased: whether to add its bias."""
     bias = layer.bias if biased else None
     if form.groups == "towers":
         if layer.groups == 1:
@@ -62,14 +65,14 @@ def convolve(layer: nn.Conv2d, maps: Maps, form: Form, biased: bool = True) -> M
     (x,) = maps
     if form.groups == "block-diagonal" and layer.groups == 2:
         first, second = layer.weight.chunk(2)
-        nothing = torch.zeros_like(first)
-        weight = torch.cat([torch.cat([first, nothing], 1), torch.cat([nothing, second], 1)])
+        zeros = torch.zeros_like(first)
+        weight = torch.cat([torch.cat([first, zeros], 1), torch.cat([zeros, second], 1)])
         return [F.conv2d(x, weight, bias, padding=layer.padding)]
     return [_as_written(layer, x, biased)]
 
 
 def joined(maps: Maps) -> Tensor:
-    """[N,C,H,W] of all kernels."""
+    """Join the maps of all kernels: [N,C,H,W]."""
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
@@ -82,15 +85,18 @@ def _as_written(layer: nn.Conv2d, x: Tensor, biased: bool) -> Tensor:
 def _halves(
     maps: Maps, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: str | tuple[int, ...] = (0, 0)
 ) -> Maps:
-    """What each tower's half of the kernels makes of the maps it sees."""
+    """Apply each tower's half of the kernels to the maps that it sees."""
     biases = (None, None) if bias is None else bias.chunk(2)
     halves = zip(maps, weight.chunk(2), biases, strict=True)
     return [F.conv2d(*half, stride, padding) for half in halves]
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """[N,C,H,W] → [N,16·C,H/4,W/4], channels_last. What lies side by side in a row stays so, which makes it
-    one copy in long runs, and with the padding before it one kernel of a compiler."""
+    """Map [N,C,H,W] to [N,16·C,H/4,W/4], channels_last.
+
+    Neighbours in a row stay neighbours, so this is one copy of long runs, and a compiler can fuse it with
+    the padding before it.
+    """
     n, c, height, width = x.shape
     x = x.permute(0, 2, 3, 1).reshape(n, height // BLOCK, BLOCK, width // BLOCK, BLOCK * c)
     return x.transpose(2, 3).flatten(3).permute(0, 3, 1, 2)

@@ -1,9 +1,10 @@
-"""ReLU, response normalisation and overlapping pooling as one operation that keeps its input alone.
+"""ReLU, response normalisation and overlapping pooling as one operation that keeps only its input.
 
-A dozen passes over the largest activations of the net are bound by memory, not by arithmetic. On a
-CPU they are one pass of a kernel in C, and on a GPU one Triton kernel forward and one backward, or with a
-spatial norm two and two. What those do not compute, and where there is no kernel, goes a few images at
-a time, which stay in the cache, and once more for the gradient.
+Separately, they are a dozen passes over the net's largest activations, bound by memory rather than by
+arithmetic. On a CPU, one pass of a C kernel does all of it. On a GPU, there is one Triton kernel forward and
+one backward, or two of each with spatial normalisation. Without a kernel, or with options that the kernels do
+not support, the operation runs on a few images at a time, which stay in the cache, and is repeated for the
+gradient.
 """
 
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 from model.lrn import local_response_norm, spatial_response_norm
 
 Activation = Callable[[Tensor], Tensor]
-SLICE_BYTES = 4 << 20  # of input, a few images: what is computed from them stays in the cache
+SLICE_BYTES = 4 << 20  # of input: a few images, whose intermediate results stay in the cache
 
 
 def plain_normalise_and_pool(
@@ -31,7 +32,7 @@ def plain_normalise_and_pool(
     window: int = 3,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The operation as one reads it in the paper, and what its fast forms are tested against."""
+    """Compute the operation as the paper describes it; fast implementations are tested against this one."""
     dtype = x.dtype
     if bias is not None:
         x = x + bias[:, None, None]  # [N,C,H,W], in fp32 until it is normalised
@@ -42,7 +43,7 @@ def plain_normalise_and_pool(
     x = x.to(dtype)
     if spatial_norm:
         x = spatial_response_norm(x)
-    x = F.max_pool2d(x, window, stride=2)  # 3: overlapping (section 3.4)
+    x = F.max_pool2d(x, window, stride=2)  # windows of 3 overlap (section 3.4)
     return x if relu_first else activation(x)
 
 
@@ -56,15 +57,15 @@ def normalise_and_pool(
     window: int = 3,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
+    """Apply ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
 
-    alpha, towers: as in `local_response_norm`; without alpha there is none. relu_first: whether the ReLU
-    comes before all else or after it. spatial_norm: whether `spatial_response_norm` follows the local
-    one. activation: in the ReLU's place. window: side of pooling's windows in pixels, in that of 3.
-    bias: [C], of the convolution before, if it was left out there (see `adds_bias`).
+    alpha, towers: as in `local_response_norm`; if alpha is None, there is no normalisation. relu_first:
+    whether the ReLU comes first or last. spatial_norm: whether `spatial_response_norm` follows the local
+    one. activation: function to use instead of ReLU. window: side of the pooling windows in pixels, instead
+    of 3. bias: [C], that of the preceding convolution if it did not add its bias (see `adds_bias`).
 
-    x: [N,C,H,W], best channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type and
-    layout.
+    x: [N,C,H,W], preferably channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type
+    and layout.
     """
     if adds_bias(x, alpha, activation, window):
         from model import triton_pool, triton_spatial
@@ -89,21 +90,23 @@ def normalise_and_pool(
 
 
 def adds_bias(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
-    """Whether `normalise_and_pool` of what has x's type and device, with these options, is kernels: they
-    add the convolution's bias and sum up its gradient in passing, which are two passes less."""
+    """Return whether `normalise_and_pool` uses GPU kernels for x's type and device with these options.
+
+    They also add the convolution's bias and sum its gradient, which saves two passes.
+    """
     published = _published(alpha, activation, window)
     return published and x.is_cuda and x.dtype != torch.float64 and _has_gpu_kernels()
 
 
 def _published(alpha: float | None, activation: Activation, window: int) -> bool:
-    """Whether it is the paper's operation, which alone has kernels."""
+    """Return whether this is the paper's operation, the only one that has kernels."""
     return alpha is not None and activation is F.relu and window == 3
 
 
-@cache  # outermost: some versions of Dynamo look beneath a cache, and the constant must be what they find
+@cache  # must be outermost: some versions of Dynamo look beneath a cache, and must find the constant there
 @torch.compiler.assume_constant_result
 def _has_gpu_kernels() -> bool:
-    """Whether the kernels can be built here: that takes Triton and, at run time, a C compiler."""
+    """Return whether the kernels can be built here, which takes Triton and, at run time, a C compiler."""
     if find_spec("triton") is None:
         return False
     from model import triton_pool
@@ -112,13 +115,13 @@ def _has_gpu_kernels() -> bool:
         x, bias = torch.zeros(1, 16, 3, 3, device="cuda"), torch.zeros(16, device="cuda")
         triton_pool.normalise_and_pool(x, bias, 1e-4, 1, True)
     except Exception as error:  # whatever a compiler and a driver can raise
-        warnings.warn(f"slower, without the fused kernels, which cannot be built: {error}", stacklevel=2)
+        warnings.warn(f"no fused GPU kernels, so the net will be slower: {error}", stacklevel=2)
         return False
     return True
 
 
 def _uses_cpu_kernel(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
-    """Whether cpu_pool.c computes it here. A net that is exported is to have torch's own operators."""
+    """Return whether to use cpu_pool.c here. An exported net must contain only torch's own operators."""
     computed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     published = _published(alpha, activation, window)
     return computed and published and not torch.compiler.is_exporting() and _has_cpu_kernel()
@@ -126,17 +129,17 @@ def _uses_cpu_kernel(x: Tensor, alpha: float | None, activation: Activation, win
 
 @torch.compiler.assume_constant_result
 def _has_cpu_kernel() -> bool:
-    """Whether cpu_pool.c was built, for this machine. The warning is shown once, as Python does of itself."""
+    """Return whether cpu_pool.c was built for this machine. Python shows the warning only once."""
     try:
         from model import cpu_pool  # noqa: F401
     except OSError as error:
-        warnings.warn(f"slower, without the compiled kernel for CPUs: {error}", stacklevel=2)
+        warnings.warn(f"no compiled CPU kernel, so the net will be slower: {error}", stacklevel=2)
         return False
     return True
 
 
 class _Sliced(torch.autograd.Function):
-    """`function(x)` of a function that treats each image by itself."""
+    """Apply a function that treats each image separately to slices of a few images."""
 
     @staticmethod
     def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -165,10 +168,10 @@ def _images_in_a_slice(x: Tensor) -> int:
 
 
 def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the size that x is pooled to, channels_last.
+    """Allocate the pooled maps of x, channels_last.
 
-    Compiled, `torch.empty` with a layout is filled with NaN, and of equal calls of `torch.empty_strided` one
-    is left, whose result is copied.
+    When compiled, `torch.empty` with a memory format is filled with NaN, and equal calls of
+    `torch.empty_strided` are merged into one, whose result is then copied.
     """
     n, channels, height, width = x.shape
     pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)

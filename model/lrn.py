@@ -1,8 +1,8 @@
-"""Response normalisation over channels-last activations, in fp32 whatever autocast says.
+"""Response normalisation of channels-last activations, in fp32 even under autocast.
 
-x² overflows fp16 above |x| = 256 and the output would silently become zero, so both functions
+x² overflows fp16 for |x| > 256, and the output would silently become zero. Both functions therefore
 compute in fp32 (fp64 for fp64 input) and return the input's type. The channel axis is the
-contiguous one here: a window over channels is a sum of shifted views, without the NCHW copies
+contiguous one, so a window over channels is a sum of shifted views, without the NCHW copies
 that `torch.nn.functional.local_response_norm` makes.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def _window_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over `size` neighbours (odd) along the last axis, clipped at its ends."""
+    """Sum over windows of `size` neighbours (odd) along the last axis, clipped at its ends."""
     channels = x.shape[-1]
     padded = F.pad(x, (size // 2, size // 2))
     total = padded[..., :channels].clone()
@@ -24,7 +24,7 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 
 
 def _inverse_power(d: Tensor, beta: float) -> Tensor:
-    """d^-beta. The paper's .75 is two square roots, several times cheaper than `pow`."""
+    """Return d^-beta. For the paper's .75, two square roots are several times cheaper than `pow`."""
     if beta == 0.75:
         root = d.rsqrt()
         return root * root.sqrt()
@@ -34,8 +34,9 @@ def _inverse_power(d: Tensor, beta: float) -> Tensor:
 class _ResponseNorm(torch.autograd.Function):
     """b = a·d^-β with d = k + α·W(a²), where W sums or averages over a window around each value.
 
-    Written out because autograd would keep every shifted view. With g the gradient of b, that of
-    a is g·d^-β − 2αβ·a·W(g·a·d^-(β+1)): the window is symmetric, so that W is its own adjoint.
+    The gradient is written out because autograd would keep every shifted view. If g is the gradient
+    of b, that of a is g·d^-β − 2αβ·a·W(g·a·d^-(β+1)), because the window is symmetric and W is thus
+    its own adjoint.
     """
 
     @staticmethod
@@ -64,10 +65,10 @@ def local_response_norm(
 ) -> Tensor:
     """Normalise across neighbouring channels (paper, section 3.3).
 
-    b = a / (k + α·Σa²)^β, the sum over `size` channels (odd) around each, clipped at the ends of
-    its tower. α multiplies the *sum*; torch's own layer averages, so there it is size·α.
+    b = a / (k + α·Σa²)^β, with the sum over `size` channels (odd) around each one, clipped at the ends
+    of its tower. α multiplies the *sum*; torch's own layer averages, so its alpha corresponds to size·α.
 
-    x: [N,C,H,W], best channels_last; `towers` divides C. Returns the same shape and type.
+    x: [N,C,H,W], preferably channels_last; `towers` divides C. Returns the same shape and type.
     """
     n, c, h, w = x.shape
     a = _at_least_fp32(x).permute(0, 2, 3, 1).reshape(n, h, w, towers, c // towers)
@@ -83,6 +84,6 @@ def spatial_response_norm(
     Not in the paper: the 2012 code runs it after its second local response normalisation
     (`cnorm2` in layers-145.cfg). x: [N,C,H,W]; returns the same shape and type.
     """
-    # Its padding counts: a mean over size² values at the edge too, and so its own adjoint.
+    # The padding counts, so the mean is over size² values even at the edge, and is its own adjoint.
     mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=size // 2)
     return _ResponseNorm.apply(_at_least_fp32(x), mean, alpha, beta, k).to(x.dtype)

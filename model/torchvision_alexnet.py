@@ -1,13 +1,13 @@
-"""torchvision's `alexnet`, which is another net than the paper's, and its state dict in our names.
+"""torchvision's `alexnet`, which differs from the paper's net, and its state dict in this project's names.
 
 It has 64/192/384/256/256 kernels in one tower, no response normalisation, 2 pixels of padding at conv1,
-dropout on what fc6 and fc7 take instead of on what they give, and averages to 6×6 whatever the crop:
+dropout on the inputs of fc6 and fc7 instead of their outputs, and average pooling to 6×6 for any crop. It has
 61,100,840 parameters at 1000 classes.
 
-Its input is (x / 255 − MEAN) / STD, ours is x minus a mean, so the net divides by 255 · STD by itself. The
-weights are torchvision's, bit for bit. The function is too, but for rounding, where the mean is 255 · MEAN:
-then a padded zero is the same colour in both. With any other mean it would be another one at the borders,
-which no change of conv1 makes good; what uses these weights has to subtract INPUT_MEAN.
+torchvision's input is (x / 255 − MEAN) / STD; here, the input is x minus a mean, and the net itself divides
+by 255 · STD. The weights are bitwise those of torchvision. The function is the same up to rounding if the
+mean is 255 · MEAN, since a padded zero is then the same colour in both. Any other mean would change the
+results at the borders, which no change of conv1 could undo; users of these weights must subtract INPUT_MEAN.
 """
 
 from collections.abc import Mapping
@@ -30,21 +30,21 @@ NAMES = {
     "fc7": "classifier.4",
     "fc8": "classifier.6",
 }
-SIDE = 6  # of the maps that fc6 takes
+SIDE = 6  # of the input maps of fc6
 _KINDS = ("weight", "bias")
 
 
 class TorchvisionAlexNet(AlexNet):
-    """The net, with torch's own initial weights, from its global generator.
+    """The net, with torch's default initial weights drawn from its global generator.
 
-    classes, dropout: as of AlexNet; torchvision's dropout is `inverted`. Input: [N,3,crop,crop] on the raw
-    0–255 scale minus a mean.
+    classes, dropout: as in AlexNet; torchvision's dropout is `inverted`. Input: [N,3,crop,crop] on the raw
+    0–255 scale, minus a mean.
     """
 
     scale: Tensor
 
     def __init__(self, classes: int = 1000, dropout: str = "inverted"):
-        nn.Module.__init__(self)  # none of the paper's layers
+        nn.Module.__init__(self)  # does not create the paper's layers
         self.variant = Variant(lrn=False, towers=1)
         self.register_buffer("scale", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.conv1 = nn.Conv2d(3, 64, 11, stride=4, padding=2)
@@ -60,7 +60,7 @@ class TorchvisionAlexNet(AlexNet):
         self.pool = nn.MaxPool2d(3, stride=2)
 
     def features(self, x: Tensor) -> Tensor:
-        """[N,3,crop,crop] → what fc8 takes [N,4096]. Shapes below are those of a 224-px crop."""
+        """Map [N,3,crop,crop] to the input of fc8 [N,4096]. Shapes below are those of a 224-px crop."""
         x = self.pool(F.relu(self.conv1(x / self.scale)))  # [N,64,27,27]
         x = self.pool(F.relu(self.conv2(x)))  # [N,192,13,13]
         x = F.relu(self.conv3(x))  # [N,384,13,13]
@@ -73,11 +73,11 @@ class TorchvisionAlexNet(AlexNet):
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's state dict in this net's names and order. Raises ValueError for another one."""
+    """Convert torchvision's state dict to this net's names and order. Raises ValueError for any other one."""
     names = {f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in NAMES.items() for kind in _KINDS}
     if state.keys() != names.keys():
         differing = ", ".join(sorted(state.keys() ^ names.keys())[:3])
-        raise ValueError(f"it has not the names of torchvision's alexnet: {differing}")
+        raise ValueError(f"its names differ from those of torchvision's alexnet: {differing}")
     ours = {names[name]: value for name, value in state.items()}
     classes = len(ours["fc8.bias"])
     with torch.device("meta"):
@@ -85,15 +85,15 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in ours.items():
         if value.shape != expected[name].shape:
             raise ValueError(
-                f"{name} is {list(value.shape)} there and {list(expected[name].shape)} in torchvision's net"
+                f"{name} has shape {list(value.shape)}, but {list(expected[name].shape)} in torchvision's net"
             )
-    # fc6 sees the maps channel by channel there and pixel by pixel here.
+    # fc6 takes the maps channel by channel there, and pixel by pixel here.
     ours["fc6.weight"] = ours["fc6.weight"].unflatten(1, (-1, SIDE, SIDE)).permute(0, 2, 3, 1).flatten(1)
     return ours
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a TorchvisionAlexNet as torchvision has it, each tensor contiguous."""
+    """Convert a TorchvisionAlexNet's state dict to torchvision's, with contiguous tensors."""
     theirs = {f"{NAMES[layer]}.{kind}": state[f"{layer}.{kind}"] for layer in NAMES for kind in _KINDS}
     weight = theirs["classifier.1.weight"].unflatten(1, (SIDE, SIDE, -1)).permute(0, 3, 1, 2).flatten(1)
     return {name: value.contiguous() for name, value in {**theirs, "classifier.1.weight": weight}.items()}

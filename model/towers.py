@@ -1,16 +1,16 @@
-"""AlexNet on two devices, each with one tower, as in Fig. 2 of the paper and in layers-145.cfg of its code.
+"""AlexNet on two devices with one tower each, as in Fig. 2 of the paper and in layers-145.cfg of its code.
 
-A tower has half of the maps of each convolution and half of the units of fc6 and fc7. conv2, conv4 and
-conv5 see the maps of their own tower; before conv3, fc6 and fc7 the towers give each other what they
-computed, and both see all of it. fc8 and the loss are on the first device, to which the second one gives
-its half of fc7. No weight is on both devices, so no gradient is added up between them: each exchange of
-values is, on the way back, an exchange of their gradients.
+A tower has half of the maps of each convolution and half of the units of fc6 and fc7. conv2, conv4 and conv5
+see only the maps of their own tower. Before conv3, fc6 and fc7, the towers exchange their outputs, and both
+see all of them. fc8 and the loss are on the first device, to which the second one sends its half of fc7. No
+weight is on both devices, so no gradients are summed between them: the backward pass of each exchange of
+values is an exchange of their gradients.
 
-The text's response normalisation runs over all channels. The two at either side of the border between the
-towers therefore go to the other one too, which Fig. 2 does not draw; windows that end at the tower's edge,
-as in `code2012`, need nothing.
+The response normalisation of the paper's text spans all channels. The two channels on either side of the
+border between the towers are therefore also sent to the other tower, which Fig. 2 does not show. Windows that
+end at the tower's edge, as in `code2012`, need no exchange.
 
-The two together compute what `AlexNet` does, whose grouped convolutions are the same towers on one device.
+Together, the two compute the same as `AlexNet`, whose grouped convolutions are the two towers on one device.
 """
 
 import torch
@@ -26,8 +26,11 @@ BORDER = 2  # channels beyond a tower's edge that a window of five reaches
 
 
 def split(state: State, tower: int) -> State:
-    """A copy of what tower 0 or 1 holds of an AlexNet's state: half of the outputs of each layer, and
-    tower 0 all of fc8. Inputs are in the order of the whole net, and so need no change."""
+    """Copy the part of an AlexNet's state that tower 0 or 1 holds.
+
+    That is half of the outputs of each layer, and all of fc8 for tower 0. Inputs keep the order of the whole
+    net, and so need no change.
+    """
     return {
         name: value.clone() if name.startswith("fc8.") else value.chunk(2)[tower].clone()
         for name, value in state.items()
@@ -36,56 +39,60 @@ def split(state: State, tower: int) -> State:
 
 
 def merge(first: State, second: State) -> State:
-    """The AlexNet's state of which these are the towers'; undoes `split`."""
+    """Merge the states of two towers into that of an AlexNet; the inverse of `split`."""
     return {
         name: torch.cat([value, second[name]]) if name in second else value for name, value in first.items()
     }
 
 
 class Link:
-    """The way between this process and that of the other tower. sent_bytes: what has gone out over it."""
+    """The connection to the other tower's process. sent_bytes: number of bytes sent so far."""
 
     def __init__(self, peer: int):
         self.peer = peer
         self.sent_bytes = 0
 
     def swap(self, x: Tensor, channels: int) -> Tensor:
-        """Give [...,C] and take the other tower's [...,channels], which is of the same type."""
-        taken = x.new_empty(*x.shape[:-1], channels)
+        """Send [...,C] and receive the other tower's [...,channels], which has the same type."""
+        received = x.new_empty(*x.shape[:-1], channels)
         transfers = [
             dist.P2POp(transfer, tensor, self.peer)
-            for transfer, tensor in ((dist.isend, x.contiguous()), (dist.irecv, taken))
+            for transfer, tensor in ((dist.isend, x.contiguous()), (dist.irecv, received))
             if tensor.numel()
         ]
         for work in dist.batch_isend_irecv(transfers):
             work.wait()
         self.sent_bytes += x.numel() * x.element_size()
-        return taken
+        return received
 
 
 class _Swap(torch.autograd.Function):
-    """What is taken has its gradient here, and it belongs to what the other tower gave: they are swapped."""
+    """Swap values with the other tower, and their gradients in the backward pass.
+
+    The gradient of a received value belongs to the tower that sent the value.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, channels: int, link: Link) -> Tensor:
-        ctx.given, ctx.link = x.shape[-1], link
+        ctx.sent, ctx.link = x.shape[-1], link
         return link.swap(x, channels)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.link.swap(grad, ctx.given), None, None
+        return ctx.link.swap(grad, ctx.sent), None, None
 
 
 class Tower(nn.Module):
-    """The part of `net` that one of two devices holds, with a copy of its weights, where they are.
+    """One of the two towers of `net`, with a copy of its weights on the same device.
 
-    tower: 0 or 1. link: to the process of the other tower; it is the other one of two in torch's default
-    process group. Both must be given the same pixels and go forward and backward in step. The processes'
-    random generators must differ, or dropout leaves out the same units of either half.
+    tower: 0 or 1. link: the connection to the other tower's process; by default, that is the other of two
+    processes in torch's default process group. Both must be given the same pixels, and run forward and
+    backward in step. The processes' random generators must differ, or dropout drops the same units of both
+    halves.
 
-    Parameters have the names that they have in AlexNet. Raises ValueError unless the net is Fig. 2's, but
-    for its activation, normalisation, pooling and width.
+    Parameters have the same names as in AlexNet. Raises ValueError unless the net is that of Fig. 2, apart
+    from its activation, normalisation, pooling and width.
     """
 
     conv1: nn.Conv2d
@@ -98,12 +105,12 @@ class Tower(nn.Module):
         super().__init__()
         variant = net.variant
         if (variant.towers, variant.conv6, variant.without) != (2, False, "none"):
-            raise ValueError("only the net of two towers and five convolutions is split between two devices")
+            raise ValueError("only a net with two towers and five convolutions can be split over two devices")
         self.tower, self.link = tower, link or Link(peer=1 - tower)
         self.preset, self.variant = net.preset, variant
         self.activation, self.window, self.conv1_pad = net.activation, net.window, net.conv1_pad
         self.classes = net.fc8.out_features
-        with torch.device("meta"):  # only shapes; the values follow
+        with torch.device("meta"):  # only shapes; the values are loaded below
             for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
                 whole: nn.Conv2d = getattr(net, name)
                 (side, _), (stride, _), padding = whole.kernel_size, whole.stride, whole.padding[0]
@@ -118,10 +125,10 @@ class Tower(nn.Module):
         self.drop6, self.drop7, self.pool = net.drop6, net.drop7, net.pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N,3,crop,crop] → logits [N,classes] of tower 0. Those of tower 1 are zeros, and its backward
-        pass begins at them, with any gradient: what tower 0 sends takes its place.
+        """Map [N,3,crop,crop] to logits [N,classes] on tower 0.
 
-        Shapes below are those of a 224-px crop.
+        Tower 1 returns zeros, from which its backward pass starts with any gradient, because the gradient
+        that tower 0 sends replaces it. Shapes below are those of a 224-px crop.
         """
         x = F.pad(x, (0, self.conv1_pad, 0, self.conv1_pad))
         x = self.conv1(x)  # [N,48,55,55]
@@ -139,14 +146,14 @@ class Tower(nn.Module):
         return self._swap(x, 0).sum(1, keepdim=True).expand(-1, self.classes)
 
     def _swap(self, x: Tensor, channels: int) -> Tensor:
-        """Give [N,C,…] and take [N,channels,…]. On the way channels are last, as they lie in memory."""
+        """Send [N,C,…] and receive [N,channels,…]. They are sent channels last, as they lie in memory."""
         return _Swap.apply(x.movedim(1, -1), channels, self.link).movedim(-1, 1)
 
     def _in_order(self, own: Tensor, others: Tensor) -> Tensor:
         return torch.cat([own, others] if self.tower == 0 else [others, own], 1)
 
     def _both(self, x: Tensor) -> Tensor:
-        """[N,C,…] → [N,2C,…] of both towers."""
+        """Join the [N,C,…] of both towers to [N,2C,…]."""
         return self._in_order(x, self._swap(x, x.shape[1]))
 
     def _normalise_and_pool(self, x: Tensor, relu_first: bool = True, spatial_norm: bool = False) -> Tensor:
@@ -163,6 +170,6 @@ class Tower(nn.Module):
             activation=self.activation,
             window=self.window,
         )
-        if joint:  # without the other tower's, of whose windows a part was missing
+        if joint:  # drop the other tower's channels, whose windows were incomplete
             x = x[:, :channels] if self.tower == 0 else x[:, -channels:]
         return x

@@ -1,10 +1,11 @@
-"""Bias, ReLU and local response normalisation of NHWC maps, as part of kernels for a GPU.
+"""Bias, ReLU and local response normalisation of NHWC maps, as parts of GPU kernels.
 
-A thread has eight neighbouring channels, and as many threads as a tower's channels take are a strip,
-which goes down the rows at a few columns. A program is a single warp, with as many strips as fit: so the
-two channels beyond a thread's own come from other threads' registers, and few lanes are idle.
+Each thread has eight neighbouring channels. The threads that cover a tower's channels form a strip, which
+moves down the rows at a few columns. A program is a single warp with as many strips as fit, so the two
+channels beyond a thread's own come from other threads' registers, and few lanes are idle.
 
-α is a constant of the kernels: compiled code would pass it in fp64, and all it is multiplied with would be.
+α is a compile-time constant of the kernels. Otherwise, compiled code would pass it in fp64 and thereby turn
+the arithmetic with it into fp64.
 """
 
 import triton
@@ -12,14 +13,17 @@ import triton.language as tl
 
 K = tl.constexpr(2.0)
 BETA = tl.constexpr(0.75)
-GROUP = tl.constexpr(8)  # neighbouring channels of a thread
+GROUP = tl.constexpr(8)  # neighbouring channels per thread
 WARP = tl.constexpr(32)
 
 
 @triton.jit
 def strips(count, tower_channels: tl.constexpr, lanes: tl.constexpr):
-    """Of a program's lanes: their strip [lanes,1], their channels within its tower [lanes,8], which of
-    them exist, and whether they are at the first and the last of the tower's channels [lanes]."""
+    """Assign strips and channels to a program's lanes.
+
+    Returns the strip of each lane [lanes,1], its channels within the tower [lanes,8], a mask of the channels
+    that exist, and whether the lane has the first and the last of the tower's channels [lanes].
+    """
     groups: tl.constexpr = (tower_channels + GROUP - 1) // GROUP
     together: tl.constexpr = lanes // groups
     lane = tl.arange(0, lanes)
@@ -34,14 +38,14 @@ def strips(count, tower_channels: tl.constexpr, lanes: tl.constexpr):
 
 @triton.jit
 def position(index, row_blocks, column_blocks):
-    """Image, block of rows and block of columns."""
+    """Return the image, the block of rows and the block of columns of an index."""
     row_block = index // column_blocks
     return (row_block // row_blocks).to(tl.int64), row_block % row_blocks, index % column_blocks
 
 
 @triton.jit
 def _neighbour(values, shift: tl.constexpr, at_end):
-    """What the next lane has (shift 1), or the one before (-1); 0 beyond the tower."""
+    """Return the values of the next lane (shift 1) or the previous one (-1); 0 beyond the tower."""
     lane = tl.arange(0, values.shape[0]) + shift
     lane = tl.minimum(tl.maximum(lane, 0), values.shape[0] - 1)
     return tl.where(at_end, 0.0, tl.gather(values, lane, 0))
@@ -49,9 +53,9 @@ def _neighbour(values, shift: tl.constexpr, at_end):
 
 @triton.jit
 def window_sum(values, first, last):
-    """Sum over five neighbouring channels; those outside of the tower count as 0.
+    """Sum over windows of five neighbouring channels; those outside the tower count as 0.
 
-    values: [lanes,8]. For its eight sums a thread needs no more than four values of other threads.
+    values: [lanes,8]. For its eight sums, a thread needs only four values of other threads.
     """
     even, odd = tl.split(values.reshape(values.shape[0], 2, 2, 2))
     v04, v26 = tl.split(even)
@@ -75,14 +79,14 @@ def window_sum(values, first, last):
 
 @triton.jit
 def biased(x, bias, mask, relu_first: tl.constexpr):
-    """Loads x and returns what is normalised; NaN stays NaN."""
+    """Load x, add the bias and apply the ReLU if it comes first; NaN stays NaN."""
     a = tl.load(x, mask, other=0.0).to(tl.float32) + bias
     return tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL) if relu_first else a
 
 
 @triton.jit
 def _inverse_root(a, alpha, first, last):
-    """d^-.5 with d = k + α·Σa² over channels; d^-.75 is this times its own root."""
+    """Return d^-.5 with d = k + α·Σa² over channels; d^-.75 is this times its own square root."""
     return tl.rsqrt(alpha * window_sum(a * a, first, last) + K)
 
 
@@ -94,7 +98,7 @@ def normalised(a, alpha, first, last):
 
 @triton.jit
 def local_gradient(g, a, alpha, first, last, relu_first: tl.constexpr):
-    """With g the gradient of b = a·d^-β, that of a is g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1))."""
+    """Return the gradient of a, given the gradient g of b = a·d^-β: g·d^-β − 2αβ·a·Σ(g·a·d^-(β+1))."""
     root = _inverse_root(a, alpha, first, last)
     direct = g * (root * tl.sqrt(root))
     shared = window_sum(direct * a * (root * root), first, last)
@@ -103,18 +107,19 @@ def local_gradient(g, a, alpha, first, last, relu_first: tl.constexpr):
 
 
 def layout(channels: int, towers: int) -> dict[str, int]:
-    """How a program, a single warp, has the channels: with one lane or more for each strip's group."""
+    """Return how a program, a single warp, covers the channels, with a lane or more per strip's group."""
     groups = triton.cdiv(channels // towers, GROUP.value)
     lanes = max(WARP.value, triton.next_power_of_2(groups))
     return {"tower_channels": channels // towers, "towers": towers, "lanes": lanes, "num_warps": 1}
 
 
 def grid(strips: int, sizes: dict[str, int]) -> tuple[int]:
-    """Programs that take all strips."""
+    """Return the grid of programs that covers all strips."""
     return (triton.cdiv(strips, sizes["lanes"] // triton.cdiv(sizes["tower_channels"], GROUP.value)),)
 
 
 def equal_blocks(total: int, most: int) -> tuple[int, int]:
-    """How many blocks of at most `most` there are to be, and how much each of them has, but for the last."""
+    """Split `total` into equal blocks of at most `most`. Returns their number and their size; the last may be
+    smaller."""
     blocks = triton.cdiv(total, most)
     return blocks, triton.cdiv(total, blocks)

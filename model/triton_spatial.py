@@ -1,15 +1,16 @@
-"""The same operation with a second normalisation, within each map, on a GPU (see `model.triton_pool`).
+"""The operation of `model.triton_pool` with a second normalisation, within each map, on a GPU.
 
-Forward: bias, ReLU and local normalisation; spatial normalisation and pooling. Backward: through pooling
-and spatial normalisation as far as each pixel goes, with the sums over five rows; then the sums over five
-columns, and the rest. A sum over 5×5 pixels needs other programs' pixels, which is why these are four
-kernels and not two. What is kept for the gradient is the input, the once normalised values, and the places.
+The forward pass has two kernels: bias, ReLU and local normalisation; spatial normalisation and pooling. So
+does the backward pass: the pixelwise part of pooling and spatial normalisation, with sums over five rows; the
+sums over five columns, and the rest. There are four kernels instead of two because a sum over 5×5 pixels
+needs the pixels of other programs. The input, the values normalised once, and the indices of the maxima are
+kept for the gradient.
 
-Going down the rows, the sum of a row's five columns is added to those of the five rows that it is near:
-so a pixel's neighbours are loaded once for several columns and all rows, not 25 times.
+Moving down the rows, the sums over five columns of a row are added to the sums of the five rows around it. A
+pixel's neighbours are thus loaded once for several columns and all rows, instead of 25 times.
 """
 # mypy: disable-error-code="assignment, has-type, misc"
-# (In the kernels tuples grow, which mypy would have of one length.)
+# (The kernels extend tuples, but mypy expects a fixed length.)
 
 import torch
 import triton
@@ -32,10 +33,10 @@ from model.triton_lrn import (
 from model.triton_pool import maxima_of_three, pooled_gradients, ranked, store_maxima
 
 ALPHA = tl.constexpr(1e-3 / 25)  # on the sum of squares
-# 2αβ of the gradient, its root on either side of the sum: fp16 holds what is in between.
+# The root of the gradient's 2αβ, applied both before and after the sum, so that fp16 can hold the sum.
 FACTOR = tl.constexpr((2 * 0.75 * 1e-3 / 25) ** 0.5)
-PIXELS = 4  # that a thread normalises, where it needs no others
-FEW = tl.constexpr(4)  # channels of a thread where none needs its neighbours
+PIXELS = 4  # pixels per thread where it needs no neighbouring pixels
+FEW = tl.constexpr(4)  # channels per thread where it needs no neighbouring channels
 
 
 @triton.jit
@@ -43,11 +44,11 @@ def _local(
     x, bias, c, alpha: tl.constexpr, relu_first: tl.constexpr, count, total, pixels: tl.constexpr,
     tower_channels: tl.constexpr, towers: tl.constexpr, lanes: tl.constexpr,
 ):  # fmt: skip
-    """A strip is a few of the `total` pixels, which follow each other in memory."""
+    """Normalise across channels; a strip is a few of the `total` pixels, consecutive in memory."""
     strip, channel, exists, first, last = strips(count, tower_channels, lanes)
     stride: tl.constexpr = tower_channels * towers
     channel += strip % towers * tower_channels
-    # The last strips overlap those before, and store the same there.
+    # The last strips overlap the previous ones, and store the same values there.
     pixel = tl.minimum(strip // towers * pixels, total - pixels).to(tl.int64)
     x, c = x + pixel * stride + channel, c + pixel * stride + channel
     added = tl.load(bias + channel, exists, other=0.0)
@@ -60,28 +61,28 @@ def _local(
 def _five_columns(
     row, mask, column, width, stride: tl.constexpr, square: tl.constexpr, columns: tl.constexpr
 ):
-    """The sums of a row's values, or of their squares, in the five columns around each of a few columns.
+    """Return the sums of a row's values, or of their squares, over five columns around each of a few columns.
 
-    row: where the first of these is; they are five at most. Beyond the map values are 0.
+    row: pointer to the first of these columns, of which there are at most five. Values outside the map are 0.
     """
     values = ()
     for shift in tl.static_range(-2, columns + 2):
         near = mask & (column + shift >= 0) & (column + shift < width)
         value = tl.load(row + shift * stride, near, other=0.0).to(tl.float32)
         values += (value * value if square else value,)
-    # Each window is some values up to the first one's end, and some after it.
-    until = (values[4],)
+    # Each window is the sum of some values up to the end of the first window, and of some values after it.
+    upto = (values[4],)
     for step in tl.static_range(4):
-        until = (values[3 - step] + until[0],) + until  # noqa: RUF005
-    sums = (until[0],)
+        upto = (values[3 - step] + upto[0],) + upto  # noqa: RUF005
+    sums = (upto[0],)
     for step in tl.static_range(1, columns):
         after = values[5] if step == 1 else after + values[step + 4]  # noqa: F821
-        sums += (until[step] + after,)
+        sums += (upto[step] + after,)
     return sums
 
 
 @triton.jit
-def _nothing(shape: tl.constexpr, columns: tl.constexpr):
+def _zeros(shape: tl.constexpr, columns: tl.constexpr):
     zeros = ()
     for _ in tl.static_range(columns):
         zeros += (tl.full(shape, 0.0, tl.float32),)
@@ -89,23 +90,23 @@ def _nothing(shape: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _five_rows(begun, sums, columns: tl.constexpr):
-    """Adds a row's sums to those around the row two above, which are whole then, and around the next four.
+def _five_rows(partial, sums, columns: tl.constexpr):
+    """Add a row's sums to those of the row two above, which are then complete, and of the four rows below it.
 
-    begun: the sums of what came before around the first four of these rows. Returns the first, and the rest.
+    partial: the partial sums of the first four of these rows. Returns the complete sums and the partial ones.
     """
-    whole, above, here, below = (), (), (), ()
+    complete, above, here, below = (), (), (), ()
     for step in tl.static_range(columns):
-        whole += (begun[0][step] + sums[step],)
-        above += (begun[1][step] + sums[step],)
-        here += (begun[2][step] + sums[step],)
-        below += (begun[3][step] + sums[step],)
-    return whole, (above, here, below, sums)
+        complete += (partial[0][step] + sums[step],)
+        above += (partial[1][step] + sums[step],)
+        here += (partial[2][step] + sums[step],)
+        below += (partial[3][step] + sums[step],)
+    return complete, (above, here, below, sums)
 
 
 @triton.jit
 def _few_channels(count, channels: tl.constexpr):
-    """Of a program's lanes: the place of their pixels, their channels [lanes,4], and which of these exist."""
+    """Return each lane's index of pixels, its channels [lanes,4], and a mask of the channels that exist."""
     groups: tl.constexpr = (channels + FEW - 1) // FEW
     lane = (tl.program_id(0) * WARP + tl.arange(0, WARP))[:, None]
     channel = lane % groups * FEW + tl.arange(0, FEW)[None, :]
@@ -116,11 +117,11 @@ def _few_channels(count, channels: tl.constexpr):
 
 
 @triton.jit
-def _row_maxima(c, whole, mask, stride: tl.constexpr, y: tl.constexpr, windows: tl.constexpr):
-    """The greatest keys in a row that is row y of its windows. whole: the sums of squares around pixels."""
+def _row_maxima(c, complete, mask, stride: tl.constexpr, y: tl.constexpr, windows: tl.constexpr):
+    """Return the greatest keys in row y of its windows. complete: the sums of squares around its pixels."""
     keys = ()
     for step in tl.static_range(2 * windows + 1):
-        root = tl.rsqrt(whole[step] * ALPHA + 1.0)
+        root = tl.rsqrt(complete[step] * ALPHA + 1.0)
         value = tl.load(c + step * stride, mask, other=0.0).to(tl.float32)
         keys += (ranked(value * (root * tl.sqrt(root)), c.dtype.element_ty, y),)
     return maxima_of_three(keys, windows)
@@ -128,77 +129,77 @@ def _row_maxima(c, whole, mask, stride: tl.constexpr, y: tl.constexpr, windows: 
 
 @triton.jit
 def _spatial(
-    c, y, places, count, column_blocks, height, width, rows, columns, channels: tl.constexpr,
+    c, y, argmax, count, column_blocks, height, width, rows, columns, channels: tl.constexpr,
     windows: tl.constexpr,
 ):  # fmt: skip
     index, channel, exists = _few_channels(count, channels)
     image, _, column = position(index, 1, column_blocks)
     column = tl.minimum(column * windows, columns - windows)
     target = (image * rows * columns + column) * channels + channel
-    y, places = y + target, places + target
+    y, argmax = y + target, argmax + target
     column *= 2
     c += (image * height * width + column) * channels + channel
     pixels: tl.constexpr = 2 * windows + 1
     below = width * channels
     end = tl.where(exists, height, 0)
-    begun = _nothing(channel.shape, pixels)
+    partial = _zeros(channel.shape, pixels)
     for row in tl.static_range(3):
         sums = _five_columns(c + row * below, exists, column, width, channels, True, pixels)
-        whole, begun = _five_rows(begun, sums, pixels)
-    first = _row_maxima(c, whole, exists, channels, 0, windows)
+        complete, partial = _five_rows(partial, sums, pixels)
+    first = _row_maxima(c, complete, exists, channels, 0, windows)
     for row in range(0, 2 * rows, 2):
         sums = _five_columns(c + 3 * below, row + 3 < end, column, width, channels, True, pixels)
-        whole, begun = _five_rows(begun, sums, pixels)
-        second = _row_maxima(c + below, whole, exists, channels, 1, windows)
+        complete, partial = _five_rows(partial, sums, pixels)
+        second = _row_maxima(c + below, complete, exists, channels, 1, windows)
         sums = _five_columns(c + 4 * below, row + 4 < end, column, width, channels, True, pixels)
-        whole, begun = _five_rows(begun, sums, pixels)
+        complete, partial = _five_rows(partial, sums, pixels)
         c += 2 * below
-        third = _row_maxima(c, whole, exists, channels, 2, windows)
-        first = store_maxima(y, places, first, second, third, exists, channels, windows)
-        y, places = y + columns * channels, places + columns * channels
+        third = _row_maxima(c, complete, exists, channels, 2, windows)
+        first = store_maxima(y, argmax, first, second, third, exists, channels, windows)
+        y, argmax = y + columns * channels, argmax + columns * channels
 
 
 @triton.jit
 def _spatial_backward(
-    grad, places, c, direct, sums, count, column_blocks, height, width, rows, columns, channels: tl.constexpr
+    grad, argmax, c, direct, sums, count, column_blocks, height, width, rows, columns, channels: tl.constexpr
 ):
-    """With g the gradient of c·d^-β: g·d^-β, and the sums over five rows of g·c·d^-(β+1)."""
+    """Compute g·d^-β and the sums over five rows of g·c·d^-(β+1), given the gradient g of c·d^-β."""
     index, channel, exists = _few_channels(count, channels)
     image, _, column = position(index, 1, column_blocks)
     source = (image * rows * columns + column) * channels + channel
-    grad, places = grad + source, places + source
+    grad, argmax = grad + source, argmax + source
     left, right = exists & (column > 0) & (column <= columns), exists & (column < columns)
     column *= 2
     here = (image * height * width + column) * channels + channel
     c, direct, sums = c + here, direct + here, sums + here
     below = width * channels
     end, last_windows = tl.where(exists, height, 0), tl.where(exists, 2 * rows, 0)
-    begun = _nothing(channel.shape, 2)
-    begun_terms, carried = begun, begun[0]
+    partial = _zeros(channel.shape, 2)
+    partial_terms, carried = partial, partial[0]
     for row in tl.static_range(2):
         squares = _five_columns(c + row * below, row < end, column, width, channels, True, 2)
-        _, begun = _five_rows(begun, squares, 2)
-    for row in range(0, height + 2, 2):  # two rows each, and then the last sums
+        _, partial = _five_rows(partial, squares, 2)
+    for row in range(0, height + 2, 2):  # two rows at a time, and then the last sums
         there = row < last_windows
-        top, bottom, following = pooled_gradients(grad, places, left & there, right & there, channels)
+        top, bottom, following = pooled_gradients(grad, argmax, left & there, right & there, channels)
         for y in tl.static_range(2):
             squares = _five_columns(c + 2 * below, row + y + 2 < end, column, width, channels, True, 2)
-            whole, begun = _five_rows(begun, squares, 2)
+            complete, partial = _five_rows(partial, squares, 2)
             terms = ()
             for z in tl.static_range(2):
                 mask = (row + y < end) & (column + z < width)
-                root = tl.rsqrt(whole[z] * ALPHA + 1.0)
+                root = tl.rsqrt(complete[z] * ALPHA + 1.0)
                 g = (carried[z] + top[z] if y == 0 else bottom[z]) * (root * tl.sqrt(root))
                 tl.store(direct + z * channels, g.to(direct.dtype.element_ty), mask)
                 value = tl.load(c + z * channels, mask, other=0.0).to(tl.float32)
                 terms += (g * value * (root * root) * FACTOR,)
-            five, begun_terms = _five_rows(begun_terms, terms, 2)
+            five, partial_terms = _five_rows(partial_terms, terms, 2)
             for z in tl.static_range(2):
                 mask = (row >= 2) & (row + y - 2 < end) & (column + z < width)
                 tl.store(sums + z * channels - 2 * below, five[z].to(sums.dtype.element_ty), mask)
             c, direct, sums = c + below, direct + below, sums + below
         carried = following
-        grad, places = grad + columns * channels, places + columns * channels
+        grad, argmax = grad + columns * channels, argmax + columns * channels
 
 
 @triton.jit
@@ -234,9 +235,9 @@ def _local_backward(
     tl.store(bias_parts, total, exists)
 
 
-def _warps(places: int, channels: int) -> tuple[int, tuple[int]]:
-    """How many lanes `_few_channels` takes for so many places, and the grid."""
-    lanes = places * triton.cdiv(channels, FEW.value)
+def _warps(indices: int, channels: int) -> tuple[int, tuple[int]]:
+    """Return the number of lanes that `_few_channels` needs for this many indices, and the grid."""
+    lanes = indices * triton.cdiv(channels, FEW.value)
     return lanes, (triton.cdiv(lanes, WARP.value),)
 
 
@@ -244,10 +245,13 @@ def _warps(places: int, channels: int) -> tuple[int, tuple[int]]:
 def normalise_and_pool(
     x: Tensor, bias: Tensor, alpha: float, towers: int, relu_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [N,C,H,W]; bias: [C]. Returns pooled values, their places and the once normalised, channels_last."""
+    """Run on x: [N,C,H,W] and bias: [C].
+
+    Returns pooled values, indices of the maxima, and the values normalised once, all channels_last.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     n, channels, height, width = x.shape
-    c, y, places = torch.empty_like(x), empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
+    c, y, argmax = torch.empty_like(x), empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)
     rows, columns = y.shape[2:]
     sizes = layout(channels, towers)
     count = triton.cdiv(n * height * width, PIXELS) * towers
@@ -257,14 +261,14 @@ def normalise_and_pool(
     column_blocks, windows = equal_blocks(columns, 2)
     lanes, programs = _warps(n * column_blocks, channels)
     wrap_triton(_spatial)[programs](
-        c, y, places, lanes, column_blocks, height, width, rows, columns, channels, windows, num_warps=1
+        c, y, argmax, lanes, column_blocks, height, width, rows, columns, channels, windows, num_warps=1
     )
-    return y, places, c
+    return y, argmax, c
 
 
 @triton_op("alexnet::normalise_twice_and_pool_backward", mutates_args={})
 def _gradient(
-    grad: Tensor, x: Tensor, bias: Tensor, places: Tensor, c: Tensor, alpha: float, towers: int,
+    grad: Tensor, x: Tensor, bias: Tensor, argmax: Tensor, c: Tensor, alpha: float, towers: int,
     relu_first: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad = grad.contiguous(memory_format=torch.channels_last)
@@ -274,7 +278,7 @@ def _gradient(
     column_blocks = triton.cdiv(width, 2)
     lanes, programs = _warps(n * column_blocks, channels)
     wrap_triton(_spatial_backward)[programs](
-        grad, places, c, direct, sums, lanes, column_blocks, height, width, *places.shape[2:], channels,
+        grad, argmax, c, direct, sums, lanes, column_blocks, height, width, *argmax.shape[2:], channels,
         num_warps=1,
     )  # fmt: skip
     sizes = layout(channels, towers)
@@ -294,7 +298,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, bias, *output[1:])
 
 
-def _autograd(ctx, grad: Tensor, _places: None, _c: None) -> tuple[Tensor, Tensor, None, None, None]:
+def _autograd(ctx, grad: Tensor, _argmax: None, _c: None) -> tuple[Tensor, Tensor, None, None, None]:
     return *_gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 

@@ -91,7 +91,7 @@ def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, preci
             trainer.log()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    trainer.intervals.tell()
+    trainer.intervals.report()
     assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv")] == [1, 2, 3, 4]
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from trainer.evaluate import Trained
+    from trainer.evaluate import TrainedNet
 
 TOLERANCE = 1e-4  # relative to the largest logit: fp32 sums in a different order
 IMAGES = 16  # validation images on which the two are compared
@@ -119,7 +119,7 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
     return "\n".join(notes)
 
 
-def write_onnx(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_onnx(trained: TrainedNet, spec: NetSpec, file: BinaryIO) -> str:
     try:
         import onnxruntime  # noqa: F401 – for the check
         import onnxscript  # noqa: F401 – torch.onnx needs it
@@ -138,14 +138,14 @@ def write_onnx(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
     return compare(trained, spec, file, open_onnx)
 
 
-def write_pt2(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_pt2(trained: TrainedNet, spec: NetSpec, file: BinaryIO) -> str:
     import torch
 
     torch.export.save(traced(trained), file, extra_files={NET_NAME: spec.model_dump_json()})
     return compare(trained, spec, file, open_pt2)
 
 
-def traced(trained: Trained) -> torch.export.ExportedProgram:
+def traced(trained: TrainedNet) -> torch.export.ExportedProgram:
     """Trace the net to torch's own operators, for any batch size."""
     import torch
 
@@ -154,7 +154,7 @@ def traced(trained: Trained) -> torch.export.ExportedProgram:
     return torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=shapes)
 
 
-def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
+def compare(trained: TrainedNet, spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
     """Read a file back and compare its logits, for several images and for one. Raises ExportError."""
     import torch
 
@@ -181,7 +181,7 @@ def compare(trained: Trained, spec: NetSpec, file: BinaryIO, opened: Callable[[P
     return f"logits of {len(pixels)} validation images within {difference:.0e} of the largest"
 
 
-def write_pth(trained: Trained, _spec: NetSpec, file: BinaryIO) -> str:
+def write_pth(trained: TrainedNet, _spec: NetSpec, file: BinaryIO) -> str:
     import torch
 
     state = torchvision_state(trained)
@@ -189,7 +189,7 @@ def write_pth(trained: Trained, _spec: NetSpec, file: BinaryIO) -> str:
     return compare_state(state, file, read_pth)
 
 
-def write_safetensors(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
+def write_safetensors(trained: TrainedNet, spec: NetSpec, file: BinaryIO) -> str:
     try:
         from safetensors.torch import save
     except ImportError:
@@ -199,7 +199,7 @@ def write_safetensors(trained: Trained, spec: NetSpec, file: BinaryIO) -> str:
     return compare_state(state, file, read_safetensors)
 
 
-def torchvision_state(trained: Trained) -> dict[str, Tensor]:
+def torchvision_state(trained: TrainedNet) -> dict[str, Tensor]:
     from model.torchvision_alexnet import TorchvisionAlexNet, to_torchvision
 
     if not isinstance(trained.model, TorchvisionAlexNet):

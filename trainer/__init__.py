@@ -1,1 +1,1 @@
-"""Training: settings, loop, evaluation, checkpoints, metrics."""
+"""Training: settings, the training loop, evaluation, checkpoints and metrics."""

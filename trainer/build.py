@@ -1,4 +1,4 @@
-"""From settings to the objects that they describe, the same for training and evaluation."""
+"""Build the net and the decoding that settings describe, for both training and evaluation."""
 
 import os
 from dataclasses import fields
@@ -14,9 +14,9 @@ from trainer.settings import Settings
 
 
 def build_model(settings: Settings, classes: int, device: torch.device, form: str = "grouped") -> AlexNet:
-    """The net with weights drawn by the seed, channels_last on the device. form: a key of FORMS."""
+    """Build the net on the device, channels_last, with weights drawn from the seed. form: a key of FORMS."""
     torch.manual_seed(settings.seed)
-    torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch sees no quota of CPU time
+    torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch ignores CPU quotas
     if device.type == "cpu":
         keep_freed_memory()
     if settings.preset == "torchvision":
@@ -28,7 +28,7 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
-    """How images are decoded: by as many threads as this process's share of the CPUs."""
+    """Describe how to decode images; by default, with this process's share of the CPUs as threads."""
     threads = settings.threads or max(1, cpus() // processes_here())
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
     own = own_cores() if device.type == "cpu" else ()
@@ -38,15 +38,15 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
 
 
 def processes_here() -> int:
-    """How many processes of the run are on this machine, as what started them says."""
+    """Return the number of the run's processes on this machine, as set by the launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def own_cores() -> tuple[int, ...]:
-    """This process's part of the cores that it may run on.
+    """Return this process's share of the cores that it may run on.
 
-    The thread that feeds the decoder would push one of its threads to the other's core, and both would stay
-    there for some time while a core is idle.
+    Decoding threads are pinned to them. Otherwise the thread that feeds the decoder would push a decoding
+    thread onto the core of another, and the two would share it for some time while a core is idle.
     """
     allowed = cores()
     count = len(allowed) // processes_here()

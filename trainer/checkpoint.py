@@ -1,14 +1,14 @@
-"""Checkpoints on the disk: whole or not there, verified when loaded, the newest few and the best kept.
+"""Checkpoints on disk: written atomically, verified when loaded, with the newest few and the best kept.
 
-step-000000500.pt   the state after so many steps
-best-000000450.pt   the one with the least validation error so far: another name of a file above,
-                    which stays when that name is gone
+step-000000500.pt   the state after that many steps
+best-000000450.pt   the state with the lowest validation error so far; it is a second name (a hard link) of
+                    a step file, and remains after that name has been deleted
 
-A file is what `torch.save` writes and, on a line of its own that torch.load passes over, the SHA-256 of
-all before it. It is loaded without running any code that it may contain.
+A file holds what `torch.save` writes, followed by a line with the SHA-256 of everything before it, which
+torch.load ignores. Loading a file never runs code that it may contain.
 
-One is deleted only after another that takes its place was read back from the disk, and none because it could
-not be read: that may pass, and what was deleted is gone.
+A checkpoint is deleted only after its replacement has been read back from the disk. None is deleted because
+it cannot be read: a read error may be temporary, but a deletion is not.
 """
 
 import errno
@@ -37,48 +37,48 @@ _NAME = re.compile(r"(?P<kind>step|best)-\d+\.pt")
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose content differs from what was written."""
 
 
 def write(
     folder: Path, step: int, state: dict[str, Any], keep: int, best: bool = False
 ) -> tuple[int, list[str]]:
-    """Write the state after `step` steps, then delete all but the newest `keep` up to it, and the best.
+    """Write the state after `step` steps, then delete all checkpoints but the newest `keep` and the best.
 
-    The file gets its name once it is on the disk and was read back. Returns its size in bytes, and a line
-    about each older file that could not be deleted: the checkpoint is there all the same. Raises OSError if
-    it cannot be written; the checkpoints that were there stay.
+    The file gets its name only once it is on the disk and has been read back. Returns its size in bytes and
+    a message for each older file that could not be deleted, which does not invalidate the new checkpoint.
+    Raises OSError if the checkpoint cannot be written; existing checkpoints then remain.
     """
     folder.mkdir(exist_ok=True)
     _delete(left for left in folder.iterdir() if left.suffix == ".partial")  # by a process that was killed
     path = path_of(folder, step)
-    # The best has that name first: once it can be loaded, a run that goes on from it will not save it again.
+    # The `best` name comes first: a run that resumes from this checkpoint will not save it again as the best.
     first = path.with_name(path.name.replace("step", "best")) if best else path
     with atomic_write(first) as file:
         _write_with_sum(state, file)
         size = file.tell()
         _read_back(file)
     if best:
-        _name_too(first, path)
+        _add_name(first, path)
     try:
         superseded = _superseded(folder, step, keep, best)
     except OSError as error:
-        return size, [f"{folder} cannot be listed, to delete old checkpoints: {error.strerror}"]
+        return size, [f"{folder} cannot be listed to delete old checkpoints: {error.strerror}"]
     return size, _delete(superseded)
 
 
 def _superseded(folder: Path, step: int, keep: int, best: bool) -> list[Path]:
-    """The files in whose place the checkpoint of that step is. Raises OSError."""
+    """Return the files that the checkpoint of that step replaces. Raises OSError."""
     paths = saved(folder)
     older = [path for path in paths if _step(path) < step]
     bests = [path for path in older if best and path.name.startswith("best")]
     steps = [path for path in older if path.name.startswith("step")][keep - 1 :]
-    # The run passed over those after this step, or it would have gone on from them.
+    # The run skipped any later checkpoint because it was damaged, or it would have resumed from it.
     return bests + steps + [path for path in paths if _step(path) > step and _is_damaged(path)]
 
 
 def _is_damaged(path: Path) -> bool:
-    """Whether all of it can be read, and is not what was written."""
+    """Return whether the file can be read in full but differs from what was written."""
     try:
         with open(path, "rb") as file:
             _verify(file)
@@ -90,7 +90,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _delete(paths: Iterable[Path]) -> list[str]:
-    """Returns a line about each that cannot be deleted."""
+    """Delete files. Returns a message for each one that cannot be deleted."""
     left = []
     for path in paths:
         try:
@@ -107,15 +107,15 @@ def path_of(folder: Path, step: int) -> Path:
 def _write_with_sum(state: dict[str, Any], file: BinaryIO) -> None:
     summed = _Summed(file)
     try:
-        torch.save(state, summed)  # type: ignore[arg-type]  # it writes and flushes, no more
+        torch.save(state, summed)  # type: ignore[arg-type]  # all that torch.save uses is write and flush
     except RuntimeError as error:
-        raise summed.error or error from None  # torch does not say why a write failed
+        raise summed.error or error from None  # torch does not report why a write failed
     file.write(_LAST_LINE % summed.sha256.hexdigest().encode())
     file.flush()
 
 
 class _Summed:
-    """A file, with the SHA-256 of what was written to it and the error that ended it."""
+    """A file that keeps the SHA-256 of what was written to it, and the error of a write that failed."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.sha256 = file, hashlib.sha256()
@@ -135,25 +135,25 @@ class _Summed:
 
 
 def _read_back(file: BinaryIO) -> None:
-    """Raises OSError where the disk does not hold what was written."""
+    """Check that the disk holds what was written. Raises OSError if it does not."""
     sync(file.fileno(), file.name)
-    with suppress(OSError):  # where it is not known
-        # Out of the page cache, so that the disk is what is read; there images are of more use, too.
+    with suppress(OSError):  # not every file system supports it
+        # Drop the file from the page cache: it is then read from the disk, and images can use the memory.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     try:
         with open(file.name, "rb") as written:
             _verify(written)
     except DamagedError as error:
-        raise OSError(errno.EIO, "it reads back other than it was written") from error
+        raise OSError(errno.EIO, "reading it back gives other content than was written") from error
 
 
-def _name_too(path: Path, name: Path) -> None:
-    """Give a checkpoint a second name."""
-    link = name.with_name(f".{name.name}.link.partial")  # no name that atomic_write would write into
+def _add_name(path: Path, name: Path) -> None:
+    """Give a checkpoint a second name, by a hard link if possible and otherwise by a copy."""
+    link = name.with_name(f".{name.name}.link.partial")  # a name that atomic_write does not use
     try:
         link.hardlink_to(path)
         link.replace(name)
-    except OSError:  # not every file system has links
+    except OSError:  # not every file system supports links
         _delete([link])
         with open(path, "rb") as source, atomic_write(name) as copy:
             shutil.copyfileobj(source, copy, _CHUNK)
@@ -161,10 +161,12 @@ def _name_too(path: Path, name: Path) -> None:
 
 
 def saved(folder: Path, kind: str = "*") -> list[Path]:
-    """The checkpoints in a folder, the newest first; none where there is no such folder. kind: `step` or
-    `best`, or both. Raises OSError if it cannot be listed."""
+    """List the checkpoints in a folder, newest first; an absent folder has none.
+
+    kind: `step`, `best`, or `*` for both. Raises OSError if the folder cannot be listed.
+    """
     try:
-        paths = set(patiently(lambda: list(folder.iterdir()), say_on_stderr))  # some storage names one twice
+        paths = set(patiently(lambda: list(folder.iterdir()), say_on_stderr))  # may list a file twice
     except FileNotFoundError:
         return []
     named = {path: match for path in paths if (match := _NAME.fullmatch(path.name))}
@@ -177,40 +179,41 @@ def _step(path: Path) -> int:
 
 
 def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str, Any] | None, list[str]]:
-    """The state of the newest good checkpoint, and a line about each damaged one passed over.
+    """Load the newest good checkpoint. Returns its state and a message for each damaged one that was skipped.
 
-    kind: `step` or `best`, or both. The state is None if there has never been one. Raises RunError if all
-    are damaged, or one cannot be read, which may be good; and OSError if the folder cannot be listed.
+    kind: `step`, `best`, or `*` for both. The state is None if there are no checkpoints. Raises RunError if
+    all are damaged, or if one cannot be read, since it may be good, and OSError if the folder cannot be
+    listed.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     paths = saved(folder, kind)
     for path in paths:
         try:
-            return patiently(partial(_loaded, path, device), say_on_stderr), passed_over
+            return patiently(partial(_loaded, path, device), say_on_stderr), skipped
         except (DamagedError, pickle.UnpicklingError) as error:
-            passed_over.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
+            skipped.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
         except OSError as error:
-            if saved(folder, kind) != paths:  # the run goes on meanwhile, and has deleted it
+            if saved(folder, kind) != paths:  # the run is still training, and has deleted it
                 return load(folder, device, kind)
             raise RunError(
-                f"{path} cannot be read: {error.strerror}. It may be good: make it readable and give the "
-                "same command again, or delete it, and the one before is taken"
+                f"{path} cannot be read: {error.strerror}. It may be intact: make it readable and run the "
+                "same command again, or delete it to use the checkpoint before it"
             ) from error
-    if passed_over:
-        raise RunError("; ".join(passed_over) + ": no checkpoint is left to load; delete them to start anew")
-    return None, passed_over
+    if skipped:
+        raise RunError("; ".join(skipped) + ": no intact checkpoint is left; delete them to start over")
+    return None, skipped
 
 
 def _loaded(path: Path, device: torch.device) -> dict[str, Any]:
-    """Raises DamagedError, pickle.UnpicklingError or an OSError that names the file."""
-    # Read once: torch would take a read that fails now for damage.
+    """Load one file. Raises DamagedError, pickle.UnpicklingError or an OSError that names the file."""
+    # Read the file only once: torch would report a failing read as damage.
     with io.BytesIO(read_file(path)) as file:
         _verify(file)
         return torch.load(file, map_location=device, weights_only=True)
 
 
 def _verify(file: BinaryIO) -> None:
-    """Compare a file with the sum on its last line, and go back to its start. Raises DamagedError."""
+    """Compare a file with the checksum on its last line, and rewind it. Raises DamagedError."""
     left = file.seek(0, os.SEEK_END) - _LAST_LINE_BYTES
     file.seek(0)
     sha256 = hashlib.sha256()
@@ -218,5 +221,5 @@ def _verify(file: BinaryIO) -> None:
         sha256.update(chunk)
         left -= len(chunk)
     if read_fully(file, _LAST_LINE_BYTES) != _LAST_LINE % sha256.hexdigest().encode():
-        raise DamagedError("its content is not what its last line says")
+        raise DamagedError("its content does not match its checksum")
     file.seek(0)

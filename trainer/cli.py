@@ -1,6 +1,6 @@
-"""The command `alexnet-train`: train (also without the word), evaluate, demo.
+"""The command `alexnet-train` with its subcommands train (the default), evaluate and demo.
 
-Help and refusals come before torch is imported.
+Help and the errors that it can find early appear before torch is imported.
 """
 
 import argparse
@@ -18,20 +18,23 @@ from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import LostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
-DESCRIPTION = """Train AlexNet on a dataset that tools/make_shards.py packed, or continue the run in --out.
-Every setting is also an environment variable: ALEXNET_EPOCHS=90 is --epochs 90.
-Other commands: 'alexnet-train evaluate' and 'alexnet-train demo', each with --help."""
+DESCRIPTION = """Train AlexNet on a dataset packed by tools/make_shards.py, or continue the run in --out.
+Every setting can also be given as an environment variable: ALEXNET_EPOCHS=90 is the same as --epochs 90.
+There are two other commands, each with its own --help: 'alexnet-train evaluate' and 'alexnet-train demo'."""
 
 
 def main() -> None:
-    """Run the command line. What a user can mend is one line on stderr and exit code 1 or 2; a run that
-    was asked to stop, and saved, is 143 after SIGTERM and 130 after SIGINT."""
+    """Run the command line.
+
+    An error that the user can fix is one line on stderr and exit code 1 or 2. A run that was asked to stop
+    and has saved its checkpoint exits with 143 after SIGTERM and 130 after SIGINT.
+    """
     commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
     try:
         if command not in commands:
-            raise SettingsError(f"unknown command '{command}': there are {', '.join(commands)}")
+            raise SettingsError(f"unknown command '{command}': choose from {', '.join(commands)}")
         commands[command](arguments)
     except SettingsError as error:
         _complain(error, 2)
@@ -41,11 +44,11 @@ def main() -> None:
         _complain(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}: mend the cause and give the same command again", 1)
+        _complain(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        os._exit(130)  # at once: a thread may be in the midst of a checkpoint, and a plain exit would abort
+        os._exit(130)  # immediately: a thread may be writing a checkpoint, and a normal exit would abort
 
 
 def _complain(error: object, code: int) -> None:
@@ -58,11 +61,12 @@ def _train(arguments: Sequence[str]) -> None:
     world = world_size(settings)
     if settings.batch % world:
         raise SettingsError(
-            f"--batch {settings.batch} cannot be divided among {world} processes: "
-            f"take {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
+            f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
+            f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
-    # docker/Dockerfile sets `container`.
-    if "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file():
+    if (
+        "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file()
+    ):  # the image sets it
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
@@ -74,7 +78,7 @@ def _train(arguments: Sequence[str]) -> None:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
     if world > 1 and "WORLD_SIZE" not in os.environ:
-        close_quietly(run.begin(settings, manifest))  # what it refuses, it refuses before anything starts
+        close_quietly(run.begin(settings, manifest))  # errors appear before any process starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
     first = os.environ.get("RANK", "0") == "0"
@@ -87,20 +91,24 @@ def _train(arguments: Sequence[str]) -> None:
 def _evaluate(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="alexnet-train evaluate",
-        description="Top-1 and top-5 error of a checkpoint of a run.",
+        description="Evaluate a checkpoint of a run: top-1 error, top-5 error and loss.",
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="another dataset than the run's own")
-    parser.add_argument("--split", default="val", help="which part of the dataset (default val)")
+    parser.add_argument("run", type=Path, metavar="RUN", help="Folder of the run.")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Dataset to use instead of the run's own.")
+    parser.add_argument("--split", default="val", metavar="NAME", help="Split of the dataset. (default: val)")
     parser.add_argument(
-        "--crops", type=int, choices=(1, 10), default=1, help="centre, or ten crops as in the paper"
+        "--crops",
+        type=int,
+        choices=(1, 10),
+        default=1,
+        help="Evaluate the centre crop, or average over ten crops as in the paper. (default: 1)",
     )
     parser.add_argument(
         "--checkpoint",
         choices=("newest", "best"),
         default="newest",
-        help="the newest (default), or that of the epoch with the least top-1 error",
+        help="Evaluate the newest checkpoint, or the one with the lowest top-1 error. (default: newest)",
     )
     options = parser.parse_args(arguments)
     settings = Run(options.run).settings()
@@ -117,11 +125,15 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _demo(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="alexnet-train demo",
-        description="Draw pictures, pack them, train and evaluate: the whole way, without any data.",
+        description="Draw pictures, pack them, train on them and evaluate the net; no data is needed.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/demo"), help="where all of it goes (default runs/demo)"
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        default=Path("runs/demo"),
+        help="Folder for everything that the demo makes. (default: runs/demo)",
     )
     options = parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""The whole way on a small drawn picture set, by the commands that a user would type."""
+"""The whole workflow on a small set of drawn pictures, with the commands that a user would type."""
 
 import os
 import shlex
@@ -11,10 +11,10 @@ from pipeline.manifest import MANIFEST_NAME
 
 
 def demo(folder: Path) -> int:
-    """Draw, pack and train in `folder`.
+    """Draw pictures, pack them and train on them in `folder`.
 
-    Returns the exit code of a command that failed. Training takes the place of this process, so that
-    a signal reaches it.
+    Returns the exit code of a command that failed. Training replaces this process, which makes signals
+    reach it directly.
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
@@ -33,7 +33,7 @@ def demo(folder: Path) -> int:
 
 
 def _announced(command: Iterable[object]) -> list[str]:
-    """The command in full, shown as a user would type it."""
+    """Print a command as a user would type it, and return it in full."""
     arguments = ["-m", *map(str, command)]
     print("$", shlex.join(["python", *arguments]), flush=True)
     return [sys.executable, *arguments]

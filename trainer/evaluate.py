@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error over a split, every image once whatever the number of processes."""
+"""Top-1 and top-5 error over a split; each image counts once, whatever the number of processes."""
 
 import math
 import time
@@ -27,7 +27,8 @@ PROTOCOLS = {1: "centre", 10: "ten"}
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors are ratios 0 to 1; loss is the mean cross-entropy, of the mean probability with ten crops."""
+    """Errors are ratios from 0 to 1. The loss is the mean cross-entropy; with ten crops, it is that of the
+    mean probability."""
 
     top1_error: float
     top5_error: float
@@ -36,7 +37,7 @@ class Scores:
 
 
 def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
-    """[n,3,h,w] or [n,crops,3,h,w] → [n,classes], averaging the crops' softmax (section 4.1)."""
+    """Map [n,3,h,w] or [n,crops,3,h,w] to [n,classes], averaging the softmax over the crops (section 4.1)."""
     if pixels.dim() == 4:
         return F.log_softmax(model(pixels).float(), 1)
     crops = pixels.shape[1]
@@ -45,7 +46,7 @@ def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of [n,classes] lack their label among the best one and the best five: [2]."""
+    """Count the rows of [n,classes] whose label is not the top class, and not in the top five: [2]."""
     best = scores.topk(min(5, scores.shape[1])).indices
     hits = best == labels[:, None]
     return torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()])
@@ -55,7 +56,10 @@ def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
 def evaluate(
     model: nn.Module, precision: str, batches: Iterable[tuple[Tensor, Tensor]], world: World, metrics: Metrics
 ) -> Scores:
-    """Evaluate over this process's batches and add up those of all processes; without any, scores are NaN."""
+    """Evaluate on this process's batches, and combine the results of all processes.
+
+    If there are no batches, the scores are NaN.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
     lead = Lead(world.device)
@@ -80,17 +84,17 @@ def evaluate(
     return Scores(top1, top5, loss, int(sums[3]))
 
 
-class Trained(NamedTuple):
-    """A net as a checkpoint has it, and what it was trained with."""
+class TrainedNet(NamedTuple):
+    """A net loaded from a checkpoint, with the settings and the dataset that it was trained with."""
 
     model: AlexNet
     settings: Settings
     dataset: Dataset
     step: int
-    notes: list[str]  # of damaged checkpoints that were passed over
+    notes: list[str]  # about damaged checkpoints that were skipped
 
     def batches(self, split: str, crops: int, world: World) -> Iterable[Batch]:
-        """A process's share of a split, by crops of the model's own size."""
+        """Return a process's share of a split, in crops of the size that the model was trained on."""
         return evaluation_loader(
             self.dataset,
             split,
@@ -102,10 +106,11 @@ class Trained(NamedTuple):
         )
 
 
-def load_trained(settings: Settings, run: Run, device: torch.device, best: bool = False) -> Trained:
-    """The newest checkpoint of a run, or the best, on the dataset of the settings, minus the run's mean.
+def load_trained(settings: Settings, run: Run, device: torch.device, best: bool = False) -> TrainedNet:
+    """Load the newest or the best checkpoint of a run, and open the dataset of the settings.
 
-    Raises SettingsError where that has other classes than the run was trained on, and what `load_net` does.
+    Images of the dataset have the run's mean subtracted. Raises SettingsError if the dataset has other
+    classes than those that the run was trained on, and otherwise as `load_net` does.
     """
     spec = run.net(settings)
     dataset = Dataset(settings.data, spec.mean)
@@ -116,16 +121,16 @@ def load_trained(settings: Settings, run: Run, device: torch.device, best: bool 
             f"the run in {run.folder} was trained on other classes ({model.fc8.out_features}) than those of "
             f"{settings.data} ({len(classes)}): give the dataset that it was trained on with --data"
         )
-    return Trained(model, settings, dataset, step, notes)
+    return TrainedNet(model, settings, dataset, step, notes)
 
 
 def load_net(
     settings: Settings, run: Run, device: torch.device, best: bool = False
 ) -> tuple[AlexNet, int, list[str]]:
-    """The net of the newest checkpoint of a run, or of the best; its step; and a line about each damaged
-    one that was passed over.
+    """Load the net of the newest or the best checkpoint of a run.
 
-    Raises SettingsError where there is no checkpoint yet, and RunError where all are damaged.
+    Returns the net, its step and a message for each damaged checkpoint that was skipped. Raises SettingsError
+    if there is no checkpoint yet, and RunError if all are damaged.
     """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
@@ -136,9 +141,9 @@ def load_net(
 
 
 def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
-    """Evaluate the newest checkpoint of a run, or the best; returns a line that says what came of it.
+    """Evaluate the newest or the best checkpoint of a run. Returns the result as a line of text.
 
-    Raises what `load_trained` does.
+    Raises as `load_trained` does.
     """
     world = distributed.join(settings.device)
     try:

@@ -1,8 +1,9 @@
-"""In which form a run computes the net's convolutions (model/forms.py): what is fastest where it begins.
+"""Choose the form of a run's convolutions (model/forms.py): the fastest on the machine where it begins.
 
-Forms differ in rounding, so a run keeps its own, or it would not be continued bit for bit. On a GPU they are
-measured when a run begins, and the best is remembered for others of the same work. On a CPU it is known: in
-bf16, and in the text's net, whose towers are joined for each normalisation, nothing gains on groups.
+Forms differ in rounding, so a run keeps its form; otherwise it could not be continued bit for bit. On a GPU,
+the forms are measured when a run begins, and the best is remembered for other runs with the same work. On a
+CPU, the answer is known: nothing is faster than groups in bf16, or in the net of the paper's text, whose
+towers are joined for each normalisation.
 """
 
 import gc
@@ -23,16 +24,16 @@ from trainer.run import Run, environment
 from trainer.settings import Settings
 from trainer.tuning import remembered
 
-SECONDS = 1.0  # for which each is measured, after its first steps
-CLASSES = 1000  # of the net that is measured: fc8 is a small part of it
+SECONDS = 1.0  # of measuring each form, after its first steps
+CLASSES = 1000  # of the net that is measured; fc8 is a small part of it
 _NET = ("preset", "dropout", "crop", "compile", *(field.name for field in fields(Variant)))
 
 
 def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
-    """The settings with the run's form, and what there is to say of it. The first process decides, so that
-    all have the same.
+    """Resolve the form of the convolutions. Returns the settings with it, and notes for the log.
 
-    settings: with the precision resolved. Raises as `Run.recorded_settings` does.
+    The first process decides for all. settings: with the precision already resolved. Raises as
+    `Run.recorded_settings` does.
     """
     notes: list[str] = []
 
@@ -47,7 +48,7 @@ def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, l
 
 
 def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
-    """The form that the settings name, else what is fastest here; and what there is to say of it."""
+    """Return the form that the settings name, or else the fastest one here, and notes for the log."""
     if settings.convolutions != "auto":
         return settings.convolutions, []
     if settings.preset == "torchvision":
@@ -67,27 +68,30 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     net = {name: getattr(settings, name) for name in _NET}
     key = json.dumps([machine, net, settings.batch // world.size, settings.precision])
     found, notes = remembered("convolutions.json", key, find, world.is_main)
-    return found["form"], [f"convolutions are computed as {found['form']}, which is fastest here", *notes]
+    return found["form"], [f"computing convolutions as {found['form']}, the fastest form here", *notes]
 
 
 def fastest(groups: Iterable[str], images_per_second: Callable[[str], float]) -> str:
-    """The best form of groups with conv1 as it is, then the better of conv1's two with it."""
+    """Find the fastest form of the groups with conv1 unchanged, then the faster form of conv1 with it."""
     measured = cache(images_per_second)
     best = max(groups, key=measured)
     return max((best, f"{best}-s2d"), key=measured)
 
 
 def measure(settings: Settings, world: World) -> float:
-    """Images/s of this process's steps, without the exchange of gradients; 0 of another form than `grouped`
-    that fails here. Raises RuntimeError where that one fails: then nothing trains here."""
+    """Measure the images/s of this process's steps, without the exchange of gradients.
+
+    Returns 0 for a form that fails here. Raises RuntimeError if `grouped` fails, since nothing can then be
+    trained here.
+    """
     try:
         return _images_per_second(settings, world)
-    except RuntimeError as error:  # of memory, of the compiler or of a library
+    except RuntimeError as error:  # from memory, the compiler or a library
         if settings.form == "grouped":
             raise
-        warnings.warn(f"convolutions are not computed as {settings.convolutions}: {error}", stacklevel=2)
+        warnings.warn(f"cannot compute convolutions as {settings.convolutions}: {error}", stacklevel=2)
         return 0.0
-    finally:  # the memory is for training
+    finally:  # free the memory for training
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -97,6 +101,6 @@ def _images_per_second(settings: Settings, world: World) -> float:
     images = settings.batch // world.size
     decoding = build_decoding(settings, world.device)
     work = model_work(settings, CLASSES, decoding, images, settings.precision)
-    for _ in range(3):  # to compile it, and to find the fastest algorithms
+    for _ in range(3):  # compile it, and let cuDNN find the fastest algorithms
         work()
     return rate(work, SECONDS, world.device)

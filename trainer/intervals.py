@@ -1,7 +1,7 @@
-"""Log intervals: the host goes on at the end of one, and tells what came of it at the end of the next.
+"""Log intervals. On a GPU, each is reported at the end of the next one.
 
-The device has long reported by then, so that it is never waited for. On a CPU there is nothing to wait for,
-and an interval is told at its own end.
+The device has finished the interval by then, so the host never waits for it. On a CPU there is nothing to
+wait for, and each interval is reported at its own end.
 """
 
 from collections.abc import Callable
@@ -16,28 +16,28 @@ from trainer.step import Condition
 
 
 class Intervals:
-    """Those of a run: a meter measures them, the journal tells them, and health judges them."""
+    """The log intervals of a run, which the meter measures, the journal reports and `Health` checks."""
 
     def __init__(self, world: World, learner: Learner, journal: Journal, health: Health):
         self.world, self.learner, self.journal, self.health = world, learner, journal, health
         self.meter = Meter(world)
-        self._untold: Callable[[], None] | None = None
+        self._unreported: Callable[[], None] | None = None
 
     def end(self, step: int, epoch: float, learning_rate: float) -> None:
-        """End one after `step` steps. Raises what `tell` does, of this one or the one before."""
-        self.tell()
+        """End an interval after `step` steps. Raises as `report` does, for this one or the last."""
+        self.report()
         read = self.meter.harvest(self.learner.step.take_condition())
-        self._untold = partial(self._tell, step, epoch, learning_rate, read)
+        self._unreported = partial(self._report, step, epoch, learning_rate, read)
         if not self.world.is_asynchronous:
-            self.tell()
+            self.report()
 
-    def tell(self) -> None:
-        """Tell what has ended, if that has not been done. Raises RunError where the run cannot go on."""
-        untold, self._untold = self._untold, None
-        if untold is not None:
-            untold()
+    def report(self) -> None:
+        """Report the last interval if that has not been done. Raises RunError if the run cannot go on."""
+        unreported, self._unreported = self._unreported, None
+        if unreported is not None:
+            unreported()
 
-    def _tell(
+    def _report(
         self,
         step: int,
         epoch: float,
@@ -48,5 +48,5 @@ class Intervals:
         condition = Condition.of(values)
         self.journal.interval(step, epoch, learning_rate, condition.scale, interval)
         self.health.check(interval, *condition)
-        for warning in self.health.warnings(interval, condition.skips, epoch, step):
+        for warning in self.health.assess(interval, condition.skips, epoch, step):
             self.journal.display.say(warning)

@@ -1,4 +1,4 @@
-"""What learns: the net, its optimizer and the step, and what a checkpoint holds of them."""
+"""The net, its optimizer and the training step, together with their state in a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from trainer.step import Step
 
 
 class Learner:
-    """The net of this process, which has the weights of all others' after each step."""
+    """The net of this process; after each step, its weights equal those of every other process."""
 
     def __init__(self, settings: Settings, classes: int, world: World):
         self.model = build_model(settings, classes, world.device, settings.form)
@@ -31,7 +31,7 @@ class Learner:
         self.precision = resolve_precision(settings.precision, world.device)
         trained: Callable[[Tensor], Tensor] = self.model
         if world.size > 1:
-            # The gradients lie in the buckets that are summed up, so that there is no copy of them.
+            # The gradients are views of the buckets that are summed, which saves a copy.
             trained = replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             if settings.gradients == "bf16":
                 replica.register_comm_hook(None, _sum_in_bf16)
@@ -41,9 +41,10 @@ class Learner:
         self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
 
     def begin_with(self, folder: Path, classes: Sequence[Class]) -> str:
-        """Take the weights of another run's net, those of fc8 if its classes are the same; says so.
+        """Load the weights of another run's net, and those of its fc8 only if the classes are the same.
 
-        Raises SettingsError where there is no such run, or a layer has another shape there.
+        Returns a note for the log. Raises SettingsError if there is no such run, or if a layer of its net
+        has another shape.
         """
         run = Run(folder)
         own_head = [c.id for c in run.net(run.settings()).classes] != [c.id for c in classes]
@@ -56,13 +57,14 @@ class Learner:
         shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
         if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
             raise SettingsError(
-                f"--initial-weights {folder} is of another net, which differs in {', '.join(differing)}"
+                f"--initial-weights {folder} belongs to another net, which differs in {', '.join(differing)}"
             )
         self.model.load_state_dict(theirs)
-        return f"begins with the weights of {folder} after step {state['step']}" + ", fc8 anew" * own_head
+        new_head = ", with a new fc8" if own_head else ""
+        return f"starting from the weights of {folder} after step {state['step']}{new_head}"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: references, not copies."""
+        """Return the state for a checkpoint, as references, not copies."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -76,5 +78,5 @@ class Learner:
 
 
 def _sum_in_bf16(state: None, bucket: dist.GradBucket) -> Future[Tensor]:
-    """torch's own hook; by its name it is refused beside gloo, which has long summed bf16, too."""
-    return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None is all processes
+    """Call torch's own hook. Under its own name, torch refuses it with gloo, although gloo can sum bf16."""
+    return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None means all processes

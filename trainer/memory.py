@@ -1,18 +1,18 @@
-"""What a step on a CPU frees stays with the process, for the next step to use.
+"""Keep the memory that a step on a CPU frees with the process, for the next step to use.
 
-By itself glibc gives every large block back to the system as it is freed, and asks for it anew in the next
-step, whose first touch of each page then has the system zero it.
+By default, glibc returns every large block to the system when it is freed and requests it again in the next
+step; the kernel then has to zero each page on first use.
 """
 
 import ctypes
 
-# Of malloc.h: blocks of their own, room at the end that is given back, room that is asked for besides.
+# From malloc.h: how many blocks to mmap, how much free space to keep, and how much extra to request.
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 _NEVER = 2**31 - 1  # bytes
 
 
 def keep_freed_memory() -> None:
-    """For the rest of the process. Where the C library is not glibc, nothing."""
+    """Keep freed memory for the rest of the process. Does nothing if the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, 64 << 20)):

@@ -1,8 +1,8 @@
-"""The paper's update rule and how the learning rate falls: pure functions around torch's SGD.
+"""The paper's update rule and learning rate schedules: pure functions around torch's SGD.
 
 Section 5 of the paper:  v ← .9·v − .0005·ε·w − ε·g,  w ← w + v, with the learning rate ε inside v.
-`torch.optim.SGD` keeps u with v = −ε·u. That is the same while ε is constant; when ε changes, u has
-to be rescaled by old/new for v to stay what it was, which `set_learning_rate` does.
+`torch.optim.SGD` keeps u with v = −ε·u. The two are the same while ε is constant. When ε changes, u must be
+rescaled by old/new to leave v unchanged, which `set_learning_rate` does.
 """
 
 import math
@@ -15,12 +15,14 @@ from trainer.settings import Settings
 
 DROP = 0.1  # "divide the learning rate by 10 when the validation error stops improving"
 MAX_DROPS = 3  # "reduced three times prior to termination"
-_MIN_IMPROVEMENT = 0.001  # of the error; less is noise of 50,000 validation images
+_MIN_IMPROVEMENT = 0.001  # of the error; less is noise with 50,000 validation images
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
-    """Weights and biases, those of the first layer and of each with a rate of its own apart, each group with
-    its `scale` of the learning rate."""
+    """Group parameters for the optimizer, each group with its `scale` of the learning rate.
+
+    Weights and biases are in separate groups, and so are the first layer and each layer with its own rate.
+    """
     rates = {str(layer): rate for layer, rate in settings.layer_learning_rates.items()}
     groups: dict[tuple[bool, bool, float], dict] = {}
     for name, parameter in model.named_parameters():
@@ -39,18 +41,18 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
+    """Make SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
     for parameter in model.parameters() if settings.momentum else ():
-        # Of itself the fused update makes u without filling it, and if it then skips its first step, as
-        # fp16 does, whatever was in that memory is taken for u from the second on.
+        # The fused update would allocate u without initialising it. If it then skips the first step, as it
+        # may in fp16, later steps would use whatever was in that memory as u.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
-    """Set ε of every group, times its scale, keeping the velocity v as it was.
+    """Set ε of every group to the learning rate times its scale, and leave the velocity v unchanged.
 
     A group is frozen, with ε = 0, from its `freeze_epoch` on.
     """
@@ -70,9 +72,9 @@ def _velocities(optimizer: torch.optim.SGD, parameters: Iterable[Tensor]) -> lis
 
 
 def plateau_drops(errors: Sequence[float], patience: int) -> int:
-    """How often the learning rate has been divided, after these validation errors, an epoch each.
+    """Count how often the learning rate has been divided after these validation errors, one per epoch.
 
-    It is divided when the least error has not fallen for `patience` epochs, at most three times.
+    It is divided when the lowest error has not fallen for `patience` epochs, at most three times.
     """
     best, stale, drops = math.inf, 0, 0
     for error in errors:
@@ -86,7 +88,7 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
 
 
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
-    """ε of a step: `epoch` is where it ends, with the fraction; errors are the validation's so far."""
+    """Return ε for a step that ends at a fractional `epoch`, given the validation errors so far."""
     rate = settings.learning_rate
     if epoch < settings.warmup_epochs:
         return rate * epoch / settings.warmup_epochs

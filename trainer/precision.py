@@ -1,4 +1,4 @@
-"""The precision that a run computes in: what `auto` means on a device, and that a run keeps it."""
+"""The precision of a run: what `auto` resolves to on a device, and the check that a run keeps it."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -13,8 +13,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes with it: an Ampere or newer GPU, or a CPU that has
-    AVX512_BF16 or AMX. Elsewhere a CPU emulates bf16, many times slower than fp32, and a GPU has fp16."""
+    """Resolve `auto` to bf16 where supported: on Ampere or newer GPUs and CPUs with AVX512_BF16 or AMX.
+
+    Other GPUs use fp16. Other CPUs use fp32, because they emulate bf16, which is many times slower.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -23,16 +25,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def _cpu_computes_bf16() -> bool:
-    """AVX-512 alone does not say so: processors had it for years before AVX512_BF16. Instructions that torch
-    was told to do without (ATEN_CPU_CAPABILITY) do not count."""
+    """Return whether the CPU has bf16 instructions that torch may use.
+
+    AVX-512 alone is not enough: processors had it years before AVX512_BF16. Instructions that
+    ATEN_CPU_CAPABILITY forbids torch to use do not count.
+    """
     in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return in_hardware and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def settle(settings: Settings, run: Run, world: World) -> Settings:
-    """The settings with the precision resolved. The first process decides, so that all have the same.
+def settle_precision(settings: Settings, run: Run, world: World) -> Settings:
+    """Return the settings with the precision resolved; the first process decides for all.
 
-    Raises SettingsError, in all processes, where the run began with another precision or device.
+    Raises SettingsError in all processes if the run began with another precision or device.
     """
     precision, refusal = resolve_precision(settings.precision, world.device), None
     if world.is_main:
@@ -47,10 +52,10 @@ def settle(settings: Settings, run: Run, world: World) -> Settings:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which a forward pass has its precision."""
+    """Return the context for a forward pass in a precision."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def prepare(pixels: Tensor, precision: str) -> Tensor:
-    """Pixels as the model takes them: autocast converts what it needs, fp32 has to be asked for."""
+    """Convert pixels to what the model takes: fp32 needs a conversion, while autocast makes its own."""
     return pixels.float() if precision == "fp32" else pixels

@@ -1,13 +1,13 @@
-"""The run folder: what belongs to one run, and the refusal to mix two.
+"""The run folder, which holds one run and is never shared by two.
 
-settings.json      the settings, the dataset's fingerprint, and what `auto` was when the run began
-net.json           what one has to know to use the net: pipeline/spec.py
+settings.json      the settings, the dataset's fingerprint, and what `auto` resolved to when the run began
+net.json           everything needed to use the net, see pipeline/spec.py
 environment.json   versions, commit and machine of each start
-metrics.csv        a row each log interval
-evaluations.csv    a row each evaluation
+metrics.csv        one row per log interval
+evaluations.csv    one row per evaluation
 checkpoints/       see trainer/checkpoint.py
-report.md, *.png   at the end
-.lock              locked by the process that trains, and by nobody once it has ended, however it did
+report.md, *.png   written at the end
+.lock              locked by the process that trains; the lock is released however that process ends
 """
 
 import errno
@@ -30,34 +30,34 @@ from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.retry import read_patiently
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
-from trainer.settings import FREE_TO_CHANGE, Resolved, Settings, SettingsError
+from trainer.settings import Resolved, Settings, SettingsError
 from trainer.table import Table
 
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
-_RESOLVED = "resolved"  # in settings.json: what `auto` was when the run began
-_ONCE = {"convolutions": "grouped"}  # what was not recorded while there was one
-# What is left of a start that was killed early.
+_RESOLVED = "resolved"  # in settings.json: what `auto` resolved to when the run began
+_ONCE = {"convolutions": "grouped"}  # not recorded by versions that had only this form
+# What a start that was killed early may leave behind.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
-_COMMIT = Path(__file__).with_name("COMMIT")  # docker/Dockerfile writes it
-_HELD = {errno.EAGAIN, errno.EACCES}  # by another process; a server of SMB says the latter
+_COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
+_HELD = {errno.EAGAIN, errno.EACCES}  # by another process; SMB servers report the latter
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
 class RunError(ValueError):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run that cannot go on. The message says why and what to do."""
 
 
 class LostError(RunError):
-    """A run that may go on when started again: another of its processes is gone."""
+    """A run that lost another of its processes; it may succeed when started again."""
 
 
 class _Recorded(BaseModel):
-    """What settings.json must be, whatever settings it has."""
+    """The structure that settings.json must have, whatever its settings."""
 
     model_config = ConfigDict(extra="allow")
 
-    resolved: Resolved = None  # type: ignore[assignment]  # it may be missing, not null
+    resolved: Resolved = None  # type: ignore[assignment]  # may be missing, but not null
 
 
 class Run:
@@ -70,25 +70,25 @@ class Run:
         self.checkpoints = folder / "checkpoints"
 
     def begin(self, settings: Settings, manifest: Manifest) -> TextIO:
-        """Make the folder, or check that what it holds is this run.
+        """Create the folder, or check that it holds this run.
 
-        Returns the lock: no other process can begin until it is closed or this one has ended. Raises
-        SettingsError where the folder holds another run, naming what differs, or foreign files, and
-        RunError where it is being trained.
+        Returns the lock. No other process can begin the run until the lock is closed or this process has
+        ended. Raises SettingsError if the folder holds foreign files or another run, and says how that run
+        differs. Raises RunError if another process is training the run.
         """
-        fresh = self.is_new(settings, manifest)
+        is_new = self.check_is_new(settings, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(self.folder)
-        if fresh and self.is_new(settings, manifest):  # it was another's until now
+        if is_new and self.check_is_new(settings, manifest):  # another process may have begun it meanwhile
             NetSpec.of(manifest, settings.crop).write(self.folder)
             _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
         return lock
 
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
-        """Make a run of weights that were trained elsewhere, but for their checkpoint. It can be evaluated
-        and used; no training goes on in it, as the origin in the place of the dataset differs from any.
+        """Create the folder of a run whose weights were trained elsewhere; the caller adds the checkpoint.
 
-        Raises SettingsError if there is anything in the folder.
+        Such a run can be evaluated and used, but not continued, because its origin is recorded in place of
+        a dataset and so matches none. Raises SettingsError if the folder is not empty.
         """
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise SettingsError(f"{self.folder} is not empty: choose another --out")
@@ -96,12 +96,16 @@ class Run:
         net.write(self.folder)
         _write_json(self.folder / _SETTINGS, _identity(settings, origin, whole=True))
 
-    def is_new(self, settings: Settings, manifest: Manifest) -> bool:
-        """Whether no run has begun here; one that has must be this one."""
+    def check_is_new(self, settings: Settings, manifest: Manifest) -> bool:
+        """Check that the folder is free or holds this run, and return whether it is free.
+
+        Raises SettingsError if it holds another run or foreign files, and otherwise as `recorded_settings`
+        does.
+        """
         identity = _identity(settings, manifest.fingerprint)
         recorded = self._recorded()
         if recorded is not None:
-            # Of a run that an earlier version began: what is not there was not to be chosen then.
+            # An earlier version began the run if settings are missing: there was then no choice of them.
             held = json.loads(Settings.model_construct().model_dump_json()) | _ONCE | recorded
             resolved = recorded.get(_RESOLVED, {})
             held |= {name: resolved[name] for name in ("precision", "convolutions") if name in resolved}
@@ -113,7 +117,7 @@ class Run:
             if differing:
                 raise SettingsError(
                     f"{self.folder} already holds another run, which differs in {', '.join(differing)}: "
-                    "choose another --out, or give that run's settings to continue it"
+                    "choose another --out, or use that run's settings to continue it"
                 )
             return False
         if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
@@ -123,14 +127,14 @@ class Run:
         return True
 
     def settle(self, settings: Settings, resolved: Mapping[str, str]) -> None:
-        """Record what `auto` means here when the run begins, and hold each later start to that.
+        """Record what `auto` resolves to when the run begins, and check it at each later start.
 
-        resolved: the `device`, cpu or cuda, and the `precision`. The device may change where the settings
-        name it. Raises SettingsError where a continuation would change anything else unasked.
+        resolved: the `device`, cpu or cuda, and the `precision`. The device may change if the settings name
+        it. Raises SettingsError if anything else would change without being asked for.
         """
         held = self.recorded_settings()
         began = held.get(_RESOLVED)
-        if began is None:  # new, or of an earlier version, which did not record it
+        if began is None:  # the run is new, or begun by an earlier version, which did not record it
             _write_json(self.folder / _SETTINGS, {**held, _RESOLVED: dict(resolved)})
             return
         changed = [name for name in resolved if resolved[name] != began[name]]
@@ -143,12 +147,14 @@ class Run:
             flags = " ".join(f"--{name} {keep[name]}" for name in changed)
             raise SettingsError(
                 f"{self.folder} began with {there}, and auto is {here} on this machine: "
-                f"give {flags} to continue it here, or choose another --out"
+                f"add {flags} to continue it here, or choose another --out"
             )
 
     def keep_form(self, choose: Callable[[], str]) -> str:
-        """The form of the net's convolutions that was recorded when the run began, or that `choose` finds now
-        that it begins. Raises as `recorded_settings` does."""
+        """Return the recorded form of the net's convolutions; if there is none, record what `choose` returns.
+
+        Raises as `recorded_settings` does.
+        """
         held = self.recorded_settings()
         began = held.get(_RESOLVED, {}) if "convolutions" in held else _ONCE
         if "convolutions" in began:
@@ -159,33 +165,35 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether its last step was done, after which the report is written."""
+        """Whether the run has done its last step, after which the report is written."""
         return (self.folder / REPORT).exists()
 
     def sync(self) -> None:
-        """Have all rows on the disk, as a checkpoint after them shall be. Raises OSError."""
+        """Write all rows of the tables to the disk, before a checkpoint of a later step. Raises OSError."""
         self.metrics.sync()
         self.evaluations.sync()
         sync_folder(self.folder)
 
     def settings(self) -> Settings:
-        """The settings that the run was begun with. Raises as `recorded_settings` does."""
+        """Return the settings that the run began with. Raises as `recorded_settings` does."""
         held = self.recorded_settings()
         return Settings.model_validate(
             {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
         )
 
     def recorded_settings(self) -> dict[str, Any]:
-        """The content of settings.json. Raises SettingsError if there is no run, RunError if it is damaged,
-        and OSError."""
+        """Return the content of settings.json.
+
+        Raises SettingsError if there is no run, RunError if the file is damaged, and OSError.
+        """
         held = self._recorded()
         if held is None:
             raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}")
         return held
 
     def _recorded(self) -> dict[str, Any] | None:
-        """The content of settings.json, or None without one. Raises as `recorded_settings` does."""
-        path, remedy = self.folder / _SETTINGS, "put a copy in its place"
+        """Return the content of settings.json, or None without one. Raises as `recorded_settings` does."""
+        path, remedy = self.folder / _SETTINGS, "restore it from a copy"
         held = _read_json(path, remedy)
         if held is None:
             return None
@@ -194,43 +202,46 @@ class Run:
         except ValidationError as error:
             detail = error.errors()[0]
             where = ".".join([_SETTINGS, *map(str, detail["loc"])])
-            what = "no JSON object" if detail["type"] == "model_type" else detail["msg"]
+            what = "not a JSON object" if detail["type"] == "model_type" else detail["msg"]
             raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
         return held
 
     def net(self, settings: Settings) -> NetSpec:
-        """What one has to know to use the net. A run of an earlier version has it from the dataset of the
-        settings. Raises RunError if that is gone, or the file is damaged."""
+        """Return everything needed to use the net.
+
+        For a run of an earlier version, it comes from the dataset of the settings. Raises RunError if that
+        is missing, or if the file is damaged.
+        """
         try:
             with suppress(FileNotFoundError):
                 return NetSpec.read(self.folder)
             return NetSpec.of(read_manifest(settings.data), settings.crop)
         except SpecError as error:
-            raise RunError(f"{error}. Delete it, and it is made again from the dataset") from None
+            raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
         except DatasetError as error:
             raise RunError(
-                f"{self.folder} is of an earlier version, with no {NET_NAME}, and needs its dataset: {error}"
+                f"{self.folder} is from an earlier version, has no {NET_NAME}, and needs its dataset: {error}"
             ) from None
 
     def record_environment(self, device: str) -> dict[str, str]:
-        """Add this start to environment.json; returns what was added."""
+        """Add this start to environment.json, and return what was added."""
         starts = [*self.starts(), environment(device)]
         _write_json(self.folder / _ENVIRONMENT, starts)
         return starts[-1]
 
     def starts(self) -> list[dict[str, str]]:
-        """What was recorded of each start, the latest last. Raises OSError, or RunError if it is damaged."""
+        """Return the record of each start, latest last. Raises OSError, or RunError if it is damaged."""
         return _read_json(self.folder / _ENVIRONMENT, "delete it") or []
 
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
-    """What makes a run this run; dataset: its fingerprint; whole: and all that may change."""
-    chosen = json.loads(settings.model_dump_json(exclude=set() if whole else set(FREE_TO_CHANGE)))
+    """Return what identifies a run. dataset: its fingerprint. whole: include the settings that may change."""
+    chosen = json.loads(settings.model_dump_json()) if whole else settings.identity()
     return {"dataset": dataset, **chosen}
 
 
 def _locked(folder: Path) -> TextIO:
-    """The folder's lock file, locked until it is closed. Raises RunError if another process has it."""
+    """Open and lock the folder's lock file. Raises RunError if another process holds the lock."""
     lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -239,29 +250,29 @@ def _locked(folder: Path) -> TextIO:
             with held_open(lock):
                 owner = _owner(lock)
             raise RunError(
-                f"{folder} is being trained by {owner}: wait for it, end it, or choose another --out"
+                f"{folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
             ) from None
-        # Some network file systems have no locks.
+        # Some network file systems do not support locks.
         print(
-            f"alexnet-train: {folder} cannot be locked ({error.strerror}): see that nothing else trains it",
+            f"alexnet-train: {folder} cannot be locked ({error.strerror}): make sure nothing else trains it",
             file=sys.stderr,
         )
-    with suppress(OSError):  # who it is, is for people alone
+    with suppress(OSError):  # the owner's name only informs people
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
 
 
 def _owner(lock: TextIO) -> str:
-    """Who has the lock, as it says of itself."""
-    with suppress(OSError):  # where what is locked cannot be read, either
+    """Return the name that the owner of the lock has written into it."""
+    with suppress(OSError):  # some file systems do not allow reading a locked file
         lock.seek(0)
         return lock.read().strip() or "another process"
     return "another process"
 
 
 def environment(device: str) -> dict[str, str]:
-    """Versions, commit and machine, for a run's record and a measurement's."""
+    """Return versions, commit and machine, to record with a run or a measurement."""
     return {
         "device": device,
         "cpu": _cpu_model(),
@@ -282,7 +293,7 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str:
-    """The commit of this code, with a mark if it was changed; `unknown` outside a clone and an image."""
+    """Return the commit of this code, marked if it was modified; `unknown` outside a clone and an image."""
     if _COMMIT.exists():
         return _COMMIT.read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -294,7 +305,7 @@ def _git_commit() -> str:
 
 
 def _read_json(path: Path, remedy: str) -> Any:
-    """The content, or None where there is no such file. Raises OSError, or RunError if it is damaged."""
+    """Return the content, or None if there is no such file. Raises OSError, or RunError if it is damaged."""
     try:
         return json.loads(read_patiently(path))
     except FileNotFoundError:

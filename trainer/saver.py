@@ -1,4 +1,4 @@
-"""Saving beside the training: the state is copied, and a thread writes the copy."""
+"""Save checkpoints while training goes on: the state is copied, and a thread writes the copy."""
 
 import math
 import threading
@@ -22,15 +22,16 @@ RETRY_SECONDS = 300.0  # after a save that failed
 
 
 class Copier:
-    """Copies states into memory of the host that serves again for the next one, page-locked beside a GPU."""
+    """Copies states into host memory, which is reused for the next state and page-locked for a GPU."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple, Tensor] = {}
 
     def copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
-        """The state on the host, and what waits until it is there and returns the seconds the device took.
+        """Begin to copy a state to the host.
 
-        On a GPU the copy stands in the queue, between the steps before it and those after it.
+        Returns the copy, and a function that waits until it is complete and returns the seconds that the
+        device took. On a GPU, the copy is queued between the steps before it and those after it.
         """
         if not torch.cuda.is_initialized():
             return self._copied(state, ()), lambda: 0.0
@@ -45,22 +46,22 @@ class Copier:
 
         return copied, wait
 
-    def _copied(self, value: Any, place: tuple) -> Any:
+    def _copied(self, value: Any, path: tuple) -> Any:
         if isinstance(value, dict):
-            return {key: self._copied(item, (*place, key)) for key, item in value.items()}
+            return {key: self._copied(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._copied(item, (*place, number)) for number, item in enumerate(value)]
+            return [self._copied(item, (*path, index)) for index, item in enumerate(value)]
         if not isinstance(value, Tensor):
             return value
-        memory = self._memory.get(place)
+        memory = self._memory.get(path)
         if memory is None:
             memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self._memory[place] = memory
+            self._memory[path] = memory
         return memory.copy_(value, non_blocking=True)
 
 
 class _Unsaved(NamedTuple):
-    """A state that is to be written, in memory of its own."""
+    """A state that has not been written yet, in its own memory."""
 
     state: dict[str, Any]
     best: bool
@@ -69,9 +70,10 @@ class _Unsaved(NamedTuple):
 class Saver:
     """Saves the states of a run, one at a time.
 
-    One that cannot be saved is said with `warn`, counted, and tried again after RETRY_SECONDS. The best one's
-    state is kept until then, and none is written before it: a run that went on from a later one would count
-    on the best to be there. Leaving the context waits for what is under way, but not after Ctrl-C.
+    A save that fails is reported with `warn`, counted, and tried again after RETRY_SECONDS. If it was the
+    best state, it is kept until then and written before any other, because a run that resumes from a later
+    state relies on the best one being there. Leaving the context waits for a save in progress, except after
+    Ctrl-C.
     """
 
     def __init__(self, run: Run, settings: Settings, metrics: Metrics, warn: Callable[[str], None]):
@@ -83,9 +85,9 @@ class Saver:
         self._unsaved: list[_Unsaved] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._said = False  # that it failed
-        self._left: list[str] = []  # lines about old files that could not be deleted
-        self._said_left: set[str] = set()
+        self._reported = False  # whether the failure has been reported
+        self._undeleted: list[str] = []  # messages about old files that could not be deleted
+        self._reported_undeleted: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -101,14 +103,14 @@ class Saver:
     def save(self, state: dict[str, Any], best: bool = False) -> None:
         """Copy a state and begin to write it. best: whether to keep it until there is a better one.
 
-        Waits for the save before, if that is still under way.
+        Waits for the previous save if it is still in progress.
         """
         begun = time.monotonic()
         self._wait()
-        self._report()
+        self.report()
         self._unsaved = [unsaved for unsaved in self._unsaved if unsaved.best and not best]
         if self._unsaved:
-            self._copier = Copier()  # the memory of the one before holds it
+            self._copier = Copier()  # the memory of the previous one holds the best state
         started = time.monotonic()
         copied, copying = self._copier.copy(state)
         self._unsaved.append(_Unsaved(copied, best))
@@ -122,13 +124,16 @@ class Saver:
         self._thread = threading.Thread(target=self._attempt, args=(write,), name="saver", daemon=True)
         self._thread.start()
 
+    @property
     def is_due(self) -> bool:
-        """Whether to save by the clock, or to try again what failed, which is said here."""
-        self._report()
+        """Whether it is time to save, by the clock or to retry a save that failed."""
         return time.monotonic() >= self._due
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, that under way included; their folder while it cannot be listed."""
+        """Return the newest checkpoint, after waiting for a save in progress.
+
+        Returns the folder of the checkpoints if it cannot be listed.
+        """
         self._wait()
         try:
             return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
@@ -136,17 +141,19 @@ class Saver:
             return self.run.checkpoints
 
     def drain(self) -> None:
-        """Wait until nothing is under way. A save that failed is tried again, for some seconds where that may
-        help. Raises RunError, once, if it fails still."""
+        """Wait for a save in progress, and try a failed one again, for some seconds if that may help.
+
+        Raises RunError, once, if it still fails.
+        """
         self._wait()
         if isinstance(self._failure, RunError):
             started = time.monotonic()
             self._attempt(lambda: patiently(lambda: self._write_unsaved(started), self.warn))
-        self._say_left()
+        self._report_undeleted()
         failure, self._failure = self._failure, None
         if isinstance(failure, RunError):
             raise RunError(
-                f"{failure}. Mend it and give the same command again: "
+                f"{failure}. Fix this and run the same command again: "
                 "the run continues from its last checkpoint"
             )
         if failure is not None:
@@ -157,27 +164,27 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _report(self) -> None:
-        """Warn of a save that failed, if it has not been said. Raises what is not the disk's fault."""
-        self._say_left()
+    def report(self) -> None:
+        """Warn of a failed save, once. Raises its error if the disk is not at fault."""
+        self._report_undeleted()
         if isinstance(self._failure, RunError):
-            if not self._said:
-                again = f"training goes on, and it is tried again within {RETRY_SECONDS / 60:.0f} minutes"
-                self.warn(f"{self._failure}: {again}")
-                self._said = True
+            if not self._reported:
+                retry = f"training goes on, and saving is tried again within {RETRY_SECONDS / 60:.0f} minutes"
+                self.warn(f"{self._failure}: {retry}")
+                self._reported = True
         elif self._failure is not None:
             raise self._failure
 
-    def _say_left(self) -> None:
-        """Warn, once, of each old file that could not be deleted."""
-        while self._left:
-            line = self._left.pop(0)
-            if line not in self._said_left:
+    def _report_undeleted(self) -> None:
+        """Warn of each old file that could not be deleted, once per file."""
+        while self._undeleted:
+            line = self._undeleted.pop(0)
+            if line not in self._reported_undeleted:
                 self.warn(line)
-                self._said_left.add(line)
+                self._reported_undeleted.add(line)
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, in the thread or at the end, and keep the error for the training thread."""
+        """Write, in the saving thread or at the end, and keep an error for the training thread."""
         try:
             write()
         except OSError as error:
@@ -187,7 +194,7 @@ class Saver:
                 reason = f"{reason}: {error.filename}"
             self.metrics.checkpoint_failures.inc()
             self._due = min(self._due, time.monotonic() + RETRY_SECONDS)
-            self._said = False
+            self._reported = False
             self._failure = RunError(f"the checkpoint {path} cannot be written: {reason}")
         except Exception as error:
             self._failure = error
@@ -195,14 +202,14 @@ class Saver:
             self._failure = None
 
     def _write_unsaved(self, started: float) -> None:
-        """Raises OSError; what was not written by then stays unsaved."""
+        """Write all unsaved states. Raises OSError; states that were not written by then stay unsaved."""
         self.run.sync()
         while self._unsaved:
             state, best = self._unsaved[0]
             folder, step = self.run.checkpoints, state["step"]
             with naming(checkpoint.path_of(folder, step)):
-                size, left = checkpoint.write(folder, step, state, self.keep, best)
-            self._left += left
+                size, undeleted = checkpoint.write(folder, step, state, self.keep, best)
+            self._undeleted += undeleted
             del self._unsaved[0]
             self.metrics.checkpoint_bytes.set(size)
             self.metrics.checkpoint_timestamp.set(state["time"])

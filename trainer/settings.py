@@ -1,176 +1,60 @@
-"""All settings of a run, from four places; the later wins.
+"""All settings of a run, which come from four sources. Later ones win:
 
     defaults < recipe (--recipe NAME or a TOML file) < environment (ALEXNET_EPOCHS=90) < command line
 
-Unknown names are errors that say the nearest known one. Nothing here imports torch or DALI, so
-that help and refusals come at once.
+An unknown name is an error that suggests the nearest known one. Nothing here imports torch or DALI, so
+--help and error messages appear at once.
 """
 
 import argparse
+import json
 import os
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    EnvSettingsSource,
-    NoDecode,
-    SettingsConfigDict,
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+
+from trainer.setting_groups import (
+    FREE,
+    PAPER_ONLY,
+    BatchesAndAugmentation,
+    DataAndRun,
+    Form,
+    Group,
+    Hardware,
+    Metavar,
+    Monitoring,
+    Net,
+    Optimisation,
+    Robustness,
 )
 
 PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
 
-Count = Annotated[int, Field(ge=0)]
-Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
-Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
-
-# What is changed of the paper's net: the fields of model.alexnet.Variant.
-_VARIANT = ("activation", "lrn", "overlapping_pooling", "towers", "conv6", "without", "width")
+# What --help shows for the types that pydantic-settings would show by name.
+_METAVARS = {"int": "N", "Path": "DIR"}
 
 
 class SettingsError(ValueError):
-    """Settings that cannot be used; the message names the setting and what would do."""
+    """Settings that cannot be used. The message names the setting and says what to do."""
 
 
-class Settings(BaseSettings):
+# pydantic orders the fields from the last base to the first.
+class Settings(
+    Monitoring, Robustness, Hardware, Optimisation, BatchesAndAugmentation, Net, DataAndRun, BaseSettings
+):
     """Everything that a run depends on."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, use_attribute_docstrings=True, validate_default=True
+        frozen=True, extra="forbid", env_prefix=PREFIX, validate_default=True, defer_build=False
     )
-
-    data: Path = Path("shards")
-    """Folder with the packed dataset."""
-    out: Path | None = None
-    """Run folder; the same command again continues the run in it. Without it, runs/RECIPE."""
-    recipe: str = "paper"
-    """Recipe by name, or a TOML file of settings."""
-    seed: Count = 0
-    """Of weights, order, augmentation and dropout."""
-
-    preset: Literal["paper", "code2012", "torchvision"] = "paper"
-    """The net of the paper's text, of the code that produced its numbers, or torchvision's, another one."""
-    dropout: Literal["2012", "inverted", "off"] = "2012"
-    """2012 halves units at test, inverted doubles them in training."""
-    activation: Literal["relu", "tanh"] = "relu"
-    """What follows each layer but the last."""
-    lrn: bool = True
-    """Whether responses are normalised after the first two convolutions."""
-    overlapping_pooling: bool = True
-    """Whether pooling's windows are 3 pixels wide, or 2 as is their stride."""
-    towers: Annotated[int, Field(ge=1, le=2)] = 2
-    """2, or 1 for the half net that the paper trained on one GPU."""
-    conv6: bool = False
-    """Whether a sixth convolution follows the last pooling, as in CNN*."""
-    without: Literal["none", "conv2", "conv3", "conv4", "conv5"] = "none"
-    """A convolution that is left out."""
-    width: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Kernels and units of each layer as a share of the paper's; less than 1 is a smaller and faster net."""
-    crop: Annotated[int, Field(ge=64)] = 224  # less leaves nothing after the last pooling
-    """Side of the net's input in pixels."""
-
-    batch: PositiveInt = 128
-    """Images in a step over all processes."""
-    crops_and_flips: bool = True
-    """Whether to train on random crops and their mirror images, or on the centre alone."""
-    colour: Literal["paper", "code2012", "off"] = "paper"
-    """Strength of the colour augmentation (fancy PCA)."""
-    colour_epochs: Count | None = None
-    """Epochs after which colour augmentation ends."""
-    shuffle_window: Count = 0
-    """Shards that are shuffled together; 0 is all of them."""
-
-    epochs: PositiveInt = 90
-    """Passes over the training images."""
-    learning_rate: PositiveFloat = 0.01
-    """At first, or after the warm-up."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Epochs over which the learning rate rises from 0."""
-    schedule: Literal["plateau", "steps", "cosine"] = "plateau"
-    """How the learning rate falls: by ten on a plateau of the error, by ten at set epochs, or to 0."""
-    patience: PositiveInt = 5
-    """Epochs without improvement that make a plateau."""
-    drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode] = ()
-    """Epochs at which the schedule 'steps' divides by ten, with commas between them."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of the gradient descent."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0005
-    """Share of each weight that is taken off, times the learning rate."""
-    bias_learning_rate: PositiveFloat = 1.0
-    """Learning rate of biases over that of weights."""
-    bias_decay: bool = True
-    """Whether weight decay applies to biases."""
-    freeze_conv1_epoch: Count | None = None
-    """Epoch from which the first layer learns no more."""
-    layer_learning_rates: Annotated[dict[Layer, PositiveFloat], NoDecode] = {}
-    """Learning rates of single layers over that of the others, as conv1=0.1,fc8=10."""
-    initial_weights: Path | None = None
-    """Run folder whose newest weights training begins with; fc8 begins anew where the classes differ."""
-
-    device: str = "auto"
-    """cuda, cuda:1 for one GPU of several, or cpu; auto is cuda if there is a GPU."""
-    processes: PositiveInt | None = None
-    """Processes of this machine; without it, one for each GPU, or one on a CPU."""
-    max_restarts: Count = 3
-    """How often all processes of this machine are started again after one was killed, crashed or stalled."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast precision; auto is bf16 where the hardware has it. A run keeps what it began with."""
-    gradients: Literal["fp32", "bf16"] = "fp32"
-    """As processes send them to each other: bf16 is half the traffic. One process alone sends none."""
-    convolutions: Literal["auto", Form] = "auto"
-    """How the convolutions are computed, with the same result but for rounding: grouped leaves the groups to
-    the library, towers computes each by itself, block-diagonal both as one with zeros between them; -s2d
-    computes conv1 on blocks of 4×4 pixels. auto measures them on a GPU when the run begins, and takes the
-    fastest. A run keeps its form."""
-    compile: bool = False
-    """Whether to run the model through torch.compile."""
-    threads: Count = 0
-    """DALI's threads in each process; 0 is one for each core, or on a GPU what is fastest there."""
-    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the images that a GPU's JPEG engine decodes; without it, what is fastest there."""
-    prefetch: PositiveInt = 2
-    """Batches that are prepared ahead."""
-    max_bad_samples: Count = 100
-    """Damaged samples that are left out before training ends with an error."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """Whether a loss or gradients that are not finite end the run, or have their update left out."""
-    stall_seconds: Annotated[float, Field(ge=0)] = 900.0
-    """Time without progress after which a process ends, to be started again; 0 is never."""
-    evaluate_epochs: PositiveInt = 1
-    """Epochs between two evaluations; the last is always evaluated."""
-    evaluation_batch: PositiveInt = 128
-    """Images in an evaluation step of each process."""
-
-    port: Annotated[int, Field(ge=0, le=65535)] = 9410
-    """Of the metrics server; process r of a machine takes port+r, and 0 is none."""
-    address: str = "0.0.0.0"
-    """Address that the metrics server binds."""
-    calibrate: bool = False
-    """Whether to measure first what the loader and the model can each do alone, for the dashboard."""
-    log_every: PositiveInt = 20
-    """Steps between two lines of metrics."""
-    checkpoint_steps: Count = 0
-    """Steps between two checkpoints; 0 is at the end of each epoch alone."""
-    checkpoint_seconds: Count = 0
-    """Seconds between two checkpoints, at a step that is logged; 0 does not count them."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints that are kept, and the best one besides."""
 
     @field_validator("drop_epochs", mode="before")
     @classmethod
@@ -181,7 +65,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_a_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError("it should be auto, cuda, cuda:N or cpu")
+            raise ValueError("input should be auto, cuda, cuda:N or cpu")
         return value
 
     @field_validator("layer_learning_rates", mode="before")
@@ -198,49 +82,45 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _knows_each_error_that_the_schedule_needs(self) -> Self:
+    def _evaluates_often_enough_for_the_schedule(self) -> Self:
         if self.schedule == "plateau" and self.evaluate_epochs != 1:
             raise ValueError(
                 f"--evaluate-epochs {self.evaluate_epochs}: --schedule plateau needs each epoch's error; "
-                "leave it away, or take --schedule steps or cosine"
+                "omit it, or use --schedule steps or cosine"
             )
         return self
 
     @model_validator(mode="after")
-    def _varies_a_net_of_the_paper(self) -> Self:
-        changed = [_flag(f) for f in _VARIANT if getattr(self, f) != type(self).model_fields[f].default]
-        changed += ["--convolutions"] * (self.convolutions != "auto")
+    def _varies_only_the_papers_net(self) -> Self:
+        fields = type(self).model_fields
+        changed = [_flag(name) for name in _marked(PAPER_ONLY) if getattr(self, name) != fields[name].default]
         if self.preset == "torchvision" and changed:
-            raise ValueError(f"--preset torchvision is one net: leave out {', '.join(changed)}")
+            raise ValueError(f"--preset torchvision is a fixed net: omit {', '.join(changed)}")
         return self
 
     @property
     def form(self) -> str:
-        """Of the convolutions; until it is found what is fastest, that in which the layers are written."""
+        """The form of the convolutions: `grouped`, as the layers are written, until `auto` is resolved."""
         return "grouped" if self.convolutions == "auto" else self.convolutions
 
     @property
     def run_folder(self) -> Path:
         return self.out or Path("runs") / Path(self.recipe).stem
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that may not change when the run is continued, as JSON values."""
+        return json.loads(self.model_dump_json(exclude=set(_marked(FREE))))
+
 
 class Resolved(BaseModel):
-    """What `auto` was when a run began."""
+    """What `auto` resolved to when a run began."""
 
     model_config = ConfigDict(extra="forbid")
 
     device: Literal["cpu", "cuda"]
     precision: Literal["bf16", "fp16", "fp32"]
-    # It may be missing, though not null: not chosen yet, or of an earlier version.
+    # It may be missing, but not null: it has not been chosen yet, or an earlier version began the run.
     convolutions: Form = None  # type: ignore[assignment]
-
-
-# These may differ when a run is continued: they change how it is watched, not what it computes.
-FREE_TO_CHANGE = frozenset(
-    {"data", "out", "recipe", "device", "processes", "max_restarts", "threads", "hw_decoder_load", "prefetch",
-     "max_bad_samples", "on_nan", "stall_seconds", "evaluate_epochs", "evaluation_batch", "port", "address",
-     "calibrate", "log_every", "checkpoint_steps", "checkpoint_seconds", "keep_checkpoints"}
-)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -250,6 +130,11 @@ class _Parser(argparse.ArgumentParser):
             name = unknown.split()[0]
             message = f"unknown setting {name}{_nearest(name, (_flag(f) for f in Settings.model_fields))}"
         raise SettingsError(message)
+
+
+def _marked(mark: object) -> list[str]:
+    """The names of the settings with a mark, in their order."""
+    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
 
 
 def _flag(field: str) -> str:
@@ -264,13 +149,37 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def load_settings(
     arguments: Sequence[str], command: str = "alexnet-train", description: str = ""
 ) -> Settings:
-    """The settings that a command line resolves to.
+    """Resolve the settings of a command line.
 
-    Prints help and exits where asked to. Raises SettingsError for an unknown or impossible one.
+    Prints the help and exits if asked to. Raises SettingsError for an unknown or impossible setting.
     """
-    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=command, usage="%(prog)s [setting ...]", description=description, allow_abbrev=False
+    )
+    groups = {
+        name: group
+        for owner in reversed(Settings.__bases__)
+        if issubclass(owner, Group)
+        for group in [parser.add_argument_group(owner.__doc__)]
+        for name in owner.model_fields
+    }
+
+    def add_argument(_parser: object, *flags: str, dest: str, **options: Any) -> None:
+        field = Settings.model_fields[dest]
+        options["help"] = _help(field)
+        if "metavar" in options:
+            chosen = [mark.text for mark in field.metadata if isinstance(mark, Metavar)]
+            shown = options["metavar"]
+            options["metavar"] = chosen[0] if chosen else _METAVARS.get(shown, shown)
+        groups[dest].add_argument(*flags, dest=dest, **options)
+
     command_line: Any = CliSettingsSource(
-        Settings, root_parser=parser, cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True
+        Settings,
+        root_parser=parser,
+        add_argument_method=add_argument,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
     )(args=list(arguments))
     known = {PREFIX + field.upper() for field in Settings.model_fields}
     for name in os.environ:
@@ -284,8 +193,15 @@ def load_settings(
         raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
 
 
+def _help(field: FieldInfo) -> str:
+    """The description and the default, unless that is to do without the setting."""
+    default = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
+    shown = f" (default: {default})" if default not in (None, (), {}) else ""
+    return f"{field.description}{shown}".replace("%", "%%")
+
+
 def _explain(detail: Any) -> str:
-    if not detail["loc"]:  # of several settings together
+    if not detail["loc"]:  # several settings that do not go together
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
@@ -294,15 +210,15 @@ def _explain(detail: Any) -> str:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe. Raises SettingsError if there is none of that name."""
+    """Read the settings of a recipe. Raises SettingsError if there is none of that name."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))
         raise SettingsError(
             f"unknown recipe {name}{_nearest(name, known)} "
-            f"(there are {', '.join(known)}, or give a TOML file)"
+            f"(choose from {', '.join(known)}, or give the path of a TOML file)"
         )
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the recipe {path} is not TOML: {error}") from None
+        raise SettingsError(f"the recipe {path} is not valid TOML: {error}") from None

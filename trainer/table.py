@@ -1,4 +1,4 @@
-"""The tables of a run, which grow while it goes on: whole rows, each once, whatever the disk does."""
+"""The tables of a run: CSV files to which whole rows are appended exactly once, even if the disk fails."""
 
 import csv
 import io
@@ -14,17 +14,17 @@ from pipeline.retry import read_patiently
 
 
 class Table:
-    """A CSV file that grows by rows, each with a `step`."""
+    """A CSV file of rows that each have a `step`."""
 
     def __init__(self, path: Path):
         self.path = path
         self._head = b""
-        self._waiting = b""  # rows that the disk has not taken yet
-        self._begun: int | None = None  # where in the file a write of them began that failed, in bytes
-        self._lock = threading.Lock()  # checkpoints are saved from a thread, after the rows up to them
+        self._waiting = b""  # rows that have not been written yet
+        self._begun: int | None = None  # the offset in bytes at which a failed write of them began
+        self._lock = threading.Lock()  # a checkpoint's thread syncs the rows up to it
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row. While the disk takes none, it waits for the next one, or for `sync`."""
+        """Add a row. If it cannot be written, it is kept for the next call or for `sync`."""
         with self._lock:
             self._head = _line(row)
             self._waiting += _line(row.values())
@@ -32,7 +32,7 @@ class Table:
                 self._write()
 
     def sync(self) -> None:
-        """Have all rows on the disk. Raises OSError, which names the file."""
+        """Write all rows to the disk. Raises OSError, which names the file."""
         with self._lock:
             if self._waiting:
                 self._write()
@@ -40,7 +40,7 @@ class Table:
                 sync(file.fileno(), self.path)
 
     def _write(self) -> None:
-        """Write what waits, all or none of it. Raises OSError, which names the file."""
+        """Write all waiting rows or none of them. Raises OSError, which names the file."""
         with naming(self.path):
             self._take_back()
             try:
@@ -48,20 +48,20 @@ class Table:
                     self._begun = file.seek(0, os.SEEK_END)
                     file.write(self._waiting if self._begun else self._head + self._waiting)
             except OSError:
-                with suppress(OSError):  # the first error is the one to tell of
+                with suppress(OSError):  # the first error is the one to report
                     self._take_back()
                 raise
         self._waiting, self._begun = b"", None
 
     def _take_back(self) -> None:
-        """Cut off what a write that failed has left: some of it, or all if only closing failed."""
+        """Cut off what a failed write has left: part of the rows, or all of them if only closing failed."""
         if self._begun is not None:
             with suppress(FileNotFoundError):
                 os.truncate(self.path, self._begun)
             self._begun = None
 
     def rows(self) -> list[dict[str, float]]:
-        """Raises OSError, which names the file."""
+        """Return all rows. Raises OSError, which names the file."""
         try:
             text = read_patiently(self.path).decode()
         except FileNotFoundError:
@@ -70,7 +70,7 @@ class Table:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after a step, which will be done again. Raises OSError, which names the file."""
+        """Drop the rows after a step, since that work is done again. Raises OSError, which names the file."""
         try:
             text = read_patiently(self.path).decode()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: section 5 of the paper around the loader, the net and the metrics."""
+"""The training loop, from top to bottom: section 5 of the paper, with the loader, the net and the metrics."""
 
 import math
 import signal
@@ -30,7 +30,7 @@ from trainer.monitor.metrics import Metrics
 from trainer.monitor.moment import Lead
 from trainer.monitor.server import serve
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.precision import settle
+from trainer.precision import settle_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
 from trainer.processes.stop import Stopped, StopRequest
@@ -43,10 +43,10 @@ from trainer.tuning import tuned
 
 
 def train(settings: Settings, run: Run) -> None:
-    """Train as the settings say, or continue the run that is in the folder, and write its report.
+    """Train as the settings say, or continue the run in the folder, and write its report.
 
-    Raises SettingsError, DatasetError, RunError or OSError with a message for people, LostError among
-    them where another process is gone, and Stopped after SIGTERM or SIGINT, its checkpoint saved.
+    Raises SettingsError, DatasetError, RunError or OSError with a message for the user (LostError, a
+    RunError, if another process is gone), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
     watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
@@ -54,7 +54,7 @@ def train(settings: Settings, run: Run) -> None:
         with distributed.noticing_loss():
             with metrics.activity("start-up"):
                 world = distributed.join(settings.device)
-                settings = settle(settings, run, world)
+                settings = settle_precision(settings, run, world)
                 server = serve(metrics, settings, world)
                 settings, notes = settle_form(settings, run, world)
                 trainer = Trainer(settings, run, world, metrics, server.port if server else None, notes)
@@ -69,7 +69,7 @@ def train(settings: Settings, run: Run) -> None:
 
 
 class Trainer:
-    """A run between two of its steps."""
+    """The state of a run between two steps, and the loop that advances it."""
 
     def __init__(
         self,
@@ -90,16 +90,16 @@ class Trainer:
             window=settings.shuffle_window,
         )
         for split in ("train", "val"):
-            self.dataset.reader(split)  # damage is found now, not in an hour
+            self.dataset.reader(split)  # finds damage now, not in an hour
         decoding = build_decoding(settings, world.device)
         self.decoding, tuning_notes = tuned(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
-        self.errors: list[float] = []  # validation top-1, an epoch each
-        self.evaluated = 0  # epochs done when that was last measured
+        self.errors: list[float] = []  # top-1 on the validation set, one per evaluation
+        self.evaluated = 0  # epochs done at the last evaluation
         self.bad: set[str] = set()  # locations of samples that were left out
         self.stop = StopRequest()
-        self.stopping = False  # as all processes have agreed
+        self.stopping = False  # agreed by all processes
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
         self.lead = Lead(world.device)
@@ -113,7 +113,7 @@ class Trainer:
         self.meter = self.intervals.meter
 
     def epoch_at(self, step: int) -> float:
-        """Epochs done after `step` steps, with the fraction."""
+        """Return the number of epochs done after `step` steps, as a fraction."""
         return step * self.plan.batch / self.plan.samples
 
     @property
@@ -121,7 +121,7 @@ class Trainer:
         return self.step * self.plan.batch // self.plan.samples
 
     def calibrate(self) -> None:
-        """Measure the two ceilings, on a loader and a net of their own."""
+        """Measure the ceilings of the loader and the model, on a separate loader and a separate net."""
         classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
         model = model_work(self.settings, classes, self.decoding, share, self.learner.precision)
         works = {"loader": loader_work(self.batches()), "model": model}
@@ -135,8 +135,8 @@ class Trainer:
             try:
                 self._train()
             except DatasetError:
-                # The last step is done and the next was not begun.
-                self.intervals.tell()
+                # The last step is complete, and the next one has not begun.
+                self.intervals.report()
                 if self.step and not self.stopping and all_finite(self.learner.model.parameters()):
                     self._save()
                 raise
@@ -167,20 +167,22 @@ class Trainer:
                 epoch_ends, every = self.epochs_done > epochs, self.settings.checkpoint_steps
                 save_due = epoch_ends or (every > 0 and self.step % every == 0)
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
-                # Several processes must stop at the same step: they agree on it when they log.
+                # Several processes must stop at the same step, on which they agree when they log.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
                     self.log()
                     self.stopping = self.world.any(self.stop.is_made)
-                    save_due |= self.world.is_main and self.saver.is_due()  # who alone saves
+                    if self.world.is_main:  # only the main process saves
+                        self.saver.report()
+                        save_due |= self.saver.is_due
                 if save_due or self.stopping:
-                    self.intervals.tell()  # what is saved has been found sound, and has its rows
+                    self.intervals.report()  # checks what is about to be saved, and writes its rows
 
     def _evaluation_is_due(self) -> bool:
         every = 1 if self.step == self.steps else self.settings.evaluate_epochs
         return self.epochs_done // every > self.evaluated // every
 
     def batches(self) -> Iterator[Batch]:
-        """This process's part of each step from here on."""
+        """Return this process's share of each step from the current one on."""
         return train_loader(
             self.dataset,
             self.plan,
@@ -196,7 +198,7 @@ class Trainer:
 
     @cached_property
     def validation(self) -> Iterable[Batch]:
-        """This process's share of the validation set, at each iteration."""
+        """This process's share of the validation set, once per iteration."""
         return evaluation_loader(
             self.dataset,
             "val",
@@ -209,9 +211,10 @@ class Trainer:
         )
 
     def _leave_out(self, damage: Damage) -> None:
-        """Count a sample that is damaged. Too many end a run of one process at once, by a DatasetError.
+        """Count a damaged sample that is left out. Too many end the run with a DatasetError.
 
-        Of several, this one goes on with what is good until all stop together, and the first saves.
+        With a single process, it is raised at once. With several, this one continues with the intact samples
+        until all stop together and the main process saves.
         """
         self.metrics.input_errors[damage.reason].inc()
         if damage.location not in self.bad:
@@ -227,7 +230,7 @@ class Trainer:
             self.stop.error = error
 
     def train_one(self, batches: Iterator[Batch]) -> None:
-        """One step: wait for the batch, set the learning rate, update."""
+        """Do one step: wait for the batch, set the learning rate, update."""
         begun = time.monotonic()
         self.lead.hold()
         self.metrics.progress("input")
@@ -238,9 +241,9 @@ class Trainer:
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
         set_learning_rate(self.learner.optimizer, self.learning_rate, epoch)
-        # Dropout depends on the place in the run alone, so a resume has no state of it to restore.
-        place = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
-        torch.manual_seed(int(place.generate_state(1, np.uint64)[0]))
+        # Dropout depends only on the seed, the step and the rank, so a resume has no random state to restore.
+        sequence = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
         self.meter.begin_step()
         loss, wrong = self.learner.step(pixels, labels)
@@ -256,14 +259,14 @@ class Trainer:
         self.metrics.progress_ratio.set(self.step / self.steps)
 
     def log(self) -> None:
-        """End a log interval. Raises RunError where the run has become unsound."""
+        """End a log interval. Raises RunError if the run cannot go on."""
         self.metrics.progress("log")
         self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
 
     def _evaluate(self) -> bool:
-        """Errors over the whole validation set, centre crop; given up when a process is asked to stop.
+        """Evaluate the centre crop of the whole validation set, unless a process is asked to stop meanwhile.
 
-        Returns whether there are fewer than ever before.
+        Returns whether the top-1 error is the lowest so far.
         """
         with self.metrics.activity("eval"):
             batches = takewhile(lambda _: not self.stop.is_made, self.validation)
@@ -279,7 +282,7 @@ class Trainer:
         return best
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return the state for a checkpoint."""
         return {
             "step": self.step,
             "errors": self.errors,
@@ -295,18 +298,20 @@ class Trainer:
         self.meter.restart()
 
     def _leave(self) -> NoReturn:
-        """End as asked, once the checkpoint is saved. Raises RunError if it cannot be, and DatasetError
-        where samples are the cause."""
+        """Stop as asked, once the checkpoint is saved: raises Stopped.
+
+        Raises RunError instead if it cannot be saved, and DatasetError if damaged samples are the cause.
+        """
         self.saver.drain()
-        # All wait for each other here: torchrun ends the others as soon as one is gone.
+        # All processes wait for each other here, because torchrun ends the others as soon as one is gone.
         damage = self.world.any(self.stop.error is not None)
         by = self.stop.signal or signal.SIGTERM
         why = "damaged samples" if damage else by.name
-        self.display.say(f"{why}: saved after step {self.step}; the same command again continues the run")
+        self.display.say(f"{why}: saved after step {self.step}; run the same command again to continue")
         raise self.stop.error or Stopped(by)
 
     def _resume(self) -> list[str]:
-        """Take up the newest good checkpoint, if there is one; returns what there is to say of it."""
+        """Load the newest good checkpoint if there is one. Returns notes for the log."""
         state, notes = checkpoint.load(self.run.checkpoints, self.world.device)
         if state is not None:
             self.learner.load_state(state)

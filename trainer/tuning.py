@@ -1,7 +1,7 @@
-"""With how many threads, and how much of the GPU's JPEG engine, this machine decodes a dataset fastest.
+"""Find the number of threads and the share of the GPU's JPEG engine that decode a dataset fastest.
 
-Measured at the first start and remembered for the next ones. Without a GPU nothing is measured: one
-thread a core has been within the noise of the best wherever it was swept (docs/benchmarks.md).
+They are measured at the first start and remembered for the next ones. Without a GPU, nothing is measured:
+one thread per core was within noise of the best wherever it was swept (docs/benchmarks.md).
 """
 
 import errno
@@ -23,16 +23,16 @@ from trainer.processes.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
 
-ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the rest is for the threads and the GPU's cores
-SECONDS = 0.5  # for which each is measured; less is noise
+ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the threads and the GPU's cores decode the rest
+SECONDS = 0.5  # of measuring each candidate; less is too noisy
 
 
 def tuned(
     decoding: Decoding, settings: Settings, dataset: Dataset, plan: Plan, world: World
 ) -> tuple[Decoding, list[str]]:
-    """The decoding with what is fastest here, and what there is to say of it.
+    """Return the decoding with the values that are fastest here, and notes for the log.
 
-    What the settings fix stays. Raises DatasetError, as the loader does.
+    Values that the settings fix are kept. Raises DatasetError, as the loader does.
     """
     threads = [decoding.threads]
     if not settings.threads:
@@ -45,7 +45,7 @@ def tuned(
         return measure(candidate, dataset, plan, world)
 
     def find() -> dict[str, Any]:
-        images_per_second(decoding)  # so that none pays for the disk
+        images_per_second(decoding)  # so that no measurement includes reading from the disk
         best = fastest(decoding, shares, threads, images_per_second)
         return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
 
@@ -63,41 +63,43 @@ def fastest(
     threads: Iterable[int],
     images_per_second: Callable[[Decoding], float],
 ) -> Decoding:
-    """The best share of the engine with the threads as they are, then the best number of threads with it."""
+    """Find the best share of the engine with the given threads, then the best number of threads with it."""
     best = max((replace(decoding, hw_decoder_load=share) for share in shares), key=images_per_second)
     return max((replace(best, threads=count) for count in threads), key=images_per_second)
 
 
 def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
-    """Images/s of this process's loader over the first steps of the run."""
+    """Measure the images/s of this process's loader over the first steps of the run."""
     batches = train_loader(
-        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, leave_out=_pass_over
+        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, leave_out=_ignore
     )
     work = loader_work(batches)
-    for _ in range(decoding.prefetch + 1):  # what was made while nothing was measured
+    for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared before
         work()
     return rate(work, SECONDS, decoding.device)
 
 
-def _pass_over(_damage: Damage) -> None:
-    """Training counts what is damaged, and says so."""
+def _ignore(_damage: Damage) -> None:
+    """Ignore damage, which training counts and reports."""
 
 
 def cache_folder() -> Path:
-    """Where what was measured on this machine is kept. Raises FileNotFoundError for a user without a home."""
+    """Return the folder of this machine's measurements. Raises FileNotFoundError if the user has no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
     except RuntimeError:
         raise FileNotFoundError(
-            errno.ENOENT, "this user has no home: set XDG_CACHE_HOME", "alexnet-train"
+            errno.ENOENT, "this user has no home directory: set XDG_CACHE_HOME", "alexnet-train"
         ) from None
 
 
 def remembered(
     name: str, key: str, find: Callable[[], dict[str, Any]], write: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a file in the cache holds under a key, else what `find` finds, written there if it can be; and
-    notes."""
+    """Return what a file in the cache holds under a key, or else the result of `find`, and notes for the log.
+
+    write: whether to add a new result to the file, if it can be written.
+    """
     found: dict[str, Any] = {}
     try:
         path = cache_folder() / name
@@ -110,15 +112,15 @@ def remembered(
             with atomic_write(path) as file:
                 file.write(json.dumps({**known, key: found}, indent=1).encode())
     except OSError as error:
-        notes = [f"this is measured again at the next start: {error.filename}: {error.strerror}"]
+        notes = [f"this will be measured again at the next start: {error.filename}: {error.strerror}"]
         return found or find(), notes * write
     return found, []
 
 
 def _known(path: Path) -> dict[str, Any]:
-    """What was found before. Raises OSError where that cannot be read."""
+    """Return earlier results. Raises OSError if they cannot be read."""
     try:
         known = json.loads(read_patiently(path))
     except (FileNotFoundError, ValueError):
-        return {}  # none yet, or one that was cut short: it can be found again
+        return {}  # there is no file yet, or it was cut short, and can be measured again
     return known if isinstance(known, dict) else {}

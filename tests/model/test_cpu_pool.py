@@ -166,6 +166,8 @@ def test_without_the_kernel_the_same_is_computed_and_it_is_said(monkeypatch):
     monkeypatch.delattr(model, "cpu_pool")
     monkeypatch.delitem(sys.modules, "model.cpu_pool")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="slower, without the compiled kernel for CPUs: it was not built"):
+    with pytest.warns(
+        UserWarning, match="no compiled CPU kernel, so the net will be slower: it was not built"
+    ):
         found = result_and_gradient(normalise_and_pool, x)
     torch.testing.assert_close(found, expected)

@@ -78,7 +78,7 @@ def test_nothing_but_the_input_is_kept():
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
 
-@pytest.mark.filterwarnings("ignore:slower, without the fused kernels")
+@pytest.mark.filterwarnings("ignore:no fused GPU kernels")
 def test_whether_there_are_kernels_is_a_constant_to_a_compiler_that_looks_beneath_the_cache():
     def negated(x: Tensor) -> Tensor:
         return -x if fused._has_gpu_kernels.__wrapped__() else x

@@ -82,5 +82,5 @@ def test_another_state_dict_is_refused_by_name_or_shape(theirs):
     state = theirs.state_dict()
     with pytest.raises(ValueError, match=r"names of torchvision's alexnet: classifier.6.bias"):
         from_torchvision({name: value for name, value in state.items() if name != "classifier.6.bias"})
-    with pytest.raises(ValueError, match=r"conv1.weight is \[96, 3, 11, 11\] there and \[64, 3, 11, 11\]"):
+    with pytest.raises(ValueError, match=r"conv1.weight has shape \[96, 3, 11, 11\], but \[64, 3, 11, 11\]"):
         from_torchvision({**state, "features.0.weight": torch.zeros(96, 3, 11, 11)})

@@ -189,5 +189,5 @@ def test_no_weight_is_in_both_towers():
 def test_another_net_than_that_of_fig_2_is_not_split(variant):
     with torch.device("meta"):
         net = AlexNet(variant=variant)
-    with pytest.raises(ValueError, match="only the net of two towers and five convolutions"):
+    with pytest.raises(ValueError, match="only a net with two towers and five convolutions"):
         Tower(net, 0)

@@ -120,7 +120,7 @@ def test_a_run_continued_where_auto_is_another_precision(fail, packed, tmp_path,
     monkeypatch.setattr("trainer.precision._cpu_computes_bf16", lambda: True)
     assert fail("--data", packed, "--out", out, *arguments) == (
         f"alexnet-train: {out} began with precision fp32, and auto is bf16 on this machine: "
-        "give --precision fp32 to continue it here, or choose another --out\n"
+        "add --precision fp32 to continue it here, or choose another --out\n"
     )
     assert content(out) == before
     assert main(monkeypatch, command(packed, out, *arguments, "--precision", "fp32")) == 0
@@ -128,7 +128,7 @@ def test_a_run_continued_where_auto_is_another_precision(fail, packed, tmp_path,
 
 def test_a_batch_that_the_world_does_not_divide(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
-    assert "take 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
+    assert "use 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
 def test_a_crop_larger_than_the_images(fail, packed, tmp_path):

@@ -66,7 +66,7 @@ def test_a_form_that_fails_here_is_left_out(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(forms, "model_work", too_large)
-    with pytest.warns(UserWarning, match="convolutions are not computed as block-diagonal: out of memory"):
+    with pytest.warns(UserWarning, match="cannot compute convolutions as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
     with pytest.raises(torch.OutOfMemoryError):  # as training will: there is nothing to remember
         measure(Settings(**NARROW, convolutions="grouped"), ALONE)
@@ -89,7 +89,7 @@ def measured(monkeypatch, tmp_path) -> list[Settings]:
     return tried
 
 
-SAID = "convolutions are computed as towers-s2d, which is fastest here"
+SAID = "computing convolutions as towers-s2d, the fastest form here"
 
 
 def test_what_was_found_is_remembered(measured, tmp_path):
@@ -157,7 +157,7 @@ def test_a_memory_that_cannot_be_used_is_said_and_harms_nothing(measured, tmp_pa
     (tmp_path / "cache").write_text("in the way")
     form, notes = fastest_form(Settings(**NARROW), GPU)
     assert form == "towers-s2d"
-    assert notes[1].startswith("this is measured again at the next start: ")
+    assert notes[1].startswith("this will be measured again at the next start: ")
 
 
 @pytest.fixture

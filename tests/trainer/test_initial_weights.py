@@ -48,14 +48,14 @@ def four_classes(pictures, tmp_path_factory) -> Path:
 def test_of_the_same_classes_all_weights_are_taken(trained, packed):
     begun = learner(10)
     said = begun.begin_with(trained, read_manifest(packed).classes)
-    assert said == f"begins with the weights of {trained} after step 7"
+    assert said == f"starting from the weights of {trained} after step 7"
     expected = learner(10, seed=1).model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in begun.model.state_dict().items())
 
 
 def test_for_other_classes_the_last_layer_begins_anew(trained, four_classes):
     begun, own, theirs = learner(4), learner(4).model.state_dict(), learner(10, seed=1).model.state_dict()
-    assert begun.begin_with(trained, read_manifest(four_classes).classes).endswith(", fc8 anew")
+    assert begun.begin_with(trained, read_manifest(four_classes).classes).endswith(", with a new fc8")
     for name, value in begun.model.state_dict().items():
         assert torch.equal(value, (own if name.startswith("fc8.") else theirs)[name]), name
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.manifest import read_manifest
-from trainer.precision import resolve_precision, settle
+from trainer.precision import resolve_precision, settle_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError, load_settings
@@ -72,12 +72,12 @@ def test_what_auto_was_is_recorded_and_kept(begun):
     ("began", "goes_on", "message"),
     [
         (("cuda", "bf16"), ("cuda", "fp16"), "began with precision bf16, and auto is fp16 on this machine: "
-         "give --precision bf16 to continue it here"),
-        (("cpu", "fp32"), ("cpu", "bf16"), "give --precision fp32 to continue"),
+         "add --precision bf16 to continue it here"),
+        (("cpu", "fp32"), ("cpu", "bf16"), "add --precision fp32 to continue"),
         (("cuda", "bf16"), ("cpu", "bf16"), "began with device cuda, and auto is cpu on this machine: "
-         "give --device cpu to continue it here"),
+         "add --device cpu to continue it here"),
         (("cuda", "bf16"), ("cpu", "fp32"), "began with device cuda and precision bf16, and auto is cpu and "
-         "fp32 on this machine: give --device cpu --precision bf16 to continue it here"),
+         "fp32 on this machine: add --device cpu --precision bf16 to continue it here"),
     ],
 )  # fmt: skip
 def test_a_continuation_that_would_change_it_is_refused_and_the_flags_it_names_settle_it(
@@ -88,7 +88,7 @@ def test_a_continuation_that_would_change_it_is_refused_and_the_flags_it_names_s
         begun(*goes_on)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-    flags = str(refused.value).partition("give ")[2].partition(" to continue")[0].split()
+    flags = str(refused.value).partition("add ")[2].partition(" to continue")[0].split()
     assert recorded(begun(*goes_on, *flags)) == dict(zip(("device", "precision"), began, strict=True))
 
 
@@ -111,8 +111,8 @@ def test_a_run_of_an_earlier_version_is_held_to_what_auto_is_when_it_goes_on(beg
 def test_all_processes_do_as_the_first_decides(tmp_path: Path, monkeypatch):
     second = World(1, 2, 1, CPU)
     monkeypatch.setattr(World, "share", lambda self, value: ("fp16", None))
-    assert settle(Settings(), Run(tmp_path), second).precision == "fp16"
+    assert settle_precision(Settings(), Run(tmp_path), second).precision == "fp16"
     monkeypatch.setattr(World, "share", lambda self, value: ("fp16", "it began with another"))
     with pytest.raises(SettingsError, match="it began with another"):
-        settle(Settings(), Run(tmp_path), second)
+        settle_precision(Settings(), Run(tmp_path), second)
     assert not list(tmp_path.iterdir())  # the first one's to write

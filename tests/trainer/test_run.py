@@ -64,9 +64,9 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ([], ": no JSON object"),
-        ({"resolved": "bf16"}, ".resolved: no JSON object"),
-        ({"resolved": None}, ".resolved: no JSON object"),
+        ([], ": not a JSON object"),
+        ({"resolved": "bf16"}, ".resolved: not a JSON object"),
+        ({"resolved": None}, ".resolved: not a JSON object"),
         ({"resolved": {"device": "cpu"}}, ".resolved.precision: Field required"),
         ({"resolved": {"device": "cpu", "precision": "fp8"}}, ".resolved.precision: "),
         ({"resolved": {"device": "tpu", "precision": "fp32"}}, ".resolved.device: "),
@@ -95,7 +95,7 @@ def test_what_auto_was_is_damaged_in_one_line_that_says_what_to_do(packed, tmp_p
         with pytest.raises(RunError) as refused:
             use()
         assert f"{path} is damaged (settings.json{what}" in str(refused.value)
-        assert str(refused.value).endswith(": put a copy in its place")
+        assert str(refused.value).endswith(": restore it from a copy")
         assert "\n" not in str(refused.value)
 
 

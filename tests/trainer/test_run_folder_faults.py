@@ -146,7 +146,7 @@ def test_what_cannot_be_read_is_named_and_what_passes_is_waited_for(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line == (
         f"alexnet-train: {unfinished / name}: {os.strerror(code)}: "
-        "mend the cause and give the same command again"
+        "fix the cause and run the same command again"
     )
     monkeypatch.undo()
     unreadable(name, code, 2)
@@ -188,7 +188,7 @@ def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
 def test_a_table_that_is_gone_is_named(packed, unfinished, monkeypatch, capsys, name):
     (unfinished / name).unlink()
     assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 1
-    assert f"no report without {unfinished / name}" in capsys.readouterr().err
+    assert f"cannot write a report: {unfinished / name}" in capsys.readouterr().err
 
 
 def test_an_environment_that_is_gone_at_the_end_does_not_keep_a_run_from_its_report(

@@ -1,22 +1,26 @@
-"""Settings: which source wins, and that nothing unknown or impossible passes."""
+"""Settings: which source wins, what --help shows, and that unknown or impossible settings are refused."""
 
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
-from trainer.settings import RECIPES, SettingsError, load_settings, read_recipe
+from model.alexnet import Variant
+from trainer.setting_groups import PAPER_ONLY
+from trainer.settings import RECIPES, Settings, SettingsError, load_settings, read_recipe
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch):
+def _no_settings_in_the_environment(monkeypatch):
     import os
 
     for name in [name for name in os.environ if name.startswith("ALEXNET_")]:
         monkeypatch.delenv(name)
 
 
-def test_command_line_over_environment_over_recipe_over_default(monkeypatch):
+def test_the_command_line_wins_over_the_environment_the_recipe_and_defaults(monkeypatch):
     assert load_settings([]).epochs == 90
     assert load_settings(["--recipe", "code2012"]).epochs == 91
     monkeypatch.setenv("ALEXNET_EPOCHS", "7")
@@ -25,12 +29,12 @@ def test_command_line_over_environment_over_recipe_over_default(monkeypatch):
     assert load_settings(["--recipe", "code2012", "--epochs=3"]).drop_epochs == (25, 51, 79)
 
 
-def test_the_recipe_too_may_come_from_the_environment(monkeypatch):
+def test_the_recipe_may_come_from_the_environment_too(monkeypatch):
     monkeypatch.setenv("ALEXNET_RECIPE", "code2012")
     assert load_settings([]).preset == "code2012"
 
 
-def test_flags_lists_and_the_run_folder():
+def test_boolean_flags_lists_and_the_run_folder():
     settings = load_settings(["--recipe", "fast", "--no-compile", "--drop-epochs", "3,5.5", "--data", "d"])
     assert settings.compile is False
     assert settings.drop_epochs == (3.0, 5.5)
@@ -38,7 +42,7 @@ def test_flags_lists_and_the_run_folder():
     assert str(load_settings(["--out", "x"]).run_folder) == "x"
 
 
-def test_every_recipe_is_valid_and_says_how_to_run_it():
+def test_every_recipe_is_valid():
     names = sorted(path.stem for path in RECIPES.glob("*.toml"))
     assert {"paper", "code2012", "fast", "demo", "small"} <= set(names)
     for name in names:
@@ -46,7 +50,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it():
         load_settings(["--recipe", name])
 
 
-def test_recipe_from_a_file(tmp_path):
+def test_a_recipe_from_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("epochs = 5\nlearning_rate = 0.3\n")
     settings = load_settings(["--recipe", str(path)])
@@ -61,7 +65,7 @@ def test_recipe_from_a_file(tmp_path):
         (["--epocs=3"], "--epocs=3; did you mean --epochs?"),
         (["--recipe", "papr"], "papr; did you mean paper?"),
         (["--epochs", "0"], "--epochs 0"),
-        (["--preset", "torchvision", "--no-lrn", "--towers", "1"], "leave out --lrn, --towers"),
+        (["--preset", "torchvision", "--no-lrn", "--towers", "1"], "omit --lrn, --towers"),
         (["--epochs", "many"], "--epochs many"),
         (["--momentum", "1"], "--momentum 1"),
         (["--precision", "fp8"], "'bf16', 'fp16' or 'fp32'"),
@@ -73,11 +77,33 @@ def test_recipe_from_a_file(tmp_path):
         (["stray"], "stray"),
     ],
 )
-def test_what_cannot_be_used_is_named(arguments, message):
+def test_an_error_names_what_cannot_be_used(arguments, message):
     with pytest.raises(SettingsError) as error:
         load_settings(arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_help_lists_every_setting_in_groups_and_says_what_to_type(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit):
+        load_settings(["--help"])
+    shown = capsys.readouterr().out
+    for title in ("Data and run", "Net", "Optimisation", "Hardware", "Robustness"):
+        assert f"\n{title}:\n" in shown
+    for name, field in Settings.model_fields.items():
+        assert f"  --{name.replace('_', '-')}" in shown
+        assert field.description
+        assert re.match(r"[A-Z].*\.$", field.description, re.DOTALL), name
+    assert "--epochs N " in shown
+    assert "--drop-epochs N,N,…" in shown
+    assert "--schedule {plateau,steps,cosine}" in shown
+    assert not re.findall(r"--[a-z-]+ (?:int|float|str|bool|Path|tuple|dict)\b.*", shown)
+
+
+def test_what_only_the_papers_net_has_is_its_variant_and_its_convolutions():
+    marked = {name for name, field in Settings.model_fields.items() if PAPER_ONLY in field.metadata}
+    assert marked == {field.name for field in fields(Variant)} | {"convolutions"}
 
 
 def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch, tmp_path):
@@ -86,7 +112,7 @@ def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch
     with pytest.raises(SettingsError, match=r"'epocs' in the recipe; did you mean epochs\?"):
         load_settings(["--recipe", str(path)])
     path.write_text("epochs == 5\n")
-    with pytest.raises(SettingsError, match="not TOML"):
+    with pytest.raises(SettingsError, match="not valid TOML"):
         load_settings(["--recipe", str(path)])
     monkeypatch.setenv("ALEXNET_EPOCS", "5")
     with pytest.raises(SettingsError, match=r"ALEXNET_EPOCS .*did you mean ALEXNET_EPOCHS\?"):
@@ -109,7 +135,7 @@ def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch
         ["tools/classify.py", "--help"],
     ],
 )
-def test_help_and_refusals_do_not_wait_for_torch_or_dali(arguments):
+def test_help_and_errors_do_not_import_torch_or_dali(arguments):
     code = (
         "import runpy, sys\n"
         f"sys.argv = {arguments!r}\n"

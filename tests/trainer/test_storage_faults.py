@@ -103,7 +103,8 @@ def test_a_checkpoint_that_stays_unreadable_is_not_passed_over(tmp_path, failing
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     failing(checkpoint, "read_file", "step-000000002", code, FOR_EVER)
-    with pytest.raises(RunError, match=f"step-000000002.pt cannot be read: {os.strerror(code)}.*may be good"):
+    reason = f"step-000000002.pt cannot be read: {os.strerror(code)}.*may be intact"
+    with pytest.raises(RunError, match=reason):
         load(tmp_path, CPU)
 
 
@@ -183,7 +184,7 @@ def test_a_checkpoint_is_saved_where_its_folder_cannot_be_listed_afterwards(tmp_
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "saved", unlisted)
         _, left = write(tmp_path, 2, state(2), keep=1)
-    assert left == [f"{tmp_path} cannot be listed, to delete old checkpoints: Input/output error"]
+    assert left == [f"{tmp_path} cannot be listed to delete old checkpoints: Input/output error"]
     assert load(tmp_path, CPU)[0]["step"] == 2
 
 

@@ -119,7 +119,7 @@ def test_a_memory_that_cannot_be_written_is_said_and_harms_nothing(on_gpu, datas
     world, decoding = cuda()
     chosen, notes = tuning.tuned(decoding, Settings(), dataset, plan, world)
     assert chosen.threads == 6
-    assert notes[1].startswith("this is measured again at the next start: ")
+    assert notes[1].startswith("this will be measured again at the next start: ")
 
 
 def test_a_user_without_a_home_is_told_and_can_train(on_gpu, dataset, plan, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_user_without_a_home_is_told_and_can_train(on_gpu, dataset, plan, monk
     monkeypatch.setattr(Path, "home", homeless)
     chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
     assert chosen.threads == 6
-    assert "this user has no home: set XDG_CACHE_HOME" in notes[1]
+    assert "this user has no home directory: set XDG_CACHE_HOME" in notes[1]
 
 
 def test_a_memory_that_cannot_be_read_is_not_replaced(on_gpu, dataset, plan, tmp_path, monkeypatch):

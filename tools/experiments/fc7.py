@@ -22,7 +22,6 @@ from pipeline.files import atomic_write
 from tools.experiments.finished import Finished
 from trainer.precision import autocast, prepare
 from trainer.run import RunError
-from trainer.settings import FREE_TO_CHANGE
 
 PART = 8192  # most images in a file
 MEMORY = 256 << 20  # bytes that a search uses in addition to its queries
@@ -71,7 +70,7 @@ def features(opened: Finished, pixels: Tensor) -> np.ndarray:
 def identity(opened: Finished) -> str:
     """Return 16 hex digits that identify what features depend on: net, weights, dataset and precision."""
     trained = opened.trained
-    settings = json.loads(trained.settings.model_dump_json(exclude=set(FREE_TO_CHANGE)))
+    settings = trained.settings.identity()
     found = sha256(json.dumps([settings, opened.precision, trained.dataset.manifest.fingerprint]).encode())
     for name, values in trained.model.state_dict().items():
         found.update(name.encode() + values.cpu().contiguous().numpy().tobytes())

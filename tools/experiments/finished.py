@@ -14,7 +14,7 @@ from trainer.run import Run, environment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainer.evaluate import Trained
+    from trainer.evaluate import TrainedNet
     from trainer.processes.distributed import World
 
 
@@ -24,7 +24,7 @@ class Finished(NamedTuple):
     world: this process and its device. precision: that of autocast.
     """
 
-    trained: "Trained"
+    trained: "TrainedNet"
     world: "World"
     precision: str
     folder: Path

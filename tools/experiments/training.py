@@ -32,7 +32,7 @@ def outcome(training: Training) -> dict[str, float] | None:
     Raises SettingsError if the folder holds another run.
     """
     run, chosen = Run(training.folder), load_settings(training.settings)
-    if run.is_new(chosen, read_manifest(chosen.data)) or not run.is_finished:
+    if run.check_is_new(chosen, read_manifest(chosen.data)) or not run.is_finished:
         return None
     return run.evaluations.rows()[-1]
 

@@ -1,1 +1,1 @@
-"""What a run shows of itself: metrics, the live page, the terminal, the report."""
+"""How a run is monitored: metrics, the live page, the terminal display and the report."""

@@ -1,4 +1,4 @@
-"""What the loader and the model can each do alone: the slower of the two is as fast as training can be."""
+"""The throughput of the loader and of the model on their own; the slower one is the ceiling of training."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,13 +13,13 @@ from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
 from trainer.step import Step
 
-Work = Callable[[], int]  # does a batch, and returns its images
+Work = Callable[[], int]  # processes a batch, and returns its number of images
 
-CALIBRATION_SECONDS = 5.0  # of each ceiling
+CALIBRATION_SECONDS = 5.0  # of measuring each ceiling
 
 
 def rate(work: Work, seconds: float, device: torch.device) -> float:
-    """Images/s of `work` over at least `seconds`, by the device's clock, what it queued there included."""
+    """Measure the images/s of `work` for at least `seconds`, by the device's clock, queued work included."""
     first, images = Moment(device), 0
     first.wait()
     start = time.monotonic()
@@ -31,15 +31,15 @@ def rate(work: Work, seconds: float, device: torch.device) -> float:
 
 
 def calibrate(works: Mapping[str, Work], metrics: Metrics, device: torch.device) -> None:
-    """Measure a ceiling of each name, and take it over into the metrics."""
+    """Measure the ceiling of each work, and record it in the metrics."""
     for path, work in works.items():
-        work()  # to warm up
+        work()  # warm-up
         metrics.ceiling(path, rate(work, CALIBRATION_SECONDS, device))
         metrics.progress()
 
 
 def loader_work(batches: Iterator[Batch]) -> Work:
-    """Taking the next batch, and nothing else."""
+    """Return work that takes the next batch, and does nothing else."""
     return lambda: len(next(batches)[1])
 
 
@@ -51,13 +51,13 @@ def model_work(
     precision: str,
     mode: str | None = None,
 ) -> Work:
-    """Forward, backward and update of a new net on a batch of `images` that lies ready.
+    """Return work that does a training step of a new net on a ready batch of `images` images.
 
-    mode: of torch.compile, where the settings ask for it.
+    mode: the mode of torch.compile, if the settings ask for compilation.
     """
     model = build_model(settings, classes, decoding.device, settings.form)
     optimizer = make_optimizer(model, settings)
-    set_learning_rate(optimizer, 1e-6)  # so that it stays finite on the same batch for ever
+    set_learning_rate(optimizer, 1e-6)  # keeps the weights finite, however often the same batch is repeated
     trained = torch.compile(model, mode=mode) if settings.compile else model
     step = Step(trained, optimizer, precision, decoding.device)
     batches = synthetic_loader(images, classes, decoding)

@@ -1,4 +1,4 @@
-"""How a run shows itself: a live bar on a terminal, plain lines elsewhere."""
+"""The output of a run: a live progress bar on a terminal, plain lines elsewhere."""
 
 import sys
 from types import TracebackType
@@ -8,13 +8,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pipeline.duration import duration
 
-if TYPE_CHECKING:  # they import torch, and pipeline/packing/progress.py does not
+if TYPE_CHECKING:  # they import torch, but pipeline/packing/progress.py does not
     from trainer.evaluate import Scores
     from trainer.monitor.meter import Interval
 
 
 class Display:
-    """Shows a run of `steps` steps of which `done` are done; silent on all ranks but the first."""
+    """Shows the progress of a run of `steps` steps, of which `done` are done. All ranks but 0 are silent."""
 
     def __init__(self, steps: int, done: int, silent: bool = False):
         self.steps, self.silent = steps, silent
@@ -38,12 +38,12 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line, unless this rank is silent."""
         if not self.silent:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """A line that stays, from any rank."""
+        """Print a line, from any rank."""
         if self._progress.disable:
             print(text, flush=True)
         else:

@@ -1,12 +1,12 @@
-"""Numbers going wrong: found in what each log interval fetches anyway, so that no step waits for it.
+"""Numerical checks of a run, on values that each log interval fetches anyway, so no step waits for them.
 
-A loss or weights that are not finite end the run (`--on-nan stop`). With `--on-nan skip` the update of a
-step whose gradients are not finite is left out (trainer/step.py), and the run ends only if that goes on
-for MAX_SKIPS steps, or the weights are lost all the same. A loss scale of fp16 under MIN_SCALE ends it
-in either case: each step has overflowed since it began at 65,536. A loss that stays at chance is worth a
-warning: AlexNet is known not to begin to learn from weights that are too small.
+A loss or weights that are not finite end the run with `--on-nan stop`. With `--on-nan skip`, a step whose
+gradients are not finite skips its update (trainer/step.py), and the run ends only if MAX_SKIPS steps in a row
+do so, or if the weights become non-finite nevertheless. An fp16 loss scale below MIN_SCALE ends the run in
+either case, since it began at 65,536 and every step has overflowed. A loss that stays at chance level gives a
+warning: AlexNet is known not to start learning if its initial weights are too small.
 
-Every checkpoint is saved after such a look at the same step, so none has weights that are not finite.
+Every checkpoint is saved after a check at the same step, so none contains weights that are not finite.
 """
 
 import math
@@ -21,15 +21,15 @@ from trainer.settings import Settings
 from trainer.step import Skips
 
 MIN_SCALE = 1.0
-MAX_SKIPS = 100  # one after the other
-CHANCE_SHARE = 0.02  # of ln(classes): as near to it as this is chance
-CHANCE_EPOCHS, CHANCE_STEPS = 3.0, 1000  # of chance, both, before it is said
+MAX_SKIPS = 100  # in a row
+CHANCE_SHARE = 0.02  # of ln(classes); a loss within this distance of it is at chance level
+CHANCE_EPOCHS, CHANCE_STEPS = 3.0, 1000  # at chance level before a warning; both must be exceeded
 
 
 class Health:
-    """Judges a run's intervals in their order, and counts the unsound ones.
+    """Checks the intervals of a run in their order, and counts the unsound ones.
 
-    newest_checkpoint: finds it, if one was saved, to be named.
+    newest_checkpoint: returns the newest checkpoint, if any, to name it in error messages.
     """
 
     def __init__(
@@ -45,49 +45,52 @@ class Health:
         self._warned = False
 
     def check(self, interval: Interval, weights_finite: bool, scale: float, skips: Skips) -> None:
-        """Look at an interval that has just ended.
+        """Check an interval that has just ended.
 
-        scale: of fp16's loss, else 1. Raises RunError, which names the last good checkpoint, where the
-        run cannot go on; all processes see the same and end together.
+        scale: the loss scale in fp16, otherwise 1. Raises RunError, which names the last good checkpoint, if
+        the run cannot go on. All processes see the same values, and so end together.
         """
         self.metrics.skipped_steps.inc(skips.steps)
-        may_skip = ", or continue with --on-nan skip" if self.settings.on_nan == "stop" else ""
+        may_skip = ", or continue this one with --on-nan skip" if self.settings.on_nan == "stop" else ""
         loss_finite = math.isfinite(interval.loss)
         if not (loss_finite and weights_finite):
             self.metrics.unsound["not finite"].inc()
         if not weights_finite:
-            self._end("the weights are not finite any more", may_skip)
+            self._end("the weights are no longer finite", may_skip)
         if not loss_finite and self.settings.on_nan == "stop":
             self._end(f"the loss of the last {interval.steps} steps is not finite", may_skip)
         if skips.in_a_row >= MAX_SKIPS:
-            self._end(f"the gradients of {skips.in_a_row} steps, one after the other, are not finite")
+            self._end(f"the gradients of {skips.in_a_row} steps in a row are not finite")
         if scale < MIN_SCALE:
             self.metrics.unsound["overflow"].inc()
-            self._end(f"the loss scale of fp16 fell to {scale:g}, and gradients still overflow")
+            self._end(f"the fp16 loss scale fell to {scale:g}, and gradients still overflow")
 
     def _end(self, what: str, or_else: str = "") -> NoReturn:
         saved = self.newest_checkpoint()
         last = f"The last good checkpoint is {saved}" if saved else "No checkpoint has been saved yet"
         raise RunError(
-            f"{what}. {last}. Start a run with a lower --learning-rate, a longer --warmup-epochs or "
+            f"{what}. {last}. Start a new run with a lower --learning-rate, a longer --warmup-epochs or "
             f"--precision bf16{or_else}"
         )
 
     def remember(self, intervals: Iterable[Mapping[str, float]]) -> None:
-        """Take up what came before a resume, by rows of metrics.csv: chance goes on where it was."""
+        """Restore the time at chance level from the rows of metrics.csv before a resume."""
         for row in intervals:
-            self._at_chance(row["loss"], row["epoch"], int(row["step"]))
+            self._track_chance(row["loss"], row["epoch"], int(row["step"]))
 
-    def warnings(self, interval: Interval, skips: Skips, epoch: float, step: int) -> list[str]:
-        """What there is to say of an interval that is no error. epoch, step: done."""
-        skipped = f"left out: {skips.steps} of the last {interval.steps} updates: gradients are not finite"
-        chance = self._at_chance(interval.loss, epoch, step)
+    def assess(self, interval: Interval, skips: Skips, epoch: float, step: int) -> list[str]:
+        """Count what is wrong with an interval without ending the run. Returns warnings for the log.
+
+        epoch, step: those done at its end.
+        """
+        skipped = f"skipped {skips.steps} of the last {interval.steps} updates: gradients were not finite"
+        chance = self._track_chance(interval.loss, epoch, step)
         if self._chance_since:
             self.metrics.unsound["chance"].inc()
         return [skipped] * (skips.steps > 0) + chance
 
-    def _at_chance(self, loss: float, epoch: float, step: int) -> list[str]:
-        """A warning, once, when the loss has been that of guessing for long since the warm-up."""
+    def _track_chance(self, loss: float, epoch: float, step: int) -> list[str]:
+        """Follow how long the loss has been at chance level since the warm-up, and warn once if too long."""
         near = abs(loss - self.chance) <= CHANCE_SHARE * self.chance
         if not near or epoch < self.settings.warmup_epochs:
             self._chance_since = None
@@ -98,6 +101,6 @@ class Health:
             return []
         self._warned = True
         return [
-            f"the loss has stayed at {self.chance:.3f}, as by guessing, for {epochs:.1f} epochs: "
-            "the net has not begun to learn. Another --seed, --preset or --learning-rate may"
+            f"the loss has stayed at {self.chance:.3f}, the level of guessing, for {epochs:.1f} epochs: "
+            "the net has not started to learn. Try another --seed, --preset or --learning-rate"
         ]

@@ -1,6 +1,6 @@
-"""What a run tells: the same numbers to the log, to Prometheus and to the tables of the run folder.
+"""Reporting of a run: the same numbers go to the log, to Prometheus and to the tables of the run folder.
 
-Every process has its metrics. The first alone speaks and writes the tables.
+Every process has its own metrics; only the main process writes the log and the tables.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from trainer.settings import Settings
 
 
 class Journal:
-    """Tells what happens in one run."""
+    """Reports what happens in one run."""
 
     def __init__(self, run: Run, world: World, metrics: Metrics, display: Display):
         self.run, self.world, self.metrics, self.display = run, world, metrics, display
@@ -25,7 +25,7 @@ class Journal:
     def introduce(
         self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
     ) -> None:
-        """Say what runs on what. port: of the metrics server, if there is one."""
+        """Log what is trained, and on what. port: that of the metrics server, if there is one."""
         name = self.world.device_name
         if self.world.is_main:
             about = {"run": str(self.run.folder), "recipe": settings.recipe, "precision": precision}
@@ -36,12 +36,12 @@ class Journal:
             f"images in {len(manifest.classes):,} classes, on {self.world.size} × {name} in {precision}"
         )
         if port is not None:
-            self.display.say(f"live page: http://{settings.address}:{port}/ and metrics at /metrics")
+            self.display.say(f"live page: http://{settings.address}:{port}/, metrics: /metrics")
         for note in notes:
             self.display.say(note)
 
     def go_back_to(self, step: int) -> list[dict[str, float]]:
-        """Drop what the tables hold of later steps, which will be done again; returns the intervals left."""
+        """Drop the tables' rows of later steps, which will be done again. Returns the remaining intervals."""
         if not self.world.is_main:
             return []
         self.run.metrics.truncate(step)
@@ -54,7 +54,7 @@ class Journal:
     def interval(
         self, step: int, epoch: float, learning_rate: float, scale: float, interval: Interval
     ) -> None:
-        """An interval of training that ended after `step` steps. scale: of fp16's loss, else 1."""
+        """Report a training interval that ended after `step` steps. scale: the fp16 loss scale, or 1."""
         self.metrics.harvested(interval, learning_rate, scale, self.world.device)
         if self.world.is_main:
             row = {"step": step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
@@ -63,7 +63,7 @@ class Journal:
         self.display.interval(step, epoch, learning_rate, interval)
 
     def scores(self, step: int, epoch: float, scores: Scores) -> None:
-        """An evaluation after `step` steps."""
+        """Report an evaluation after `step` steps."""
         self.metrics.evaluated(
             PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
         )

@@ -1,4 +1,4 @@
-"""What happened since the last look, gathered without making the host wait for the device."""
+"""Measurement of log intervals, which never makes the host wait for the device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +9,20 @@ from torch import Tensor
 from trainer.monitor.moment import Moment
 from trainer.processes.distributed import World
 
-READY_SECONDS = 0.001  # a batch that takes no longer to get was ready
+READY_SECONDS = 0.001  # a batch counts as ready if waiting for it took no longer
+# Thresholds of the verdict; docker/prometheus/rules/recording.yml has the same ones.
+COMPUTE_BOUND_BUSY = 0.95  # share of the time in which the device is busy
+INPUT_BOUND_READY = 0.5  # share of the batches that were ready, below which the input is the limit
+HOST_GAP_READY = 0.95  # share of the batches that were ready, from which the input is not the limit
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Means over an interval and all processes. This process's are busy_seconds, device time in steps;
-    wait_seconds, host time blocked on the loader; and ready, how many batches it had at once."""
+    """A log interval: means and totals over all processes, and three values of this process alone.
+
+    These are busy_seconds, the device time spent in steps; wait_seconds, the host time blocked on the loader;
+    and ready, the number of batches that were ready when requested.
+    """
 
     steps: int
     images: int
@@ -36,16 +43,16 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """What limits the run, as docker/prometheus/rules/recording.yml judges it over a longer time."""
-        if self.busy_seconds >= 0.95 * self.seconds:
+        """What limits the run. docker/prometheus/rules/recording.yml judges a longer time in the same way."""
+        if self.busy_seconds >= COMPUTE_BOUND_BUSY * self.seconds:
             return "compute-bound"
-        if self.ready < 0.5 * self.steps:
+        if self.ready < INPUT_BOUND_READY * self.steps:
             return "input-bound"
-        return "host gap" if self.ready >= 0.95 * self.steps else "mixed"
+        return "host gap" if self.ready >= HOST_GAP_READY * self.steps else "mixed"
 
 
 class Meter:
-    """Sums losses and errors on the device; `harvest` has them all copied to the host at once."""
+    """Sums losses and errors on the device; `harvest` copies all of them to the host at once."""
 
     def __init__(self, world: World):
         self.world = world
@@ -53,7 +60,7 @@ class Meter:
         self._reset()
 
     def restart(self) -> None:
-        """Leave out the time since the last harvest, in which there was no training."""
+        """Exclude the time since the last harvest, during which there was no training."""
         self._start = Moment(self.world.device)
 
     def _reset(self) -> None:
@@ -67,20 +74,21 @@ class Meter:
         self._ready += seconds <= READY_SECONDS
 
     def begin_step(self) -> None:
-        """The batch is there."""
+        """Note that the batch has arrived."""
         self._begun = Moment(self.world.device)
 
     def end_step(self, loss: Tensor, wrong: Tensor, images: int) -> None:
-        """The update is done, or queued on a GPU. loss: mean over `images` of this process."""
+        """Note that the update is done or, on a GPU, queued. loss: mean over the `images` of this process."""
         self._busy.append((self._begun, Moment(self.world.device)))
         self._sums += torch.stack([loss * images, wrong])
         self._steps += 1
         self._images += images
 
     def harvest(self, more: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
-        """End the interval; the next one begins. more: numbers to fetch with it, float64 [n] on the device.
+        """End the interval and begin the next one. more: values to fetch with it, float64 [n] on the device.
 
-        Returns what gives the interval and those numbers, and waits until the device has come so far.
+        Returns a function that waits until the device has reached this point, and returns the interval and
+        those values.
         """
         values = torch.cat([self.world.sum(self._sums), more])
         fetched = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)

@@ -1,10 +1,10 @@
-"""report.md with its curves: what a run did, from the files in its folder."""
+"""The report of a run, report.md with its curves, made from the files in the run folder."""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: there may be no screen
+matplotlib.use("Agg")  # writes files only, as there may be no display
 import matplotlib.pyplot as plt
 
 from pipeline.files import atomic_write, naming
@@ -15,14 +15,14 @@ Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values
 
 
 def write_report(run: Run, manifest: Manifest) -> Path:
-    """Write report.md and its PNG curves into the run folder; returns the report's path.
+    """Write report.md and its PNG curves into the run folder, and return the report's path.
 
-    Raises OSError, and RunError where a table is gone.
+    Raises OSError, and RunError if a table is missing.
     """
     steps, evaluations = run.metrics.rows(), run.evaluations.rows()
     for table, rows in ((run.metrics, steps), (run.evaluations, evaluations)):
         if not rows:
-            raise RunError(f"no report without {table.path}, which has no rows: put it back in its place")
+            raise RunError(f"cannot write a report: {table.path} has no rows. Restore it from a copy")
 
     def series(name: str, rows: list[dict[str, float]], column: str) -> tuple[str, list[float], list[float]]:
         return name, [row["epoch"] for row in rows], [row[column] for row in rows]
@@ -63,7 +63,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = run.recorded_settings()
     resolved = settings.pop("resolved", {})
-    environment = (run.starts() or [{}])[-1]  # {} where its file is gone
+    environment = (run.starts() or [{}])[-1]  # {} if its file is missing
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)
     last = evaluations[-1]

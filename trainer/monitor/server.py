@@ -1,7 +1,7 @@
 """The HTTP server of a process: /metrics for Prometheus, /healthz for supervisors, / for people.
 
-Of a client it reads the request line and headers, HEAD_BYTES within HEAD_SECONDS at most, and heeds the
-method and the path alone. It answers MAX_CLIENTS at a time and closes the connections of the others.
+It reads only the request line and headers from a client, at most HEAD_BYTES within HEAD_SECONDS, and uses
+only the method and the path. It serves up to MAX_CLIENTS at a time, and closes other connections.
 """
 
 import errno
@@ -20,9 +20,9 @@ from trainer.settings import Settings, SettingsError
 
 HEAD_BYTES = 16384
 HEAD_SECONDS = 5.0
-ANSWER_SECONDS = 30.0  # for the client to take it
+ANSWER_SECONDS = 30.0  # for the client to receive the response
 MAX_CLIENTS = 32
-# The live page holds its own style and script, and asks this server alone.
+# The live page contains its own style and script, and sends requests to this server only.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:"
@@ -32,9 +32,9 @@ _Answer = tuple[int, str, str]  # status, content type, text
 
 
 class MetricsServer:
-    """Serves from a thread until closed. Raises OSError if the port is taken.
+    """Serves from a thread until closed. Raises OSError if the port is in use.
 
-    stall_seconds: of the watchdog; /healthz is no longer healthy after UNHEALTHY_SHARE of what that allows.
+    stall_seconds: that of the watchdog; /healthz reports 503 after UNHEALTHY_SHARE of the time it allows.
     """
 
     def __init__(self, metrics: Metrics, address: str, port: int, stall_seconds: float):
@@ -45,11 +45,7 @@ class MetricsServer:
             return 503, _PLAIN, f"no progress for {stalled:.0f} seconds\n"
 
         pages = {
-            "/": lambda: (
-                200,
-                "text/html; charset=utf-8",
-                live_page(metrics.exposition(), list(metrics.history)),
-            ),
+            "/": lambda: (200, "text/html; charset=utf-8", live_page(metrics)),
             "/metrics": lambda: (200, metrics.CONTENT_TYPE, metrics.exposition()),
             "/healthz": health,
         }
@@ -62,7 +58,7 @@ class MetricsServer:
 
             def do_GET(self) -> None:
                 page = pages.get(self.path)
-                status, kind, text = page() if page else (404, _PLAIN, f"there are {', '.join(pages)}\n")
+                status, kind, text = page() if page else (404, _PLAIN, f"not found; try {', '.join(pages)}\n")
                 body = text.encode()
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
@@ -76,10 +72,10 @@ class MetricsServer:
             do_HEAD = do_GET  # noqa: N815 – http.server's name
 
             def version_string(self) -> str:
-                return "alexnet-train"  # and no versions
+                return "alexnet-train"  # without any versions
 
             def log_message(self, *_: object) -> None:
-                """Scrapes are not worth a line each."""
+                """Do not log requests: Prometheus sends one every few seconds."""
 
         self._server = _Server((address, port), Handler)
         self.port = self._server.server_address[1]
@@ -91,7 +87,7 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each client, of whom there may be MAX_CLIENTS."""
+    """An HTTP server with one thread per client, and at most MAX_CLIENTS clients."""
 
     daemon_threads = True
     allow_reuse_address = True  # of a port in TIME_WAIT, not of one in use
@@ -113,16 +109,16 @@ class _Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request, client_address) -> None:
-        """A client that is slow or gone is no error of ours."""
+        """Ignore errors of clients that are slow or gone."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def _read_head(connection: socket.socket) -> bytes:
-    """The request line and headers, or as much of them as comes. Raises TimeoutError if they are slow."""
+    """Read the request line and headers, or what arrives of them. Raises TimeoutError if they are slow."""
     head, end = b"", time.monotonic() + HEAD_SECONDS
     while b"\r\n\r\n" not in head and b"\n\n" not in head and len(head) < HEAD_BYTES:
-        connection.settimeout(max(end - time.monotonic(), 0.001))  # of all of it: a byte now and then is slow
+        connection.settimeout(max(end - time.monotonic(), 0.001))  # the limit is for the whole head
         part = connection.recv(HEAD_BYTES - len(head))
         if not part:
             break
@@ -131,7 +127,7 @@ def _read_head(connection: socket.socket) -> bytes:
 
 
 def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
-    """Start the metrics server. Raises SettingsError if its port is taken."""
+    """Start the metrics server, unless the port is 0. Raises SettingsError if its port is in use."""
     if settings.port == 0:
         return None
     port = settings.port + world.local_rank
@@ -141,5 +137,5 @@ def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer |
         if error.errno != errno.EADDRINUSE:
             raise SettingsError(f"--address {settings.address} --port {port}: {error.strerror}") from error
         raise SettingsError(
-            f"port {port} is in use: choose another with --port, or 0 for no metrics"
+            f"port {port} is in use: choose another with --port, or use --port 0 to disable the server"
         ) from error

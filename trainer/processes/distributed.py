@@ -1,4 +1,4 @@
-"""The world that torchrun or trainer/processes/launch.py made, or a world of one."""
+"""The process group of a run, set up by torchrun or trainer/processes/launch.py, or a single process."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from trainer.settings import SettingsError
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. local_rank: among those of this machine."""
+    """This process and its place among those of the run. local_rank: its rank on this machine."""
 
     rank: int
     size: int
@@ -29,23 +29,23 @@ class World:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether the device does its work after the host has gone on."""
+        """Whether the device works asynchronously, while the host goes on."""
         return self.device.type == "cuda"
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """Sum values over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process. Several wait for their devices."""
+        """Return whether the flag is set in any process. Several processes wait for their devices."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     def share(self, value: Any) -> Any:
-        """What the first process gives, in all of them."""
+        """Return the first process's value in all processes."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, device=self.device)
@@ -57,7 +57,7 @@ class World:
 
 
 def rank() -> int:
-    """Of this process, also before it has joined."""
+    """Return the rank of this process, even before it has joined."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -67,7 +67,7 @@ def join(device: str) -> World:
     Raises SettingsError if there is no such GPU.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingsError(f"--device {device}: torch finds no GPU here; leave it away to train on the CPU")
+        raise SettingsError(f"--device {device}: torch finds no GPU here; omit --device to train on the CPU")
     size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
@@ -81,24 +81,24 @@ def join(device: str) -> World:
 
 
 def _gpu(device: str, local_rank: int) -> int:
-    """The number of this process's GPU. Raises SettingsError if there is none of that number."""
+    """Return the index of this process's GPU. Raises SettingsError if there is no such GPU."""
     number, gpus = int(device.partition(":")[2] or local_rank), torch.cuda.device_count()
     if number >= gpus:
-        raise SettingsError(f"--device {device}: there is no GPU {number}, but {gpus} from 0 on")
+        raise SettingsError(f"--device {device}: there is no GPU {number}, only {gpus}, numbered from 0")
     return number
 
 
 @contextmanager
 def noticing_loss() -> Iterator[None]:
-    """Raises LostError for what torch raises where another process of the run is gone."""
+    """Turn the errors that torch raises when another process of the run is gone into LostError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise LostError(
-            f"rank {rank()} has lost another process of the run, which may have said why. "
-            "The same command continues after the last checkpoint"
+            f"rank {rank()} has lost another process of the run, whose own error may say why. "
+            "Run the same command again to continue from the last checkpoint"
         ) from error
 
 

@@ -1,12 +1,12 @@
-"""Several processes on one machine, started by the command itself: one for each GPU.
+"""Start several processes on one machine from the command itself, one for each GPU.
 
-They find the world in their environment, as if torchrun had started them. Besides what torchrun does, the
-command ends with the run's own exit code, says what is wrong once and not for each process, and starts
-again only what may succeed when tried again: a process that was killed, crashed or stalled. One that
-refused a setting or its data would do so again.
+They find their ranks in the environment, as if torchrun had started them. Unlike torchrun, the command exits
+with the run's own exit code, prints an error once instead of once per process, and restarts the processes
+only if that may help: after one was killed, crashed or stalled. One that rejected a setting or its data would
+do so again.
 
-Each process has a process group of its own, so that Ctrl-C reaches it once, from here. It is killed with
-this process, however that ends, so that nothing goes on training unseen.
+Each process has its own process group, so that Ctrl-C reaches it only once, from here. It is killed when this
+process ends, however that happens, so no training continues unnoticed.
 """
 
 import ctypes
@@ -25,39 +25,40 @@ from trainer.processes.stop import StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
-GRACE_SECONDS = 30.0  # for the other processes once one has failed: a checkpoint may be under way
+GRACE_SECONDS = 30.0  # for the other processes once one has failed; they may be saving a checkpoint
 _POLL_SECONDS = 0.1
-_ASKED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # to stop
-_COMPLAINTS = "COMPLAINTS_FD"  # in the environment of a process: where it says what is wrong
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_ASKED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a process that was asked to stop
+_COMPLAINTS = "COMPLAINTS_FD"  # environment variable: the file descriptor for a process's error messages
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None)
 
 
 def world_size(settings: Settings) -> int:
-    """Processes of the run: as torchrun has started, or as this machine is to have.
+    """Return the number of the run's processes: those started by torchrun, or those to start on this machine.
 
-    Raises SettingsError if there cannot be so many.
+    Raises SettingsError if that number is impossible.
     """
     wanted, one_gpu = settings.processes, ":" in settings.device
     if "WORLD_SIZE" in os.environ:
         here = os.environ.get("LOCAL_WORLD_SIZE", "1")
         if wanted and wanted != int(here):
-            raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; leave it away")
+            raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; omit --processes")
         if one_gpu and here != "1":
             raise SettingsError(
-                f"--device {settings.device}: torchrun has started {here} here, a GPU for each"
+                f"--device {settings.device}: torchrun has started {here} here, each of which needs a GPU; "
+                "use --device cuda"
             )
         return int(os.environ["WORLD_SIZE"])
     gpus = 0 if settings.device == "cpu" else 1 if one_gpu else visible_gpus()
     if gpus and wanted and wanted > gpus:
         raise SettingsError(
-            f"--processes {wanted}: each takes a GPU; on --device {settings.device}, take {gpus}"
+            f"--processes {wanted}: each process needs a GPU; with --device {settings.device}, use {gpus}"
         )
     return wanted or gpus or 1
 
 
 def visible_gpus() -> int:
-    """GPUs as CUDA's driver counts them, CUDA_VISIBLE_DEVICES heeded. It takes no memory of them."""
+    """Count the GPUs in CUDA_VISIBLE_DEVICES through CUDA's driver, which uses none of their memory."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -68,7 +69,7 @@ def visible_gpus() -> int:
 
 
 def complain(text: str, code: int) -> None:
-    """Say on stderr what ends this process with an exit code; if others run beside it, `launch` says it."""
+    """Print the error that ends this process with an exit code, or pass it to `launch`, which prints it."""
     if _COMPLAINTS in os.environ:
         os.write(int(os.environ[_COMPLAINTS]), f"{code} {text}\n".encode())
     else:
@@ -76,10 +77,10 @@ def complain(text: str, code: int) -> None:
 
 
 def launch(command: Sequence[str], processes: int, restarts: int) -> int:
-    """Run a command in so many processes, each with its rank in the environment; returns the exit code.
+    """Run a command in several processes, each with its rank in the environment. Returns the exit code.
 
-    restarts: how often all are started again after one was lost. SIGTERM and SIGINT are passed on; the
-    second of a kind ends this process, and the others with it.
+    restarts: how often to restart all of them after one was lost. SIGTERM and SIGINT are passed on; a second
+    signal of the same kind ends this process, and the others with it.
     """
     with StopRequest() as stop:
         for restart in range(1, restarts + 2):
@@ -94,12 +95,12 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
 
 
 class _Group:
-    """Processes that were started together."""
+    """A group of processes that were started together."""
 
     def __init__(self, command: Sequence[str], size: int):
-        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 – as long as the group
+        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the group
         with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]  # if another takes it meanwhile, these end and are started again
+            port = free.getsockname()[1]  # if it is taken meanwhile, the processes fail and are restarted
         self.processes = [
             subprocess.Popen(
                 command,
@@ -107,11 +108,11 @@ class _Group:
                 stdin=subprocess.DEVNULL,
                 pass_fds=[self.complaints.fileno()],
                 process_group=0,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 – there are no threads
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 – this process has no threads
             )
             for rank in range(size)
         ]
-        self.killed: set[int] = set()  # ranks, by us
+        self.killed: set[int] = set()  # ranks that we killed
 
     def _environment(self, rank: int, size: int, port: int) -> dict[str, str]:
         world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
@@ -125,7 +126,7 @@ class _Group:
         }
 
     def wait(self, stop: StopRequest) -> None:
-        """Until all have ended, because they are done, one has failed, or they are asked to stop."""
+        """Wait until all have ended: because they are done, one has failed, or they were asked to stop."""
         passed_on, end = None, math.inf
         while None in (codes := [process.poll() for process in self.processes]):
             if stop.signal is not None and stop.signal != passed_on:
@@ -141,16 +142,18 @@ class _Group:
 
     def _send(self, number: int) -> None:
         for process in self.processes:
-            process.send_signal(number)  # does nothing to one that has ended
+            process.send_signal(number)  # does nothing if the process has ended
 
     def outcome(self) -> int:
-        """The exit code of the process whose end explains the others'; of one that a signal ended, as in
-        a shell. Those that we killed only waited for it."""
+        """Return the exit code that explains how the group ended, with 128 + N for signal N as in a shell.
+
+        Processes that we killed do not count, since they were only waiting for another one.
+        """
         codes = [p.returncode for rank, p in enumerate(self.processes) if rank not in self.killed]
         return worst([code if code >= 0 else 128 - code for code in codes])
 
     def say(self, code: int, restart: str) -> None:
-        """Say why they ended, each thing once, and what comes next."""
+        """Print why the processes ended, each message once, and what happens next."""
         self.complaints.seek(0)
         lines = [line.split(" ", 1) for line in self.complaints.read().decode().splitlines()]
         for text in dict.fromkeys(text for number, text in lines if int(number) == code):
@@ -160,13 +163,16 @@ class _Group:
                 name = signal.Signals(-process.returncode).name
                 print(f"alexnet-train: the process of rank {rank} was ended by {name}", file=sys.stderr)
         if is_lost(code):
-            again = f"all start again after the last checkpoint, {restart}" if restart else ""
-            print(f"alexnet-train: {again or 'the same command continues the run'}", file=sys.stderr)
+            again = f"restarting all processes from the last checkpoint, {restart}" if restart else ""
+            print(f"alexnet-train: {again or 'run the same command again to continue'}", file=sys.stderr)
 
 
 def worst(codes: Iterable[int]) -> int:
-    """Of exit codes the one that explains the others: a process that was lost, one with something to say
-    (1 and 2), those that others left behind or that stalled, those that were asked to stop, 0."""
+    """Return the exit code that explains the others.
+
+    In this order: a process that was killed or crashed, one that reported an error (1 and 2), one that
+    stalled or lost the others, one that was asked to stop, and 0.
+    """
 
     def weight(code: int) -> int:
         if code in _ASKED:
@@ -179,7 +185,7 @@ def worst(codes: Iterable[int]) -> int:
 
 
 def is_lost(code: int) -> bool:
-    """Whether what ended so may succeed when tried again: it was killed, crashed or stalled."""
+    """Return whether a restart may help: the process was killed, crashed or stalled."""
     return code == EXIT_STALLED or (code > 128 and code not in _ASKED)
 
 

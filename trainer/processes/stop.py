@@ -1,4 +1,4 @@
-"""Ending a run on request: a signal is noted, and the loop saves and leaves when it has done its step."""
+"""Stop a run on request: a signal is noted, and the loop saves and leaves at the end of the current step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -7,23 +7,24 @@ from typing import Self
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818 – no error
-    """A run that was asked to stop, after its checkpoint was saved."""
+class Stopped(Exception):  # noqa: N818 – not an error
+    """Raised after a run that was asked to stop has saved its checkpoint."""
 
     def __init__(self, by: signal.Signals):
         super().__init__(f"stopped by {by.name}")
-        self.exit_code = 128 + by  # as a shell reports a process that a signal ended
+        self.exit_code = 128 + by  # as a shell reports a process ended by a signal
 
 
 class StopRequest:
-    """Notes the first SIGTERM and the first SIGINT while entered; a second of the same kind acts as ever.
+    """Notes the first SIGTERM and the first SIGINT while entered; a second of the same kind acts as usual.
 
-    Only of the same kind: torchrun answers Ctrl-C, which its processes see too, by sending them SIGTERM.
+    The kinds are counted separately because torchrun responds to Ctrl-C, which also reaches its processes,
+    by sending them SIGTERM.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.error: Exception | None = None  # another cause, set by whoever finds it
+        self.error: Exception | None = None  # another reason to stop, set by the code that finds it
 
     @property
     def is_made(self) -> bool:

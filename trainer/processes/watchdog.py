@@ -1,12 +1,12 @@
-"""Ends a process that makes no progress, so that a supervisor starts the run again.
+"""End a process that makes no progress, so that a supervisor can restart the run.
 
-A hang has three forms, and one of them stops all Python: a call into C that never returns and keeps the
-interpreter's lock, such as one into a device's driver. So there are two watches. A thread looks at the
-time since the last progress; it says what stalled, writes the stacks of all threads, and ends the process
-with EXIT_STALLED. Each time it looks, it also puts off faulthandler's timer, a thread of C that needs no
-lock: if the watching thread is held up itself, that timer writes the stacks and ends the process with 1.
+One form of hang stops all Python code: a call into C that never returns and holds the interpreter's lock, for
+example into a device's driver. Hence there are two watchdogs. A thread checks the time since the last
+progress; after a stall, it prints what stalled and the stacks of all threads, and ends the process with
+EXIT_STALLED. At each check, it also postpones faulthandler's timer, which runs in C and does not need the
+lock: if the thread itself is blocked, that timer prints the stacks and ends the process with exit code 1.
 
-A rank that hangs holds up the others in their next collective, where each one's own watchdog ends it.
+A rank that hangs blocks the others in their next collective, where each is ended by its own watchdog.
 """
 
 import faulthandler
@@ -15,25 +15,25 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # which imports torch
+if TYPE_CHECKING:  # it imports torch
     from trainer.monitor.metrics import Metrics
 
-EXIT_STALLED = 75  # EX_TEMPFAIL of sysexits.h: it failed, and may succeed when tried again
-START_SECONDS = 1800.0  # at least, until the first interval is logged: tuning, calibration, compilation
-UNHEALTHY_SHARE = 2 / 3  # of the time that is allowed, after which /healthz says so
-GRACE_SECONDS = 10.0  # by which faulthandler's timer comes later
-_STDERR = 2  # by number: sys.stderr may be locked by the thread that hangs
+EXIT_STALLED = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; a retry may succeed
+START_SECONDS = 1800.0  # minimum until the first interval is logged, for tuning, calibration and compilation
+UNHEALTHY_SHARE = 2 / 3  # of the allowed time, after which /healthz reports the stall
+GRACE_SECONDS = 10.0  # by which faulthandler's timer fires later
+_STDERR = 2  # the file descriptor; sys.stderr may be locked by the thread that hangs
 
 
 def allowed_seconds(metrics: "Metrics", stall_seconds: float) -> float:
-    """How long the run may be without progress as things stand; for ever with stall_seconds=0."""
+    """Return how long the run may currently go without progress; infinite with stall_seconds=0."""
     if not stall_seconds:
         return math.inf
     return stall_seconds if metrics.history else max(stall_seconds, START_SECONDS)
 
 
 class Watchdog:
-    """Watches from a thread until closed. rank: of this process, to be named."""
+    """Watches from a thread until closed. rank: that of this process, for its messages."""
 
     def __init__(self, metrics: "Metrics", stall_seconds: float, rank: int):
         self.metrics, self.stall_seconds, self.rank = metrics, stall_seconds, rank
@@ -58,8 +58,8 @@ class Watchdog:
             left = self._left()
         stalled, doing = self.metrics.stalled_seconds(), self.metrics.doing
         line = (
-            f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s, in: {doing}. It ends "
-            "here; the same command continues after the last checkpoint. All its threads:\n"
+            f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s during {doing}. It "
+            "ends now: run the same command again to continue from the last checkpoint. All its threads:\n"
         )
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR)

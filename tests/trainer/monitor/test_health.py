@@ -39,8 +39,8 @@ def test_what_is_skipped_is_said_and_counted(health):
     health = health("skip")
     skips = Skips(2, 0)
     health.check(interval(math.nan), True, 1.0, skips)
-    assert health.warnings(interval(math.nan), skips, 2.0, 40) == [
-        "left out: 2 of the last 20 updates: gradients are not finite"
+    assert health.assess(interval(math.nan), skips, 2.0, 40) == [
+        "skipped 2 of the last 20 updates: gradients were not finite"
     ]
     value = health.metrics.registry.get_sample_value
     assert value("alexnet_skipped_steps_total") == 2
@@ -51,8 +51,8 @@ def test_what_is_skipped_is_said_and_counted(health):
 @pytest.mark.parametrize(
     ("weights", "scale", "skips", "what"),
     [
-        (False, 1.0, NONE, "the weights are not finite"),
-        (True, 0.5, NONE, "loss scale of fp16 fell to 0.5"),
+        (False, 1.0, NONE, "the weights are no longer finite"),
+        (True, 0.5, NONE, "fp16 loss scale fell to 0.5"),
         (True, 1.0, Skips(20, MAX_SKIPS), f"gradients of {MAX_SKIPS} steps"),
     ],
 )
@@ -64,7 +64,7 @@ def test_a_run_that_cannot_recover_ends_in_either_case(health, on_nan, weights, 
 def test_a_loss_that_stays_at_guessing_is_said_once(health):
     health, chance, steps_an_epoch = health("stop"), interval(math.log(1000) - 0.05), 1000
     said = {
-        epoch: health.warnings(chance, NONE, epoch, int(epoch * steps_an_epoch))
+        epoch: health.assess(chance, NONE, epoch, int(epoch * steps_an_epoch))
         for epoch in (0.0, 0.5, 1.0, 2.0, 3.0, 3.9, 4.0, 5.0)  # of which the first is the warm-up
     }
     assert [epoch for epoch, warnings in said.items() if warnings] == [4.0]
@@ -78,7 +78,7 @@ def test_guessing_goes_on_across_a_resume_and_is_said_once(health):
         process = health("stop")
         process.remember(history)
         resumed.append(process.metrics.registry.get_sample_value("alexnet_unsound_intervals_total", CHANCE))
-        if process.warnings(interval(loss), NONE, float(epoch), epoch * 1000):
+        if process.assess(interval(loss), NONE, float(epoch), epoch * 1000):
             said.append(epoch)
         history.append({"loss": loss, "epoch": float(epoch), "step": epoch * 1000.0})
     assert said == [6]
@@ -88,9 +88,9 @@ def test_guessing_goes_on_across_a_resume_and_is_said_once(health):
 def test_guessing_for_a_few_steps_or_with_a_pause_is_not_said(health):
     chance = interval(math.log(1000))
     few, pause = health("stop"), health("stop")
-    assert not any(few.warnings(chance, NONE, 2.0 + n, n) for n in range(0, CHANCE_STEPS, 10))
+    assert not any(few.assess(chance, NONE, 2.0 + n, n) for n in range(0, CHANCE_STEPS, 10))
     losses = [chance, chance, interval(6.0), chance, chance, chance]
-    assert not any(pause.warnings(loss, NONE, 2.0 + n, n * 1000) for n, loss in enumerate(losses))
+    assert not any(pause.assess(loss, NONE, 2.0 + n, n * 1000) for n, loss in enumerate(losses))
 
 
 def poison(monkeypatch, step: int) -> None:
@@ -116,7 +116,7 @@ def test_a_run_ends_at_a_bad_step_and_goes_on_without_it_if_told_to(packed, tmp_
     assert sorted(good.parent.glob("*.pt")) == [good]
 
     assert main(monkeypatch, [*arguments, "--on-nan", "skip"]) == 0
-    assert "left out: 1 of the last 1 updates" in capsys.readouterr().out
+    assert "skipped 1 of the last 1 updates" in capsys.readouterr().out
     losses = [float(row["loss"]) for row in rows(out / "metrics.csv")]
     assert [step for step, loss in enumerate(losses) if not math.isfinite(loss)] == [3]
     assert len(losses) == 5

@@ -24,10 +24,6 @@ def interval(images_per_second: float, loss: float = 2.0) -> Interval:
     )
 
 
-def page(metrics: Metrics) -> str:
-    return live_page(metrics.exposition(), list(metrics.history))
-
-
 def curve(text: str, name: str) -> list[tuple[float, float]]:
     """The points of the curve under a heading."""
     svg = re.search(rf"<h2>{name}</h2>(<svg.*?</svg>)", text)[1]
@@ -43,7 +39,7 @@ def test_it_shows_the_metrics_of_the_run():
     metrics.progress_ratio.set(0.25)
     metrics.harvested(interval(1234.5), 0.01, 1.0, CPU)
     metrics.evaluated("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
-    text = page(metrics)
+    text = live_page(metrics)
     assert "runs/a&lt;b&gt; · paper · CPU · fp32" in text
     for shown in (
         ">1,234.5 ",
@@ -61,7 +57,7 @@ def test_a_curve_runs_from_nought_to_its_greatest_value():
     metrics = Metrics()
     for rate in (100.0, 50.0, 200.0):
         metrics.harvested(interval(rate), 0.01, 1.0, CPU)
-    (x0, y0), (_, y1), (x2, y2) = curve(page(metrics), "images/s")
+    (x0, y0), (_, y1), (x2, y2) = curve(live_page(metrics), "images/s")
     assert (x0, x2, y2) == (0, 600, 0)
     assert (y0, y1) == (45, 67.5)  # of a height of 90: half and three quarters of the way down
 
@@ -70,7 +66,7 @@ def test_a_loss_that_is_no_number_leaves_a_gap_and_the_page_stands():
     metrics = Metrics()
     for loss in (2.0, float("nan"), float("inf"), 1.0):
         metrics.harvested(interval(100, loss), 0.01, 1.0, CPU)
-    assert [x for x, _ in curve(page(metrics), "loss")] == [0, 600]
+    assert [x for x, _ in curve(live_page(metrics), "loss")] == [0, 600]
 
 
 @pytest.fixture(scope="module")

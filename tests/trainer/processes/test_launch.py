@@ -57,14 +57,14 @@ if [line[0] for line in starts.read_text().splitlines()].count(str(rank)) == 1:
     assert launch.launch(stand_in(tmp_path, code), 2, 3) == 0
     assert started(tmp_path) == ["0", "0", "1", "1"]
     error = capfd.readouterr().err
-    assert error.count("all start again after the last checkpoint, restart 1 of 3") == 1
+    assert error.count("restarting all processes from the last checkpoint, restart 1 of 3") == 1
     assert "Traceback" not in error
 
 
 def test_restarts_come_to_an_end(tmp_path, capfd):
     assert launch.launch(stand_in(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), 1, 2) == 137
     assert started(tmp_path) == ["0"] * 3
-    assert capfd.readouterr().err.endswith("the same command continues the run\n")
+    assert capfd.readouterr().err.endswith("run the same command again to continue\n")
 
 
 def test_what_all_refuse_is_said_once_and_not_tried_again(tmp_path, capfd):
@@ -150,7 +150,7 @@ def test_a_machine_gets_a_process_for_each_gpu(monkeypatch, gpus, device, proces
 @pytest.mark.parametrize(("device", "processes"), [("auto", 5), ("cuda:1", 2)])
 def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
     monkeypatch.setattr(launch, "visible_gpus", lambda: 4)
-    with pytest.raises(SettingsError, match=f"--processes {processes}: each takes a GPU"):
+    with pytest.raises(SettingsError, match=f"--processes {processes}: each process needs a GPU"):
         launch.world_size(Settings(device=device, processes=processes))
 
 

@@ -48,7 +48,7 @@ def test_two_processes_of_which_one_is_killed_and_both_are_stopped_give_the_same
     assert f"SIGTERM: saved after step {done}".encode() in output
     assert error.decode().splitlines() == [
         "alexnet-train: the process of rank 1 was ended by SIGKILL",
-        "alexnet-train: all start again after the last checkpoint, restart 1 of 3",
+        "alexnet-train: restarting all processes from the last checkpoint, restart 1 of 3",
     ]
     assert f"after step {done}" in run(*arguments)
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")

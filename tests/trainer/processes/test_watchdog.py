@@ -44,7 +44,7 @@ def test_a_hang_ends_the_process_with_a_code_of_its_own_and_all_stacks():
     assert code == EXIT_STALLED
     line, *stacks = error.splitlines()
     assert line.startswith("alexnet-train: rank 3 has made no progress for ")
-    assert "in: input" in line
+    assert "during input" in line
     assert any("in where_it_hangs" in frame for frame in stacks)
 
 
