@@ -99,14 +99,17 @@ class CheckedReader:
                 jpeg = files.jpegs[index]
                 offset = size_offset(bytes(jpeg[:_HEAD])) or size_offset(bytes(jpeg))
                 self._size_offsets[samples[index]] = offset or 0
-        indices = np.union1d(files.fresh, unseen)
+        indices = np.union1d(files.fresh, unseen) if unseen.size else files.fresh
+        if not indices.size:
+            return {}
         numbers = samples[indices]
         size_offsets = self._size_offsets[numbers]
         offsets = files.starts[indices, None] + _OFFSETS
         offsets[:, 2:] += size_offsets[:, None]
         found = files.buffer.take(offsets, mode="clip")
         wrong = (found != self._expected[numbers]).any(1) | (size_offsets == 0)
-        wrong |= np.isin(indices, list(files.failures))
+        if files.failures:
+            wrong |= np.isin(indices, list(files.failures))
         return {
             number: self._damage(number, head, files.failures.get(index))
             for number, head, index in zip(

@@ -32,6 +32,7 @@ from pipeline.reader import Files, ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 LOOK_AHEAD = 1024  # samples that are fetched from the disk before DALI asks for them
+BLOCK_IMAGES = 2048  # for which random numbers are drawn at a time
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row per sample
 
 
@@ -82,8 +83,10 @@ def train_loader(
     mean = np.array(pixels.mean)
 
     def requests() -> Iterator[Request]:
-        for step in steps:
-            batch = plan.step_batch(step, rank, world)
+        # Drawing for many steps at a time costs less. Blocks begin at the same steps wherever training
+        # resumes, so that no rounding depends on it.
+        for first in range(steps.start - steps.start % block, steps.stop, block):
+            batch = plan.step_batch(first, rank, world, block)
             if crops_and_flips:
                 rows, mirror = reader.rows[batch.samples], batch.draws.mirror
                 x, y = _crop_positions(dataset.manifest, rows, batch.draws.uniform, decoding.crop)
@@ -93,18 +96,20 @@ def train_loader(
             coloured = batch.epoch < (np.inf if colour_epochs is None else colour_epochs)
             offsets = np.where(coloured[:, None], colour_offsets(colour, pixels, batch.draws.normal), 0.0)
             divisor = np.where(coloured, colour_divisor(colour), 1.0)
-            yield (
-                batch.samples,
-                (
-                    (mean - offsets).astype(np.float32),
-                    divisor.astype(np.float32),
-                    x.astype(np.float32),
-                    y.astype(np.float32),
-                    mirror.astype(np.int32),
-                ),
+            arguments = (
+                (mean - offsets).astype(np.float32),
+                divisor.astype(np.float32),
+                x.astype(np.float32),
+                y.astype(np.float32),
+                mirror.astype(np.int32),
             )
+            for step in range(max(first, steps.start), min(first + block, steps.stop)):
+                part = slice((step - first) * images, (step - first + 1) * images)
+                yield batch.samples[part], tuple(argument[part] for argument in arguments)
 
-    options = graph_options(dataset.manifest, decoding, plan.images_per_rank(world))
+    images = plan.images_per_rank(world)
+    block = max(1, BLOCK_IMAGES // images)
+    options = graph_options(dataset.manifest, decoding, images)
     checked = CheckedReader(reader, leave_out, replace=True)
     return iter(_Stream(train_pipeline, options, checked, requests, decoding.device))
 

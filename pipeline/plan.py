@@ -10,7 +10,7 @@ Random numbers are words of Philox streams. NumPy keeps the streams of a bit gen
 to version, which it does not promise for `permutation` or `normal`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -117,15 +117,20 @@ class Plan:
             raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
         return self.batch // world
 
-    def _spans(self, step: int, rank: int, world: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the rank's share of a step as spans: epoch, first position in it, and length."""
-        left = self.images_per_rank(world)
-        position = step * self.batch + rank * left
-        while left:
-            epoch, start = divmod(position, self.samples)
-            count = min(left, self.samples - start)
-            yield epoch, start, count
-            position, left = position + count, left - count
+    def _spans(self, step: int, rank: int, world: int, steps: int = 1) -> list[tuple[int, int, int]]:
+        """Return the rank's share of some steps as spans: epoch, first position in it, and length."""
+        spans: list[tuple[int, int, int]] = []
+        images = self.images_per_rank(world)
+        for first in range(step, step + steps):
+            position, left = first * self.batch + rank * images, images
+            while left:
+                epoch, start = divmod(position, self.samples)
+                count = min(left, self.samples - start)
+                position, left = position + count, left - count
+                if spans and spans[-1][0] == epoch and sum(spans[-1][1:]) == start:  # it continues the last
+                    start, count = spans[-1][1], spans.pop()[2] + count
+                spans.append((epoch, start, count))
+        return spans
 
     def step_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
         """Return only the samples of `step_batch`, at a fraction of its cost."""
@@ -134,9 +139,12 @@ class Plan:
     def _samples_in(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
 
-    def step_batch(self, step: int, rank: int = 0, world: int = 1) -> RankBatch:
-        """Return the rank's share of a step. Raises ValueError unless `world` divides the batch."""
-        spans = list(self._spans(step, rank, world))
+    def step_batch(self, step: int, rank: int = 0, world: int = 1, steps: int = 1) -> RankBatch:
+        """Return the rank's share of a step, or of several steps from it on, one after the other.
+
+        Raises ValueError unless `world` divides the batch.
+        """
+        spans = self._spans(step, rank, world, steps)
         parts = [draws(self.seed, *span) for span in spans]
         joined = (
             np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")

@@ -64,9 +64,7 @@ def _train(arguments: Sequence[str]) -> None:
             f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
             f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
-    if (
-        "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file()
-    ):  # the image sets it
+    if "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file():  # the image sets it
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"

@@ -101,6 +101,19 @@ def test_training_batches_are_what_the_plan_says(any_geometry):
             assert difference.mean() < 0.5
 
 
+def test_a_start_within_a_block_of_draws_gives_what_the_start_of_all_gives(reference, monkeypatch):
+    plan = plan_of(reference)
+    monkeypatch.setattr("pipeline.loader.BLOCK_IMAGES", 3 * plan.batch)
+    every = [
+        pixels.clone() for pixels, _ in train_loader(reference, plan, range(8), DECODING, colour="paper")
+    ]
+    for first, end in ((1, 8), (4, 7), (6, 8)):
+        loader = train_loader(reference, plan, range(first, end), DECODING, colour="paper")
+        later = [pixels.clone() for pixels, _ in loader]
+        assert len(later) == end - first
+        assert all(torch.equal(*pair) for pair in zip(later, every[first:end], strict=True))
+
+
 def test_without_crops_and_flips_it_trains_on_what_is_evaluated(any_geometry):
     centres = torch.cat([pixels for pixels, _ in evaluation_loader(any_geometry, "train", 4, DECODING)])
     plan = plan_of(any_geometry)

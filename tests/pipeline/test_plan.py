@@ -60,6 +60,14 @@ def test_ranks_take_the_parts_of_what_one_alone_takes(data, plan, step):
     assert_equal(joined(parts), joined([plan.step_batch(step)]))
 
 
+@given(st.data(), plans(), st.integers(0, 20), st.integers(1, 5))
+def test_several_steps_at_a_time_are_those_steps_one_after_the_other(data, plan, step, steps):
+    world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
+    for rank in range(world):
+        singles = [plan.step_batch(single, rank, world) for single in range(step, step + steps)]
+        assert_equal(joined([plan.step_batch(step, rank, world, steps)]), joined(singles))
+
+
 @given(plans(), st.integers(2, 41))
 def test_a_world_that_does_not_divide_the_batch_is_refused(plan, world):
     assume(plan.batch % world)
