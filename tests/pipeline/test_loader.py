@@ -101,14 +101,14 @@ def test_training_batches_are_what_the_plan_says(any_geometry):
             assert difference.mean() < 0.5
 
 
-def test_a_start_within_a_block_of_draws_gives_what_the_start_of_all_gives(reference, monkeypatch):
-    plan = plan_of(reference)
+def test_a_start_within_a_block_of_draws_gives_what_the_start_of_all_gives(any_geometry, monkeypatch):
+    plan = plan_of(any_geometry)
     monkeypatch.setattr("pipeline.loader.BLOCK_IMAGES", 3 * plan.batch)
     every = [
-        pixels.clone() for pixels, _ in train_loader(reference, plan, range(8), DECODING, colour="paper")
+        pixels.clone() for pixels, _ in train_loader(any_geometry, plan, range(8), DECODING, colour="paper")
     ]
     for first, end in ((1, 8), (4, 7), (6, 8)):
-        loader = train_loader(reference, plan, range(first, end), DECODING, colour="paper")
+        loader = train_loader(any_geometry, plan, range(first, end), DECODING, colour="paper")
         later = [pixels.clone() for pixels, _ in loader]
         assert len(later) == end - first
         assert all(torch.equal(*pair) for pair in zip(later, every[first:end], strict=True))
