@@ -1,20 +1,20 @@
-# make demo    the whole way in a few minutes: draw pictures, pack, train, evaluate, report
+# make demo    everything in a few minutes: draw pictures, pack, train, evaluate, report
 # make test    the quick tests, in minutes
-# make test-all      all tests, of which the others start trainers, browsers, servers, npm or containers
-# make test-spread   the quick ones as on other machines: without AVX-512, with a core less, by other Pythons
+# make test-all      all tests, including those that start trainers, browsers, servers, npm or containers
+# make test-spread   the quick tests as on other machines: without AVX-512, with a busy core, with other Pythons
 # make lint    style and types
-# make bench   images/s of each stage on the demo's pictures
-# make chaos   runs that are killed 200 times come to what whole ones do
-# make faults  packing and training while one file-system call after the other fails, for hours
-# make gpu     what only a GPU shows: tests, goals, sweeps, accuracy, with DATA=shards of your own; in parts below
-# make image   the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
-# make image-test   the image, and compose.yaml, on a real Docker engine
-# make setup   the environment in .venv alone, which the others make by themselves
+# make bench   measure the throughput of each stage on the demo's pictures
+# make chaos   check that runs killed 200 times give the same result as undisturbed ones
+# make faults  pack and train while each file-system call fails in turn; takes hours
+# make gpu     checks that need a GPU: tests, goals, sweeps, accuracy; DATA=shards chooses your data; parts below
+# make image   build the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
+# make image-test   test the image and compose.yaml on a real Docker engine
+# make setup   only create the environment in .venv, which the other targets do when needed
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The same version as pyproject.toml's pillow, over which it goes.
+# The same version as pillow in pyproject.toml, which it replaces.
 PILLOW_SIMD := pillow-simd==12.1.1.post0
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
@@ -34,7 +34,7 @@ test: setup
 test-all: setup
 	$(BIN)/pytest
 
-# With QUICK= it runs all tests. PYTHONS are names on the PATH.
+# QUICK= runs all tests. PYTHONS are commands on the PATH.
 PYTHONS ?= python3.12 python3.13
 test-spread: test-avx2 test-busy $(PYTHONS:%=test-%)
 
@@ -52,7 +52,7 @@ lint: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy pipeline model trainer tools docker/grafana/*.py
 
-# With the preset whose net torch's own layers can compute, too.
+# The preset `paper` can also be built from torch's own layers, for comparison.
 bench: demo
 	$(BIN)/alexnet-train bench all --data runs/demo/shards --input runs/demo/pictures --recipe demo --preset paper --gates
 
@@ -68,9 +68,10 @@ faults: setup
 	$(BIN)/python tests/endurance/faults.py training
 	$(BIN)/python tests/endurance/faults.py continuing
 
-# Parts of ten minutes at most on an H200 with 16 cores, by their runs and a minute for each compilation and start;
-# none has been timed there yet. That of gpu-accuracy depends on DATA. Each stage's line is in RECORD as soon as it is
-# measured. Tests, gates and --within end with an error where something falls short; `make --keep-going gpu` goes on.
+# Each part should take at most ten minutes on an H200 with 16 cores, counting its runs and a minute for each compilation
+# and start; none has been timed there yet. The time of gpu-accuracy depends on DATA. Each stage's line is written to
+# RECORD as soon as it is measured. Tests, gates and --within fail if something falls short; `make --keep-going gpu`
+# continues with the other parts.
 gpu: gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 gpu-%: DATA ?= runs/demo/shards
 gpu-%: RECORD ?= runs/gpu.jsonl
@@ -86,10 +87,10 @@ gpu-model: setup # 5 × 12 s, 3 compilations
 gpu-forms: setup # 6 × 12 s, 6 compilations
 	$(BENCH) forms $(GIVEN)
 
-gpu-loader: setup # 5 × 12 s, and trying shares and threads
+gpu-loader: setup # 5 × 12 s, and tuning of JPEG engine share and threads
 	$(BENCH) read loader $(GIVEN) --gates
 
-gpu-train: setup # 3 × 12 s, a compilation of each net of four, and saving
+gpu-train: setup # 3 × 12 s, 4 compilations, and saving
 	$(BENCH) train save $(GIVEN) --gates --trace $(RECORD:.jsonl=.json)
 
 gpu-start: setup # 6 starts, 5 of them with a compilation
@@ -104,34 +105,33 @@ gpu-sweep-batch: setup # 5 × 12 s, 5 compilations
 	$(BENCH) model $(GIVEN) --sweep batch 128 256 512 1024 2048
 
 gpu-peers: setup # 9 × 12 s, and 8 starts
-	$(if $(wildcard .loader-peers),$(BENCH) peers $(GIVEN) --gates --loader-peers .loader-peers/bin/python,@echo 'left out: make .loader-peers')
+	$(if $(wildcard .loader-peers),$(BENCH) peers $(GIVEN) --gates --loader-peers .loader-peers/bin/python,@echo 'skipped: run make .loader-peers first')
 
 gpu-accuracy: setup
 	$(BIN)/alexnet-train compare-recipes fast code2012 --data $(DATA) --device cuda --within 1
 
-# Grafana's types and TypeScript's compiler, with which tests/docker/test_dashboard.py checks the dashboard.
+# Grafana's types and the TypeScript compiler, with which tests/docker/test_dashboard.py checks the dashboard.
 test-all: $(if $(shell command -v npm),.npm/.ready)
 .npm/.ready: Makefile
 	npm install --prefix $(@D) --no-save --no-audit --no-fund @grafana/schema@11.6.16 typescript@5.8.3 && touch $@ || \
-		echo "the dashboard's types are left out: npm did not fetch them"
+		echo "the dashboard's types are not checked: npm could not fetch them"
 
-# Others' packers, with which `tools/bench.py pack --pack-peers .pack-peers/bin/python` compares ours.
+# Other packers, for `alexnet-train bench pack --pack-peers .pack-peers/bin/python` to compare with.
 .pack-peers:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet img2dataset==1.47.0 pillow==12.1.1
 
-# Others' input pipelines, with which `tools/bench.py peers --loader-peers
-# .loader-peers/bin/python` compares ours. They do not get on with
-# img2dataset's webdataset. On Debian 12 they need, besides what .venv does:
+# Other input pipelines, for `alexnet-train bench peers --loader-peers .loader-peers/bin/python` to compare with. They
+# conflict with img2dataset's webdataset. On Debian 12 they need, in addition to .venv's packages:
 #     apt-get install libavdevice59 pkg-config libopencv-dev libturbojpeg0-dev
-# The first is FFmpeg, by which SPDL decodes; with the others FFCV is compiled, or else left out.
+# The first is FFmpeg, with which SPDL decodes; FFCV is compiled with the others, and skipped without them.
 .loader-peers:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet torch==2.13.0 torchvision==0.28.0 pillow==12.1.1 numpy==2.1.3 timm==1.0.31 \
 		webdataset==1.0.2 spdl==0.8.0 litdata==0.2.76 mosaicml-streaming==0.13.0 || { rm -r $@; exit 1; }
 	$@/bin/pip install --quiet numba==0.68.1 opencv-python-headless==4.14.0.94 pytorch-pfn-extras==0.9.0 \
 		fastargs==1.2.0 terminaltables==3.1.10 assertpy==1.1 psutil==7.2.2 || { rm -r $@; exit 1; }
-	$@/bin/pip install --quiet --no-deps ffcv==1.0.2 || echo "FFCV is left out: it was not compiled"
+	$@/bin/pip install --quiet --no-deps ffcv==1.0.2 || echo "FFCV is skipped: it could not be compiled"
 
 image: TARGET ?= cuda
 image:

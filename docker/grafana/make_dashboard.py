@@ -1,8 +1,8 @@
-"""Writes Grafana's dashboard of a run, docker/grafana/dashboards/alexnet.json.
+"""Write Grafana's dashboard for a run, docker/grafana/dashboards/alexnet.json.
 
     python docker/grafana/make_dashboard.py
 
-Its first screen is for a look from across the room; the rows below answer why.
+Its first screen can be read from across the room; the rows below it explain why.
 """
 
 import json
@@ -42,9 +42,9 @@ def across_the_room() -> list:
         "What limits it",
         'job:alexnet_verdict{job="$job"}',
         "none",
-        "compute-bound: the device is busy 95 % of the time, the best there is. input-bound: it idles, and "
-        "less than half of the batches are ready: more threads, a faster disk or smaller shards help. host "
-        "gap: it idles though batches are ready: a larger batch or --compile helps. mixed: none of these.",
+        "compute-bound: the device is busy 95 % of the time, the best case. input-bound: it is idle and less "
+        "than half of the batches are ready; more threads, a faster disk or smaller images help. host gap: "
+        "it is idle although batches are ready; a larger batch or --compile helps. mixed: none of these.",
         12,
         8,
     )
@@ -54,7 +54,7 @@ def across_the_room() -> list:
                 "Images/s",
                 'job:alexnet_images:rate1m{job="$job",phase="train"}',
                 "none",
-                "Trained on over the last minute, by all processes.",
+                "Training images over the last minute, of all processes.",
                 12,
                 8,
             ).decimals(0),
@@ -65,24 +65,24 @@ def across_the_room() -> list:
             "Epoch",
             'max(alexnet_epoch{job="$job"})',
             "none",
-            "Passes over the training set that are done.",
+            "Completed passes over the training set.",
             5,
         ).decimals(2),
         figure_now(
-            "Left", 'job:alexnet_left:seconds{job="$job"}', "s", "At the pace of the last 15 minutes.", 5
+            "Time left", 'job:alexnet_left:seconds{job="$job"}', "s", "At the pace of the last 15 minutes.", 5
         ),
         figure(
             "Top-1 error",
             'max(alexnet_eval_error_ratio{job="$job",k="1"})',
             RATIO,
-            "Share of the validation set of which the net's first choice is wrong.",
+            "Share of validation images whose most probable class is wrong.",
             5,
         ).decimals(1),
         figure(
             "Top-5 error",
             'max(alexnet_eval_error_ratio{job="$job",k="5"})',
             RATIO,
-            "Share of the validation set of which the net's five best choices are all wrong.",
+            "Share of validation images whose five most probable classes are all wrong.",
             5,
         ).decimals(1),
         coloured(
@@ -90,7 +90,7 @@ def across_the_room() -> list:
                 "Alerts",
                 'count(ALERTS{alertstate="firing",job="$job"}) or vector(0)',
                 "none",
-                "How many fire for this run; the row Run names them.",
+                "Number of alerts firing for this run; the row Run names them.",
                 4,
             ),
             {None: "text", 1: VERMILLION},
@@ -113,7 +113,7 @@ def build() -> model.Dashboard:
     whole = (
         dashboard.Dashboard("AlexNet training")
         .uid("alexnet")
-        .description("One training run: how fast, why not faster, and what it learns.")
+        .description("One training run: how fast it is, what limits it, and what it learns.")
         .tags(["alexnet"])
         .timezone("browser")
         .refresh("10s")
@@ -133,7 +133,7 @@ def build() -> model.Dashboard:
             .datasource(SOURCE)
             .enable(True)
             .icon_color(PURPLE)
-            # A process is marked while it is young: annotations are looked up a minute apart.
+            # A process is marked for its first two minutes: annotations are queried a minute apart.
             .expr('time() - process_start_time_seconds{job="$job",instance=~"$instance"} < 120')
         )
     )

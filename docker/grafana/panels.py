@@ -1,4 +1,4 @@
-"""The kinds of panel of the dashboard, in one look: large figures, curves, a heatmap, tables."""
+"""The dashboard's kinds of panels in one style: large figures, curves, a heatmap, tables."""
 
 from string import ascii_uppercase
 
@@ -8,13 +8,13 @@ from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models.heatmap import HeatmapColorMode
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-# Of Okabe and Ito, who chose them for every kind of colour vision: those that show on white and on black.
+# From Okabe and Ito's palette for all kinds of colour vision: the colours visible on both white and black.
 BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#808080"
 COLOURS = BLUE, VERMILLION, GREEN, PURPLE
 
 SOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 RATIO = "percentunit"
-MIN_INTERVAL = "15s"  # makes $__rate_interval a minute at least: on a CPU a step may take seconds
+MIN_INTERVAL = "15s"  # makes $__rate_interval at least a minute: on a CPU a step may take seconds
 
 
 def query(expr: str, name: str = "", ref: str = "A") -> prometheus.Dataquery:
@@ -22,12 +22,12 @@ def query(expr: str, name: str = "", ref: str = "A") -> prometheus.Dataquery:
 
 
 def headed(panel, title: str, description: str, width: int, height: int):
-    """A panel of any kind with what all have."""
+    """Set what panels of all kinds have in common."""
     return panel.title(title).description(description).datasource(SOURCE).span(width).height(height)
 
 
 def figure(title: str, expr: str, unit: str, description: str, width: int, height: int = 5) -> stat.Panel:
-    """The last value in large: what a run ended with stays."""
+    """Show the last value in large type; the final value of a finished run stays."""
     return (
         headed(stat.Panel(), title, description, width, height)
         .with_target(query(expr))
@@ -39,13 +39,13 @@ def figure(title: str, expr: str, unit: str, description: str, width: int, heigh
 
 
 def figure_now(title: str, expr: str, unit: str, description: str, width: int, height: int = 5) -> stat.Panel:
-    """The value of this moment: where there is none, a dash and no older one."""
+    """Show the current value in large type, and a dash if there is none."""
     panel = figure(title, expr, unit, description, width, height)
     return panel.targets([query(expr).instant()]).no_value("–")
 
 
 def coloured(panel: stat.Panel, steps: dict[float | None, str]) -> stat.Panel:
-    """steps: colours and the values from which they hold; None is the lowest."""
+    """Colour a figure by its value. steps: colours by their lowest value; None is the lowest."""
     thresholds = [model.Threshold(value=value, color=colour) for value, colour in steps.items()]
     return panel.thresholds(
         dashboard.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(thresholds)
@@ -53,7 +53,7 @@ def coloured(panel: stat.Panel, steps: dict[float | None, str]) -> stat.Panel:
 
 
 def words(panel: stat.Panel, shown: dict[str, str]) -> stat.Panel:
-    """shown: words for the values 0, 1, 2 … and the colours behind them."""
+    """Show words instead of the values 0, 1, 2 …; shown: words and background colours."""
     results = {
         str(value): model.ValueMappingResult(text=word, color=colour, index=value)
         for value, (word, colour) in enumerate(shown.items())
@@ -78,7 +78,7 @@ def curves(
     otherwise: str = "no data",
     log: bool = False,
 ) -> timeseries.Panel:
-    """shown: names and their queries. A name with labels gives many curves, in shades of its colour."""
+    """Draw curves. shown: names and queries; a name with labels gives many curves in shades of a colour."""
     legend = common.VizLegendOptions().display_mode(options.LegendDisplayMode.LIST).show_legend(True)
     panel = (
         headed(timeseries.Panel(), title, description, width, 8)
@@ -108,7 +108,7 @@ def stacked(panel: timeseries.Panel) -> timeseries.Panel:
 
 
 def buckets(title: str, expr: str, unit: str, description: str, width: int) -> heatmap.Panel:
-    """expr: increase of a histogram's buckets, by `le`."""
+    """Draw a histogram over time. expr: the increase of its buckets, by `le`."""
     return (
         headed(heatmap.Panel(), title, description, width, 8)
         .interval(MIN_INTERVAL)
@@ -123,7 +123,7 @@ def buckets(title: str, expr: str, unit: str, description: str, width: int) -> h
 def listing(
     title: str, target: prometheus.Dataquery, description: str, change: str, how: dict
 ) -> table.Panel:
-    """What there is now. change: the transformation of the query's result; how: its options."""
+    """List current series. change: the transformation of the query's result. how: its options."""
     return (
         headed(table.Panel(), title, description, 12, 9)
         .with_target(target.instant())
@@ -134,12 +134,12 @@ def listing(
 
 
 def labels_of(title: str, expr: str, description: str) -> table.Panel:
-    """A row for each label of a series."""
+    """List a series' labels, one per row."""
     return listing(title, query(expr), description, "labelsToFields", {"mode": "rows"})
 
 
 def series_of(title: str, expr: str, description: str) -> table.Panel:
-    """A row for each series, with its labels."""
+    """List series with their labels, one per row."""
     hidden = dict.fromkeys(("Time", "Value", "__name__"), True)
     return listing(
         title,

@@ -1,4 +1,4 @@
-"""The dashboard's rows under its first screen: each panel, and what to conclude from it."""
+"""The dashboard's rows below its first screen: each panel, and what to conclude from it."""
 
 from panels import RATIO, buckets, curves, figure_now, labels_of, series_of, stacked
 
@@ -25,8 +25,8 @@ def bottleneck() -> list:
                 "evaluation": 'job:alexnet_images:rate1m{job="$job",phase="eval"}',
             },
             "none",
-            "The ceilings are measured at the start with --calibrate. Training cannot pass the lower one; "
-            "well below both, loader and model disturb each other.",
+            "The ceilings are measured at the start with --calibrate. Training cannot exceed the lower "
+            "one; if it is well below both, loader and model slow each other down.",
             12,
         ),
         curves(
@@ -36,7 +36,8 @@ def bottleneck() -> list:
                 "ready": 'job:alexnet_ready:ratio5m{job="$job"}',
             },
             RATIO,
-            "Busy 95 % of the time: compute-bound. If not, ready below 50 %: input-bound; 95 %: host gap.",
+            "Busy at least 95 %: compute-bound. Otherwise, ready below 50 %: input-bound; ready at least "
+            "95 %: host gap.",
             12,
         ),
         buckets(
@@ -44,7 +45,8 @@ def bottleneck() -> list:
             "sum by (le) (increase(alexnet_step_seconds_bucket"
             '{job="$job",instance=~"$instance",phase="train"}[$__rate_interval]))',
             "s",
-            "How many steps took how long. One narrow band is good; a second one above it: some waited.",
+            "Number of steps by duration. One narrow band is good; a second band above it means that some "
+            "steps waited.",
             12,
         ),
         curves(
@@ -54,8 +56,9 @@ def bottleneck() -> list:
                 "99th percentile": f"histogram_quantile(0.99, {waits})",
             },
             "s",
-            "Time until a batch was there; up to 1 ms it lay ready. A high median is too slow an input. A "
-            "high 99th percentile alone is one that stalls now and then: raise --prefetch.",
+            "Time until a batch arrived; up to 1 ms means that it was ready. A high median means that the "
+            "input is too slow. If only the 99th percentile is high, the input stalls occasionally: raise "
+            "--prefetch.",
             12,
             log=True,
         ),
@@ -64,7 +67,7 @@ def bottleneck() -> list:
                 "Where the time went",
                 {name: spent % name for name in ("train", "checkpoint", "eval", "start-up")},
                 RATIO,
-                "Shares of the wall time. All but training is overhead: where saving shows, save less often.",
+                "Shares of wall-clock time. All but training is overhead; if saving shows, save less often.",
                 24,
             )
         ),
@@ -75,12 +78,12 @@ def learning() -> list:
     return [
         curves(
             "Loss",
-            {  # 0 until there is one
+            {  # 0 until there is a loss
                 "training": 'avg(alexnet_loss{job="$job",phase="train"} != 0)',
                 "validation": 'avg(alexnet_loss{job="$job",phase="eval"} != 0)',
             },
             "none",
-            "Mean cross-entropy. Validation that rises while training falls is overfitting.",
+            "Mean cross-entropy. If it rises in validation while it falls in training, the net overfits.",
             12,
             log=True,
         ),
@@ -91,27 +94,28 @@ def learning() -> list:
                 "top-5": 'max(alexnet_eval_error_ratio{job="$job",k="5"})',
             },
             RATIO,
-            "On a plateau the learning rate should fall, or has done its work.",
+            "On a plateau the learning rate should drop, or training is finished.",
             12,
         ),
         curves(
             "Learning rate",
             {"rate": 'max(alexnet_learning_rate{job="$job"})'},
             "sci",
-            "Of the weights. A step in the error that comes with one here is no accident.",
+            "Learning rate of the weights. A drop here explains a drop in the error at the same time.",
         ),
         curves(
             "Gradient scale",
             {"scale": 'max(alexnet_grad_scale{job="$job"} != 0)'},
             "none",
-            "Under fp16 it hovers; if it falls without end, all gradients overflow. 1 in other precisions.",
+            "Loss scale of fp16. It normally hovers; if it keeps falling, all gradients overflow. 1 in other "
+            "precisions.",
             log=True,
         ),
         curves(
             "Skipped steps",
             {"steps": 'max(increase(alexnet_skipped_steps_total{job="$job"}[$__rate_interval]))'},
             "none",
-            "Updates left out because fp16 gradients overflowed. A few at the start are normal.",
+            "Updates skipped because fp16 gradients overflowed. A few at the start are normal.",
         ),
     ]
 
@@ -129,8 +133,8 @@ def gpu() -> list:
                 f"tensor cores, {device}": "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
             },
             RATIO,
-            "Kernels: share of the time in which one runs, so 100 % may still be slow. Tensor cores: share "
-            "in which they work. JPEG engine at 100 % while input-bound: pack smaller images.",
+            "Kernels: share of time in which any kernel runs, so 100 % can still be slow. Tensor cores: "
+            "share of time in which they work. JPEG engine at 100 % while input-bound: pack smaller images.",
             12,
             NO_GPU,
         ),
@@ -138,29 +142,29 @@ def gpu() -> list:
             "Memory in use",
             {process: 'alexnet_gpu_memory_used_ratio{job="$job",instance=~"$instance"}'},
             RATIO,
-            "Of the whole GPU, by all that use it. Near 100 % the next larger batch ends the run.",
+            "Memory of the whole GPU used by all processes. Near 100 %, the next larger batch ends the run.",
             12,
             NO_GPU,
         ),
         curves(
-            "Most memory that torch held",
+            "Peak memory of torch",
             {process: 'alexnet_gpu_memory_peak_bytes{job="$job",instance=~"$instance"}'},
             "bytes",
-            "What is left of the GPU's is for DALI, and for a larger batch.",
+            "The rest of the GPU's memory is available to DALI and for a larger batch.",
             otherwise=NO_GPU,
         ),
         curves(
             "Power",
             {device: "DCGM_FI_DEV_POWER_USAGE"},
             "watt",
-            "At its limit a GPU lowers its clock; far below it, it idles.",
+            "At its power limit a GPU lowers its clock; far below it, the GPU is idle.",
             otherwise=NO_EXPORTERS,
         ),
         curves(
             "Temperature",
             {device: "DCGM_FI_DEV_GPU_TEMP"},
             "celsius",
-            "Where it rises and images/s fall together, the GPU throttles: look at its cooling.",
+            "If it rises while images/s fall, the GPU throttles: check its cooling.",
             otherwise=NO_EXPORTERS,
         ),
     ]
@@ -173,40 +177,41 @@ def host() -> list:
             "CPU of the host",
             {each: '1 - avg by (instance) (rate(node_cpu_seconds_total{mode="idle"}[$__rate_interval]))'},
             RATIO,
-            "At 100 % while input-bound: decoding on the CPU is the limit.",
+            "At 100 % while input-bound, decoding on the CPU is the limit.",
             otherwise=NO_EXPORTERS,
         ),
         curves(
             "Memory of the host",
             {each: "1 - node_memory_MemAvailable_bytes / node_memory_MemTotal_bytes"},
             RATIO,
-            "Without what can be freed. The rest holds shards that were read once: the next epoch is faster.",
+            "Memory that cannot be freed. The rest caches shards that were read, which makes the next epoch "
+            "faster.",
             otherwise=NO_EXPORTERS,
         ),
         curves(
             "Disk reads",
             {each: "sum by (instance) (rate(node_disk_read_bytes_total[$__rate_interval]))"},
             "Bps",
-            "At the disk's limit while input-bound: move the shards to a faster one.",
+            "At the disk's limit while input-bound: move the shards to a faster disk.",
             otherwise=NO_EXPORTERS,
         ),
         curves(
             "CPU of the processes",
             {each: 'rate(process_cpu_seconds_total{job="$job",instance=~"$instance"}[$__rate_interval])'},
             "none",
-            "In cores. Just 1 on a GPU that idles is Python at its limit: a host gap.",
+            "In cores. If it is exactly 1 while the GPU is idle, Python is the limit: a host gap.",
         ),
         curves(
             "Memory of the processes",
             {each: 'process_resident_memory_bytes{job="$job",instance=~"$instance"}'},
             "bytes",
-            "With the shards' pages, level after an epoch. What grows after that is a leak.",
+            "Includes the shards' pages, so it is level after an epoch. Growth after that is a leak.",
         ),
         curves(
             "Open files of the processes",
             {each: 'process_open_fds{job="$job",instance=~"$instance"}'},
             "none",
-            "Level after the start. What grows is a leak, and ends at the limit (ulimit -n).",
+            "Level after the start. Growth is a leak, which ends the run at the limit (ulimit -n).",
         ),
     ]
 
@@ -214,40 +219,42 @@ def host() -> list:
 def run() -> list:
     return [
         labels_of(
-            "What runs", 'alexnet_run_info{job="$job"}', "Recipe, hardware and versions of the newest start."
+            "Run details",
+            'alexnet_run_info{job="$job"}',
+            "Recipe, hardware and versions of the latest start.",
         ),
         series_of(
-            "Alerts that fire",
+            "Firing alerts",
             'ALERTS{alertstate="firing",job="$job"}',
-            "docs/operations.md says what to do about each.",
+            "docs/operations.md says what to do about each alert.",
         ),
         figure_now(
-            "Work at stake",
+            "Unsaved work",
             'job:alexnet_checkpoint_age:seconds{job="$job"}',
             "s",
-            "What a crash now would cost: time since the newest checkpoint, or since the process began.",
+            "The work that a crash would cost now: time since the newest checkpoint, or since the start.",
             6,
         ),
         figure_now(
-            "A checkpoint takes",
+            "Checkpoint time",
             'sum(increase(alexnet_checkpoint_seconds_sum{job="$job"}[$__range]))'
             ' / (sum(increase(alexnet_checkpoint_seconds_count{job="$job"}[$__range])) > 0)',
             "s",
-            "Mean over the time shown. Training waits meanwhile.",
+            "Mean time to save, over the time range shown. Training waits meanwhile.",
             6,
         ),
         figure_now(
             "Restarts",
             'max(changes(process_start_time_seconds{job="$job"}[$__range]))',
             "none",
-            "In the time shown. A crash costs what was done since the last checkpoint; a stop, nothing.",
+            "Within the time range shown. A crash costs the work since the last checkpoint; a stop, none.",
             6,
         ),
         figure_now(
-            "Images left out",
+            "Skipped images",
             'sum(increase(alexnet_input_errors_total{job="$job"}[$__range]))',
             "none",
-            "In the time shown, because they were damaged. The log names them.",
+            "Damaged images within the time range shown. The log names them.",
             6,
         ).decimals(0),
     ]

@@ -150,7 +150,7 @@ def test_the_probes_ask_the_first_process_which_has_ten_minutes_to_open_its_port
 @jobs
 def test_there_is_time_for_two_checkpoints_at_ten_megabytes_a_second(job):
     save_seconds = checkpoint_bytes() / 10e6
-    stated = f"{checkpoint_bytes() / 1e6:.0f} MB, {save_seconds:.0f} s where storage takes 10 MB/s"
+    stated = f"{checkpoint_bytes() / 1e6:.0f} MB, which takes {save_seconds:.0f} s at 10 MB/s"
     assert stated in (MANIFESTS / "one-gpu.yaml").read_text()
     assert pod(job)["terminationGracePeriodSeconds"] > 2 * save_seconds
     if job is MULTI_NODE:

@@ -1,22 +1,23 @@
-"""Kill a run again and again, and compare what comes of it with the same run left alone.
+"""Kill a run again and again, and compare its result with the same run left undisturbed.
 
     python tests/endurance/chaos.py --data shards --kills 200 --seed 0 --record runs/chaos.json
 
-Each scenario trains a small net without interruption, then with SIGKILL at moments drawn by the seed, and
-after each kill the same command again, until the run is through:
+Each scenario trains a small net without interruption. Then it trains it again with SIGKILLs at random
+moments and the same command after each kill, until the run is complete:
 
     1               on one process
-    2               on two; all are killed, or one, whose end the other must notice
-    1 to 1, 2, 4    begun on one and continued on 1, 2 and 4 by turns
-    2 to 1, 2, 4    begun on two, likewise
-    alexnet-train   the command and its net as they are
-    torchrun        likewise on two processes, of which one is killed; torchrun starts them again
+    2               on two; either both are killed, or one, whose end the other must notice
+    1 to 1, 2, 4    started on one process and resumed on 1, 2 and 4 in turn
+    2 to 1, 2, 4    started on two processes and resumed on 1, 2 and 4 in turn
+    alexnet-train   the command and its net, unmodified
+    torchrun        the same on two processes, one of which is killed; torchrun restarts them
 
-Kills are aimed at any time, at start-up, at the writing of a checkpoint and at evaluation; what each has hit
-is read from the run folder afterwards. It ends with 1 at the first difference, and that run's folder stays:
-losses, weights and the best checkpoint, bit for bit where the number of processes stays the same; each image
-that the net was given, always; a checkpoint that was there and is not; work done twice that had been saved;
-files or a lock left behind; a process that does not end. Other options are settings of alexnet-train.
+Kills are aimed at any time, at start-up, at the writing of a checkpoint and at evaluation; the run folder
+then shows what each one hit. The exit code is 1 at the first difference, and that run's folder is kept. These
+count as differences: losses, weights and the best checkpoint, bit for bit if the number of processes stays
+the same; any image that the net was given; a checkpoint that disappeared; saved work that was done again;
+files or a lock left behind; a process that does not end. Any other option is a setting of `alexnet-train
+train`.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from trainer.settings import SettingsError, load_settings
 if TYPE_CHECKING:
     from tests.endurance.runs import Tally
 
-# Of the drawn pictures that the tests and `make chaos` pack, four checkpoints an epoch.
+# With the pictures that the tests and `make chaos` draw, four checkpoints per epoch.
 SETTINGS = [
     "--recipe", "demo", "--crop", "67", "--batch", "8", "--epochs", "8", "--colour", "paper",
     "--device", "cpu", "--threads", "1", "--port", "0", "--stall-seconds", str(SILENCE_SECONDS),
@@ -49,21 +50,39 @@ SETTINGS = [
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Also the settings that are left."""
+    """Return the options, and the remaining arguments, which are settings of the trainer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--kills", type=natural, default=200, metavar="N", help="over the first four scenarios (default 200)")
-    add("--command-kills", type=natural, default=2, metavar="N", help="in each of the last two (default 2)")
-    add("--seed", type=natural, default=0, help="of the kills (default 0)")
-    add("--folder", type=Path, default=Path("runs/chaos"), metavar="DIR", help="for the runs (runs/chaos)")
-    add("--record", type=Path, metavar="FILE", help="append the last line to this file, too")
+    add(
+        "--kills",
+        type=natural,
+        default=200,
+        metavar="N",
+        help="kills over the first four scenarios (default 200)",
+    )
+    add(
+        "--command-kills",
+        type=natural,
+        default=2,
+        metavar="N",
+        help="kills in each of the last two (default 2)",
+    )
+    add("--seed", type=natural, default=0, metavar="N", help="seed of the kills (default 0)")
+    add(
+        "--folder",
+        type=Path,
+        default=Path("runs/chaos"),
+        metavar="DIR",
+        help="folder for the runs (default runs/chaos)",
+    )
+    add("--record", type=Path, metavar="FILE", help="also append the last line to this file")
     return parser.parse_known_args()
 
 
 def table(tallies: "dict[str, Tally]") -> Iterator[str]:
-    """Where the kills have hit, and what each scenario came to."""
+    """Yield a table of what the kills hit, and of each scenario's result."""
     yield f"{'kills in':16}" + "".join(f"{moment:>18}" for moment in MOMENTS) + f"{'all':>7}"
     for name, tally in tallies.items():
         moments = "".join(f"{tally.kills[moment]:>18}" for moment in MOMENTS)
@@ -77,12 +96,12 @@ def table(tallies: "dict[str, Tally]") -> Iterator[str]:
             f"{tally.longest_end_seconds:>12.1f} s{tally.steps_done_twice:>7}{tally.most_after_a_kill:>9}  "
             + (f"differ by {tally.loss_difference:.1e} at most" if tally.loss_difference else "equal")
         )
-    yield "one rank: kills of one of several, and how long the others took at most to end after it"
-    yield "twice: steps done again, after all kills together and after one at most; not counted of commands"
+    yield "one rank: kills of one rank of several, and the longest time until the others ended"
+    yield "twice: steps done again, in total and at most after one kill; not counted for commands"
 
 
 def kill_all(options: argparse.Namespace, rest: list[str], tallies: "dict[str, Tally]") -> None:
-    """Add each scenario's tally. Raises SettingsError, DatasetError, OSError, and DifferenceError."""
+    """Run all scenarios. Raises SettingsError, DatasetError, OSError or DifferenceError."""
     arguments = [*SETTINGS, *rest]
     settings = load_settings(arguments, command="chaos.py")
     read_manifest(settings.data)
@@ -99,10 +118,10 @@ def kill_all(options: argparse.Namespace, rest: list[str], tallies: "dict[str, T
     for scenario, kills in shares.items():
         if kills:
             tallies[scenario.name] = chaos.kill(scenario, kills)
-            print(f"{scenario.name}: {kills} kills, and as without them", flush=True)
+            print(f"{scenario.name}: {kills} kills, same result as without", flush=True)
     if options.command_kills:
         tallies["torchrun"] = kill_under_torchrun(chaos, options.command_kills)
-        print(f"torchrun: {options.command_kills} kills, and as without them", flush=True)
+        print(f"torchrun: {options.command_kills} kills, same result as without", flush=True)
     shutil.rmtree(options.folder)
 
 

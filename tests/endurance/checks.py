@@ -1,4 +1,4 @@
-"""What must hold: after a kill nothing that was saved is lost, and at the end all is as without kills."""
+"""Checks of killed runs: a kill loses nothing that was saved, and the final result is unaffected."""
 
 import csv
 import fcntl
@@ -13,42 +13,42 @@ from tests.endurance.lives import DifferenceError, unfinished
 from trainer import checkpoint
 from trainer.run import Run
 
-EXACT = ("step", "epoch", "loss", "error", "learning_rate")  # of metrics.csv; the rest are times
+EXACT = ("step", "epoch", "loss", "error", "learning_rate")  # columns of metrics.csv; the others are times
 CPU = torch.device("cpu")
 
-Images = dict[int, dict[int, str]]  # of each step, of each place in its batch, the hash
+Images = dict[int, dict[int, str]]  # step → position in the batch → hash of the image
 
 
 def read_images(records: Path, batch: int) -> tuple[Images, int]:
-    """What the net got in each step, and how many steps were begun in all lives together.
+    """Return the images that the net got in each step, and the number of steps begun in all lives together.
 
-    records: files `<life>-<world>.<rank>`. Raises DifferenceError where two lives were not given the same.
+    records: files `<life>-<world>.<rank>`. Raises DifferenceError if two lives got different images.
     """
     images: Images = defaultdict(dict)
     begun = 0
     for path in sorted(records.iterdir()):
         world, rank = int(path.stem.split("-")[1]), int(path.suffix[1:])
-        first = rank * batch // world  # a rank's images stand together, in the order of the ranks
+        first = rank * batch // world  # a rank's images are contiguous, in the order of ranks
         for line in path.read_text().splitlines():
             step, *sums = line.split()
             begun += rank == 0
             for place, image in enumerate(sums, first):
                 if images[int(step)].setdefault(place, image) != image:
                     raise DifferenceError(
-                        f"{path}: image {place} of step {step} is not that of a life before"
+                        f"{path}: image {place} of step {step} differs from an earlier life"
                     )
     return images, begun
 
 
 def begun_steps(records: Path, life: str) -> tuple[int, int]:
-    """The first step that the first rank of a life began with, and the one after its last; 0, 0 if none."""
+    """Return a life's first step on rank 0, and the step after its last; (0, 0) if it did none."""
     path = records / f"{life}.0"
     steps = [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
     return (steps[0], steps[-1] + 1) if steps else (0, 0)
 
 
 def check_images(images: Images, reference: Images) -> None:
-    """Raises DifferenceError where a step did not have the reference's images in the reference's order."""
+    """Raise DifferenceError if a step's images or their order differ from the reference's."""
     for step, expected in reference.items():
         got = images.get(step, {})
         for place, image in expected.items():
@@ -59,10 +59,10 @@ def check_images(images: Images, reference: Images) -> None:
 
 
 def check_saved(run: Run, durable: int) -> int:
-    """The step of the newest checkpoint, after all processes of a life are gone.
+    """Return the step of the newest checkpoint, after all processes of a life have ended.
 
-    durable: the newest that was ever there. Raises DifferenceError if anything that was saved is lost or
-    damaged, and if files or the lock were left behind.
+    durable: the newest step ever saved. Raises DifferenceError if anything saved is lost or damaged, or if
+    files or the lock were left behind.
     """
     state, damaged = checkpoint.load(run.checkpoints, CPU)
     if damaged:
@@ -70,34 +70,32 @@ def check_saved(run: Run, durable: int) -> int:
     step = state["step"] if state else 0
     if step < durable:
         raise DifferenceError(
-            f"after a kill the newest checkpoint is of step {step}; there was one of {durable}"
+            f"after a kill the newest checkpoint is of step {step}, but there was one of step {durable}"
         )
     rows = [int(row["step"]) for row in read(run.metrics.path) if int(row["step"]) <= step]
     if rows != list(range(1, step + 1)):
-        raise DifferenceError(
-            f"after a kill, {run.metrics.path} lacks rows up to step {step}, which is saved"
-        )
+        raise DifferenceError(f"after a kill, {run.metrics.path} lacks rows up to the saved step {step}")
     evaluations = len([row for row in read(run.evaluations.path) if int(row["step"]) <= step])
     if state and evaluations < len(state["errors"]):
-        raise DifferenceError(f"after a kill, {run.evaluations.path} lacks rows up to step {step}")
+        raise DifferenceError(f"after a kill, {run.evaluations.path} lacks rows up to the saved step {step}")
     if state and state["errors"] and not checkpoint.saved(run.checkpoints, "best"):
         raise DifferenceError(f"after a kill at step {step} there is no best checkpoint")
     if len(left := unfinished(run.checkpoints)) > 1:
-        raise DifferenceError(f"{len(left)} temporary files lie in {run.checkpoints}")
+        raise DifferenceError(f"{len(left)} temporary files are left in {run.checkpoints}")
     if (run.folder / ".lock").exists():
         with open(run.folder / ".lock") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DifferenceError(f"{run.folder} is locked, and no process of it is left") from None
+                raise DifferenceError(f"{run.folder} is locked, but none of its processes is left") from None
     return step
 
 
 def check_end(run: Run, reference: Run, same_world: bool) -> float:
-    """Compare a run that is through with one that was not killed.
+    """Compare a finished run with one that was not killed.
 
-    Bit for bit where the numbers of processes were the same. Returns the largest relative difference of
-    two losses. Raises DifferenceError.
+    They must be equal bit for bit if the numbers of processes were the same. Returns the largest relative
+    difference between two losses. Raises DifferenceError.
     """
     rows, expected = read(run.metrics.path), read(reference.metrics.path)
     if [row["step"] for row in rows] != [row["step"] for row in expected]:
@@ -123,7 +121,7 @@ def check_end(run: Run, reference: Run, same_world: bool) -> float:
 
 
 def check_same(value: Any, expected: Any, name: str) -> None:
-    """Compare two states bit for bit, but for the time. Raises DifferenceError, which names what differs."""
+    """Compare two states bit for bit, except for the time. Raises DifferenceError."""
     if isinstance(expected, dict):
         if value.keys() != expected.keys():
             raise DifferenceError(f"{name} has other entries than without kills")
@@ -141,7 +139,7 @@ def check_same(value: Any, expected: Any, name: str) -> None:
 
 
 def read(table: Path) -> list[dict[str, str]]:
-    """The whole rows of a table, as the text that was written."""
+    """Return the complete rows of a table, as text."""
     if not table.exists():
         return []
     lines = [line for line in table.read_text().splitlines(keepends=True) if line.endswith("\n")]

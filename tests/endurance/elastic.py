@@ -1,4 +1,4 @@
-"""One rank of two killed under torchrun, which starts both again."""
+"""Kill one rank of two under torchrun, which starts both again."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from trainer.run import Run
 
 
 def ranks_of(torchrun: int) -> dict[int, int]:
-    """The process of each rank that a torchrun has started."""
+    """Return the process of each rank that a torchrun has started."""
     ranks = {}
     for children in Path(f"/proc/{torchrun}/task").glob("*/children"):
         for pid in map(int, children.read_text().split()):
@@ -23,7 +23,7 @@ def ranks_of(torchrun: int) -> dict[int, int]:
 
 
 def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
-    """At steps that are spread over the run. Raises DifferenceError."""
+    """Kill a rank at steps spread over the run. Raises DifferenceError."""
     tally, reference = Tally(runs=1, lives=1), chaos.reference(TORCHRUN)
     run, steps = chaos.run(TORCHRUN.name), last_step(reference.run.metrics.path)
     watch = Watch(run, chaos.batch, chaos.samples)
@@ -45,16 +45,16 @@ def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
         chaos.ended_well(run, life.join())
     finally:
         if not life.is_over():
-            life.process.terminate()  # which it passes on
+            life.process.terminate()  # torchrun passes the signal on
             life.join()
     chaos.compare(TORCHRUN, run, reference, tally)
     return tally
 
 
 def wait_for_start(run: Run, life: CommandLife) -> None:
-    """Until the processes are there again, and have read their checkpoint."""
+    """Wait until the processes have been restarted and have read their checkpoint."""
     before, end = len(run.starts()), time.monotonic() + DEADLINE_SECONDS
     while not life.is_over() and len(run.starts()) == before:
         if time.monotonic() > end:
-            raise DifferenceError(f"torchrun has started nothing again for {DEADLINE_SECONDS:.0f} s")
+            raise DifferenceError(f"torchrun has not restarted the processes within {DEADLINE_SECONDS:.0f} s")
         time.sleep(POLL_SECONDS)

@@ -1,28 +1,29 @@
-"""Pack or train again and again while one file-system call after the other fails.
+"""Pack or train again and again while each file-system call fails in turn.
 
     python tests/endurance/faults.py packing --seconds 120 --seed 0
     python tests/endurance/faults.py training
     python tests/endurance/faults.py continuing
 
-The job is done first with nothing to disturb it, and recorded. `continuing` is the second life of a training
-that was stopped. Then each of its calls is made to fail with each error that it may answer (faulty_storage.py
-lists them), once and from then on, and reads and writes fall short. After each fault the same command is
-given again. It ends with 1 if any of this does not hold. Of a packing:
+The job first runs undisturbed, and its calls are recorded. `continuing` is the resumed part of a training run
+that was stopped. Then each call fails with each error that it can return (listed in faulty_storage.py), once
+or from then on, and reads and writes are cut short. After each fault the same command runs again. The exit
+code is 1 if any of the following is violated. For packing:
 
-    exit code 0     the dataset is there, with the bytes of the undisturbed packing, but for files that were
-                    rejected by name because the error was their own
-    dataset.json    the folder verifies, picture by picture
+    exit code 0     the dataset has the bytes of the undisturbed one, except for files that were rejected by
+                    name because the error concerned them
+    dataset.json    if it exists, the folder verifies, picture by picture
     exit code 1     one line names the file and the reason
-    again           the same command ends with the bytes of the undisturbed packing
+    again           the same command ends with the bytes of the undisturbed dataset
 
-Of a training:
+For training:
 
-    exit code 0     the losses, weights, best and report of the undisturbed one, unless samples were left out
+    exit code 0     losses, weights, best checkpoint and report are the undisturbed ones, unless samples were
+                    skipped
     exit code 1     one line names the file and the reason
-    at any time     the newest checkpoint and the best that were there can be loaded, or later ones can
+    at any time     the newest and the best checkpoint so far, or later ones, can be loaded
     again           the same command ends with the undisturbed losses and weights, bit for bit
 
-With --seconds, the cases are drawn by the seed until the time is over; without, all are tried.
+With --seconds, random cases are tried until the time is over; otherwise all of them.
 """
 
 import argparse
@@ -49,11 +50,11 @@ from tools.options import natural, positive
 if TYPE_CHECKING:  # which imports torch
     from tests.endurance.faulty_training import Training
 
-MANY = 12  # times that a call comes, of which some stand for the others
+MANY = 12  # of a call that occurs more often, only some occurrences fail
 
 
 def draw_input(folder: Path, classes: int, train: int, val: int) -> None:
-    """So many pictures of each class, to train and to validate on."""
+    """Draw training and validation pictures of the first classes."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for name in class_names()[:classes]:
@@ -86,8 +87,10 @@ JOBS: dict[str, "Callable[[Path], Packing | Training]"] = {
 
 
 def all_faults(calls: dict[Call, int]) -> list[Fault]:
-    """Each call that was recorded, each time that it came, or the first, the middle and the last of many
-    times, with each error, once and for good."""
+    """Return the faults of all recorded calls: every error, once and lasting.
+
+    Each occurrence of a call fails or, if there are more than MANY, the first, the middle and the last.
+    """
     return [
         Fault(call, time, error, lasting)
         for call, count in sorted(calls.items())
@@ -98,7 +101,7 @@ def all_faults(calls: dict[Call, int]) -> list[Fault]:
 
 
 def table(tried: Iterable[Fault], wrong: Counter[str]) -> list[str]:
-    """A line for each kind of call: errors, runs, violations."""
+    """Return a table with a line for each kind of call: runs, violations and errors."""
     runs = Counter(fault.call.name for fault in tried)
     lines = [f"{'call':20}{'runs':>8}{'violations':>12}  errors"]
     lines += [
@@ -109,7 +112,7 @@ def table(tried: Iterable[Fault], wrong: Counter[str]) -> list[str]:
 
 
 def try_all(job: "Packing | Training", faults: Iterable[Fault], seconds: float) -> Counter[str]:
-    """Try them until the time is over, printing what does not hold; violations by the name of the call."""
+    """Try faults until the time is over and print violations; return their number for each kind of call."""
     wrong: Counter[str] = Counter()
     tried, end = [], time.monotonic() + seconds
     for fault in faults:
@@ -127,11 +130,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("job", choices=JOBS, nargs="?", default="packing", help="default packing")
     parser.add_argument(
-        "--seconds", type=positive, metavar="S", help="of cases drawn by the seed (default: all)"
+        "job",
+        choices=JOBS,
+        nargs="?",
+        default="packing",
+        help="job to disturb (default packing)",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of their order (default 0)")
+    parser.add_argument(
+        "--seconds", type=positive, metavar="S", help="try random cases for this long (default: all cases)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="seed of the cases' order (default 0)",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         job = JOBS[options.job](Path(folder, "job"))

@@ -1,8 +1,8 @@
-"""Storage that answers with an error: the file-system calls of a job are counted, and one of them fails.
+"""Storage that fails: counts the file-system calls of a job, and makes one of them fail.
 
-`Storage` stands above the functions of os, io and fcntl while it is entered, so it sees what Python asks of
-the files below one folder, and not what libraries in C do by themselves. A call is known by its name, its
-file and how often both came before, which is the same in each run of a job that does one thing at a time.
+While entered, `Storage` replaces functions of os, io and fcntl, so it sees what Python does with files below
+one folder, but not what C libraries do by themselves. A call is identified by its name, its file and how
+often that pair occurred before, which is the same in every run of a single-threaded job.
 """
 
 import builtins
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 from unittest import mock
 
-SHORT = "SHORT"  # not an error: less is read or written than was asked for
-TWICE = "TWICE"  # nor this: an entry of a folder is listed again
+SHORT = "SHORT"  # not an error: less is read or written than requested
+TWICE = "TWICE"  # not an error: an entry of a folder is listed twice
 
-# What each call may answer, besides doing its work. `open` is for reading, `create` for writing.
+# The errors that each call may return. `open` is for reading, `create` for writing.
 ERRORS = {
     "open": ("EACCES", "ENOENT", "EIO", "ESTALE", "EMFILE", "ENOTCONN"),
     "create": ("EACCES", "EROFS", "ENOSPC", "ESTALE", "EMFILE"),
@@ -58,18 +58,18 @@ _FUNCTIONS = {
     "truncate": "truncate",
 }
 _open, _fstat, _scandir, _pread, _preadv = open, os.fstat, os.scandir, os.pread, os.preadv
-_RANDOM = re.compile(r"(?<=/tmp)\w{8}(?=/|$)")  # in the names that tempfile makes up
+_RANDOM = re.compile(r"(?<=/tmp)\w{8}(?=/|$)")  # in the names that tempfile generates
 
 
 class Call(NamedTuple):
-    """path: below the folder, without what is random in it."""
+    """A kind of call. path: relative to the folder, without random parts."""
 
     name: str
     path: str
 
 
 class Fault(NamedTuple):
-    """The call that fails, the first time or a later one; lasting: and each time after that."""
+    """A call that fails at its occurrence number `time`; lasting: and at every later one."""
 
     call: Call
     time: int
@@ -82,7 +82,7 @@ class Fault(NamedTuple):
 
 
 class Storage:
-    """calls: how often each came. hits: how often the fault did."""
+    """Counts and fails calls. calls: occurrences of each. hits: occurrences of the fault."""
 
     def __init__(self, folder: Path, fault: Fault | None = None):
         self.folder, self.fault = f"{folder}/", fault
@@ -110,7 +110,7 @@ class Storage:
         self._patches.close()
 
     def meet(self, name: str, file: Any) -> str | None:
-        """Count a call. Raises the OSError that it is to fail with, or returns SHORT or TWICE."""
+        """Count a call. Raises the OSError that it must fail with, or returns SHORT or TWICE."""
         path = self._path(file)
         if path is None:
             return None
@@ -125,23 +125,23 @@ class Storage:
         if fault.error in (SHORT, TWICE):
             return fault.error
         number = getattr(errno, fault.error)
-        # As the system's: functions that are given a descriptor do not know its name.
+        # Like the system's errors: functions that take a descriptor do not name the file.
         raise OSError(
             number, os.strerror(number), *([str(file)] if isinstance(file, (str, os.PathLike)) else [])
         )
 
     def _path(self, file: Any) -> str | None:
-        """Below the folder, or None where it is not."""
+        """Return a file's path relative to the folder, or None if it is outside."""
         if hasattr(file, "fileno"):
             file = file.fileno()
         name = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else os.path.abspath(file)  # noqa: PTH100, PTH115
-        name = os.fsdecode(name).removesuffix(" (deleted)")  # what /proc says of an open file
+        name = os.fsdecode(name).removesuffix(" (deleted)")  # suffix in /proc for a deleted open file
         return name[len(self.folder) :] if f"{name}/".startswith(self.folder) else None
 
     def _before(self, call: str, real: Callable) -> Callable:
         def function(*arguments: Any, **options: Any) -> Any:
             file = arguments[1] if call in ("replace", "link") else arguments[0]
-            if (folder := options.get("dir_fd")) is not None:  # as rmtree has it
+            if (folder := options.get("dir_fd")) is not None:  # as in rmtree
                 file = f"{os.readlink(f'/proc/self/fd/{folder}')}/{os.fsdecode(file)}"  # noqa: PTH115
             self.meet(call, file)
             return real(*arguments, **options)
@@ -150,7 +150,8 @@ class Storage:
 
     def _fsync(self, file: Any) -> None:
         is_folder = stat.S_ISDIR(_fstat(file if isinstance(file, int) else file.fileno()).st_mode)
-        self.meet("fsync of a folder" if is_folder else "fsync", file)  # not done: no power is cut here
+        # Not executed: there is no power failure here.
+        self.meet("fsync of a folder" if is_folder else "fsync", file)
 
     def _pread(self, file: int, size: int, offset: int) -> bytes:
         is_short = self.meet("read", file) == SHORT
@@ -187,7 +188,7 @@ class Storage:
 
 
 class _File(io.FileIO):
-    """A file whose reads and writes are met."""
+    """A file whose reads and writes are counted."""
 
     def __init__(self, storage: Storage, path: Any, mode: str):
         self._storage = storage
@@ -199,7 +200,7 @@ class _File(io.FileIO):
         return None if size is None else super().readinto(view[:size])
 
     def readall(self) -> bytes | None:  # type: ignore[override]
-        return None if self._size(1) is None else super().readall()  # which goes on after a short one
+        return None if self._size(1) is None else super().readall()  # it continues after a short read
 
     def read(self, size: int | None = -1, /) -> bytes | None:  # type: ignore[override]
         if size is None or size < 0:
@@ -208,7 +209,7 @@ class _File(io.FileIO):
         return None if size is None else super().read(size)
 
     def _size(self, asked: int) -> int | None:
-        """What a read may ask for; None for EAGAIN, of which FileIO makes None and no error."""
+        """Return the size that a read may request; None for EAGAIN, which FileIO also turns into None."""
         try:
             is_short = self._storage.meet("read", self.fileno()) == SHORT
         except BlockingIOError:
@@ -227,11 +228,11 @@ class _File(io.FileIO):
             try:
                 self._storage.meet("close", path)
             except OSError as error:
-                raise OSError(error.errno, error.strerror) from None  # which does not name the file
+                raise OSError(error.errno, error.strerror) from None  # without the file's name
 
 
 class _Listing:
-    """What os.scandir returns."""
+    """The iterator that os.scandir returns."""
 
     def __init__(self, storage: Storage, path: Any, real: Any):
         self._storage, self._path, self._real = storage, path, real

@@ -1,7 +1,7 @@
-"""A small training for faults.py: on storage of which one call fails, from its start or continued.
+"""A small training job for faults.py, on storage where one call fails, when it starts or is resumed.
 
-After each fault the same command is given again on sound storage. Whatever happened, it must come to the
-losses and weights of a run that nothing disturbed, and what was saved before must not be lost meanwhile.
+After each fault the same command runs again on sound storage. It must then reach the losses and weights of an
+undisturbed run, and nothing that was saved before may be lost on the way.
 """
 
 import errno
@@ -20,17 +20,17 @@ from tests.endurance.jobs import Outcome, live, preload
 from trainer import checkpoint
 from trainer.run import Run, RunError
 
-# Of the drawn pictures that the tests pack: five steps an epoch, the last with what a checkpoint is for.
+# With the pictures that the tests draw and pack, five steps per epoch; a checkpoint every two.
 SETTINGS = ["--recipe", "demo", "--crop", "67", "--width", "0.125", "--batch", "12", "--epochs", "2"]
 SETTINGS += ["--log-every", "1", "--checkpoint-steps", "2", "--keep-checkpoints", "2", "--port", "0"]
 SETTINGS += ["--device", "cpu", "--precision", "fp32", "--threads", "1"]
-STOPPED_AFTER = 7  # of ten steps: then the first life of a run that is to be continued ends
+STOPPED_AFTER = 7  # of ten steps, after which a run that will be resumed is stopped
 _CPU = torch.device("cpu")
 preload("trainer.train", "trainer.monitor.report", "tests.endurance.faulty_training")
 
 
 def train(arguments: Sequence[str]) -> None:
-    """alexnet-train in this process, without pauses."""
+    """Run alexnet-train in this process, without pauses."""
     from pipeline import retry
     from trainer import cli
 
@@ -41,7 +41,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def train_a_part(arguments: Sequence[str]) -> None:
-    """The same, asked to stop by SIGTERM."""
+    """Run alexnet-train in this process, and stop it with SIGTERM after STOPPED_AFTER steps."""
     from trainer.train import Trainer
 
     step = Trainer.train_one
@@ -56,9 +56,9 @@ def train_a_part(arguments: Sequence[str]) -> None:
 
 
 class Training:
-    """A run below `folder`, whose calls fail from its start, or when it is continued.
+    """A training run below `folder` whose calls fail from its start, or after it was resumed.
 
-    folder: has a dataset in data/. continued: whether the calls are those of its second life.
+    folder: has a dataset in data/. continued: whether the failing calls are those of the resumed run.
     """
 
     def __init__(self, folder: Path, continued: bool):
@@ -78,21 +78,21 @@ class Training:
             shutil.copytree(self.begun, self.run.folder)
 
     def _content(self) -> dict[str, Any]:
-        """What a run comes to: rows and weights."""
+        """Return a run's results: rows and weights."""
         rows = [{**row, "images_per_second": 0, "wait_ratio": 0} for row in self.run.metrics.rows()]
         return {"rows": rows, "evaluations": self.run.evaluations.rows()} | {
             kind: self._saved(kind) for kind in ("step", "best")
         }
 
     def _saved(self, kind: str) -> tuple[int, list[list[float]]] | None:
-        """The newest of a kind: its step, and some of its weights."""
+        """Return the step and some weights of the newest checkpoint of a kind."""
         state, _ = checkpoint.load(self.run.checkpoints, _CPU, kind)
         if state is None:
             return None
         return state["step"], [weights.flatten()[:100].tolist() for weights in state["model"].values()]
 
     def try_fault(self, fault: Fault) -> tuple[Outcome, list[str]]:
-        """What came of it, and what should not have."""
+        """Run the job with a fault; return its outcome and the violations."""
         self._prepare()
         before = {kind: self._saved(kind) for kind in ("step", "best")}
         outcome = live(train, self.arguments, self.folder, fault)
@@ -100,7 +100,7 @@ class Training:
         again = live(train, self.arguments, self.folder, None)
         if again.code:
             wrong.append(f"the same command again ends with {again.code}: {again.text}")
-        elif "left out: " not in outcome.text:  # for damage that stays, which changes the losses
+        elif "left out: " not in outcome.text:  # skipped samples stay damaged and change the losses
             wrong += self._differences("after the same command again")
         return outcome, wrong
 
@@ -125,7 +125,7 @@ class Training:
             yield from _judge_line(outcome.text, fault)
 
     def _differences(self, when: str) -> list[str]:
-        """From the run that nothing disturbed."""
+        """Return the differences from the undisturbed run."""
         try:
             content = self._content()
         except RunError as error:
@@ -134,15 +134,15 @@ class Training:
 
 
 def _judge_line(text: str, fault: Fault) -> Iterator[str]:
-    """An error is one line with the file and the reason, the last that the command says of itself."""
+    """Check that an error is one line with file and reason, the last line from the command itself."""
     lines = [line for line in text.splitlines() if line.startswith("alexnet-train: ")]
     line = lines[-1] if lines else ""
     if len([other for other in lines if "cannot be locked" not in other]) != 1:
         yield f"{len(lines)} lines: {text}"
-    # That a file is missing is said in other words.
+    # A missing file is reported in other words.
     if fault.error not in (SHORT, TWICE, "ENOENT") and os.strerror(getattr(errno, fault.error)) not in line:
         yield f"no reason: {text}"
-    # The best is named by its step.
+    # The best checkpoint is named by its step.
     name = Path(fault.call.path).name.removeprefix(".").removesuffix(".partial").removesuffix(".link")
     if name.removeprefix("best-") not in line:
         yield f"no file: {text}"

@@ -1,7 +1,7 @@
-"""Small jobs for tests/endurance/faults.py: each in a process of its own, on storage of which one call fails.
+"""Small jobs for tests/endurance/faults.py, each in its own process, on storage where one call fails.
 
-A job is a command with its arguments, the folder that its calls are counted in, and what must hold of what it
-leaves. `packing` is one; what a fork server has imported already makes it a matter of a tenth of a second.
+A job is a command with arguments, the folder whose calls are counted, and checks of its results. Thanks to a
+fork server that has imported its modules, packing takes a tenth of a second.
 """
 
 import errno
@@ -18,13 +18,13 @@ from pathlib import Path
 
 from tests.endurance.faulty_storage import SHORT, TWICE, Call, Fault, Storage
 
-DEADLINE_SECONDS = 60  # after which a job hangs
+DEADLINE_SECONDS = 60  # a job that takes longer counts as hanging
 _forkserver = multiprocessing.get_context("forkserver")
 _preloaded = ["tools.make_shards", "tools.verify_shards", "tests.endurance.faulty_storage"]
 
 
 def preload(*modules: str) -> None:
-    """Have modules imported before the first job is started."""
+    """Import modules in the fork server before the first job starts."""
     _preloaded.extend(modules)
     _forkserver.set_forkserver_preload(_preloaded)
 
@@ -34,7 +34,7 @@ preload()
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: the exit code, or minus the signal's number. text: all that was printed."""
+    """The result of a job. code: exit code, or minus the number of a signal. text: everything it printed."""
 
     code: int
     text: str
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def live(job: Callable[..., None], arguments: Sequence[str], folder: Path, fault: Fault | None) -> Outcome:
-    """Run a job on such storage, in a process of its own. folder: that its calls are counted in."""
+    """Run a job on faulty storage, in its own process. folder: the folder whose calls are counted."""
     log = folder.with_suffix(".log")
     here, there = _forkserver.Pipe(duplex=False)
     process = _forkserver.Process(target=_live, args=(job, arguments, folder, fault, log, there), daemon=True)
@@ -74,7 +74,7 @@ def _live(job, arguments, folder, fault, log, answer) -> None:
 
 
 def pack(arguments: Sequence[str]) -> None:
-    """make_shards in this process, without workers and without pauses."""
+    """Run make_shards in this process, without workers and without pauses."""
     from pipeline import retry
     from pipeline.packing import executors
     from tools import make_shards
@@ -102,7 +102,7 @@ def _here(count: int) -> Iterator:
 
 
 class Packing:
-    """Pictures below `folder`, packed once as they are and then with faults."""
+    """Packing of the pictures below `folder`, first undisturbed and then with faults."""
 
     def __init__(self, folder: Path):
         """folder: holds in/train/… and in/val/…"""
@@ -119,17 +119,17 @@ class Packing:
         }
 
     def try_fault(self, fault: Fault) -> tuple[Outcome, list[str]]:
-        """What came of it, and what should not have."""
+        """Run the job with a fault; return its outcome and the violations."""
         shutil.rmtree(self.output, ignore_errors=True)
         outcome = live(pack, self.arguments, self.folder, fault)
         wrong = list(self._judge(outcome, fault))
         rejected = self._rejected()
         again = live(pack, self.arguments, self.folder, None)
-        if rejected:  # a dataset without a file that was to blame: it stays so
+        if rejected:  # the dataset lacks a rejected file, and keeps lacking it
             if "already holds a dataset" not in again.text:
                 wrong.append(f"the same command after a rejection: code {again.code}: {again.text}")
         elif (again.code and "already holds a dataset" not in again.text) or self._content() != self.whole:
-            wrong.append(f"the same command again does not end alike: code {again.code}: {again.text}")
+            wrong.append(f"the same command again gives another result: code {again.code}: {again.text}")
         return outcome, wrong
 
     def _judge(self, outcome: Outcome, fault: Fault) -> Iterator[str]:
@@ -142,7 +142,7 @@ class Packing:
         if outcome.code == 0 and not self._rejected():
             left = {name for name in self._content() if not name.startswith(".packing/")}
             if left != self.whole.keys():
-                yield f"code 0 with {sorted(left ^ self.whole.keys())} too many or missing"
+                yield f"code 0 with {sorted(left ^ self.whole.keys())} added or missing"
         if outcome.code > 0:
             yield from _judge_line(outcome.text, fault)
 
@@ -164,7 +164,7 @@ class Packing:
 
 
 def _judge_line(text: str, fault: Fault) -> Iterator[str]:
-    """An error is one line with the file and the reason, after those of what was tried again."""
+    """Check that an error is one line with file and reason, apart from lines about retries."""
     lines = [
         line for line in text.splitlines() if "retrying for" not in line and "cannot be locked" not in line
     ]

@@ -1,10 +1,9 @@
-"""The lives of a run that chaos.py kills: their processes, and what the run's files say of them.
+"""The lives of a run that chaos.py kills: their processes, and what the run's files say about them.
 
-A life comes from a fork server that has imported all that training needs. It is the command with its
-arguments in a process of its own, or in one for each rank, and a SIGKILL is a real one; only the ten
-seconds of imports are saved. Two things differ from the command: each image is recorded as the net gets
-it, and the watchdog is impatient in start-up, too.
-`CommandLife` is the command as it is.
+A life starts from a fork server that has imported everything training needs, which saves ten seconds of
+imports. It is the real command in its own process, or in one process per rank, and is killed by a real
+SIGKILL. It differs from the command in two ways: every image that the net gets is recorded, and the watchdog
+uses its short limit during start-up, too. `CommandLife` is the unmodified command.
 """
 
 import hashlib
@@ -20,29 +19,29 @@ from typing import Any, Protocol
 
 from trainer.run import Run
 
-SILENCE_SECONDS = 30.0  # without progress, after which the watchdog ends a process
+SILENCE_SECONDS = 30.0  # without progress until the watchdog ends a process
 
 _forkserver = multiprocessing.get_context("forkserver")
 _forkserver.set_forkserver_preload(["trainer.cli", "trainer.train", "trainer.monitor.report"])
 
 
 class DifferenceError(Exception):
-    """What is not as it would have been without kills; the message says what and where."""
+    """A difference from the run without kills; the message says what differs and where."""
 
 
 class Life(Protocol):
-    """From the start of a run's processes to the end of the last."""
+    """A run's processes, from their start to the end of the last one."""
 
     world: int
 
     def is_over(self) -> bool: ...
     def kill(self, ranks: Sequence[int]) -> None: ...
     def join(self, seconds: float | None = None) -> list[int]:
-        """Wait for the end; the exit codes, minus the signal where one ended it. Raises DifferenceError."""
+        """Wait for the end; return exit codes, negative for a signal. Raises DifferenceError."""
 
 
 def warm_up() -> None:
-    """Have the fork server import what the lives need, which the first one would wait for."""
+    """Let the fork server import what the lives need, so that the first one does not wait for it."""
     first = _forkserver.Process(target=_free_port)
     first.start()
     first.join()
@@ -51,7 +50,7 @@ def warm_up() -> None:
 class ForkedLife:
     """A process for each rank, with the environment that torchrun would give it.
 
-    images: where each rank records what it trains on, see `recorded`. log: takes stdout and stderr.
+    images: files to record each rank's images in, see `recorded`. log: file for stdout and stderr.
     """
 
     def __init__(self, arguments: Sequence[str], world: int, images: Path, log: Path):
@@ -82,17 +81,19 @@ class ForkedLife:
         hanging = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         if hanging:
             self.kill(hanging)
-            raise DifferenceError(f"rank {hanging[0]} hangs {seconds:.0f} s after another was killed")
+            raise DifferenceError(
+                f"rank {hanging[0]} has not ended {seconds:.0f} s after another rank was killed"
+            )
         return [process.exitcode or 0 for process in self.processes]
 
 
 class CommandLife:
-    """A command, as it is typed."""
+    """An unmodified command."""
 
     world = 1
 
     def __init__(self, command: Sequence[str], log: Path):
-        # Or torchrun keeps its store through a restart, and ranks take each other's addresses of before.
+        # Otherwise torchrun keeps its store across a restart, and ranks use each other's old addresses.
         environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         with open(log, "ab") as file:
             self.process = subprocess.Popen(
@@ -116,7 +117,7 @@ def _free_port() -> int:
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process of its world; nothing where the command starts alone."""
+    """Return the variables that torchrun would set for a process; none for a single process."""
     if world == 1:
         return {}
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -127,7 +128,7 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 
 def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, log: Path) -> None:
-    """In the process of a rank."""
+    """Run the command in the process of a rank."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -138,7 +139,7 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
     from trainer import cli, train
     from trainer.processes import watchdog
 
-    torch.set_num_threads(1)  # as torchrun has it for several
+    torch.set_num_threads(1)  # as torchrun does for several processes
     watchdog.START_SECONDS = SILENCE_SECONDS
     train.train_loader = recorded(train.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
@@ -146,10 +147,10 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
 
 
 def recorded(loader: Callable[..., Iterator], path: Path) -> Callable[..., Iterator]:
-    """The train loader, which writes a line for each batch that is taken from it.
+    """Wrap the train loader to write a line for each batch that is taken from it.
 
-    It has the number of the step, and for each image the BLAKE2b of its pixels and label. What a killed
-    process had written stays.
+    The line has the step, and for each image the BLAKE2b hash of its pixels and label. Lines survive a kill
+    of the process.
     """
 
     def loading(dataset: object, plan: object, steps: range, *rest: Any, **options: Any) -> Iterator:
@@ -167,9 +168,9 @@ def recorded(loader: Callable[..., Iterator], path: Path) -> Callable[..., Itera
 
 
 class Watch:
-    """What the files of a run say that it is doing, from the start of a life.
+    """Tells from the files of a run what it is doing, from the start of a life.
 
-    batch and samples: of a step and of an epoch. durable: the newest step that a checkpoint was seen of.
+    batch, samples: images per step and per epoch. durable: the newest step with a checkpoint so far.
     """
 
     def __init__(self, run: Run, batch: int, samples: int):
@@ -180,7 +181,7 @@ class Watch:
         self._left_behind = self._unfinished()
 
     def moment(self) -> str:
-        """One of MOMENTS."""
+        """Return one of MOMENTS."""
         self.durable = max(self.durable, newest_step(self.run))
         if self._unfinished() - self._left_behind:
             return "checkpoint write"
@@ -192,7 +193,7 @@ class Watch:
         return "training"
 
     def _unfinished(self) -> set[tuple[str, int]]:
-        """Temporary files of checkpoints, with the time of their last change."""
+        """Return the temporary files of checkpoints, with their modification times."""
         return {(path.name, time) for path in unfinished(self.run.checkpoints) if (time := _changed(path))}
 
 
@@ -206,16 +207,16 @@ def unfinished(folder: Path) -> list[Path]:
 def _changed(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:  # it has got its name meanwhile
+    except FileNotFoundError:  # it has been renamed in the meantime
         return None
 
 
 def newest_step(run: Run) -> int:
-    """Of the checkpoints, by their names; 0 if there is none."""
+    """Return the newest checkpoint's step, by its name; 0 if there is none."""
     return max((int(path.stem.partition("-")[2]) for path in run.checkpoints.glob("*.pt")), default=0)
 
 
 def last_step(table: Path) -> int:
-    """Of the rows in a table; 0 if there is none."""
+    """Return the last step in a table; 0 if it has no rows."""
     lines = table.read_text().splitlines(keepends=True)[1:] if table.exists() else []
     return max((int(line.split(",")[0]) for line in lines if line.endswith("\n")), default=0)

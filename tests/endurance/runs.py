@@ -1,4 +1,4 @@
-"""Runs of tests/endurance/chaos.py: once without kills, then killed until they are through."""
+"""The runs of tests/endurance/chaos.py: once without kills, then killed until they are complete."""
 
 import shutil
 import signal
@@ -37,11 +37,15 @@ AIMS = ("any time", "start-up", "checkpoint write", "evaluation")
 CLOSE = 1e-3  # relative difference of losses where the number of processes is not the same
 POLL_SECONDS = 0.002
 BLINK_SECONDS = 0.1  # at most, from what a kill is aimed at to the kill
-DEADLINE_SECONDS = 180.0  # for the other processes to end once one of them is gone
+DEADLINE_SECONDS = 180.0  # for the other processes to end after one was killed
 
 
 class Scenario(NamedTuple):
-    """begun, continued: numbers of processes, the latter by turns. forked: or the command as it is."""
+    """A way to kill runs.
+
+    begun, continued: numbers of processes at the start and, in turn, after kills. forked: whether lives come
+    from the fork server; otherwise they are the unmodified command.
+    """
 
     name: str
     begun: int
@@ -54,8 +58,8 @@ class Scenario(NamedTuple):
         return set(self.continued) == {self.begun}
 
 
-NARROW = ("--width", "0.0625")  # so that steps take milliseconds
-# Each rank draws its own dropout, so without it where the number of ranks changes.
+NARROW = ("--width", "0.0625")  # makes steps take milliseconds
+# Each rank draws its own dropout masks, so dropout is off where the number of ranks changes.
 SCENARIOS = (
     Scenario("1", 1, (1,), (*NARROW, "--dropout", "2012")),
     Scenario("2", 2, (2,), (*NARROW, "--dropout", "2012")),
@@ -69,31 +73,31 @@ _TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 
 
 @dataclass
 class Tally:
-    """What was done in a scenario, and what came of it."""
+    """Counts of what was done in a scenario, and its results."""
 
     kills: Counter[str] = field(default_factory=Counter)  # by moment
     runs: int = 0
     lives: int = 0
     steps_on: Counter[int] = field(default_factory=Counter)  # by number of processes
-    one_rank_kills: int = 0  # of one rank of several
-    longest_end_seconds: float = 0.0  # until the other ranks had ended then
-    steps_done_twice: int = 0  # by the record of images, which there is of forked lives alone
+    one_rank_kills: int = 0  # kills of one rank of several
+    longest_end_seconds: float = 0.0  # until the other ranks had ended after such a kill
+    steps_done_twice: int = 0  # from the record of images, which only forked lives have
     most_after_a_kill: int = 0  # likewise
-    loss_difference: float = 0.0  # relative, the largest
+    loss_difference: float = 0.0  # the largest relative difference
 
 
 class Reference(NamedTuple):
-    """A run without kills."""
+    """A run without kills, to compare with."""
 
     run: Run
     images: Images
-    start_seconds: float  # to its first line of metrics, for each process
+    start_seconds: float  # until its first line of metrics, per process
 
 
 class Strike(NamedTuple):
-    """A kill as it is drawn, before the life begins. rank: the one that is killed, or None for all.
+    """A kill, drawn at random before the life begins. rank: the rank to kill, or None for all.
 
-    delay: 0 to 1. nth: time that what it is aimed at happens.
+    delay: 0 to 1. nth: which occurrence of the aimed-at moment to wait for.
     """
 
     aim: str
@@ -103,26 +107,26 @@ class Strike(NamedTuple):
 
 
 class Chaos:
-    """Runs of one command, in folders of their own under `folder`."""
+    """Runs of one command, each in its own folder under `folder`."""
 
     def __init__(self, settings: Settings, arguments: Sequence[str], folder: Path, seed: int):
         self.arguments, self.folder, self.batch = arguments, folder, settings.batch
         self.samples = read_manifest(settings.data).split("train").samples
         every = settings.checkpoint_steps or -(-self.samples // self.batch)
-        self.unsaved_steps = 2 * every  # a save begins when the one before has ended
+        self.unsaved_steps = 2 * every  # a save starts when the previous one has ended
         self.rng = np.random.default_rng(seed)
         self.references: dict[tuple, Reference] = {}
         warm_up()
 
     def kill(self, scenario: Scenario, kills: int) -> Tally:
-        """So many times, over as many runs as that takes. Raises DifferenceError."""
+        """Kill a scenario's runs `kills` times, over as many runs as that takes. Raises DifferenceError."""
         tally, reference = Tally(), self.reference(scenario)
         while (left := kills - tally.kills.total()) > 0:
             self.kill_until_through(scenario, reference, tally, left)
         return tally
 
     def reference(self, scenario: Scenario) -> Reference:
-        """On one process where the number of processes changes."""
+        """Return the run to compare with, on one process if the number of processes changes."""
         world = scenario.begun if scenario.same_world else 1
         key = (world, scenario.settings, scenario.forked)
         if key not in self.references:
@@ -150,10 +154,10 @@ class Chaos:
 
     def ended_well(self, run: Run, codes: list[int]) -> None:
         if any(codes):
-            raise DifferenceError(f"{run.folder} ended by itself, with {codes}: see {log(run)}")
+            raise DifferenceError(f"{run.folder} ended by itself with exit codes {codes}: see {log(run)}")
 
     def kill_until_through(self, scenario: Scenario, reference: Reference, tally: Tally, kills: int) -> None:
-        """One run, killed that often at most, and compared when it is through."""
+        """Kill one run at most `kills` times, and compare it when it is complete."""
         run = self.run(f"{scenario.name.replace(',', '').replace(' ', '-')}-{tally.runs}")
         tally.runs += 1
         worlds, saved, killed = cycle(scenario.continued), 0, True
@@ -172,7 +176,7 @@ class Chaos:
             first, last = begun_steps(records(run), life_name(number, world))
             tally.steps_on[world] += last - first
             if last and first != saved:
-                raise DifferenceError(f"{run.folder} went on after step {first}, and step {saved} was saved")
+                raise DifferenceError(f"{run.folder} resumed after step {first}, but step {saved} was saved")
             if not killed:
                 break
             saved = check_saved(run, watch.durable)
@@ -184,7 +188,7 @@ class Chaos:
         self.compare(scenario, run, reference, tally)
 
     def compare(self, scenario: Scenario, run: Run, reference: Reference, tally: Tally) -> None:
-        """A run that is through; its folder goes if it is as it should be."""
+        """Compare a complete run with its reference, and delete its folder if they agree."""
         images, begun = read_images(records(run), self.batch)
         check_images(images, reference.images)
         tally.steps_done_twice += begun - len(reference.images)
@@ -207,7 +211,7 @@ class Chaos:
         )
 
     def strike(self, strike: Strike, life: Life, watch: Watch, start_seconds: float, tally: Tally) -> bool:
-        """Kill a life, and wait until all of it has ended; False if it was over before."""
+        """Kill a life and wait until all of it has ended; return False if it was over before."""
         reaches = {"any time": 3 * start_seconds, "start-up": start_seconds}
         if strike.aim not in reaches:
             follow(life, watch, strike.aim, strike.nth)
@@ -230,7 +234,7 @@ class Chaos:
 
 
 def records(run: Run) -> Path:
-    """Where the lives of a run record their images."""
+    """Return the folder in which the lives of a run record their images."""
     return run.folder.with_suffix(".images")
 
 
@@ -243,7 +247,7 @@ def life_name(number: int, world: int) -> str:
 
 
 def follow(life: Life, watch: Watch, moment: str, nth: int) -> None:
-    """Wait until a moment comes for the nth time, or the life is over."""
+    """Wait until a moment occurs for the nth time, or the life is over."""
     before = False
     while nth and not life.is_over():
         now = watch.moment() == moment
@@ -253,7 +257,7 @@ def follow(life: Life, watch: Watch, moment: str, nth: int) -> None:
 
 
 def pause(life: Life, watch: Watch, seconds: float) -> None:
-    """Wait, and see which checkpoints come."""
+    """Wait, while watching for checkpoints."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not life.is_over():
         watch.moment()

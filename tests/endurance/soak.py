@@ -1,21 +1,21 @@
-"""Train for long on a tiny net and images: does anything grow? A table, a record in JSON and a plot.
+"""Train a tiny net for a long time and check whether memory, open files or threads grow.
 
     python tests/endurance/soak.py --out runs/soak
 
-The trainer runs in a process of its own, with evaluations, checkpoints and its metrics server, and with
-a narrow net, so that steps are short and 1 % of the memory is little. Meanwhile its server is asked for
-its pages, and the process with all that it starts is sampled, with the step:
+The trainer runs in its own process, with evaluations, checkpoints and its metrics server, and with a narrow
+net: steps are short and 1 % of its memory is little. Meanwhile pages are requested from its server, and the
+process and all its children are sampled together with the step:
 
-    resident_bytes    RSS, of which the pages of files are a part that the kernel may take back
-    anonymous_bytes   the rest, where leaks are: what was allocated
-    shared_bytes      shared memory that is mapped, and System V segments that they made
+    resident_bytes    RSS, part of which are pages of files that the kernel may reclaim
+    anonymous_bytes   the rest: allocated memory, where leaks show
+    shared_bytes      mapped shared memory, and System V segments that the processes created
     open_files        file descriptors
-    threads
+    threads           threads of all processes
 
-Growth is the median of a series over the last tenth of the steps, against that over the tenth after the
-warm-up, which is the first fifth: what comes and goes with a checkpoint does not count. Ends with 1 and
-names what grew where that is more than --limit. Other options are settings of alexnet-train. --out must
-be new; soak.json and soak.png are in it at the end.
+The first fifth of the steps is the warm-up. Growth is the median of a series over the last tenth of the
+steps, compared with the median over the tenth after the warm-up, so what comes and goes with a checkpoint
+does not count. If anything grew by more than --limit, it is named and the exit code is 1. Any other option is
+a setting of `alexnet-train train`. --out must be a new folder; soak.json and soak.png are written to it.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
 SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
-WARM_UP, WINDOW = 0.2, 0.1  # shares of the steps
-LEAST = 5  # samples in a window
+WARM_UP, WINDOW = 0.2, 0.1  # as fractions of the steps
+LEAST = 5  # least number of samples in a window
 SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--width", "0.0625", "--batch", "8", "--threads", "1"]
 SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
 
@@ -51,11 +51,11 @@ Samples = dict[str, list[float]]  # `step`, `seconds` and SERIES
 
 
 class SoakError(RuntimeError):
-    """A soak that came to nothing, in one line."""
+    """A soak without a result; the message is one line."""
 
 
 def processes(pid: int) -> Iterator[int]:
-    """A process and all that it has started, as far as they have not ended."""
+    """Yield a process and all its descendants that are still running."""
     yield pid
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in task.read_text().split():
@@ -63,7 +63,7 @@ def processes(pid: int) -> Iterator[int]:
 
 
 def sample(pid: int) -> dict[str, float]:
-    """SERIES of a process and all that it has started. Raises OSError when it has ended."""
+    """Sample SERIES for a process and all its descendants. Raises OSError if it has ended."""
     figures, tree = dict.fromkeys(SERIES, 0.0), set(processes(pid))
     for number in tree:
         process = Path(f"/proc/{number}")
@@ -85,9 +85,9 @@ def sample(pid: int) -> dict[str, float]:
 
 
 def step_of(port: int) -> float | None:
-    """The step that the trainer is at, by its metrics; its other pages are asked for, too.
+    """Return the trainer's current step from its metrics; its other pages are requested, too.
 
-    None as long as it has no server, or has it no longer.
+    Returns None while its server is not running.
     """
     try:
         pages = {}
@@ -101,14 +101,15 @@ def step_of(port: int) -> float | None:
 
 
 def watch(command: list[str], port: int, steps: int, seconds: float, log: Path) -> Samples:
-    """Sample a training every few seconds between its first step and its last. Raises SoakError."""
+    """Sample a training run every `seconds`, from its first step to its last. Raises SoakError."""
     samples: Samples = {name: [] for name in ("step", "seconds", *SERIES)}
-    begun, quiet = time.monotonic(), {"OMP_NUM_THREADS": "1"} | os.environ  # steps so small gain by one alone
+    # Steps this small are fastest with one thread.
+    begun, quiet = time.monotonic(), {"OMP_NUM_THREADS": "1"} | os.environ
     with open(log, "w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=quiet) as process:
         try:
             while process.poll() is None:
                 step = step_of(port)
-                if step and step < steps:  # after the last one it draws its report
+                if step and step < steps:  # after the last step it draws its report
                     taken = {"step": step, "seconds": round(time.monotonic() - begun, 1)}
                     with suppress(OSError):  # it has just ended
                         for name, value in (taken | sample(process.pid)).items():
@@ -118,14 +119,14 @@ def watch(command: list[str], port: int, steps: int, seconds: float, log: Path) 
             process.kill()
     if process.returncode:
         last = log.read_text().strip().splitlines()[-1:]
-        raise SoakError(f"the trainer ended with {process.returncode}, see {log}: {' '.join(last)}")
+        raise SoakError(f"the trainer ended with exit code {process.returncode}, see {log}: {' '.join(last)}")
     return samples
 
 
 def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
-    """Of each series its medians after the warm-up and at the end, and by how many percent it grew.
+    """Return each series' medians after the warm-up and at the end, and its growth in percent.
 
-    Raises SoakError where there are fewer than LEAST samples of either.
+    Raises SoakError if either window has fewer than LEAST samples.
     """
 
     def within(begin: float) -> list[int]:
@@ -135,7 +136,7 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
     first, last = within(WARM_UP), within(1 - WINDOW)
     if min(len(first), len(last)) < LEAST:
         raise SoakError(
-            f"fewer than {LEAST} samples in a tenth of the steps: take more of them, or more steps"
+            f"fewer than {LEAST} samples in a tenth of the steps: lower --seconds or raise --steps"
         )
     grown = {}
     for name in SERIES:
@@ -152,7 +153,7 @@ def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
 
 
 def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps: int) -> None:
-    """A panel a series, with the two medians over the steps that they are of."""
+    """Draw a panel for each series, with its two medians over their windows."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no screen
@@ -175,7 +176,7 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
 
 
 def prepare(out: Path) -> Path:
-    """Draw a thousand pictures and pack them; returns the dataset's folder."""
+    """Draw and pack a thousand training pictures; return the dataset's folder."""
     pictures, shards = out / "pictures", out / "shards"
     drawn = ["--out", pictures, "--train", "100", "--val", "10"]
     packed = ["--input", pictures, "--out", shards, "--size", "80", "--shard-samples", "250"]
@@ -218,17 +219,17 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="for the run and what comes of it")
-    add("--steps", type=count, default=20_000, metavar="N", help="at least (default 20,000)")
-    add("--data", type=Path, metavar="DIR", help="a packed dataset; without it, pictures are drawn")
-    add("--seconds", type=positive, default=1.0, metavar="S", help="between two samples (default 1)")
-    add("--limit", type=positive, default=1.0, metavar="PERCENT", help="of growth (default 1)")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the run and the results")
+    add("--steps", type=count, default=20_000, metavar="N", help="least number of steps (default 20,000)")
+    add("--data", type=Path, metavar="DIR", help="packed dataset (default: pictures are drawn)")
+    add("--seconds", type=positive, default=1.0, metavar="S", help="time between samples (default 1)")
+    add("--limit", type=positive, default=1.0, metavar="PERCENT", help="growth that is allowed (default 1)")
     return parser.parse_known_args()
 
 
 def main() -> None:
     options, rest = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the trainer, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # this also ends the trainer
     try:
         record, grown = soak(options, rest)
         (options.out / "soak.json").write_text(json.dumps(record) + "\n")

@@ -109,7 +109,7 @@ def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
 
 def test_what_was_saved_and_is_lost_after_a_kill_is_found(killed):
     assert checks.check_saved(killed, durable=4) == 4
-    with pytest.raises(DifferenceError, match="newest checkpoint is of step 4; there was one of 5"):
+    with pytest.raises(DifferenceError, match="newest checkpoint is of step 4, but there was one of step 5"):
         checks.check_saved(killed, durable=5)
     (killed.checkpoints / "best-000000004.pt").unlink()
     with pytest.raises(DifferenceError, match="no best checkpoint"):
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_after_a_kill_is_found(killed):
 @pytest.mark.parametrize("table", ["metrics", "evaluations"])
 def test_rows_that_are_missing_before_a_checkpoint_are_found(killed, table):
     getattr(killed, table).truncate(3)
-    with pytest.raises(DifferenceError, match=f"{table}.csv lacks rows up to step 4"):
+    with pytest.raises(DifferenceError, match=f"{table}.csv lacks rows up to the saved step 4"):
         checks.check_saved(killed, durable=4)
 
 
@@ -162,7 +162,7 @@ def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
     with pytest.raises(DifferenceError, match="image 3 of step 2 is l, without kills x"):
         checks.check_images(images, other)
     (records / "0002-1.0").write_text("2 i j x l\n")
-    with pytest.raises(DifferenceError, match="image 2 of step 2 is not that of a life before"):
+    with pytest.raises(DifferenceError, match="image 2 of step 2 differs from an earlier life"):
         checks.read_images(records, batch=4)
 
 

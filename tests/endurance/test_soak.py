@@ -107,7 +107,7 @@ def test_a_sample_is_of_a_process_and_what_it_has_started():
 
 def test_a_trainer_that_fails_is_said_with_its_last_line(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('the disk is full')"]
-    with pytest.raises(soak.SoakError, match=r"ended with 1, see .*trainer\.log: the disk is full"):
+    with pytest.raises(soak.SoakError, match=r"ended with exit code 1, see .*trainer\.log: the disk is full"):
         soak.watch(command, free_port(), 100, 0.05, tmp_path / "trainer.log")
 
 
