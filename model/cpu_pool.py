@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from model.fused import empty_pooled
+from model.pooled import empty_pooled
 
 
 def opened(path: str) -> ctypes.CDLL:

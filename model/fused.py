@@ -165,14 +165,3 @@ class _Sliced(torch.autograd.Function):
 
 def _images_in_a_slice(x: Tensor) -> int:
     return max(1, SLICE_BYTES // (x[:1].numel() * x.element_size()))
-
-
-def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Allocate the pooled maps of x, channels_last.
-
-    When compiled, `torch.empty` with a memory format is filled with NaN, and equal calls of
-    `torch.empty_strided` are merged into one, whose result is then copied.
-    """
-    n, channels, height, width = x.shape
-    pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)
-    return pooled.permute(0, 3, 1, 2)

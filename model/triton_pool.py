@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from model.fused import empty_pooled
+from model.pooled import empty_pooled
 from model.triton_lrn import biased, equal_blocks, grid, layout, local_gradient, normalised, position, strips
 
 NOWHERE = tl.constexpr(15)  # the index of a maximum that the ReLU cut off

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from model.fused import empty_pooled
+from model.pooled import empty_pooled
 from model.triton_lrn import (
     WARP,
     biased,
