@@ -21,6 +21,7 @@ from PIL import Image
 
 import pipeline.reader
 from tests.helpers import REPO
+from tests.trees import TEST_DATA
 from tools import verify_shards
 from tools.draw_pictures import class_names, draw
 from tools.make_shards import pack, parse_arguments
@@ -32,7 +33,7 @@ settings.register_profile(
 )
 settings.load_profile("shared machine")
 
-PHOTOS = Path(__file__).resolve().parents[1].parent / "shared/data/photos"
+PHOTOS = TEST_DATA / "photos"
 OBLONG = (144, 120), (120, 138), (132, 120), (120, 126), (143, 110), (110, 132), (121, 110), (125, 140)
 OBLONG += (90, 126), (117, 90)  # width and height in pixels
 
@@ -41,7 +42,7 @@ OBLONG += (90, 126), (117, 90)  # width and height in pixels
 def photos() -> Path:
     """A few thousand real photos of 16 classes, train and val, which are not part of the repository."""
     if not PHOTOS.is_dir():
-        pytest.skip(f"no real photos at {PHOTOS}")
+        pytest.skip("TEST_DATA has no photos")
     return PHOTOS
 
 

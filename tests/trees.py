@@ -1,6 +1,7 @@
 """Small datasets in the forms that people have them in, and what is packed of them."""
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,11 @@ from pipeline.packing import executors
 from pipeline.packing.executors import Crew
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import pack_shard
-from tests.helpers import REPO
 from tools.make_shards import pack, parse_arguments
 
-# Real odd and broken files with a manifest of them, which are not part of the repository.
-ODD = REPO.parent / "shared/data/odd-images"
+# Real photos, and odd and broken images with a manifest; not part of the repository. Set by .ci/run.
+TEST_DATA = Path(os.environ.get("TEST_DATA", "/nowhere"))
+ODD = TEST_DATA / "odd-images"
 
 Tree = dict[str, dict[str, dict[str, bytes]]]  # split, class, file, content
 

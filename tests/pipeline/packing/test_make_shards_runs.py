@@ -203,7 +203,7 @@ def test_input_and_output_must_be_given(missing, capsys):
     assert missing in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.skipif(not ODD.is_dir(), reason=f"no odd images at {ODD}")
+@pytest.mark.skipif(not ODD.is_dir(), reason="TEST_DATA has no odd images")
 def test_odd_files_among_good_ones_are_all_accounted_for(pack, tmp_path):
     rows = [line.split("\t") for line in (ODD / "MANIFEST.tsv").read_text().splitlines()[1:]]
     for split in ("train", "val"):
