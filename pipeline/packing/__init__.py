@@ -1,1 +1,1 @@
-"""From image files to shards: each image, each shard, many at once, and the dataset at the end."""
+"""Pack image files into shards: find the images, check and convert them, and write the dataset."""

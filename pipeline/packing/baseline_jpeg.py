@@ -1,4 +1,4 @@
-"""JPEG files that any decoder takes, by their segments: no pixel is decoded."""
+"""Recognise JPEG files that any decoder accepts by their segments, without decoding any pixels."""
 
 from itertools import chain
 from typing import NamedTuple
@@ -9,27 +9,28 @@ _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 
 
 class Layout(NamedTuple):
-    """width, height: in pixels. metadata: the segments without which the picture is the same."""
+    """width, height: in pixels. metadata: the segments that can be removed without changing the image."""
 
     width: int
     height: int
     baseline_rgb: bool  # neither progressive nor gray
-    metadata: tuple[tuple[int, int], ...]  # from byte to byte
+    metadata: tuple[tuple[int, int], ...]  # start and end of each, in bytes
 
 
 def read_layout(content: bytes) -> Layout | None:
-    """The layout of a JPEG that any decoder takes, or None.
+    """Return the layout of a JPEG that any decoder accepts, or None if the file is not one.
 
-    Such a file has one frame, baseline or progressive, gray or YCbCr, in 8 bits like its tables, and nothing
-    between its segments. Pillow forgives more than DALI and nvJPEG do, which would stop a run over it.
+    Such a file has a single frame, which is baseline or progressive, gray or YCbCr, with 8-bit samples and
+    tables, and nothing between its segments. Pillow tolerates more than DALI and nvJPEG do, and a file that
+    they refuse would stop a run.
     """
     frame: tuple[int, int, bool] | None = None
     metadata: list[tuple[int, int]] = []
-    for marker, place, end in segments(content):
-        segment = content[place + 4 : end]
+    for marker, start, end in segments(content):
+        segment = content[start + 4 : end]
         if marker == SCAN:
             return Layout(*frame, tuple(metadata)) if frame else None
-        if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # quantisation of 16 bits
+        if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # 16-bit quantisation tables
             return None
         if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
             return None
@@ -38,13 +39,13 @@ def read_layout(content: bytes) -> Layout | None:
             if frame is None:
                 return None
         elif _is_metadata(marker, segment):
-            metadata.append((place, end))
+            metadata.append((start, end))
     return None
 
 
 def _read_frame(marker: int, segment: bytes) -> tuple[int, int, bool] | None:
-    """Width, height, and whether it is baseline and RGB."""
-    names = segment[6::3]  # of its components
+    """Return the frame's width, height, and whether it is baseline RGB; None if a decoder may refuse it."""
+    names = segment[6::3]  # of the components
     if marker not in (_BASELINE, _EXTENDED, _PROGRESSIVE) or segment[:1] != b"\x08":
         return None
     if len(names) not in (1, 3) or names == b"RGB":
@@ -54,7 +55,7 @@ def _read_frame(marker: int, segment: bytes) -> tuple[int, int, bool] | None:
 
 
 def _is_metadata(marker: int, segment: bytes) -> bool:
-    """Comments and application data, but what tells a decoder the colour space."""
+    """Whether a segment is a comment or application data that does not tell decoders the colour space."""
     tells_colours = (marker == 0xE0 and segment[:5] == b"JFIF\0") or (
         marker == 0xEE and segment[:5] == b"Adobe"
     )
@@ -62,6 +63,7 @@ def _is_metadata(marker: int, segment: bytes) -> bool:
 
 
 def without_metadata(content: bytes, layout: Layout) -> bytes:
+    """Return the file without its metadata segments."""
     if not layout.metadata:
         return content
     edges = [0, *chain.from_iterable(layout.metadata), len(content)]

@@ -1,4 +1,4 @@
-"""Who packs the shards: processes of this machine, or the workers of a Dask cluster."""
+"""Run packing tasks in processes on this machine, or on the workers of a Dask cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -10,13 +10,13 @@ from pipeline.packing.shard import PackingError, ShardTask, pack_shard
 from pipeline.packing.shard_results import ShardResult
 from pipeline.packing.workers import WorkersError, pool, shared_array
 
-_KEPT = "the shards that are whole are kept, and the same command continues"
-_LOOK_SECONDS = 0.2  # between two looks at what is done
+_KEPT = "finished shards are kept: run the same command again to continue"
+_POLL_SECONDS = 0.2  # between checks for finished tasks
 
 
 @dataclass
 class Counts:
-    """Images looked at, bytes of those packed, and how many were rejected."""
+    """Images processed, bytes packed, and images rejected."""
 
     images: int = 0
     bytes: int = 0
@@ -30,8 +30,11 @@ class Counts:
 
 @dataclass
 class Crew:
-    """submit: starts `pack_shard`. width: how many tasks run at once. counts: of shards under way, too,
-    where that can be seen from here."""
+    """Workers that pack shards.
+
+    submit: starts `pack_shard`. width: the number of tasks that run at once. counts: the counts so far,
+    including unfinished shards, where this process can see them.
+    """
 
     submit: Callable[[ShardTask], Future[ShardResult]]
     width: Callable[[], int]
@@ -39,31 +42,31 @@ class Crew:
 
 
 def run_tasks(tasks: Sequence[ShardTask], crew: Crew, show: Callable[[Counts], None]) -> list[ShardResult]:
-    """The results in the order of the tasks; `show` is called with the counts a few times a second.
+    """Run the tasks and return their results in order; call `show` with the counts a few times a second.
 
-    At an error no further task begins.
+    After an error, no further task starts.
     """
     results: dict[int, ShardResult] = {}
     running: dict[Future[ShardResult], int] = {}
-    waiting, whole = iter(enumerate(tasks)), Counts()
+    waiting, finished = iter(enumerate(tasks)), Counts()
     try:
         while len(results) < len(tasks):
-            # A task lists its files: no more are handed out than keep all hands busy.
-            for _, (place, task) in zip(range(2 * crew.width() - len(running)), waiting, strict=False):
-                running[crew.submit(task)] = place
-            for future in wait(running, _LOOK_SECONDS, FIRST_COMPLETED).done:
+            # Tasks are large, as each lists its files: submit only enough to keep all workers busy.
+            for _, (index, task) in zip(range(2 * crew.width() - len(running)), waiting, strict=False):
+                running[crew.submit(task)] = index
+            for future in wait(running, _POLL_SECONDS, FIRST_COMPLETED).done:
                 result = results[running.pop(future)] = future.result()
-                whole.add(result)
-            show(crew.counts() if crew.counts else whole)
+                finished.add(result)
+            show(crew.counts() if crew.counts else finished)
     finally:
         for future in running:
             future.cancel()
-    return [results[place] for place in range(len(tasks))]
+    return [results[index] for index in range(len(tasks))]
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Crew]:
-    """Worker processes on this machine. Raises PackingError if they cannot be had, or one dies."""
+    """Start worker processes on this machine. Raises PackingError if they cannot be started or one dies."""
     try:
         shared = shared_array("q", 3)
         with pool(count, _share, shared) as executor:
@@ -74,7 +77,7 @@ def processes(count: int) -> Iterator[Crew]:
         raise PackingError(f"{error}; {_KEPT}") from None
 
 
-_shared: Any = None  # in a worker process: the Counts of all of them, as an array
+_shared: Any = None  # in a worker process: an array with the Counts over all workers
 
 
 def _share(shared: Any) -> None:
@@ -94,15 +97,16 @@ def _pack_counting(task: ShardTask) -> ShardResult:
 
 @contextmanager
 def dask(scheduler: str) -> Iterator[Crew]:
-    """The workers of a Dask cluster; Dask gives the tasks of one that vanishes to others.
+    """Use the workers of a Dask cluster; when one disappears, Dask gives its tasks to others.
 
-    They need this package, and the input and output at the same paths or URLs.
+    The workers need this package, and access to the input and output at the same paths or URLs. Raises
+    PackingError if Dask is not installed, or if the scheduler or too many workers are lost.
     """
     try:
         from distributed import Client
         from distributed.scheduler import KilledWorker
     except ImportError:
-        raise PackingError("--executor dask needs Dask: pip install 'alexnet-train[dask]'") from None
+        raise PackingError("--executor dask needs Dask: run pip install 'alexnet-train[dask]'") from None
     try:
         client = Client(scheduler, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -115,10 +119,12 @@ def dask(scheduler: str) -> Iterator[Crew]:
             )
         except KilledWorker as error:
             raise PackingError(
-                f"each of several Dask workers vanished over the same shard, perhaps for want of memory "
+                f"several Dask workers died while packing the same shard, perhaps for lack of memory "
                 f"({error}); {_KEPT}"
             ) from None
         except (CancelledError, OSError) as error:
             if isinstance(error, OSError) and client.status == "running":
                 raise
-            raise PackingError(f"the Dask scheduler at {scheduler} went away; {_KEPT}") from None
+            raise PackingError(
+                f"the connection to the Dask scheduler at {scheduler} was lost; {_KEPT}"
+            ) from None

@@ -1,4 +1,4 @@
-"""From the results of all shards to a dataset."""
+"""Complete a dataset from the results of all shards."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder
 from pipeline.shards import write_index
 
-_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may hold them
+_ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may contain these
 
 
 def write_dataset(
@@ -27,7 +27,10 @@ def write_dataset(
     tasks: Mapping[str, Sequence[ShardTask]],
     results: Sequence[ShardResult],
 ) -> Manifest:
-    """Write report, indices and, last, the manifest. Raises SourceError if no file of a split can be used."""
+    """Write the report, the indices and, last, the manifest.
+
+    Raises SourceError if none of a split's files can be used.
+    """
     output = Folder(options.output)
     counts = write_report(output, sources, results)
     sums, rest = PixelSums(), iter(results)
@@ -55,7 +58,7 @@ def write_dataset(
 
 
 def _packed(options: PackingOptions) -> dict[str, str | int | float]:
-    """How it was made."""
+    """Describe how the dataset was made."""
     how: dict[str, str | int | float] = {
         "by": f"alexnet-train {versions()['alexnet-train']}",
         "pillow": PIL.__version__,
@@ -73,7 +76,7 @@ def _packed(options: PackingOptions) -> dict[str, str | int | float]:
 
 
 def _geometry(rows: np.ndarray, size: int) -> Geometry:
-    """Which one the images have that somebody else has packed."""
+    """Determine the geometry of images that were packed by another program."""
     if (np.minimum(rows["width"], rows["height"]) != size).any():
         return "original"
     return "256" if (rows["width"] == rows["height"]).all() else "short256"
@@ -84,7 +87,7 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
     if not shards:
         raise SourceError(
             f"none of the files for the split '{split}' can be used: {output}/{REPORT} says why. "
-            "When they are mended, give the same command with --overwrite"
+            "Fix them, and run the same command again with --overwrite"
         )
     rows, name = np.concatenate([result.rows for result in results]), f"{split}.index.npy"
     rows["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
@@ -96,7 +99,7 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
 def write_report(
     output: Folder, sources: Sources, results: Sequence[ShardResult]
 ) -> dict[str, dict[str, int]]:
-    """List what was repaired and rejected; returns the counts by outcome and reason."""
+    """List the repaired and rejected files in the report; return their counts by outcome and reason."""
     events = [(path, "rejected", "in no class") for path in sources.strays]
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))

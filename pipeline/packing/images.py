@@ -1,26 +1,27 @@
-"""From a file as found to a JPEG fit for a shard, or to the reason why not.
+"""Turn a source file into a JPEG for a shard, or reject it with a reason.
 
-Files are judged by content, never by name. A file is **rejected** as
+Files are judged by their content, never by their name. A file is **rejected** as
 
-    unreadable     the file system does not hand it over
+    unreadable     the file cannot be read
     empty          it has no bytes
-    not an image   none of FORMATS, or its header is broken
+    not an image   it is in none of FORMATS, or its header is broken
     too large      its header claims more than MAX_PIXELS; nothing is decoded
-    truncated      it ends before the picture does
-    corrupt        it does not decode strictly
-    too elongated  its longer side is over MAX_ASPECT times the shorter
+    truncated      it ends before the image does
+    corrupt        strict decoding fails
+    too elongated  its longer side is more than MAX_ASPECT times the shorter
 
-Small ones are scaled up, as section 2 of the paper scales all. A file is **repaired** and kept if it was
+Small images are scaled up, as section 2 of the paper scales all images. A file is **repaired** and kept if it
+was
 
-    not a JPEG     another of FORMATS, or several pictures in one file (MPO, GIF): the first is taken
-    not RGB        gray is repeated; CMYK and palettes are converted; 16 bits are scaled to 8;
-                   what is transparent becomes white
-    rotated        EXIF said how to hold it; a broken EXIF block is ignored
+    not a JPEG     it was in another of FORMATS, or had several images (MPO, GIF), of which the first is kept
+    not RGB        gray is repeated, CMYK and palettes are converted, 16 bits are scaled to 8, and transparent
+                   pixels become white
+    rotated        EXIF data said that it is to be rotated; a broken EXIF block is ignored
 
-What has to stay as it is cannot be repaired, so `check_image` rejects it for these reasons, but for gray
-JPEGs, which decoders repeat by themselves, and as
+Files that must stay unchanged cannot be repaired, so `check_image` rejects them for these reasons, except
+gray JPEGs, which decoders convert by themselves. It also rejects a file as
 
-    not plain      Pillow takes it, but not any decoder: jpeg.py
+    not plain      Pillow can decode it, but not every decoder can: see baseline_jpeg.py
 """
 
 import warnings
@@ -38,20 +39,20 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 SUBSAMPLING = "4:2:0"
-RESAMPLING = Image.Resampling.BILINEAR  # antialiased; the filter of the graph that resizes `original`
+RESAMPLING = Image.Resampling.BILINEAR  # antialiased, like the filter of the graph that resizes `original`
 _ORIENTATION = 0x0112  # EXIF tag
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 class RejectedError(Exception):
-    """A file that cannot be packed; its text is the reason, one of the list above."""
+    """A file cannot be packed; the message is the reason, one of those listed above."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A JPEG for a shard. `pixels`: what it shows, for statistics, or None if it was not decoded.
-    `repairs`: see above."""
+    """A JPEG for a shard. width, height: in pixels. pixels: the decoded image for statistics, or None if it
+    was not decoded. repairs: those of the repairs listed above that were made."""
 
     jpeg: bytes
     width: int
@@ -63,10 +64,10 @@ class Packed:
 def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True) -> Packed:
     """Check, orient, convert, resize and encode one file.
 
-    size: pixels of the shorter side after resizing (section 2 of the paper: 256). geometry: `256`
-    also cuts out the central square, `short256` does not, and `original` keeps the file's own
-    bytes, without metadata, if it is a baseline RGB JPEG that needs no repair. quality: of the JPEG, 1 to
-    100. decode: False believes the headers of a file that is kept, if it ends as a JPEG does.
+    size: length of the shorter side in pixels after resizing (section 2 of the paper: 256). geometry: `256`
+    also crops the central square, `short256` does not, and `original` keeps the file's own bytes, without
+    metadata, if it is a baseline RGB JPEG that needs no repair. quality: JPEG quality, 1 to 100. decode: if
+    False, trust the headers of a file that is kept, provided that it ends as a JPEG does.
 
     Raises RejectedError.
     """
@@ -82,12 +83,12 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, deco
 
 
 def read_image(content: bytes) -> Image.Image:
-    """What a file shows, in RGB and upright, as the packer sees it. Raises RejectedError."""
+    """Decode a file as the packer does, to an upright RGB image. Raises RejectedError."""
     return _decode(_open(content))[0]
 
 
 def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
-    """An image at the size at which crops are cut: its shorter side as given, and square with `256`."""
+    """Resize an image to the given shorter side and, with geometry `256`, crop it to a square."""
     image = _resize_shorter(image, size)
     if geometry == "256":
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -96,7 +97,7 @@ def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
 
 
 def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
-    """The same for a file that stays where it is, byte for byte. Raises RejectedError."""
+    """Check a file that is kept byte for byte, as `pack_image` does. Raises RejectedError."""
     if not decode and (packed := _by_header(content, stays=True)):
         return packed
     opened = _open(content)
@@ -109,7 +110,10 @@ def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
 
 
 def _by_header(content: bytes, stays: bool) -> Packed | None:
-    """A file that is kept, if its header and its end say that it can be."""
+    """Accept a file without decoding it if its headers and its end allow that, else return None.
+
+    stays: whether the file stays unchanged, or may be stripped of its metadata.
+    """
     layout = read_layout(content) if content.endswith(END) else None
     if layout is None or not (stays or layout.baseline_rgb):
         return None
@@ -124,17 +128,17 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
 
 
 def _open(content: bytes) -> Image.Image:
-    """The picture by its header."""
+    """Open an image by its header, without decoding it. Raises RejectedError."""
     if not content:
         raise RejectedError("empty")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of metadata that is dropped anyway
+        with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:
         _reraise_ours(error)
-        # A header may break a plugin in any way; only "cannot identify" is about the format.
+        # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
         if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
             raise RejectedError("not an image") from None
         raise RejectedError("corrupt") from None
@@ -144,7 +148,7 @@ def _open(content: bytes) -> Image.Image:
 
 
 def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """The picture in RGB, upright, with the repairs that this took."""
+    """Decode an image to upright RGB; return it with the repairs that were needed. Raises RejectedError."""
     try:
         with warnings.catch_warnings(action="ignore"):
             image.load()
@@ -167,7 +171,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
 
 
 def _reraise_ours(error: Exception) -> None:
-    """Raise what is no matter of the file: memory runs out, or a plugin that is needed cannot be loaded."""
+    """Raise errors that are not the file's fault: no memory, or a plugin that cannot be loaded."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
         raise error
 
@@ -188,7 +192,7 @@ _TRANSPOSITIONS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) to 8; 1 where there is none or the block is broken."""
+    """Return the EXIF orientation, 1 (upright) to 8, or 1 if there is none or the EXIF block is broken."""
     try:
         with warnings.catch_warnings(action="ignore"):
             orientation = image.getexif().get(_ORIENTATION)
@@ -198,7 +202,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
         image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -213,7 +217,7 @@ def _resize_shorter(image: Image.Image, size: int) -> Image.Image:
 
 
 def _encode(image: Image.Image, quality: int) -> bytes:
-    """Baseline JPEG without metadata."""
+    """Encode an image as a baseline JPEG without metadata."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=SUBSAMPLING, comment=b"")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a dataset is packed from, into what, and how."""
+"""The options of packing a dataset."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packing a dataset: what `make-shards` does, as a function."""
+"""Pack a dataset; this is the function behind `make-shards`."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.packing.workers import say
 
 
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
-    """Pack the whole dataset, or continue where an earlier call with the same options was stopped.
+    """Pack the whole dataset, or continue an earlier call with the same options that was stopped.
 
     Raises SourceError, DatasetError, PackingError or OSError.
     """
@@ -36,7 +36,7 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
             resume.end(output)
         except OSError as error:
             left = error.filename or f"{output}/{UNFINISHED}"
-            say(f"the dataset is whole, but {left} cannot be removed: {error.strerror}")
+            say(f"the dataset is complete, but {left} cannot be removed: {error.strerror}")
     return manifest
 
 
@@ -44,16 +44,19 @@ def _check_folders(options: PackingOptions) -> None:
     if options.val_fraction is None or is_url(options.input) or is_url(options.output):
         return
     if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):
-        raise SourceError(f"--out {options.output} is inside --input, where it would be taken for a class")
+        raise SourceError(
+            f"--out {options.output} is inside --input, where it would be read as a class folder: "
+            "choose another --out"
+        )
 
 
 def _results(
     options: PackingOptions, tasks: list[ShardTask], output: Folder, progress: Progress
 ) -> list[ShardResult]:
-    """Of all tasks, those that an earlier run finished among them."""
+    """Return the results of all tasks: load those that an earlier run finished, and run the others."""
     sizes = output.sizes()
     sizes |= {task.tar: Path(options.output, task.tar).stat().st_size for task in tasks if task.tar}
-    with ThreadPoolExecutor(16) as pool:  # behind a URL, each record is a request or two
+    with ThreadPoolExecutor(16) as pool:  # behind a URL, each record takes a request or two
         results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
     missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
     total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))

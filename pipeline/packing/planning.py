@@ -1,4 +1,4 @@
-"""From the images found to the tasks that pack them."""
+"""Divide the images that were found into the tasks that pack them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,10 @@ from pipeline.packing.storage import absolute
 
 
 def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[ShardTask]]:
-    """The shards of each split. Raises SourceError for files outside tars, where tars are to be indexed."""
+    """Return a task for each shard of each split.
+
+    Raises SourceError for files that are not in tars if the tars are to be indexed in place.
+    """
     recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
     parts = _tars if options.in_place else _shards
     return {
@@ -30,9 +33,9 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Shar
                 tar=tar,
                 table=sources.table,
             )
-            for number, (first, part, tar) in enumerate(parts(options, files, place))
+            for number, (first, part, tar) in enumerate(parts(options, files, split_index))
         ]
-        for place, (split, files) in enumerate(sources.splits.items())
+        for split_index, (split, files) in enumerate(sources.splits.items())
     }
 
 
@@ -40,7 +43,7 @@ Parts = Iterator[tuple[int, list[SourceImage], str | None]]  # first key, files,
 
 
 def _shards(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
-    """The files in a seeded order, in equal parts."""
+    """Shuffle the files by the seed, and divide them into equal parts."""
     order = np.random.default_rng((options.seed, 2, split)).permutation(len(files))
     first = 0
     for part in np.array_split(order, -(-len(files) // options.shard_samples)):
@@ -49,18 +52,18 @@ def _shards(options: PackingOptions, files: Sequence[SourceImage], split: int) -
 
 
 def _tars(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
-    """Each tar, by its name in the output, with its images in the order in which they lie there."""
+    """Yield each tar, by its name in the output, with its images in the order of their offsets."""
     tars: dict[str, list[SourceImage]] = {}
     for source in files:
         if source.size is None:
-            raise SourceError(f"--in-place is for images in tars, and {source.file} is a file by itself")
+            raise SourceError(f"--in-place needs images in tars, but {source.file} is a separate file")
         tars.setdefault(os.path.relpath(source.file, options.output), []).append(source)
     for tar in sorted(tars):
         yield 0, sorted(tars[tar], key=lambda source: source.offset), tar
 
 
 def describe_plan(options: PackingOptions, tasks: Sequence[ShardTask]) -> Plan:
-    """All that the shards depend on, by the name that a user knows it by."""
+    """Return everything that the shards depend on, under names that users know."""
     files = sha256()
     for task in tasks:
         files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())

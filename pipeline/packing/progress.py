@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then where there is none."""
+"""Show the progress of a packing run: as a bar on a terminal, otherwise as a line now and then."""
 
 import sys
 import time
@@ -13,16 +13,16 @@ from pipeline.duration import duration
 from pipeline.packing.executors import Counts
 
 _LINE_SECONDS = 10.0
-_RATE_SECONDS = 30.0  # over which images/s are taken
+_RATE_SECONDS = 30.0  # the window over which images/s is measured
 
 
 class Progress:
-    """Of `total` images, of which an earlier run packed `before`."""
+    """The progress of a run over `total` images, `before` of which were done by earlier runs."""
 
     def __init__(self) -> None:
         self.total = self.before = 0
         self.counts = Counts()
-        self._looks = deque([(time.monotonic(), 0)])  # when, and images by then
+        self._samples = deque([(time.monotonic(), 0)])  # times, and the number of images done by then
         self._line_due = time.monotonic() + _LINE_SECONDS
         self._bar = Bar(
             TextColumn("packing"),
@@ -40,16 +40,16 @@ class Progress:
         self._bar.stop()
 
     def begin(self, total: int, before: int) -> None:
-        """Note how much there is to do."""
+        """Set how much there is to do."""
         self.total, self.before = total, before
 
     def show(self, counts: Counts) -> None:
-        """Take over what this run has done until now."""
+        """Update the display with what this run has done so far."""
         now = time.monotonic()
         self.counts = counts
-        self._looks.append((now, counts.images))
-        while now - self._looks[1][0] > _RATE_SECONDS:
-            self._looks.popleft()
+        self._samples.append((now, counts.images))
+        while now - self._samples[1][0] > _RATE_SECONDS:
+            self._samples.popleft()
         self._bar.update(self._task, total=self.total, completed=self.done, description=str(self))
         if self._bar.disable and now >= self._line_due:
             self._line_due = now + _LINE_SECONDS
@@ -61,12 +61,12 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        (start, first), (end, last) = self._looks[0], self._looks[-1]
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """Infinite as long as nothing is known."""
+        """The estimated time left; infinite until a rate is known."""
         rate = self.images_per_second
         return (self.total - self.done) / rate if rate else float("inf")
 

@@ -1,11 +1,12 @@
-"""What lets a run be continued: the folder `.packing` in its output, there until dataset.json is.
+"""Continue a packing run by the state in the output's folder `.packing`, kept until the dataset is complete.
 
-    plan.json                    all that the shards depend on
-    <split>-<number>.result.json what came of a shard that is whole
-    lock                         locked while a run is at work, by the kernel, so that no crash leaves it so
-    tmp…/                        files on their way
+    plan.json                    everything that the shards depend on
+    <split>-<number>.result.json the result of a finished shard
+    lock                         locked by the kernel while a run is active, so a crash releases it
+    tmp…/                        files that are being written
 
-Behind a URL there is no lock: two runs of one plan write the same bytes there, and another is refused.
+Behind a URL there is no lock: two runs of the same plan write the same bytes, and a run of another plan is
+refused.
 """
 
 import errno
@@ -29,7 +30,7 @@ from pipeline.packing.workers import say
 REPORT = "report.tsv"
 _PLAN = "plan.json"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-_ATTEMPTS = 10  # to lock a file that no run removes meanwhile
+_ATTEMPTS = 10  # to lock a file before another run removes it
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
 _OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(MANIFEST_NAME)}|{re.escape(REPORT)}")
 
@@ -38,14 +39,14 @@ Plan = Mapping[str, object]
 
 @contextmanager
 def locked(output: Folder) -> Iterator[None]:
-    """Keep other runs out of a local output. Raises SourceError if one is at work, or OSError."""
+    """Lock a local output against other runs. Raises SourceError if another run is active, or OSError."""
     if not output.is_local:
         yield
         return
     folder = Path(output.path, UNFINISHED)
     try:
         with held_open(_lock(folder, output)):
-            for left in folder.glob("tmp*"):  # by a run that was killed
+            for left in folder.glob("tmp*"):  # left by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield
@@ -53,12 +54,12 @@ def locked(output: Folder) -> Iterator[None]:
                 if _is_absent(folder / _PLAN):
                     shutil.rmtree(folder, ignore_errors=True)
     finally:
-        with suppress(OSError):  # NFS and FUSE keep the lock that is removed under another name until here
+        with suppress(OSError):  # NFS and FUSE keep the removed lock file under another name until here
             folder.rmdir()
 
 
 def _is_absent(path: Path) -> bool:
-    """Whether a file is known not to be there: one that cannot be looked at may be."""
+    """Whether a file is known not to exist; one whose status cannot be read may exist."""
     try:
         path.stat()
     except OSError as error:
@@ -67,20 +68,22 @@ def _is_absent(path: Path) -> bool:
 
 
 def _lock(folder: Path, output: Folder) -> TextIO:
-    """The lock file, locked until it is closed, if its storage can lock."""
+    """Open the lock file, and lock it until it is closed if its storage supports locks."""
     path = folder / "lock"
     for attempt in range(_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = open(path, "w")  # noqa: SIM115 – the caller closes it
-        except FileNotFoundError:  # the run that had it has just ended, and removed its folder
+        except FileNotFoundError:  # the run that held it has just ended and removed the folder
             continue
         try:
             with naming(path):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                say(f"{output} cannot be locked ({error.strerror}): see that no other run packs into it")
+                say(
+                    f"{output} cannot be locked ({error.strerror}): make sure that no other run packs into it"
+                )
                 return lock
             close_quietly(lock)
             if isinstance(error, BlockingIOError):
@@ -88,17 +91,17 @@ def _lock(folder: Path, output: Folder) -> TextIO:
                     f"another run is packing into {output}: wait for it, or choose another --out"
                 ) from None
             raise
-        # Some storage makes up another number for a file at each look: then it never is the same.
+        # Some storage reports a new inode number at each call, so the file never seems to be the same.
         if _is_at(path, lock) or attempt == _ATTEMPTS - 1:
             return lock
         close_quietly(lock)
     raise SourceError(
-        f"{path} cannot be locked, for it vanishes again and again: give the same command again"
+        f"{path} cannot be locked, because it disappears again and again: run the same command again"
     )
 
 
 def _is_at(path: Path, lock: TextIO) -> bool:
-    """Whether the file is still the one of that name; the run that had it may have removed it."""
+    """Whether the open file still has that name; the run that held the lock may have removed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
     except OSError as error:
@@ -108,28 +111,33 @@ def _is_at(path: Path, lock: TextIO) -> bool:
 
 
 def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
-    """Make an output ready for a plan; returns whether its dataset is whole already.
+    """Prepare an output for a plan; return whether its dataset is already complete.
 
-    in_place: its tars are not to be replaced. Raises SourceError if it holds something else that is not.
+    in_place: the tars in the output are the input, and are never removed. Raises SourceError if the output
+    holds shards or a dataset that must not be replaced.
     """
     files, recorded = output.sizes(), _read_plan(output)
     if recorded == plan:
         return MANIFEST_NAME in files
     shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
     if shards and not _packed_here(output, files, recorded):
-        raise SourceError(f"{output} holds {shards[0]}, which was not packed there: choose another --out")
+        raise SourceError(
+            f"{output} contains {shards[0]}, which this packer did not write: choose another --out"
+        )
     if recorded is not None and not overwrite:
         differing = (name for name in {**plan, **recorded} if plan.get(name) != recorded.get(name))
         raise SourceError(
-            f"{output} holds an unfinished dataset, from which this differs in {', '.join(differing)}: "
-            "continue that with its own options, choose another --out, or replace it with --overwrite"
+            f"{output} contains an unfinished dataset, and this run differs from it in {', '.join(differing)}: "
+            "continue it with its own options, choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files and not overwrite:
         raise SourceError(
-            f"{output} already holds a dataset: choose another --out, or replace it with --overwrite"
+            f"{output} already contains a dataset: choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files or recorded is not None:
-        _write_plan(output, {"--in-place": in_place})  # killed amid this, the same command is back here
+        _write_plan(
+            output, {"--in-place": in_place}
+        )  # if killed during this, the same command comes back here
         output.remove({MANIFEST_NAME} & files.keys())
         output.remove(
             [*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != MANIFEST_NAME)]
@@ -140,7 +148,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
 
 
 def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
-    """Whether the shards there are of a packing, and not only indexed or nobody's."""
+    """Whether the packer wrote the shards in the output, rather than another program."""
     if recorded is not None:
         return not recorded.get("--in-place")
     try:
@@ -150,7 +158,10 @@ def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None
 
 
 def end(output: Folder) -> None:
-    """Remove what a whole dataset does not need; the plan last, by which a run killed here ends this."""
+    """Remove what a complete dataset does not need.
+
+    The plan is removed last, so the same command completes this if it is killed here.
+    """
     _remove_records(output)
     output.remove([f"{UNFINISHED}/{_PLAN}"])
 

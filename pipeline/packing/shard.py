@@ -1,4 +1,4 @@
-"""Packing one shard: the unit of work, which any process on any machine may do."""
+"""Pack one shard: the unit of work, which any process on any machine can do."""
 
 import errno
 import os
@@ -25,18 +25,18 @@ from pipeline.retry import is_outage, patiently
 from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
 from pipeline.versions import installed_version
 
-READ_AHEAD = 16  # files behind URLs asked for at once: for most of the time of each, nothing comes
-DECODED = 64  # one in so many is decoded where headers are believed, for mean and components
+READ_AHEAD = 16  # files behind URLs that are requested at once, as each request mostly waits
+DECODED = 64  # where headers are trusted, one file in this many is decoded, for the pixel statistics
 
 Check = Literal["decode", "headers"]
 
 
 class PackingError(RuntimeError):
-    """A run that cannot go on; the message says why and what to do."""
+    """A run cannot go on; the message says why and what to do."""
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bytes of a shard."""
+    """Return the versions of the software that determines the bytes of a shard."""
     return {
         "alexnet-train": installed_version("alexnet-train"),
         "pillow": PIL.__version__,
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How each image is packed; `versions` are those that must do it."""
+    """How each image is packed. versions: those that every worker must have."""
 
     geometry: Geometry
     size: int
@@ -57,33 +57,33 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One output shard: a pure function of these fields and of the files named."""
+    """One output shard: a pure function of these fields and of the files that they name."""
 
     output: str
     name: str
     first_key: int
     sources: tuple[SourceImage, ...]
-    measured: bool  # training pixels, of which mean and PCA are taken
+    measured: bool  # whether the pixels count for the mean and PCA, as those of the training split do
     recipe: Recipe
-    tar: str | None = None  # in the output, which holds the sources and is only to be indexed
-    table: str | None = None  # which names the sources; without one, they were listed
+    tar: str | None = None  # a tar in the output that holds the sources and is only indexed
+    table: str | None = None  # the table that names the sources; None if a folder was listed
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What is in the output when it is done."""
+        """The files that are in the output when the task is done."""
         return (self.tar,) if self.tar else (self.name, f"{self.name.removesuffix('.tar')}.idx")
 
 
-Count = Callable[[int, int], None]  # called for each image with its packed bytes and 1 if it is rejected
+Count = Callable[[int, int], None]  # called for each image with its packed bytes, and 1 if it was rejected
 
 
 def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> ShardResult:
-    """Pack one shard, or index one, and leave its record beside it. Raises OSError or PackingError."""
+    """Pack one shard, or index one, and save its result. Raises OSError or PackingError."""
     recipe, output = task.recipe, Folder(task.output)
     if recipe.versions != versions():
         raise PackingError(
-            f"a worker has {versions()}, but the run began with {recipe.versions}, which may pack to "
-            "other bytes: install the same versions everywhere"
+            f"a worker has {versions()}, but the run began with {recipe.versions}, which may give different "
+            "bytes: install the same versions everywhere"
         )
     sums, events = PixelSums(), list[Event]()
     images = _accepted(task, sums, events, count)
@@ -95,13 +95,15 @@ def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> S
         with output.staged() as folder:
             shard, rows = write_shard(folder / task.name, samples)
     else:
-        places = [
-            (0, source.offset, source.size, source.label, packed.width, packed.height)
-            for _, source, packed in images
-        ]
-        rows = np.array(places, INDEX_DTYPE)
-        describe = partial(describe_shard, Path(task.output), task.tar, len(places))
-        shard = patiently(describe, say) if places else None
+        rows = np.array(
+            [
+                (0, source.offset, source.size, source.label, packed.width, packed.height)
+                for _, source, packed in images
+            ],
+            INDEX_DTYPE,
+        )
+        describe = partial(describe_shard, Path(task.output), task.tar, len(rows))
+        shard = patiently(describe, say) if len(rows) else None
     result = ShardResult(shard, rows, sums, events)
     save_result(output, task.name, result)
     return result
@@ -110,7 +112,7 @@ def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> S
 def _accepted(
     task: ShardTask, sums: PixelSums, events: list[Event], count: Count
 ) -> Iterator[tuple[int, SourceImage, Packed]]:
-    """The images that are not rejected, by key."""
+    """Yield the images that are not rejected, with their keys."""
     recipe, accepted = task.recipe, 0
     for key, (source, content) in enumerate(_contents(task.sources, task.table), task.first_key):
         decode = recipe.check == "decode" or accepted % DECODED == 0
@@ -120,7 +122,7 @@ def _accepted(
             else:
                 packed = check_image(content(), recipe.size, decode)
         except MemoryError:
-            raise PackingError(f"memory ran out over {source.path}: try fewer --workers") from None
+            raise PackingError(f"out of memory while packing {source.path}: try fewer --workers") from None
         except RejectedError as rejection:
             count(0, 1)
             events.append((source.path, "rejected", str(rejection)))
@@ -136,8 +138,8 @@ def _accepted(
 def _contents(
     sources: tuple[SourceImage, ...], table: str | None = None
 ) -> Iterator[tuple[SourceImage, Callable[[], bytes]]]:
-    """Each source with what hands over its bytes; those behind URLs are read ahead."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:  # its threads start when there is something for them
+    """Yield each source with a function that returns its bytes; sources behind URLs are read ahead."""
+    with ThreadPoolExecutor(READ_AHEAD) as pool:  # starts threads only when they are needed
         ahead: deque[tuple[SourceImage, Callable[[], bytes]]] = deque()
         for source in sources:
             content = partial(_read, source, table)
@@ -148,7 +150,7 @@ def _contents(
 
 
 def _read(source: SourceImage, table: str | None) -> bytes:
-    """Raises RejectedError where the file is to blame, and else OSError or PackingError."""
+    """Read a source. Raises RejectedError if the file is at fault, else OSError or PackingError."""
     try:
         if not is_url(source.file) and not patiently(partial(_is_regular, source.file), say):
             raise RejectedError("unreadable")
@@ -161,20 +163,20 @@ def _read(source: SourceImage, table: str | None) -> bytes:
 
 
 def _is_regular(file: str) -> bool:
-    """A pipe, say, would be read for ever."""
+    """Whether a file is a regular one; reading a pipe, for example, might never end."""
     return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path takes three times as long
 
 
 def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:
-    """Raise PackingError where not this file alone is missing, but where it was found, or all of its tar."""
-    place = table or source.file.rpartition("/")[0]
-    if not is_there(place):
-        why = f"neither can {place} be, or it is empty: has its storage gone away?"
+    """Raise PackingError if not only this file is missing, but also its folder or table, or its whole tar."""
+    origin = table or source.file.rpartition("/")[0]
+    if not is_there(origin):
+        why = f"{origin} cannot be read or is empty: is its storage still mounted?"
     elif source.size is not None and error.errno != errno.EIO:
-        why = "it holds other images, too."
+        why = "it contains other images too."
     else:
         return
     raise PackingError(
-        f"{source.file} cannot be read ({error.strerror or error}), and {why} The shards that are whole are "
-        "kept: mend the cause and give the same command, which continues"
+        f"{source.file} cannot be read ({error.strerror or error}), and {why} Finished shards are kept: "
+        "fix the cause and run the same command again to continue"
     ) from None

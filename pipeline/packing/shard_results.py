@@ -1,4 +1,4 @@
-"""What came of a shard, kept beside it until the dataset is whole, so that a run can be continued."""
+"""The result of packing a shard, saved until the dataset is complete, so that a run can be continued."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Event = tuple[str, str, str]  # path, `repaired` or `rejected`, reason
 
 @dataclass(frozen=True)
 class ShardResult:
-    """shard: None if no image of it could be used."""
+    """The result of one task. shard: None if none of its images could be used. rows: of the index."""
 
     shard: Shard | None
     rows: np.ndarray
@@ -29,11 +29,12 @@ class ShardResult:
 
     @property
     def rejected(self) -> int:
+        """The number of rejected images."""
         return sum(outcome == "rejected" for _, outcome, _ in self.events)
 
 
 def save_result(output: Folder, name: str, result: ShardResult) -> None:
-    """Leave the record of a shard that is in its place."""
+    """Save the result of a finished shard."""
     record = {
         "shard": result.shard and result.shard.model_dump(),
         "rows": result.rows.tolist(),
@@ -51,7 +52,10 @@ def save_result(output: Folder, name: str, result: ShardResult) -> None:
 def load_result(
     output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]
 ) -> ShardResult | None:
-    """The record, if the shard is there as it says, with its files. sizes: of those of the output."""
+    """Load a shard's result, or return None if the shard or one of its files is missing or differs from it.
+
+    sizes: of the files in the output, in bytes, by name.
+    """
     try:
         record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
         shard = record["shard"] and Shard.model_validate(record["shard"])
@@ -65,7 +69,7 @@ def load_result(
             ),
             events=[(path, outcome, reason) for path, outcome, reason in record["events"]],
         )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not there, or damaged: packed again
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged: pack the shard again
         return None
     if shard is None:
         return result

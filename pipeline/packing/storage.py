@@ -1,7 +1,7 @@
-"""Files here and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
+"""Access files on this machine and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
 
-What this machine's file systems fail to read or list is tried again (pipeline/retry.py); for URLs, fsspec
-does so.
+Failed reads and listings of this machine's file systems are retried (pipeline/retry.py); for URLs, fsspec
+retries.
 """
 
 import errno
@@ -21,11 +21,11 @@ from pipeline.files import naming, read_file, sync_folder
 from pipeline.packing.workers import say
 from pipeline.retry import patiently
 
-UNFINISHED = ".packing"  # what a run needs until its dataset is whole, in the dataset's folder
+UNFINISHED = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
 
 
 class StorageError(OSError):
-    """A file behind a URL that cannot be reached; the message says why."""
+    """A file behind a URL cannot be reached; the message says why."""
 
 
 def is_url(name: str) -> bool:
@@ -33,19 +33,19 @@ def is_url(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """The same file or folder, whatever folder a worker runs in."""
-    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – which collapses `..`, too
+    """Return the absolute path or URL of a file or folder, valid in whatever folder a worker runs."""
+    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – it also collapses `..`
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
-    """The bytes of a file, or `size` of them from `offset` on. Raises OSError, which names it."""
+    """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
     if not is_url(file):
         return patiently(partial(_read_here, file, offset, size), say)
     with _as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
-    if size is not None and len(content) > size:  # many servers of static files send all of it
-        raise StorageError(f"{file}: its server does not hand over parts of files (HTTP ranges)")
+    if size is not None and len(content) > size:  # many static file servers send the whole file
+        raise StorageError(f"{file}: the server does not support reading parts of files (HTTP ranges)")
     return content
 
 
@@ -57,7 +57,7 @@ def _read_here(file: str, offset: int, size: int | None) -> bytes:
 
 
 def is_there(name: str) -> bool:
-    """Whether a file, or a folder that is not empty, can be looked at."""
+    """Whether a file exists, or a folder that is not empty, as far as it can be accessed."""
     try:
         if not is_url(name):
             if not stat.S_ISDIR(Path(name).stat().st_mode):
@@ -72,7 +72,10 @@ def is_there(name: str) -> bool:
 
 
 class Folder:
-    """A folder to write a dataset to, and to read its files from. Each method raises OSError."""
+    """A folder, local or behind a URL, to write a dataset to and read its files from.
+
+    Each method raises OSError.
+    """
 
     def __init__(self, name: str | Path):
         self.name = absolute(str(name)).rstrip("/")
@@ -85,10 +88,10 @@ class Folder:
 
     @contextmanager
     def staged(self, below: str = ".") -> Iterator[Path]:
-        """An empty local folder, whose files come here, or to the folder `below` this, after the block.
+        """Provide an empty local folder whose files move here, or to the subfolder `below`, after the block.
 
-        None comes before it is whole, and none after an error in the block. It is a new folder each
-        time: two writers of one file do not meet.
+        Each file appears only once it is complete, and none does after an error in the block. Each call
+        makes a new folder, so two writers of the same file do not interfere.
         """
         scratch = Path(self.path, UNFINISHED) if self.is_local else None
         staging = Path(tempfile.mkdtemp(dir=scratch))
@@ -104,15 +107,15 @@ class Folder:
             if self.is_local:
                 sync_folder(Path(target))
         finally:
-            # What stays, as NFS and FUSE keep for a moment what is removed while open, the next run removes.
+            # NFS and FUSE keep files for a moment that are removed while open; the next run removes the rest.
             shutil.rmtree(staging, ignore_errors=True)
 
     def read(self, name: str, size: int | None = None) -> bytes:
-        """The bytes of a file in it, or the first `size`."""
+        """Read a file in the folder, or its first `size` bytes."""
         return read(f"{self.name}/{name}", 0, size)
 
     def sizes(self, below: str = ".") -> dict[str, int]:
-        """In bytes, of all files in it or in a folder of it, by name."""
+        """Return the sizes in bytes of all files in the folder, or in a subfolder, by name."""
         folder = os.path.normpath(f"{self.path}/{below}")
         if self.is_local:
             return patiently(partial(_sizes_here, folder), say)
@@ -124,7 +127,7 @@ class Folder:
         return {Path(entry["name"]).name: entry["size"] for entry in found if entry["type"] == "file"}
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete files that are there."""
+        """Delete files. Local ones may be missing."""
         paths = [f"{self.path}/{name}" for name in names]
         if self.is_local:
             for path in paths:
@@ -145,27 +148,27 @@ def _sizes_here(folder: str) -> dict[str, int]:
             try:
                 if entry.is_file():
                     sizes[entry.name] = entry.stat().st_size
-            except FileNotFoundError:  # removed since
+            except FileNotFoundError:  # removed since the folder was listed
                 continue
     return sizes
 
 
 def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    if not is_url(name):  # though it had a `::`, which chains URLs
+    if not is_url(name):  # even if the path has a `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
     return url_to_fs(name, use_listings_cache=False)  # other processes write there, too
 
 
 @contextmanager
 def _as_os_error(name: str) -> Iterator[None]:
-    """Each kind of storage has errors of its own; callers know OSError."""
+    """Turn the errors of each kind of storage into OSError."""
     try:
         yield
     except OSError:
         raise
-    except ImportError as error:  # of the package for that kind of URL
+    except ImportError as error:  # the package for that kind of URL is not installed
         raise StorageError(f"{name}: {error}") from None
-    except ValueError as error:  # an unknown kind
+    except ValueError as error:  # an unknown kind of URL
         raise StorageError(f"{name}: {error}") from None
     except Exception as error:
         raise StorageError(f"{name}: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Worker processes of this machine, with one thread of BLAS each; what goes wrong with them is one line."""
+"""Worker processes on this machine, with one BLAS thread each; their failures are reported in one line."""
 
 import multiprocessing
 import os
@@ -15,25 +15,25 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
-_EXIT_REFUSED = 75  # of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
-_QUIET_SECONDS = 60.0  # between two lines that `say` says
-# Of BLAS, which would start one for each core in each worker, for products of three numbers.
+_EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
+_QUIET_SECONDS = 60.0  # minimum time between two lines of `say`
+# Without these, BLAS would start a thread per core in each worker, for products that are too small for it.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _REFUSED = "the system allows no more processes or threads"
-_RAISE = "raise its limit (ulimit -u, --pids-limit, podPidsLimit)"
+_RAISE = "raise the limit (ulimit -u, --pids-limit, podPidsLimit)"
 
 
 class WorkersError(RuntimeError):
-    """Workers that cannot be had, or one that died; the message says why and what to do."""
+    """Workers cannot be started, or one died; the message says why and what to do."""
 
 
 class _Worker(SpawnProcess):
-    """Ctrl-C reaches all processes of a terminal; this one leaves it to the command."""
+    """A worker that ignores Ctrl-C, which reaches all processes of a terminal: the command handles it."""
 
     def start(self) -> None:
         added = [name for name in _THREADS if name not in os.environ]
         os.environ.update(dict.fromkeys(added, "1"))  # read when the worker imports numpy
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the worker inherits
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the worker inherits the mask
         try:
             super().start()
         except OSError as error:
@@ -45,7 +45,7 @@ class _Worker(SpawnProcess):
 
 
 class _Spawn(SpawnContext):
-    """Spawned, not forked, as this process has threads; remembers its processes, to say how one ended."""
+    """Spawns processes, as this one has threads and must not fork; keeps them, to say how one ended."""
 
     def __init__(self) -> None:
         self.started: list[_Worker] = []
@@ -64,7 +64,7 @@ class _Spawn(SpawnContext):
 def pool(
     count: int, initializer: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """So many processes, which call the initializer first.
+    """Start `count` processes, each of which first calls the initializer.
 
     Raises WorkersError if the system refuses them, or if one dies.
     """
@@ -83,9 +83,9 @@ def pool(
                         or isinstance(error, WorkersError)
                         or not isinstance(error, Exception)
                     ):
-                        context.kill()  # the end of whose work is not waited for
+                        context.kill()  # do not wait for them to finish their work
                     raise
-        except BrokenProcessPool:  # the pool is shut down by now, and all exit codes are known
+        except BrokenProcessPool:  # the pool has shut down, so all exit codes are known
             raise WorkersError(_end(context.started)) from None
         except (RuntimeError, KeyboardInterrupt):
             if not refused.is_set():
@@ -94,16 +94,16 @@ def pool(
 
 
 def shared_array(kind: str, length: int) -> Any:
-    """Numbers for a pool's initializer, which all workers see. Raises WorkersError like `pool`."""
+    """Make an array that all workers share, for a pool's initializer. Raises WorkersError like `pool`."""
     try:
         return multiprocessing.get_context("spawn").Array(kind, length)
-    except BlockingIOError as error:  # the first starts a process that looks after them
+    except BlockingIOError as error:  # the first array starts a process that tracks shared resources
         raise WorkersError(_refusal(error.strerror or str(error))) from None
 
 
 @contextmanager
 def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
-    """A pool has a thread that starts another: where the system refuses that, nothing would ever end."""
+    """Interrupt the main thread if the pool cannot start a thread, as the pool would then never end."""
 
     def interrupt(failure: threading.ExceptHookArgs) -> None:
         if _is_about_threads(failure.exc_value):
@@ -121,7 +121,7 @@ def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def refused_threads() -> Iterator[None]:
-    """Raise WorkersError where the system refuses this process a thread in the block."""
+    """Raise WorkersError if the system refuses this process a thread in the block."""
     try:
         yield
     except RuntimeError as error:
@@ -139,15 +139,15 @@ def _refusal(reason: str) -> str:
 
 
 def _end(started: Sequence[SpawnProcess]) -> str:
-    """How the process ended that ended first: the pool ends the others by SIGTERM."""
+    """Describe how the first process to die ended; the pool ends the others by SIGTERM."""
     codes = [process.exitcode for process in started]
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
     if code == _EXIT_REFUSED:
         return _refusal("a worker can't start a thread")
     if code == -signal.SIGKILL:
-        how = "was killed (SIGKILL), as the system does where memory runs out: try fewer --workers"
+        how = "was killed (SIGKILL), probably because memory ran out: try fewer --workers"
     else:
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return f"a worker process {how}"
 
 
@@ -163,7 +163,7 @@ def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) 
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would go on for nobody."""
+    """End this worker when its parent ends, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -171,18 +171,18 @@ def _end_with_parent() -> None:
 
 
 class _Array(list):
-    """Like a shared array, in a process without a pool."""
+    """Stands in for a shared array in a process without a pool."""
 
     def get_lock(self) -> threading.Lock:
         return _lock
 
 
 _lock = threading.Lock()
-_said: Any = _Array([0.0])  # when `say` said something last, in a worker for all of them; monotonic seconds
+_said: Any = _Array([0.0])  # monotonic time of the last line of `say`; workers of a pool share it
 
 
 def say(text: str) -> None:
-    """Tell people of a trouble that may pass: one line a minute from all workers of a pool together."""
+    """Report a problem that may pass on stderr: at most one line per minute from all workers of a pool."""
     with _said.get_lock():
         now = time.monotonic()
         if _said[0] and now - _said[0] < _QUIET_SECONDS:
@@ -192,5 +192,5 @@ def say(text: str) -> None:
 
 
 def end_at_sigterm() -> None:
-    """Exit with 143 at SIGTERM, which the first process of a container does not get without a handler."""
+    """Exit with code 143 on SIGTERM, which a container's first process ignores unless it has a handler."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -126,9 +126,9 @@ class Packing:
         rejected = self._rejected()
         again = live(pack, self.arguments, self.folder, None)
         if rejected:  # the dataset lacks a rejected file, and keeps lacking it
-            if "already holds a dataset" not in again.text:
+            if "already contains a dataset" not in again.text:
                 wrong.append(f"the same command after a rejection: code {again.code}: {again.text}")
-        elif (again.code and "already holds a dataset" not in again.text) or self._content() != self.whole:
+        elif (again.code and "already contains a dataset" not in again.text) or self._content() != self.whole:
             wrong.append(f"the same command again gives another result: code {again.code}: {again.text}")
         return outcome, wrong
 

@@ -190,7 +190,7 @@ def test_a_tar_that_changed_meanwhile_is_another_plan(indexed, monkeypatch, tmp_
     tar = indexed / "imagenet1k-train-0001.tar"
     write(tmp_path, "new", images([(90, 90)] * 3), 3)
     shutil.copy(tmp_path / "new-0000.tar", tar)
-    with pytest.raises(SourceError, match="differs in the files found"):
+    with pytest.raises(SourceError, match="differs from it in the files found"):
         run(indexed)
 
 
@@ -214,7 +214,7 @@ def test_packing_never_replaces_tars_that_were_not_packed_there(
             with pytest.raises(KeyboardInterrupt):
                 run(folder, "--overwrite")
     for overwrite in ((), ("--overwrite",)):
-        with pytest.raises(SourceError, match=r"holds train-000000.tar, which was not packed there"):
+        with pytest.raises(SourceError, match=r"contains train-000000.tar, which this packer did not write"):
             pack_here("--input", pictures, "--out", folder, *overwrite)
     assert tars(folder) == before
 
@@ -292,5 +292,5 @@ def test_packing_below_the_input_continues_without_taking_its_own_shards_for_inp
 
 
 def test_files_outside_tars_cannot_be_indexed(pictures):
-    with pytest.raises(SourceError, match="--in-place is for images in tars"):
+    with pytest.raises(SourceError, match="--in-place needs images in tars"):
         run(pictures)

@@ -120,7 +120,7 @@ OTHERS = {
 @pytest.mark.parametrize(("name", "arguments"), OTHERS.items())
 def test_another_plan_is_refused_by_what_differs(source, unfinished, name, arguments):
     before = contents(unfinished)
-    with pytest.raises(SourceError, match=rf"differs in {name}.*: .*--overwrite"):
+    with pytest.raises(SourceError, match=rf"differs from it in {name}.*: .*--overwrite"):
         run(source, unfinished, *arguments)
     assert contents(unfinished) == before
     run(source, unfinished, *arguments, "--overwrite")
@@ -132,10 +132,10 @@ def test_another_plan_is_refused_by_what_differs(source, unfinished, name, argum
 
 def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_path, monkeypatch):
     more = shutil.copytree(source, tmp_path / "more")
-    with pytest.raises(SourceError, match="differs in --input, the files found:"):
+    with pytest.raises(SourceError, match="differs from it in --input, the files found:"):
         run(more, unfinished)
     monkeypatch.setattr("PIL.__version__", "1.0")
-    with pytest.raises(SourceError, match="differs in the packer:"):
+    with pytest.raises(SourceError, match="differs from it in the packer:"):
         run(source, unfinished)
 
 
@@ -190,7 +190,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(
 
 def test_a_refused_run_leaves_a_dataset_as_it_was(source, whole, tmp_path):
     run(source, tmp_path)
-    with pytest.raises(SourceError, match="already holds a dataset"):
+    with pytest.raises(SourceError, match="already contains a dataset"):
         run(source, tmp_path)
     assert contents(tmp_path) == whole
     assert not (tmp_path / UNFINISHED).exists()

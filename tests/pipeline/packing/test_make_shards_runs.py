@@ -76,7 +76,7 @@ def test_an_existing_dataset_is_kept_unless_overwrite_is_given(pictures, packed,
     output = tmp_path / "dataset"
     shutil.copytree(packed, output)
     before = contents(output)
-    assert_one_line(pack(pictures, output), "already holds a dataset", "--overwrite")
+    assert_one_line(pack(pictures, output), "already contains a dataset", "--overwrite")
     assert contents(output) == before
 
     (output / "mine.txt").write_text("not the packer's")

@@ -154,7 +154,7 @@ def test_a_dataset_that_is_there_is_not_denied(packing, error):
     outcome = fails(packing, "unlink", "out/.packing/plan.json", error)
     assert outcome.code == 0
     line, *_ = outcome.text.splitlines()
-    assert line.startswith("make_shards: the dataset is whole, but ")
+    assert line.startswith("make_shards: the dataset is complete, but ")
     assert line.endswith(f".packing/plan.json cannot be removed: {os.strerror(getattr(errno, error))}")
 
 
@@ -181,7 +181,7 @@ def test_a_missing_file_among_others_is_rejected(tmp_path):
 def test_a_file_whose_folder_is_gone_or_empty_is_the_storages(tmp_path):
     """As when a mount goes away, whose place is an empty folder then."""
     for path in (tmp_path / "1.jpg", tmp_path / "gone/1.jpg"):
-        with pytest.raises(PackingError, match=f"{path.parent} be, or it is empty.*the same command"):
+        with pytest.raises(PackingError, match=f"{path.parent} cannot be read or is empty.*the same command"):
             _read(source_at(path), None)
 
 
@@ -197,7 +197,7 @@ def test_a_table_may_name_what_was_never_there(tmp_path):
 
 def test_a_tar_that_is_gone_is_not_many_bad_pictures(tmp_path):
     (tmp_path / "other").touch()
-    with pytest.raises(PackingError, match="holds other images"):
+    with pytest.raises(PackingError, match="contains other images"):
         _read(source_at(tmp_path / "a.tar", 10), None)
 
 

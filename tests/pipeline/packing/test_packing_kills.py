@@ -33,7 +33,7 @@ def ends(done: subprocess.CompletedProcess) -> bool:
     if done.returncode == -signal.SIGKILL:
         return False
     # The run before may have been killed when all it had left to do was to leave.
-    assert done.returncode == 0 or "already holds a dataset" in done.stderr, done.stderr
+    assert done.returncode == 0 or "already contains a dataset" in done.stderr, done.stderr
     return True
 
 

@@ -133,7 +133,7 @@ def test_a_bucket_gets_the_same_bytes_as_a_folder(pictures, make_shards, call, s
     there = ("--input", pictures, "--out", f"{s3}/first")
     again = call(main, *there, *SETTINGS)
     assert again.returncode == 1
-    assert f"{s3}/first already holds a dataset" in again.stderr
+    assert f"{s3}/first already contains a dataset" in again.stderr
     pack_here(*there, "--overwrite", "--size", "32")
     assert {name for name in Folder(f"{s3}/first").sizes() if name.endswith(".tar")} == {
         "train-000000.tar",
@@ -164,10 +164,10 @@ def test_a_run_killed_on_its_way_to_a_bucket_is_continued(pictures, s3, tmp_path
 
     other = call(main, *there, "--seed", "1")
     assert other.returncode == 1
-    assert "differs in --seed" in other.stderr
+    assert "differs from it in --seed" in other.stderr
     run = make_shards(pictures, output, *SETTINGS, "--workers", "2")
     assert run.returncode == 0, run.stderr
-    assert "were packed before" in run.stdout.splitlines()[0]
+    assert "were packed by earlier runs" in run.stdout.splitlines()[0]
     assert files_in(output) == whole
 
 
