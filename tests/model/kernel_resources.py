@@ -1,8 +1,8 @@
-"""What each kernel takes of an H100 or H200, found without one: prints a JSON object for each stage.
+"""Print the resources that each kernel uses on an H100 or H200, without one, as a JSON object per stage.
 
-The operation is called forward and backward as always, on images of the real size, but what it
-would launch is compiled for compute capability 9.0 by Triton's own ptxas instead, and never run.
-Instructions are those of all warps for an image, and bytes those of an image in each of its tensors.
+The operation is called forward and backward as usual, on images of the real size. Its kernels are not
+launched, but compiled for compute capability 9.0 by Triton's own ptxas. Instructions are the total of all
+warps for one image, and bytes the total of all tensors for one image.
 
     python tests/model/kernel_resources.py bf16
 """
@@ -27,7 +27,7 @@ from model import triton_pool, triton_spatial
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
-    float: "fp64",  # as torch.compile passes it, so that arithmetic with it is in fp64
+    float: "fp64",  # as torch.compile passes it; arithmetic with it is then in fp64
     int: "i32",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,7 @@ STAGES = {
     "code2012-2": (triton_spatial, 256, 27, 2, True),
 }
 IMAGES = 16
-# How often a kernel's loop is run.
+# The number of iterations of a kernel's loop.
 TRIPS = {
     "_pool": lambda given: given["block_rows"],
     "_backward": lambda given: given["block_rows"],
@@ -57,7 +57,7 @@ def disassembled(cubin: bytes, *options: str) -> str:
 
 
 def executed(code: str, trips: int) -> int:
-    """Instructions that a warp executes, of a kernel with at most one loop."""
+    """Count the instructions that a warp executes in a kernel with at most one loop."""
     found = re.findall(r"^\s+/\*([0-9a-f]+)\*/\s+(.*?);", code, re.MULTILINE)
     lines = [(int(address, 16), text) for address, text in found if not text.startswith("NOP")]
     loop = range(0)
@@ -69,7 +69,7 @@ def executed(code: str, trips: int) -> int:
 
 
 class Compiled:
-    """Stands for `wrap_triton`: a launch compiles."""
+    """Replaces `wrap_triton`: a launch only compiles."""
 
     def __init__(self, kernel):
         self.kernel = kernel

@@ -1,4 +1,4 @@
-"""The net against the numbers of the paper, and against a second forward pass written with torch's layers."""
+"""The net compared with the paper's numbers, and with a second forward pass written with torch's layers."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ PARAMETERS = {
     "fc7": 16_781_312,
     "fc8": 4_097_000,
 }
-MAPS = {  # of a 224 px crop
+MAPS = {  # for a crop of 224 px
     "conv1": [(96, 55, 55)],
     "conv2": [(256, 27, 27)],
     "conv3": [(384, 13, 13)],
@@ -31,7 +31,7 @@ MAPS = {  # of a 224 px crop
     "conv5": [(256, 13, 13)],
     "pool": [(256, 6, 6)],
 }
-POOLED = {"conv2": (96, 27, 27), "conv3": (256, 13, 13)}  # what these take
+POOLED = {"conv2": (96, 27, 27), "conv3": (256, 13, 13)}  # inputs of these layers
 VARIANTS = {
     "tanh": Variant(activation="tanh"),
     "no LRN": Variant(lrn=False),
@@ -44,13 +44,13 @@ BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
 def meta_net(**options) -> AlexNet:
-    """A net of shapes alone, which costs nothing."""
+    """A net on the meta device, which has only shapes and costs nothing."""
     with torch.device("meta"):
         return AlexNet(**options)
 
 
 def some_pixels(count: int, crop: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Smooth images of random colours on 0–255 less 127.5, channels_last."""
+    """Smooth images of random colours from 0 to 255, minus 127.5, channels_last."""
     coarse = 255 * torch.rand(count, 3, 7, 7, generator=torch.Generator().manual_seed(1)) - 127.5
     pixels = F.interpolate(coarse, crop, mode="bilinear").to(dtype)
     return pixels.contiguous(memory_format=torch.channels_last)
@@ -58,7 +58,7 @@ def some_pixels(count: int, crop: int, dtype: torch.dtype = torch.float64) -> Te
 
 @contextmanager
 def recorded(net: nn.Module, *names: str) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Inputs and outputs of the named layers in the forward passes within, in order."""
+    """Record the inputs and outputs of the named layers in the forward passes within, in order."""
     seen, hooks = defaultdict(list), []
     for name in names:
 
@@ -73,13 +73,13 @@ def recorded(net: nn.Module, *names: str) -> Iterator[dict[str, list[tuple[Tenso
 
 @pytest.fixture(scope="module", params=PRESETS)
 def net(request: pytest.FixtureRequest) -> AlexNet:
-    """The whole net as it is before training, without dropout."""
+    """The whole net before training, without dropout."""
     torch.manual_seed(0)
     return AlexNet(preset=request.param, dropout="off").to(memory_format=torch.channels_last)
 
 
 def net_of_96_px(preset: str, variant: Variant) -> AlexNet:
-    """In fp64, for testing, with 2×2 values in each map of pool5: their order into fc6 matters.
+    """Return a net in fp64 for tests, with 2×2 values in each map of pool5, so their order into fc6 matters.
 
     A crop of 96 px needs padding of 3, as 224 does, and pooling leaves no value of any map out.
     """
@@ -121,11 +121,11 @@ def test_map_sizes(preset):
     ("variant", "parameters"),
     [(Variant(), 60_965_224), (VARIANTS["one tower"], 59_798_312), (VARIANTS["CNN*"], 61_555_304)],
 )
-def test_parameters_of_the_nets_that_were_compared(variant, parameters):
+def test_parameters_of_the_nets_that_the_paper_compares(variant, parameters):
     assert count_parameters(meta_net(variant=variant)) == parameters
 
 
-def test_a_width_is_a_share_of_each_layers_kernels_and_units_but_of_the_classes():
+def test_a_width_scales_the_kernels_and_units_of_each_layer_but_not_the_classes():
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
     half = meta_net(variant=Variant(width=0.5))
     assert [len(half.get_parameter(f"{layer}.bias")) for layer in layers] == [
@@ -144,7 +144,7 @@ def test_any_width_makes_a_net_that_learns(width, towers):
 
 
 @pytest.mark.parametrize("name", ["conv2", "conv3", "conv4", "conv5"])
-def test_a_convolution_that_is_left_out_is_not_there(name):
+def test_a_convolution_that_is_left_out_is_absent(name):
     net = meta_net(variant=Variant(without=name))
     assert not hasattr(net, name)
     assert count_macs(net) < count_macs(meta_net())
@@ -156,21 +156,21 @@ def test_other_crops(crop):
 
 
 @pytest.mark.parametrize("crop", [1, 32, 63])
-def test_too_small_a_crop_is_refused(crop):
+def test_a_crop_that_is_too_small_is_refused(crop):
     with pytest.raises(ValueError, match=f"crop of {crop} px is too small"):
         meta_net(crop=crop)
 
 
-def test_conv1_is_padded_on_the_right_and_bottom_alone(net):
+def test_conv1_is_padded_only_on_the_right_and_bottom(net):
     x = some_pixels(1, 224, torch.float32)
     with torch.inference_mode(), recorded(net, "conv1") as seen:
         net(x)
         ours, weight, bias = seen["conv1"][0][1], net.conv1.weight, net.conv1.bias
-        # Without any padding, 54 windows fit: they are the first 54 of 55.
+        # Without padding, 54 windows fit, which are the first 54 of 55.
         torch.testing.assert_close(
             ours[..., :54, :54], F.conv2d(x, weight, bias, stride=4), rtol=1e-4, atol=1e-4
         )
-        # The last window begins at pixel 4·54 and holds the 8 that are left.
+        # The last window begins at pixel 4·54 and contains the 8 remaining pixels.
         corner = (weight[..., :8, :8] * x[..., 216:, 216:]).sum((1, 2, 3)) + bias
         torch.testing.assert_close(ours[0, :, 54, 54], corner, rtol=1e-4, atol=1e-4)
 
@@ -201,13 +201,11 @@ def test_initial_logits_tell_images_apart(net, request):
     if request.node.callspec.params["net"] == "code2012":
         assert spread >= 0.05
     else:
-        assert (
-            0.003 < spread < 0.03
-        )  # the text's weights are a third, thrice: the facts' section 3 says .0092
+        assert 0.003 < spread < 0.03  # three layers have weights a third as large
 
 
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
-    """Sections 0 to 2 of the facts in torch's own layers, two towers by hand."""
+    """Compute the forward pass with torch's own layers and two explicit towers."""
     variant, towers = net.variant, net.variant.towers
 
     def activation(x: Tensor) -> Tensor:
@@ -262,20 +260,20 @@ def test_forward_pass_of_a_variant(variant, preset):
 
 
 def assert_forward_pass(preset: str, variant: Variant) -> None:
-    """The net's logits are those of the reference."""
+    """Check that the net's logits are those of the reference."""
     net, x = net_of_96_px(preset, variant), some_pixels(2, 96)
     with torch.inference_mode():
         torch.testing.assert_close(net(x), reference_logits(net, x, preset), rtol=1e-9, atol=1e-9)
 
 
-def test_where_kernels_add_the_biases_nothing_else_changes(small, monkeypatch):
+def test_nothing_else_changes_if_kernels_add_the_biases(small, monkeypatch):
     x = some_pixels(2, 96)
     expected = small(x)
     expected_gradients = torch.autograd.grad(expected.square().sum(), list(small.parameters()))
     monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
     with recorded(small, "conv1", "conv2") as seen:
         logits = small(x)
-    assert not seen  # they were not called with their biases
+    assert not seen  # no layer was called with its own bias
     gradients = torch.autograd.grad(logits.square().sum(), list(small.parameters()))
     torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(gradients, expected_gradients)

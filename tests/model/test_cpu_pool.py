@@ -1,4 +1,4 @@
-"""The kernel for CPUs against the plain form."""
+"""The CPU kernel compared with the plain implementation."""
 
 import subprocess
 import sys
@@ -12,21 +12,21 @@ from model import cpu_pool
 from model.alexnet import AlexNet
 from model.fused import normalise_and_pool, plain_normalise_and_pool
 
-ALPHA = 1e-3  # larger than the paper's, so that the norm weighs
+ALPHA = 1e-3  # larger than the paper's, so that the normalisation has an effect
 STAGES = [
     pytest.param({"towers": 1, "relu_first": True}, id="paper"),
     pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
     pytest.param({"towers": 2, "relu_first": True, "spatial_norm": True}, id="code2012-2"),
     pytest.param({"towers": 1, "relu_first": False, "spatial_norm": True}, id="all-else"),
 ]
-# Of both, one rounding apart.
+# Both round once.
 TYPES = [pytest.param(torch.float32, 1e-6, id="fp32"), pytest.param(torch.bfloat16, 2**-7, id="bf16")]
-# A channel in a tower, as many as a vector has and one more, odd sides, the least, and those of the net.
+# One channel per tower, one more than a vector, odd sides, the smallest, and those of the net.
 SHAPES = [(2, 2, 7, 5), (1, 34, 4, 9), (3, 6, 3, 3), (1, 32, 12, 3), (2, 96, 55, 55), (1, 256, 27, 27)]
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values whose squares weigh as much as k, channels_last."""
+    """Normal values whose squares contribute as much as k, channels_last."""
     x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
     return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -40,7 +40,7 @@ def result_and_gradient(function, x: Tensor, **options) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_is_the_plain_form(options, dtype, tolerance, shape):
+def test_the_kernel_equals_the_plain_implementation(options, dtype, tolerance, shape):
     x = activations(*shape, dtype=dtype)
     output, gradient = result_and_gradient(normalise_and_pool, x, **options)
     expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, x, **options)
@@ -52,7 +52,7 @@ def test_kernel_is_the_plain_form(options, dtype, tolerance, shape):
 
 
 @pytest.mark.parametrize("options", STAGES)
-def test_gradient_is_that_of_the_plain_form_in_fp64(options):
+def test_the_gradient_equals_that_of_the_plain_implementation_in_fp64(options):
     x = activations(2, 32, 27, 27)
     _, gradient = result_and_gradient(normalise_and_pool, x, **options)
     _, expected = result_and_gradient(
@@ -63,7 +63,7 @@ def test_gradient_is_that_of_the_plain_form_in_fp64(options):
 
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_number_of_threads_gives_the_same_bits(options, dtype):
+def test_the_result_is_bitwise_the_same_with_any_number_of_threads(options, dtype):
     x, threads, results = activations(5, 12, 9, 8, dtype=dtype), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 8):
@@ -79,7 +79,7 @@ def test_any_number_of_threads_gives_the_same_bits(options, dtype):
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a library has code for several processors")
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_processor_gives_the_same_bits(options, dtype, plainest, monkeypatch):
+def test_the_result_is_bitwise_the_same_on_every_processor(options, dtype, plainest, monkeypatch):
     x = activations(2, 34, 9, 8, dtype=dtype)
     expected = result_and_gradient(normalise_and_pool, x, **options)
     monkeypatch.setattr(cpu_pool, "_LIBRARY", plainest)
@@ -89,7 +89,7 @@ def test_every_processor_gives_the_same_bits(options, dtype, plainest, monkeypat
 
 @pytest.fixture(scope="module")
 def plainest(tmp_path_factory):
-    """The kernel without vectors, and for one processor."""
+    """The kernel compiled without vector instructions, and for a single kind of processor."""
     library = tmp_path_factory.mktemp("plainest") / "library.so"
     source = cpu_pool.__file__.removesuffix(".py") + ".c"
     flags = ["-O1", "-ffp-contract=off", "-U__gnu_linux__", "-shared", "-fPIC"]
@@ -97,14 +97,14 @@ def plainest(tmp_path_factory):
     return cpu_pool.opened(str(library))
 
 
-def test_of_equal_values_the_first_has_the_gradient_and_at_zero_the_relu_has_none():
+def test_the_first_of_equal_values_gets_the_gradient_and_the_relu_has_none_at_zero():
     x = torch.ones(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     x[:, 2:] = 0
     _, gradient = result_and_gradient(normalise_and_pool, x.requires_grad_())
     assert (gradient != 0).nonzero()[:, 1:].tolist() == [[0, 0, 0], [1, 0, 0]]
 
 
-def test_a_relu_that_comes_last_cuts_off_and_has_no_gradient_there():
+def test_a_relu_that_comes_last_cuts_off_negative_values_and_their_gradient():
     x = -torch.ones(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     output, gradient = result_and_gradient(normalise_and_pool, x.requires_grad_(), relu_first=False)
     assert not output.any()
@@ -114,7 +114,7 @@ def test_a_relu_that_comes_last_cuts_off_and_has_no_gradient_there():
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
-def test_what_is_not_finite_is_passed_on_as_by_the_plain_form(options, dtype, value):
+def test_values_that_are_not_finite_propagate_as_in_the_plain_implementation(options, dtype, value):
     x = activations(1, 8, 7, 7, dtype=dtype)
     with torch.no_grad():
         x[0, 3, 2, 2] = value
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_passed_on_as_by_the_plain_form(options, dtype, va
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-3, equal_nan=True)
 
 
-def test_what_is_kept_is_the_input_and_a_byte_for_each_output():
+def test_only_the_input_and_a_byte_per_output_are_kept():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         output = normalise_and_pool(x, ALPHA)
@@ -131,7 +131,7 @@ def test_what_is_kept_is_the_input_and_a_byte_for_each_output():
     assert [(tensor.dtype, tensor.shape) for tensor in kept[1:]] == [(torch.uint8, output.shape)]
 
 
-def test_maps_may_lie_in_memory_in_any_way():
+def test_maps_may_have_any_memory_layout():
     x = activations(2, 8, 9, 10)
     expected = result_and_gradient(normalise_and_pool, x)
     wide = torch.zeros(2, 24, 9, 20)
@@ -143,7 +143,7 @@ def test_maps_may_lie_in_memory_in_any_way():
 
 
 @pytest.mark.parametrize("options", STAGES)
-def test_torch_finds_nothing_wrong_with_the_operator(options):
+def test_the_operator_passes_torchs_own_check(options):
     given = {"spatial_norm": False} | options
     torch.library.opcheck(cpu_pool.normalise_and_pool, (activations(2, 4, 5, 6), ALPHA), given)
 
@@ -160,7 +160,7 @@ def test_compiled_and_exported_nets_compute_the_same(preset):
     assert "alexnet" not in str(program.graph)
 
 
-def test_without_the_kernel_the_same_is_computed_and_it_is_said(monkeypatch):
+def test_without_the_kernel_the_result_is_the_same_and_a_warning_is_given(monkeypatch):
     x = activations(2, 12, 9, 8)
     expected = result_and_gradient(normalise_and_pool, x)
     monkeypatch.delattr(model, "cpu_pool")

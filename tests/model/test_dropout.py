@@ -1,4 +1,4 @@
-"""Dropout as in 2012 and as it is usual now, alone and in the net."""
+"""Dropout as in 2012 and as it is common today, on its own and in the net."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 
 from model.alexnet import DROPOUTS, AlexNet
 
-KEPT = {"2012": 1.0, "inverted": 2.0}  # by what a unit that is kept is multiplied in training
-TESTED = {"2012": 0.5, "inverted": 1.0, "off": 1.0}  # and all units at test
+KEPT = {"2012": 1.0, "inverted": 2.0}  # factor on a kept unit during training
+TESTED = {"2012": 0.5, "inverted": 1.0, "off": 1.0}  # factor on all units at test time
 
 
 @pytest.mark.parametrize("kind", KEPT)
@@ -22,7 +22,7 @@ def test_training_zeroes_half_of_the_units(kind):
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_each_image_and_each_step_has_a_mask_of_its_own(kind):
+def test_each_image_and_each_step_has_its_own_mask(kind):
     torch.manual_seed(0)
     layer, x = DROPOUTS[kind]().train(), torch.ones(2, 1000)
     first, second = layer(x), layer(x)
@@ -31,7 +31,7 @@ def test_each_image_and_each_step_has_a_mask_of_its_own(kind):
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_gradient_flows_through_the_units_kept(kind):
+def test_the_gradient_flows_through_the_kept_units(kind):
     torch.manual_seed(0)
     x = torch.rand(10, 100).add(1).requires_grad_()
     y = DROPOUTS[kind]().train()(x)

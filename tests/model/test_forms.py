@@ -1,4 +1,4 @@
-"""Each form of the convolutions computes what the layers as written do, forward and backward."""
+"""Each form of the convolutions computes the same as the layers as written, forward and backward."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ VARIANTS = {
     "one tower": Variant(width=0.25, towers=1),
     **{f"without {name}": Variant(width=0.25, without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
 }
-ROUNDING = 2e-13  # of the largest value; fp64 has 2e-16, and thousands are added up
+ROUNDING = 2e-13  # relative to the largest value; fp64 has 2e-16, and thousands of terms are added
 
 
 def net(form: str, preset: str, variant: Variant, crop: int = 96, dtype=torch.float64) -> AlexNet:
@@ -30,7 +30,7 @@ def net(form: str, preset: str, variant: Variant, crop: int = 96, dtype=torch.fl
 
 
 def passed(form: str, preset: str, variant: Variant, crop: int = 96) -> dict[str, Tensor]:
-    """Logits, and gradients of pixels and parameters."""
+    """Return the logits, and the gradients of pixels and parameters."""
     model, generator = net(form, preset, variant, crop), torch.Generator().manual_seed(1)
     pixels = 255 * torch.rand(3, 3, crop, crop, generator=generator, dtype=torch.float64) - 127.5
     pixels = pixels.contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -56,7 +56,7 @@ def test_forms_are_equal_forward_and_backward(variant, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_forms_are_equal_where_kernels_add_the_biases(preset, monkeypatch):
+def test_forms_are_equal_if_kernels_add_the_biases(preset, monkeypatch):
     expected = passed("grouped", preset, Variant(width=0.25))
     monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
     for form in FORMS:
@@ -72,7 +72,7 @@ def test_blocks_of_pixels_fit_any_crop(crop):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_one_checkpoint_is_for_all_forms(preset):
+def test_a_checkpoint_fits_all_forms(preset):
     states = [net(form, preset, Variant(width=0.125)).state_dict() for form in FORMS]
     for state in states:
         assert list(state) == list(states[0])
@@ -81,7 +81,7 @@ def test_one_checkpoint_is_for_all_forms(preset):
 
 @pytest.fixture
 def convolutions(monkeypatch) -> list[tuple[Tensor, Tensor, int]]:
-    """Input, weight and groups of each convolution that is computed."""
+    """Record the input, weight and groups of each convolution that is computed."""
     seen, conv2d = [], F.conv2d
 
     def observed(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -97,18 +97,18 @@ def convolutions(monkeypatch) -> list[tuple[Tensor, Tensor, int]]:
     [
         ("grouped", "code2012", [(24, 11, 1), (64, 5, 2), (96, 3, 1), (96, 3, 2), (64, 3, 2)]),
         ("block-diagonal-s2d", "paper", [(24, 3, 1), (64, 5, 1), (96, 3, 1), (96, 3, 1), (64, 3, 1)]),
-        # Two of each, but for the text's first layer, whose normalisation sees the maps of both.
+        # Two per layer, except for the paper preset's conv1, whose normalisation spans both towers.
         ("towers", "code2012", 2 * [(12, 11, 1)] + [(32, 5, 1)] * 2 + [(48, 3, 1)] * 4 + [(32, 3, 1)] * 2),
         ("towers", "paper", [(24, 11, 1)] + [(32, 5, 1)] * 2 + [(48, 3, 1)] * 4 + [(32, 3, 1)] * 2),
     ],
 )
-def test_a_form_is_what_it_says(form, preset, kernels, convolutions):
+def test_a_form_computes_the_convolutions_that_its_name_says(form, preset, kernels, convolutions):
     net(form, preset, Variant(width=0.25))(torch.zeros(2, 3, 96, 96, dtype=torch.float64))
     assert [(len(weight), weight.shape[-1], groups) for _, weight, groups in convolutions] == kernels
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_channels_are_last_in_each_form(form, convolutions):
+def test_every_form_uses_channels_last(form, convolutions):
     x = torch.zeros(2, 3, 96, 96, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     net(form, "code2012", Variant(width=0.25))(x)
     for tensors in convolutions:
@@ -117,8 +117,8 @@ def test_channels_are_last_in_each_form(form, convolutions):
 
 
 @pytest.mark.parametrize(("preset", "cut"), [("code2012", []), ("paper", [1, 2])])
-def test_towers_that_are_not_joined_need_not_be_cut(preset, cut, convolutions):
-    """In the text's net the two inputs of conv2 are halves of what the normalisation gave."""
+def test_towers_are_only_split_where_they_were_joined(preset, cut, convolutions):
+    """In the net of the paper's text, the two inputs of conv2 are halves of the normalisation's output."""
     net("towers", preset, Variant(width=0.25))(torch.zeros(2, 3, 96, 96, dtype=torch.float64))
     views = [x.untyped_storage().nbytes() > x.numel() * x.element_size() for x, *_ in convolutions]
     assert [number for number, view in enumerate(views) if view] == cut

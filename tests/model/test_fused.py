@@ -1,4 +1,4 @@
-"""The fast forms of ReLU, normalisation and pooling against the plain one."""
+"""The fast implementations of ReLU, normalisation and pooling compared with the plain one."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from model import fused
 from model.fused import normalise_and_pool, plain_normalise_and_pool
 
-# Both presets' stages and those of experiments, with a larger α than theirs, so that the norm weighs.
+# The stages of both presets and of experiments, with a larger α, so the normalisation has an effect.
 STAGES = [
     pytest.param({"alpha": 1e-3}, id="paper"),
     pytest.param({"alpha": 1e-3, "towers": 2, "relu_first": False}, id="code2012-1"),
@@ -24,7 +24,7 @@ def _without_the_kernel(monkeypatch):
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal values whose squares weigh as much as k, channels_last."""
+    """Normal values whose squares contribute as much as k, channels_last."""
     x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
     return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
@@ -39,7 +39,7 @@ def result_and_gradient(function, x: Tensor, **options) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("images", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_slices_of_a_batch_give_what_the_whole_gives(options, images, dtype, monkeypatch):
+def test_slices_of_a_batch_give_the_same_result_as_the_whole(options, images, dtype, monkeypatch):
     x = activations(8, 12, 9, 8, dtype=dtype)
     monkeypatch.setattr(fused, "SLICE_BYTES", images * x[0].numel() * x.element_size())
     output, gradient = result_and_gradient(normalise_and_pool, x, **options)
@@ -47,7 +47,7 @@ def test_slices_of_a_batch_give_what_the_whole_gives(options, images, dtype, mon
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
-    # The same operations in the same order; only where a loop's vectors end may differ.
+    # The operations and their order are the same; only the ends of vectorised loops may differ.
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradient, expected_gradient)
 
@@ -71,7 +71,7 @@ def test_a_bias_is_added_first(options):
     torch.testing.assert_close(gradient, expected_gradient.sum((0, 2, 3)))
 
 
-def test_nothing_but_the_input_is_kept():
+def test_only_the_input_is_kept():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         normalise_and_pool(x, alpha=1e-3)
@@ -79,7 +79,7 @@ def test_nothing_but_the_input_is_kept():
 
 
 @pytest.mark.filterwarnings("ignore:no fused GPU kernels")
-def test_whether_there_are_kernels_is_a_constant_to_a_compiler_that_looks_beneath_the_cache():
+def test_a_compiler_that_looks_beneath_the_cache_takes_the_presence_of_kernels_for_a_constant():
     def negated(x: Tensor) -> Tensor:
         return -x if fused._has_gpu_kernels.__wrapped__() else x
 

@@ -1,4 +1,4 @@
-"""Response normalisation against naive loops, torch's own layer and finite differences."""
+"""Response normalisation compared with naive loops, torch's own layer and finite differences."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from model.lrn import local_response_norm, spatial_response_norm
 
 
 def images(*shape: int, scale: float = 30.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal values, large enough for the sum of squares to weigh as much as k."""
+    """Normal values, large enough for the sum of squares to contribute as much as k."""
     generator = torch.Generator().manual_seed(sum(shape))
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def naive_channel_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, towers: int) -> np.ndarray:
-    """Section 3.3 of the paper, channel by channel; a window ends where its tower does."""
+    """Normalise as in section 3.3 of the paper, channel by channel; a window ends where its tower does."""
     a, b = x.double().numpy(), np.empty(x.shape)
     channels = a.shape[1]
     width = channels // towers
@@ -27,7 +27,7 @@ def naive_channel_norm(x: Tensor, size: int, alpha: float, beta: float, k: float
 
 
 def naive_spatial_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> np.ndarray:
-    """Pixel by pixel; what of a window lies outside the map counts as zeros."""
+    """Normalise pixel by pixel; the part of a window outside the map counts as zeros."""
     a, b = x.double().numpy(), np.empty(x.shape)
     for y in range(a.shape[2]):
         for x_ in range(a.shape[3]):
@@ -73,10 +73,10 @@ def test_code2012_is_torchs_layer_on_each_tower():
     )
 
 
-def test_only_channels_46_to_49_of_96_notice_the_towers():
+def test_the_towers_only_affect_channels_46_to_49_of_96():
     x = images(2, 96, 5, 5)
     differs = (local_response_norm(x, towers=1) != local_response_norm(x, towers=2)).any(0).any(-1).any(-1)
-    assert differs.nonzero().flatten().tolist() == [46, 47, 48, 49]  # point 4 of section 0 of the facts
+    assert differs.nonzero().flatten().tolist() == [46, 47, 48, 49]  # their windows cross channel 48
 
 
 @pytest.mark.parametrize("beta", [0.75, 0.6])
@@ -108,12 +108,12 @@ NORMS = [
 
 
 @pytest.mark.parametrize(("norm", "options"), NORMS)
-def test_fp16_survives_squares_beyond_its_range(norm, options):
+def test_squares_beyond_the_range_of_fp16_do_not_overflow(norm, options):
     x = torch.where(images(2, 16, 7, 7) > 0, 600.0, -600.0).half()
     assert (x * x).isinf().all()
     ours = norm(x, **options)
     assert ours.dtype == torch.float16
-    # One rounding to fp16, which has 11 bits.
+    # One rounding to fp16, which has 11 significant bits.
     torch.testing.assert_close(ours.double(), norm(x.double(), **options), rtol=1.01 * 2**-11, atol=0)
 
 
@@ -145,7 +145,7 @@ def test_gradient_has_the_type_of_the_input(norm, options):
 
 
 @pytest.mark.parametrize(("norm", "options"), NORMS)
-def test_channels_last_stays_so(norm, options):
+def test_channels_last_is_preserved(norm, options):
     x = images(2, 16, 7, 7, dtype=torch.float32)
     ours = norm(x.contiguous(memory_format=torch.channels_last), **options)
     assert ours.is_contiguous(memory_format=torch.channels_last)

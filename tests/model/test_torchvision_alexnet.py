@@ -1,4 +1,4 @@
-"""torchvision's net against its forward pass in torch's own layers, and its state dict there and back."""
+"""torchvision's net compared with its forward pass in torch's own layers, and its state dict."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def theirs() -> nn.Module:
 
 def ours_with(state: dict) -> TorchvisionAlexNet:
     net = TorchvisionAlexNet(len(state["classifier.6.bias"]))
-    net.load_state_dict(from_torchvision(state), assign=True)  # a copy would only take memory
+    net.load_state_dict(from_torchvision(state), assign=True)  # saves the memory of a copy
     return net.eval()
 
 
 @pytest.mark.parametrize("crop", [224, 64])
 @torch.inference_mode()
-def test_the_logits_are_those_of_torchvisions_forward_pass(theirs, crop):
+def test_the_logits_equal_those_of_torchvisions_forward_pass(theirs, crop):
     raw = torch.randint(256, (3, 3, crop, crop), generator=torch.Generator().manual_seed(1)).float()
     mean, std, input_mean = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD, INPUT_MEAN))
     expected = theirs((raw / 255 - mean) / std)
@@ -62,7 +62,7 @@ def test_the_logits_are_those_of_torchvisions_forward_pass(theirs, crop):
     torch.testing.assert_close(ours.fc8(ours.features(raw - input_mean)), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_state_dict_comes_back_bit_for_bit(theirs):
+def test_the_state_dict_is_unchanged_by_a_round_trip(theirs):
     before = theirs.state_dict()
     after = to_torchvision(ours_with(before).to(memory_format=torch.channels_last).state_dict())
     assert list(after) == list(before)
@@ -71,7 +71,7 @@ def test_the_state_dict_comes_back_bit_for_bit(theirs):
         assert after[name].is_contiguous()
 
 
-def test_it_has_the_published_size():
+def test_the_net_has_the_published_size():
     with torch.device("meta"):
         net = TorchvisionAlexNet()
     assert count_parameters(net) == 61_100_840
@@ -80,7 +80,7 @@ def test_it_has_the_published_size():
 
 def test_another_state_dict_is_refused_by_name_or_shape(theirs):
     state = theirs.state_dict()
-    with pytest.raises(ValueError, match=r"names of torchvision's alexnet: classifier.6.bias"):
+    with pytest.raises(ValueError, match=r"those of torchvision's alexnet: classifier.6.bias"):
         from_torchvision({name: value for name, value in state.items() if name != "classifier.6.bias"})
     with pytest.raises(ValueError, match=r"conv1.weight has shape \[96, 3, 11, 11\], but \[64, 3, 11, 11\]"):
         from_torchvision({**state, "features.0.weight": torch.zeros(96, 3, 11, 11)})

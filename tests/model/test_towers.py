@@ -1,4 +1,4 @@
-"""The two towers in two processes against the net on one device, whose grouped convolutions are the same."""
+"""Two towers in two processes compared with the grouped net on one device."""
 
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from model.alexnet import AlexNet, Variant, count_parameters
 from model.towers import Link, Tower, merge, split
 
 CROP, CLASSES, IMAGES = 96, 10, 3  # pool5's maps are 2×2: their order into fc6 matters
-WIDTH = 0.25  # of most nets here, to be quick: what the towers exchange is in proportion to it
+WIDTH = 0.25  # of most nets here, for speed; what the towers exchange is proportional to it
 
 
 class Case(NamedTuple):
@@ -31,8 +31,8 @@ CASES = {
     "paper in fp32, as wide as published": Case("paper", torch.float32, Variant()),
     "variants": Case("paper", torch.float64, OTHERWISE),
 }
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # of the largest value
-EXCHANGES = {"paper in fp64": 6, "code2012 in fp64": 4}  # conv3, fc6, fc7, fc8; and the borders of two LRNs
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the largest value
+EXCHANGES = {"paper in fp64": 6, "code2012 in fp64": 4}  # conv3, fc6, fc7, fc8, and two LRN borders
 
 
 def grouped_net(case: Case) -> AlexNet:
@@ -49,7 +49,7 @@ def batch(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def pass_through(net: nn.Module, case: Case) -> dict[str, Any]:
-    """Logits, and the gradients of the mean loss."""
+    """Return the logits and the gradients of the mean loss."""
     pixels, labels = batch(case)
     logits = net(pixels)
     F.cross_entropy(logits, labels).backward()
@@ -58,7 +58,7 @@ def pass_through(net: nn.Module, case: Case) -> dict[str, Any]:
 
 
 class DeafLink(Link):
-    """Of one of the exchanges takes nothing."""
+    """A link that receives nothing in one of the exchanges."""
 
     def __init__(self, peer: int, deaf_to: int):
         super().__init__(peer)
@@ -70,7 +70,7 @@ class DeafLink(Link):
 
 
 def masked(net: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Logits with dropout, and its masks."""
+    """Return the logits with dropout, and the masks."""
     masks = {}
     for name in ("drop6", "drop7"):
 
@@ -83,12 +83,12 @@ def masked(net: nn.Module, case: Case) -> dict[str, Tensor]:
 
 
 def run_tower(rank: int, folder: Path) -> None:
-    """What a tower computes in each case, to a file."""
+    """Write what a tower computes in each case to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for name, case in CASES.items():
-        tower = Tower(grouped_net(case), rank).eval()  # dropout halves all units
+        tower = Tower(grouped_net(case), rank).eval()  # in evaluation, dropout halves all units
         found[name] = pass_through(tower, case) | {"sent_bytes": tower.link.sent_bytes}
         found[name]["deaf"] = []
         for number in range(EXCHANGES.get(name, 0)):
@@ -105,20 +105,20 @@ def run_tower(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the two found."""
+    """Return the results of both towers."""
     folder = tmp_path_factory.mktemp("towers")
     mp.spawn(run_tower, (folder,), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, over the largest value that was expected."""
+    """Return the largest difference, relative to the largest expected value."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.slow  # two processes, each of which loads torch
 @pytest.mark.parametrize("name", CASES)
-def test_two_towers_are_the_grouped_net_forward_and_backward(name, towers):
+def test_two_towers_equal_the_grouped_net_forward_and_backward(name, towers):
     case, (first, second) = CASES[name], (found[name] for found in towers)
     expected = pass_through(grouped_net(case).eval(), case)
     assert distance(first["logits"], expected["logits"]) < TOLERANCE[case.dtype]
@@ -131,7 +131,7 @@ def test_two_towers_are_the_grouped_net_forward_and_backward(name, towers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_without_any_of_the_exchanges_the_logits_are_others(name, towers):
+def test_leaving_out_any_exchange_changes_the_logits(name, towers):
     first = towers[0][name]
     assert len(first["deaf"]) == EXCHANGES[name]
     for logits in first["deaf"]:
@@ -143,19 +143,19 @@ def test_without_any_of_the_exchanges_the_logits_are_others(name, towers):
     ("name", "border"), [("paper in fp64", 2 * 23**2 + 2 * 11**2), ("code2012 in fp64", 0)]
 )
 def test_only_what_fig_2_and_the_joint_normalisation_need_is_sent(name, border, towers):
-    """Maps are 23, 11, 5 and 2 px wide. fc7's half goes one way alone, and its gradient back."""
+    """Maps are 23, 11, 5 and 2 px wide. Half of fc7 is sent in one direction only, and its gradient back."""
     maps, units = WIDTH * 128 * (5**2 + 2**2), WIDTH * 2048
     values = 2 * (border + maps + units) + units
     assert [found[name]["sent_bytes"] for found in towers] == 2 * [IMAGES * values * 8]
 
 
 @pytest.mark.slow
-def test_each_tower_drops_units_of_its_own_half(towers):
+def test_each_tower_applies_dropout_to_its_own_half(towers):
     first, second = (found["dropout"] for found in towers)
     masks = {name: torch.cat([first[name], second[name]], 1) for name in ("drop6", "drop7")}
     net = grouped_net(CASES["paper in fp64"])
     for name, mask in masks.items():
-        assert 0.4 < mask.mean() < 0.8  # units that are zero anyway count as kept
+        assert 0.4 < mask.mean() < 0.8  # units that are zero in any case count as kept
 
         def drop(_layer: nn.Module, inputs: tuple[Tensor], _output: Tensor, mask: Tensor = mask) -> Tensor:
             return inputs[0] * mask
@@ -165,7 +165,7 @@ def test_each_tower_drops_units_of_its_own_half(towers):
         assert distance(first["logits"], net(batch(CASES["paper in fp64"])[0])) < TOLERANCE[torch.float64]
 
 
-def test_towers_merged_are_the_net_that_was_split():
+def test_merging_the_towers_restores_the_net_that_was_split():
     net = grouped_net(CASES["paper in fp32, as wide as published"])
     state = net.state_dict()
     parts = [Tower(net, tower).state_dict() for tower in range(2)]
@@ -174,7 +174,7 @@ def test_towers_merged_are_the_net_that_was_split():
     assert all(torch.equal(merged[name], value) for name, value in state.items())
     assert all(split(state, tower).keys() == parts[tower].keys() for tower in range(2))
     parts[0]["conv1.weight"].zero_()
-    assert state["conv1.weight"].all()  # a copy was split off
+    assert state["conv1.weight"].all()  # split() returned copies
 
 
 def test_no_weight_is_in_both_towers():
@@ -186,7 +186,7 @@ def test_no_weight_is_in_both_towers():
 
 
 @pytest.mark.parametrize("variant", [Variant(towers=1), Variant(conv6=True), Variant(without="conv3")])
-def test_another_net_than_that_of_fig_2_is_not_split(variant):
+def test_only_the_net_of_fig_2_can_be_split(variant):
     with torch.device("meta"):
         net = AlexNet(variant=variant)
     with pytest.raises(ValueError, match="only a net with two towers and five convolutions"):

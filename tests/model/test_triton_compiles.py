@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for the GPU, which takes no GPU."""
+"""The Triton kernels compiled for the GPU, which does not need a GPU."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Instructions of all warps and bytes of all tensors, an image in 16 bits; what lowers them lowers these, too.
-# The bytes are those of a stage's input and its gradient, once or more, and of what is pooled and kept.
+# Instructions of all warps and bytes of all tensors for a 16-bit image; improvements lower these limits.
+# The bytes are those of a stage's input and gradient, once or more, the pooled maps and the indices.
 MOST = {
     "paper-1": {"instructions": 700_000, "bytes": 2_200_000},
     "paper-2": {"instructions": 360_000, "bytes": 1_400_000},
@@ -21,7 +21,7 @@ MOST = {
 
 
 def has_compiler() -> bool:
-    """Whether Triton is here, with NVIDIA's assembler in its wheel."""
+    """Return whether Triton is installed, with NVIDIA's assembler in its wheel."""
     found = find_spec("triton")
     return found is not None and (Path(found.origin).parent / "backends/nvidia/bin/ptxas").exists()
 
@@ -29,7 +29,7 @@ def has_compiler() -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="Triton is not installed, or came without ptxas")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_kernels_compile_for_the_h200_and_take_no_more_than_they_did(dtype, tmp_path):
+def test_kernels_compile_for_the_h200_within_their_resource_limits(dtype, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, Path(__file__).with_name("kernel_resources.py"), dtype]
@@ -40,10 +40,10 @@ def test_kernels_compile_for_the_h200_and_take_no_more_than_they_did(dtype, tmp_
     for stage_name, stage in stages.items():
         for name, used in stage.items():
             assert used["spilled_bytes"] == 0, name
-            # Of 65,536: ten warps at a time, each with kilobytes on their way, to hide the memory's latency.
+            # Of 65,536 registers: leaves ten warps, with kilobytes in flight each, to hide memory latency.
             assert used["registers"] <= 200, name
             assert used["shared_bytes"] <= 8192, name
-            # A thread's values at once or in two loads, and not one by one.
+            # A thread loads its values in one or two loads, not one by one.
             assert used["loads"] <= 64, name
             assert used["fp64"] == 0, name
         if dtype != "fp32":

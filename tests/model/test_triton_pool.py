@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain form: on a GPU, or on a CPU in Triton's own interpreter."""
+"""The Triton kernels compared with the plain implementation, on a GPU or in Triton's interpreter."""
 
 import os
 
@@ -18,7 +18,7 @@ from model import triton_pool, triton_spatial  # noqa: E402
 
 
 def interprets() -> bool:
-    """Whether this version of torch takes a kernel that Triton interprets: 2.11 does not."""
+    """Return whether this version of torch accepts an interpreted Triton kernel; 2.11 does not."""
     try:
         wrap_triton(triton_pool._pool)
     except RuntimeError:
@@ -36,12 +36,12 @@ STAGES = [
     pytest.param({"towers": 2, "relu_first": True}, id="towers"),
     pytest.param({"towers": 2, "relu_first": True, "spatial_norm": True}, id="code2012-2"),
 ]
-ALPHA = 1e-3  # larger than the paper's, so that the norm weighs
+ALPHA = 1e-3  # larger than the paper's, so that the normalisation has an effect
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not GPU, reason="in Triton's interpreter bf16 is cut, not rounded"),
 ]
-# Of both, one rounding apart; fp32 has the kernel's approximate roots and another order of sums.
+# Both round once; in fp32, the kernel has approximate roots and another order of sums.
 TOLERANCES = [
     pytest.param(torch.float32, 1e-5, id="fp32"),
     pytest.param(torch.float16, 2**-10, id="fp16"),
@@ -71,33 +71,33 @@ def assert_same(x: Tensor, tolerance: float, **options) -> None:
     gradient, of_bias = torch.autograd.grad(output, (x, bias), weights)
     expected, expected_of_bias = torch.autograd.grad(expected, (x, bias), weights)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=4 * tolerance)  # up to four are added
-    # Each pixel's error, and the plain form adds up gradients that were rounded.
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=4 * tolerance)  # sums of up to four
+    # Errors of single pixels; the plain implementation sums rounded gradients.
     pixels = x[:, 0].numel()
     torch.testing.assert_close(of_bias, expected_of_bias, rtol=tolerance, atol=4 * tolerance * pixels**0.5)
 
 
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-# Towers of a part of a group and of a whole number; more rows than a block; more channels than a warp has.
+# Towers of part of a group and of whole groups; more rows than a block; more channels than a warp.
 @pytest.mark.parametrize("shape", [(1, 12, 5, 12), (1, 48, 30, 4), (1, 528, 3, 4)])
-def test_kernels_are_the_plain_form(options, shape, dtype, tolerance):
+def test_kernels_equal_the_plain_implementation(options, shape, dtype, tolerance):
     assert_same(activations(*shape, dtype=dtype), tolerance, **options)
 
 
 @pytest.mark.parametrize("options", STAGES)
-def test_a_tower_as_wide_as_its_block_ends_there_and_an_image_where_the_next_begins(options):
+def test_windows_do_not_cross_the_edges_of_full_towers_and_of_images(options):
     assert_same(activations(2, 16, 3, 5), 1e-5, **options)
 
 
-def test_of_equal_values_the_first_has_the_gradient_and_at_zero_the_relu_has_none():
+def test_the_first_of_equal_values_gets_the_gradient_and_the_relu_has_none_at_zero():
     x = activations(1, 4, 7, 7).detach().mul(0.05).round()  # few values, many of them 0
     assert_same(x.requires_grad_(), 1e-5, towers=1, relu_first=True)
     assert_same(x, 1e-5, towers=1, relu_first=False)
     assert_same(x, 1e-5, towers=1, relu_first=False, spatial_norm=True)
 
 
-def test_not_a_number_is_passed_on():
+def test_nan_propagates():
     x = activations(1, 8, 5, 5).detach()
     x[0, 3, 2, 2] = torch.nan
     for options in ({"relu_first": True}, {"relu_first": False}, {"relu_first": True, "spatial_norm": True}):
@@ -109,7 +109,7 @@ def test_not_a_number_is_passed_on():
 @pytest.mark.skipif(not GPU, reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second is CUDA graphs
 @pytest.mark.parametrize("spatial_norm", [False, True])
-def test_compiled_step_is_the_eager_one(mode, spatial_norm):
+def test_a_compiled_step_equals_the_eager_one(mode, spatial_norm):
     x = activations(4, 96, 55, 55, dtype=torch.bfloat16)
 
     def loss(x: Tensor) -> Tensor:

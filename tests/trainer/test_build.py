@@ -1,4 +1,4 @@
-"""What settings build."""
+"""What is built from settings."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_net_is_the_published_one_unless_settings_change_it():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Eight cores, or a quota of so many CPUs, for one of so many processes."""
+    """A machine of eight cores, or with a quota of CPUs, seen by one of several processes."""
 
     def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
         monkeypatch.setattr(build, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
@@ -36,7 +36,7 @@ def kept_on(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
     return build_decoding(load_settings([*arguments]), device).cores
 
 
-def test_each_thread_has_a_core_and_processes_have_different_ones(machine):
+def test_each_thread_is_pinned_to_a_core_and_processes_use_different_cores(machine):
     machine()
     assert kept_on() == (1, 3, 5, 7, 9, 11, 13, 15)
     machine(rank=0, processes=2)
@@ -45,7 +45,7 @@ def test_each_thread_has_a_core_and_processes_have_different_ones(machine):
     assert kept_on() == (9, 11, 13, 15)
 
 
-def test_threads_are_not_kept_where_they_are_not_as_many_as_the_cores(machine):
+def test_threads_are_not_pinned_unless_there_is_one_per_core(machine):
     machine()
     assert kept_on("--threads", "3") == ()
     machine(quota=3)
@@ -54,6 +54,6 @@ def test_threads_are_not_kept_where_they_are_not_as_many_as_the_cores(machine):
     assert kept_on() == ()
 
 
-def test_a_gpu_leaves_threads_to_the_system(machine):
+def test_threads_are_not_pinned_on_a_gpu(machine):
     machine()
     assert kept_on(device=torch.device("cuda", 0)) == ()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, the newest good one, the best one kept."""
+"""Checkpoints: written atomically, verified, loaded from the newest good one, with the best one kept."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in saved(folder, "step"))
 
 
-def test_the_newest_are_kept_and_the_last_is_loaded(tmp_path):
+def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(tmp_path):
     for step in (5, 10, 100):
         size = write(tmp_path, step, state(step), keep=2)
     assert steps(tmp_path) == [10, 100]
@@ -37,12 +37,12 @@ def test_the_newest_are_kept_and_the_last_is_loaded(tmp_path):
     torch.testing.assert_close(loaded["model"]["weight"], torch.full((1000,), 100.0))
 
 
-def test_no_checkpoint_is_no_error(tmp_path):
+def test_a_missing_checkpoint_is_not_an_error(tmp_path):
     assert load(tmp_path / "none", CPU) == (None, [])
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_best_stays_until_there_is_a_better_one(tmp_path, monkeypatch, links):
+def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(tmp_path, monkeypatch, links):
     def no_links(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
@@ -56,7 +56,7 @@ def test_the_best_stays_until_there_is_a_better_one(tmp_path, monkeypatch, links
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "one byte flipped", "one byte more", "no archive"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, damage):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     newest = saved(tmp_path)[0]
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path, damage
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
-    """Also in headers, padding and the sum itself, which the archive's own checksums leave out."""
+    """This includes headers, padding and the checksum, which the archive's own checksums do not cover."""
     write(tmp_path, 1, {"step": 1, "weight": torch.ones(3)}, keep=1)
     (path,) = saved(tmp_path)
     content = path.read_bytes()
@@ -92,7 +92,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     assert load(tmp_path, CPU)[0]["step"] == 1
 
 
-def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
+def test_only_damaged_checkpoints_are_an_error(tmp_path):
     write(tmp_path, 1, state(1), keep=2, best=True)
     for path in saved(tmp_path):
         path.write_bytes(b"")
@@ -100,7 +100,7 @@ def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
         load(tmp_path, CPU)
 
 
-def test_a_run_that_went_back_keeps_what_it_saves_and_not_what_was_damaged(tmp_path):
+def test_a_run_that_went_back_keeps_new_checkpoints_and_deletes_damaged_ones(tmp_path):
     for step in (1, 20, 30):
         write(tmp_path, step, state(step), keep=3)
     for path in saved(tmp_path)[:2]:
@@ -123,7 +123,7 @@ def test_loading_runs_no_code(tmp_path):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
-    """A disk of 64 KiB."""
+    """A disk with 64 KiB of space."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a disk can be mounted by root alone")
@@ -154,7 +154,7 @@ def test_a_folder_that_is_read_only(disk):
 def test_a_limit_on_the_size_of_files(tmp_path):
     write(tmp_path, 1, state(1), keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the write really fails in mid-file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the write fails in the middle of the file
     try:
         saves_nothing_and_loses_nothing(tmp_path, errno.EFBIG, state(2))
     finally:
@@ -181,7 +181,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, call):
     saves_nothing_and_loses_nothing(tmp_path, errno.EIO, state(2))
 
 
-def test_a_disk_that_does_not_hold_what_was_written(tmp_path, monkeypatch):
+def test_a_disk_that_reads_back_other_content(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
 
     def forget(descriptor: int, *_: object) -> None:
@@ -225,7 +225,7 @@ def test_a_kill_at_any_point_leaves_whole_checkpoints(tmp_path, owner, call, num
     assert steps(tmp_path) == kept
     loaded, notes = load(tmp_path, CPU)
     assert (loaded["step"], notes) == (newest, [])
-    # A run that goes on after step 3 does not save it again: it must bear the best's name by then.
+    # A run that resumes at step 3 does not save it again, so it must already have the best's name.
     assert load(tmp_path, CPU, "best")[0]["step"] == (3 if newest == 3 else 1)
     write(tmp_path, 4, state(4), keep=1, best=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best-000000004.pt", "step-000000004.pt"]

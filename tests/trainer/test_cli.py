@@ -1,4 +1,4 @@
-"""Bad input: one line that names what is wrong and what to do, and nothing lost."""
+"""Bad input: one line says what is wrong and what to do, and nothing is lost."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ ONE_EPOCH = [*TINY, "--epochs", "1", "--port", "0"]
 
 @pytest.fixture
 def fail(monkeypatch, capsys):
-    """Run the command; it must refuse, in one line, which is returned."""
+    """Run the command, which must fail, and return its one-line error."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["alexnet-train", *map(str, arguments)])
@@ -65,7 +65,7 @@ def test_a_dataset_of_a_newer_format(fail, data, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "replaced", "index"])
-def test_a_damaged_dataset_is_refused_with_the_files_name(fail, data, tmp_path, damage):
+def test_a_damaged_dataset_is_refused_and_the_file_is_named(fail, data, tmp_path, damage):
     shard = data / "train-000001.tar"
     name = shard.name
     if damage == "missing":
@@ -90,7 +90,7 @@ def test_a_dataset_without_validation(fail, data, tmp_path):
     assert "no split 'val'" in fail("--data", data, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
-def test_an_output_folder_of_another_run_is_left_alone(fail, packed, whole):
+def test_an_output_folder_of_another_run_is_not_changed(fail, packed, whole):
     before = content(whole)
     message = fail("--data", packed, "--out", whole, *TINY, "--seed", 5, "--batch", "6")
     assert "seed (0 there, 5 here)" in message
@@ -98,21 +98,21 @@ def test_an_output_folder_of_another_run_is_left_alone(fail, packed, whole):
     assert content(whole) == before
 
 
-def test_an_output_folder_with_other_files_is_left_alone(fail, packed, tmp_path):
+def test_an_output_folder_with_other_files_is_not_changed(fail, packed, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "choose another --out" in fail("--data", packed, "--out", tmp_path, *ONE_EPOCH)
     assert list(content(tmp_path)) == ["thesis.tex"]
 
 
-def test_a_run_continued_on_other_data(fail, data, whole):
+def test_a_run_cannot_be_continued_on_other_data(fail, data, whole):
     manifest = json.loads((data / "dataset.json").read_text())
     manifest["classes"][0]["name"] = "another"
     (data / "dataset.json").write_text(json.dumps(manifest))
     assert "dataset (" in fail("--data", data, "--out", whole, *TINY)
 
 
-def test_a_run_continued_where_auto_is_another_precision(fail, packed, tmp_path, monkeypatch):
-    """By the command: what rank 0 refuses comes to the user as one line, and nothing is changed."""
+def test_a_run_cannot_be_continued_where_auto_is_another_precision(fail, packed, tmp_path, monkeypatch):
+    """An error of rank 0 reaches the user as one line, and nothing is changed."""
     out, arguments = tmp_path / "run", [*ONE_EPOCH, "--precision", "auto"]
     monkeypatch.setattr("trainer.precision._cpu_computes_bf16", lambda: False)
     assert main(monkeypatch, command(packed, out, *arguments)) == 0
@@ -126,7 +126,7 @@ def test_a_run_continued_where_auto_is_another_precision(fail, packed, tmp_path,
     assert main(monkeypatch, command(packed, out, *arguments, "--precision", "fp32")) == 0
 
 
-def test_a_batch_that_the_world_does_not_divide(fail, packed, tmp_path, monkeypatch):
+def test_a_batch_that_is_not_divisible_by_the_number_of_processes(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert "use 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
 
@@ -155,17 +155,17 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, mo
     assert re.search(r"step-0000000\d\d.pt cannot be written: No space left.*same command again", message)
 
 
-def test_a_gpu_that_is_not_there(fail, packed, tmp_path, monkeypatch):
+def test_a_missing_gpu(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH, "--device", "cuda")
     assert "--device cuda: torch finds no GPU here" in message
 
 
-def test_settings_that_are_not_known(fail):
+def test_unknown_settings(fail):
     assert "did you mean --epochs?" in fail("--epocs", 3)
     assert "did you mean code2012?" in fail("--recipe", "code2013")
     assert "train, evaluate, demo" in fail("trian")
 
 
-def test_evaluating_what_is_not_a_run(fail, tmp_path):
+def test_evaluating_a_folder_without_a_run(fail, tmp_path):
     assert "no run in" in fail("evaluate", tmp_path)

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 against numpy, ten crops against the mean of the softmax."""
+"""Top-1 and top-5 errors compared with numpy, and ten crops compared with the mean softmax."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 class Flat(nn.Module):
-    """Logits that are a linear function of the pixels."""
+    """A net whose logits are a linear function of the pixels."""
 
     def __init__(self, pixels: int, classes: int):
         super().__init__()
@@ -31,7 +31,7 @@ class Flat(nn.Module):
         return self.linear(x.flatten(1))
 
 
-def test_errors_equal_numpys():
+def test_errors_equal_those_of_numpy():
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(500, 20, generator=generator)
     labels = torch.randint(20, (500,), generator=generator)
@@ -43,7 +43,7 @@ def test_errors_equal_numpys():
     assert count_errors(scores, labels).tolist() == expected
 
 
-def test_fewer_than_five_classes_have_no_top5_error():
+def test_the_top5_error_of_fewer_than_five_classes_is_zero():
     assert count_errors(torch.tensor([[0.1, 0.2, 0.3]]), torch.tensor([0])).tolist() == [1, 0]
 
 
@@ -67,12 +67,12 @@ def test_scores_do_not_depend_on_how_images_are_batched():
         assert other.top1_error == scores[0].top1_error
         assert other.top5_error == scores[0].top5_error
         assert abs(other.loss - scores[0].loss) < 1e-6
-    assert model.training  # left as it was found
+    assert model.training  # evaluation restores training mode
 
 
 def test_no_batch_waits_for_the_device():
     class Waits(TorchDispatchMode):
-        """Counts values that Python gives to a device or asks of it."""
+        """Counts the values that are copied between Python and a device."""
 
         count = 0
 
@@ -90,7 +90,7 @@ def test_no_batch_waits_for_the_device():
     assert waits(1) == waits(6)
 
 
-def test_a_net_sees_any_dataset_minus_its_own_mean_and_of_its_own_classes(packed, tmp_path):
+def test_any_dataset_has_the_nets_mean_subtracted_and_must_have_its_classes(packed, tmp_path):
     run, manifest = Run(tmp_path / "run"), read_manifest(packed)
     settings = Settings.model_validate({"data": packed, "crop": 64, "width": 0.25, "lrn": False})
     run.begin(settings, manifest).close()

@@ -1,4 +1,4 @@
-"""The form of the convolutions is looked for once, and a run keeps it. What it is, is for a GPU to show."""
+"""The fastest form of the convolutions is found once, and a run keeps it. The choice itself needs a GPU."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ GPU = World(0, 1, 0, torch.device("cuda", 0))
 NARROW = {"crop": 67, "width": 0.125, "batch": 4, "precision": "fp32"}
 
 
-def test_the_setting_has_the_nets_forms():
+def test_the_setting_offers_the_forms_of_the_net():
     assert get_args(Form) == tuple(FORMS)
 
 
@@ -41,7 +41,7 @@ def test_conv1_is_tried_with_the_best_form_of_the_groups():
     assert fastest(GROUPS, images_per_second) == "towers"
 
 
-def test_a_form_is_measured_by_whole_steps_of_a_net_in_it(monkeypatch):
+def test_a_form_is_measured_with_whole_training_steps(monkeypatch):
     made = []
 
     def build(*arguments: object) -> AlexNet:
@@ -61,20 +61,20 @@ def test_a_form_is_measured_by_whole_steps_of_a_net_in_it(monkeypatch):
     assert [net.form for net in made] == [FORMS["towers-s2d"]]
 
 
-def test_a_form_that_fails_here_is_left_out(monkeypatch):
+def test_a_form_that_fails_is_skipped(monkeypatch):
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(forms, "model_work", too_large)
     with pytest.warns(UserWarning, match="cannot compute convolutions as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
-    with pytest.raises(torch.OutOfMemoryError):  # as training will: there is nothing to remember
+    with pytest.raises(torch.OutOfMemoryError):  # training would fail, too
         measure(Settings(**NARROW, convolutions="grouped"), ALONE)
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path) -> list[Settings]:
-    """What is measured, as on a GPU whose fastest form is towers-s2d."""
+    """Pretend to measure on a GPU whose fastest form is towers-s2d; return what was measured."""
     tried = []
 
     def measure(settings: Settings, world: World) -> float:
@@ -92,7 +92,7 @@ def measured(monkeypatch, tmp_path) -> list[Settings]:
 SAID = "computing convolutions as towers-s2d, the fastest form here"
 
 
-def test_what_was_found_is_remembered(measured, tmp_path):
+def test_the_fastest_form_is_remembered(measured, tmp_path):
     settings = Settings(**NARROW)
     assert fastest_form(settings, GPU) == ("towers-s2d", [SAID])
     assert len(measured) == 4
@@ -107,14 +107,14 @@ def test_what_was_found_is_remembered(measured, tmp_path):
     [{"preset": "code2012"}, {"width": 0.25}, {"crop": 64}, {"batch": 8}, {"precision": "bf16"},
      {"compile": True}, {"dropout": "off"}, {"lrn": False}],
 )  # fmt: skip
-def test_other_work_is_measured_anew(measured, changed):
+def test_other_work_is_measured_again(measured, changed):
     settings = Settings(**NARROW)
     fastest_form(settings, GPU)
     fastest_form(settings.model_copy(update=changed), GPU)
     assert len(measured) == 8
 
 
-def test_another_machine_or_version_is_measured_anew(measured, monkeypatch):
+def test_another_machine_or_version_is_measured_again(measured, monkeypatch):
     settings = Settings(**NARROW)
     fastest_form(settings, GPU)
     monkeypatch.setattr(World, "device_name", "another GPU")
@@ -145,7 +145,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose(measured):
 
 
 @pytest.mark.parametrize("content", ['{"cut', "[]", "7"])
-def test_a_memory_that_is_damaged_is_made_anew(measured, tmp_path, content):
+def test_a_damaged_cache_is_written_again(measured, tmp_path, content):
     path = tmp_path / "cache" / "alexnet-train" / "convolutions.json"
     path.parent.mkdir(parents=True)
     path.write_text(content)
@@ -153,7 +153,7 @@ def test_a_memory_that_is_damaged_is_made_anew(measured, tmp_path, content):
     assert list(json.loads(path.read_text()).values()) == [{"form": "towers-s2d"}]
 
 
-def test_a_memory_that_cannot_be_used_is_said_and_harms_nothing(measured, tmp_path):
+def test_an_unusable_cache_is_reported_and_does_no_harm(measured, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     form, notes = fastest_form(Settings(**NARROW), GPU)
     assert form == "towers-s2d"
@@ -162,7 +162,7 @@ def test_a_memory_that_cannot_be_used_is_said_and_harms_nothing(measured, tmp_pa
 
 @pytest.fixture
 def begun(packed, tmp_path):
-    """A function that begins a run, or continues it, on hardware whose fastest form is given."""
+    """Return a function that begins or continues a run on hardware with a given fastest form."""
     manifest = read_manifest(packed)
 
     def begin(monkeypatch: pytest.MonkeyPatch, fastest: str, *arguments: str) -> str:
@@ -191,14 +191,16 @@ def test_a_run_keeps_the_form_that_it_began_with(begun, monkeypatch, tmp_path):
     assert recorded(tmp_path / "run")["resolved"] == resolved
 
 
-def test_another_form_that_is_asked_for_is_another_run(begun, monkeypatch):
+def test_asking_for_another_form_is_refused_as_another_run(begun, monkeypatch):
     begun(monkeypatch, "towers")
     with pytest.raises(ValueError, match=r"differs in convolutions \(towers there, grouped here\)"):
         begun(monkeypatch, "towers", "--convolutions", "grouped")
 
 
 @pytest.mark.parametrize("lacks", ["convolutions", "all that auto was"])
-def test_a_run_of_an_earlier_version_goes_on_in_the_form_there_was(begun, monkeypatch, tmp_path, lacks):
+def test_a_run_of_an_earlier_version_continues_in_the_form_of_that_version(
+    begun, monkeypatch, tmp_path, lacks
+):
     begun(monkeypatch, "towers")
     held = recorded(tmp_path / "run")
     del held["convolutions"], held["resolved"]["convolutions"]
@@ -210,7 +212,7 @@ def test_a_run_of_an_earlier_version_goes_on_in_the_form_there_was(begun, monkey
         begun(monkeypatch, "towers", "--convolutions", "towers")
 
 
-def test_all_processes_do_as_the_first_decides(tmp_path, monkeypatch):
+def test_the_first_process_decides_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "share", lambda self, value: ("towers", ["as the first says"]))
     settled, notes = settle_form(Settings(), Run(tmp_path), World(1, 2, 1, ALONE.device))
     assert (settled.form, notes) == ("towers", ["as the first says"])

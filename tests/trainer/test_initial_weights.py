@@ -1,4 +1,4 @@
-"""Training that begins with another run's weights."""
+"""Training that starts from another run's weights."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def learner(classes: int, **settings: object) -> Learner:
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory) -> Path:
-    """A run folder with a checkpoint of random weights, of seed 1."""
+    """A run folder with a checkpoint of random weights drawn with seed 1."""
     run = Run(tmp_path_factory.mktemp("trained"))
     run.begin(Settings(crop=67, width=0.25, seed=1, data=packed), read_manifest(packed)).close()
     checkpoint.write(run.checkpoints, 7, {"step": 7, **learner(10, seed=1).state()}, keep=1)
@@ -31,7 +31,7 @@ def trained(packed, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def four_classes(pictures, tmp_path_factory) -> Path:
-    """A dataset of four of the ten classes."""
+    """A dataset with four of the ten classes."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("four")
     for split in ("train", "val"):
         (source / split).mkdir()
@@ -45,7 +45,7 @@ def four_classes(pictures, tmp_path_factory) -> Path:
     return output
 
 
-def test_of_the_same_classes_all_weights_are_taken(trained, packed):
+def test_with_the_same_classes_all_weights_are_loaded(trained, packed):
     begun = learner(10)
     said = begun.begin_with(trained, read_manifest(packed).classes)
     assert said == f"starting from the weights of {trained} after step 7"
@@ -53,14 +53,14 @@ def test_of_the_same_classes_all_weights_are_taken(trained, packed):
     assert all(torch.equal(value, expected[name]) for name, value in begun.model.state_dict().items())
 
 
-def test_for_other_classes_the_last_layer_begins_anew(trained, four_classes):
+def test_with_other_classes_the_last_layer_keeps_its_initial_weights(trained, four_classes):
     begun, own, theirs = learner(4), learner(4).model.state_dict(), learner(10, seed=1).model.state_dict()
     assert begun.begin_with(trained, read_manifest(four_classes).classes).endswith(", with a new fc8")
     for name, value in begun.model.state_dict().items():
         assert torch.equal(value, (own if name.startswith("fc8.") else theirs)[name]), name
 
 
-def test_another_net_is_refused_by_what_differs(trained, packed):
+def test_another_net_is_refused_with_the_layers_that_differ(trained, packed):
     with pytest.raises(SettingsError, match=r"which differs in conv6\.bias, conv6\.weight$"):
         learner(10, conv6=True).begin_with(trained, read_manifest(packed).classes)
 

@@ -1,4 +1,4 @@
-"""Log intervals of a device that reports after the host has gone on. A CPU stands in for it."""
+"""Log intervals on an asynchronous device, for which a CPU stands in."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def asynchronous(monkeypatch):
     monkeypatch.setattr(World, "is_asynchronous", True)
 
 
-def test_what_is_read_later_is_what_was_then():
+def test_an_interval_read_later_has_the_values_of_its_own_time():
     meter = Meter(World(0, 1, 0, torch.device("cpu")))
 
     def step(loss: float, wrong: int) -> None:
@@ -43,7 +43,7 @@ def test_what_is_read_later_is_what_was_then():
     assert others == []
 
 
-def test_an_interval_is_told_with_the_next_one_and_before_a_checkpoint(
+def test_an_interval_is_reported_with_the_next_one_and_before_a_checkpoint(
     packed, tmp_path, asynchronous, monkeypatch
 ):
     told = []
@@ -56,11 +56,13 @@ def test_an_interval_is_told_with_the_next_one_and_before_a_checkpoint(
     monkeypatch.setattr("trainer.train.train_loader", loader)
     arguments = command(packed, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "3")
     assert main(monkeypatch, arguments) == 0
-    assert told == [0, 0, 1, 3, 3]  # after so many steps as there are before it
+    assert told == [0, 0, 1, 3, 3]  # the index is the number of steps done
     assert [int(row["step"]) for row in rows(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_and_its_continuation_leave_the_same(packed, whole, tmp_path, asynchronous, monkeypatch):
+def test_a_continued_run_leaves_the_same_files_as_an_uninterrupted_one(
+    packed, whole, tmp_path, asynchronous, monkeypatch
+):
     out = tmp_path / "run"
     assert main_without_more_images(monkeypatch, command(packed, out)) == 1
     assert [int(row["step"]) for row in rows(out / "metrics.csv")] == list(range(1, 8))
@@ -70,7 +72,7 @@ def test_a_run_and_its_continuation_leave_the_same(packed, whole, tmp_path, asyn
 
 
 class NoWait(TorchDispatchMode):
-    """Refuses what would make the host wait for a GPU: that Python asks for a value of a tensor."""
+    """Raises an error if Python reads a tensor's value, which would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         assert function.name() not in {"aten::_local_scalar_dense", "aten::nonzero"}

@@ -1,4 +1,4 @@
-"""The net of one process among several: what its gradients are, and how they travel."""
+"""The net of one of several processes: its gradients, and how they are exchanged."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def sent(monkeypatch) -> list[Tensor]:
-    """What is summed up over processes. They are one here, so that the sum is what was sent."""
+    """Record what is summed over processes. There is one process here, so the sum is what was sent."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     tensors, all_reduce = [], dist.all_reduce
 
@@ -29,12 +29,12 @@ def sent(monkeypatch) -> list[Tensor]:
 
 
 def gradients(processes: int, **settings: str) -> list[Tensor]:
-    """Of a step of a small net in a world of so many processes."""
+    """Return the gradients of a step of a small net in a world of the given size."""
     settings = {"crop": 67, "width": 0.25, "precision": "fp32", **settings}
     learner = Learner(Settings.model_validate(settings), 10, World(0, processes, 0, CPU))
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(4, 3, 67, 67, generator=generator).contiguous(memory_format=torch.channels_last)
-    torch.manual_seed(2)  # of dropout
+    torch.manual_seed(2)  # for dropout
     learner.step(pixels, torch.arange(4))
     return [parameter.grad.clone() for parameter in learner.model.parameters()]
 
@@ -43,10 +43,10 @@ def gradients(processes: int, **settings: str) -> list[Tensor]:
 def test_gradients_in_fp32_are_those_of_one_process_bit_for_bit(form, sent, recwarn):
     ours, alone = (gradients(processes, convolutions=form) for processes in (2, 1))
     assert all(map(torch.equal, ours, alone))
-    assert not recwarn.list  # of strides that do not fit the buckets
+    assert not recwarn.list  # torch would warn of strides that do not match the buckets
 
 
-def test_gradients_in_bf16_travel_so_and_are_rounded_to_it(sent):
+def test_gradients_in_bf16_are_sent_and_rounded_in_bf16(sent):
     rounded = gradients(2, gradients="bf16")
     assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
     assert sum(tensor.numel() for tensor in sent) == sum(gradient.numel() for gradient in rounded)

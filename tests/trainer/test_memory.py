@@ -1,4 +1,4 @@
-"""What is freed stays with the process."""
+"""Freed memory stays with the process."""
 
 import subprocess
 import sys
@@ -15,10 +15,10 @@ if sys.argv[1] == "kept":
     keep_freed_memory()
 
 def step():
-    return [torch.ones(10 << 20) for _ in range(2)]  # 40 MB each, which glibc gives back at once
+    return [torch.ones(10 << 20) for _ in range(2)]  # 40 MB each, which glibc would return at once
 
 for _ in range(5):
-    step()  # the first ones still take new memory
+    step()  # the first steps still allocate new memory
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
     step()
@@ -27,10 +27,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_memory_of_the_step_before_is_used_again_and_not_asked_for_anew():
+def test_memory_of_the_previous_step_is_reused():
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("given back") > 30_000  # pages, of 3 × 2 × 10,240
+    assert faults("given back") > 30_000  # pages, out of 3 × 2 × 10,240
     assert faults("kept") < 1_000

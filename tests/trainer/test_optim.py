@@ -1,4 +1,4 @@
-"""The update rule and the schedules, against scalar arithmetic and simulated curves."""
+"""The update rule and the schedules, compared with scalar arithmetic and simulated curves."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def settings(**values) -> Settings:
 
 
 class Layers(nn.Module):
-    """One weight and one bias in a first layer and in a later one."""
+    """A first and a later layer with one weight and one bias each."""
 
     def __init__(self):
         super().__init__()
@@ -57,11 +57,11 @@ def test_first_layer_is_frozen_from_its_epoch_on():
             assert (parameter.item() == before[name]) == (frozen and name.startswith("conv1")), (epoch, name)
 
 
-def test_a_layer_may_have_a_learning_rate_of_its_own():
+def test_a_layer_can_have_its_own_learning_rate():
     optimizer = make_optimizer(Layers(), settings(layer_learning_rates="conv2=0.25", bias_learning_rate=2.0))
     set_learning_rate(optimizer, 0.01)
     rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of either layer
+    assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of each layer
 
 
 def test_plateau_divides_when_the_error_stops_falling_and_three_times_at_most():
@@ -69,13 +69,13 @@ def test_plateau_divides_when_the_error_stops_falling_and_three_times_at_most():
     assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
     stuck = [*falling, *[0.45] * 20]
     drops = [plateau_drops(stuck[:n], 3) for n in range(len(stuck) + 1)]
-    assert drops.index(1) == 13  # ten epochs fell, three did not
+    assert drops.index(1) == 13  # the error fell for ten epochs, then not for three
     assert drops.index(2) == 16
     assert drops.index(3) == 19
     assert drops[-1] == 3
 
 
-def test_a_better_error_starts_the_patience_anew():
+def test_a_lower_error_resets_the_patience():
     assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4], 3) == 0
     assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 3) == 1
 

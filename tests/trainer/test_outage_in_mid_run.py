@@ -1,4 +1,4 @@
-"""The storage of the dataset goes away while a run trains or evaluates, and comes back."""
+"""The dataset's storage becomes unavailable while a run trains or evaluates, and then comes back."""
 
 import errno
 import os

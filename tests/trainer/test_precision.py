@@ -1,4 +1,4 @@
-"""What `auto` means on which hardware, and that a run keeps what it began with."""
+"""What `auto` resolves to on different hardware, and that a run keeps the precision it began with."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ ALONE = World(0, 1, 0, CPU)
         ("AVX512", False, False, "fp32"),  # Skylake, whose bf16 would be emulated
         ("AVX512", True, False, "bf16"),  # Zen 4
         ("AVX512", True, True, "bf16"),  # Sapphire Rapids
-        ("AVX2", True, False, "fp32"),  # as ATEN_CPU_CAPABILITY=avx2 has it
+        ("AVX2", True, False, "fp32"),  # with ATEN_CPU_CAPABILITY=avx2
         ("DEFAULT", False, False, "fp32"),
     ],
 )
@@ -45,7 +45,7 @@ def test_auto_on_a_gpu_is_bf16_from_ampere_on(monkeypatch, capability, expected)
 
 @pytest.fixture
 def begun(packed, tmp_path):
-    """A function that begins a run, or continues it, with settings on hardware where `auto` means so."""
+    """Return a function that begins or continues a run on hardware where `auto` has a given meaning."""
     manifest = read_manifest(packed)
 
     def begin(device: str, precision: str, *arguments: str) -> Run:
@@ -62,7 +62,7 @@ def recorded(run: Run) -> dict[str, str]:
     return json.loads((run.folder / "settings.json").read_text())["resolved"]
 
 
-def test_what_auto_was_is_recorded_and_kept(begun):
+def test_the_resolution_of_auto_is_recorded_and_kept(begun):
     assert recorded(begun("cuda", "bf16")) == {"device": "cuda", "precision": "bf16"}
     assert recorded(begun("cuda", "bf16")) == {"device": "cuda", "precision": "bf16"}
     assert begun("cuda", "bf16").settings() == Settings()
@@ -80,9 +80,7 @@ def test_what_auto_was_is_recorded_and_kept(begun):
          "fp32 on this machine: add --device cpu --precision bf16 to continue it here"),
     ],
 )  # fmt: skip
-def test_a_continuation_that_would_change_it_is_refused_and_the_flags_it_names_settle_it(
-    begun, began, goes_on, message
-):
+def test_a_change_on_continuation_is_refused_and_the_suggested_flags_work(begun, began, goes_on, message):
     begun(*began)
     with pytest.raises(SettingsError) as refused:
         begun(*goes_on)
@@ -92,27 +90,27 @@ def test_a_continuation_that_would_change_it_is_refused_and_the_flags_it_names_s
     assert recorded(begun(*goes_on, *flags)) == dict(zip(("device", "precision"), began, strict=True))
 
 
-def test_another_precision_that_is_asked_for_is_another_run(begun):
+def test_asking_for_another_precision_is_refused_as_another_run(begun):
     begun("cpu", "bf16")
     with pytest.raises(SettingsError, match=r"differs in precision \(bf16 there, fp32 here\)"):
         begun("cpu", "bf16", "--precision", "fp32")
 
 
-def test_a_run_of_an_earlier_version_is_held_to_what_auto_is_when_it_goes_on(begun):
+def test_a_run_of_an_earlier_version_records_auto_when_it_is_continued(begun):
     path = begun("cpu", "fp32").folder / "settings.json"
     held = json.loads(path.read_text())
-    del held["resolved"]  # which was not recorded then
+    del held["resolved"]  # earlier versions did not record it
     path.write_text(json.dumps(held))
     assert recorded(begun("cpu", "bf16")) == {"device": "cpu", "precision": "bf16"}
     with pytest.raises(SettingsError, match="--precision bf16 to continue"):
         begun("cpu", "fp32")
 
 
-def test_all_processes_do_as_the_first_decides(tmp_path: Path, monkeypatch):
+def test_the_first_process_decides_for_all(tmp_path: Path, monkeypatch):
     second = World(1, 2, 1, CPU)
     monkeypatch.setattr(World, "share", lambda self, value: ("fp16", None))
     assert settle_precision(Settings(), Run(tmp_path), second).precision == "fp16"
     monkeypatch.setattr(World, "share", lambda self, value: ("fp16", "it began with another"))
     with pytest.raises(SettingsError, match="it began with another"):
         settle_precision(Settings(), Run(tmp_path), second)
-    assert not list(tmp_path.iterdir())  # the first one's to write
+    assert not list(tmp_path.iterdir())  # only the first process writes

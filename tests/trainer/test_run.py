@@ -1,4 +1,4 @@
-"""The run folder has one writer."""
+"""A run folder has only one writer."""
 
 import json
 import socket
@@ -43,14 +43,14 @@ def test_a_second_trainer_is_refused_until_the_first_has_ended_even_by_a_crash(p
     assert Run(out).settings() == load_settings([])
 
 
-def test_a_start_that_was_killed_before_it_wrote_its_settings_can_be_done_again(packed, tmp_path):
+def test_a_start_that_was_killed_before_it_wrote_its_settings_can_be_repeated(packed, tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".settings.json.partial").write_text('{"data')
     Run(tmp_path).begin(load_settings([]), read_manifest(packed)).close()
     assert Run(tmp_path).settings() == load_settings([])
 
 
-def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp_path):
+def test_a_run_of_an_earlier_version_continues_if_its_meaning_is_unchanged(packed, tmp_path):
     settings, manifest = load_settings([]), read_manifest(packed)
     Run(tmp_path).begin(settings, manifest).close()
     path = tmp_path / "settings.json"
@@ -80,7 +80,7 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_means_the_same(packed, tmp
         ),
     ],
 )
-def test_what_auto_was_is_damaged_in_one_line_that_says_what_to_do(packed, tmp_path, content, what):
+def test_damaged_settings_are_reported_in_one_line_that_says_what_to_do(packed, tmp_path, content, what):
     settings, manifest = load_settings([]), read_manifest(packed)
     run = Run(tmp_path)
     run.begin(settings, manifest).close()
@@ -99,7 +99,7 @@ def test_what_auto_was_is_damaged_in_one_line_that_says_what_to_do(packed, tmp_p
         assert "\n" not in str(refused.value)
 
 
-def test_a_run_says_how_to_use_its_net_without_its_dataset(packed, tmp_path):
+def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
     settings, manifest = (
         load_settings(["--data", str(tmp_path / "gone"), "--crop", "64"]),
         read_manifest(packed),
@@ -113,7 +113,7 @@ def test_a_run_says_how_to_use_its_net_without_its_dataset(packed, tmp_path):
     path.write_text("{}")
     with pytest.raises(RunError, match=r"run has no valid net.json: geometry"):
         run.net(settings)
-    path.unlink()  # as of a run of an earlier version
+    path.unlink()  # as in a run of an earlier version
     assert run.net(load_settings(["--data", str(packed), "--crop", "64"])) == net
     with pytest.raises(RunError, match=r"earlier version.*no dataset at .*gone"):
         run.net(settings)

@@ -1,4 +1,4 @@
-"""The run folder on storage that fails: rows once and whole, messages that name files, all kinds of locks."""
+"""The run folder on failing storage: rows are written whole and once, messages name files, locks hold."""
 
 import builtins
 import errno
@@ -37,7 +37,7 @@ def refusing(code: int) -> Callable[..., None]:
 
 
 class FailingFile:
-    """A file opened for writing whose closing fails after all has been written."""
+    """A file opened for writing that fails to close after everything has been written."""
 
     def __init__(self, *arguments: Any, **options: Any):
         self.file = builtins.open(*arguments, **options)  # noqa: SIM115
@@ -56,7 +56,7 @@ def table(tmp_path) -> Table:
 
 
 @pytest.mark.parametrize("truncates", [True, False])
-def test_a_row_is_there_once_though_closing_failed_after_it_was_written(table, monkeypatch, truncates):
+def test_a_row_is_written_once_although_closing_the_file_failed(table, monkeypatch, truncates):
     table.append({"step": 1, "loss": 0.5})
     with monkeypatch.context() as patch:
         patch.setattr(table_module, "open", FailingFile, raising=False)
@@ -71,7 +71,7 @@ def test_a_row_is_there_once_though_closing_failed_after_it_was_written(table, m
     assert table.path.read_text() == "step,loss\n1,0.5\n2,0.5\n3,0.5\n"
 
 
-def test_a_table_whose_first_row_fails_has_its_head_once(table, monkeypatch):
+def test_a_table_whose_first_row_fails_has_one_header(table, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(table_module, "open", FailingFile, raising=False)
         table.append({"step": 1, "loss": 0.5})
@@ -79,8 +79,8 @@ def test_a_table_whose_first_row_fails_has_its_head_once(table, monkeypatch):
     assert table.path.read_text() == "step,loss\n1,0.5\n2,0.5\n"
 
 
-def test_a_table_is_synced_by_a_handle_that_writes(table, monkeypatch):
-    """Some network file systems refuse it of one that reads."""
+def test_a_table_is_synced_through_a_writable_handle(table, monkeypatch):
+    """Some network file systems cannot sync through a handle opened for reading."""
 
     def fsync(file: int) -> None:
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
@@ -101,14 +101,14 @@ def test_a_table_that_cannot_be_closed_is_named(table):
         table.sync()
 
 
-def test_syncing_makes_no_table(table):
+def test_syncing_does_not_create_a_table(table):
     table.sync()
     assert not table.path.exists()
 
 
 @pytest.fixture
 def unreadable(monkeypatch) -> Callable[..., None]:
-    """Make so many reads of files of that name fail."""
+    """Make a number of reads of files with a given name fail."""
 
     def fail(name: str, code: int, times: int) -> None:
         failed = []
@@ -129,7 +129,7 @@ NAMES = ["settings.json", "environment.json", "metrics.csv", "evaluations.csv"]
 
 @pytest.fixture
 def unfinished(whole, tmp_path) -> Path:
-    """A run that has all but its report."""
+    """A run that lacks only its report."""
     out = Path(shutil.copytree(whole, tmp_path / "run"))
     (out / "report.md").unlink()
     return out
@@ -137,7 +137,7 @@ def unfinished(whole, tmp_path) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_what_cannot_be_read_is_named_and_what_passes_is_waited_for(
+def test_an_unreadable_file_is_named_and_a_temporary_error_is_waited_out(
     packed, unfinished, monkeypatch, capsys, unreadable, name, code
 ):
     arguments = command(packed, unfinished, "--checkpoint-steps", "2")
@@ -162,7 +162,7 @@ def test_a_damaged_file_is_named(packed, unfinished, monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize("name", ["loss.png", "report.md"])
-def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
+def test_a_report_that_cannot_be_written_is_named_and_written_on_the_next_attempt(
     packed, unfinished, monkeypatch, capsys, name
 ):
     from trainer.monitor import report
@@ -185,24 +185,20 @@ def test_a_report_that_cannot_be_written_is_named_and_made_by_the_same_command(
 
 
 @pytest.mark.parametrize("name", NAMES[2:])
-def test_a_table_that_is_gone_is_named(packed, unfinished, monkeypatch, capsys, name):
+def test_a_missing_table_is_named(packed, unfinished, monkeypatch, capsys, name):
     (unfinished / name).unlink()
     assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 1
     assert f"cannot write a report: {unfinished / name}" in capsys.readouterr().err
 
 
-def test_an_environment_that_is_gone_at_the_end_does_not_keep_a_run_from_its_report(
-    packed, unfinished, tmp_path, monkeypatch
-):
+def test_a_missing_environment_file_does_not_prevent_the_report(packed, unfinished, tmp_path, monkeypatch):
     with Storage(tmp_path, Fault(Call("open", "run/environment.json"), 2, "ENOENT", lasting=True)) as storage:
         assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 0
     assert storage.hits
     assert Run(unfinished).is_finished
 
 
-def test_a_folder_whose_settings_are_gone_is_not_a_run_and_keeps_its_files(
-    packed, unfinished, monkeypatch, capsys
-):
+def test_a_folder_without_settings_is_not_a_run_and_keeps_its_files(packed, unfinished, monkeypatch, capsys):
     (unfinished / "settings.json").unlink()
     assert main(monkeypatch, command(packed, unfinished, "--checkpoint-steps", "2")) == 2
     assert f"{unfinished} is not empty and has no settings.json" in capsys.readouterr().err
@@ -214,27 +210,27 @@ def begin(packed: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EAGAIN, errno.EACCES])
-def test_a_lock_that_another_holds_is_refused_in_each_servers_words(packed, tmp_path, monkeypatch, code):
+def test_a_held_lock_is_recognised_by_every_error_code(packed, tmp_path, monkeypatch, code):
     monkeypatch.setattr(fcntl, "flock", refusing(code))
     with pytest.raises(RunError, match="is being trained by another process"):
         begin(packed, tmp_path / "run")
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_where_there_are_no_locks_it_is_said(packed, tmp_path, monkeypatch, capsys, code):
+def test_missing_support_for_locks_is_reported(packed, tmp_path, monkeypatch, capsys, code):
     monkeypatch.setattr(fcntl, "flock", refusing(code))
     begin(packed, tmp_path / "run")
     assert f"cannot be locked ({os.strerror(code)})" in capsys.readouterr().err
 
 
-def test_a_lock_that_cannot_say_who_has_it_holds_all_the_same(packed, tmp_path, monkeypatch):
+def test_a_lock_whose_owner_cannot_be_read_still_holds(packed, tmp_path, monkeypatch):
     for name in ("write", "ftruncate"):
         monkeypatch.setattr(run_module.os, name, refusing(errno.ENOSPC))
     begin(packed, tmp_path / "run")
 
 
-def test_a_lock_that_cannot_be_closed_does_not_make_a_whole_run_a_failure(packed, tmp_path, monkeypatch):
-    """As on a mount that went away since."""
+def test_a_lock_that_cannot_be_closed_does_not_fail_a_finished_run(packed, tmp_path, monkeypatch):
+    """As on a mount that has been lost since."""
     out = tmp_path / "run"
     with Storage(tmp_path, Fault(Call("close", "run/.lock"), 1, "ENOTCONN", lasting=True)) as storage:
         assert main(monkeypatch, command(packed, out)) == 0

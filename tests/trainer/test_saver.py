@@ -1,4 +1,4 @@
-"""Saving beside the training: what is saved, one at a time, and what happens when the disk fails."""
+"""Saving during training: what is saved, one state at a time, and what happens when the disk fails."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Fixture:
-    """A saver of a run in a folder, with what it says."""
+    """A saver of a run in a folder, with the warnings that it gave."""
 
     def __init__(self, folder, **settings):
         self.metrics, self.said = Metrics(), []
@@ -49,13 +49,13 @@ def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_is_saved_is_the_state_at_that_time(made, monkeypatch):
-    """Training goes on in place before the thread has begun to write, twice in the same memory."""
+def test_the_saved_state_is_that_of_the_time_of_saving(made, monkeypatch):
+    """Training continues in the same memory before the thread has begun to write, twice."""
     may_write, write = threading.Semaphore(0), checkpoint.write
     it = made(keep_checkpoints=2)
 
     def when_told(*given):
-        assert may_write.acquire(timeout=30), it.said  # told once for each save
+        assert may_write.acquire(timeout=30), it.said  # released once per save
         return write(*given)
 
     monkeypatch.setattr(checkpoint, "write", when_told)
@@ -73,7 +73,7 @@ def test_what_is_saved_is_the_state_at_that_time(made, monkeypatch):
     assert it.steps() == [2, 1]
 
 
-def test_a_save_waits_for_the_one_before_and_that_counts_as_a_stall(made, monkeypatch):
+def test_a_save_waits_for_the_previous_one_and_that_counts_as_a_stall(made, monkeypatch):
     writing, write = threading.Lock(), checkpoint.write
     slow = threading.Event()
 
@@ -96,7 +96,7 @@ def test_a_save_waits_for_the_one_before_and_that_counts_as_a_stall(made, monkey
     assert it.sample("bytes") == checkpoint.path_of(it.run.checkpoints, 3).stat().st_size
 
 
-def test_a_failed_save_is_said_once_and_counted_and_made_up_for(made, monkeypatch):
+def test_a_failed_save_is_reported_once_counted_and_retried(made, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("trainer.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
     it = made()
@@ -124,14 +124,14 @@ def test_a_failed_save_is_said_once_and_counted_and_made_up_for(made, monkeypatc
     assert it.steps() == [3, 1]
 
 
-def test_a_run_cannot_end_well_if_its_last_save_failed(made, monkeypatch):
+def test_a_run_whose_last_save_failed_ends_with_an_error(made, monkeypatch):
     monkeypatch.setattr(checkpoint, "write", full)
     it = made()
     it.saver.save(state(2))
     with pytest.raises(RunError, match=r"step-000000002.pt cannot be written: No space.*same command again"):
         it.saver.drain()
     with it.saver:
-        pass  # it has been said
+        pass  # the error is not raised again
 
 
 def leave(saver: Saver, step: int, error: type[BaseException]) -> None:
@@ -174,7 +174,7 @@ def test_saves_are_due_by_the_clock(made, monkeypatch):
     it.saver.drain()
 
 
-def test_what_is_not_the_disks_fault_ends_the_training(made):
+def test_an_error_that_is_not_the_disks_fault_ends_the_training(made):
     it = made()
     it.saver.save(state(1) | {"model": {"weight": lambda: None}})
     it.saver._wait()
@@ -182,7 +182,7 @@ def test_what_is_not_the_disks_fault_ends_the_training(made):
         it.saver.report()
 
 
-def test_rows_that_the_disk_does_not_take_wait_for_room(tmp_path):
+def test_rows_wait_until_the_disk_has_room(tmp_path):
     table = Table(tmp_path / "metrics.csv")
     table.append({"step": 1, "loss": 0.5})
     before = table.path.read_bytes()

@@ -101,7 +101,7 @@ def test_help_lists_every_setting_in_groups_and_says_what_to_type(capsys, monkey
     assert not re.findall(r"--[a-z-]+ (?:int|float|str|bool|Path|tuple|dict)\b.*", shown)
 
 
-def test_what_only_the_papers_net_has_is_its_variant_and_its_convolutions():
+def test_the_settings_of_the_papers_net_are_its_variant_and_its_convolutions():
     marked = {name for name, field in Settings.model_fields.items() if PAPER_ONLY in field.metadata}
     assert marked == {field.name for field in fields(Variant)} | {"convolutions"}
 

@@ -1,4 +1,4 @@
-"""One step: its loss and gradients, in each precision."""
+"""A training step: its loss and gradients in each precision."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_fp32_step_is_one_update_by_the_mean_gradient(batch):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_comes_near_fp32(batch, precision):
+def test_low_precision_is_close_to_fp32(batch, precision):
     model, reference = tiny(), tiny()
     loss, _ = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), precision, CPU)(*batch)
     expected, _ = Step(reference, torch.optim.SGD(reference.parameters(), lr=0.1), "fp32", CPU)(*batch)
@@ -53,13 +53,13 @@ def test_an_overflowing_fp16_step_changes_no_weight_and_halves_the_scale(batch):
     before = [parameter.clone() for parameter in model.parameters()]
     step = Step(model, torch.optim.SGD(model.parameters(), lr=0.1), "fp16", CPU)
     scale = step.scaler.get_scale()
-    step(batch[0] * 1e5, batch[1])  # past fp16's 65504
+    step(batch[0] * 1e5, batch[1])  # beyond fp16's maximum of 65504
     assert step.scaler.get_scale() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:
-    """Weights and velocities after some steps, and what was skipped of them."""
+    """Return the weights and velocities after some steps, and the skips among them."""
     model = tiny()
     optimizer = make_optimizer(model, Settings())
     step = Step(model, optimizer, precision, CPU, skip_not_finite=True)
@@ -74,7 +74,7 @@ def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_skipped_might_as_well_not_have_been(batch, precision, place, value):
+def test_a_skipped_step_has_no_effect(batch, precision, place, value):
     bad = batch[0].clone()
     bad[2, 1, 3, 3] = value
     good = [batch, (batch[0].flip(0), batch[1])]
@@ -86,7 +86,7 @@ def test_a_step_that_is_skipped_might_as_well_not_have_been(batch, precision, pl
 
 
 def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(batch):
-    """torch's fused SGD would go on from memory that it has not filled."""
+    """torch's fused SGD would otherwise continue from uninitialised memory."""
     found, _ = trained([(batch[0] * 1e5, batch[1]), batch], "fp16")
     expected, _ = trained([batch], "fp16")
     for a, b in zip(found, expected, strict=True):
@@ -95,7 +95,7 @@ def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(bat
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (1000, 33), (5, 3, 4, 4)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, value):
+def test_a_single_value_that_is_not_finite_is_found_at_any_position(shape, value):
     size = torch.Size(shape).numel()
     for place in {0, size // 2, size - 1}:
         tensor = torch.randn(shape)
@@ -105,5 +105,5 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(shape, value):
         assert not all_finite([torch.ones(3), tensor, torch.ones(())])
 
 
-def test_finite_values_whose_sum_is_not_are_finite():
+def test_finite_values_are_finite_even_if_their_sum_is_not():
     assert all_finite([torch.full((1000,), 3e38), torch.full((1000,), -3e38), torch.zeros(1)])

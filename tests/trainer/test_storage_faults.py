@@ -1,4 +1,4 @@
-"""Storage that fails for a while: no checkpoint that was good is lost, and what is missing is said."""
+"""Storage that fails for a while: no good checkpoint is lost, and what is missing is reported."""
 
 import builtins
 import errno
@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def failing(monkeypatch) -> Callable[..., list[str]]:
-    """Make calls of a function fail whose arguments have such a part of a path; returns which paths did."""
+    """Make a function fail if its arguments contain part of a path; return the paths that failed."""
 
     def fail(owner: object, call: str, part: str, code: int, times: int = 1) -> list[str]:
         real, failed = getattr(owner, call), []
@@ -61,7 +61,7 @@ def test_a_link_that_cannot_be_renamed_does_not_harm_the_file_it_names(tmp_path,
         assert load(tmp_path, CPU, kind)[0]["step"] == 1
 
 
-def test_a_link_that_a_killed_process_left_is_not_written_into(tmp_path, failing):
+def test_a_link_left_by_a_killed_process_is_not_written_to(tmp_path, failing):
     write(tmp_path, 1, state(1), 1, best=True)
     (tmp_path / ".step-000000002.pt.link.partial").hardlink_to(tmp_path / "best-000000001.pt")
     failing(Path, "unlink", ".partial", errno.EPERM, FOR_EVER)
@@ -69,7 +69,7 @@ def test_a_link_that_a_killed_process_left_is_not_written_into(tmp_path, failing
     assert [load(tmp_path, CPU, kind)[0]["step"] for kind in ("best", "step")] == [2, 2]
 
 
-def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, failing):
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(tmp_path, failing):
     write(tmp_path, 1, state(1), keep=2)
     failing(Path, "iterdir", tmp_path.name, errno.ESTALE)
     assert load(tmp_path, CPU)[0]["step"] == 1
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, failing):
     assert error.value.filename == str(tmp_path)
 
 
-def test_a_name_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
+def test_a_file_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
     iterdir = Path.iterdir
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", lambda folder: iter(2 * list(iterdir(folder))))
@@ -89,7 +89,7 @@ def test_a_name_that_is_listed_twice_counts_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOTCONN])
-def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_all_the_same(tmp_path, failing, capsys, code):
+def test_a_checkpoint_that_is_briefly_unreadable_is_still_loaded(tmp_path, failing, capsys, code):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     failed = failing(checkpoint, "read_file", "step-000000002", code, times=2)
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_taken_all_the_same(tmp
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
-def test_a_checkpoint_that_stays_unreadable_is_not_passed_over(tmp_path, failing, code):
+def test_a_checkpoint_that_stays_unreadable_is_not_skipped(tmp_path, failing, code):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     failing(checkpoint, "read_file", "step-000000002", code, FOR_EVER)
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_stays_unreadable_is_not_passed_over(tmp_path, failing
 
 @pytest.mark.parametrize("error", ["EAGAIN", "ESTALE", "EIO"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_read_that_fails_for_a_moment_does_not_make_a_checkpoint_damaged(tmp_path, error, number):
+def test_a_brief_read_error_is_not_taken_for_damage(tmp_path, error, number):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     fault = Fault(Call("read", "step-000000002.pt"), number, error, lasting=False)
@@ -119,7 +119,7 @@ def test_a_read_that_fails_for_a_moment_does_not_make_a_checkpoint_damaged(tmp_p
     assert (loaded["step"], passed_over, storage.hits) == (2, [], 1)
 
 
-def test_an_error_amid_the_reading_names_the_file(tmp_path, monkeypatch):
+def test_an_error_while_reading_names_the_file(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
 
     def unreadable(_file: object) -> None:
@@ -131,14 +131,14 @@ def test_an_error_amid_the_reading_names_the_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["step", "best"])
-def test_a_good_checkpoint_is_not_deleted_though_the_run_goes_on_before_it(tmp_path, kind):
+def test_a_good_checkpoint_is_not_deleted_by_a_run_that_resumed_before_it(tmp_path, kind):
     for step in (1, 9):
         write(tmp_path, step, state(step), keep=2, best=kind == "best" and step == 9)
     write(tmp_path, 2, state(2), keep=1)
     assert load(tmp_path, CPU, kind)[0]["step"] == 9
 
 
-def test_a_damaged_checkpoint_stays_while_it_cannot_be_read(tmp_path, failing):
+def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing):
     for step in (1, 9):
         write(tmp_path, step, state(step), keep=2)
     saved(tmp_path)[0].write_bytes(b"")
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_stays_while_it_cannot_be_read(tmp_path, failing):
     assert names(tmp_path) == ["step-000000003.pt"]
 
 
-def test_one_that_a_trainer_deletes_before_it_is_read_is_looked_for_again(tmp_path, monkeypatch):
+def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_the_next(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
     loaded, calls = checkpoint._loaded, []
 
@@ -164,7 +164,7 @@ def test_one_that_a_trainer_deletes_before_it_is_read_is_looked_for_again(tmp_pa
     assert len(calls) == 2
 
 
-def test_a_checkpoint_is_saved_where_nothing_can_be_deleted(tmp_path, failing):
+def test_a_checkpoint_is_saved_even_if_nothing_can_be_deleted(tmp_path, failing):
     write(tmp_path, 1, state(1), keep=1, best=True)
     failing(Path, "unlink", ".pt", errno.EPERM, FOR_EVER)
     _, left = write(tmp_path, 2, state(2), keep=1, best=True)
@@ -175,7 +175,7 @@ def test_a_checkpoint_is_saved_where_nothing_can_be_deleted(tmp_path, failing):
     assert load(tmp_path, CPU, "best")[0]["step"] == 2
 
 
-def test_a_checkpoint_is_saved_where_its_folder_cannot_be_listed_afterwards(tmp_path, monkeypatch):
+def test_a_checkpoint_is_saved_even_if_its_folder_cannot_be_listed_afterwards(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
 
     def unlisted(*_: object) -> None:
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_saved_where_its_folder_cannot_be_listed_afterwards(tmp_
     assert load(tmp_path, CPU)[0]["step"] == 2
 
 
-def test_a_checkpoint_is_saved_where_the_page_cache_takes_no_advice(tmp_path, monkeypatch):
+def test_a_checkpoint_is_saved_even_if_fadvise_is_not_supported(tmp_path, monkeypatch):
     def unknown(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -198,8 +198,8 @@ def test_a_checkpoint_is_saved_where_the_page_cache_takes_no_advice(tmp_path, mo
 
 
 class Saving:
-    """A saver whose writes fail while `broken`, with what it says and the steps that it has written, and
-    whether each is the best."""
+    """A saver whose writes fail while `broken`. It records its warnings, and the steps that it has written
+    with whether each is the best."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.said: list[str] = []
@@ -216,7 +216,7 @@ class Saving:
         return self.write(folder, step, state, keep, best)
 
     def save(self, step: int, best: bool = False) -> None:
-        """A state that training changes as soon as it is copied."""
+        """Save a state that training changes as soon as it is copied."""
         training = state(step)
         self.saver.save(training, best)
         training["model"]["weight"].zero_()
@@ -240,7 +240,7 @@ def test_the_best_that_could_not_be_saved_is_saved_before_the_next(saving):
         assert model["weight"].unique().tolist() == [step]
 
 
-def test_a_better_one_takes_the_place_of_the_best_that_could_not_be_saved(saving):
+def test_a_better_state_replaces_the_best_that_could_not_be_saved(saving):
     saving.save(1, best=True)
     saving.save(2)
     saving.broken = False
@@ -249,7 +249,7 @@ def test_a_better_one_takes_the_place_of_the_best_that_could_not_be_saved(saving
     assert saving.written == [(3, True)]
 
 
-def test_none_is_saved_before_the_best_for_a_run_that_goes_on_from_it_would_not_save_that(saving):
+def test_no_later_state_is_saved_before_the_best(saving):
     saving.save(1, best=True)
     saving.broken, write = False, saving.write
 
@@ -265,14 +265,14 @@ def test_none_is_saved_before_the_best_for_a_run_that_goes_on_from_it_would_not_
     assert saved(saving.folder) == []
 
 
-def test_the_last_save_of_a_run_is_tried_again_before_it_ends(saving, monkeypatch):
+def test_the_last_save_of_a_run_is_retried_before_it_ends(saving, monkeypatch):
     monkeypatch.setattr("pipeline.retry.time.sleep", lambda _: setattr(saving, "broken", False))
     saving.save(1, best=True)
     saving.saver.drain()
     assert load(saving.folder, CPU, "best")[0]["step"] == 1
 
 
-def test_what_cannot_be_deleted_is_said_once_and_is_no_failure(saving, failing):
+def test_a_file_that_cannot_be_deleted_is_reported_once_and_is_not_a_failure(saving, failing):
     saving.broken = False
     saving.saver.keep = 1
     failing(Path, "unlink", ".pt", errno.EPERM, FOR_EVER)
@@ -286,7 +286,7 @@ def test_what_cannot_be_deleted_is_said_once_and_is_no_failure(saving, failing):
     assert saving.saver.newest().name == "step-000000003.pt"
 
 
-def test_the_newest_is_in_its_folder_while_that_cannot_be_listed(saving, failing):
+def test_the_newest_checkpoint_is_given_by_its_folder_if_that_cannot_be_listed(saving, failing):
     saving.broken = False
     saving.save(1)
     failing(Path, "iterdir", "checkpoints", errno.EACCES, FOR_EVER)

@@ -1,4 +1,4 @@
-"""The command in this process: what interrupts a run, what it leaves, and that it goes on the same."""
+"""Training within the test process: what interrupts a run, what it leaves, and how it continues."""
 
 import errno
 import json
@@ -18,8 +18,8 @@ from trainer import checkpoint
 from trainer.monitor.metrics import Metrics
 
 
-def test_an_evaluation_that_is_interrupted_is_done_again(packed, whole, tmp_path, monkeypatch):
-    """SIGTERM comes with the first batch of the second epoch's evaluation, and of the last one's."""
+def test_an_interrupted_evaluation_is_repeated(packed, whole, tmp_path, monkeypatch):
+    """SIGTERM arrives with the first batch of the second epoch's evaluation, and of the last one's."""
     out = tmp_path / "run"
     for epochs in (1, 2):
 
@@ -53,7 +53,7 @@ def test_images_that_run_out_end_a_run_with_a_checkpoint_of_the_last_step(
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
 
 
-def test_a_run_goes_on_bit_for_bit_in_its_form_where_another_would_be_chosen_now(
+def test_a_run_continues_bit_for_bit_in_its_form_even_if_another_is_faster_now(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
     def stopped(*arguments, **options):
@@ -73,7 +73,7 @@ def test_a_run_goes_on_bit_for_bit_in_its_form_where_another_would_be_chosen_now
     assert main(monkeypatch, command(packed, out)) == 0
     assert exact(out / "metrics.csv") == exact(through / "metrics.csv")
     assert rows(out / "evaluations.csv") == rows(through / "evaluations.csv")
-    assert exact(out / "metrics.csv") != exact(whole / "metrics.csv")  # which has groups, and other rounding
+    assert exact(out / "metrics.csv") != exact(whole / "metrics.csv")  # grouped, with other rounding
     assert "- convolutions: towers-s2d" in (out / "report.md").read_text()
 
 
@@ -89,7 +89,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_as_soon_as_it_can(
         return write(folder, step, *arguments)
 
     class Inline(SimpleNamespace):
-        """A thread that has done its work when it has been started, so that its failure is known at once."""
+        """A thread that does its work when it is started, so its failure is known at once."""
 
         def start(self):
             self.target(*self.args)
@@ -110,7 +110,7 @@ def test_training_goes_on_while_the_disk_is_full_and_saves_as_soon_as_it_can(
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_losses_are_the_same(
+def test_a_damaged_checkpoint_is_skipped_and_the_losses_are_the_same(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
     out = Path(shutil.copytree(whole, tmp_path / "run"))
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_losses_are_the_same(
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
 
 
-def test_the_run_folder_says_what_ran_and_what_came_of_it(packed, whole):
+def test_the_run_folder_describes_the_run_and_its_results(packed, whole):
     settings = json.loads((whole / "settings.json").read_text())
     assert (settings["recipe"], settings["batch"], settings["schedule"]) == ("demo", 12, "cosine")
     environment = json.loads((whole / "environment.json").read_text())[-1]
@@ -138,7 +138,7 @@ def test_the_run_folder_says_what_ran_and_what_came_of_it(packed, whole):
         assert (whole / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_evaluation_in_two_epochs_changes_nothing_else(packed, whole, tmp_path, monkeypatch):
+def test_evaluating_every_second_epoch_changes_nothing_else(packed, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     assert main(monkeypatch, command(packed, out, "--evaluate-epochs", "2")) == 0
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")[1:]
@@ -147,7 +147,7 @@ def test_an_evaluation_in_two_epochs_changes_nothing_else(packed, whole, tmp_pat
     assert steps == ["step-000000010.pt", "step-000000015.pt"]
 
 
-def test_evaluate_gives_the_error_of_the_best_epoch(whole, monkeypatch, capsys):
+def test_evaluate_reproduces_the_error_of_the_best_epoch(whole, monkeypatch, capsys):
     evaluations = rows(whole / "evaluations.csv")
     best = min(evaluations, key=lambda row: float(row["top1_error"]))
     assert main(monkeypatch, ["-m", "trainer.cli", "evaluate", str(whole), "--checkpoint", "best"]) == 0
@@ -156,7 +156,7 @@ def test_evaluate_gives_the_error_of_the_best_epoch(whole, monkeypatch, capsys):
 
 
 def harmed_after(steps: int, shard: Path, harm: Callable[[Path], None]) -> Callable:
-    """A training loader during which something happens to a shard, once."""
+    """A training loader during which something happens once to a shard."""
 
     def loader(*arguments, **options):
         batches = train_loader(*arguments, **options)
@@ -168,7 +168,7 @@ def harmed_after(steps: int, shard: Path, harm: Callable[[Path], None]) -> Calla
 
 
 @pytest.mark.usefixtures("_larger_than_memory")
-def test_a_shard_cut_in_mid_run_ends_it_with_a_checkpoint_and_copied_again_it_goes_on(
+def test_a_shard_truncated_during_a_run_ends_it_with_a_checkpoint_and_a_new_copy_continues_it(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
     data, out = Path(shutil.copytree(packed, tmp_path / "data")), tmp_path / "run"
@@ -195,10 +195,8 @@ def test_a_shard_cut_in_mid_run_ends_it_with_a_checkpoint_and_copied_again_it_go
 
 
 @pytest.mark.usefixtures("_larger_than_memory")
-def test_a_shard_that_can_no_longer_be_read_is_left_out_within_the_budget(
-    packed, tmp_path, monkeypatch, capsys
-):
-    """The kernel refuses to read the lowest addresses of a process, through its `mem`, with EIO."""
+def test_a_shard_that_becomes_unreadable_is_left_out_within_the_limit(packed, tmp_path, monkeypatch, capsys):
+    """The kernel fails with EIO to read the lowest addresses of a process through its `mem` file."""
     data, out = Path(shutil.copytree(packed, tmp_path / "data")), tmp_path / "run"
     shard = data / "train-000001.tar"
 
@@ -216,7 +214,7 @@ def test_a_shard_that_can_no_longer_be_read_is_left_out_within_the_budget(
     counted = metrics.registry.get_sample_value("alexnet_input_errors_total", {"reason": "unreadable"})
     output = capsys.readouterr().out
     lost = [line for line in output.splitlines() if "left out" in line]
-    assert len(lost) == 20  # of the shard
+    assert len(lost) == 20  # all samples of the shard
     assert counted == 20
     assert all(f"the sample in {shard} at byte" in line for line in lost)
     assert all("cannot be read: Input/output error" in line for line in lost)

@@ -1,4 +1,4 @@
-"""The command as a process of its own: killed, asked to stop, watched, and in two processes."""
+"""The command as a separate process: killed, asked to stop and monitored."""
 
 import shutil
 import signal
@@ -15,7 +15,7 @@ from tests.helpers import command, exact, free_port, rows, run, wait_until
 pytestmark = pytest.mark.slow
 
 
-# alexnet-train, which gets a signal when it asks for the batch after so many steps.
+# Runs alexnet-train and sends it a signal when it requests a batch after a given number of steps.
 SIGNALLED = """
 import os, signal, sys
 from trainer import cli, train
@@ -39,8 +39,8 @@ def signalled(name: str, steps: int, arguments: list[str]) -> subprocess.Complet
     return subprocess.run(script, capture_output=True, text=True, check=False)
 
 
-def test_a_run_that_is_killed_twice_gives_the_losses_of_one_that_is_not(packed, tmp_path, monkeypatch):
-    """With several threads, too, as runs have them outside of these tests."""
+def test_a_run_that_is_killed_twice_has_the_losses_of_an_uninterrupted_one(packed, tmp_path, monkeypatch):
+    """This also holds with several threads, which runs outside these tests have."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(*command(packed, whole))
@@ -53,13 +53,13 @@ def test_a_run_that_is_killed_twice_gives_the_losses_of_one_that_is_not(packed, 
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
 
 
-def test_sigterm_saves_what_was_done_and_the_same_command_goes_on(packed, whole, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(packed, whole, tmp_path):
     out = tmp_path / "run"
     stopped = signalled("SIGTERM", 7, command(packed, out))
     assert stopped.returncode == 143
     newest = max(path.name for path in (out / "checkpoints").glob("step-*"))
     done = int(rows(out / "metrics.csv")[-1]["step"])
-    assert done == 8  # the step that was under way is finished
+    assert done == 8  # the current step is finished
     assert newest == f"step-{done:09d}.pt"
     assert f"SIGTERM: saved after step {done}" in stopped.stdout
     assert f"after step {done}" in run(*command(packed, out))
@@ -75,7 +75,7 @@ def test_metrics_are_served_while_it_trains(packed, tmp_path):
 
     def has_evaluated() -> bool:
         nonlocal page
-        with suppress(OSError):  # not up yet
+        with suppress(OSError):  # the server has not started yet
             page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
         return 'alexnet_eval_error_ratio{k="1",protocol="centre"}' in page
 
@@ -95,17 +95,17 @@ def test_metrics_are_served_while_it_trains(packed, tmp_path):
     assert health == b"ok\n"
 
 
-def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_path):
+def test_samples_that_cannot_be_decoded_are_left_out_up_to_a_limit(packed, tmp_path):
     data = Path(shutil.copytree(packed, tmp_path / "data"))
     shard = data / "train-000001.tar"
     content = bytearray(shard.read_bytes())
-    place = content.index(b"\xff\xd8\xff", 2**16)  # where opening does not look
+    place = content.index(b"\xff\xd8\xff", 2**16)  # beyond what opening the file reads
     content[place : place + 200] = bytes(200)
     shard.write_bytes(content)
     output = run(*command(data, tmp_path / "run"))
     assert f"left out: the sample in {shard} at byte {place}" in output
     assert [int(row["step"]) for row in rows(tmp_path / "run/evaluations.csv")] == [5, 10, 15]
-    # One of two processes meets it. Both stop at the next line of the log, and the first saves.
+    # One of two processes encounters it. Both stop at the next log line, and the first saves.
     strict = ["--max-bad-samples", "0", "--processes", "2", "--log-every", "3"]
     arguments = [sys.executable, *command(data, tmp_path / "strict"), *strict]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -120,7 +120,7 @@ def test_a_sample_that_cannot_be_decoded_is_left_out_up_to_a_number(packed, tmp_
     )
 
 
-def test_evaluate_gives_the_error_that_training_ended_with(packed, whole):
+def test_evaluate_reproduces_the_final_error_of_training(packed, whole):
     last = rows(whole / "evaluations.csv")[-1]
     centre = run("-m", "trainer.cli", "evaluate", str(whole), "--data", str(packed))
     assert f"top-1 error {float(last['top1_error']):.2%}" in centre

@@ -1,4 +1,4 @@
-"""What decodes fastest is looked for once. The search is tested here; what it finds is for a GPU to show."""
+"""The fastest decoding is found once. The search is tested here; its result needs a GPU."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ def plan(dataset):
     return Plan(0, 12, tuple(shard.samples for shard in dataset.manifest.split("train").shards))
 
 
-def test_each_setting_is_tried_with_the_best_of_the_one_before():
+def test_threads_are_tuned_with_the_best_share_of_the_engine():
     tried = []
 
     def images_per_second(decoding: Decoding) -> float:
@@ -38,18 +38,18 @@ def test_each_setting_is_tried_with_the_best_of_the_one_before():
     assert tried == [(8, 0.65), (8, 0.8), (8, 1.0), (8, 0.8), (6, 0.8), (4, 0.8)]
 
 
-def test_a_loader_is_measured_for_long_enough_over_batches_of_its_own(dataset, plan, monkeypatch):
+def test_a_loader_is_measured_for_long_enough_on_separate_batches(dataset, plan, monkeypatch):
     def rate(work, seconds: float, device) -> float:
         assert seconds >= 0.5
         assert device == Decoding.device
-        return float(sum(work() for _ in range(6)))  # more than an epoch, which has five
+        return float(sum(work() for _ in range(6)))  # more than an epoch, which has five batches
 
     monkeypatch.setattr(tuning, "rate", rate)
     world = distributed.World(0, 1, 0, Decoding.device)
     assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 72.0
 
 
-def test_shares_of_the_engine_begin_with_none():
+def test_the_first_share_of_the_engine_is_zero():
     assert tuning.ENGINE_SHARES[0] == 0.0
 
 
@@ -61,7 +61,7 @@ def test_without_a_gpu_nothing_is_measured(dataset, plan, monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """As on a GPU that is fastest with six threads and .9 of its engine; returns what was measured."""
+    """Pretend to use a GPU that is fastest with six threads and .9 of its engine; return its measurements."""
     measured = []
 
     def measure(decoding, *_):
@@ -79,7 +79,7 @@ def cuda(local_rank: int = 0):
     return distributed.World(local_rank, 1, local_rank, device), Decoding(67, device, threads=8)
 
 
-def test_what_was_found_is_remembered_for_this_machine_and_dataset(on_gpu, dataset, plan):
+def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset, plan):
     world, decoding = cuda()
     first = tuning.tuned(decoding, Settings(), dataset, plan, world)
     assert first == (
@@ -93,7 +93,7 @@ def test_what_was_found_is_remembered_for_this_machine_and_dataset(on_gpu, datas
     assert len(on_gpu) > measured
 
 
-def test_what_the_settings_fix_stays(on_gpu, dataset, plan):
+def test_fixed_settings_are_not_tuned(on_gpu, dataset, plan):
     world, decoding = cuda()
     settings = Settings(threads=8, hw_decoder_load=0.65)
     assert tuning.tuned(decoding, settings, dataset, plan, world) == (decoding, [])
@@ -102,7 +102,7 @@ def test_what_the_settings_fix_stays(on_gpu, dataset, plan):
     assert (chosen.threads, chosen.hw_decoder_load) == (6, 0.65)
 
 
-def test_a_damaged_memory_is_written_anew_by_one_process_of_the_machine(on_gpu, dataset, plan, tmp_path):
+def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, dataset, plan, tmp_path):
     path = tmp_path / "alexnet-train" / "decoding.json"
     path.parent.mkdir()
     path.write_text('{"cut')
@@ -114,7 +114,7 @@ def test_a_damaged_memory_is_written_anew_by_one_process_of_the_machine(on_gpu, 
     assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
 
 
-def test_a_memory_that_cannot_be_written_is_said_and_harms_nothing(on_gpu, dataset, plan, tmp_path):
+def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, plan, tmp_path):
     (tmp_path / "alexnet-train").write_text("in the way")
     world, decoding = cuda()
     chosen, notes = tuning.tuned(decoding, Settings(), dataset, plan, world)
@@ -122,7 +122,7 @@ def test_a_memory_that_cannot_be_written_is_said_and_harms_nothing(on_gpu, datas
     assert notes[1].startswith("this will be measured again at the next start: ")
 
 
-def test_a_user_without_a_home_is_told_and_can_train(on_gpu, dataset, plan, monkeypatch):
+def test_a_user_without_a_home_directory_is_told_and_can_train(on_gpu, dataset, plan, monkeypatch):
     def homeless() -> None:
         raise RuntimeError("Could not determine home directory.")
 
@@ -133,7 +133,7 @@ def test_a_user_without_a_home_is_told_and_can_train(on_gpu, dataset, plan, monk
     assert "this user has no home directory: set XDG_CACHE_HOME" in notes[1]
 
 
-def test_a_memory_that_cannot_be_read_is_not_replaced(on_gpu, dataset, plan, tmp_path, monkeypatch):
+def test_an_unreadable_cache_is_not_replaced(on_gpu, dataset, plan, tmp_path, monkeypatch):
     path = tmp_path / "alexnet-train" / "decoding.json"
     path.parent.mkdir()
     path.write_text('{"another": {}}')

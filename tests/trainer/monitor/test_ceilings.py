@@ -1,4 +1,4 @@
-"""What the ceilings are measured with."""
+"""The work by which ceilings are measured."""
 
 import itertools
 
@@ -11,19 +11,19 @@ from trainer.settings import load_settings
 
 
 def test_rate_is_images_over_seconds(monkeypatch):
-    clock = iter([0.0, 0.0, 0.0, 1.0, 2.0, 2.0])  # start, for device and host; three looks at the time; end
+    clock = iter([0.0, 0.0, 0.0, 1.0, 2.0, 2.0])  # start of device and host, three checks of the time, end
     monkeypatch.setattr(ceilings.time, "monotonic", lambda: next(clock))
     assert ceilings.rate(lambda: 30, seconds=2.0, device=torch.device("cpu")) == 30.0
 
 
-def test_the_loaders_work_is_to_take_batches():
+def test_the_loaders_work_takes_batches():
     batches = ((torch.zeros(1), torch.zeros(n)) for n in itertools.count(1))
     work = ceilings.loader_work(batches)
     assert [work(), work()] == [1, 2]
 
 
 @pytest.mark.parametrize("preset", ["paper", "code2012"])
-def test_the_models_work_is_a_step_that_can_be_repeated_for_long(preset):
+def test_the_models_work_can_be_repeated_without_limit(preset):
     settings = load_settings(["--crop", "67", "--width", "0.25", "--preset", preset])
     work = ceilings.model_work(settings, 10, Decoding(crop=67), images=4, precision="fp32")
     assert [work() for _ in range(5)] == [4] * 5

@@ -1,4 +1,4 @@
-"""Numbers going wrong: what ends a run, what it leaves, and what is only said."""
+"""Numerical checks: what ends a run, what it leaves, and what only gives a warning."""
 
 import math
 
@@ -24,7 +24,7 @@ def interval(loss: float) -> Interval:
 
 @pytest.fixture
 def health(tmp_path):
-    """Of a run with a checkpoint, by its policy."""
+    """Return a function that makes the health of a run with a checkpoint and a given policy."""
     newest = tmp_path / "step-000000040.pt"
     return lambda on_nan: Health(Settings(on_nan=on_nan, warmup_epochs=1), 1000, lambda: newest, Metrics())
 
@@ -35,7 +35,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_default_and_names_the_last_go
         health(Settings().on_nan).check(interval(loss), True, 1.0, NONE)
 
 
-def test_what_is_skipped_is_said_and_counted(health):
+def test_skipped_steps_are_reported_and_counted(health):
     health = health("skip")
     skips = Skips(2, 0)
     health.check(interval(math.nan), True, 1.0, skips)
@@ -56,25 +56,25 @@ def test_what_is_skipped_is_said_and_counted(health):
         (True, 1.0, Skips(20, MAX_SKIPS), f"gradients of {MAX_SKIPS} steps"),
     ],
 )
-def test_a_run_that_cannot_recover_ends_in_either_case(health, on_nan, weights, scale, skips, what):
+def test_a_run_that_cannot_recover_ends_with_either_policy(health, on_nan, weights, scale, skips, what):
     with pytest.raises(RunError, match=what):
         health(on_nan).check(interval(2.0), weights, scale, skips)
 
 
-def test_a_loss_that_stays_at_guessing_is_said_once(health):
+def test_a_loss_that_stays_at_chance_level_is_reported_once(health):
     health, chance, steps_an_epoch = health("stop"), interval(math.log(1000) - 0.05), 1000
     said = {
         epoch: health.assess(chance, NONE, epoch, int(epoch * steps_an_epoch))
-        for epoch in (0.0, 0.5, 1.0, 2.0, 3.0, 3.9, 4.0, 5.0)  # of which the first is the warm-up
+        for epoch in (0.0, 0.5, 1.0, 2.0, 3.0, 3.9, 4.0, 5.0)  # the first is the warm-up
     }
     assert [epoch for epoch, warnings in said.items() if warnings] == [4.0]
     assert "for 3.0 epochs" in said[4.0][0]
 
 
-def test_guessing_goes_on_across_a_resume_and_is_said_once(health):
+def test_time_at_chance_level_includes_the_time_before_a_resume(health):
     loss, said, resumed = math.log(1000), [], []
     history = [{"loss": 5.0, "epoch": 2.0, "step": 2000.0}]
-    for epoch in range(3, 9):  # each by a process of its own
+    for epoch in range(3, 9):  # each in a separate process
         process = health("stop")
         process.remember(history)
         resumed.append(process.metrics.registry.get_sample_value("alexnet_unsound_intervals_total", CHANCE))
@@ -82,10 +82,10 @@ def test_guessing_goes_on_across_a_resume_and_is_said_once(health):
             said.append(epoch)
         history.append({"loss": loss, "epoch": float(epoch), "step": epoch * 1000.0})
     assert said == [6]
-    assert not any(resumed)  # what others have counted
+    assert not any(resumed)  # intervals before a resume are not counted again
 
 
-def test_guessing_for_a_few_steps_or_with_a_pause_is_not_said(health):
+def test_chance_level_for_a_few_steps_or_with_a_pause_is_not_reported(health):
     chance = interval(math.log(1000))
     few, pause = health("stop"), health("stop")
     assert not any(few.assess(chance, NONE, 2.0 + n, n) for n in range(0, CHANCE_STEPS, 10))
@@ -94,7 +94,7 @@ def test_guessing_for_a_few_steps_or_with_a_pause_is_not_said(health):
 
 
 def poison(monkeypatch, step: int) -> None:
-    """Make an image of a step not finite, as a broken decoder might."""
+    """Make an image of one step not finite, as a broken decoder might."""
 
     def loader(dataset, plan, steps, *arguments, **options):
         batches = train_loader(dataset, plan, steps, *arguments, **options)
@@ -106,7 +106,7 @@ def poison(monkeypatch, step: int) -> None:
     monkeypatch.setattr("trainer.train.train_loader", loader)
 
 
-def test_a_run_ends_at_a_bad_step_and_goes_on_without_it_if_told_to(packed, tmp_path, monkeypatch, capsys):
+def test_a_run_ends_at_a_bad_step_or_skips_it_if_told_to(packed, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     poison(monkeypatch, 3)
     arguments = command(packed, out, "--epochs", "1", "--checkpoint-steps", "2")

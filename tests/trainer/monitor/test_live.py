@@ -18,20 +18,20 @@ CPU = torch.device("cpu")
 
 
 def interval(images_per_second: float, loss: float = 2.0) -> Interval:
-    """Ten steps in two seconds, limited by the model."""
+    """An interval of ten steps in two seconds, limited by the model."""
     return Interval(
         10, round(2 * images_per_second), loss, 0.5, 2.0, wait_seconds=0.1, busy_seconds=1.95, ready=9
     )
 
 
 def curve(text: str, name: str) -> list[tuple[float, float]]:
-    """The points of the curve under a heading."""
+    """Return the points of the curve under a heading."""
     svg = re.search(rf"<h2>{name}</h2>(<svg.*?</svg>)", text)[1]
     points = ElementTree.fromstring(svg).find("polyline").get("points")
     return [tuple(map(float, point.split(","))) for point in points.split()]
 
 
-def test_it_shows_the_metrics_of_the_run():
+def test_the_page_shows_the_metrics_of_the_run():
     metrics = Metrics()
     metrics.describe({"run": "runs/a<b>", "recipe": "paper", "device": "CPU", "precision": "fp32"})
     metrics.step.set(250)
@@ -50,10 +50,10 @@ def test_it_shows_the_metrics_of_the_run():
         ">1.250<",
     ):
         assert shown in text
-    assert "2 min 30 s left" in text  # 750 steps at 5 a second
+    assert "2 min 30 s left" in text  # 750 steps at 5 per second
 
 
-def test_a_curve_runs_from_nought_to_its_greatest_value():
+def test_a_curve_runs_from_zero_to_its_maximum():
     metrics = Metrics()
     for rate in (100.0, 50.0, 200.0):
         metrics.harvested(interval(rate), 0.01, 1.0, CPU)
@@ -62,7 +62,7 @@ def test_a_curve_runs_from_nought_to_its_greatest_value():
     assert (y0, y1) == (45, 67.5)  # of a height of 90: half and three quarters of the way down
 
 
-def test_a_loss_that_is_no_number_leaves_a_gap_and_the_page_stands():
+def test_a_loss_that_is_not_finite_leaves_a_gap_in_the_curve():
     metrics = Metrics()
     for loss in (2.0, float("nan"), float("inf"), 1.0):
         metrics.harvested(interval(100, loss), 0.01, 1.0, CPU)
@@ -86,7 +86,7 @@ def browser():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
-def test_a_browser_sees_values_change_and_asks_no_other_host(browser, scheme, dark):
+def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme, dark):
     metrics = Metrics()
     server = MetricsServer(metrics, "127.0.0.1", 0, 900.0)
     try:
@@ -114,5 +114,5 @@ def test_a_browser_sees_values_change_and_asks_no_other_host(browser, scheme, da
 
 
 def brightness(colour: str) -> float:
-    """Of a CSS rgb(), 0 to 255."""
+    """Return the brightness of a CSS rgb() colour, 0 to 255."""
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3

@@ -1,4 +1,4 @@
-"""The verdict on an interval: the design's thresholds."""
+"""The verdict on an interval at the thresholds of the design."""
 
 import pytest
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 
-# The table of the design: names as exposed, with their types.
+# The metrics of the design: their names as exposed, and their types.
 DESIGN = {
     "alexnet_images": "counter",
     "alexnet_step_seconds": "histogram",
@@ -41,7 +41,7 @@ DESIGN = {
 }
 
 
-def test_the_metrics_of_the_design_are_served():
+def test_the_metrics_of_the_design_are_exposed():
     metrics = Metrics()
     metrics.evaluated("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
     families = {family.name: family for family in text_string_to_metric_families(metrics.exposition())}
@@ -75,13 +75,13 @@ def test_each_halving_of_the_scale_counts_as_a_skipped_step():
     assert metrics.registry.get_sample_value("alexnet_skipped_steps_total") == 3
 
 
-def test_what_runs_is_said_in_labels_that_every_prometheus_takes():
+def test_the_run_is_described_by_labels_that_every_prometheus_accepts():
     metrics = Metrics()
     metrics.describe({"recipe": "paper", "nvidia-dali-cuda130": "2.4.0"})
     assert 'alexnet_run_info{nvidia_dali_cuda130="2.4.0",recipe="paper"} 1.0' in metrics.exposition()
 
 
-def test_a_cpu_has_no_gauges_of_a_gpu_and_no_ceilings_that_were_not_measured():
+def test_a_cpu_has_no_gpu_gauges_and_unmeasured_ceilings_are_absent():
     metrics = Metrics()
     metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     samples = [line for line in metrics.exposition().splitlines() if not line.startswith("#")]
@@ -103,7 +103,7 @@ EVERY = {"alexnet_gpu_memory_peak_bytes": 5.0} | dict(zip(NVML, (0.75, 0.5, 0.25
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The gauges that are served of a GPU which NVML knows."""
+    """The gauges that are exposed for a GPU that NVML knows."""
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 5)
     monkeypatch.setattr("trainer.monitor.metrics._nvml_handle", lambda device: "handle")
     for function, answer in NVML.values():
@@ -127,7 +127,7 @@ def failing(error: type[pynvml.NVMLError]) -> Callable:
 
 
 @pytest.mark.parametrize("error", pynvml.NVMLError.__subclasses__(), ids=lambda error: error.__name__)
-def test_what_nvml_does_not_give_is_one_gauge_less_until_it_does(gpu, monkeypatch, error):
+def test_a_gauge_is_absent_while_nvml_does_not_report_its_value(gpu, monkeypatch, error):
     for gauge, (function, _) in NVML.items():
         assert gpu() == EVERY
         with monkeypatch.context() as patch:
@@ -135,6 +135,6 @@ def test_what_nvml_does_not_give_is_one_gauge_less_until_it_does(gpu, monkeypatc
             assert gpu() == {name: value for name, value in EVERY.items() if name != gauge}
 
 
-def test_without_nvml_a_gpu_has_torchs_gauge_alone(gpu, monkeypatch):
+def test_without_nvml_a_gpu_has_only_torchs_gauge(gpu, monkeypatch):
     monkeypatch.setattr("trainer.monitor.metrics._nvml_handle", failing(pynvml.NVMLError_LibraryNotFound))
     assert gpu() == {"alexnet_gpu_memory_peak_bytes": 5.0}

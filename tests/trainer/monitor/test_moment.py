@@ -1,4 +1,4 @@
-"""How far the host runs ahead of a device, which an event of its queue stands for here."""
+"""How far the host runs ahead of a device, for which fake events stand in."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def device(monkeypatch):
-    """What a device is given, in order: `queued`; and how much of that it has done once the host waited."""
+    """The number of events queued on a device (`queued`), and of those done when the host has waited."""
 
     class Device:
         queued = 0
@@ -33,7 +33,7 @@ def device(monkeypatch):
     return Device
 
 
-def test_the_host_is_two_steps_ahead_and_no_more(device):
+def test_the_host_is_at_most_two_steps_ahead(device):
     lead = Lead(GPU)
     ahead = []
     for _ in range(6):
@@ -43,14 +43,14 @@ def test_the_host_is_two_steps_ahead_and_no_more(device):
     assert ahead == [1, 2, 2, 2, 2, 2]
 
 
-def test_seconds_on_a_gpu_are_the_devices(device):
+def test_seconds_on_a_gpu_are_those_of_the_devices_clock(device):
     begun = Moment(GPU)
     device.queued += 3
     assert Moment(GPU).seconds_since(begun) == 3.0
-    assert device.done == 0  # nothing has waited
+    assert device.done == 0  # the host has not waited
 
 
-def test_a_cpu_has_done_its_work_when_it_is_asked(device, monkeypatch):
+def test_a_cpu_never_has_to_be_waited_for(device, monkeypatch):
     times = iter([1.0, 3.5])
     monkeypatch.setattr("trainer.monitor.moment.time.monotonic", lambda: next(times))
     begun, done = Moment(torch.device("cpu")), Moment(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What the server of a process answers."""
+"""The responses of a process's server."""
 
 import socket
 import time
@@ -28,7 +28,7 @@ def get(url: str) -> str:
     return urllib.request.urlopen(url, timeout=10).read().decode()
 
 
-def test_metrics_are_served_as_they_stand(served):
+def test_metrics_are_served_with_their_current_values(served):
     metrics, url = served
     metrics.images["train"].inc(1280)
     assert 'alexnet_images_total{phase="train"} 1280.0' in get(f"{url}/metrics").splitlines()
@@ -45,7 +45,7 @@ def test_health_follows_progress(served, monkeypatch):
     assert "no progress" in error.value.read().decode()
 
 
-def test_the_live_page_is_there_before_the_first_interval_and_follows_it(served):
+def test_the_live_page_is_served_before_the_first_interval_and_updated_after_it(served):
     metrics, url = served
     assert "starting" in get(url)
     interval = Interval(
@@ -55,7 +55,7 @@ def test_the_live_page_is_there_before_the_first_interval_and_follows_it(served)
     assert "640.0" in get(url)
 
 
-def test_a_page_may_load_nothing_from_elsewhere(served):
+def test_a_page_may_not_load_anything_from_elsewhere(served):
     policy = urllib.request.urlopen(served[1], timeout=10).headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
@@ -74,7 +74,7 @@ def test_a_port_in_use_is_an_error(served):
         MetricsServer(Metrics(), "127.0.0.1", port, STALL_SECONDS)
 
 
-def test_no_other_method_is_answered_and_head_is_without_a_body(served):
+def test_only_get_and_head_are_answered_and_head_has_no_body(served):
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(urllib.request.Request(served[1], method=method), timeout=10)
@@ -90,14 +90,14 @@ def connect(url: str) -> socket.socket:
 
 
 def ended(connection: socket.socket) -> bool:
-    """Whether the server closes a connection without a word."""
+    """Return whether the server closes a connection without a response."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
         return True
 
 
-def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(served, monkeypatch, capfd):
+def test_a_client_that_sends_slowly_is_disconnected(served, monkeypatch, capfd):
     monkeypatch.setattr(module, "HEAD_SECONDS", 0.5)
     with connect(served[1]) as slow:
         slow.setblocking(False)
@@ -117,7 +117,7 @@ def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(served, monkeypatch,
     assert capfd.readouterr().err == ""
 
 
-def test_clients_beyond_the_most_are_closed_and_others_served(served, monkeypatch):
+def test_clients_beyond_the_limit_are_disconnected_and_others_are_served(served, monkeypatch):
     monkeypatch.setattr(module, "HEAD_SECONDS", 60.0)
     waiting = [connect(served[1]) for _ in range(module.MAX_CLIENTS)]
     with connect(served[1]) as another:

@@ -1,4 +1,4 @@
-"""Several processes by one command: what restarts them, what ends them, and what is said of it."""
+"""Several processes of one command: what restarts them, what ends them, and what is printed."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from trainer.processes import launch
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
-# What each stand-in for a process begins with. It takes a line of `starts` to say that it is there.
+# The start of each stand-in process. It adds a line to `starts` to announce itself.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.processes.launch import complain
-signal.alarm(180)  # should what it waits for never come
+signal.alarm(180)  # in case the expected event never happens
 rank, starts = int(os.environ["RANK"]), Path(sys.argv[1])
 with starts.open("a") as file:
     file.write(f"{rank} {os.getpid()}\\n")
@@ -34,7 +34,7 @@ def started(tmp_path: Path) -> list[str]:
     return sorted(line[0] for line in (tmp_path / "starts").read_text().splitlines())
 
 
-def test_each_process_gets_its_place_in_the_world(tmp_path):
+def test_each_process_gets_its_rank(tmp_path):
     code = """
 world = [os.environ[name] for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
 Path(f"{starts}-{rank}").write_text(" ".join(world))
@@ -46,7 +46,7 @@ Path(f"{starts}-{rank}").write_text(" ".join(world))
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({EXIT_STALLED})"])
-def test_all_start_again_when_one_is_lost(tmp_path, capfd, end):
+def test_all_are_restarted_when_one_is_lost(tmp_path, capfd, end):
     code = f"""
 if [line[0] for line in starts.read_text().splitlines()].count(str(rank)) == 1:
     until_there(2)
@@ -61,20 +61,20 @@ if [line[0] for line in starts.read_text().splitlines()].count(str(rank)) == 1:
     assert "Traceback" not in error
 
 
-def test_restarts_come_to_an_end(tmp_path, capfd):
+def test_the_number_of_restarts_is_limited(tmp_path, capfd):
     assert launch.launch(stand_in(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), 1, 2) == 137
     assert started(tmp_path) == ["0"] * 3
     assert capfd.readouterr().err.endswith("run the same command again to continue\n")
 
 
-def test_what_all_refuse_is_said_once_and_not_tried_again(tmp_path, capfd):
+def test_an_error_of_all_processes_is_printed_once_and_not_retried(tmp_path, capfd):
     code = 'until_there(2); complain("alexnet-train: no such thing", 2); sys.exit(2)'
     assert launch.launch(stand_in(tmp_path, code), 2, 3) == 2
     assert started(tmp_path) == ["0", "1"]
     assert capfd.readouterr().err == "alexnet-train: no such thing\n"
 
 
-def test_the_process_that_says_why_counts_and_not_those_that_it_left_behind(tmp_path, capfd):
+def test_the_exit_code_is_that_of_the_process_that_explains_the_failure(tmp_path, capfd):
     code = f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until_there(2)
@@ -154,7 +154,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
         launch.world_size(Settings(device=device, processes=processes))
 
 
-def test_a_world_that_torchrun_made_is_taken_as_it_is(monkeypatch):
+def test_the_processes_of_torchrun_are_used_as_they_are(monkeypatch):
     monkeypatch.setattr(launch, "visible_gpus", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

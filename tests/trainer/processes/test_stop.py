@@ -9,7 +9,7 @@ from trainer.processes.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_of_a_kind_is_noted_and_the_second_acts_as_before(number):
+def test_the_first_signal_of_a_kind_is_noted_and_the_second_acts_as_usual(number):
     class SecondSignalError(Exception):
         pass
 
@@ -30,7 +30,7 @@ def test_the_first_of_a_kind_is_noted_and_the_second_acts_as_before(number):
         signal.signal(number, own)
 
 
-def test_ctrl_c_and_the_sigterm_with_which_torchrun_answers_it_are_one_request():
+def test_ctrl_c_and_the_sigterm_that_torchrun_then_sends_are_one_request():
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -21,7 +21,7 @@ from trainer.processes.watchdog import EXIT_STALLED
 
 pytestmark = pytest.mark.slow
 
-STEPS = 200  # enough that a run cannot end between a look at its table and what is done to it
+STEPS = 200  # enough that a run cannot end between a check of its table and the next action
 SETTINGS = ["--epochs", "40", "--checkpoint-steps", "2"]
 
 
@@ -40,7 +40,7 @@ class Host:
         self.process: subprocess.Popen | None = None
 
     def start(self, arguments: list[str], restarts: int = 0) -> None:
-        """Start its part of a run, with its output in a log of its own."""
+        """Start this host's part of a run, with its output in a separate log."""
         world = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", str(restarts)]
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.6.1:29400", "--local-addr", self.address]
         meet += ["--rdzv-conf", f"is_host={self.is_first:d}"]
@@ -58,7 +58,7 @@ class Host:
         return [int(pid) for pid in ip("netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """SIGKILL to all that runs there, at once."""
+        """Send SIGKILL to everything that runs there."""
         while pids := self.pids():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -67,10 +67,10 @@ class Host:
             self.process.wait()
 
     def ranks(self) -> set[str]:
-        """Of the trainers that run there."""
+        """Return those of the trainers that run there."""
         found = set()
         for pid in self.pids():
-            with suppress(OSError):  # it has just ended
+            with suppress(OSError):  # the process has just ended
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 found |= {text.decode() for text in variables if text.startswith(b"RANK=")}
         return found
@@ -104,7 +104,7 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def one_host(packed, tmp_path_factory) -> Path:
-    """The same two processes on one host."""
+    """The same two processes, on one host."""
     out = tmp_path_factory.mktemp("one-host") / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *command(packed, out, *SETTINGS)], check=True)
@@ -120,9 +120,7 @@ def ended(hosts: list[Host]) -> list[int]:
     return [host.process.wait(DEADLINE_SECONDS) for host in hosts]
 
 
-def test_a_short_cut_and_a_host_that_is_lost_and_back_leave_the_losses_of_one_host(
-    hosts, packed, one_host, tmp_path
-):
+def test_a_brief_network_failure_and_a_lost_host_do_not_change_the_losses(hosts, packed, one_host, tmp_path):
     first, second = hosts
     metrics = tmp_path / "run/metrics.csv"
     arguments = command(packed, tmp_path / "run", *SETTINGS)
@@ -130,11 +128,11 @@ def test_a_short_cut_and_a_host_that_is_lost_and_back_leave_the_losses_of_one_ho
     wait_until(lambda: len(rows(metrics)) >= 2)
     assert [host.ranks() for host in hosts] == [{"RANK=0"}, {"RANK=1"}]
     second.link("down")
-    time.sleep(2)  # shorter than any limit: a cut is to pass unnoticed
+    time.sleep(2)  # shorter than any time limit, so the failure must go unnoticed
     stood = len(rows(metrics))
     second.link("up")
     wait_until(lambda: len(rows(metrics)) > stood + 1 and checkpoint.saved(metrics.parent / "checkpoints"))
-    assert "continuing" not in first.log.read_text()  # nothing had to be started again
+    assert "continuing" not in first.log.read_text()  # nothing had to be restarted
     second.kill()
     assert len(rows(metrics)) < STEPS
     second.start(arguments, restarts=1)
@@ -144,7 +142,7 @@ def test_a_short_cut_and_a_host_that_is_lost_and_back_leave_the_losses_of_one_ho
     assert rows(tmp_path / "run/evaluations.csv") == rows(one_host / "evaluations.csv")
 
 
-def test_a_long_cut_ends_both_hosts_with_stacks_and_the_same_commands_continue(
+def test_a_long_network_failure_ends_both_hosts_with_stacks_and_the_same_commands_continue(
     hosts, packed, one_host, tmp_path
 ):
     first, second = hosts
@@ -153,13 +151,13 @@ def test_a_long_cut_ends_both_hosts_with_stacks_and_the_same_commands_continue(
     start(hosts, arguments)
     wait_until(lambda: len(rows(metrics)) >= 3)
     second.link("down")
-    assert first.process.wait(DEADLINE_SECONDS) == 1  # torchrun's code, whatever its processes end with
-    wait_until(lambda: not second.ranks())  # whose torchrun waits for an answer of the first host's
+    assert first.process.wait(DEADLINE_SECONDS) == 1  # torchrun's exit code, whatever those of its processes
+    wait_until(lambda: not second.ranks())  # its torchrun waits for the first host's to respond
     second.link("up")
     assert second.process.wait(DEADLINE_SECONDS) == 1
     for rank, host in enumerate(hosts):
         assert f"rank {rank} has made no progress" in host.log.read_text()
-        assert "in run_to_end" in host.log.read_text()  # in a step, or in what ranks agree on between two
+        assert "in run_to_end" in host.log.read_text()  # in a step, or in a collective between two steps
     assert f"exitcode: {EXIT_STALLED}" in first.log.read_text()
     start(hosts, arguments)
     assert ended(hosts) == [0, 0], first.log.read_text() + second.log.read_text()

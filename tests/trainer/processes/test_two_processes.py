@@ -11,7 +11,7 @@ from tests.helpers import DEADLINE_SECONDS, command, exact, main, ranks_of, rows
 
 pytestmark = pytest.mark.slow
 
-# Dropout depends on the rank. Epochs enough that a run cannot end between a look at its table and a signal.
+# Dropout depends on the rank. The epochs suffice that a run cannot end between a check and a signal.
 WITHOUT_DROPOUT = ["--dropout", "off", "--epochs", "20"]
 CLOSE = {"fp32": 1e-3, "bf16": 2**-6}  # relative difference of losses; bf16 rounds by up to 2**-9
 
@@ -22,7 +22,7 @@ def torchrun(*arguments: str) -> str:
 
 @pytest.mark.parametrize("precision", CLOSE)
 def test_two_processes_train_like_one(precision, packed, tmp_path, monkeypatch):
-    """Same images in the same steps and the same mean gradient; only the order of sums differs."""
+    """They see the same images in the same steps and have the same mean gradient, up to the order of sums."""
     one, two = tmp_path / "one", tmp_path / "two"
     settings = [*WITHOUT_DROPOUT, "--epochs", "2", "--precision", precision]
     torchrun(*command(packed, two, *settings))
@@ -33,7 +33,7 @@ def test_two_processes_train_like_one(precision, packed, tmp_path, monkeypatch):
     assert [row["images"] for row in rows(two / "evaluations.csv")] == ["20", "20"]
 
 
-def test_two_processes_of_which_one_is_killed_and_both_are_stopped_give_the_same_losses(packed, tmp_path):
+def test_killing_one_of_two_processes_and_stopping_both_does_not_change_the_losses(packed, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     torchrun(*command(packed, whole, *WITHOUT_DROPOUT))
     arguments = command(packed, out, *WITHOUT_DROPOUT, "--processes", "2", "--checkpoint-steps", "2")

@@ -1,4 +1,4 @@
-"""A process that hangs ends, and says where; one rank that hangs takes the others with it."""
+"""A process that hangs is ended and says where it hung; a rank that hangs ends the others, too."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def hang(statement: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_a_hang_ends_the_process_with_a_code_of_its_own_and_all_stacks():
+def test_a_hang_ends_the_process_with_its_own_exit_code_and_all_stacks():
     code, error = hang("time.sleep(600)")
     assert code == EXIT_STALLED
     line, *stacks = error.splitlines()
@@ -48,13 +48,13 @@ def test_a_hang_ends_the_process_with_a_code_of_its_own_and_all_stacks():
     assert any("in where_it_hangs" in frame for frame in stacks)
 
 
-def test_a_hang_in_c_that_stops_all_python_ends_the_process_too():
-    code, error = hang("ctypes.PyDLL(None).sleep(600)")  # PyDLL keeps the interpreter's lock
+def test_a_hang_in_c_that_blocks_all_python_code_also_ends_the_process():
+    code, error = hang("ctypes.PyDLL(None).sleep(600)")  # PyDLL holds the interpreter's lock
     assert code == 1
     assert "in where_it_hangs" in error
 
 
-def test_the_first_interval_has_longer_for_it_compiles():
+def test_the_first_interval_is_allowed_more_time():
     metrics = Metrics()
     assert allowed_seconds(metrics, 60.0) == START_SECONDS
     assert allowed_seconds(metrics, 2 * START_SECONDS) == 2 * START_SECONDS
@@ -64,7 +64,7 @@ def test_the_first_interval_has_longer_for_it_compiles():
 
 
 @pytest.mark.slow
-def test_a_rank_whose_peers_never_come_ends_too(packed, tmp_path):
+def test_a_rank_whose_peers_never_join_ends(packed, tmp_path):
     script = "from trainer import cli, watchdog; watchdog.START_SECONDS = 1.0; cli.main()"
     world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     _, _, *arguments = command(packed, tmp_path / "run", "--stall-seconds", "1")
@@ -101,5 +101,5 @@ def test_a_rank_that_is_stopped_ends_the_whole_run(packed, tmp_path):
     _, error = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode != 0
     assert b"rank 0 has made no progress" in error
-    assert b"in _train" in error  # in the step, or in the log after it
+    assert b"in _train" in error  # in the step, or in the logging after it
     assert not any(map(is_alive, ranks.values()))
