@@ -94,11 +94,11 @@ def exported() -> dict[str, set[str]]:
     return known | process | recorded
 
 
-def test_the_committed_dashboard_is_what_the_script_gives():
+def test_the_committed_dashboard_matches_the_script():
     assert PATH.read_text() == dashboard_json(), "run: python docker/grafana/make_dashboard.py"
 
 
-def test_the_dashboard_has_no_field_that_grafana_does_not_know():
+def test_the_dashboard_has_no_unknown_fields():
     register_default_plugins()
     held = json.loads(PATH.read_text())
     assert json.loads(json.dumps(Dashboard.from_json(held), cls=JSONEncoder)) == held
@@ -122,7 +122,7 @@ def test_the_dashboard_has_the_types_of_grafanas_schema(node_modules):
     assert done.returncode == 0, done.stdout
 
 
-def test_builders_types_and_image_are_of_one_grafana():
+def test_builders_types_and_image_have_the_same_grafana_version():
     assert version("grafana-foundation-sdk").endswith(f"!{GRAFANA}.0")
     assert f"@grafana/schema@{GRAFANA}." in (REPO / "Makefile").read_text()
     assert services()["grafana"]["image"].startswith(f"grafana/grafana:{GRAFANA}.")
@@ -140,12 +140,12 @@ def assert_exported(expr: str, known: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("expr", [pytest.param(expr, id=name) for name, expr in queries()])
-def test_a_query_asks_for_what_is_exported(expr):
+def test_queries_use_exported_metrics(expr):
     assert_exported(expr, exported())
 
 
 @pytest.mark.parametrize("rule", list(rules()), ids=lambda rule: rule.get("record", rule.get("alert")))
-def test_a_rule_asks_for_what_is_exported(rule):
+def test_rules_use_exported_metrics(rule):
     known = exported()
     assert_exported(rule["expr"], known)
     used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule.get("annotations", {}))))
@@ -168,7 +168,7 @@ def test_the_parser_of_queries_finds_metrics_and_labels():
         "sum by (part) (alexnet_images_total)",
     ],
 )
-def test_what_is_not_exported_is_found(expr):
+def test_unknown_metrics_and_labels_are_found(expr):
     with pytest.raises(AssertionError):
         assert_exported(expr, exported())
 
@@ -188,7 +188,7 @@ def luminance(colour: str) -> float:
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_every_colour_shows_on_grafanas_light_and_dark_panels():
+def test_every_colour_is_visible_on_light_and_dark_panels():
     used = set(re.findall(r"#[0-9A-Fa-f]{6}", PATH.read_text()))
     assert len(used) >= 4
     for colour in used:
@@ -231,7 +231,7 @@ def test_grafana_finds_prometheus_its_data_source_and_the_dashboard():
     assert home == f"{folder}/{PATH.name}"
 
 
-def test_prometheus_finds_its_configuration_and_the_services_that_it_scrapes():
+def test_prometheus_finds_its_configuration_and_its_targets():
     assert mounts("prometheus") == {"/etc/prometheus": DOCKER / "prometheus"}
     (group,) = yaml.safe_load((DOCKER / "prometheus/targets/trainer.yml").read_text())
     assert group["targets"] == [f"trainer:{Settings.model_fields['port'].default}"]

@@ -67,11 +67,11 @@ def test_the_configuration_its_targets_and_the_rules_are_valid(binaries, tmp_pat
 
 
 @pytest.mark.parametrize("tests", sorted((PROMETHEUS / "tests").iterdir()), ids=lambda path: path.name)
-def test_the_rules_give_what_was_computed_by_hand(binaries, tests):
+def test_rules_give_the_values_computed_by_hand(binaries, tests):
     assert "SUCCESS" in promtool(binaries, "test", "rules", tests)
 
 
-def test_every_alert_is_tested_and_says_what_to_do():
+def test_every_alert_is_tested_and_has_advice():
     tested = (PROMETHEUS / "tests/alerts.yml").read_text()
     explained = (PROMETHEUS.parents[1] / "docs/operations.md").read_text()
     (group,) = yaml.safe_load((PROMETHEUS / "rules/alerts.yml").read_text())["groups"]
@@ -182,7 +182,7 @@ def test_a_query_of_the_dashboard_finds_data_in_a_real_run(watched, expr):
 
 
 @pytest.mark.slow
-def test_all_rules_work_on_a_real_run_and_no_alert_fires(watched):
+def test_rules_work_on_a_real_run_and_no_alert_fires(watched):
     def rules() -> list[dict]:
         return [rule for group in watched.get("rules")["groups"] for rule in group["rules"]]
 
@@ -195,7 +195,7 @@ def test_all_rules_work_on_a_real_run_and_no_alert_fires(watched):
 
 
 @pytest.mark.slow
-def test_the_trainer_is_the_only_target_and_prometheus_reads_it_without_error(watched):
+def test_the_trainer_is_the_only_target_and_is_scraped_without_error(watched):
     (target,) = watched.get("targets")["activeTargets"]
     assert (target["health"], target["lastError"], target["labels"]["job"]) == ("up", "", JOB)
     (info,) = watched.query("alexnet_run_info")
@@ -203,7 +203,7 @@ def test_the_trainer_is_the_only_target_and_prometheus_reads_it_without_error(wa
 
 
 @pytest.mark.slow
-def test_images_are_counted_as_fast_as_the_trainer_logged_the_same_steps(watched):
+def test_the_image_rate_matches_the_trainers_log(watched):
     """Over the most scrapes within an epoch, where no evaluation or checkpoint comes between."""
     (series,) = watched.query('alexnet_images_total{phase="train"}[1h]')
     took = {int(row["step"]): BATCH / float(row["images_per_second"]) for row in rows(watched.metrics)}

@@ -22,9 +22,7 @@ PRECISION = ("--precision", "fp32")
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_come_to_what_the_whole_ones_do(
-    packed, tmp_path, monkeypatch, call
-):
+def test_runs_killed_at_any_moment_give_the_undisturbed_result(packed, tmp_path, monkeypatch, call):
     """With each aim as often as any other. What is hit is up to the machine: a write takes milliseconds."""
     aims, draw = cycle(runs.AIMS), runs.Chaos.draw
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: draw(self, world)._replace(aim=next(aims)))
@@ -42,7 +40,7 @@ def test_runs_that_are_killed_at_any_moment_come_to_what_the_whole_ones_do(
 
 
 @pytest.mark.slow
-def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypatch, call):
+def test_a_weight_that_differs_from_the_saved_one_is_found(packed, tmp_path, monkeypatch, call):
     """In the midst of the run, by a checkpoint that was altered and has the right sum."""
 
     def altered(run: Run, durable: int) -> int:
@@ -107,7 +105,7 @@ def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
     assert Watch(run, batch=4, samples=8).moment() == "resume"
 
 
-def test_what_was_saved_and_is_lost_after_a_kill_is_found(killed):
+def test_a_checkpoint_lost_in_a_kill_is_found(killed):
     assert checks.check_saved(killed, durable=4) == 4
     with pytest.raises(DifferenceError, match="newest checkpoint is of step 4, but there was one of step 5"):
         checks.check_saved(killed, durable=5)
@@ -124,13 +122,13 @@ def test_a_damaged_checkpoint_after_a_kill_is_found(killed):
 
 
 @pytest.mark.parametrize("table", ["metrics", "evaluations"])
-def test_rows_that_are_missing_before_a_checkpoint_are_found(killed, table):
+def test_rows_missing_before_a_checkpoint_are_found(killed, table):
     getattr(killed, table).truncate(3)
     with pytest.raises(DifferenceError, match=f"{table}.csv lacks rows up to the saved step 4"):
         checks.check_saved(killed, durable=4)
 
 
-def test_files_and_a_lock_that_a_kill_leaves_behind_are_found(killed):
+def test_files_and_a_lock_left_behind_by_a_kill_are_found(killed):
     for step in (6, 8):
         (killed.checkpoints / f".step-{step:09}.pt.partial").touch()
     with pytest.raises(DifferenceError, match="2 temporary files"):
@@ -175,7 +173,7 @@ def test_states_are_compared_bit_for_bit(tmp_path):
         checks.check_same(state, {**state, "errors": [0.25]}, "it")
 
 
-def test_a_folder_with_something_in_it_is_refused(packed, tmp_path, call):
+def test_a_folder_that_is_not_empty_is_refused(packed, tmp_path, call):
     (tmp_path / "something").touch()
     done = call(chaos.main, "--data", packed, "--folder", tmp_path)
     assert done.returncode == 1

@@ -50,12 +50,12 @@ def violations(packed, tmp_path, monkeypatch):
     return judged
 
 
-def test_a_run_that_ends_well_or_says_why_not_is_right(violations):
+def test_a_run_that_succeeds_or_explains_its_failure_passes(violations):
     assert violations(0, "") == ""
     assert violations(1, SAID) == ""
 
 
-def test_what_is_lost_or_not_said_is_wrong(violations):
+def test_lost_work_and_unexplained_failures_are_violations(violations):
     def lose(kind: str):
         return lambda run: [path.unlink() for path in (run / "checkpoints").glob(f"{kind}-*")]
 

@@ -31,7 +31,7 @@ def settings_of(training: Training) -> Settings:
     return load_settings(training.settings)
 
 
-def test_fine_tuning_comes_last_with_its_own_pre_training_and_small_learning_rates(trainings, tmp_path):
+def test_fine_tuning_follows_its_seeds_pre_training_at_small_learning_rates(trainings, tmp_path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     cnn_star.add_arguments(parser)

@@ -79,7 +79,7 @@ def test_an_export_computes_what_the_checkpoint_does_for_any_number_of_images(ne
             assert abs(found - expected[:count]).max() < 1e-4 * abs(expected).max()
 
 
-def test_an_export_that_computes_something_else_is_not_left(packed, tmp_path, command, monkeypatch):
+def test_an_export_that_computes_something_else_is_deleted(packed, tmp_path, command, monkeypatch):
     run = untrained(packed, tmp_path / "run", lrn=False)
     traced = export.traced
 
@@ -103,7 +103,7 @@ def theirs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, packed, tmp_path, command):
+def test_torchvisions_weights_are_imported_and_exported_unchanged(theirs, packed, tmp_path, command):
     out = tmp_path / "run"
     assert "10 classes" in command(import_torchvision.main, theirs, "--out", out, "--data", packed)
     spec = NetSpec.read(out)
@@ -120,7 +120,7 @@ def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, pack
     assert refused == "2"  # its dataset is torchvision's
 
 
-def test_what_is_not_torchvisions_is_refused(theirs, packed, tmp_path, command):
+def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, tmp_path, command):
     run = untrained(packed, tmp_path / "run", lrn=False)
     assert "another net than preset paper" in command(export.main, run.folder, "--out", tmp_path / "net.pth")
     text = tmp_path / "text.pth"
