@@ -26,7 +26,7 @@ VARIABLES = ("BIND", "DATA", "GRAFANA_PASSWORD", "RECIPE", "RUN_AS", "TARGET", "
 
 
 def compose(files: list[Path], *arguments: str, **variables: str) -> str:
-    """What docker-compose prints, with these variables and not the user's."""
+    """Return what docker-compose prints, with these variables instead of the user's."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         [Path(sys.executable).with_name("docker-compose"), *(f"--file={file}" for file in files), *arguments],
@@ -114,7 +114,7 @@ def test_the_grace_period_matches_kubernetes():
 
 @pytest.fixture(scope="module")
 def running(image: str, packed: Path) -> Iterator[Callable[..., str]]:
-    """The trainer on the packed pictures and Prometheus, up and healthy; calls compose on them."""
+    """Start the trainer on the packed pictures, and Prometheus; yields a function that calls compose."""
     files = [COMPOSE, Path(__file__).with_name("compose.test.yaml")]
     variables = {"DATA": str(packed), "RECIPE": "demo", "RUN_AS": str(os.getuid())}
     variables |= dict.fromkeys(("TRAINER_PORT", "PROMETHEUS_PORT"), "0")
@@ -133,7 +133,7 @@ TRAINED = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="t
 
 
 def value(running: Callable[..., str], query: str) -> float:
-    """The one value that Prometheus has for a query; 0 where it has none yet, or does not answer."""
+    """Return the only value that Prometheus has for a query, or 0 if it has none or does not answer."""
     address = running("port", "prometheus", "9090").strip()
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     try:

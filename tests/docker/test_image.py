@@ -1,4 +1,4 @@
-"""The image: what it is built from, and, marked `image`, what it does on a real engine."""
+"""The image: what it is built from and, in tests marked `image`, what it does on a real engine."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ PROCESS = "$(cat /proc/1/task/1/children)"  # the trainer, as tini's only child
 
 
 def locked(name: str) -> dict[str, str]:
-    """Package and version of each line; fails on one that is not pinned, or has no hash."""
+    """Return the packages and versions of a lock file; fails if one is not pinned or has no hash."""
     text = re.sub(r"^ *#.*\n", "", LOCKS[name].read_text(), flags=re.MULTILINE)
     versions = {}
     for line in text.replace("\\\n", "").split("\n"):
@@ -105,7 +105,7 @@ def test_it_has_the_kernel_for_cpus(docker, image):
 
 @pytest.fixture(scope="module")
 def data(packed):
-    """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""
+    """The packed pictures, mounted read-only at /data; only their owner can read pytest's folders."""
     packed.chmod(0o755)
     return "--volume", f"{packed}:/data:ro"
 
@@ -148,7 +148,7 @@ def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo(image, start):
-    """The demo, which trains on and on, with nothing but a volume to write to."""
+    """The demo, which trains without end and can only write to a volume."""
     health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
     container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
     container.wait_for_images()

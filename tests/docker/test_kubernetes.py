@@ -51,14 +51,14 @@ def trainer(job: Manifest) -> Manifest:
 
 
 def torchrun() -> dict[str, str]:
-    """The flags of the command in the pods of several nodes."""
+    """Return the flags of the command in the pods of several nodes."""
     words = shlex.split(trainer(MULTI_NODE)["args"][0])
     flags = words[words.index("torchrun") + 1 : words.index("-m")]
     return dict(zip(flags[::2], flags[1::2], strict=True))
 
 
 def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the trainer makes of a Job's arguments and environment, and the image's."""
+    """Return the settings that result from a Job's arguments and environment, and the image's."""
     monkeypatch.setenv("ALEXNET_DATA", re.search(r"\bALEXNET_DATA=(\S+)", DOCKERFILE)[1])
     for variable in trainer(job).get("env", []):
         if "value" in variable:
@@ -71,21 +71,21 @@ def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def labels(job: Manifest) -> dict[str, str]:
-    """Of a Job's pods, with the one that Kubernetes adds."""
+    """Return the labels of a Job's pods, including the one that Kubernetes adds."""
     return job["spec"]["template"]["metadata"]["labels"] | {
         "batch.kubernetes.io/job-name": job["metadata"]["name"]
     }
 
 
 def checkpoint_bytes() -> int:
-    """Weights and momentum of ImageNet's thousand classes."""
+    """Return the size of weights and momentum for ImageNet's thousand classes."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in AlexNet(1000).parameters())
     return 2 * 4 * parameters
 
 
 def complaint(manifest: Manifest) -> str:
-    """What Kubernetes, or Prometheus Operator for its own kind, has against a manifest."""
+    """Return what Kubernetes, or Prometheus Operator for its own kind, finds wrong with a manifest."""
     if manifest["kind"] == "PodMonitor":
         from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so here
 

@@ -23,7 +23,7 @@ PRECISION = ("--precision", "fp32")
 
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_give_the_undisturbed_result(packed, tmp_path, monkeypatch, call):
-    """With each aim as often as any other. What is hit is up to the machine: a write takes milliseconds."""
+    """All aims occur equally often. What a kill hits depends on the machine: a write takes milliseconds."""
     aims, draw = cycle(runs.AIMS), runs.Chaos.draw
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: draw(self, world)._replace(aim=next(aims)))
     folder = tmp_path / "runs"
@@ -41,7 +41,7 @@ def test_runs_killed_at_any_moment_give_the_undisturbed_result(packed, tmp_path,
 
 @pytest.mark.slow
 def test_a_weight_that_differs_from_the_saved_one_is_found(packed, tmp_path, monkeypatch, call):
-    """In the midst of the run, by a checkpoint that was altered and has the right sum."""
+    """A checkpoint in the middle of the run is altered but has a matching checksum."""
 
     def altered(run: Run, durable: int) -> int:
         step = checks.check_saved(run, durable)
@@ -64,7 +64,7 @@ def test_a_weight_that_differs_from_the_saved_one_is_found(packed, tmp_path, mon
 
 @pytest.fixture
 def killed(tmp_path) -> Run:
-    """What a run leaves that was killed after step 5, saved at 2 and 4."""
+    """The files of a run that was killed after step 5, and saved at steps 2 and 4."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     (run.folder / ".lock").touch()
@@ -79,7 +79,7 @@ def killed(tmp_path) -> Run:
 
 
 def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
-    """With two steps an epoch. A life begins with no checkpoint, and another with one."""
+    """An epoch has two steps. One life starts without a checkpoint, and another with one."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
 
@@ -141,7 +141,7 @@ def test_files_and_a_lock_left_behind_by_a_kill_are_found(killed):
 
 
 def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
-    """Steps of four images: on one process, then on two, which saw step 1 again."""
+    """Steps have four images, on one process and then on two, which repeat step 1."""
     records = tmp_path / "records"
     records.mkdir()
     (records / "0000-1.0").write_text("0 a b c d\n1 e f g h\n")

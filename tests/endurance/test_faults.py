@@ -1,4 +1,4 @@
-"""Storage that fails above Python's functions: the harness itself, and a sample of what it tries."""
+"""Storage whose Python functions fail: the harness itself, and a sample of its cases."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""The soak: what it samples, when it says that something grew, and a short one of the real trainer."""
+"""The soak test: its samples, when it reports growth, and a short run of the real trainer."""
 
 import json
 import os
@@ -38,14 +38,14 @@ STARTS = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 
 
 def samples(**changed) -> soak.Samples:
-    """A sample each ten steps; of each changed series the value is that of a function of the step."""
+    """A sample every ten steps; the values of changed series are functions of the step."""
     steps = [float(step) for step in range(0, STEPS, 10)]
     values = {name: [value] * len(steps) for name, value in FLAT.items()}
     return {"step": steps} | values | {name: list(map(of, steps)) for name, of in changed.items()}
 
 
 def main(monkeypatch, *arguments: object) -> object:
-    """The command; returns what it exits with."""
+    """Run the command; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["soak.py", *map(str, arguments)])
     try:
         soak.main()
@@ -113,7 +113,7 @@ def test_a_failing_trainer_is_reported_with_its_last_line(tmp_path):
 
 @pytest.fixture
 def _sampled_steps(monkeypatch, tmp_path) -> None:
-    """The trainer waits at steps 30 and 100 until a sample of them is taken, however busy the machine is.
+    """The trainer waits at steps 30 and 100 until they have been sampled, however busy the machine is.
 
     That is in both of the tenths whose medians are compared, when the 4th and the 13th row of metrics are to
     be written: a row is due each ten steps, and each fifteen, when an epoch ends.

@@ -1,4 +1,4 @@
-"""The baselines: Fisher vectors and sparse codes against their formulas, and both on drawn pictures."""
+"""The baselines: Fisher vectors and sparse codes, compared with formulas and trained on drawn pictures."""
 
 import argparse
 import sys
@@ -115,7 +115,7 @@ def test_descriptors_form_a_grid_at_each_scale_large_enough_for_a_patch():
 
 
 def test_a_mirrored_picture_has_its_descriptors_mirrored():
-    """So a patch lies where its place says, to the pixel."""
+    """This shows that patches are at their positions, to the pixel."""
     image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 255, (33, 33), np.uint8), (0, 0), 2)
     there, back = (
         dense_sift(picture, step=8, scales=1)[0].reshape(3, 3, 4, 4, 8)

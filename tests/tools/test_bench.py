@@ -1,4 +1,4 @@
-"""The instrument: its arithmetic, and that each stage runs and ends in JSON."""
+"""The benchmark: its arithmetic, and that each stage runs and ends in JSON."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def test_contestants_run_by_turns_after_a_warm_up():
 
 
 def failing(turn: int, error: Exception):
-    """A contestant that fails in its turn, counted from 1; those before it are 1.0."""
+    """A contestant that fails in the given turn, counted from 1, and returns 1.0 before."""
     turns = itertools.count(1)
 
     def run() -> float:
@@ -120,7 +120,7 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """The second contestant of `read` has no memory, nor has any of `loader`."""
+    """The second contestant of `read` and all of `loader` run out of memory."""
     from tools.benchmarks.stages import Stages
 
     read = Stages.read
@@ -218,7 +218,7 @@ def test_the_form_of_convolutions_is_chosen_once_when_needed_and_recorded(
 
 @pytest.fixture
 def loaders(monkeypatch):
-    """`loader` has three runs, of figures that depend on its batch, beside another that does 1.0 in each."""
+    """`loader` has three runs whose figures depend on the batch size; its other contestant gives 1.0."""
     from tools.benchmarks.stages import Stages
 
     figures = {4: (2.0, 2.0, 2.0), 32: (0.7, 0.8, 0.9), 128: (0.9, 0.95, 1.05)}

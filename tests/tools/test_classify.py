@@ -1,4 +1,4 @@
-"""tools/classify.py against the evaluation, on videos whose frames are known, and on broken files."""
+"""tools/classify.py compared with the evaluation, on videos with known frames, and on broken files."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def colour_logits(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def run_classify(monkeypatch, capsys):
-    """Run the command with the net of colours unless told; returns exit code, output and errors."""
+    """Run the command, by default with the net of colours; returns exit code, output and errors."""
     monkeypatch.setattr(classify, "open_export", lambda path: Net(colour_logits, COLOURS))
 
     def run(*arguments: object, net: tuple = ("--net", "net.onnx")) -> tuple[int | str, str, str]:
@@ -78,7 +78,7 @@ def write_video(path: Path, pictures: list[Image.Image], rate: int = 10) -> Path
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory) -> Path:
-    """A run of a narrow net with weights, never trained, that are large enough to tell pictures apart."""
+    """A run of a narrow, untrained net whose weights are large enough to give pictures different classes."""
     run = Run(tmp_path_factory.mktemp("trained") / "run")
     given = {"crop": 64, "preset": "code2012", "width": 0.125, "device": "cpu", "precision": "fp32"}
     settings = Settings.model_validate({"data": packed, "out": run.folder, **given})

@@ -1,4 +1,4 @@
-"""Binary codes: their search against a naive one, and what an auto-encoder learns."""
+"""Binary codes: their search compared with a naive one, and what an auto-encoder learns."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_codes_are_found_in_order_of_hamming_distance(bits, words):
 
 
 def clusters() -> tuple[torch.Tensor, np.ndarray]:
-    """400 points around 20 centres, and whose they are."""
+    """400 points around 20 centres, and the centre of each."""
     torch.manual_seed(0)
     own = np.arange(400) % 20
     return torch.randn(20, 48)[own] + 0.3 * torch.randn(400, 48), own

@@ -1,4 +1,4 @@
-"""Recipes side by side: short trainings on drawn pictures, and the arithmetic of their table."""
+"""Comparing recipes: short runs on drawn pictures, and the arithmetic of the table."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The plots of the benchmarks: what is drawn, and what is refused."""
+"""The plots of benchmark records: what is drawn, and what is refused."""
 
 import json
 import subprocess

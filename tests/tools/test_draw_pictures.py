@@ -1,4 +1,4 @@
-"""Drawn pictures: repeatable, and of classes that take both the colour and the shape to tell."""
+"""Drawn pictures: reproducible, with classes that need both colour and shape."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ def pixels(name: str, seed: int) -> np.ndarray:
 
 
 def silhouette(shape: str, seed: int) -> np.ndarray:
-    """Where the shape is: there alone the two hues of one drawing differ."""
+    """Return where the shape is: only there do the two hues of a drawing differ."""
     return np.abs(pixels(f"warm_{shape}", seed) - pixels(f"cold_{shape}", seed)).max(2) > 40
 
 

@@ -1,4 +1,4 @@
-"""Averages of nets, and ten crops, against numpy."""
+"""Averages of nets, and ten crops, compared with numpy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Exports against the checkpoint they were made from, and torchvision's weights on the way in and out."""
+"""Exports compared with their checkpoint, and importing and exporting torchvision's weights."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -31,7 +31,7 @@ NETS = {
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a tool; returns what it printed, or the message of its exit."""
+    """Run a tool; returns its output, or the message it exits with."""
 
     def run(main, *arguments: object) -> str:
         monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
@@ -45,7 +45,7 @@ def command(monkeypatch, capsys):
 
 
 def untrained(packed: Path, folder: Path, **settings) -> Run:
-    """A run whose narrow net, never trained, tells pictures apart: its weights are larger than at first."""
+    """Make a run of a narrow, untrained net whose enlarged weights give pictures different logits."""
     given = {"data": packed, "out": folder, "crop": 64, "width": 0.125, "device": "cpu", "precision": "fp32"}
     chosen = Settings.model_validate(given | settings)
     run = Run(folder)
@@ -95,7 +95,7 @@ def test_an_export_that_computes_something_else_is_deleted(packed, tmp_path, com
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> Path:
-    """A file such as torchvision publishes, of ten classes."""
+    """A file like torchvision's, with ten classes."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("theirs") / "alexnet.pth"
     torch.save(to_torchvision(TorchvisionAlexNet(10).state_dict()), path)

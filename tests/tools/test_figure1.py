@@ -1,4 +1,4 @@
-"""Fig. 1: the four-layer net, its images, one training of it, and the sweep over learning rates."""
+"""Fig. 1: the four-layer net, its images, its training, and the sweep over learning rates."""
 
 import argparse
 import io
@@ -17,7 +17,7 @@ from tools.experiments.four_layers import Images, Trial, epochs_to, is_over, sma
 
 
 class Reader:
-    """A split of these files."""
+    """A split made of these files."""
 
     def __init__(self, *jpegs: bytes):
         self.content = jpegs
@@ -30,7 +30,7 @@ class Reader:
 
 
 def striped(width: int, height: int) -> bytes:
-    """Red, but for a blue square in the middle of the longer side."""
+    """A red picture with a blue square in the middle of the longer side."""
     image, side = Image.new("RGB", (width, height), (255, 0, 0)), min(width, height)
     image.paste(
         (0, 0, 255), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
@@ -71,7 +71,7 @@ def test_the_epoch_of_the_target_is_interpolated_between_epochs():
 
 
 def learnable() -> Images:
-    """Two classes of noise, dark and bright."""
+    """Images of two classes of noise, dark and bright."""
     labels = np.arange(60) % 2
     pixels = np.random.default_rng(0).integers(0, 156, (60, 3, 32, 32)) + 100 * labels[:, None, None, None]
     return Images(pixels.astype(np.uint8), labels, torch.device("cpu"))

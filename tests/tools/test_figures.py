@@ -1,4 +1,4 @@
-"""Fig. 3 and Fig. 4 of a net with the weights that it began with, and the search that they rest on."""
+"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search that they rely on."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def begin_run(folder: Path, data: Path) -> Path:
-    """A run that was saved before its first step."""
+    """A run saved before its first step."""
     settings = load_settings(["--data", str(data), "--recipe", "demo", "--crop", "64", "--precision", "fp32"])
     manifest = read_manifest(data)
     run = Run(folder)

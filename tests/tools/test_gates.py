@@ -1,4 +1,4 @@
-"""Goals of the benchmarks, judged on made-up runs whose medians and intervals are computed by hand."""
+"""Goals of the benchmarks, judged on invented runs with medians and intervals computed by hand."""
 
 import random
 

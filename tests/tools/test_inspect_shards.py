@@ -1,4 +1,4 @@
-"""inspect_shards: the report says what is in a dataset whose content is known."""
+"""inspect_shards: the report on a dataset whose content is known."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def plain(colour: tuple[int, int, int], width: int = 40, height: int = 40) -> by
 
 
 def dataset(root: Path, names: list[str], **splits: list[tuple[int, bytes]]) -> Path:
-    """Shards of four samples each, given as label and JPEG; keys are p000, p001, … in each split."""
+    """Write shards of four samples each, given as label and JPEG; each split has keys p000, p001, …"""
     root.mkdir()
     written = {}
     for split, items in splits.items():
@@ -162,7 +162,7 @@ def test_many_copies_of_one_picture_keep_the_report_short(tmp_path):
 
 
 def tiles(path: Path, columns: int) -> np.ndarray:
-    """The colour in the middle of each tile: [rows,columns,3]."""
+    """Return the colour in the middle of each tile: [rows,columns,3]."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), int)
     width = pixels.shape[1] // columns

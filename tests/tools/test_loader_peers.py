@@ -1,4 +1,4 @@
-"""Others' input pipelines: the protocol of turns, what they deliver, and what is said when they cannot."""
+"""Other input pipelines: the protocol of turns, what they deliver, and their errors."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ PEERS_PYTHON = REPO / ".loader-peers/bin/python"
 
 @pytest.fixture
 def job(packed, tmp_path) -> Job:
-    """20 of the 60 pictures in a batch, so that several epochs are soon over."""
+    """A job with batches of 20 of the 60 pictures, for short epochs."""
     return Job(packed, batch=20, crop=67, threads=2, scratch=tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
 
 
 def states(group: int) -> set[str]:
-    """Of the processes in a process group: R for running, T for stopped, …"""
+    """Return the states of the processes in a group: R for running, T for stopped, …"""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
@@ -139,7 +139,7 @@ def test_a_folder_without_a_dataset_is_refused_in_one_line(tmp_path):
 
 
 def test_a_crop_larger_than_the_packed_images_is_refused(packed):
-    """By the error that a folder without a dataset is refused with, which the command makes a line of."""
+    """The reason is the line that refuses a folder without a dataset."""
     with pytest.raises(ValueError, match=r"^a crop of 90 px does not fit in images of 80 px$"):
         Job(packed, batch=2, crop=90, threads=1).check()
 

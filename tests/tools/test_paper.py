@@ -1,4 +1,4 @@
-"""tools/paper.py: a small grid really trained, and the arithmetic and text of records."""
+"""tools/paper.py: a small grid that is really trained, and the arithmetic and text of records."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""shard_checks: every damage of a shard is named with its member and byte."""
+"""Checks of shards: all damage is reported with its member and byte."""
 
 import io
 import os
@@ -25,7 +25,7 @@ TAR = "train-000001.tar"  # samples 20 to 39 of train
 
 @pytest.fixture
 def folder(packed: Path, tmp_path: Path) -> Path:
-    """A copy of the drawn pictures' shards to damage."""
+    """A copy of the drawn pictures' shards that tests may damage."""
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
@@ -52,7 +52,7 @@ def edit(path: Path, place: int, new: bytes) -> None:
 
 
 def jpeg_at(root: Path, number: int) -> int:
-    """The byte at which the JPEG of a sample of TAR begins."""
+    """Return the offset in TAR of a sample's JPEG."""
     return int(np.load(root / "train.index.npy")["offset"][20 + number])
 
 
@@ -117,7 +117,7 @@ def test_padding_that_is_not_zero_names_its_byte(folder):
 
 
 def test_a_wrong_checksum_makes_every_picture_be_decoded(folder):
-    """By itself `sampled` takes every second of twenty; the damaged one is the 12th."""
+    """`sampled` alone would decode every second of twenty; the damaged one is the 12th."""
     row = np.load(folder / "train.index.npy")[31]
     end = int(row["offset"]) + int(row["size"])
     place = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
@@ -144,7 +144,7 @@ def jpeg(width: int = 16, height: int = 16, mode: str = "RGB") -> bytes:
 
 
 def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray], None]) -> list[str]:
-    """What is found in a new shard of these samples whose index is what `change` makes of the right one."""
+    """Return the findings for a new shard of these samples whose index `change` has altered."""
     shard, rows = write_shard(folder / "new.tar", samples)
     change(rows)
     return [line.removeprefix("new.tar, ") for line in named(Task(folder, shard, rows, 10, "sampled"))]
@@ -234,7 +234,7 @@ def test_an_idx_is_compared_with_its_tar(folder):
 
 
 def test_dalis_index_is_what_wds2idx_makes(folder, tmp_path):
-    """DALI's own tool, on its own reading of the tar."""
+    """Compare with DALI's own tool, which reads the tar by itself."""
     made = tmp_path / "made.idx"
     command = [Path(sys.executable).with_name("wds2idx"), folder / TAR, made]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The contestants of the benchmarks' stages: who they are, what they do, and that they end."""
+"""The contestants of the benchmarks' stages: which they are, what they do, and that they are closed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The peer of the model stage computes what ours does, and its step trains."""
+"""The stock net of the stage `model` computes what ours does, and its step trains."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""tools/paper.py towers: both nets really trained, in three processes, and what is refused before that."""
+"""tools/paper.py towers: both nets are really trained, in three processes; bad settings are refused."""
 
 from argparse import Namespace
 

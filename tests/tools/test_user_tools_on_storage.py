@@ -17,7 +17,7 @@ from tools.classifying import nets
 from tools.classifying.output import Result
 from tools.classifying.pictures import InputError, find, read
 
-# What tempfile says where no folder can be written.
+# What tempfile does if it finds no writable folder.
 WITHOUT_TEMPORARY_FOLDER = """
 import runpy, sys, tempfile
 
@@ -63,7 +63,7 @@ def test_a_missing_temporary_folder_is_reported_in_one_line(tmp_path, command):
 
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
-    """Make so many reads of whole files fail."""
+    """Make the first `times` reads of whole files fail."""
     left = iter(range(times))
 
     def answer(file: io.FileIO, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Verifying and inspecting on storage that fails: what is no damage, what is, and which file it was."""
+"""Verifying and inspecting on failing storage: what counts as damage, and which file is named."""
 
 import errno
 import os
@@ -75,7 +75,7 @@ def test_a_dataset_that_disappears_is_not_reported_as_missing_shards(dataset, mo
 @pytest.mark.parametrize("decode", ["sampled", "all"])
 def test_a_correct_second_read_does_not_hide_a_wrong_first_one(dataset, monkeypatch, decode):
     class Flaky(checks._Hashed):
-        """The first time that the second tar is read, a bit is another."""
+        """Flip a bit the first time that the second tar is read."""
 
         def read(self, size: int) -> bytes:
             data = super().read(size)

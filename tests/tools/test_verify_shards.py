@@ -1,4 +1,4 @@
-"""verify_shards: every damage is found and named, and nothing else is."""
+"""verify_shards: all damage is found and named, and nothing else."""
 
 import json
 import shutil
@@ -24,13 +24,13 @@ TAR = "train-000001.tar"  # samples 20 to 39 of train
 
 @pytest.fixture
 def run(call) -> Callable[..., subprocess.CompletedProcess]:
-    """run(data, *arguments): the command in this process."""
+    """run(data, *arguments): run the command in this process."""
     return lambda data, *arguments: call(verify_shards.main, "--data", data, *arguments)
 
 
 @pytest.fixture
 def dataset(packed: Path, tmp_path: Path) -> Path:
-    """A copy to damage: 60 of train in three shards of 20, 20 of val in one."""
+    """A copy that tests may damage: train has three shards of 20 samples, val one of 20."""
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
@@ -78,7 +78,7 @@ def test_pictures_larger_than_dataset_json_says_are_named(dataset):
 
 
 def with_rows(root: Path, change: Callable[[np.ndarray], None]) -> None:
-    """Let the index of train be what `change` makes of it, and dataset.json know it."""
+    """Replace the index of train by what `change` returns, and update dataset.json."""
     rows = np.load(root / "train.index.npy")
     change(rows)
     digest = write_index(root / "train.index.npy", rows)
@@ -106,7 +106,7 @@ def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
 
 
 def named(dataset: Path, name: str) -> Iterator[None]:
-    """The dataset with this name for its index, then for a shard."""
+    """Yield the dataset with this name for its index, and then for a shard."""
     for change in (
         lambda split: split.update(index=name),
         lambda split: split["shards"][0].update(file=name),
@@ -184,7 +184,7 @@ def test_findings_are_printed_up_to_a_limit_and_counted(dataset, run):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
-    """dataset.json has no checksum of its own: of it only the second half of this holds."""
+    """dataset.json has no checksum of its own, so for it only the second half of this applies."""
     rng = np.random.default_rng(seed)
     for path in sorted(packed.iterdir()):
         if path.name == "report.tsv":
