@@ -26,7 +26,7 @@ VARIABLES = ("BIND", "DATA", "GRAFANA_PASSWORD", "RECIPE", "RUN_AS", "TARGET", "
 
 
 def compose(files: list[Path], *arguments: str, **variables: str) -> str:
-    """What docker-compose prints, with these variables and not the user's."""
+    """Return what docker-compose prints, with these variables instead of the user's."""
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         [Path(sys.executable).with_name("docker-compose"), *(f"--file={file}" for file in files), *arguments],
@@ -44,7 +44,7 @@ def services(*files: Path, **variables: str) -> dict[str, Any]:
     return json.loads(compose([COMPOSE, *files], *arguments, **variables))["services"]
 
 
-def test_the_exporters_come_only_when_asked_for_and_the_gpus_only_with_the_gpu():
+def test_exporters_start_only_on_request_and_the_gpus_only_with_a_gpu():
     usual = {"trainer", "prometheus", "grafana"}
     for files, exporters in (
         ([COMPOSE], {"node-exporter"}),
@@ -63,7 +63,7 @@ def test_only_the_override_reserves_a_gpu():
 
 
 @pytest.mark.parametrize(("given", "mount", "command"), [("", "volume", "demo\n"), ("/shards", "bind", "\n")])
-def test_the_trainer_takes_the_data_or_else_the_demo(given, mount, command, tmp_path):
+def test_the_trainer_uses_the_data_or_otherwise_runs_the_demo(given, mount, command, tmp_path):
     trainer = services(DATA=given, RECIPE="small")["trainer"]
     (data,) = (volume for volume in trainer["volumes"] if volume["target"] == "/data")
     assert data["type"] == mount
@@ -78,7 +78,7 @@ def test_the_trainer_takes_the_data_or_else_the_demo(given, mount, command, tmp_
     assert environment["ALEXNET_RECIPE"] == "small"
 
 
-def test_the_ports_are_those_of_the_services_and_open_to_this_machine_alone_unless_told():
+def test_ports_match_the_services_and_are_local_by_default():
     port = Settings.model_fields["port"].default
     for variables, address in (({}, "127.0.0.1"), ({"BIND": "0.0.0.0"}, "0.0.0.0")):
         ports = {
@@ -91,7 +91,7 @@ def test_the_ports_are_those_of_the_services_and_open_to_this_machine_alone_unle
         }
 
 
-def test_what_is_mounted_is_there_and_the_first_dashboard_in_it():
+def test_mounted_folders_and_the_home_dashboard_exist():
     grafana = services()["grafana"]
     mounts = {
         mount["target"]: Path(mount["source"]) for mount in grafana["volumes"] if mount["type"] == "bind"
@@ -106,7 +106,7 @@ def test_what_is_mounted_is_there_and_the_first_dashboard_in_it():
     assert (mounts[str(home.parent)] / home.name).is_file()
 
 
-def test_a_stop_waits_as_long_as_in_kubernetes():
+def test_the_grace_period_matches_kubernetes():
     job = yaml.safe_load((FOLDER / "kubernetes/one-gpu.yaml").read_text())
     seconds = job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert services()["trainer"]["stop_grace_period"] == f"{seconds // 60}m{seconds % 60}s"
@@ -114,7 +114,7 @@ def test_a_stop_waits_as_long_as_in_kubernetes():
 
 @pytest.fixture(scope="module")
 def running(image: str, packed: Path) -> Iterator[Callable[..., str]]:
-    """The trainer on the packed pictures and Prometheus, up and healthy; calls compose on them."""
+    """Start the trainer on the packed pictures, and Prometheus; yields a function that calls compose."""
     files = [COMPOSE, Path(__file__).with_name("compose.test.yaml")]
     variables = {"DATA": str(packed), "RECIPE": "demo", "RUN_AS": str(os.getuid())}
     variables |= dict.fromkeys(("TRAINER_PORT", "PROMETHEUS_PORT"), "0")
@@ -133,7 +133,7 @@ TRAINED = 'alexnet_images_total{job="alexnet", instance="trainer:9410", phase="t
 
 
 def value(running: Callable[..., str], query: str) -> float:
-    """The one value that Prometheus has for a query; 0 where it has none yet, or does not answer."""
+    """Return the only value that Prometheus has for a query, or 0 if it has none or does not answer."""
     address = running("port", "prometheus", "9090").strip()
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
     try:
@@ -153,7 +153,7 @@ def test_prometheus_scrapes_the_trainer_by_name_and_sees_it_train(running):
 
 
 @pytest.mark.image
-def test_the_run_continues_after_a_stop_and_by_itself_after_a_crash(running):
+def test_the_run_resumes_after_a_stop_and_restarts_after_a_crash(running):
     wait_until(lambda: value(running, TRAINED) > 0, pause=1)  # a run that has not begun has nothing to save
     running("stop", "trainer")
     trainer = json.loads(running("ps", "--all", "--format", "json", "trainer"))

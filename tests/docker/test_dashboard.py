@@ -1,4 +1,4 @@
-"""The dashboard, what provisions it, and that every query asks for metrics that exist.
+"""The dashboard, its provisioning, and that every query uses metrics that exist.
 
 Grafana itself was never run here: no package of it can be had. The JSON is checked against its schema,
 by the Python builders and the TypeScript types; test_prometheus.py runs the queries on a real Prometheus.
@@ -41,7 +41,7 @@ OTHERS = re.compile(r"(node|DCGM)_\w+|ALERTS|up")  # of the exporters and of Pro
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Of panels, annotations and variables: name and expression."""
+    """Yield the name and expression of panels, annotations and variables."""
     shown = json.loads(PATH.read_text())
     for panel in shown["panels"]:
         for target in panel.get("targets", []):
@@ -60,13 +60,13 @@ def rules() -> Iterator[dict]:
 
 
 def grouping(expr: str) -> set[str]:
-    """The labels in by (…) and on (…)."""
+    """Return the labels in by (…) and on (…)."""
     lists = re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expr)
     return {label.strip() for labels in lists for label in labels.split(",")}
 
 
 def series(expr: str) -> Iterator[tuple[str, set[str]]]:
-    """Each metric of an expression and the labels that it is selected by."""
+    """Yield each metric of an expression with the labels that select it."""
     bare = re.sub(r"\[[^\]]*\]|\b(?:by|on)\s*\([^)]*\)", " ", expr)
     for name, selector, alone in SERIES.findall(bare):
         labels = dict(re.findall(r'(\w+)\s*(?:=~?|![=~])\s*"([^"]*)"', selector or alone))
@@ -76,7 +76,7 @@ def series(expr: str) -> Iterator[tuple[str, set[str]]]:
 
 
 def exported() -> dict[str, set[str]]:
-    """Each metric that a process exports, and its labels."""
+    """Return each metric that a process exports, with its labels."""
     registry = Metrics().registry
     known = {
         name: set(collector._labelnames) | ({"le"} if name.endswith("_bucket") else set())
@@ -94,11 +94,11 @@ def exported() -> dict[str, set[str]]:
     return known | process | recorded
 
 
-def test_the_committed_dashboard_is_what_the_script_gives():
+def test_the_committed_dashboard_matches_the_script():
     assert PATH.read_text() == dashboard_json(), "run: python docker/grafana/make_dashboard.py"
 
 
-def test_the_dashboard_has_no_field_that_grafana_does_not_know():
+def test_the_dashboard_has_no_unknown_fields():
     register_default_plugins()
     held = json.loads(PATH.read_text())
     assert json.loads(json.dumps(Dashboard.from_json(held), cls=JSONEncoder)) == held
@@ -106,7 +106,7 @@ def test_the_dashboard_has_no_field_that_grafana_does_not_know():
 
 @pytest.fixture
 def node_modules(tmp_path) -> Path:
-    """A folder in which TypeScript finds Grafana's types."""
+    """A folder where TypeScript finds Grafana's types."""
     if not (MODULES / ".bin/tsc").exists():
         missing("TypeScript with Grafana's types, which npm fetches,", "make .npm/.ready")
     (tmp_path / "node_modules").symlink_to(MODULES)
@@ -122,14 +122,14 @@ def test_the_dashboard_has_the_types_of_grafanas_schema(node_modules):
     assert done.returncode == 0, done.stdout
 
 
-def test_builders_types_and_image_are_of_one_grafana():
+def test_builders_types_and_image_have_the_same_grafana_version():
     assert version("grafana-foundation-sdk").endswith(f"!{GRAFANA}.0")
     assert f"@grafana/schema@{GRAFANA}." in (REPO / "Makefile").read_text()
     assert services()["grafana"]["image"].startswith(f"grafana/grafana:{GRAFANA}.")
 
 
 def assert_exported(expr: str, known: dict[str, set[str]]) -> None:
-    """The metrics and labels of an expression exist."""
+    """Check that the metrics and labels of an expression exist."""
     everywhere = {"job", "instance"}
     found = [(name, used) for name, used in series(expr) if not OTHERS.fullmatch(name)]
     for name, used in found:
@@ -140,12 +140,12 @@ def assert_exported(expr: str, known: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("expr", [pytest.param(expr, id=name) for name, expr in queries()])
-def test_a_query_asks_for_what_is_exported(expr):
+def test_queries_use_exported_metrics(expr):
     assert_exported(expr, exported())
 
 
 @pytest.mark.parametrize("rule", list(rules()), ids=lambda rule: rule.get("record", rule.get("alert")))
-def test_a_rule_asks_for_what_is_exported(rule):
+def test_rules_use_exported_metrics(rule):
     known = exported()
     assert_exported(rule["expr"], known)
     used = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule.get("annotations", {}))))
@@ -168,7 +168,7 @@ def test_the_parser_of_queries_finds_metrics_and_labels():
         "sum by (part) (alexnet_images_total)",
     ],
 )
-def test_what_is_not_exported_is_found(expr):
+def test_unknown_metrics_and_labels_are_found(expr):
     with pytest.raises(AssertionError):
         assert_exported(expr, exported())
 
@@ -182,13 +182,13 @@ def test_every_panel_says_what_to_conclude_and_has_a_unit():
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of #rrggbb, as WCAG 2.2 defines it."""
+    """Return the relative luminance of #rrggbb, as defined by WCAG 2.2."""
     channels = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
-def test_every_colour_shows_on_grafanas_light_and_dark_panels():
+def test_every_colour_is_visible_on_light_and_dark_panels():
     used = set(re.findall(r"#[0-9A-Fa-f]{6}", PATH.read_text()))
     assert len(used) >= 4
     for colour in used:
@@ -198,7 +198,7 @@ def test_every_colour_shows_on_grafanas_light_and_dark_panels():
 
 
 def services() -> dict[str, dict]:
-    """Of compose.yaml and of what the GPU adds to it."""
+    """Return the services of compose.yaml and of its GPU additions."""
     base, gpu = (yaml.safe_load((DOCKER / name).read_text()) for name in ("compose.yaml", "compose.gpu.yaml"))
     return gpu["services"] | base["services"]
 
@@ -208,7 +208,7 @@ def provisioned(name: str) -> dict:
 
 
 def mounts(service: str) -> dict[str, Path]:
-    """Which folder of the project a service finds where."""
+    """Return where a service finds which folder of the project."""
     pairs = (volume.split(":") for volume in services()[service]["volumes"])
     return {target: (DOCKER / source).resolve() for source, target, *_ in pairs if source.startswith(".")}
 
@@ -231,7 +231,7 @@ def test_grafana_finds_prometheus_its_data_source_and_the_dashboard():
     assert home == f"{folder}/{PATH.name}"
 
 
-def test_prometheus_finds_its_configuration_and_the_services_that_it_scrapes():
+def test_prometheus_finds_its_configuration_and_its_targets():
     assert mounts("prometheus") == {"/etc/prometheus": DOCKER / "prometheus"}
     (group,) = yaml.safe_load((DOCKER / "prometheus/targets/trainer.yml").read_text())
     assert group["targets"] == [f"trainer:{Settings.model_fields['port'].default}"]

@@ -1,4 +1,4 @@
-"""The image: what it is built from, and, marked `image`, what it does on a real engine."""
+"""The image: what it is built from and, in tests marked `image`, what it does on a real engine."""
 
 import re
 import subprocess
@@ -29,7 +29,7 @@ PROCESS = "$(cat /proc/1/task/1/children)"  # the trainer, as tini's only child
 
 
 def locked(name: str) -> dict[str, str]:
-    """Package and version of each line; fails on one that is not pinned, or has no hash."""
+    """Return the packages and versions of a lock file; fails if one is not pinned or has no hash."""
     text = re.sub(r"^ *#.*\n", "", LOCKS[name].read_text(), flags=re.MULTILINE)
     versions = {}
     for line in text.replace("\\\n", "").split("\n"):
@@ -42,7 +42,7 @@ def locked(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_a_lock_has_what_the_project_depends_on(name):
+def test_a_lock_file_covers_the_projects_dependencies(name):
     versions = locked(name)
     assert "pillow" not in versions
     versions["pillow"] = versions["pillow-simd"].partition(".post")[0]
@@ -51,7 +51,7 @@ def test_a_lock_has_what_the_project_depends_on(name):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 
-def test_the_locks_agree_with_each_other():
+def test_the_lock_files_agree():
     build, cpu, cuda = (locked(name) for name in LOCKS)
     assert cpu.pop("torch").partition("+")[0] == cuda["torch"]
     assert cpu.items() <= cuda.items()
@@ -65,7 +65,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
 
 
 @pytest.mark.image
-def test_without_a_dataset_it_says_what_to_mount_and_ends(docker, image):
+def test_without_a_dataset_it_exits_and_says_what_to_mount(docker, image):
     done = docker("run", "--rm", image, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -74,7 +74,7 @@ def test_without_a_dataset_it_says_what_to_mount_and_ends(docker, image):
 
 
 @pytest.mark.image
-def test_the_labels_say_what_it_is_and_the_user_is_not_root(docker, image):
+def test_the_labels_are_right_and_the_user_is_not_root(docker, image):
     def inspect(what: str) -> str:
         return docker("image", "inspect", "--format", f"{{{{{what}}}}}", image).stdout.strip()
 
@@ -105,13 +105,13 @@ def test_it_has_the_kernel_for_cpus(docker, image):
 
 @pytest.fixture(scope="module")
 def data(packed):
-    """The packed pictures, mounted read-only at /data; pytest's folders are for their owner alone."""
+    """The packed pictures, mounted read-only at /data; only their owner can read pytest's folders."""
     packed.chmod(0o755)
     return "--volume", f"{packed}:/data:ro"
 
 
 @pytest.mark.image
-def test_a_stop_saves_and_the_next_start_continues_as_any_user(image, data, start):
+def test_a_stop_saves_and_the_next_start_resumes_as_any_user(image, data, start):
     options = (*HARDENED, *PUBLISHED, *SMALL, "--user", "4321:4321", *data)
 
     first = start(*options, "--volume", "/runs", image)
@@ -129,7 +129,7 @@ def test_a_stop_saves_and_the_next_start_continues_as_any_user(image, data, star
 
 
 @pytest.mark.image
-def test_a_stop_during_start_up_ends_it_too(image, data, start):
+def test_a_stop_during_start_up_ends_it(image, data, start):
     container = start(*SMALL, *data, image)
     assert container.stop() == 143
     assert "saved" not in container.logs()
@@ -148,7 +148,7 @@ def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo(image, start):
-    """The demo, which trains on and on, with nothing but a volume to write to."""
+    """The demo, which trains without end and can only write to a volume."""
     health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
     container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
     container.wait_for_images()
@@ -169,7 +169,7 @@ def test_the_run_records_the_commit_of_the_image(docker, demo, image):
 
 
 @pytest.mark.image
-def test_no_process_is_roots(docker, demo):
+def test_no_process_runs_as_root(docker, demo):
     users = docker("top", demo.id, "-eo", "uid,pid,args").stdout.splitlines()[1:]
     assert any("trainer.cli" in user for user in users)
     assert all(int(user.split()[0]) > 0 for user in users)

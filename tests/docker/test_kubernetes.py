@@ -51,14 +51,14 @@ def trainer(job: Manifest) -> Manifest:
 
 
 def torchrun() -> dict[str, str]:
-    """The flags of the command in the pods of several nodes."""
+    """Return the flags of the command in the pods of several nodes."""
     words = shlex.split(trainer(MULTI_NODE)["args"][0])
     flags = words[words.index("torchrun") + 1 : words.index("-m")]
     return dict(zip(flags[::2], flags[1::2], strict=True))
 
 
 def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the trainer makes of a Job's arguments and environment, and the image's."""
+    """Return the settings that result from a Job's arguments and environment, and the image's."""
     monkeypatch.setenv("ALEXNET_DATA", re.search(r"\bALEXNET_DATA=(\S+)", DOCKERFILE)[1])
     for variable in trainer(job).get("env", []):
         if "value" in variable:
@@ -71,21 +71,21 @@ def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def labels(job: Manifest) -> dict[str, str]:
-    """Of a Job's pods, with the one that Kubernetes adds."""
+    """Return the labels of a Job's pods, including the one that Kubernetes adds."""
     return job["spec"]["template"]["metadata"]["labels"] | {
         "batch.kubernetes.io/job-name": job["metadata"]["name"]
     }
 
 
 def checkpoint_bytes() -> int:
-    """Weights and momentum of ImageNet's thousand classes."""
+    """Return the size of weights and momentum for ImageNet's thousand classes."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in AlexNet(1000).parameters())
     return 2 * 4 * parameters
 
 
 def complaint(manifest: Manifest) -> str:
-    """What Kubernetes, or Prometheus Operator for its own kind, has against a manifest."""
+    """Return what Kubernetes, or Prometheus Operator for its own kind, finds wrong with a manifest."""
     if manifest["kind"] == "PodMonitor":
         from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so here
 
@@ -102,7 +102,7 @@ def complaint(manifest: Manifest) -> str:
 @pytest.mark.parametrize(
     "manifest", manifests(), ids=lambda each: f"{each['kind']} {each['metadata']['name']}"
 )
-def test_a_manifest_is_valid_and_a_misspelled_field_of_it_would_not_be(manifest):
+def test_manifests_are_valid_and_misspelled_fields_would_not_be(manifest):
     assert complaint(manifest) == ""
     misspelled = copy.deepcopy(manifest)
     misspelled["spec"]["selectors"] = {}
@@ -110,7 +110,7 @@ def test_a_manifest_is_valid_and_a_misspelled_field_of_it_would_not_be(manifest)
 
 
 @jobs
-def test_the_settings_fit_the_volumes_and_the_run_has_the_jobs_name(job, monkeypatch):
+def test_settings_fit_the_volumes_and_the_run_is_named_after_the_job(job, monkeypatch):
     got = settings(job, monkeypatch)
     claims = {
         volume["name"]: volume["persistentVolumeClaim"]
@@ -126,7 +126,7 @@ def test_the_settings_fit_the_volumes_and_the_run_has_the_jobs_name(job, monkeyp
 
 
 @jobs
-def test_every_process_has_a_gpu_a_part_of_the_batch_and_a_port_that_is_scraped(job, monkeypatch):
+def test_every_process_has_a_gpu_a_share_of_the_batch_and_a_scraped_port(job, monkeypatch):
     got = settings(job, monkeypatch)
     processes, nodes = 1, 1
     if job is MULTI_NODE:
@@ -140,7 +140,7 @@ def test_every_process_has_a_gpu_a_part_of_the_batch_and_a_port_that_is_scraped(
     assert {port["name"] for port in ports} <= scraped
 
 
-def test_the_probes_ask_the_first_process_which_has_ten_minutes_to_open_its_port():
+def test_probes_allow_ten_minutes_for_the_first_process_to_open_its_port():
     startup, liveness = (trainer(ONE_GPU)[f"{name}Probe"] for name in ("startup", "liveness"))
     for probe in (startup, liveness):
         assert probe["httpGet"] == {"path": "/healthz", "port": trainer(ONE_GPU)["ports"][0]["name"]}
@@ -158,7 +158,7 @@ def test_there_is_time_for_two_checkpoints_at_ten_megabytes_a_second(job):
         assert 2 * save_seconds < patience < pod(job)["terminationGracePeriodSeconds"]
 
 
-def test_a_graceful_stop_is_no_failure_and_a_refused_setting_is_final():
+def test_a_graceful_stop_is_not_a_failure_and_a_refused_setting_is_final():
     rules = ONE_GPU["spec"]["podFailurePolicy"]["rules"]
     assert {rule["onExitCodes"]["values"][0]: rule["action"] for rule in rules if "onExitCodes" in rule} == {
         128 + 15: "Ignore",  # SIGTERM
@@ -167,7 +167,7 @@ def test_a_graceful_stop_is_no_failure_and_a_refused_setting_is_final():
 
 
 @jobs
-def test_an_eviction_is_no_failure(job):
+def test_an_eviction_is_not_a_failure(job):
     first = job["spec"]["podFailurePolicy"]["rules"][0]
     assert first == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert pod(job)["restartPolicy"] == "Never"

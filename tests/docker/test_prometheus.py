@@ -1,4 +1,4 @@
-"""The configuration and rules by Prometheus's own promtool, and a real Prometheus that scrapes a real run."""
+"""Configuration and rules, checked by promtool, and a real Prometheus that scrapes a real run."""
 
 import json
 import os
@@ -38,7 +38,7 @@ NO_DATA = {
 
 @pytest.fixture(scope="module")
 def binaries() -> dict[str, str]:
-    """Where promtool and prometheus are."""
+    """The folder of promtool and prometheus."""
     found = {name: shutil.which(name) for name in ("promtool", "prometheus")}
     for name, path in found.items():
         if path is None:
@@ -47,7 +47,7 @@ def binaries() -> dict[str, str]:
 
 
 def promtool(binaries: dict[str, str], *arguments: object) -> str:
-    """What promtool prints, which must find nothing wrong."""
+    """Return what promtool prints; it must find nothing wrong."""
     command = [binaries["promtool"], *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,11 +67,11 @@ def test_the_configuration_its_targets_and_the_rules_are_valid(binaries, tmp_pat
 
 
 @pytest.mark.parametrize("tests", sorted((PROMETHEUS / "tests").iterdir()), ids=lambda path: path.name)
-def test_the_rules_give_what_was_computed_by_hand(binaries, tests):
+def test_rules_give_the_values_computed_by_hand(binaries, tests):
     assert "SUCCESS" in promtool(binaries, "test", "rules", tests)
 
 
-def test_every_alert_is_tested_and_says_what_to_do():
+def test_every_alert_is_tested_and_has_advice():
     tested = (PROMETHEUS / "tests/alerts.yml").read_text()
     explained = (PROMETHEUS.parents[1] / "docs/operations.md").read_text()
     (group,) = yaml.safe_load((PROMETHEUS / "rules/alerts.yml").read_text())["groups"]
@@ -87,7 +87,7 @@ def test_every_alert_is_tested_and_says_what_to_do():
 
 @dataclass(frozen=True)
 class Watched:
-    """A run, and the Prometheus that scrapes it."""
+    """A run and the Prometheus that scrapes it."""
 
     url: str
     metrics: Path
@@ -111,7 +111,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def many(pictures, tmp_path_factory) -> Path:
-    """A dataset of the drawn pictures, each to train on twenty times."""
+    """A dataset of the drawn pictures in which each training picture occurs twenty times."""
     source, output = tmp_path_factory.mktemp("many"), tmp_path_factory.mktemp("packed")
     for picture in pictures.rglob("*.JPEG"):
         folder = source / picture.parent.relative_to(pictures)
@@ -124,7 +124,7 @@ def many(pictures, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def watched(binaries, many, tmp_path_factory) -> Iterator[Watched]:
-    """A run in its second epoch, scraped by the configuration that is shipped, but more often."""
+    """A run in its second epoch, scraped with the shipped configuration, but more often."""
     folder, port, api = tmp_path_factory.mktemp("watched"), free_port(), free_port()
     shutil.copytree(PROMETHEUS, folder / "prometheus")
     config = folder / "prometheus/prometheus.yml"
@@ -158,7 +158,7 @@ def watched(binaries, many, tmp_path_factory) -> Iterator[Watched]:
 
 
 def queries() -> list:
-    """The dashboard's, with values for its variables."""
+    """Return the dashboard's queries, with values for its variables."""
     shown = json.loads(DASHBOARD.read_text())
     found = {
         f"{panel['title']}, {target['refId']}": target["expr"]
@@ -182,7 +182,7 @@ def test_a_query_of_the_dashboard_finds_data_in_a_real_run(watched, expr):
 
 
 @pytest.mark.slow
-def test_all_rules_work_on_a_real_run_and_no_alert_fires(watched):
+def test_rules_work_on_a_real_run_and_no_alert_fires(watched):
     def rules() -> list[dict]:
         return [rule for group in watched.get("rules")["groups"] for rule in group["rules"]]
 
@@ -195,7 +195,7 @@ def test_all_rules_work_on_a_real_run_and_no_alert_fires(watched):
 
 
 @pytest.mark.slow
-def test_the_trainer_is_the_only_target_and_prometheus_reads_it_without_error(watched):
+def test_the_trainer_is_the_only_target_and_is_scraped_without_error(watched):
     (target,) = watched.get("targets")["activeTargets"]
     assert (target["health"], target["lastError"], target["labels"]["job"]) == ("up", "", JOB)
     (info,) = watched.query("alexnet_run_info")
@@ -203,8 +203,8 @@ def test_the_trainer_is_the_only_target_and_prometheus_reads_it_without_error(wa
 
 
 @pytest.mark.slow
-def test_images_are_counted_as_fast_as_the_trainer_logged_the_same_steps(watched):
-    """Over the most scrapes within an epoch, where no evaluation or checkpoint comes between."""
+def test_the_image_rate_matches_the_trainers_log(watched):
+    """Use the longest series of scrapes within an epoch, without evaluations or checkpoints in it."""
     (series,) = watched.query('alexnet_images_total{phase="train"}[1h]')
     took = {int(row["step"]): BATCH / float(row["images_per_second"]) for row in rows(watched.metrics)}
     epochs: dict[int, list[tuple[float, int]]] = defaultdict(list)

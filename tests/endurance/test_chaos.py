@@ -22,10 +22,8 @@ PRECISION = ("--precision", "fp32")
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_come_to_what_the_whole_ones_do(
-    packed, tmp_path, monkeypatch, call
-):
-    """With each aim as often as any other. What is hit is up to the machine: a write takes milliseconds."""
+def test_runs_killed_at_any_moment_give_the_undisturbed_result(packed, tmp_path, monkeypatch, call):
+    """All aims occur equally often. What a kill hits depends on the machine: a write takes milliseconds."""
     aims, draw = cycle(runs.AIMS), runs.Chaos.draw
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: draw(self, world)._replace(aim=next(aims)))
     folder = tmp_path / "runs"
@@ -42,8 +40,8 @@ def test_runs_that_are_killed_at_any_moment_come_to_what_the_whole_ones_do(
 
 
 @pytest.mark.slow
-def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypatch, call):
-    """In the midst of the run, by a checkpoint that was altered and has the right sum."""
+def test_a_weight_that_differs_from_the_saved_one_is_found(packed, tmp_path, monkeypatch, call):
+    """A checkpoint in the middle of the run is altered but has a matching checksum."""
 
     def altered(run: Run, durable: int) -> int:
         step = checks.check_saved(run, durable)
@@ -66,7 +64,7 @@ def test_a_weight_that_is_not_what_was_saved_is_found(packed, tmp_path, monkeypa
 
 @pytest.fixture
 def killed(tmp_path) -> Run:
-    """What a run leaves that was killed after step 5, saved at 2 and 4."""
+    """The files of a run that was killed after step 5, and saved at steps 2 and 4."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
     (run.folder / ".lock").touch()
@@ -81,7 +79,7 @@ def killed(tmp_path) -> Run:
 
 
 def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
-    """With two steps an epoch. A life begins with no checkpoint, and another with one."""
+    """An epoch has two steps. One life starts without a checkpoint, and another with one."""
     run = Run(tmp_path / "run")
     run.folder.mkdir()
 
@@ -107,7 +105,7 @@ def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
     assert Watch(run, batch=4, samples=8).moment() == "resume"
 
 
-def test_what_was_saved_and_is_lost_after_a_kill_is_found(killed):
+def test_a_checkpoint_lost_in_a_kill_is_found(killed):
     assert checks.check_saved(killed, durable=4) == 4
     with pytest.raises(DifferenceError, match="newest checkpoint is of step 4, but there was one of step 5"):
         checks.check_saved(killed, durable=5)
@@ -124,13 +122,13 @@ def test_a_damaged_checkpoint_after_a_kill_is_found(killed):
 
 
 @pytest.mark.parametrize("table", ["metrics", "evaluations"])
-def test_rows_that_are_missing_before_a_checkpoint_are_found(killed, table):
+def test_rows_missing_before_a_checkpoint_are_found(killed, table):
     getattr(killed, table).truncate(3)
     with pytest.raises(DifferenceError, match=f"{table}.csv lacks rows up to the saved step 4"):
         checks.check_saved(killed, durable=4)
 
 
-def test_files_and_a_lock_that_a_kill_leaves_behind_are_found(killed):
+def test_files_and_a_lock_left_behind_by_a_kill_are_found(killed):
     for step in (6, 8):
         (killed.checkpoints / f".step-{step:09}.pt.partial").touch()
     with pytest.raises(DifferenceError, match="2 temporary files"):
@@ -143,7 +141,7 @@ def test_files_and_a_lock_that_a_kill_leaves_behind_are_found(killed):
 
 
 def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
-    """Steps of four images: on one process, then on two, which saw step 1 again."""
+    """Steps have four images, on one process and then on two, which repeat step 1."""
     records = tmp_path / "records"
     records.mkdir()
     (records / "0000-1.0").write_text("0 a b c d\n1 e f g h\n")
@@ -175,7 +173,7 @@ def test_states_are_compared_bit_for_bit(tmp_path):
         checks.check_same(state, {**state, "errors": [0.25]}, "it")
 
 
-def test_a_folder_with_something_in_it_is_refused(packed, tmp_path, call):
+def test_a_folder_that_is_not_empty_is_refused(packed, tmp_path, call):
     (tmp_path / "something").touch()
     done = call(chaos.main, "--data", packed, "--folder", tmp_path)
     assert done.returncode == 1

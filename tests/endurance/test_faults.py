@@ -1,4 +1,4 @@
-"""Storage that fails above Python's functions: the harness itself, and a sample of what it tries."""
+"""Storage whose Python functions fail: the harness itself, and a sample of its cases."""
 
 import errno
 import io
@@ -43,7 +43,7 @@ def test_one_call_fails_once(tmp_path):
     assert storage.hits == 1
 
 
-def test_or_from_then_on(tmp_path):
+def test_one_call_fails_from_then_on(tmp_path):
     (tmp_path / "a").write_text("1")
     with Storage(tmp_path, fault("stat", "a", "EIO", time=2, lasting=True)):
         (tmp_path / "a").stat()
@@ -52,7 +52,7 @@ def test_or_from_then_on(tmp_path):
                 (tmp_path / "a").stat()
 
 
-def test_reads_and_writes_fall_short_and_lose_nothing(tmp_path):
+def test_short_reads_and_writes_lose_nothing(tmp_path):
     content = bytes(range(256)) * 100
     with Storage(tmp_path, fault("write", "a", SHORT, lasting=True)) as storage:
         (tmp_path / "a").write_bytes(content)
@@ -71,14 +71,14 @@ def test_an_entry_is_listed_twice(tmp_path):
         assert os.listdir(tmp_path) == ["a", "a"]  # noqa: PTH208
 
 
-def test_afterwards_all_is_as_before(tmp_path):
+def test_functions_are_restored_afterwards(tmp_path):
     before = [open, io.open, os.stat, os.scandir, os.fsync]
     with Storage(tmp_path):
         assert before[0] is not open
     assert before == [open, io.open, os.stat, os.scandir, os.fsync]
 
 
-def test_each_error_is_one_that_the_system_has():
+def test_each_error_exists_on_this_system():
     for errors in ERRORS.values():
         assert all(hasattr(errno, error) for error in errors if error not in (SHORT, TWICE))
 

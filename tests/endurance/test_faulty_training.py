@@ -1,4 +1,4 @@
-"""Trainings on storage that fails: what the harness calls wrong, and a sample of what it tries."""
+"""Training on storage that fails: what the harness reports, and a sample of its cases."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ SAID = "alexnet-train: run/metrics.csv: Input/output error: mend the cause"
 
 
 class Stub(Training):
-    """A training whose lives end as told, after they have changed the run folder as told."""
+    """A training job whose lives end as given, after changing the run folder as given."""
 
     def __init__(self, whole: Path, folder: Path):
         self.folder, self.run, self.begun = folder, faulty_training.Run(folder / "run"), folder / "begun"
@@ -31,7 +31,7 @@ class Stub(Training):
 
 @pytest.fixture
 def violations(packed, tmp_path, monkeypatch):
-    """What is wrong with a life that ends with a code and a text, and harms the run's folder."""
+    """Return the violations of a life that ends with a code and a text, and changes the run folder."""
     whole = tmp_path / "whole"
     assert main(monkeypatch, command(packed, whole, "--checkpoint-steps", "2")) == 0
     job = Stub(whole, tmp_path)
@@ -50,12 +50,12 @@ def violations(packed, tmp_path, monkeypatch):
     return judged
 
 
-def test_a_run_that_ends_well_or_says_why_not_is_right(violations):
+def test_a_run_that_succeeds_or_explains_its_failure_passes(violations):
     assert violations(0, "") == ""
     assert violations(1, SAID) == ""
 
 
-def test_what_is_lost_or_not_said_is_wrong(violations):
+def test_lost_work_and_unexplained_failures_are_violations(violations):
     def lose(kind: str):
         return lambda run: [path.unlink() for path in (run / "checkpoints").glob(f"{kind}-*")]
 

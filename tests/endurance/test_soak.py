@@ -1,4 +1,4 @@
-"""The soak: what it samples, when it says that something grew, and a short one of the real trainer."""
+"""The soak test: its samples, when it reports growth, and a short run of the real trainer."""
 
 import json
 import os
@@ -38,14 +38,14 @@ STARTS = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv
 
 
 def samples(**changed) -> soak.Samples:
-    """A sample each ten steps; of each changed series the value is that of a function of the step."""
+    """A sample every ten steps; the values of changed series are functions of the step."""
     steps = [float(step) for step in range(0, STEPS, 10)]
     values = {name: [value] * len(steps) for name, value in FLAT.items()}
     return {"step": steps} | values | {name: list(map(of, steps)) for name, of in changed.items()}
 
 
 def main(monkeypatch, *arguments: object) -> object:
-    """The command; returns what it exits with."""
+    """Run the command; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["soak.py", *map(str, arguments)])
     try:
         soak.main()
@@ -67,7 +67,7 @@ def main(monkeypatch, *arguments: object) -> object:
         ({"shared_bytes": lambda step: 4096.0 * (step > 800)}, ["shared_bytes"]),
     ],
 )  # fmt: skip
-def test_what_grows_is_named_and_ends_with_an_error(changed, grew, monkeypatch, tmp_path, capsys):
+def test_growth_is_named_and_fails(changed, grew, monkeypatch, tmp_path, capsys):
     grown = soak.growth(samples(**changed), STEPS)
     monkeypatch.setattr(soak, "soak", lambda options, rest: ({}, grown))
     code = main(monkeypatch, "--out", tmp_path)
@@ -77,18 +77,18 @@ def test_what_grows_is_named_and_ends_with_an_error(changed, grew, monkeypatch, 
     assert len(lines) == len(FLAT)
 
 
-def test_growth_is_in_percent_of_what_was_there_after_the_warm_up():
+def test_growth_is_in_percent_of_the_median_after_the_warm_up():
     grown = soak.growth(samples(threads=lambda step: 100 + step / 10), STEPS)["threads"]
     assert grown == {"before": 124.5, "after": 194.5, "percent": pytest.approx(100 * 70 / 124.5)}
 
 
-def test_too_few_samples_are_no_verdict():
+def test_too_few_samples_are_an_error():
     thin = {name: values[::4] for name, values in samples().items()}
     with pytest.raises(soak.SoakError, match="fewer than 5 samples in a tenth"):
         soak.growth(thin, STEPS)
 
 
-def test_a_sample_is_of_a_process_and_what_it_has_started():
+def test_a_sample_covers_a_process_and_its_children():
     command = [sys.executable, "-c", STARTS, HOLDS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
@@ -105,7 +105,7 @@ def test_a_sample_is_of_a_process_and_what_it_has_started():
     assert figures["resident_bytes"] > figures["anonymous_bytes"] + figures["shared_bytes"]
 
 
-def test_a_trainer_that_fails_is_said_with_its_last_line(tmp_path):
+def test_a_failing_trainer_is_reported_with_its_last_line(tmp_path):
     command = [sys.executable, "-c", "import sys; sys.exit('the disk is full')"]
     with pytest.raises(soak.SoakError, match=r"ended with exit code 1, see .*trainer\.log: the disk is full"):
         soak.watch(command, free_port(), 100, 0.05, tmp_path / "trainer.log")
@@ -113,7 +113,7 @@ def test_a_trainer_that_fails_is_said_with_its_last_line(tmp_path):
 
 @pytest.fixture
 def _sampled_steps(monkeypatch, tmp_path) -> None:
-    """The trainer waits at steps 30 and 100 until a sample of them is taken, however busy the machine is.
+    """The trainer waits at steps 30 and 100 until they have been sampled, however busy the machine is.
 
     That is in both of the tenths whose medians are compared, when the 4th and the 13th row of metrics are to
     be written: a row is due each ten steps, and each fifteen, when an epoch ends.
@@ -139,7 +139,7 @@ def _sampled_steps(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_sampled_steps")
-def test_a_short_soak_leaves_a_record_and_a_plot(packed, monkeypatch, tmp_path):
+def test_a_short_soak_writes_a_record_and_a_plot(packed, monkeypatch, tmp_path):
     monkeypatch.setattr(soak, "LEAST", 1)  # sample, for it is over in seconds
     arguments = ("--out", tmp_path, "--data", packed, "--batch", 4, "--steps", 100, "--seconds", 0.02)
     arguments += ("--limit", 1000, "--device", "cpu", "--precision", "fp32")

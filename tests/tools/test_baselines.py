@@ -1,4 +1,4 @@
-"""The baselines: Fisher vectors and sparse codes against their formulas, and both on drawn pictures."""
+"""The baselines: Fisher vectors and sparse codes, compared with formulas and trained on drawn pictures."""
 
 import argparse
 import sys
@@ -72,7 +72,7 @@ def test_a_fisher_vector_is_the_gradient_of_the_log_likelihood():
     np.testing.assert_allclose(encoded, direct / np.linalg.norm(direct), atol=1e-4)
 
 
-def test_all_signals_are_pursued_as_one_by_one():
+def test_pursuing_all_signals_at_once_matches_one_by_one():
     rng = np.random.default_rng(0)
     atoms = rng.normal(size=(40, 16))
     atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
@@ -81,13 +81,13 @@ def test_all_signals_are_pursued_as_one_by_one():
     np.testing.assert_allclose(pursue(signals, atoms), single, atol=1e-3)
 
 
-def test_a_signal_that_fewer_atoms_explain_has_a_code_too():
+def test_a_signal_explained_by_fewer_atoms_still_gets_a_code():
     atoms = np.eye(8)
     signals = np.stack([np.zeros(8), 3 * atoms[2], atoms[1] - 2 * atoms[5]])
     np.testing.assert_allclose(pursue(signals, atoms), signals, atol=1e-3)
 
 
-def test_codes_are_pooled_by_the_cells_that_their_patches_lie_in():
+def test_codes_are_pooled_by_the_cells_of_their_patches():
     rng = np.random.default_rng(0)
     places, codes = rng.random((60, 2)), rng.random((60, 3))
     expected = []
@@ -103,7 +103,7 @@ def test_codes_are_pooled_by_the_cells_that_their_patches_lie_in():
     np.testing.assert_array_equal(pool(codes, places), np.concatenate(expected))
 
 
-def test_descriptors_lie_on_a_grid_at_each_scale_that_holds_a_patch():
+def test_descriptors_form_a_grid_at_each_scale_large_enough_for_a_patch():
     image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (34, 34), np.uint8), (0, 0), 2)
     descriptors, places = dense_sift(image, step=8, scales=5)
     assert len(descriptors) == 3 * 3 + 1 + 1  # at 34, 24 and 17 px
@@ -115,7 +115,7 @@ def test_descriptors_lie_on_a_grid_at_each_scale_that_holds_a_patch():
 
 
 def test_a_mirrored_picture_has_its_descriptors_mirrored():
-    """So a patch lies where its place says, to the pixel."""
+    """This shows that patches are at their positions, to the pixel."""
     image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 255, (33, 33), np.uint8), (0, 0), 2)
     there, back = (
         dense_sift(picture, step=8, scales=1)[0].reshape(3, 3, 4, 4, 8)
@@ -126,9 +126,7 @@ def test_a_mirrored_picture_has_its_descriptors_mirrored():
 
 
 @pytest.mark.slow
-def test_both_tell_drawn_pictures_apart_and_go_on_where_they_were_killed(
-    packed, tmp_path, monkeypatch, capsys
-):
+def test_both_classify_drawn_pictures_and_resume_after_a_kill(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "CHUNK", 16)
     out = tmp_path / "out"
     record = run(packed, out)
@@ -164,7 +162,7 @@ def test_worker_processes_and_another_run_give_the_same_features(packed, tmp_pat
     assert all((alone / file).read_bytes() == (many / file).read_bytes() for file in files)
 
 
-def test_a_limit_takes_of_all_shards(packed):
+def test_a_limit_takes_pictures_from_all_shards(packed):
     [chunk] = features.Pictures(packed, 30, 4, 5).chunks("train")
     assert len(set(chunk)) == 30
     assert set(np.digitize(chunk, [25, 50])) == {0, 1, 2}  # the shards have 25, 25 and 10
@@ -188,13 +186,13 @@ def test_too_few_patches_to_learn_from_are_refused(packed, tmp_path):
         )
 
 
-def test_features_that_the_disk_cannot_hold_are_not_begun(packed, tmp_path, monkeypatch):
+def test_features_that_do_not_fit_on_the_disk_are_not_started(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines.shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
     with pytest.raises(SettingsError, match=r"the features need 0.0 GB and .* has 0.0 GB free"):
         run(packed, tmp_path / "out", "--only", "fisher", "--limit", "10")
 
 
-def test_what_is_missing_is_said_with_how_to_get_it(packed, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_how_to_install_it(packed, tmp_path, monkeypatch):
     for name in ("tools.experiments.features", "tools.experiments.encoders"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("tools.experiments.features")

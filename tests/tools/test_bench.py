@@ -1,4 +1,4 @@
-"""The instrument: its arithmetic, and that each stage runs and ends in JSON."""
+"""The benchmark: its arithmetic, and that each stage runs and ends in JSON."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def test_contestants_run_by_turns_after_a_warm_up():
 
 
 def failing(turn: int, error: Exception):
-    """A contestant that fails in its turn, counted from 1; those before it are 1.0."""
+    """A contestant that fails in the given turn, counted from 1, and returns 1.0 before."""
     turns = itertools.count(1)
 
     def run() -> float:
@@ -40,7 +40,7 @@ def failing(turn: int, error: Exception):
 
 @pytest.mark.parametrize("turn", [1, 2, 3])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory\nleft"), ValueError("x"), OSError("x")])
-def test_what_fails_has_no_figures_and_the_others_go_on(turn, error):
+def test_a_contestant_that_fails_has_no_figures_and_the_others_continue(turn, error):
     stage = {"a": failing(0, error), "b": failing(turn, error), "c": failing(0, error)}
     figures, errors = bench.by_turns(stage, runs=3)
     assert figures == {"a": [1.0] * 3, "b": [], "c": [1.0] * 3}
@@ -52,7 +52,7 @@ def test_what_fails_has_no_figures_and_the_others_go_on(turn, error):
     assert "a is 1.00 × this" in third
 
 
-def test_without_the_first_there_are_figures_and_no_ratios():
+def test_without_the_first_contestant_there_are_figures_but_no_ratios():
     figures = {"ours": [], "theirs": [5.0]}
     [line] = bench.table("model", figures, {})
     assert "5.0 images/s" in line
@@ -60,7 +60,7 @@ def test_without_the_first_there_are_figures_and_no_ratios():
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(math.inf, 9), (50, 4), (49, 3), (1, 1)])
-def test_a_limit_is_kept_by_whole_rounds_after_the_first(limit, runs, monkeypatch):
+def test_a_limit_stops_whole_rounds_after_the_first(limit, runs, monkeypatch):
     now = 0.0
 
     def contestant() -> float:
@@ -120,7 +120,7 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """The second contestant of `read` has no memory, nor has any of `loader`."""
+    """The second contestant of `read` and all of `loader` run out of memory."""
     from tools.benchmarks.stages import Stages
 
     read = Stages.read
@@ -132,7 +132,7 @@ def broken(monkeypatch):
     monkeypatch.setattr(Stages, "loader", fail)
 
 
-def test_what_was_measured_is_recorded_stage_by_stage_and_what_failed_too(packed, tmp_path, call, broken):
+def test_figures_and_failures_are_recorded_after_each_stage(packed, tmp_path, call, broken):
     records = tmp_path / "records.jsonl"
     stages = ("read", "loader", "train")
     done = call(bench.main, *stages, "--data", packed, *QUICK, "--record", records, *SETTINGS)
@@ -155,7 +155,7 @@ def test_what_was_measured_is_recorded_stage_by_stage_and_what_failed_too(packed
     assert "failed" not in lines[2]
 
 
-def test_a_stage_that_is_killed_leaves_those_before_it(packed, tmp_path, call, monkeypatch):
+def test_a_killed_stage_keeps_the_records_before_it(packed, tmp_path, call, monkeypatch):
     from tools.benchmarks.stages import Stages
 
     def killed(self):
@@ -169,7 +169,7 @@ def test_a_stage_that_is_killed_leaves_those_before_it(packed, tmp_path, call, m
     assert list(json.loads(line)["images_per_second"]) == ["read"]
 
 
-def test_how_to_decode_is_measured_once_for_all_values_of_a_sweep(packed, call, monkeypatch):
+def test_decoding_is_tuned_once_for_all_values_of_a_sweep(packed, call, monkeypatch):
     from tools.benchmarks import stages
 
     measured = []
@@ -194,7 +194,7 @@ def test_how_to_decode_is_measured_once_for_all_values_of_a_sweep(packed, call, 
     assert {decoding.hw_decoder_load for decoding in found[4:]} == {0.25}
 
 
-def test_the_form_of_convolutions_is_looked_for_once_where_one_is_needed_and_recorded(
+def test_the_form_of_convolutions_is_chosen_once_when_needed_and_recorded(
     packed, tmp_path, call, monkeypatch
 ):
     from tools.benchmarks import stages
@@ -218,7 +218,7 @@ def test_the_form_of_convolutions_is_looked_for_once_where_one_is_needed_and_rec
 
 @pytest.fixture
 def loaders(monkeypatch):
-    """`loader` has three runs, of figures that depend on its batch, beside another that does 1.0 in each."""
+    """`loader` has three runs whose figures depend on the batch size; its other contestant gives 1.0."""
     from tools.benchmarks.stages import Stages
 
     figures = {4: (2.0, 2.0, 2.0), 32: (0.7, 0.8, 0.9), 128: (0.9, 0.95, 1.05)}
@@ -259,7 +259,7 @@ def test_a_stage_is_measured_and_judged_at_two_batches(packed, tmp_path, call, l
 
 
 @pytest.mark.parametrize("batch", [("--batch", "4"), ("--batch=4",)])
-def test_a_batch_that_is_given_is_the_only_one(batch, packed, call, loaders):
+def test_a_given_batch_size_is_the_only_one_measured(batch, packed, call, loaders):
     done = call(bench.main, "loader", "--data", packed, "--runs", "3", *WITHOUT_BATCH, *batch)
     record = json.loads(done.stdout.splitlines()[-1])
     assert list(record["images_per_second"]) == ["loader"]
@@ -270,7 +270,7 @@ def test_a_batch_that_is_given_is_the_only_one(batch, packed, call, loaders):
     ("batch", "gates", "code"),
     [(4, ["--gates"], 0), (128, ["--gates"], 0), (32, ["--gates"], 1), (32, [], 0)],
 )
-def test_a_missed_gate_alone_is_an_exit_code_and_where_it_is_asked_for(
+def test_only_a_missed_gate_changes_the_exit_code_and_only_on_request(
     batch, gates, code, packed, call, loaders
 ):
     arguments = ("loader", "--data", packed, "--runs", "3", *WITHOUT_BATCH, "--batch", batch)
@@ -278,7 +278,7 @@ def test_a_missed_gate_alone_is_an_exit_code_and_where_it_is_asked_for(
 
 
 @pytest.mark.parametrize("wrong", [("--runs", "0"), ("--seconds", "nan"), ("--seconds", "inf")])
-def test_a_run_has_a_length_and_there_is_one(wrong, call):
+def test_runs_and_seconds_must_be_positive(wrong, call):
     done = call(bench.main, "read", *wrong)
     assert done.returncode == 2
     assert f"argument {wrong[0]}: {wrong[1]} is not a " in done.stderr
@@ -296,7 +296,7 @@ def test_a_run_has_a_length_and_there_is_one(wrong, call):
         ["memory"],
     ],
 )
-def test_what_cannot_be_measured_is_one_line(arguments, packed, call):
+def test_an_impossible_measurement_is_refused_in_one_line(arguments, packed, call):
     data = () if "--data" in arguments else ("--data", packed)
     done = call(bench.main, *arguments, *data, *SETTINGS)
     assert done.returncode != 0

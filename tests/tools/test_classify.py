@@ -1,4 +1,4 @@
-"""tools/classify.py against the evaluation, on videos whose frames are known, and on broken files."""
+"""tools/classify.py compared with the evaluation, on videos with known frames, and on broken files."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def colour_logits(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def run_classify(monkeypatch, capsys):
-    """Run the command with the net of colours unless told; returns exit code, output and errors."""
+    """Run the command, by default with the net of colours; returns exit code, output and errors."""
     monkeypatch.setattr(classify, "open_export", lambda path: Net(colour_logits, COLOURS))
 
     def run(*arguments: object, net: tuple = ("--net", "net.onnx")) -> tuple[int | str, str, str]:
@@ -78,7 +78,7 @@ def write_video(path: Path, pictures: list[Image.Image], rate: int = 10) -> Path
 
 @pytest.fixture(scope="module")
 def trained(packed, tmp_path_factory) -> Path:
-    """A run of a narrow net with weights, never trained, that are large enough to tell pictures apart."""
+    """A run of a narrow, untrained net whose weights are large enough to give pictures different classes."""
     run = Run(tmp_path_factory.mktemp("trained") / "run")
     given = {"crop": 64, "preset": "code2012", "width": 0.125, "device": "cpu", "precision": "fp32"}
     settings = Settings.model_validate({"data": packed, "out": run.folder, **given})
@@ -92,7 +92,7 @@ def trained(packed, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("crops", [1, 10])
-def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_classify):
+def test_the_top_five_match_the_evaluation(crops, trained, packed, tmp_path, run_classify):
     dataset, folder = Dataset(packed), tmp_path / "val"
     reader = dataset.reader("val")
     folder.mkdir()
@@ -125,7 +125,7 @@ def test_the_top_five_are_the_evaluations(crops, trained, packed, tmp_path, run_
 
 @pytest.mark.parametrize("geometry", ["short256", "original"])
 @pytest.mark.parametrize("crops", [1, 10])
-def test_pictures_of_any_shape_are_cut_as_in_the_evaluation(geometry, crops, oblong, tmp_path):
+def test_pictures_of_any_shape_are_cropped_as_in_the_evaluation(geometry, crops, oblong, tmp_path):
     arguments = ["--input", str(oblong), "--out", str(tmp_path), "--geometry", geometry]
     pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]).packing)
     dataset = Dataset(tmp_path)
@@ -139,7 +139,7 @@ def test_pictures_of_any_shape_are_cut_as_in_the_evaluation(geometry, crops, obl
         assert sorted(difference.argmin(1).tolist()) == list(range(crops))
 
 
-def test_pictures_are_judged_by_content_and_turned(tmp_path, run_classify):
+def test_pictures_are_judged_by_content_and_rotated(tmp_path, run_classify):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     plain("blue", (64, 192)).save(tmp_path / "turned.jpg", exif=exif)
@@ -154,7 +154,7 @@ def test_pictures_are_judged_by_content_and_turned(tmp_path, run_classify):
     assert lines[f"{tmp_path}/png.JPEG"].startswith("green 9")
 
 
-def test_broken_files_are_named_and_the_others_go_on(tmp_path, run_classify, monkeypatch):
+def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify, monkeypatch):
     monkeypatch.setattr(classify, "AT_A_TIME", 2)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -184,7 +184,7 @@ def test_broken_files_are_named_and_the_others_go_on(tmp_path, run_classify, mon
     assert rows[0]["file"] == f"{folder}/0.jpg"
 
 
-def test_what_cannot_be_classified_is_one_message(tmp_path, run_classify, monkeypatch):
+def test_impossible_input_is_refused_in_one_line(tmp_path, run_classify, monkeypatch):
     plain("red").save(tmp_path / "a.jpg")
     (tmp_path / "empty").mkdir()
     assert run_classify(tmp_path / "empty")[0] == (
@@ -233,7 +233,7 @@ def test_a_windows_classes_are_the_mean_over_its_frames(tmp_path, run_classify):
     assert row["frames"] == 5
 
 
-def test_the_results_before_a_videos_damage_are_kept(tmp_path, run_classify):
+def test_results_before_a_videos_damage_are_kept(tmp_path, run_classify):
     noise = np.random.default_rng(0).integers(0, 255, (30, 70, 80, 3), np.uint8)
     whole = write_video(tmp_path / "whole.mkv", [Image.fromarray(picture) for picture in noise]).read_bytes()
     cut = tmp_path / "cut.mkv"
@@ -245,7 +245,7 @@ def test_the_results_before_a_videos_damage_are_kept(tmp_path, run_classify):
     assert "of 3.0 s" in errors
 
 
-def test_a_film_of_a_telephone_is_turned_upright(tmp_path):
+def test_a_telephones_video_is_rotated_upright(tmp_path):
     picture = plain("blue", (80, 48))
     picture.paste("red", (0, 0, 40, 48))  # the left half
     path = write_video(tmp_path / "film.mp4", [picture] * 3)
@@ -260,7 +260,7 @@ def test_a_film_of_a_telephone_is_turned_upright(tmp_path):
     assert (pixels[45:, :, 2] > pixels[45:, :, 0] + 100).all()
 
 
-def test_drawings_show_pictures_and_videos_above_their_classes(tmp_path, run_classify):
+def test_overlays_show_pictures_and_videos_above_their_classes(tmp_path, run_classify):
     folder, drawn = tmp_path / "in", tmp_path / "drawn"
     (folder / "a").mkdir(parents=True)
     plain("red", (400, 300)).save(folder / "a" / "x.jpg")

@@ -1,4 +1,4 @@
-"""Which trainings CNN* takes, and what its rows are of. The trainings themselves are the trainer's tests."""
+"""The runs that CNN* needs, and its rows. The trainer's own tests cover training."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from trainer.settings import Settings, load_settings
 
 @pytest.fixture
 def trainings(monkeypatch) -> list[list[Training]]:
-    """The batches of trainings that were asked for; the n-th of all has a top-1 error of n/100."""
+    """The groups of runs that were requested; the n-th run has a top-1 error of n/100."""
     asked: list[list[Training]] = []
 
     def train_all(batch: list[Training], _jobs: int) -> list[dict[str, float]]:
@@ -31,7 +31,7 @@ def settings_of(training: Training) -> Settings:
     return load_settings(training.settings)
 
 
-def test_fine_tuning_comes_last_with_its_own_pre_training_and_small_learning_rates(trainings, tmp_path):
+def test_fine_tuning_follows_its_seeds_pre_training_at_small_learning_rates(trainings, tmp_path):
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     cnn_star.add_arguments(parser)

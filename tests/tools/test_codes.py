@@ -1,4 +1,4 @@
-"""Binary codes: their search against a naive one, and what an auto-encoder learns."""
+"""Binary codes: their search compared with a naive one, and what an auto-encoder learns."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("bits", "words"), [(8, 1), (24, 3), (32, 1), (64, 1), (96, 3), (128, 2)])
-def test_codes_are_found_in_the_order_of_naive_hamming_distances(bits, words):
+def test_codes_are_found_in_order_of_hamming_distance(bits, words):
     rng = np.random.default_rng(bits)
     rows, query = rng.random((200, bits)) < 0.5, rng.random(bits) < 0.5
     expected = sorted((int((row != query).sum()), number) for number, row in enumerate(rows))
@@ -31,7 +31,7 @@ def test_codes_are_found_in_the_order_of_naive_hamming_distances(bits, words):
 
 
 def clusters() -> tuple[torch.Tensor, np.ndarray]:
-    """400 points around 20 centres, and whose they are."""
+    """400 points around 20 centres, and the centre of each."""
     torch.manual_seed(0)
     own = np.arange(400) % 20
     return torch.randn(20, 48)[own] + 0.3 * torch.randn(400, 48), own
@@ -40,14 +40,14 @@ def clusters() -> tuple[torch.Tensor, np.ndarray]:
 @pytest.mark.parametrize(
     "learn", [random_hyperplanes, pca_signs, lambda *given: auto_encoder(*given, epochs=60)]
 )
-def test_codes_of_points_of_a_cluster_are_alike(learn):
+def test_codes_of_points_in_a_cluster_are_similar(learn):
     points, own = clusters()
     codes = encode(learn(points, 32, 0), [points.half().numpy()], CPU)
     found = np.stack([nearest_codes(code, codes, 6) for code in codes])
     assert same_class(found, own, own) > 85  # by chance 5
 
 
-def test_an_auto_encoder_s_code_is_of_two_values_and_learns_all_the_same():
+def test_an_auto_encoders_code_is_binary_and_still_learns():
     points, _ = clusters()
     net = AutoEncoder(48, 16)
     codes = []
@@ -57,7 +57,7 @@ def test_an_auto_encoder_s_code_is_of_two_values_and_learns_all_the_same():
     assert net.encoder[0].weight.grad.abs().sum() > 0
 
 
-def test_recall_counts_what_is_among_the_first_that_were_found():
+def test_recall_counts_neighbours_among_the_first_results():
     exact = np.array([[*range(10)], [*range(10)]])
     found = np.concatenate([[[0, 1, 2, 90, 91, 92, 3, 4, 93, 94]], [[*range(10)]]])
     assert list(recalls(found, exact).values()) == pytest.approx([75, 75, (5 / 6 + 1) / 2 * 100])

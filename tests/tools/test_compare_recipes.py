@@ -1,4 +1,4 @@
-"""Recipes side by side: short trainings on drawn pictures, and the arithmetic of their table."""
+"""Comparing recipes: short runs on drawn pictures, and the arithmetic of the table."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ COMMON = ("--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "
 COMMON += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
 
-def test_points_are_of_the_means_over_the_first():
+def test_points_are_differences_from_the_first_recipes_mean():
     scores = {
         "a": {"top1_error": [40.0, 50.0], "top5_error": [10.0, 10.0]},
         "b": {"top1_error": [42.0, 44.0], "top5_error": [8.0, 12.0]},
@@ -27,7 +27,7 @@ def test_points_are_of_the_means_over_the_first():
 
 
 @pytest.mark.slow
-def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path, call):
+def test_recipes_are_trained_with_each_seed_and_compared(packed, tmp_path, call):
     slow = tmp_path / "slow.toml"
     slow.write_text('preset = "code2012"\ndropout = "off"\nlearning_rate = 1e-9\n')
     arguments = ["demo", slow, "--data", packed, "--out", tmp_path / "runs", "--seeds", "1", "--jobs", "2"]
@@ -60,7 +60,7 @@ def test_recipes_are_trained_from_each_seed_and_compared(packed, tmp_path, call)
         (["code2012", "fast", "--epochs", "3"], "--warmup-epochs 5.0 must be less than --epochs 3"),
     ],
 )
-def test_what_cannot_be_compared_is_said_in_one_line(arguments, message, tmp_path, call):
+def test_an_impossible_comparison_is_refused_in_one_line(arguments, message, tmp_path, call):
     done = call(compare_recipes.main, *arguments, "--out", tmp_path / "runs")
     assert done.returncode in (1, 2)
     assert message in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The plots of the benchmarks: what is drawn, and what is refused."""
+"""The plots of benchmark records: what is drawn, and what is refused."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def write(path: Path, *records: tuple[str, dict]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
+def test_the_newest_record_of_each_stage_and_sweep_is_drawn(tmp_path):
     old, new = {"ours": [1.0], "theirs": [2.0]}, {"ours": [3.0, 5.0, 4.0], "theirs": [2.0, 2.0, 2.0]}
     swept = {"threads 1": [1.0], "threads 2": [2.0]}
     write(tmp_path / "2026-11-21.jsonl", ("bench.py all", {"read": old, "loader": old}))
@@ -38,7 +38,7 @@ def test_the_newest_record_of_each_stage_and_sweep_counts(tmp_path):
         assert Image.open(tmp_path / name).width == 1100
 
 
-def test_bars_reach_from_the_least_to_the_greatest():
+def test_error_bars_reach_from_minimum_to_maximum():
     assert spread([5.0, 1.0, 4.0]) == (3.0, 1.0)
 
 
@@ -46,7 +46,7 @@ def test_bars_reach_from_the_least_to_the_greatest():
     ("content", "message"),
     [("no JSON", "line 1, is not a record"), ('{"a": 1}', "line 1"), (None, "has no records")],
 )
-def test_what_cannot_be_drawn_is_one_line(content, message, tmp_path, call):
+def test_records_that_cannot_be_drawn_are_refused_in_one_line(content, message, tmp_path, call):
     if content is not None:
         (tmp_path / "a.jsonl").write_text(content)
     done = call(main, tmp_path)

@@ -1,4 +1,4 @@
-"""Drawn pictures: repeatable, and of classes that take both the colour and the shape to tell."""
+"""Drawn pictures: reproducible, with classes that need both colour and shape."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ def pixels(name: str, seed: int) -> np.ndarray:
 
 
 def silhouette(shape: str, seed: int) -> np.ndarray:
-    """Where the shape is: there alone the two hues of one drawing differ."""
+    """Return where the shape is: only there do the two hues of a drawing differ."""
     return np.abs(pixels(f"warm_{shape}", seed) - pixels(f"cold_{shape}", seed)).max(2) > 40
 
 
@@ -28,7 +28,7 @@ def draw_set(output: Path, seed: int, monkeypatch) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*.JPEG")}
 
 
-def test_ten_classes_are_every_shape_in_every_colour():
+def test_the_ten_classes_are_every_shape_in_every_colour():
     assert len(set(class_names())) == len(class_names()) == 10
     assert {tuple(name.split("_")) for name in class_names()} == set(itertools.product(HUES, SHAPES))
 
@@ -68,7 +68,7 @@ def test_the_five_shapes_have_different_outlines():
         assert outlines["ring"].sum() < 0.9 * outlines["disc"].sum()
 
 
-def test_the_mean_colour_does_not_tell_the_class():
+def test_the_mean_colour_does_not_determine_the_class():
     def mean_colours(seeds: range) -> np.ndarray:  # [classes, seeds, 3]
         seeded = itertools.product(enumerate(class_names()), seeds)
         means = [pixels(name, 1000 * label + seed).mean((0, 1)) for (label, name), seed in seeded]
@@ -80,7 +80,7 @@ def test_the_mean_colour_does_not_tell_the_class():
     assert error > 0.65  # by chance .9; .8 for one that sees the hue and nothing else
 
 
-def test_no_pixel_is_always_the_same():
+def test_no_pixel_is_the_same_in_all_pictures():
     pictures = np.stack([pixels(name, seed) for seed, name in enumerate(class_names() * 4)])
     assert pictures.std(0).min() > 8
     corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]

@@ -1,4 +1,4 @@
-"""Averages of nets, and ten crops, against numpy."""
+"""Averages of nets, and ten crops, compared with numpy."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def counted(scores: np.ndarray, best: int) -> float:
     return 100 * float(np.mean([label not in row for label, row in zip(LABELS, ranked, strict=True)]))
 
 
-def test_errors_are_counted_as_by_hand():
+def test_errors_match_a_count_by_hand():
     for scores in some_scores(4):
         assert errors(scores, LABELS) == {TOP1: counted(scores, 1), TOP5: counted(scores, 5)}
 

@@ -1,4 +1,4 @@
-"""Exports against the checkpoint they were made from, and torchvision's weights on the way in and out."""
+"""Exports compared with their checkpoint, and importing and exporting torchvision's weights."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -31,7 +31,7 @@ NETS = {
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a tool; returns what it printed, or the message of its exit."""
+    """Run a tool; returns its output, or the message it exits with."""
 
     def run(main, *arguments: object) -> str:
         monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
@@ -45,7 +45,7 @@ def command(monkeypatch, capsys):
 
 
 def untrained(packed: Path, folder: Path, **settings) -> Run:
-    """A run whose narrow net, never trained, tells pictures apart: its weights are larger than at first."""
+    """Make a run of a narrow, untrained net whose enlarged weights give pictures different logits."""
     given = {"data": packed, "out": folder, "crop": 64, "width": 0.125, "device": "cpu", "precision": "fp32"}
     chosen = Settings.model_validate(given | settings)
     run = Run(folder)
@@ -79,7 +79,7 @@ def test_an_export_computes_what_the_checkpoint_does_for_any_number_of_images(ne
             assert abs(found - expected[:count]).max() < 1e-4 * abs(expected).max()
 
 
-def test_an_export_that_computes_something_else_is_not_left(packed, tmp_path, command, monkeypatch):
+def test_an_export_that_computes_something_else_is_deleted(packed, tmp_path, command, monkeypatch):
     run = untrained(packed, tmp_path / "run", lrn=False)
     traced = export.traced
 
@@ -95,7 +95,7 @@ def test_an_export_that_computes_something_else_is_not_left(packed, tmp_path, co
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory) -> Path:
-    """A file such as torchvision publishes, of ten classes."""
+    """A file like torchvision's, with ten classes."""
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("theirs") / "alexnet.pth"
     torch.save(to_torchvision(TorchvisionAlexNet(10).state_dict()), path)
@@ -103,7 +103,7 @@ def theirs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, packed, tmp_path, command):
+def test_torchvisions_weights_are_imported_and_exported_unchanged(theirs, packed, tmp_path, command):
     out = tmp_path / "run"
     assert "10 classes" in command(import_torchvision.main, theirs, "--out", out, "--data", packed)
     spec = NetSpec.read(out)
@@ -120,7 +120,7 @@ def test_torchvisions_weights_are_evaluated_exported_and_given_back(theirs, pack
     assert refused == "2"  # its dataset is torchvision's
 
 
-def test_what_is_not_torchvisions_is_refused(theirs, packed, tmp_path, command):
+def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, tmp_path, command):
     run = untrained(packed, tmp_path / "run", lrn=False)
     assert "another net than preset paper" in command(export.main, run.folder, "--out", tmp_path / "net.pth")
     text = tmp_path / "text.pth"

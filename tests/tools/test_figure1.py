@@ -1,4 +1,4 @@
-"""Fig. 1: the four-layer net, its images, one training of it, and the sweep over learning rates."""
+"""Fig. 1: the four-layer net, its images, its training, and the sweep over learning rates."""
 
 import argparse
 import io
@@ -17,7 +17,7 @@ from tools.experiments.four_layers import Images, Trial, epochs_to, is_over, sma
 
 
 class Reader:
-    """A split of these files."""
+    """A split made of these files."""
 
     def __init__(self, *jpegs: bytes):
         self.content = jpegs
@@ -30,7 +30,7 @@ class Reader:
 
 
 def striped(width: int, height: int) -> bytes:
-    """Red, but for a blue square in the middle of the longer side."""
+    """A red picture with a blue square in the middle of the longer side."""
     image, side = Image.new("RGB", (width, height), (255, 0, 0)), min(width, height)
     image.paste(
         (0, 0, 255), ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
@@ -60,7 +60,7 @@ def test_the_net_has_three_convolutions_and_a_fully_connected_layer():
     assert deviations == pytest.approx([0.0001, 0.01, 0.01, 0.01], rel=0.03)
 
 
-def test_the_target_is_met_between_the_middles_of_two_epochs():
+def test_the_epoch_of_the_target_is_interpolated_between_epochs():
     assert epochs_to([0.8, 0.5, 0.3, 0.2], 0.25) == pytest.approx(3.0)  # halfway from 2.5 to 3.5
     assert epochs_to([0.2], 0.25) == 0.5
     assert epochs_to([0.8, 0.5], 0.25) == epochs_to([0.8, math.nan], 0.25) == math.inf
@@ -71,13 +71,13 @@ def test_the_target_is_met_between_the_middles_of_two_epochs():
 
 
 def learnable() -> Images:
-    """Two classes of noise, dark and bright."""
+    """Images of two classes of noise, dark and bright."""
     labels = np.arange(60) % 2
     pixels = np.random.default_rng(0).integers(0, 156, (60, 3, 32, 32)) + 100 * labels[:, None, None, None]
     return Images(pixels.astype(np.uint8), labels, torch.device("cpu"))
 
 
-def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path):
+def test_an_interrupted_run_resumes_as_if_uninterrupted(tmp_path):
     images, trial = learnable(), Trial("relu", 0.001, 0)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir()
@@ -90,13 +90,13 @@ def test_a_training_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path)
     torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
 
 
-def test_a_training_that_diverges_ends(tmp_path):
+def test_a_run_that_diverges_ends(tmp_path):
     errors = train(learnable(), Trial("relu", 1e20, 0), tmp_path, 16, 0.0, 5)
     assert math.isnan(errors[-1])
     assert len(errors) < 5
 
 
-def test_rates_are_given_up_when_they_cannot_be_the_fastest(tmp_path, monkeypatch):
+def test_learning_rates_that_cannot_win_are_given_up(tmp_path, monkeypatch):
     falls = {0.1: [math.nan], 0.03: [0.6, 0.4, 0.3, 0.2], 0.01: [0.7, 0.5, 0.2], 0.003: [0.8] * 9}
     asked = []
 
@@ -111,7 +111,7 @@ def test_rates_are_given_up_when_they_cannot_be_the_fastest(tmp_path, monkeypatc
     assert asked == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
 
 
-def test_the_ratio_is_that_of_runs_of_the_same_seed():
+def test_the_ratio_compares_runs_with_the_same_seed():
     options = argparse.Namespace(rates=[0.01, 0.1, 1.0], epochs=4, target=25.0)
     curves = {"relu": [[0.2], [0.3, 0.2]], "tanh": [[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]}
     found = {row.system: next(iter(row.measured.values())) for row in rows(curves, 25.0, steps=10)}

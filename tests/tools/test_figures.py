@@ -1,4 +1,4 @@
-"""Fig. 3 and Fig. 4 of a net with the weights that it began with, and the search that they rest on."""
+"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search that they rely on."""
 
 import argparse
 import re
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def begin_run(folder: Path, data: Path) -> Path:
-    """A run that was saved before its first step."""
+    """A run saved before its first step."""
     settings = load_settings(["--data", str(data), "--recipe", "demo", "--crop", "64", "--precision", "fp32"])
     manifest = read_manifest(data)
     run = Run(folder)
@@ -53,7 +53,7 @@ def opened(finished_run, tmp_path_factory) -> Finished:
     return open_run(options(figure3, tmp_path_factory.mktemp("out"), finished_run))
 
 
-def test_the_picture_of_the_kernels_is_the_weights_of_each_tower(opened, finished_run, tmp_path):
+def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path):
     record = figure3.run(options(figure3, tmp_path / "out", finished_run), [])
     weights = opened.trained.model.conv1.weight.detach().numpy()
     with Image.open(tmp_path / "out" / record.figures[0].file) as image:
@@ -70,7 +70,7 @@ def test_the_picture_of_the_kernels_is_the_weights_of_each_tower(opened, finishe
     assert [row.system for row in record.rows] == ["tower 1, 48 kernels", "tower 2, 48 kernels"]
 
 
-def test_a_gray_kernel_has_no_colour_and_one_of_one_channel_two_thirds():
+def test_a_gray_kernel_has_no_colour_and_a_single_channel_two_thirds():
     gray, red = np.ones((3, 11, 11)), np.zeros((3, 11, 11))
     red[0] = 1
     np.testing.assert_allclose(colour_shares(by_tower(np.stack([gray, red]), 1)[0]), [0, 2 / 3], atol=1e-12)
@@ -78,7 +78,7 @@ def test_a_gray_kernel_has_no_colour_and_one_of_one_channel_two_thirds():
 
 
 @pytest.mark.parametrize("values", ["real", "few"])  # of few values, many distances are the same
-def test_neighbours_are_those_of_a_naive_search(values, monkeypatch):
+def test_neighbours_match_a_naive_search(values, monkeypatch):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((90, 8)) * 20 if values == "real" else rng.integers(0, 2, (90, 8))
     rows = rows.astype(np.float16)
@@ -113,7 +113,7 @@ def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, 
     np.testing.assert_array_equal(np.concatenate(again), np.concatenate(parts))
 
 
-def test_another_net_has_features_of_its_own(opened):
+def test_another_net_gets_its_own_features(opened):
     before = fc7.identity(opened)
     with torch.no_grad():
         opened.trained.model.fc8.bias[0] += 1
@@ -127,7 +127,7 @@ def test_activations_that_fp16_cannot_hold_are_refused(opened):
         features(opened, torch.full((1, 3, 64, 64), torch.nan))
 
 
-def test_figure_4_is_a_picture_and_a_page_of_one_file(opened, finished_run, tmp_path):
+def test_figure_4_is_a_picture_and_a_self_contained_page(opened, finished_run, tmp_path):
     out = tmp_path / "out"
     record = figure4.run(options(figure4, out, finished_run, "--queries", 3, 19, "--images", 0, 5, 7), [])
     with Image.open(out / record.figures[0].file) as image:
@@ -144,7 +144,7 @@ def test_figure_4_is_a_picture_and_a_page_of_one_file(opened, finished_run, tmp_
     assert "of the 12 nearest training images" in record.remarks[0]
 
 
-def test_the_classes_of_an_image_are_those_of_the_net_s_greatest_outputs(opened):
+def test_an_images_classes_are_the_nets_largest_outputs(opened):
     shown = figure4.classify(opened, 4)
     with torch.inference_mode():
         outputs = opened.trained.model(opened.pixels("val", 4)).double().softmax(1)[0]
@@ -153,7 +153,7 @@ def test_the_classes_of_an_image_are_those_of_the_net_s_greatest_outputs(opened)
     assert shown.picture.label == opened.trained.dataset.reader("val").rows["label"][4]
 
 
-def test_codes_are_measured_beside_the_exact_search_and_what_learns_less(finished_run, tmp_path):
+def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_path):
     few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
     record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
     exact, *coded = record.rows
@@ -183,7 +183,7 @@ def test_codes_are_measured_beside_the_exact_search_and_what_learns_less(finishe
         (("codes", "{run}", "--queries", "0"), "--queries: 0 is not a whole number of at least 1"),
     ],
 )
-def test_what_cannot_be_shown_is_said(
+def test_impossible_requests_are_refused_in_one_line(
     arguments, message, finished_run, packed, tmp_path, monkeypatch, capsys
 ):
     without = tmp_path / "without"

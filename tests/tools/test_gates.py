@@ -1,4 +1,4 @@
-"""Goals of the benchmarks, judged on made-up runs whose medians and intervals are computed by hand."""
+"""Goals of the benchmarks, judged on invented runs with medians and intervals computed by hand."""
 
 import random
 
@@ -16,7 +16,7 @@ def judged(gate: Gate, **figures: list[float]):
     return judgement
 
 
-def test_a_gate_compares_runs_that_stood_side_by_side():
+def test_a_gate_compares_runs_of_the_same_round():
     figures = {
         "ours": [30.0, 20.0, 40.0],
         "a": [10.0, 10.0, 10.0],
@@ -39,7 +39,7 @@ def test_a_gate_compares_runs_that_stood_side_by_side():
         ([0.999], "missed", "0.999 (95 %: 0.999 to 0.999)"),  # there was a tolerance of a tenth
     ],
 )
-def test_a_gate_is_passed_or_undecided_or_missed_and_its_line_says_so(ours, verdict, of):
+def test_a_gate_is_passed_undecided_or_missed_and_its_line_says_so(ours, verdict, of):
     judgement = judged(Gate("x", 1.0, ("theirs",)), ours=ours, theirs=[1.0] * len(ours))
     assert judgement.verdict == verdict
     line = judgement.line("images/s")
@@ -63,7 +63,7 @@ def test_some_gates_are_upper_limits(seconds, verdict):
 
 
 @pytest.mark.parametrize(("runs", "interval"), [(5, (1.0, 5.0)), (9, (2.0, 8.0)), (13, (4.0, 10.0))])
-def test_the_interval_of_five_runs_is_their_range_and_of_more_it_is_narrower(runs, interval):
+def test_the_interval_is_the_range_of_five_runs_and_narrower_for_more(runs, interval):
     """The median of n resampled runs is one of the k least where at least (n + 1)/2 of n draws are of these:
     with 5.8 % for the least of 5; .1 and 3.0 % for one and two of 9; 1.6 and 7.1 % for three and four of 13.
     2.5 % lies at the first k that exceeds it."""
@@ -71,14 +71,14 @@ def test_the_interval_of_five_runs_is_their_range_and_of_more_it_is_narrower(run
     assert judged(Gate("x", 1.0), ours=shuffled).interval == interval
 
 
-def test_the_same_runs_have_the_same_interval_whatever_was_drawn_before(monkeypatch):
+def test_the_interval_does_not_depend_on_earlier_random_draws(monkeypatch):
     monkeypatch.setattr(gates, "RESAMPLES", 50)  # of which the percentiles depend on each draw
     runs = random.Random(0)
     ours = [runs.random() for _ in range(20)]
     assert len({judged(Gate("x", 1.0), ours=ours).interval for _ in range(10)}) == 1
 
 
-def test_who_was_not_measured_is_named_and_not_compared_with():
+def test_unmeasured_contestants_are_named_but_not_compared():
     gate = Gate("x", 1.1, ("ffcv", "dali", "other"))
     judgement = judged(gate, ours=[2.0], ffcv=[], dali=[1.0], other=[0.5])
     assert judgement.record() == {
@@ -93,7 +93,7 @@ def test_who_was_not_measured_is_named_and_not_compared_with():
 
 
 @pytest.mark.parametrize("figures", [{}, {"ours": [], "theirs": [1.0]}, {"ours": [1.0], "theirs": []}])
-def test_without_ours_or_any_other_there_is_nothing_to_judge(figures):
+def test_without_our_figures_or_any_others_there_is_no_judgement(figures):
     assert list(judge("x", figures, CPU, [Gate("x", 1.0, ("theirs",))])) == []
 
 

@@ -1,4 +1,4 @@
-"""inspect_shards: the report says what is in a dataset whose content is known."""
+"""inspect_shards: the report on a dataset whose content is known."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def plain(colour: tuple[int, int, int], width: int = 40, height: int = 40) -> by
 
 
 def dataset(root: Path, names: list[str], **splits: list[tuple[int, bytes]]) -> Path:
-    """Shards of four samples each, given as label and JPEG; keys are p000, p001, … in each split."""
+    """Write shards of four samples each, given as label and JPEG; each split has keys p000, p001, …"""
     root.mkdir()
     written = {}
     for split, items in splits.items():
@@ -64,7 +64,7 @@ def table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open(encoding="utf-8", newline=""), delimiter="\t"))
 
 
-def test_the_report_of_the_drawn_pictures(packed, tmp_path):
+def test_the_report_describes_the_drawn_pictures(packed, tmp_path):
     done = subprocess.run(
         [sys.executable, "tools/inspect_shards.py", "--data", packed, "--out", tmp_path / "report"],
         cwd=REPO,
@@ -85,7 +85,7 @@ def test_the_report_of_the_drawn_pictures(packed, tmp_path):
             image.load()
 
 
-def test_classes_are_counted_and_those_that_a_split_lacks_are_named(tmp_path):
+def test_classes_are_counted_and_missing_ones_named(tmp_path):
     root = dataset(
         tmp_path / "shards",
         ["zero", "one", "$two$ | 2"],
@@ -107,7 +107,7 @@ def test_classes_are_counted_and_those_that_a_split_lacks_are_named(tmp_path):
     assert "Repaired: 2 not RGB." in text
 
 
-def test_sizes_are_those_of_the_pictures(tmp_path):
+def test_sizes_match_the_pictures(tmp_path):
     widths = [30, 40, 50, 60, 1000]
     items = [(0, plain((n, 0, 0), width, 35)) for n, width in enumerate(widths)]
     root = dataset(tmp_path / "shards", ["zero"], train=items)
@@ -152,7 +152,7 @@ def test_duplicates_are_named_by_shard_and_key(tmp_path, threads):
     ]
 
 
-def test_one_picture_many_times_keeps_the_report_short(tmp_path):
+def test_many_copies_of_one_picture_keep_the_report_short(tmp_path):
     root = dataset(tmp_path / "shards", ["zero"], train=[(0, plain((9, 9, 9)))] * 50)
     inspect(root, tmp_path / "report", 0, 1)
     text = (tmp_path / "report/report.md").read_text()
@@ -162,7 +162,7 @@ def test_one_picture_many_times_keeps_the_report_short(tmp_path):
 
 
 def tiles(path: Path, columns: int) -> np.ndarray:
-    """The colour in the middle of each tile: [rows,columns,3]."""
+    """Return the colour in the middle of each tile: [rows,columns,3]."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), int)
     width = pixels.shape[1] // columns
@@ -171,7 +171,7 @@ def tiles(path: Path, columns: int) -> np.ndarray:
     return pixels[TILE // 2 :: height, TILE // 2 :: width][:, :columns]
 
 
-def test_the_contact_sheet_shows_each_class_in_its_place(tmp_path):
+def test_the_contact_sheet_shows_each_class_at_its_position(tmp_path):
     items = [(label, plain(colour)) for _ in range(3) for label, colour in enumerate(COLOURS)]
     root = dataset(tmp_path / "shards", [f"n{n}" for n in range(4)], train=items)
     inspect(root, tmp_path / "report", 0, 1)
@@ -182,7 +182,7 @@ def test_the_contact_sheet_shows_each_class_in_its_place(tmp_path):
         assert (row[3:] == 255).all()  # there are but three of each
 
 
-def test_of_too_many_classes_the_seed_draws_those_that_are_shown(tmp_path):
+def test_of_too_many_classes_a_random_choice_is_shown(tmp_path):
     count = TILES + 40
     items = [(n, plain((n, 255 - n, 100))) for n in range(count)]
     root = dataset(tmp_path / "shards", ["name"] * count, train=items)
@@ -196,7 +196,7 @@ def test_of_too_many_classes_the_seed_draws_those_that_are_shown(tmp_path):
     assert shown[0] == shown[2] != shown[1]
 
 
-def test_a_picture_that_does_not_decode_is_a_red_tile(tmp_path):
+def test_an_undecodable_picture_is_a_red_tile(tmp_path):
     root = dataset(tmp_path / "shards", ["zero"], train=[(0, plain((0, 0, 250)))])
     tar = root / "train-000000.tar"
     content, jpeg = tar.read_bytes(), plain((0, 0, 250))
@@ -209,7 +209,7 @@ def test_a_picture_that_does_not_decode_is_a_red_tile(tmp_path):
     assert tiles(tmp_path / "report/samples.png", 10)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_letters_that_the_font_lacks_are_no_noise(tmp_path, recwarn):
+def test_letters_missing_in_the_font_cause_no_warning(tmp_path, recwarn):
     root = dataset(tmp_path / "shards", ["猫 $x_"], train=[(0, plain((0, 0, 250)))])
     inspect(root, tmp_path / "report", 0, 1)
     assert not [str(w.message) for w in recwarn.list]

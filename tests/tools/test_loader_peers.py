@@ -1,4 +1,4 @@
-"""Others' input pipelines: the protocol of turns, what they deliver, and what is said when they cannot."""
+"""Other input pipelines: the protocol of turns, what they deliver, and their errors."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ PEERS_PYTHON = REPO / ".loader-peers/bin/python"
 
 @pytest.fixture
 def job(packed, tmp_path) -> Job:
-    """20 of the 60 pictures in a batch, so that several epochs are soon over."""
+    """A job with batches of 20 of the 60 pictures, for short epochs."""
     return Job(packed, batch=20, crop=67, threads=2, scratch=tmp_path)
 
 
@@ -58,7 +58,7 @@ def test_images_prefetched_before_a_turn_do_not_count(monkeypatch):
     assert rate(batches(), seconds=5.0) == 40.0
 
 
-def test_what_a_gpu_was_asked_for_counts_when_it_is_done(monkeypatch):
+def test_work_on_a_gpu_counts_when_it_is_finished(monkeypatch):
     now = [0.0]
 
     def finish():
@@ -75,7 +75,7 @@ def test_what_a_gpu_was_asked_for_counts_when_it_is_done(monkeypatch):
     assert rate(batches(), seconds=5.0, device="cuda") == 20.0  # 200 asked for in 5 s, done in 10
 
 
-def test_samples_and_files_are_those_of_the_train_shards(job):
+def test_samples_and_files_match_the_train_shards(job):
     samples = list(job.samples())
     assert len(samples) == 60
     assert [sum(label == wanted for _, label in samples) for wanted in range(10)] == [6] * 10
@@ -84,7 +84,7 @@ def test_samples_and_files_are_those_of_the_train_shards(job):
     assert {(Path(path).parent.name, label) for path, label in files} == {(f"{n:04d}", n) for n in range(10)}
 
 
-def test_the_crop_has_its_share_of_a_packed_image(job):
+def test_share_is_the_crops_part_of_the_area(job):
     assert job.share == (67 / 80) ** 2
 
 
@@ -100,7 +100,7 @@ def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
 
 
 def states(group: int) -> set[str]:
-    """Of the processes in a process group: R for running, T for stopped, …"""
+    """Return the states of the processes in a group: R for running, T for stopped, …"""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
@@ -111,7 +111,7 @@ def states(group: int) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_contestant_is_started_once_measured_by_turns_and_stopped_in_between(peer, job):
+def test_a_contestant_starts_once_and_is_stopped_between_turns(peer, job):
     contestant = Contestant(python_of(peer), peer, job, seconds=0.2)
     try:
         assert contestant.versions["torch"]
@@ -124,7 +124,7 @@ def test_a_contestant_is_started_once_measured_by_turns_and_stopped_in_between(p
     assert contestant.process.returncode == 0
 
 
-def test_a_package_that_is_missing_is_one_line(packed, tmp_path):
+def test_a_missing_package_is_reported_in_one_line(packed, tmp_path):
     missing = "raise ModuleNotFoundError(\"No module named 'torchvision'\")\n"
     (tmp_path / "torchvision.py").write_text(missing)  # found before one that is installed
     line = refusal("pytorch", "--data", str(packed), "--crop", "67", PYTHONPATH=str(tmp_path))
@@ -133,18 +133,18 @@ def test_a_package_that_is_missing_is_one_line(packed, tmp_path):
     assert line.count("\n") == 1
 
 
-def test_a_folder_without_a_dataset_is_one_line(tmp_path):
+def test_a_folder_without_a_dataset_is_refused_in_one_line(tmp_path):
     line = refusal("dali", "--data", str(tmp_path))
     assert line == f"loader_peers: no packed dataset in {tmp_path}: pack one with alexnet-train make-shards\n"
 
 
 def test_a_crop_larger_than_the_packed_images_is_refused(packed):
-    """By the error that a folder without a dataset is refused with, which the command makes a line of."""
+    """The reason is the line that refuses a folder without a dataset."""
     with pytest.raises(ValueError, match=r"^a crop of 90 px does not fit in images of 80 px$"):
         Job(packed, batch=2, crop=90, threads=1).check()
 
 
-def test_who_asks_for_a_contestant_that_cannot_run_gets_its_reason(tmp_path):
+def test_a_contestant_that_cannot_run_gives_its_reason(tmp_path):
     job = Job(tmp_path, batch=2, crop=67, threads=1)
     with pytest.raises(
         PeerError, match=f"^dali: no packed dataset in {tmp_path}: pack one with alexnet-train make-shards$"

@@ -1,4 +1,4 @@
-"""tools/paper.py: a small grid really trained, and the arithmetic and text of records."""
+"""tools/paper.py: a small grid that is really trained, and the arithmetic and text of records."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def record(*rows: Row) -> Record:
     )
 
 
-def test_a_sign_is_said_only_where_all_seeds_agree():
+def test_a_verdict_needs_all_seeds_to_agree():
     assert verdict([0.5, 2.0], 1.0) == "as published"
     assert verdict([-0.5, -2.0], 1.0) == "opposite"
     assert verdict([-0.5, 2.0], 1.0) == "within the spread"
@@ -43,7 +43,7 @@ def test_differences_are_between_runs_of_the_same_seed():
     assert spread([2.0]) == "2.00"
 
 
-def test_a_record_is_read_as_it_was_written_and_nothing_else_is(tmp_path):
+def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
     written = record(Row(system="AlexNet", measured={"error (%)": [40.0]}))
     path = written.save(tmp_path)
     assert Record.read(path) == written
@@ -85,7 +85,7 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
         (["ablations", "--epoch", "3"], "unknown setting --epoch; did you mean --epochs?"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(arguments, message, tmp_path, call):
+def test_impossible_experiments_are_refused_in_one_line(arguments, message, tmp_path, call):
     done = call(main, *arguments, "--out", tmp_path / "paper")
     assert done.returncode in (1, 2)
     assert message in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""shard_checks: every damage of a shard is named with its member and byte."""
+"""Checks of shards: all damage is reported with its member and byte."""
 
 import io
 import os
@@ -25,7 +25,7 @@ TAR = "train-000001.tar"  # samples 20 to 39 of train
 
 @pytest.fixture
 def folder(packed: Path, tmp_path: Path) -> Path:
-    """A copy of the drawn pictures' shards to damage."""
+    """A copy of the drawn pictures' shards that tests may damage."""
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
@@ -52,17 +52,17 @@ def edit(path: Path, place: int, new: bytes) -> None:
 
 
 def jpeg_at(root: Path, number: int) -> int:
-    """The byte at which the JPEG of a sample of TAR begins."""
+    """Return the offset in TAR of a sample's JPEG."""
     return int(np.load(root / "train.index.npy")["offset"][20 + number])
 
 
-def test_a_shard_that_is_a_folder_is_no_shard(folder):
+def test_a_folder_is_not_accepted_as_a_shard(folder):
     (folder / TAR).unlink()
     (folder / TAR).mkdir()
     assert found_in(folder) == [f"{TAR}: cannot be read: Is a directory"]
 
 
-def test_a_flipped_byte_of_a_header_is_found_and_hides_nothing_else(folder):
+def test_a_flipped_byte_in_a_header_is_found_and_hides_nothing_else(folder):
     tar = folder / TAR
     header, other = jpeg_at(folder, 3) - 512, jpeg_at(folder, 7)
     edit(tar, header + 2, b"x")
@@ -77,7 +77,7 @@ def test_a_flipped_byte_of_a_header_is_found_and_hides_nothing_else(folder):
     ]
 
 
-def test_a_page_of_zeros_is_found_where_it_is(folder):
+def test_a_page_of_zeros_is_located(folder):
     place = jpeg_at(folder, 5) - 512
     edit(folder / TAR, place, bytes(1024))
     found = found_in(folder)
@@ -87,7 +87,7 @@ def test_a_page_of_zeros_is_found_where_it_is(folder):
     )
 
 
-def test_a_tar_cut_short_names_what_it_ends_in(folder):
+def test_a_truncated_tar_names_the_member_it_ends_in(folder):
     place = jpeg_at(folder, 15)
     size = (folder / TAR).stat().st_size
     os.truncate(folder / TAR, place + 100)
@@ -100,7 +100,7 @@ def test_a_tar_cut_short_names_what_it_ends_in(folder):
     ]
 
 
-def test_bytes_behind_the_end_are_found(folder):
+def test_bytes_after_the_end_are_found(folder):
     size = (folder / TAR).stat().st_size
     with open(folder / TAR, "ab") as file:
         file.write(b"x" * 512)
@@ -118,8 +118,8 @@ def test_padding_that_is_not_zero_names_its_byte(folder):
     ]
 
 
-def test_a_wrong_checksum_has_every_picture_decoded(folder):
-    """By itself `sampled` takes every second of twenty; the damaged one is the 12th."""
+def test_a_wrong_checksum_makes_every_picture_be_decoded(folder):
+    """`sampled` alone would decode every second of twenty; the damaged one is the 12th."""
     row = np.load(folder / "train.index.npy")[31]
     end = int(row["offset"]) + int(row["size"])
     place = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
@@ -133,7 +133,7 @@ def test_a_wrong_checksum_has_every_picture_decoded(folder):
 @pytest.mark.parametrize(
     ("text", "what"), [(b"a", "is 'a', which is not a label"), (b"\xff", r"is '\xff', which is not a label")]
 )
-def test_a_label_that_is_none_is_named(folder, text, what):
+def test_an_invalid_label_is_named(folder, text, what):
     place = jpeg_at(folder, 2) - 1024
     edit(folder / TAR, place, text)
     assert f"{TAR}, 000000021.cls, byte {place}: {what}" in found_in(folder)
@@ -146,7 +146,7 @@ def jpeg(width: int = 16, height: int = 16, mode: str = "RGB") -> bytes:
 
 
 def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray], None]) -> list[str]:
-    """What is found in a new shard of these samples whose index is what `change` makes of the right one."""
+    """Return the findings for a new shard of these samples whose index `change` has altered."""
     shard, rows = write_shard(folder / "new.tar", samples)
     change(rows)
     return [line.removeprefix("new.tar, ") for line in named(Task(folder, shard, rows, 10, "sampled"))]
@@ -171,7 +171,7 @@ def test_a_picture_is_what_the_packer_promises(tmp_path):
     ]
 
 
-def test_members_that_make_no_sample_are_named(tmp_path):
+def test_members_that_belong_to_no_sample_are_named(tmp_path):
     file, link = tarfile.REGTYPE, tarfile.SYMTYPE
     members = [("a.jpg", jpeg(), file), ("a.cls", b"0", file), ("b.cls", b"0", file), ("c.jpg", jpeg(), file)]
     members += [("d.jpg", jpeg(), file), ("e.cls", b"0", file), ("f.txt", b"0", file), ("l\n.jpg", b"", link)]
@@ -198,7 +198,7 @@ def test_members_that_make_no_sample_are_named(tmp_path):
     ]
 
 
-def test_a_head_that_readers_would_refuse_is_named(folder):
+def test_a_jpeg_header_that_readers_would_refuse_is_named(folder):
     task = task_of(folder)
     shard = task.shard.model_copy(update={"head_sha256": "0" * 64})
     what = "the sha256 of its first 64 KiB differs from the one in dataset.json"
@@ -236,7 +236,7 @@ def test_an_idx_is_compared_with_its_tar(folder):
 
 
 def test_dalis_index_is_what_wds2idx_makes(folder, tmp_path):
-    """DALI's own tool, on its own reading of the tar."""
+    """Compare with DALI's own tool, which reads the tar by itself."""
     made = tmp_path / "made.idx"
     command = [Path(sys.executable).with_name("wds2idx"), folder / TAR, made]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The contestants of the benchmarks' stages: who they are, what they do, and that they end."""
+"""The contestants of the benchmarks' stages: which they are, what they do, and that they are closed."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ QUICK += ("--device", "cpu", "--precision", "fp32")
 BATCH = ("--batch", "4")
 
 
-def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
+def test_training_logs_as_in_a_run(packed, monkeypatch, call):
     logged = []
     monkeypatch.setattr(
         "trainer.monitor.journal.Journal.interval", lambda self, step, *_: logged.append(step)
@@ -27,7 +27,7 @@ def test_training_logs_as_it_does_in_a_run(packed, monkeypatch, call):
     assert logged == list(range(2, logged[-1] + 1, 2))
 
 
-def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_taken_first(packed, call):
+def test_the_chosen_form_of_convolutions_comes_first(packed, call):
     done = call(bench.main, "forms", "--data", packed, *QUICK, *BATCH, "--convolutions", "towers")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
@@ -36,7 +36,7 @@ def test_the_model_is_compared_in_each_form_of_its_convolutions_the_one_that_is_
     assert next(iter(figures)) == record["convolutions"] == "towers"
 
 
-def test_a_sweep_opens_its_dataset_once_and_another_one_by_itself(packed, tmp_path, call, monkeypatch):
+def test_a_sweep_opens_its_dataset_once_unless_it_changes(packed, tmp_path, call, monkeypatch):
     from tools.benchmarks import stages
 
     opened = []
@@ -49,7 +49,7 @@ def test_a_sweep_opens_its_dataset_once_and_another_one_by_itself(packed, tmp_pa
     assert opened == [packed, packed, other]
 
 
-def test_what_a_batch_has_started_ends_before_the_next(packed, call, monkeypatch):
+def test_processes_of_one_batch_size_end_before_the_next(packed, call, monkeypatch):
     from tools.benchmarks import loader_peers, peer_pipelines
 
     events = []
@@ -75,7 +75,7 @@ def test_what_a_batch_has_started_ends_before_the_next(packed, call, monkeypatch
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_net_as_torch_compiles_it_is_a_peer_where_there_is_a_compiler(there, packed, call, monkeypatch):
+def test_the_compiled_stock_net_is_measured_if_there_is_a_compiler(there, packed, call, monkeypatch):
     monkeypatch.setenv("CXX", sys.executable if there else "/nowhere/g++")
     monkeypatch.setattr("tools.benchmarks.stages.Stages._run", lambda self, make: lambda: 1.0)
     done = call(bench.main, "model", "--data", packed, *QUICK, *BATCH)

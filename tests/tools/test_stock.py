@@ -1,4 +1,4 @@
-"""The peer of the model stage computes what ours does, and its step trains."""
+"""The stock net of the stage `model` computes what ours does, and its step trains."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from model.alexnet import AlexNet
 from tools.benchmarks.stock import LAYOUTS, stock_alexnet, stock_work
 
 
-def test_stock_net_is_ours_with_fc6s_inputs_in_another_order():
+def test_stock_net_equals_ours_with_fc6s_inputs_permuted():
     torch.manual_seed(0)
     ours, stock = AlexNet(10, "paper", "inverted").eval(), stock_alexnet(10).eval()
     state = [parameter.detach() for parameter in ours.parameters()]

@@ -1,4 +1,4 @@
-"""tools/paper.py towers: both nets really trained, in three processes, and what is refused before that."""
+"""tools/paper.py towers: both nets are really trained, in three processes; bad settings are refused."""
 
 from argparse import Namespace
 
@@ -27,7 +27,7 @@ def test_two_towers_train_like_the_net_on_one_device(packed, tmp_path):
     assert two["sent by each tower for an image (kB)"] == [sent / 1000]
 
 
-def test_nothing_is_dropped_or_compiled_and_precision_is_full_unless_asked():
+def test_dropout_and_compilation_are_off_and_precision_defaults_to_fp32():
     given = load_settings(["--recipe", "fast", "--dropout", "inverted"])
     assert (given.compile, given.precision) == (True, "auto")
     settings = comparable(given)
@@ -44,17 +44,17 @@ def test_nothing_is_dropped_or_compiled_and_precision_is_full_unless_asked():
         ({"precision": "fp16"}, "use bf16"),
     ],
 )
-def test_what_has_no_two_towers_is_refused(other, message):
+def test_nets_without_two_towers_are_refused(other, message):
     with pytest.raises(SettingsError, match=message):
         comparable(Settings(**other))
 
 
-def test_two_gpus_are_used_where_there_are_two():
+def test_two_gpus_are_used_if_there_are_two():
     assert [shared_device(Settings(), gpus) for gpus in (0, 1, 2, 8)] == ["cpu", "cpu", "cuda", "cuda"]
     assert shared_device(Settings(device="cpu"), 2) == "cpu"
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("cuda", 1), ("cuda:0", 1), ("cuda:1", 2)])
-def test_one_gpu_alone_is_refused(device, gpus):
+def test_a_single_gpu_is_refused(device, gpus):
     with pytest.raises(SettingsError, match=rf"--device {device}: .* and torch finds {gpus}"):
         shared_device(Settings(device=device), gpus)

@@ -1,4 +1,4 @@
-"""A clone runs where its dependencies are installed and it is not."""
+"""A clone works if its dependencies are installed but it is not."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ COMMANDS = sorted(
 @pytest.mark.parametrize(
     "command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"]], ids=" ".join
 )
-def test_help_comes_from_a_clone(command):
-    """-S leaves out the files by which site-packages points to the clone."""
+def test_help_works_in_a_clone(command):
+    """-S ignores the .pth files by which site-packages points to the clone."""
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     environment = {**os.environ, "PYTHONPATH": packages}
     command = [sys.executable, "-S", *command, "--help"]
@@ -28,7 +28,7 @@ def test_help_comes_from_a_clone(command):
     assert done.stdout.startswith("usage: ")
 
 
-def test_packing_needs_no_version_of_an_installation(monkeypatch):
+def test_packing_works_without_an_installed_version(monkeypatch):
     def version(package: str) -> str:
         raise PackageNotFoundError(package)
 

@@ -17,7 +17,7 @@ from tools.classifying import nets
 from tools.classifying.output import Result
 from tools.classifying.pictures import InputError, find, read
 
-# What tempfile says where no folder can be written.
+# What tempfile does if it finds no writable folder.
 WITHOUT_TEMPORARY_FOLDER = """
 import runpy, sys, tempfile
 
@@ -44,7 +44,7 @@ def failure(code: int) -> OSError:
     ],
     ids=lambda command: Path(command[0]).stem,
 )
-def test_no_folder_for_temporary_files_is_one_line(tmp_path, command):
+def test_a_missing_temporary_folder_is_reported_in_one_line(tmp_path, command):
     run = tmp_path / "run"
     run.mkdir()
     (run / "settings.json").write_text('{"dataset": ""}')
@@ -63,7 +63,7 @@ def test_no_folder_for_temporary_files_is_one_line(tmp_path, command):
 
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
-    """Make so many reads of whole files fail."""
+    """Make the first `times` reads of whole files fail."""
     left = iter(range(times))
 
     def answer(file: io.FileIO, size: int) -> bytes:
@@ -81,25 +81,25 @@ def picture(pictures) -> Path:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EMFILE])
-def test_a_picture_that_cannot_be_read_for_a_moment_is_classified(picture, monkeypatch, code):
+def test_a_picture_that_is_briefly_unreadable_is_classified(picture, monkeypatch, code):
     fail_reads(monkeypatch, code, times=2)
     assert read(picture).size == (144, 144)
 
 
-def test_an_outage_is_not_a_broken_picture(picture, monkeypatch):
+def test_an_outage_is_not_reported_as_a_broken_picture(picture, monkeypatch):
     fail_reads(monkeypatch, errno.ENOTCONN, times=1000)
     with pytest.raises(OSError, match="not connected") as error:
         read(picture)
     assert error.value.filename == str(picture)
 
 
-def test_a_picture_that_stays_unreadable_is_one_that_failed(picture, monkeypatch):
+def test_a_picture_that_stays_unreadable_counts_as_failed(picture, monkeypatch):
     fail_reads(monkeypatch, errno.EIO, times=1000)
     with pytest.raises(InputError, match=f"{picture}: Input/output error"):
         read(picture)
 
 
-def test_a_folder_that_cannot_be_listed_is_not_empty(pictures, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(pictures, monkeypatch):
     scandir, hidden = os.scandir, str(sorted((pictures / "val").iterdir())[0])
 
     def refuse(path: Any) -> Any:
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_listed_is_not_empty(pictures, monkeypatch):
         find([pictures / "val"])
 
 
-def test_results_that_cannot_be_written_name_their_file(tmp_path, monkeypatch):
+def test_an_error_writing_results_names_the_file(tmp_path, monkeypatch):
     path = tmp_path / "classes.jsonl"
 
     def full(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Verifying and inspecting on storage that fails: what is no damage, what is, and which file it was."""
+"""Verifying and inspecting on failing storage: what counts as damage, and which file is named."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ def fault(name: str, path: str, error: str, lasting: bool = True) -> Fault:
 @pytest.mark.parametrize(
     ("name", "error"), [("open", "EMFILE"), ("read", "ESTALE"), ("read", "EIO"), ("read", "EAGAIN")]
 )
-def test_what_passes_is_no_damage(dataset, file, name, error):
+def test_a_transient_error_is_not_damage(dataset, file, name, error):
     with Storage(dataset, fault(name, file, error, lasting=False)) as storage:
         assert verify(dataset, "sampled", 1).count == 0
     assert storage.hits == 1
@@ -47,7 +47,7 @@ def test_what_passes_is_no_damage(dataset, file, name, error):
 
 @pytest.mark.parametrize("file", [TAR, INDEX, IDX])
 @pytest.mark.parametrize(("name", "error"), [("open", "EMFILE"), ("read", "ESTALE"), ("read", "EAGAIN")])
-def test_an_outage_is_no_damage_but_the_end(dataset, file, name, error):
+def test_an_outage_ends_verification_and_is_not_damage(dataset, file, name, error):
     with Storage(dataset, fault(name, file, error)), pytest.raises(OSError, match=file) as found:
         verify(dataset, "sampled", 1)
     assert found.value.errno == getattr(errno, error)
@@ -61,7 +61,7 @@ def test_a_file_that_stays_unreadable_is_damage(dataset, file, name, error):
     assert str(damage) == f"{file}: cannot be read: {os.strerror(getattr(errno, error))}"
 
 
-def test_a_dataset_that_went_away_is_not_one_without_shards(dataset, monkeypatch):
+def test_a_dataset_that_disappears_is_not_reported_as_missing_shards(dataset, monkeypatch):
     manifest = read_manifest(dataset)
     monkeypatch.setattr(verify_shards, "read_manifest", lambda _: manifest)
     monkeypatch.setattr(verify_shards, "check_dataset", lambda *_: [])
@@ -73,9 +73,9 @@ def test_a_dataset_that_went_away_is_not_one_without_shards(dataset, monkeypatch
 
 
 @pytest.mark.parametrize("decode", ["sampled", "all"])
-def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeypatch, decode):
+def test_a_correct_second_read_does_not_hide_a_wrong_first_one(dataset, monkeypatch, decode):
     class Flaky(checks._Hashed):
-        """The first time that the second tar is read, a bit is another."""
+        """Flip a bit the first time that the second tar is read."""
 
         def read(self, size: int) -> bytes:
             data = super().read(size)
@@ -92,7 +92,7 @@ def test_a_second_reading_that_is_right_does_not_hide_the_first(dataset, monkeyp
     assert ("gave different bytes when read twice" in damage.what) == (decode == "sampled")
 
 
-def test_memory_that_runs_out_is_no_damage(dataset, monkeypatch):
+def test_running_out_of_memory_is_not_damage(dataset, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
@@ -102,7 +102,7 @@ def test_memory_that_runs_out_is_no_damage(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle", "/mnt/a.tar"), MemoryError()])
-def test_the_command_says_so_in_a_line(dataset, monkeypatch, error):
+def test_the_command_reports_an_outage_in_one_line(dataset, monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -119,7 +119,7 @@ def test_the_command_says_so_in_a_line(dataset, monkeypatch, error):
 
 
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
-def test_dataset_json_and_index_are_named(dataset, error):
+def test_errors_reading_dataset_json_and_index_name_the_file(dataset, error):
     manifest = read_manifest(dataset)
     for file, read in (
         ("dataset.json", lambda: read_manifest(dataset)),

@@ -1,4 +1,4 @@
-"""verify_shards: every damage is found and named, and nothing else is."""
+"""verify_shards: all damage is found and named, and nothing else."""
 
 import json
 import shutil
@@ -24,13 +24,13 @@ TAR = "train-000001.tar"  # samples 20 to 39 of train
 
 @pytest.fixture
 def run(call) -> Callable[..., subprocess.CompletedProcess]:
-    """run(data, *arguments): the command in this process."""
+    """run(data, *arguments): run the command in this process."""
     return lambda data, *arguments: call(verify_shards.main, "--data", data, *arguments)
 
 
 @pytest.fixture
 def dataset(packed: Path, tmp_path: Path) -> Path:
-    """A copy to damage: 60 of train in three shards of 20, 20 of val in one."""
+    """A copy that tests may damage: train has three shards of 20 samples, val one of 20."""
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
@@ -40,7 +40,7 @@ def found_in(root: Path, decode: str = "sampled") -> list[str]:
     return [str(damage) for damage in verdict.damages]
 
 
-def test_a_sound_dataset_is_sound(packed):
+def test_a_sound_dataset_passes(packed):
     before = contents(packed)
     command = [sys.executable, "tools/verify_shards.py", "--data", packed, "--workers", "2"]
     done = subprocess.run(
@@ -57,13 +57,13 @@ def test_a_sound_dataset_is_sound(packed):
 
 
 @pytest.mark.parametrize(("decode", "expected"), [("none", 0), ("sampled", 40), ("all", 80)])
-def test_decode_says_how_many_pictures_are_decoded(packed, decode, expected):
+def test_decode_controls_how_many_pictures_are_decoded(packed, decode, expected):
     verdict = verify(packed, decode, 1)
     assert sum(row.decoded for row in verdict.splits.values()) == expected
     assert not verdict.count
 
 
-def test_every_shard_and_its_idx_must_be_there(dataset):
+def test_every_shard_and_its_idx_must_exist(dataset):
     (dataset / TAR).unlink()
     (dataset / "train-000002.idx").unlink()
     assert found_in(dataset) == [f"{TAR}: is missing", "train-000002.idx: is missing"]
@@ -78,7 +78,7 @@ def test_pictures_larger_than_dataset_json_says_are_named(dataset):
 
 
 def with_rows(root: Path, change: Callable[[np.ndarray], None]) -> None:
-    """Let the index of train be what `change` makes of it, and dataset.json know it."""
+    """Replace the index of train by what `change` returns, and update dataset.json."""
     rows = np.load(root / "train.index.npy")
     change(rows)
     digest = write_index(root / "train.index.npy", rows)
@@ -92,7 +92,7 @@ def test_the_index_of_another_dataset_is_refused(dataset):
     assert "does not match its checksum in dataset.json" in line
 
 
-def test_strays_are_named(dataset):
+def test_stray_files_are_named(dataset):
     strays = ("train-000003.tar", "train-000003.idx", "more.index.npy", ".train-000000.tar.partial")
     for name in strays:
         (dataset / name).write_bytes(b"")
@@ -106,7 +106,7 @@ def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
 
 
 def named(dataset: Path, name: str) -> Iterator[None]:
-    """The dataset with this name for its index, then for a shard."""
+    """Yield the dataset with this name for its index, and then for a shard."""
     for change in (
         lambda split: split.update(index=name),
         lambda split: split["shards"][0].update(file=name),
@@ -118,14 +118,14 @@ def named(dataset: Path, name: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["", "..", "../val-000000.tar", "/etc/passwd"])
-def test_names_that_lead_elsewhere_are_refused(dataset, name):
+def test_paths_that_leave_the_folder_are_refused(dataset, name):
     for _ in named(dataset, name):
         with pytest.raises(DatasetError, match="is not in the dataset's folder"):
             found_in(dataset)
 
 
 @pytest.mark.parametrize("name", ["a\0.tar", "\ud800.tar", "train.tgz"])
-def test_names_that_packing_never_gives_are_damage(dataset, name):
+def test_names_that_packing_never_writes_are_damage(dataset, name):
     for _ in named(dataset, name):
         assert f"dataset.json: names {name!a}, which is not a file in its folder" in found_in(dataset)
 
@@ -145,7 +145,7 @@ def test_one_shard_under_two_names_is_found(dataset):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe garbage", b"[" * 10**5, b"{}", b"[]", b'{"format": 2}'])
-def test_garbage_for_dataset_json_is_one_line(dataset, content, run):
+def test_garbage_in_dataset_json_is_reported_in_one_line(dataset, content, run):
     (dataset / "dataset.json").write_bytes(content)
     done = run(dataset)
     assert (done.returncode, done.stdout) == (1, "")
@@ -153,7 +153,7 @@ def test_garbage_for_dataset_json_is_one_line(dataset, content, run):
     assert done.stderr.count("\n") == 1
 
 
-def test_no_dataset_is_one_line(tmp_path, run):
+def test_a_missing_dataset_is_reported_in_one_line(tmp_path, run):
     done = run(tmp_path / "none")
     assert done.returncode == 1
     assert done.stderr == f"verify_shards: {error_of(tmp_path / 'none')}\n"
@@ -165,7 +165,7 @@ def error_of(root: Path) -> str:
     return str(error.value)
 
 
-def test_damages_are_printed_up_to_a_number_and_counted(dataset, run):
+def test_findings_are_printed_up_to_a_limit_and_counted(dataset, run):
     def change(rows: np.ndarray) -> None:
         rows["width"] -= 1
         rows["height"] -= 1
@@ -183,8 +183,8 @@ def test_damages_are_printed_up_to_a_number_and_counted(dataset, run):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_whatever_is_changed_is_found_without_a_traceback(packed, tmp_path, seed):
-    """dataset.json has no checksum of its own: of it only the second half of this holds."""
+def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
+    """dataset.json has no checksum of its own, so for it only the second half of this applies."""
     rng = np.random.default_rng(seed)
     for path in sorted(packed.iterdir()):
         if path.name == "report.tsv":
@@ -223,7 +223,7 @@ DAMAGED_INDICES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_INDICES)
-def test_repair_makes_the_very_files_that_were_packed(dataset, damage):
+def test_repair_restores_the_packed_files_exactly(dataset, damage):
     before = contents(dataset)
     DAMAGED_INDICES[damage](dataset)
     lost = sorted(name for name, content in before.items() if contents(dataset).get(name) != content)
@@ -231,7 +231,7 @@ def test_repair_makes_the_very_files_that_were_packed(dataset, damage):
     assert contents(dataset) == before
 
 
-def test_repair_brings_dataset_json_to_an_index_that_was_packed_wrongly(dataset):
+def test_repair_updates_dataset_json_for_a_wrongly_packed_index(dataset):
     before = contents(dataset)
 
     def change(rows: np.ndarray) -> None:
@@ -243,7 +243,7 @@ def test_repair_brings_dataset_json_to_an_index_that_was_packed_wrongly(dataset)
     assert contents(dataset) == before
 
 
-def test_repair_refuses_where_a_tar_is_not_sound(dataset, run):
+def test_repair_refuses_a_damaged_tar(dataset, run):
     (dataset / "train.index.npy").unlink()
     (dataset / "val-000000.idx").unlink()
     tar = bytearray((dataset / TAR).read_bytes())
