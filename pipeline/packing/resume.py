@@ -127,7 +127,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     if recorded is not None and not overwrite:
         differing = (name for name in {**plan, **recorded} if plan.get(name) != recorded.get(name))
         raise SourceError(
-            f"{output} contains an unfinished dataset, and this run differs from it in {', '.join(differing)}: "
+            f"{output} contains an unfinished dataset; this run differs from it in {', '.join(differing)}: "
             "continue it with its own options, choose another --output, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files and not overwrite:
@@ -135,9 +135,8 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
             f"{output} already contains a dataset: choose another --output, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files or recorded is not None:
-        _write_plan(
-            output, {"--in-place": in_place}
-        )  # if killed during this, the same command comes back here
+        # If the run is killed while it removes files, the same command comes back here.
+        _write_plan(output, {"--in-place": in_place})
         output.remove({MANIFEST_NAME} & files.keys())
         output.remove(
             [*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != MANIFEST_NAME)]
