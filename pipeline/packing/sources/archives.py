@@ -1,8 +1,8 @@
-"""Tars read where they lie, and ILSVRC's as they are downloaded.
+"""Read images from tars without extracting them, including the ILSVRC tars as downloaded.
 
-A class tar is stored uncompressed in the tar of all classes, so an image has one place in the outer
-file. Only headers are read to find it, and each is checked: Python's tarfile would take a damaged
-header for the end.
+A class tar is stored uncompressed in the tar of all classes, so each image has an offset in the outer file.
+Only headers are read to find it, and each is checked: Python's tarfile would take a damaged header for the
+end of the tar.
 """
 
 import posixpath
@@ -18,10 +18,10 @@ from pipeline.packing import storage
 from pipeline.packing.sources.labels import Annotations, is_image
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
 
-_BLOCK = 512  # tar's unit, in bytes
+_BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_CONNECTIONS = 32  # a header behind a URL is a request, which mostly waits
+_CONNECTIONS = 32  # each header behind a URL takes a request, which mostly waits
 _AHEAD = 8192  # bytes
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 class Member(NamedTuple):
-    """A file in a tar. offset: of its first byte in the whole file."""
+    """A file in a tar. offset: of its first byte in the outermost file. size: in bytes."""
 
     name: str
     offset: int
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 class ReadAhead:
-    """storage.read that asks for more, up to the file's end: small members and their headers come at once."""
+    """Reads like storage.read, but fetches more at a time: small members come together with their headers."""
 
     def __init__(self, end: int):
         self.end, self.start, self.content = end, 0, b""
@@ -52,49 +52,53 @@ class ReadAhead:
 def members(
     file: str, start: int, end: int, read: Callable[[str, int, int], bytes] = storage.read
 ) -> Iterator[Member]:
-    """The files of the tar between two bytes of a file. Raises SourceError where it is damaged."""
-    place, extensions = start, b""
+    """Yield the files of the tar between two offsets of a file. Raises SourceError if it is damaged."""
+    position, extensions = start, b""
     while True:
-        if place + _BLOCK > end:
-            raise SourceError(f"{file} is cut short: the tar has no end at byte {end}")
-        header = read(file, place, _BLOCK)
+        if position + _BLOCK > end:
+            raise SourceError(f"{file} is truncated: the tar does not end properly at byte {end}")
+        header = read(file, position, _BLOCK)
         if not any(header):
             return
         try:
             info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
             if extensions and info.type not in _EXTENSIONS:
-                # A long name, say, stands before its header: tarfile joins them.
+                # A long name, for example, comes before its header; tarfile joins them.
                 info = tarfile.TarFile(fileobj=BytesIO(extensions + header)).next() or info
         except tarfile.TarError as error:
-            raise SourceError(f"{file} is damaged: no header of a file at byte {place} ({error})") from None
-        offset = place + _BLOCK
+            raise SourceError(f"{file} is damaged: no valid header at byte {position} ({error})") from None
+        offset = position + _BLOCK
         if not 0 <= info.size <= end - offset:
-            raise SourceError(f"{file} is cut short or damaged: {info.name} at byte {place} goes beyond it")
-        place = offset + -(-info.size // _BLOCK) * _BLOCK
+            raise SourceError(
+                f"{file} is truncated or damaged: {info.name} at byte {position} extends beyond its end"
+            )
+        position = offset + -(-info.size // _BLOCK) * _BLOCK
         if info.type in _EXTENSIONS:
-            extensions += read(file, offset - _BLOCK, place - offset + _BLOCK)
+            extensions += read(file, offset - _BLOCK, position - offset + _BLOCK)
             continue
         extensions = b""
         if info.type in _FILES:
             yield Member(posixpath.normpath(info.name), offset, info.size)
         elif not info.isdir():
-            raise SourceError(f"{file} has {info.name} as a link or in pieces at byte {offset}: extract it")
+            raise SourceError(
+                f"{file} stores {info.name} as a link or in pieces at byte {offset}: extract the tar"
+            )
 
 
-def read_each(place: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """What `read` gives for each, in order: for many at once if the place is behind a URL."""
-    with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(place) else 1) as pool:
+def read_each(path: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `read` of each item in order; if the path is a URL, many are read at once."""
+    with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(path) else 1) as pool:
         yield from pool.map(read, items)
 
 
 def class_tars(folder: InputFolder, name: str) -> SplitFiles:
-    """A tar of class tars."""
+    """Find the training images in a tar of class tars. Raises SourceError if there are no class tars."""
     file = folder.locate(name)
     outer = list(members(file, 0, folder.size(name)))
-    # Of two members of one name the later counts, as when they are extracted.
+    # If two members have the same name, the later one counts, as when they are extracted.
     tars = {PurePosixPath(tar.name).stem: tar for tar in outer if tar.name.endswith(".tar")}
     if not tars:
-        raise SourceError(f"{file} has no class tars, <class>.tar")
+        raise SourceError(f"{file} contains no class tars (<class>.tar)")
     strays = [f"train/{member.name}" for member in outer if not member.name.endswith(".tar")]
     return SplitFiles(file, list(tars), _images(file, tars), strays)
 
@@ -111,7 +115,7 @@ def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
 
 
 def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:
-    """A tar of validation images, whose labels stand elsewhere."""
+    """Find the images in a tar of validation images, whose labels come from the annotations."""
     file = folder.locate(tar)
     found = {PurePosixPath(member.name).name: member for member in members(file, 0, folder.size(tar))}
     strays = sorted(f"val/{name}" for name in found if not is_image(name))

@@ -1,4 +1,4 @@
-"""What there is to pack: the image files of each split, their labels and the classes' names."""
+"""Find what to pack: the image files of each split, their labels, and the names of the classes."""
 
 import re
 import unicodedata
@@ -19,8 +19,8 @@ from pipeline.packing.storage import absolute
 class SourceImage:
     """An image to pack.
 
-    path: its name for sorting and for the report, mostly `train/<class>/<file>` whatever form the
-    input has. file: what storage.read opens; with offset and size where it is a member of a tar.
+    path: its name for sorting and for the report, mostly `train/<class>/<file>`, whatever form the input has.
+    file: the path or URL that storage.read opens, with offset and size if the image is a member of a tar.
     """
 
     path: str
@@ -32,9 +32,12 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Sources:
-    """classes: ids in the order of their labels. splits: files, sorted by label and path. strays:
-    files outside any class folder, which cannot be packed. names: of classes, by id. table: that which
-    names the files, if one does, so that nobody has seen them yet."""
+    """The images to pack.
+
+    classes: ids in the order of their labels. splits: the images of each split, sorted by label and path.
+    strays: files outside any class folder, which cannot be packed. names: the names of classes by id. table:
+    the table that lists the files, if there is one; the files may then not exist.
+    """
 
     classes: list[str]
     splits: dict[str, list[SourceImage]]
@@ -46,10 +49,9 @@ class Sources:
 def find_sources(
     input: str | Path, val_fraction: float | None, seed: int, class_names: Path | None = None
 ) -> Sources:
-    """Find the images of a folder or a table, here or behind a URL; folders.py has the forms.
+    """Find the images of a folder or a table, local or behind a URL; folders.py lists the supported forms.
 
-    Raises SourceError where nothing can be packed, or where it is unclear what is to be kept for
-    validation, and OSError.
+    Raises SourceError if nothing can be packed, or if it is unclear which images are for validation.
     """
     names, table = read_class_names(class_names), None
     try:
@@ -69,60 +71,64 @@ def find_sources(
 def _number(
     parts: dict[str, SplitFiles], val_fraction: float | None, seed: int, names: dict[str, str]
 ) -> Sources:
-    """Give the classes their labels, and check that there is enough to train and validate on."""
+    """Number the classes, and check that there are images to train and validate on."""
     train = parts["train"]
     classes = _in_order(train.classes)
     if not classes:
         raise SourceError(
-            f"{train.place} has no class folders: images are expected as {train.place}/<class>/<image>"
+            f"{train.location} has no class folders: images are expected as {train.location}/<class>/<image>"
         )
-    _check_alike(classes, train.place)
+    _check_alike(classes, train.location)
     for name in classes:
-        if not name.isprintable():  # also bytes that are not UTF-8
-            raise SourceError(f"the class {name!r} in {train.place} has a name that cannot be written")
+        if not name.isprintable():  # this includes bytes that are not UTF-8
+            raise SourceError(
+                f"the class {name!r} in {train.location} has unprintable characters in its name: rename it"
+            )
     labels = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[SourceImage]] = {}
     for split, part in parts.items():
         found = []
         for path, class_id, file, offset, size in part.images:
             if class_id not in labels:
-                _check_alike([*classes, class_id], f"{part.place} and {train.place}")
-                raise SourceError(f"the class {class_id} is in {part.place} but not in {train.place}")
+                _check_alike([*classes, class_id], f"{part.location} and {train.location}")
+                raise SourceError(f"the class {class_id} is in {part.location} but not in {train.location}")
             found.append(SourceImage(path, labels[class_id], file, offset, size))
         splits[split] = sorted(found, key=lambda source: (source.label, source.path))
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
     for split, sources in splits.items():
         if not sources:
-            raise SourceError(f"{parts.get(split, train).place} has no files for the split '{split}'")
+            raise SourceError(f"{parts.get(split, train).location} has no files for the split '{split}'")
     untrained = set(range(len(classes))) - {source.label for source in splits["train"]}
     if untrained:
         listed = ", ".join(classes[label] for label in sorted(untrained))
-        raise SourceError(f"{train.place} has no files for the classes {listed}: add some or remove these")
+        raise SourceError(
+            f"{train.location} has no files for the classes {listed}: add images or remove the classes"
+        )
     return Sources(classes, splits, [stray for part in parts.values() for stray in part.strays], names)
 
 
-def _check_alike(names: Iterable[str], place: str) -> None:
-    """Refuse names that look the same and are not, as é in one character and as e with an accent are."""
+def _check_alike(names: Iterable[str], location: str) -> None:
+    """Refuse names that look the same but differ, such as é as one character and as e with an accent."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
             raise SourceError(
-                f"{place}: the classes {other!a} and {name!a} look alike, being {name} in two "
-                "Unicode normal forms (NFC and NFD, as macOS writes): rename one, or join them"
+                f"{location}: the classes {other!a} and {name!a} look alike: both are {name}, in two Unicode "
+                "normal forms (NFC, and NFD as macOS writes it): rename one, or merge them"
             )
 
 
 def _in_order(classes: Iterable[str]) -> list[str]:
-    """By size if all are decimal numbers, which are labels already: 2 comes before 10."""
+    """Sort class ids: numerically if all are decimal numbers, so 2 comes before 10, else alphabetically."""
     if all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
         return sorted(classes, key=lambda name: (int(name), name))
     return sorted(classes)
 
 
 def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[str, list[SourceImage]]:
-    """The same fraction of each class for validation, drawn by the seed."""
+    """Hold out the same fraction of each class for validation, chosen at random by the seed."""
     rng = np.random.default_rng((seed, 1))
     labels = np.array([source.label for source in sources])
     held = np.zeros(len(sources), bool)

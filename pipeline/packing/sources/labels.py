@@ -1,16 +1,16 @@
-"""What files beside the images say: the labels of ILSVRC's validation images, the names of classes.
+"""Read annotation files: the labels of ILSVRC's validation images, and the names of classes.
 
-Labels are taken from the first of these that is there:
+Labels come from the first of these files that exists:
 
-    LOC_val_solution.csv                   Kaggle's
-    val.txt, synset_labels.txt             lines of a file and its class id, or of class ids
-    or imagenet_2012_validation_synset_labels.txt   alone in the order of the files' names
-    ILSVRC2012_validation_ground_truth.txt the devkit's, lines of its numbers for classes, which
-                                           map_clsloc.txt (lines of class ids in their order, as in
-                                           later devkits) or the devkit's meta.mat translates
+    LOC_val_solution.csv                   Kaggle's labels
+    val.txt, synset_labels.txt             each line has a file and its class id, or only a class id, in the
+    or imagenet_2012_validation_synset_labels.txt   order of the files' names
+    ILSVRC2012_validation_ground_truth.txt the devkit's labels: each line has the devkit's number of a class,
+                                           which map_clsloc.txt (lines of class ids in the devkit's order, as
+                                           in later devkits) or the devkit's meta.mat translates
 
-and names from LOC_synset_mapping.txt, synset_words.txt or meta.mat. They lie in the input folder,
-in its `data`, or in the devkit, extracted or not. ILSVRC2010's are taken in the same way.
+Names come from LOC_synset_mapping.txt, synset_words.txt or meta.mat. The files are in the input folder, in
+its folder `data`, or in the devkit, extracted or not. Those of ILSVRC2010 are read in the same way.
 """
 
 import csv
@@ -33,31 +33,36 @@ _NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
 class _Found(NamedTuple):
-    place: str
+    """An annotation file."""
+
+    path: str
     content: bytes
 
     def lines(self) -> list[str]:
         try:
             return self.content.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
-            raise SourceError(f"{self.place} is not text in UTF-8: {error}") from None
+            raise SourceError(f"{self.path} is not UTF-8 text: {error}") from None
 
 
 class Annotations:
-    """The files beside the images of an input folder."""
+    """The annotation files of an input folder."""
 
-    def __init__(self, folder: InputFolder, beside: tuple[str, ...] = ()):
-        """beside: other folders to look into."""
+    def __init__(self, folder: InputFolder, others: tuple[str, ...] = ()):
+        """others: more folders to search."""
         folders, files = folder.entries()
         devkits = [name for name in folders if "devkit" in name]
         inside = ("data", *devkits, *(f"{name}/data" for name in devkits))
-        self.places = (folder.name, *map(folder.locate, inside), *beside)
+        self.folders = (folder.name, *map(folder.locate, inside), *others)
         self.archives = [
             folder.locate(name) for name in files if "devkit" in name and name.endswith(("gz", ".tar"))
         ]
 
     def classes(self, names: list[str]) -> dict[str, str]:
-        """The class id of each of all validation images, which are sorted by name."""
+        """Return the class id of each validation image. names: of all of them, sorted.
+
+        Raises SourceError if the labels are missing or do not fit the images.
+        """
         if found := self._first("LOC_val_solution.csv"):
             classes = _of_kaggle(found)
         elif found := self._first(*_LISTS):
@@ -66,46 +71,48 @@ class Annotations:
             classes = self._of_numbers(found, names)
         else:
             raise SourceError(
-                f"the labels of the validation images are not in {self.places[0]}: put the devkit "
-                f"(ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv or {_LISTS[0]} (lines of a file and "
-                "its class id) there, or sort the images into class folders"
+                f"{self.folders[0]} has no labels for the validation images: put the devkit "
+                f"(ILSVRC2012_devkit_t12.tar.gz), LOC_val_solution.csv or {_LISTS[0]} (each line has a file "
+                "and its class id) there, or sort the images into class folders"
             )
         without = [name for name in names if Path(name).stem not in classes]
         if without:
             raise SourceError(
-                f"{found.place} has no label for {without[0]}, for {len(without):,} images in all"
+                f"{found.path} lacks labels for {len(without):,} images, the first of which is {without[0]}"
             )
         return {name: classes[Path(name).stem] for name in names}
 
     def names(self) -> dict[str, str]:
-        """The names of classes by class id, where a file has them."""
+        """Return the names of classes by class id, as far as a file has them."""
         if found := self._first(*_NAMES):
             return parse_class_names(found.lines())
         return dict(self._meta.values()) if self._first(_META) else {}
 
     def _of_numbers(self, truth: _Found, names: list[str]) -> dict[str, str]:
-        """By the devkit: the n-th line has the number of the class of the n-th image."""
+        """Read the devkit's labels: the n-th line has the number of the n-th image's class."""
         if found := self._first(_CLASS_LIST):
             ids = dict(enumerate(_in_order(found), 1))
         elif found := self._first(_META):
             ids = {number: class_id for number, (class_id, _) in self._meta.items()}
         else:
             raise SourceError(
-                f"{truth.place} has numbers for classes: put the devkit's {_META} beside it, or "
+                f"{truth.path} has numbers instead of class ids: put the devkit's {_META} next to it, or "
                 f"{_CLASS_LIST} with a class id on each line, in the devkit's order"
             )
         classes = []
         for number, line in enumerate(truth.lines(), 1):
             if not (line.strip().isdecimal() and int(line) in ids):
-                raise SourceError(f"{truth.place}, line {number}: {line!r} is not a number in {found.place}")
+                raise SourceError(
+                    f"{truth.path}, line {number}: {line!r} is not the number of a class in {found.path}"
+                )
             classes.append(ids[int(line)])
         return _in_turn(truth, names, classes)
 
     def _first(self, *names: str) -> _Found | None:
         for name in names:
-            for place in self.places:
+            for folder in self.folders:
                 try:
-                    return _Found(f"{place}/{name}", storage.read(f"{place}/{name}"))
+                    return _Found(f"{folder}/{name}", storage.read(f"{folder}/{name}"))
                 except (FileNotFoundError, NotADirectoryError):
                     continue
             if name in self._devkit:
@@ -114,7 +121,7 @@ class Annotations:
 
     @cached_property
     def _devkit(self) -> dict[str, _Found]:
-        """Files of a devkit that is not extracted, by their last name."""
+        """The files of a devkit that is not extracted, by the last part of their names."""
         found = {}
         for archive in self.archives:
             content = BytesIO(storage.read(archive))
@@ -125,42 +132,44 @@ class Annotations:
                         if file and name in (*_GROUND_TRUTHS, _CLASS_LIST, _META):
                             found[name] = _Found(f"{archive}/{member.name}", file.read())
             except (tarfile.TarError, EOFError, OSError, zlib.error):
-                raise SourceError(f"{archive} is damaged, or no tar.gz: download it again") from None
+                raise SourceError(f"{archive} is damaged or not a tar.gz: download it again") from None
         return found
 
     @cached_property
     def _meta(self) -> dict[int, tuple[str, str]]:
-        """Class id and name by the devkit's number."""
+        """The class id and name of each class, by the devkit's number."""
         found = self._first(_META)
         assert found
         try:
             from scipy.io import loadmat
         except ImportError:
             raise SourceError(
-                f"{found.place} needs scipy: pip install 'alexnet-train[imagenet]', or do without that file: "
-                f"give {_CLASS_LIST} for the labels and --class-names for the names"
+                f"reading {found.path} needs scipy: run pip install 'alexnet-train[imagenet]', or do without "
+                f"that file: provide {_CLASS_LIST} for the labels and --class-names for the names"
             ) from None
         try:
             synsets = np.atleast_1d(loadmat(BytesIO(found.content), squeeze_me=True)["synsets"])
             number = next(name for name in synsets.dtype.names or () if name.endswith("_ID"))
             return {int(row[number]): (str(row["WNID"]), str(row["words"])) for row in synsets}
-        except Exception as error:  # scipy breaks in many ways over a broken file
-            raise SourceError(f"{found.place} is not the devkit's: {type(error).__name__}: {error}") from None
+        except Exception as error:  # scipy raises many kinds of errors for a broken file
+            raise SourceError(
+                f"{found.path} is not the devkit's {_META}: {type(error).__name__}: {error}"
+            ) from None
 
 
 def is_image(name: str) -> bool:
-    """Whether a file among validation images is to have a label; people leave scripts there."""
+    """Whether a file among the validation images needs a label; there may also be scripts, for example."""
     return name.lower().endswith((".jpeg", ".jpg", ".png"))
 
 
 def parse_class_names(lines: list[str]) -> dict[str, str]:
-    """Names by class id, from lines of an id, white space and a name; a tab ends the name."""
+    """Parse lines of a class id, white space and a name, which a tab may end; return the names by id."""
     pairs = (line.split(maxsplit=1) for line in lines)
     return {pair[0]: pair[1].split("\t")[0].strip() for pair in pairs if len(pair) == 2}
 
 
 def read_class_names(path: Path | None) -> dict[str, str]:
-    """The content of --class-names."""
+    """Read the file of --class-names. Raises SourceError."""
     if path is None:
         return {}
     try:
@@ -175,7 +184,7 @@ def _of_kaggle(found: _Found) -> dict[str, str]:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     except (KeyError, AttributeError, IndexError):
         raise SourceError(
-            f"{found.place}, line {rows.line_num}: no ImageId, or no class in PredictionString"
+            f"{found.path}, line {rows.line_num}: there is no ImageId, or no class in PredictionString"
         ) from None
 
 
@@ -185,25 +194,30 @@ def _of_list(found: _Found, names: list[str]) -> dict[str, str]:
         return _in_turn(found, names, [row[0] for row in rows])
     if all(len(row) == 2 for row in rows):
         return {Path(file).stem: class_id for file, class_id in rows}
-    raise SourceError(f"{found.place} has lines of a file and a class id among lines of one word")
+    raise SourceError(
+        f"{found.path} mixes lines of one word with others: each line must have a file and a class id, or "
+        "each only a class id"
+    )
 
 
 def _in_turn(found: _Found, names: list[str], classes: list[str]) -> dict[str, str]:
     if len(names) != len(classes):
         raise SourceError(
-            f"{found.place} has {len(classes):,} labels and there are {len(names):,} validation images: "
-            "they do not belong together, or some images are missing"
+            f"{found.path} has {len(classes):,} labels, but there are {len(names):,} validation images: they "
+            "do not belong together, or some images are missing"
         )
     return {Path(name).stem: class_id for name, class_id in zip(names, classes, strict=True)}
 
 
 def _in_order(found: _Found) -> list[str]:
-    """Class ids in the devkit's order, of lines of an id, perhaps its number, and more."""
+    """Read class ids in the devkit's order from lines of an id, perhaps its number, and more words."""
     rows = [line.split() for line in found.lines() if line.strip()]
     for number, row in enumerate(rows, 1):
         if len(row) > 1 and row[1].isdecimal() and int(row[1]) != number:
-            raise SourceError(f"{found.place}, line {number}: the number is {row[1]}")
+            raise SourceError(f"{found.path}, line {number}: the number is {row[1]}, not {number}")
     ids = [row[0] for row in rows]
     if len(ids) == 1000 and ids == sorted(ids):
-        raise SourceError(f"{found.place} is in alphabetical order, which is not the devkit's")
+        raise SourceError(
+            f"{found.path} is in alphabetical order, but the devkit's order of classes is another"
+        )
     return ids

@@ -1,4 +1,4 @@
-"""The files below --input, by name: in a folder of this machine or behind a URL."""
+"""List the files below --input, in a local folder or behind a URL."""
 
 import errno
 import os
@@ -21,11 +21,11 @@ from pipeline.retry import is_outage, patiently
 
 
 class SourceError(ValueError):
-    """Input that cannot be packed; the message says what is wrong and what to do."""
+    """The input cannot be packed; the message says what is wrong and what to do."""
 
 
 class Labelled(NamedTuple):
-    """An image and its class. path: its name in the report. The rest: what storage.read opens."""
+    """An image and its class. path: its name in the report. file, offset, size: arguments of storage.read."""
 
     path: str
     class_id: str
@@ -36,24 +36,27 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """A split as it was found. place: for messages. classes: also those without images. strays:
-    files which no class has."""
+    """The files found for a split.
 
-    place: str
+    location: where they are, for messages. classes: class ids, including classes without images. strays:
+    files that belong to no class.
+    """
+
+    location: str
     classes: list[str]
     images: Iterable[Labelled]
     strays: list[str] = field(default_factory=list)
 
 
 class LocalFolder:
-    """A folder of this machine. What cannot be listed is an OSError, for it is not empty."""
+    """A local folder. Folders that cannot be listed raise OSError, as they may not be empty."""
 
     def __init__(self, root: str):
         self.name = root
         self.root = Path(storage.absolute(root))
 
     def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        """Folders and other files in a folder, sorted; none where there is no folder."""
+        """Return the folders and the other files in a folder, sorted; none if there is no such folder."""
         try:
             return _listed(f"{self.root}/{below}")
         except (FileNotFoundError, NotADirectoryError):
@@ -62,7 +65,7 @@ class LocalFolder:
             return [], []
 
     def files(self, below: str) -> list[str]:
-        """All files at any depth below a folder, relative to it and sorted."""
+        """Return all files at any depth below a folder, relative to it and sorted."""
         folder = f"{self.root}/{below}"
         found: list[str] = []
         seen, waiting = {_real(folder)}, [""]
@@ -70,22 +73,22 @@ class LocalFolder:
             prefix = waiting.pop()
             folders, names = _listed(f"{folder}/{prefix}")
             found.extend(f"{prefix}{name}" for name in names)
-            # Of two links to one folder it is always the same that counts, and none leads into a circle.
+            # Of several links to one folder, always the same one counts, and links cannot form a cycle.
             real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
 
     def locate(self, name: str) -> str:
-        """What storage.read opens."""
-        return f"{self.root}/{name}"  # pathlib would keep each file's name for ever
+        """Return the path that storage.read opens."""
+        return f"{self.root}/{name}"  # pathlib would keep every file name in memory
 
     def size(self, name: str) -> int:
         return (self.root / name).stat().st_size
 
 
 def _listed(folder: str) -> tuple[list[str], list[str]]:
-    """The names of folders and of other files in a folder, sorted, each once however often it is listed."""
+    """Return the names of the folders and of the other files in a folder, sorted and without duplicates."""
 
     def look() -> dict[str, bool]:
         with naming(folder), os.scandir(folder) as entries:
@@ -101,7 +104,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
     except OSError as error:
         if is_outage(error) or error.errno == errno.EIO:
             raise
-        return False  # a link that leads nowhere: reading it tells why
+        return False  # a broken link: reading it reports the reason
 
 
 def _real(path: str) -> str:
@@ -109,7 +112,7 @@ def _real(path: str) -> str:
 
 
 class RemoteFolder:
-    """The same behind a URL. It is listed once, and has no links and no empty folders."""
+    """A folder behind a URL, like LocalFolder. It is listed once, and has no links and no empty folders."""
 
     def __init__(self, url: str):
         self.name = url.rstrip("/")
@@ -120,8 +123,8 @@ class RemoteFolder:
             self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
         if not self._names:
             with suppress(FileNotFoundError), _as_source_error(url):
-                self._fs.ls(self._root)  # raises what was wrong, which `find` leaves out
-            raise SourceError(f"--input {url} is not a folder: nothing is listed there")
+                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
+            raise SourceError(f"--input {url} is not a folder, or it is empty")
 
     def entries(self, below: str = "") -> tuple[list[str], list[str]]:
         names = self.files(below)
@@ -142,7 +145,7 @@ class RemoteFolder:
 
 
 def _find(fs: AbstractFileSystem, root: str) -> list[str]:
-    """All files below a folder. Raises what a folder of it does that cannot be listed."""
+    """Return all files below a folder. Raises the error of any folder that cannot be listed."""
     is_async = isinstance(fs, AsyncFileSystem)
     own = (
         type(fs)._find is not AsyncFileSystem._find
@@ -151,7 +154,7 @@ def _find(fs: AbstractFileSystem, root: str) -> list[str]:
     )
     if own:
         return fs.find(root)
-    found, waiting, seen = [], [root], {root}  # fsspec's own leaves out folders that fail
+    found, waiting, seen = [], [root], {root}  # fsspec's own `find` leaves out folders that fail
     while waiting:
         folder = waiting.pop()
         try:
@@ -171,17 +174,17 @@ InputFolder = LocalFolder | RemoteFolder
 
 
 def open_folder(name: str) -> InputFolder:
-    """Raises SourceError where there is none, and OSError."""
+    """Open an input folder. Raises SourceError if there is none, and OSError."""
     if storage.is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
         if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
             return LocalFolder(name)
-    raise SourceError(f"--input {name} is not a folder, nor a table (.csv, .tsv or .parquet)")
+    raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
 
 
 def open_file(name: str) -> BinaryIO:
-    """Raises SourceError where there is none, or OSError."""
+    """Open a file for reading. Raises SourceError or OSError if it cannot be opened."""
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
@@ -192,7 +195,7 @@ def open_file(name: str) -> BinaryIO:
 
 @contextmanager
 def _as_source_error(name: str) -> Iterator[None]:
-    """Each kind of storage has errors of its own."""
+    """Turn the errors of each kind of storage, except FileNotFoundError, into SourceError."""
     try:
         yield
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A table of images: CSV, TSV or Parquet with the columns path, label and, perhaps, split.
+"""Read a table of images: CSV, TSV or Parquet with the columns path, label and, optionally, split.
 
 A path is absolute, a URL, or relative to the table's own folder. A label is a class id. A split is
 `train` or `val`. Other columns are ignored.
@@ -21,23 +21,23 @@ def is_table(name: str) -> bool:
 
 
 def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
-    """The splits of the table, of which val is still to be held out if there is only train."""
+    """Read the splits of a table; if there is only train, val must still be held out from it."""
     folder = storage.absolute(name).rpartition("/")[0]
     images: dict[str, list[Labelled]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
-    with naming(name), open_file(name) as file:
+    with naming(name), open_file(name) as opened:
         rows = _parquet_rows if name.lower().endswith(".parquet") else _text_rows
-        for number, (path, label, *rest) in rows(file, name, val_fraction):
+        for number, (path, label, *rest) in rows(opened, name, val_fraction):
             split = rest[0] if rest else "train"
             if not (isinstance(path, str) and path) or label in (None, "") or split not in images:
                 raise SourceError(
-                    f"{name}, row {number}: a path, a label and, in the column split, train or val are "
-                    f"expected, not {(path, label, *rest)}"
+                    f"{name}, row {number}: expected a path, a label and, in the column split, train or val, "
+                    f"but found {(path, label, *rest)}"
                 )
             if seen.setdefault(path, number) != number:
-                raise SourceError(f"{name}, row {number}: {path} is in row {seen[path]} already")
-            place = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
-            images[split].append(Labelled(path, str(label), place))
+                raise SourceError(f"{name}, row {number}: {path} is already in row {seen[path]}")
+            file = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
+            images[split].append(Labelled(path, str(label), file))
     if not images["train"]:
         raise SourceError(f"{name} has no rows for the split 'train'")
     if val_fraction is not None:
@@ -52,22 +52,23 @@ def _columns(name: str, found: list[str], val_fraction: float | None) -> list[st
     missing = [column for column in ("path", "label") if column not in found]
     if missing:
         raise SourceError(
-            f"{name} has no column {' and no column '.join(missing)}, only: {', '.join(found) or 'none'}"
+            f"{name} has no column {' and no column '.join(missing)}; its columns are: "
+            f"{', '.join(found) or 'none'}"
         )
     for column in ("path", "label", "split"):
         if found.count(column) > 1:
-            raise SourceError(f"{name} has more than one column {column}")
+            raise SourceError(f"{name} has more than one column named {column}")
     if "split" in found and val_fraction is not None:
-        raise SourceError(f"{name} has a column split: leave --val-fraction away")
+        raise SourceError(f"{name} has a column split: omit --val-fraction")
     if "split" not in found and val_fraction is None:
         raise SourceError(
-            f"{name} has no column split (train or val): add it, or keep a tenth of each class for "
+            f"{name} has no column split (train or val): add it, or hold out a tenth of each class for "
             "validation with --val-fraction 0.1"
         )
     return ["path", "label"] + ["split"] * ("split" in found)
 
 
-Rows = Iterator[tuple[int, tuple[Any, ...]]]  # with their numbers, for messages
+Rows = Iterator[tuple[int, tuple[Any, ...]]]  # row numbers, for messages, and rows
 
 
 def _text_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
@@ -79,7 +80,7 @@ def _text_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
         for row in reader:
             yield reader.line_num, tuple(row[column] for column in columns)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise SourceError(f"{name} is not a table: {error}") from None
+        raise SourceError(f"{name} is not a valid table: {error}") from None
 
 
 def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
@@ -88,7 +89,7 @@ def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows
         from pyarrow import parquet
     except ImportError:
         raise SourceError(
-            f"{name} needs pyarrow: pip install 'alexnet-train[parquet]', or write the table as CSV"
+            f"reading {name} needs pyarrow: run pip install 'alexnet-train[parquet]', or use a CSV table"
         ) from None
     try:
         table = parquet.ParquetFile(file)
@@ -99,6 +100,6 @@ def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the file system's
+        if isinstance(error, OSError) and error.errno:  # an error of the file system
             raise
-        raise SourceError(f"{name} is not a Parquet table: {error}") from None
+        raise SourceError(f"{name} is not a valid Parquet table: {error}") from None

@@ -1,19 +1,19 @@
-"""WebDataset's tars as an input: the image of each sample where it lies, with the label in its .cls.
+"""Find the images in WebDataset tars, with the labels in the samples' .cls members.
 
     imagenet1k-train-0000.tar, …, imagenet1k-validation-00.tar, …
     train/00000.tar, …, val/00000.tar, …
 
-The path of a tar below the input names its split, by a word: train or training; val, valid or
-validation. Without such a word in any path, all tars are of train. Beside tars with one, those without
-(test, say) are left out and listed in the report. Only names that end in .tar are looked at.
+A word in the path of a tar below the input names its split: train or training; val, valid or validation. If
+no path has such a word, all tars belong to train. If some have one, tars without one (test, for example) are
+left out and listed in the report. Only files whose names end in .tar are considered.
 
-Members of one key that follow each other are a sample; the key is the name up to the first dot of its
-last part. What follows that dot says what a member is: jpg, png, … the image, cls the label, a decimal
-number. Others (json, seg.png) are not used. A sample of neither image nor label, and a member without a
-key, are listed in the report.
+Consecutive members with the same key form a sample; the key is the name up to the first dot in its last part.
+The rest of the name says what a member is: jpg, png, … is the image, and cls is the label, a decimal number.
+Others (json, seg.png) are not used. Samples with neither an image nor a label, and members without a key, are
+listed in the report.
 
-The number is the class id. As in every form, a class is packed with its place among the classes of
-train: the number itself, unless train lacks a smaller one.
+The number is the class id. As for every form of input, the packed label is the index of the class among the
+classes of train, which is the number itself unless train lacks a smaller one.
 """
 
 import re
@@ -40,9 +40,9 @@ class _Sample:
 
 
 def find_tars(folder: InputFolder, classes: str) -> list[str]:
-    """All tars below the input but those packed there, which may be this run's own output.
+    """Return all tars below the input, except those of datasets packed there, such as this run's own output.
 
-    None if it has class folders with images, in its folder `classes`.
+    There are none if the input's folder `classes` has class folders with images.
     """
     for name in folder.entries(classes)[0]:
         files = folder.files(f"{classes}/{name}" if classes else name)
@@ -57,7 +57,7 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
 def webdataset_tars(
     folder: InputFolder, tars: list[str], val_fraction: float | None
 ) -> dict[str, SplitFiles]:
-    """The splits of the tars, of which val is still to be held out if there is only train."""
+    """Read the splits of the tars; if there is only train, val must still be held out from it."""
     splits, unused = _by_split(folder, tars)
     _check_splits(folder, splits, val_fraction)
     parts = {"train": _part(folder, "train", splits["train"], unused)}
@@ -67,13 +67,15 @@ def webdataset_tars(
 
 
 def _by_split(folder: InputFolder, tars: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The tars of train and val, and those of neither."""
+    """Return the tars of train and val, and those of neither."""
     splits: dict[str, list[str]] = {"train": [], "val": []}
     unnamed: list[str] = []
     for tar in tars:
         named = {_SPLITS[word] for word in re.findall(r"[^\W\d_]+", tar.lower()) if word in _SPLITS}
         if len(named) > 1:
-            raise SourceError(f"{folder.locate(tar)} is named both train and val below --input: rename it")
+            raise SourceError(
+                f"the path of {folder.locate(tar)} below --input names both train and val: rename it"
+            )
         (splits[named.pop()] if named else unnamed).append(tar)
     if unnamed == tars:
         return {"train": tars, "val": []}, []
@@ -81,30 +83,30 @@ def _by_split(folder: InputFolder, tars: list[str]) -> tuple[dict[str, list[str]
 
 
 def _check_splits(folder: InputFolder, splits: dict[str, list[str]], val_fraction: float | None) -> None:
-    """Refuse tars of which it is unclear what is to be kept for validation."""
+    """Refuse tars if it is unclear which images are for validation."""
     if not splits["train"]:
-        raise SourceError(f"{folder.name} has {splits['val'][0]}, but no tar is named train")
+        raise SourceError(f"{folder.name} has {splits['val'][0]}, but no tar is named train: add one")
     if splits["val"] and val_fraction is not None:
-        raise SourceError(f"{folder.name} has a val of its own: leave --val-fraction away")
+        raise SourceError(f"{folder.name} already has a validation split (val): omit --val-fraction")
     if not splits["val"] and val_fraction is None:
         raise SourceError(
-            f"{folder.name} has {splits['train'][0]}, but no tar is named val: add it, or keep a tenth of "
-            "each class for validation with --val-fraction 0.1"
+            f"{folder.name} has {splits['train'][0]}, but no tar is named val: add one, or hold out a tenth "
+            "of each class for validation with --val-fraction 0.1"
         )
 
 
 def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
-    place, images, strays = f"{folder.name} (tars of {split})", [], unused.copy()
+    location, images, strays = f"{folder.name} (tars of {split})", [], unused.copy()
     for found, others in read_each(folder.name, partial(_read_tar, folder), tars):
         images += found
         strays += others
     if not images:
-        raise SourceError(f"{place} has no sample with an image (.jpg, …) and its label (.cls)")
-    return SplitFiles(place, list({image.class_id for image in images}), images, strays)
+        raise SourceError(f"{location} has no sample with an image (.jpg, …) and its label (.cls)")
+    return SplitFiles(location, list({image.class_id for image in images}), images, strays)
 
 
 def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str]]:
-    """The images of a tar, and what is neither image nor label."""
+    """Return the images of a tar, and the paths of samples with neither an image nor a label."""
     file, images, strays = folder.locate(tar), [], []
     for sample in _samples(file, folder.size(tar)):
         if sample.images or sample.labels:
@@ -119,7 +121,7 @@ def _samples(file: str, end: int) -> Iterator[_Sample]:
     read, sample = ReadAhead(end), _Sample("")
     for member in members(file, 0, end, read):
         match = _NAME.fullmatch(member.name)
-        if not match:  # WebDataset's readers, too, pass over it within a sample
+        if not match:  # WebDataset's readers also skip such a member within a sample
             yield _Sample(member.name)
             continue
         key, extension = match[1], match[2].lower()
@@ -136,19 +138,19 @@ def _samples(file: str, end: int) -> Iterator[_Sample]:
 
 
 def _check(sample: _Sample, file: str) -> tuple[Member, str]:
-    """The image and its class id."""
-    place = f"{file}, sample {sample.key}:"
+    """Return the sample's image and class id. Raises SourceError if it has not exactly one of each."""
+    name = f"{file}, sample {sample.key}:"
     if len(sample.images) > 1:
-        raise SourceError(f"{place} two images, {sample.images[0].name} and {sample.images[1].name}")
+        raise SourceError(f"{name} it has two images, {sample.images[0].name} and {sample.images[1].name}")
     if not sample.images:
-        raise SourceError(f"{place} a label (.cls) without an image, which is expected next to it")
+        raise SourceError(f"{name} it has a label (.cls) but no image, which is expected next to it")
     if not sample.labels:
         raise SourceError(
-            f"{place} an image without a label: add a .cls with a decimal number next to it, or extract the "
-            "images and give a table of them (CSV) as --input"
+            f"{name} it has an image but no label: add a .cls with a decimal number next to the image, or "
+            "extract the images and pass a table (CSV) of them as --input"
         )
     label = _LABEL.fullmatch(sample.labels[0])
     if len(sample.labels) > 1 or not label:
         found = b" and ".join(sample.labels)[:60]
-        raise SourceError(f"{place} one decimal number is expected as the label (.cls), not {found!r}")
+        raise SourceError(f"{name} the label (.cls) must be one decimal number, not {found!r}")
     return sample.images[0], str(int(label[1]))

@@ -29,7 +29,7 @@ def tree(root: Path, train: list[str], val: list[str]) -> Path:
     ],
 )
 def test_they_are_refused_with_the_reason(tmp_path, train, val):
-    with pytest.raises(SourceError, match=r"look alike.*\(NFC and NFD.*rename one") as error:
+    with pytest.raises(SourceError, match=r"look alike.*\(NFC, and NFD.*rename one") as error:
         find_sources(tree(tmp_path, train, val), None, 0)
     assert str(error.value).count("\\") >= 1  # by which they can be told apart
 

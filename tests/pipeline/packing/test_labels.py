@@ -77,19 +77,34 @@ def test_each_form_gives_the_same_labels(tmp_path, files):
 
 
 ERRORS = {
-    "nothing": ({}, "labels of the validation images are not in .*devkit"),
-    "numbers alone": ({TRUTH: NUMBERS}, "put the devkit's meta.mat beside it, or map_clsloc.txt"),
-    "a number too great": ({TRUTH: "2\n1\n2\n4\n", "map_clsloc.txt": MAP}, "line 4: '4' is not a number in"),
-    "zero": ({TRUTH: "2\n1\n0\n3\n", "map_clsloc.txt": MAP}, "line 3: '0' is not a number in"),
-    "a word": ({TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP}, "line 3: 'n01' is not a number in"),
-    "too few": ({TRUTH: "2\n1\n", "map_clsloc.txt": MAP}, "has 2 labels and there are 4 validation images"),
-    "too few ids": ({"val.txt": "n01\nn02\n"}, "has 2 labels and there are 4"),
-    "an image unnamed": ({"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"}, "no label for x_2.JPEG, for 2 images"),
-    "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt has lines of"),
-    "not text": ({"val.txt": b"\xff\n"}, "val.txt is not text in UTF-8"),
-    "other columns": ({"LOC_val_solution.csv": "a,b\n1,2\n"}, "LOC_val_solution.csv, line 2: no ImageId"),
-    "an empty prediction": ({"LOC_val_solution.csv": "ImageId,PredictionString\nx_1,\n"}, "line 2: no"),
-    "a short row": ({"LOC_val_solution.csv": "ImageId,PredictionString\nx_1\n"}, "line 2: no"),
+    "nothing": ({}, "has no labels for the validation images.*devkit"),
+    "numbers alone": ({TRUTH: NUMBERS}, "put the devkit's meta.mat next to it, or map_clsloc.txt"),
+    "a number too great": (
+        {TRUTH: "2\n1\n2\n4\n", "map_clsloc.txt": MAP},
+        "line 4: '4' is not the number of a class in",
+    ),
+    "zero": ({TRUTH: "2\n1\n0\n3\n", "map_clsloc.txt": MAP}, "line 3: '0' is not the number of a class in"),
+    "a word": (
+        {TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP},
+        "line 3: 'n01' is not the number of a class in",
+    ),
+    "too few": ({TRUTH: "2\n1\n", "map_clsloc.txt": MAP}, "has 2 labels, but there are 4 validation images"),
+    "too few ids": ({"val.txt": "n01\nn02\n"}, "has 2 labels, but there are 4"),
+    "an image unnamed": (
+        {"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"},
+        "lacks labels for 2 images, the first of which is x_2.JPEG",
+    ),
+    "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes lines of"),
+    "not text": ({"val.txt": b"\xff\n"}, "val.txt is not UTF-8 text"),
+    "other columns": (
+        {"LOC_val_solution.csv": "a,b\n1,2\n"},
+        "LOC_val_solution.csv, line 2: there is no ImageId",
+    ),
+    "an empty prediction": (
+        {"LOC_val_solution.csv": "ImageId,PredictionString\nx_1,\n"},
+        "line 2: there is no",
+    ),
+    "a short row": ({"LOC_val_solution.csv": "ImageId,PredictionString\nx_1\n"}, "line 2: there is no"),
     "numbers out of order": ({TRUTH: NUMBERS, "map_clsloc.txt": "n03 1\nn01 3\n"}, "line 2: the number is 3"),
     "a class list by the alphabet": (
         {TRUTH: NUMBERS, "map_clsloc.txt": "".join(f"n{n:08d}\n" for n in range(1000))},

@@ -174,7 +174,9 @@ def test_any_file_name_is_one_row_of_the_report(tmp_path):
 
 
 def test_a_missing_input_is_one_line(make_shards, tmp_path):
-    assert_one_line(make_shards(tmp_path / "missing", tmp_path / "out"), "--input", "is not a folder")
+    assert_one_line(
+        make_shards(tmp_path / "missing", tmp_path / "out"), "--input", "is neither a folder nor a table"
+    )
     assert not (tmp_path / "out").exists()
 
 

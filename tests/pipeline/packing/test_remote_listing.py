@@ -62,5 +62,5 @@ def test_a_folder_that_is_gone_is_an_error_too(shelf):
 
 
 def test_no_folder_at_all_is_said():
-    with pytest.raises(SourceError, match="is not a folder: nothing is listed there"):
+    with pytest.raises(SourceError, match="is not a folder, or it is empty"):
         find_sources("shelf://elsewhere", None, 0)

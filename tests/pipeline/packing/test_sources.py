@@ -111,12 +111,12 @@ def test_the_seed_decides_what_is_held_out(tmp_path):
 
 
 ERRORS = {
-    "no folder": ([], None, "missing", "is not a folder"),
-    "a file": (["missing"], None, "missing", "is not a folder"),
-    "only train": (["train/a/1.jpg"], None, "", "none named val"),
+    "no folder": ([], None, "missing", "is neither a folder nor a table"),
+    "a file": (["missing"], None, "missing", "is neither a folder nor a table"),
+    "only train": (["train/a/1.jpg"], None, "", "no folder val"),
     "only train, and a fraction": (["train/a/1.jpg"], 0.1, "", "--input .*train with --val-fraction"),
-    "val, and a fraction": (["train/a/1.jpg", "val/a/1.jpg"], 0.1, "", "leave --val-fraction away"),
-    "neither train nor val": (["a/1.jpg", "b/1.jpg"], None, "", "--val-fraction 0.1 keeps"),
+    "val, and a fraction": (["train/a/1.jpg", "val/a/1.jpg"], 0.1, "", "omit --val-fraction"),
+    "neither train nor val": (["a/1.jpg", "b/1.jpg"], None, "", "--val-fraction 0.1 to hold out"),
     "no classes": (["train/1.jpg", "val/1.jpg"], None, "", "no class folders"),
     "no classes in a flat folder": (["1.jpg"], 0.1, "", "no class folders"),
     "classes without a file": (["train/a/", "val/a/1.jpg"], None, "", "no files for the split 'train'"),
@@ -155,7 +155,7 @@ def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
 def test_a_class_folder_whose_name_is_not_text_is_refused(tmp_path):
     fill(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
     Path(os.fsdecode(bytes(tmp_path) + b"/train/\xff")).mkdir()
-    with pytest.raises(SourceError, match="cannot be written"):
+    with pytest.raises(SourceError, match="unprintable characters"):
         find_sources(tmp_path, None, 0)
 
 

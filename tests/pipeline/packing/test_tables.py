@@ -69,21 +69,25 @@ def without(*names: str) -> dict[str, list]:
 
 
 ERRORS = {
-    "no path": (without("path"), None, "has no column path, only: width, label, split"),
-    "neither": (without("path", "label"), None, "has no column path and no column label, only: width, split"),
+    "no path": (without("path"), None, "has no column path; its columns are: width, label, split"),
+    "neither": (
+        without("path", "label"),
+        None,
+        "has no column path and no column label; its columns are: width, split",
+    ),
     "no split": (without("split"), None, "has no column split .* --val-fraction 0.1"),
-    "split and a fraction": (COLUMNS, 0.1, "has a column split: leave --val-fraction away"),
+    "split and a fraction": (COLUMNS, 0.1, "has a column split: omit --val-fraction"),
     "another split": (COLUMNS | {"split": ["train", "val", "test", "val"]}, None, r"row \d: .*'test'"),
-    "an empty path": (COLUMNS | {"path": ["1", "", "3", "4"]}, None, r"row \d: a path"),
-    "an empty label": (COLUMNS | {"label": ["a", "", "a", "a"]}, None, r"row \d: a path, a label"),
-    "twice": (COLUMNS | {"path": ["1", "2", "1", "4"]}, None, r"row \d: 1 is in row \d already"),
+    "an empty path": (COLUMNS | {"path": ["1", "", "3", "4"]}, None, r"row \d: expected a path"),
+    "an empty label": (COLUMNS | {"label": ["a", "", "a", "a"]}, None, r"row \d: expected a path, a label"),
+    "twice": (COLUMNS | {"path": ["1", "2", "1", "4"]}, None, r"row \d: 1 is already in row \d"),
     "a class of val alone": (COLUMNS | {"label": ["a", "a", "a", "c"]}, None, "class c is in .* but not in"),
     "no val": (COLUMNS | {"split": ["train"] * 4}, None, "no files for the split 'val'"),
     "no train": (COLUMNS | {"split": ["val"] * 4}, None, "no rows for the split 'train'"),
     "a class that cannot be shown": (
         COLUMNS | {"label": ["a", "b\x07", "a", "a"]},
         None,
-        "cannot be written",
+        "unprintable characters",
     ),
 }
 
@@ -104,11 +108,11 @@ def test_tables_that_cannot_be_packed_are_refused(
 BROKEN = {
     "absent.csv": (None, "cannot be read: .*No such file"),
     "absent.parquet": (None, "cannot be read: .*No such file"),
-    "empty.csv": (b"", "no column path and no column label, only: none"),
-    "latin.csv": (b"path,label,split\n\xe9,a,train\n", "is not a table"),
-    "short.tsv": (b"path\tlabel\tsplit\n1\ta\n", "row 2: a path"),
-    "twice.csv": (b"path,label,path,split\n1,a,2,train\n", "more than one column path"),
-    "text.parquet": (b"path,label\n", "is not a Parquet table"),
+    "empty.csv": (b"", "no column path and no column label; its columns are: none"),
+    "latin.csv": (b"path,label,split\n\xe9,a,train\n", "is not a valid table"),
+    "short.tsv": (b"path\tlabel\tsplit\n1\ta\n", "row 2: expected a path"),
+    "twice.csv": (b"path,label,path,split\n1,a,2,train\n", "more than one column named path"),
+    "text.parquet": (b"path,label\n", "is not a valid Parquet table"),
 }
 
 
@@ -124,7 +128,7 @@ def test_broken_tables_are_refused(tmp_path, name):
 
 def test_parquet_paths_that_are_no_text_are_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", COLUMNS | {"path": [1, 2, 3, 4]})
-    with pytest.raises(SourceError, match="row 1: a path"):
+    with pytest.raises(SourceError, match="row 1: expected a path"):
         find_sources(tmp_path / "a.parquet", None, 0)
 
 

@@ -221,17 +221,26 @@ def test_a_tar_beside_class_folders_does_not_hide_them(tmp_path):
 
 
 GOOD = tar_of(pair("a", 0))
-LABEL = r"one decimal number is expected as the label \(\.cls\)"
+LABEL = r"the label \(\.cls\) must be one decimal number"
 TARS = {
-    "no label": ({"x/b.jpg": b"", "x/b.json": b"{}"}, r"sample x/b: an image without a label: .* \(CSV\)"),
+    "no label": (
+        {"x/b.jpg": b"", "x/b.json": b"{}"},
+        r"sample x/b: it has an image but no label: .* \(CSV\)",
+    ),
     "a label in letters": ({"b.jpg": b"", "b.cls": b"dog"}, rf"sample b: {LABEL}, not b'dog'"),
     "no label for it": ({"b.jpg": b"", "b.cls": b"-1"}, rf"sample b: {LABEL}, not b'-1'"),
     "a broken number": ({"b.jpg": b"", "b.cls": b"1.0"}, rf"sample b: {LABEL}, not b'1\.0'"),
     "two numbers": ({"b.jpg": b"", "b.cls": b"1 2"}, rf"sample b: {LABEL}, not b'1 2'"),
     "an empty label": ({"b.jpg": b"", "b.cls": b""}, rf"sample b: {LABEL}, not b''"),
     "two labels": ({"b.jpg": b"", "b.cls": b"1", "b.CLS": b"2"}, rf"sample b: {LABEL}, not b'1 and 2'"),
-    "two images": ({"b.jpg": b"", "b.png": b"", "b.cls": b"1"}, r"sample b: two images, b\.jpg and b\.png"),
-    "labels first": ({"b.cls": b"1", "c.cls": b"1", "b.jpg": b""}, "sample b: a label .* without an image"),
+    "two images": (
+        {"b.jpg": b"", "b.png": b"", "b.cls": b"1"},
+        r"sample b: it has two images, b\.jpg and b\.png",
+    ),
+    "labels first": (
+        {"b.cls": b"1", "c.cls": b"1", "b.jpg": b""},
+        "sample b: it has a label .* but no image",
+    ),
     "nothing of use": ({"b.txt": b"", "c": b""}, r"no sample with an image \(\.jpg, …\) and its label"),
 }
 
@@ -256,8 +265,12 @@ FOLDERS = {
     "no split": (["a/0.tar"], None, r"has a/0\.tar, but no tar is named val: .* --val-fraction 0\.1"),
     "only val": (["val-0.tar", "test-0.tar"], None, r"has val-0\.tar, but no tar is named train"),
     "only val, and a fraction": (["val-0.tar"], 0.1, r"has val-0\.tar, but no tar is named train"),
-    "val, and a fraction": (["train-0.tar", "val-0.tar"], 0.1, "leave --val-fraction away"),
-    "both in one name": (["train/val-0.tar", "val/1.tar"], None, r"train/val-0\.tar is named both"),
+    "val, and a fraction": (["train-0.tar", "val-0.tar"], 0.1, "omit --val-fraction"),
+    "both in one name": (
+        ["train/val-0.tar", "val/1.tar"],
+        None,
+        r"train/val-0\.tar below --input names both",
+    ),
     "too few to hold one out": (["0.tar"], 0.1, "no files for the split 'val'"),
 }
 
@@ -284,5 +297,5 @@ def test_a_class_of_val_alone_is_refused(tmp_path):
 def test_a_tar_that_is_cut_short_is_refused_by_name(tmp_path):
     write(tmp_path / "train.tar", GOOD)
     write(tmp_path / "val.tar", GOOD[:1300])
-    with pytest.raises(SourceError, match=r"val\.tar is cut short"):
+    with pytest.raises(SourceError, match=r"val\.tar is truncated"):
         find_sources(tmp_path, None, 0)
