@@ -38,8 +38,8 @@ def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, l
     notes: list[str] = []
 
     def choose() -> str:
-        form, said = fastest_form(settings, world)
-        notes.extend(said)
+        form, found_notes = fastest_form(settings, world)
+        notes.extend(found_notes)
         return form
 
     form = run.keep_form(choose) if world.is_main else ""

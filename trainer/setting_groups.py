@@ -1,6 +1,6 @@
 """Every setting of a run: its type, default and help, in the groups that --help shows.
 
-Marks on a setting's type say what else there is to know about it: `Free`, `PaperOnly` and `Metavar`.
+A setting's type may carry the marks `Free`, `PaperOnly` and `Metavar`.
 """
 
 from dataclasses import dataclass
@@ -146,9 +146,9 @@ class Hardware(Group):
     compile: bool = False
     """Compile the model with torch.compile."""
     threads: Free[Count] = 0
-    """Number of DALI's threads in each process; 0 means one for each core or, on a GPU, what is fastest."""
+    """Number of DALI's threads in each process; 0 means one per core or, on a GPU, the fastest number."""
     hw_decoder_load: Free[Annotated[Annotated[float, Field(ge=0, le=1)] | None, Metavar("FRACTION")]] = None
-    """Fraction of the images that a GPU's JPEG engine decodes; by default, what is fastest."""
+    """Fraction of the images that a GPU's JPEG engine decodes; by default, the fastest one."""
     prefetch: Free[PositiveInt] = 2
     """Number of batches to prepare ahead."""
 

@@ -194,7 +194,7 @@ def load_settings(
 
 
 def _help(field: FieldInfo) -> str:
-    """The description and the default, unless that is to do without the setting."""
+    """Return the help of a setting: its description, and its default if it has one."""
     default = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
     shown = f" (default: {default})" if default not in (None, (), {}) else ""
     return f"{field.description}{shown}".replace("%", "%%")

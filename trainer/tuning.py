@@ -53,8 +53,8 @@ def tuned(
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
     chosen, notes = remembered("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
-    said = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
-    return replace(decoding, **chosen), [said, *notes]
+    note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
+    return replace(decoding, **chosen), [note, *notes]
 
 
 def fastest(
