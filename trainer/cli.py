@@ -18,9 +18,9 @@ from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import LostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
-DESCRIPTION = """Train AlexNet on a dataset packed by tools/make_shards.py, or continue the run in --out.
-Every setting can also be given as an environment variable: ALEXNET_EPOCHS=90 is the same as --epochs 90.
-There are two other commands, each with its own --help: 'alexnet-train evaluate' and 'alexnet-train demo'."""
+DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
+in --out. Every setting can also be given as an environment variable: ALEXNET_EPOCHS=90 is the same
+as --epochs 90. `alexnet-train --help` lists the other commands."""
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from make_dashboard import PATH as DASHBOARD
 
 from tests.helpers import DEADLINE_SECONDS, REPO, command, free_port, missing, rows, wait_until
 from tools.make_shards import pack, parse_arguments
+from trainer.monitor import meter
 
 PROMETHEUS = REPO / "docker/prometheus"
 JOB = "alexnet"
@@ -52,6 +54,16 @@ def promtool(binaries: dict[str, str], *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_the_rules_judge_by_the_thresholds_of_the_verdict():
+    rules = (PROMETHEUS / "rules/recording.yml").read_text()
+    busy, ready = (
+        set(map(float, re.findall(rf"job:alexnet_{share}:ratio5m [<>]=? bool ([\d.]+)", rules)))
+        for share in ("busy", "ready")
+    )
+    assert busy == {meter.COMPUTE_BOUND_BUSY}
+    assert ready == {meter.INPUT_BOUND_READY, meter.HOST_GAP_READY}
 
 
 def test_the_configuration_its_targets_and_the_rules_are_valid(binaries, tmp_path):
