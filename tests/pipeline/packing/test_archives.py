@@ -165,9 +165,9 @@ def test_a_train_tar_alone_or_of_two_years_is_refused(tmp_path):
     with pytest.raises(SourceError, match="omit --val-fraction"):
         find_sources(tmp_path, 0.1, 0)
     (tmp_path / "ILSVRC2010_images_train.tar").touch()
-    with pytest.raises(SourceError, match=r"ILSVRC2010_images_train\.tar .*keep one"):
+    with pytest.raises(SourceError, match=r"ILSVRC2010_images_train\.tar .*remove one"):
         find_sources(tmp_path, None, 0)
     (tmp_path / "ILSVRC2010_images_train.tar").unlink()
     (tmp_path / "ILSVRC2012_img_val.tar").unlink()
-    with pytest.raises(SourceError, match="neither its val tar nor a folder val"):
+    with pytest.raises(SourceError, match="neither a val tar nor a folder val"):
         find_sources(tmp_path, None, 0)
