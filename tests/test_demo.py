@@ -14,7 +14,7 @@ def test_the_demo_learns_its_classes_and_says_where_the_report_is(tmp_path):
     folder = tmp_path / "demo"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-m", "trainer.cli", "demo", "--folder", str(folder)],
+        [sys.executable, "-m", "trainer.cli", "demo", "--out", str(folder)],
         capture_output=True,
         text=True,
         check=False,

@@ -127,17 +127,20 @@ def _demo(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--folder",
+        "--out",
         type=Path,
         metavar="DIR",
         default=Path("runs/demo"),
         help="Folder for everything that the demo makes. (default: runs/demo)",
     )
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.folder:
+        parser.error("--folder is now --out")
 
     from trainer.demo import demo
 
-    sys.exit(demo(options.folder))
+    sys.exit(demo(options.out))
 
 
 if __name__ == "__main__":
