@@ -34,7 +34,7 @@ _PART = 256  # samples that a thread hashes at a time
 
 
 @dataclass(frozen=True)
-class Dataset:
+class OpenDataset:
     """An open dataset. counts: samples of each class by split, [classes]."""
 
     manifest: Manifest
@@ -54,7 +54,7 @@ class Copy(NamedTuple):
 Groups = list[list[Copy]]
 
 
-def open_dataset(root: Path) -> Dataset:
+def open_dataset(root: Path) -> OpenDataset:
     """Open a dataset. Raises DatasetError if it is missing or damaged."""
     manifest = read_manifest(root)
     readers = {split: ShardReader(root, manifest, split) for split in manifest.splits}
@@ -62,7 +62,7 @@ def open_dataset(root: Path) -> Dataset:
         split: np.bincount(reader.rows["label"], minlength=len(manifest.classes))
         for split, reader in readers.items()
     }
-    return Dataset(manifest, readers, counts)
+    return OpenDataset(manifest, readers, counts)
 
 
 def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
@@ -98,7 +98,7 @@ def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
     return list(groups.values())
 
 
-def report(name: str, dataset: Dataset, groups: Groups) -> str:
+def report(name: str, dataset: OpenDataset, groups: Groups) -> str:
     """Return the text of report.md."""
     manifest = dataset.manifest
     total = sum(map(len, dataset.readers.values()))
@@ -141,7 +141,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
-def _splits(dataset: Dataset) -> Iterable[tuple[str, ...]]:
+def _splits(dataset: OpenDataset) -> Iterable[tuple[str, ...]]:
     for split, reader in dataset.readers.items():
         counts, shards = dataset.counts[split], reader.split.shards
         megabytes = sum(shard.bytes for shard in shards) / 1e6
@@ -149,12 +149,12 @@ def _splits(dataset: Dataset) -> Iterable[tuple[str, ...]]:
         yield (split, f"{len(shards):,}", f"{len(reader):,}", f"{megabytes:,.1f}", *balance)
 
 
-def _class(dataset: Dataset, label: int) -> str:
+def _class(dataset: OpenDataset, label: int) -> str:
     entry = dataset.manifest.classes[label]
     return entry.id if entry.name == entry.id else f"{entry.id} {entry.name}"
 
 
-def _absent(dataset: Dataset) -> list[str]:
+def _absent(dataset: OpenDataset) -> list[str]:
     lines = []
     for split, counts in dataset.counts.items():
         absent = [_class(dataset, int(label)) for label in np.flatnonzero(counts == 0)]
@@ -172,7 +172,7 @@ def _outcomes(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _extremes(dataset: Dataset) -> list[str]:
+def _extremes(dataset: OpenDataset) -> list[str]:
     """The classes with the most and the fewest samples in the first split."""
     head, half = ("label", "class", *dataset.counts), LISTED // 2
     order = np.argsort(-next(iter(dataset.counts.values())), kind="stable").tolist()
@@ -184,14 +184,14 @@ def _extremes(dataset: Dataset) -> list[str]:
     return [*(title if len(order) > LISTED else []), *_table(head, rows)]
 
 
-def _sizes(dataset: Dataset) -> Iterable[tuple[str, ...]]:
+def _sizes(dataset: OpenDataset) -> Iterable[tuple[str, ...]]:
     for title, column in (("bytes", "size"), ("width", "width"), ("height", "height")):
         for split, reader in dataset.readers.items():
             marks = np.percentile(reader.rows[column], (0, 1, 50, 99, 100))
             yield (title, split, *(f"{mark:,.0f}" for mark in marks))
 
 
-def _duplicates(dataset: Dataset, groups: Groups) -> list[str]:
+def _duplicates(dataset: OpenDataset, groups: Groups) -> list[str]:
     if not groups:
         return ["No two samples have the same bytes."]
     copies = sum(len(group) - 1 for group in groups)
@@ -215,7 +215,7 @@ def _duplicates(dataset: Dataset, groups: Groups) -> list[str]:
     return lines
 
 
-def _names(dataset: Dataset, group: list[Copy]) -> str:
+def _names(dataset: OpenDataset, group: list[Copy]) -> str:
     names = [f"{copy.split} {copy.key} ({_class(dataset, copy.label)})" for copy in group[:6]]
     return "; ".join(names) + (f"; and {len(group) - 6:,} more" if len(group) > 6 else "")
 
@@ -235,7 +235,7 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
     return groups
 
 
-def _write(dataset: Dataset, groups: Groups, name: str, output: Path, seed: int) -> None:
+def _write(dataset: OpenDataset, groups: Groups, name: str, output: Path, seed: int) -> None:
     """Write the files of the report."""
     from tools.inspecting import figures
 

@@ -32,7 +32,7 @@ from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.options import within
 from tools.verifying.checks import SAMPLED, check_shard
-from tools.verifying.findings import Damage, Decode, Found, Task
+from tools.verifying.findings import Decode, Found, Problem, ShardCheck
 
 SHOWN = 100  # problems that are printed; the others are only counted
 
@@ -53,38 +53,38 @@ class Verdict:
     """The outcome for a dataset. damages: those that are listed, out of `count`."""
 
     splits: dict[str, SplitSummary] = field(default_factory=dict)
-    damages: list[Damage] = field(default_factory=list)
+    damages: list[Problem] = field(default_factory=list)
     count: int = 0
 
-    def add(self, damages: list[Damage], count: int | None = None) -> None:
+    def add(self, damages: list[Problem], count: int | None = None) -> None:
         self.damages += damages
         self.count += len(damages) if count is None else count
 
 
-def check_dataset(root: Path, manifest: Manifest) -> list[Damage]:
+def check_dataset(root: Path, manifest: Manifest) -> list[Problem]:
     """Find what is wrong before any shard is opened: file names, totals, and files that no split names."""
-    damages = [] if manifest.splits else [Damage(MANIFEST_NAME, "names no split")]
+    damages = [] if manifest.splits else [Problem(MANIFEST_NAME, "names no split")]
     named: set[str] = set()
     for name, split in manifest.splits.items():
         tars = [shard.file for shard in split.shards]
         for file in (split.index, *tars):
             if not _is_below(file, manifest.in_place):
-                damages.append(Damage(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
+                damages.append(Problem(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
             elif file in named:
-                damages.append(Damage(MANIFEST_NAME, f"names {file} twice"))
+                damages.append(Problem(MANIFEST_NAME, f"names {file} twice"))
             named.add(file)
         named |= {f"{Path(tar).stem}.idx" for tar in tars}
         samples = sum(shard.samples for shard in split.shards)
         if samples != split.samples:
             damages.append(
-                Damage(
+                Problem(
                     MANIFEST_NAME,
                     f"says that {name} has {split.samples} samples, but its shards have {samples}",
                 )
             )
     kinds = (".index.npy", ".partial") if manifest.in_place else (".tar", ".idx", ".index.npy", ".partial")
     strays = (path.name for path in root.iterdir() if path.name.endswith(kinds))
-    damages += [Damage(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
+    damages += [Problem(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
     return damages
 
 
@@ -94,20 +94,20 @@ def _is_below(file: str, folders: bool) -> bool:
     return (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
 
 
-def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Damage]]:
+def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Problem]]:
     """Return the rows of a split, or None if they cannot be trusted. Raises OSError in an outage."""
     try:
         rows = read_index(root, split, len(manifest.classes))
     except (DatasetError, OSError) as error:
         if isinstance(error, OSError) and is_outage(error):
             raise
-        return None, [Damage(split.index, str(error))]
+        return None, [Problem(split.index, str(error))]
     damages = []
     for side in ("width", "height"):
         limit = getattr(manifest, f"max_{side}")
         if (largest := rows[side].max()) > limit:
             damages.append(
-                Damage(MANIFEST_NAME, f"says that no {side} exceeds {limit}, but {split.index} has {largest}")
+                Problem(MANIFEST_NAME, f"says that no {side} exceeds {limit}; {split.index} has {largest}")
             )
     return rows, damages
 
@@ -122,7 +122,7 @@ def check_shards(
         index = rows[name]
         parts = [None] * len(ends) if index is None else np.split(index, ends[:-1])
         tasks += [
-            (name, Task(root, shard, part, len(manifest.classes), decode, manifest.in_place))
+            (name, ShardCheck(root, shard, part, len(manifest.classes), decode, manifest.in_place))
             for shard, part in zip(split.shards, parts, strict=True)
         ]
     with (
@@ -198,7 +198,7 @@ def repair(root: Path, workers: int) -> list[str]:
     return written
 
 
-def listed(damages: list[Damage], count: int = 0) -> list[str]:
+def listed(damages: list[Problem], count: int = 0) -> list[str]:
     """Describe the first SHOWN problems, one per line, and say how many more there are."""
     lines = [str(damage) for damage in damages[:SHOWN]]
     more = max(count, len(damages)) - len(lines)

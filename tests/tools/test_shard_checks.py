@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.manifest import Shard, read_manifest
 from pipeline.shards import Sample, SampleLocation, dali_index, read_index, write_shard
 from tools.verifying.checks import check_shard
-from tools.verifying.findings import Decode, Task
+from tools.verifying.findings import Decode, ShardCheck
 
 TAR = "train-000001.tar"  # samples 20 to 39 of train
 
@@ -29,12 +29,12 @@ def folder(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
-def task_of(folder: Path, decode: Decode = "sampled") -> Task:
+def task_of(folder: Path, decode: Decode = "sampled") -> ShardCheck:
     split = read_manifest(folder).split("train")
-    return Task(folder, split.shards[1], read_index(folder, split, 10)[20:40], 10, decode)
+    return ShardCheck(folder, split.shards[1], read_index(folder, split, 10)[20:40], 10, decode)
 
 
-def named(task: Task) -> list[str]:
+def named(task: ShardCheck) -> list[str]:
     found = check_shard(task)
     assert found.count == len(found.damages)
     return [str(damage) for damage in found.damages]
@@ -149,7 +149,7 @@ def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray],
     """Return the findings for a new shard of these samples whose index `change` has altered."""
     shard, rows = write_shard(folder / "new.tar", samples)
     change(rows)
-    return [line.removeprefix("new.tar, ") for line in named(Task(folder, shard, rows, 10, "sampled"))]
+    return [line.removeprefix("new.tar, ") for line in named(ShardCheck(folder, shard, rows, 10, "sampled"))]
 
 
 def test_a_picture_is_what_the_packer_promises(tmp_path):
@@ -186,7 +186,7 @@ def test_members_that_belong_to_no_sample_are_named(tmp_path):
     content = (tmp_path / "new.tar").read_bytes()
     digest = sha256(content).hexdigest()  # of the whole and, being less than 64 KiB, of its head
     shard = Shard(file="new.tar", samples=2, bytes=len(content), sha256=digest, head_sha256=digest)
-    assert named(Task(tmp_path, shard, None, 10, "sampled")) == [
+    assert named(ShardCheck(tmp_path, shard, None, 10, "sampled")) == [
         f"new.tar, b.cls, byte {at['b']}: does not follow the .jpg of the same key",
         f"new.tar, c.jpg, byte {at['c']}: is not followed by its .cls",
         f"new.tar, e.cls, byte {at['e']}: does not follow the .jpg of the same key",

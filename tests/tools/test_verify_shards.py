@@ -73,7 +73,7 @@ def test_pictures_larger_than_dataset_json_says_are_named(dataset):
     with_manifest(dataset, lambda content: content.update(max_width=79))
     indices = ("train.index.npy", "val.index.npy")
     assert found_in(dataset) == [
-        f"dataset.json: says that no width exceeds 79, but {index} has 80" for index in indices
+        f"dataset.json: says that no width exceeds 79; {index} has 80" for index in indices
     ]
 
 

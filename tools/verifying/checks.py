@@ -25,13 +25,13 @@ from pipeline.packing.storage import is_there, read
 from pipeline.packing.workers import say
 from pipeline.retry import is_outage, patiently
 from pipeline.shards import INDEX_DTYPE, SampleLocation, dali_index
-from tools.verifying.findings import Found, Task
+from tools.verifying.findings import Found, ShardCheck
 
 SAMPLED = 16  # images per shard
 _BLOCK = tarfile.BLOCKSIZE
 
 
-def check_shard(task: Task) -> Found:
+def check_shard(task: ShardCheck) -> Found:
     """Check one shard and its .idx. This runs in the worker processes.
 
     If the checksum is wrong, `sampled` decodes every image, which may identify the damaged sample. Raises
@@ -64,7 +64,7 @@ def check_shard(task: Task) -> Found:
     return found
 
 
-def _add_unreadable(found: Found, task: Task, file: str, error: OSError) -> None:
+def _add_unreadable(found: Found, task: ShardCheck, file: str, error: OSError) -> None:
     if is_outage(error) or not is_there(str(task.root)):
         raise error
     missing = isinstance(error, FileNotFoundError)
@@ -77,7 +77,7 @@ def _first_difference(index: bytes, wanted: bytes) -> str:
     return f"line {number} is {str(line[:80])[1:]}, but for this tar it must be {str(right)[1:]}"
 
 
-def _check_tar(task: Task) -> tuple[Found, list[SampleLocation], bool]:
+def _check_tar(task: ShardCheck) -> tuple[Found, list[SampleLocation], bool]:
     """Return the findings, the samples' locations, and whether the tar has the bytes that were packed."""
     found = Found()
 
@@ -94,7 +94,7 @@ def _check_tar(task: Task) -> tuple[Found, list[SampleLocation], bool]:
     return found, locations, same
 
 
-def _read_tar(task: Task, found: Found) -> tuple[list[SampleLocation], bool]:
+def _read_tar(task: ShardCheck, found: Found) -> tuple[list[SampleLocation], bool]:
     shard, samples = task.shard, _Samples(task, found)
     path = task.root / shard.file
     with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
@@ -189,7 +189,7 @@ def _indexed(file: _Hashed, rows: np.ndarray | None) -> Iterator[tuple[_Member, 
 class _Samples:
     """Pairs the members into samples and compares each with its row of the index."""
 
-    def __init__(self, task: Task, found: Found):
+    def __init__(self, task: ShardCheck, found: Found):
         self.task, self.found = task, found
         self.locations: list[SampleLocation] = []
         self.rows: list[tuple[int, ...]] = []

@@ -13,7 +13,7 @@ Decode = Literal["all", "sampled", "none"]
 KEPT = 20  # problems per shard that are listed; the others are only counted
 
 
-class Damage(NamedTuple):
+class Problem(NamedTuple):
     """What is wrong, and where: the file, and where known the byte offset in it and the member of the tar."""
 
     file: str
@@ -31,7 +31,7 @@ class Damage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardCheck:
     """One shard to check. rows: its rows of the index, or None if there is no sound index."""
 
     root: Path
@@ -47,7 +47,7 @@ class Found:
     """What was found in a shard. damages: the first KEPT out of `count`. rows: the rows that the index must
     have for it, with `shard` left 0. index: the content that its .idx must have, or None if it is right."""
 
-    damages: list[Damage] = field(default_factory=list)
+    damages: list[Problem] = field(default_factory=list)
     count: int = 0
     decoded: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))
@@ -56,4 +56,4 @@ class Found:
     def add(self, *damage) -> None:
         self.count += 1
         if self.count <= KEPT:
-            self.damages.append(Damage(*damage))
+            self.damages.append(Problem(*damage))
