@@ -1,9 +1,9 @@
-"""Datasets that tests of several modules share, each made once a session."""
+"""Fixtures that several test modules share; datasets are made once per session."""
 
 import os
 
-# Before torch is imported, here and in the processes that tests start: nets as small as theirs gain nothing
-# by several threads, which wait for each other for long where other jobs run beside the tests.
+# This must precede the import of torch, here and in the processes that tests start. The tests' small nets
+# gain nothing from several threads, which wait long for each other when other jobs share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import os
@@ -26,8 +26,8 @@ from tools import verify_shards
 from tools.draw_pictures import class_names, draw
 from tools.make_shards import pack, parse_arguments
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # or a command would start a process for each GPU
-# Other jobs run beside the tests, and what is green on one machine is tried with the same examples on all.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
+# No deadlines, as other jobs may share the machine; the same examples on every machine.
 settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -40,7 +40,7 @@ OBLONG += (90, 126), (117, 90)  # width and height in pixels
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """A few thousand real photos of 16 classes, train and val, which are not part of the repository."""
+    """A few thousand real photos of 16 classes, in train and val; they are not part of the repository."""
     if not PHOTOS.is_dir():
         pytest.skip("TEST_DATA has no photos")
     return PHOTOS
@@ -48,7 +48,7 @@ def photos() -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn pictures, 144 px square: ten classes, of each 6 to train on and 2 to validate on."""
+    """Drawn pictures of 144×144 px in ten classes, with 6 for training and 2 for validation in each."""
     root = tmp_path_factory.mktemp("pictures")
     for number, (split, count) in enumerate((("train", 6), ("val", 2))):
         for label, name in enumerate(class_names()):
@@ -62,9 +62,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def oblong(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Upright and broad pictures, one of each class to train on and one to validate on.
+    """Portrait and landscape pictures, one of each class for training and one for validation.
 
-    Resized to a shorter side of 100 px, their longer one comes to a whole number of pixels too.
+    When the shorter side is resized to 100 px, the longer side is also a whole number of pixels.
     """
     root = tmp_path_factory.mktemp("oblong")
     for split in ("train", "val"):
@@ -77,7 +77,7 @@ def oblong(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The drawn pictures packed: 80 px square, 60 of train in three shards and 20 of val in one."""
+    """The drawn pictures, packed at 80×80 px: 60 of train in three shards and 20 of val in one."""
     output = tmp_path_factory.mktemp("packed")
     sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
     pack(parse_arguments(["--input", str(pictures), "--out", str(output), *sizes]).packing)
@@ -86,13 +86,13 @@ def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def _larger_than_memory(monkeypatch):
-    """Datasets are too large to be kept: each sample is read each time."""
+    """Make datasets seem too large to keep in memory, so each sample is read each time."""
     monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: 0)
 
 
 @pytest.fixture(scope="session")
 def _s3_server() -> Iterator[None]:
-    from moto.server import ThreadedMotoServer  # which takes seconds, and only slow tests need it
+    from moto.server import ThreadedMotoServer  # importing it takes seconds, and only slow tests need it
     from s3fs import S3FileSystem
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -116,7 +116,7 @@ def _s3_server() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
-    """The URL of a module's own bucket, on a server of S3's protocol on this machine."""
+    """The URL of a bucket for the test module, on a local server that speaks the S3 protocol."""
     from s3fs import S3FileSystem
 
     bucket = request.module.__name__.rpartition(".")[2].replace("_", "-")
@@ -126,9 +126,9 @@ def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def make_shards() -> Callable[..., subprocess.CompletedProcess]:
-    """make_shards(input, output, *arguments, **environment): as a process, with one worker unless told.
+    """make_shards(input, output, *arguments, **environment): run it as a process, by default with one worker.
 
-    It has a process group of its own, so that what is to happen to all of it spares the tests.
+    It has its own process group, so signals to the whole group do not reach the tests.
     """
 
     def run(source: Path, output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -150,12 +150,12 @@ def make_shards() -> Callable[..., subprocess.CompletedProcess]:
 def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., subprocess.CompletedProcess]:
-    """call(main, *arguments): run a command in this process; returns what a process of it would leave."""
+    """call(main, *arguments): run a command in this process, and return what a process would return."""
 
     def run(main: Callable[[], None], *arguments: object) -> subprocess.CompletedProcess:
         command = [f"{main.__module__.rpartition('.')[2]}.py", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command)
-        capsys.readouterr()  # what was printed before is not the command's
+        capsys.readouterr()  # discard earlier output
         code: object = 0
         try:
             main()
@@ -172,7 +172,7 @@ def call(
 
 @pytest.fixture
 def _one_process_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verifier's checks run in this process; the command, where a test starts it, has real workers."""
+    """Run the verifier's checks in this process; commands that a test starts still have real workers."""
 
     @contextmanager
     def here(*_: object) -> Iterator[SimpleNamespace]:

@@ -1,9 +1,9 @@
-"""Have a command do something at a certain event of its own, such as die: no clock takes part.
+"""Make a command do something, such as die, at a given event of its own, without depending on time.
 
-An event is a call by which the command, or a process that it has started, lists, opens, creates, renames
-or deletes something in certain folders. Events are counted over all these processes, from 1, and what is
-to happen at one happens before it. Python's audit hooks see them (PEP 578), and `sitecustomize`, which
-each Python process imports at its start, installs the hook.
+An event is a call by which the command, or a process that it has started, lists, opens, creates, renames or
+deletes something in certain folders. Events are counted from 1 over all these processes, and the statement
+for an event runs before it. Python's audit hooks see the events (PEP 578), and `sitecustomize`, which each
+Python process imports at its start, installs the hook.
 """
 
 import os
@@ -13,8 +13,8 @@ from tests.helpers import DEADLINE_SECONDS
 
 KILL_ALL = "signal_all(signal.SIGKILL)"  # the command and all processes that it has started
 INTERRUPT_ALL = "signal_all(signal.SIGINT); hold()"  # as Ctrl-C in a terminal does
-KILL_THIS = "os.kill(os.getpid(), signal.SIGKILL)"  # the one process that comes to the event
-HOLD = "hold()"  # it goes no further, and has to be killed
+KILL_THIS = "os.kill(os.getpid(), signal.SIGKILL)"  # the one process that reaches the event
+HOLD = "hold()"  # it stops there and has to be killed
 
 KINDS = ("open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir")
 
@@ -58,11 +58,11 @@ sys.addaudithook(hook)
 def at_event(
     number: int | tuple[int, ...], statement: str, folder: Path, *roots: Path, only: str = ""
 ) -> dict[str, str]:
-    """The environment with which a command executes a statement at its event of that number, or of those.
+    """Return an environment in which a command executes a statement at event number `number`, or at several.
 
-    folder: a new one, for the hook and its log. roots: the folders or files of which events are counted, and
-    only: how these begin, as a regular expression for lines of `events`. At event 0, which never comes,
-    events are only logged. The statement may use `number`.
+    folder: a new folder for the hook and its log. roots: the folders or files whose events are counted.
+    only: a regular expression that the start of these events' lines in `events` must match. Event 0 never
+    comes, so events are only logged. The statement may use `number`.
     """
     folder.mkdir()
     text = _HOOK.format(
@@ -80,11 +80,11 @@ def at_event(
 
 
 def events(folder: Path) -> list[str]:
-    """What has happened, an event a line: its kind and the paths that it is about."""
+    """Return the events that have happened, one per line: the kind of each and its paths."""
     log = folder / "events"
     return log.read_text().splitlines() if log.exists() else []
 
 
 def at_picture(number: int, statement: str, folder: Path, pictures: Path) -> dict[str, str]:
-    """The same with the pictures that are opened, of a folder of splits with folders of classes."""
+    """Do as `at_event` does, counting the pictures that are opened in a folder of splits and classes."""
     return at_event(number, statement, folder, *pictures.glob("*/*"), only="open ")

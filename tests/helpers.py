@@ -1,4 +1,4 @@
-"""Helpers that several test modules share: waiting with a deadline, ports, and the trainer as a command."""
+"""Helpers that several test modules share: waiting with a deadline, ports, and running the trainer."""
 
 import csv
 import os
@@ -20,11 +20,11 @@ from pipeline.manifest import DatasetError
 from trainer import cli
 
 REPO = Path(__file__).resolve().parents[1]
-DEADLINE_SECONDS = 180.0  # far more than anything here takes on a machine that is not overloaded
+DEADLINE_SECONDS = 180.0  # far more than anything here takes unless the machine is overloaded
 
-# On the `packed` fixture's 60 training images: 5 steps an epoch, a row in metrics.csv for each, and a net
-# whose checkpoints have 2 MB. The device and the precision are fixed, so that figures can be compared
-# bit for bit whatever hardware `auto` would find.
+# On the `packed` fixture's 60 training images, this gives 5 steps per epoch, a row in metrics.csv for each
+# step, and checkpoints of 2 MB. The device and the precision are fixed, because numbers are compared bit for
+# bit, whatever hardware `auto` would find.
 TINY = ["--recipe", "demo", "--crop", "67", "--width", "0.125", "--batch", "12", "--epochs", "3"]
 TINY += ["--log-every", "1", "--device", "cpu", "--precision", "fp32"]
 EXACT = ("step", "epoch", "loss", "error", "learning_rate")
@@ -37,7 +37,7 @@ def wait_until(
     pause: float = 0.01,
     seconds: float = DEADLINE_SECONDS,
 ) -> None:
-    """Poll until the condition holds. Fails after so many seconds, and once `process` has ended."""
+    """Poll until the condition holds. Fails after `seconds`, or once `process` has ended."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert process is None or process.poll() is None, f"it ended with {process.returncode}"
@@ -46,31 +46,31 @@ def wait_until(
 
 
 def missing(what: str, command: str) -> NoReturn:
-    """Skip the test for want of something that the command installs; in CI, which has it, fail instead."""
+    """Skip the test because something that the command installs is missing; in CI, fail instead."""
     give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
     give_up(f"{what} is missing: install it by `{command}`")
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
+    """Return a TCP port of this machine that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 def command(data: Path, out: Path, *arguments: str) -> list[str]:
-    """What follows `python` to train a tiny run; arguments are further settings."""
+    """Return the arguments of `python` that train a tiny run; `arguments` are more settings."""
     return ["-m", "trainer.cli", "--data", str(data), "--out", str(out), "--port", "0", *TINY, *arguments]
 
 
 def run(*arguments: str) -> str:
-    """Run `python` with these arguments, which must succeed; returns its output."""
+    """Run `python` with these arguments, which must succeed, and return its output."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    """Do in this process what `python` would do with the arguments of `command`; returns the exit code."""
+    """Do in this process what `python` would do with the arguments of `command`; return the exit code."""
     monkeypatch.setattr(sys, "argv", arguments[1:])
     try:
         cli.main()
@@ -80,7 +80,7 @@ def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
 
 
 def main_without_more_images(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    """The same, and the loader of the training ends with an error after seven batches."""
+    """Do as `main` does, but have the training loader fail after seven batches."""
 
     def broken(*arguments: Any, **options: Any) -> Iterator[Batch]:
         yield from islice(train_loader(*arguments, **options), 7)
@@ -92,7 +92,7 @@ def main_without_more_images(monkeypatch: pytest.MonkeyPatch, arguments: list[st
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none where it does not exist yet."""
+    """Return the rows of a CSV file, or none if it does not exist yet."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -100,17 +100,17 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def exact(path: Path) -> list[tuple[str, ...]]:
-    """What must be equal bit for bit, as the text that was written."""
+    """Return the columns that must be equal bit for bit, as the text that was written."""
     return [tuple(row[name] for name in EXACT) for row in rows(path)]
 
 
 def wait_for_rows(count: int, out: Path, process: subprocess.Popen) -> None:
-    """Until a run has logged so many steps."""
+    """Wait until a run has logged `count` steps."""
     wait_until(lambda: len(rows(out / "metrics.csv")) >= count, process)
 
 
 def ranks_of(parent: int) -> dict[str, int]:
-    """Process IDs of the trainers that a launcher has started, by their rank."""
+    """Return the process IDs of the trainers that a launcher has started, by rank."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -125,8 +125,10 @@ def ranks_of(parent: int) -> dict[str, int]:
 
 
 def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:
-    """A 4:2:0 JPEG as a PNG in which each two by two pixels have the chroma that the file has for them. So
-    nvJPEG decodes it, while libjpeg interpolates."""
+    """Convert a 4:2:0 JPEG to a PNG in which each block of 2×2 pixels has the chroma stored for it.
+
+    nvJPEG decodes in this way, while libjpeg interpolates the chroma.
+    """
     whole, half = (Image.open(BytesIO(jpeg)) for _ in range(2))
     whole.draft("YCbCr", whole.size)
     half.draft("YCbCr", (whole.width // 2, whole.height // 2))  # at which chroma is left as it is stored

@@ -1,4 +1,4 @@
-"""Small datasets in the forms that people have them in, and what is packed of them."""
+"""Small datasets in the forms that users have, and helpers to pack them."""
 
 import io
 import os
@@ -26,18 +26,18 @@ Tree = dict[str, dict[str, dict[str, bytes]]]  # split, class, file, content
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a file, and create the folders that lead to it."""
+    """Write a file, and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder and of those below it, by their paths in it."""
+    """Return the contents of all files at any depth in a folder, by their relative paths."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
-    """A tar archive of these files."""
+    """Return a tar archive of these files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in files.items():
@@ -48,7 +48,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 def val_files(tree: Tree) -> dict[str, tuple[str, bytes]]:
-    """Class and content by name, sorted: in val, names do not repeat."""
+    """Return the class and content of the val files by name, sorted; their names are unique."""
     pairs = (
         (name, (wnid, content)) for wnid, files in tree["val"].items() for name, content in files.items()
     )
@@ -56,7 +56,7 @@ def val_files(tree: Tree) -> dict[str, tuple[str, bytes]]:
 
 
 def class_folders(tree: Tree, root: Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
-    """ImageNet's own layout: a folder for each split, and in it one for each class."""
+    """Write ImageNet's own layout: a folder for each split, with a folder for each class in it."""
     for split in splits:
         for wnid, files in tree[split].items():
             for name, content in files.items():
@@ -65,7 +65,7 @@ def class_folders(tree: Tree, root: Path, splits: tuple[str, ...] = ("train", "v
 
 
 def tars(tree: Tree, root: Path) -> Path:
-    """As downloaded, with the ground truth by numbers. Neither the classes nor the files are in order."""
+    """Write the tars as downloaded, with numeric labels. Neither the classes nor the files are in order."""
     numbers = {wnid: number for number, wnid in enumerate(reversed(tree["train"]), 1)}
     inside = {f"{wnid}.tar": tar_of(tree["train"][wnid]) for wnid in numbers}
     flat = val_files(tree)
@@ -86,13 +86,13 @@ def upload(root: Path, url: str) -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[Crew]:
-    """Threads of this process in the place of `executors.processes`, which take a second to start."""
+    """Replace `executors.processes`, which take a second to start, by threads of this process."""
     with ThreadPoolExecutor(count) as pool:
         yield Crew(lambda task: pool.submit(pack_shard, task), lambda: count)
 
 
 def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:
-    """Pack by a thread of this process, with the arguments of make_shards.py."""
+    """Pack in a thread of this process, with the arguments of make_shards.py."""
     options = parse_arguments([*map(str, arguments), "--workers", "1"]).packing
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executors, "processes", threads)
@@ -100,7 +100,7 @@ def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:
 
 
 def packed_files(source: Path | str, output: Path) -> dict[str, bytes]:
-    """Pack pictures at 32 px, seven in a shard; returns all that is written, report.tsv too."""
+    """Pack pictures at 32 px, seven per shard; return all files that are written, including report.tsv."""
     sizes = ("--size", "32", "--shard-samples", "7", "--max-reject-ratio", "0.1")
     pack_here("--input", source, "--out", output, *sizes)
     return contents(output)

@@ -15,7 +15,7 @@ from tests.endurance.jobs import Outcome
 from tests.helpers import REPO, command, main
 
 FAULT = Fault(Call("write", "run/metrics.csv"), 1, "EIO", lasting=True)
-SAID = "alexnet-train: run/metrics.csv: Input/output error: mend the cause"
+SAID = "alexnet-train: run/metrics.csv: Input/output error: fix the cause"
 
 
 class Stub(Training):
