@@ -127,7 +127,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     if recorded is not None and not overwrite:
         differing = (name for name in {**plan, **recorded} if plan.get(name) != recorded.get(name))
         raise SourceError(
-            f"{output} contains an unfinished dataset, which differs in {', '.join(differing)}: "
+            f"{output} contains an unfinished dataset; this run differs from it in {', '.join(differing)}: "
             "continue it with its own options, choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files and not overwrite:

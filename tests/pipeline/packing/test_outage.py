@@ -75,7 +75,7 @@ def test_an_outage_stops_the_run_and_the_same_command_continues(packing, picture
     assert outcome.code == 1
     assert outcome.text.count("\n") == 2  # that it is tried again, and the end
     assert (
-        f"{os.strerror(getattr(errno, error))}: {packing.folder / picture}. The folder is no dataset"
+        f"{os.strerror(getattr(errno, error))}: {packing.folder / picture}. The dataset is incomplete"
         in outcome.text
     )
 
