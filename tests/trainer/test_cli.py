@@ -46,7 +46,7 @@ def data(packed, tmp_path) -> Path:
 def test_no_dataset(fail, tmp_path):
     assert "does not exist" in fail("--data", tmp_path / "none", "--out", tmp_path / "run")
     assert "has no dataset.json" in fail("--data", tmp_path, "--out", tmp_path / "run")
-    assert "make_shards.py" in fail("--data", tmp_path, "--out", tmp_path / "run")
+    assert "alexnet-train make-shards" in fail("--data", tmp_path, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

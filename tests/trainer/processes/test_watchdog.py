@@ -65,7 +65,8 @@ def test_the_first_interval_is_allowed_more_time():
 
 @pytest.mark.slow
 def test_a_rank_whose_peers_never_join_ends(packed, tmp_path):
-    script = "from trainer import cli, watchdog; watchdog.START_SECONDS = 1.0; cli.main()"
+    script = "from trainer import cli; from trainer.processes import watchdog\n"
+    script += "watchdog.START_SECONDS = 1.0; cli.main()"
     world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     _, _, *arguments = command(packed, tmp_path / "run", "--stall-seconds", "1")
     done = subprocess.run(
