@@ -21,7 +21,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import count, program
+from tools.options import add_jobs, add_seeds, program
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
 
@@ -42,7 +42,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         metavar="RECIPE",
         help="recipe names or TOML files; the first is compared with the others",
     )
-    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add_seeds(parser)
     add(
         "--out",
         type=Path,
@@ -50,13 +50,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         metavar="DIR",
         help="folder for the run folders (default runs/compared)",
     )
-    add(
-        "--jobs",
-        type=count,
-        default=1,
-        metavar="N",
-        help="number of runs trained at the same time (default 1)",
-    )
+    add_jobs(parser)
     add(
         "--within",
         type=float,

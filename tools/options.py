@@ -62,6 +62,18 @@ def refuse_old_name(parser: argparse.ArgumentParser, old: str, new: str) -> None
     parser.add_argument(old, nargs="?", action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
+def add_seeds(parser: argparse.ArgumentParser, default: int = 3, note: str = "") -> None:
+    """Add --seeds. note: more about the default."""
+    text = f"number of seeds, 0 to N−1 (default {default}{note})"
+    parser.add_argument("--seeds", type=count, default=default, metavar="N", help=text)
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Add --jobs, for commands that train several runs."""
+    text = "number of runs trained at the same time (default 1)"
+    parser.add_argument("--jobs", type=count, default=1, metavar="N", help=text)
+
+
 def program() -> str:
     """Return the name this command was started by: `alexnet-train NAME`, or the script's file name."""
     return Path(sys.argv[0]).name

@@ -288,17 +288,17 @@ class Stages:
             stage |= {
                 peer: partial(self._pack_of_peer, peer, workers) for peer in ("shardwriter", "img2dataset")
             }
-            original = partial(self._pack, workers, "--geometry", "original")
-            stage |= {"original": original, "headers": partial(original, "--check", "headers")}
+            original = partial(self._pack, workers, geometry="original")
+            stage |= {"original": original, "headers": partial(original, check="headers")}
             stage |= {"copy": partial(self._pack_of_peer, "copy", workers)}
         return stage
 
-    def _pack(self, workers: int, *arguments: str) -> float:
-        from tools.make_shards import pack, parse_arguments
+    def _pack(self, workers: int, **how: Any) -> float:
+        from pipeline.packing.options import PackingOptions
+        from pipeline.packing.pack import pack
 
         with tempfile.TemporaryDirectory() as folder:
-            where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
-            options = parse_arguments([*where, "--shard-samples", "500", *arguments]).packing
+            options = PackingOptions(str(self.images), folder, shard_samples=500, workers=workers, **how)
             start = time.perf_counter()
             manifest = pack(options)
             seconds = time.perf_counter() - start

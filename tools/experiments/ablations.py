@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, measured, train_all
-from tools.options import count
+from tools.options import add_jobs, add_seeds
 from trainer.settings import SettingsError, load_settings
 
 TAKES_SETTINGS = True
@@ -46,14 +46,8 @@ ABLATIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
-    add(
-        "--jobs",
-        type=count,
-        default=1,
-        metavar="N",
-        help="number of runs trained at the same time (default 1)",
-    )
+    add_seeds(parser)
+    add_jobs(parser)
     add(
         "--only",
         nargs="+",

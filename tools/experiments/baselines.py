@@ -24,7 +24,7 @@ from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
-from tools.options import command_line, count
+from tools.options import add_seeds, command_line, count
 from trainer.run import environment
 from trainer.settings import SettingsError
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
     add("--limit", type=count, metavar="N", help="use at most N pictures of each split, chosen at random")
-    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add_seeds(parser)
     add("--only", choices=list(SYSTEMS), help="run only one of the two systems")
     add(
         "--gaussians",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, describe, measured, train_all
-from tools.options import count
+from tools.options import add_jobs, add_seeds
 from trainer.settings import load_settings
 
 TAKES_SETTINGS = True
@@ -31,20 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='more settings for pre-training, such as "--epochs 3"',
     )
     add("--fine-tune-settings", default="", metavar="SETTINGS", help="more settings for fine-tuning")
-    add(
-        "--seeds",
-        type=count,
-        default=2,
-        metavar="N",
-        help="number of seeds, 0 to N−1 (default 2, as published)",
-    )
-    add(
-        "--jobs",
-        type=count,
-        default=1,
-        metavar="N",
-        help="number of runs trained at the same time (default 1)",
-    )
+    add_seeds(parser, 2, ", as published")
+    add_jobs(parser)
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:

@@ -22,7 +22,7 @@ import numpy as np
 
 from tools.experiments import finished
 from tools.experiments.record import Figure, Measures, Record, Row
-from tools.options import count
+from tools.options import add_seeds, count
 from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="lengths of the codes (default 32 64 128)",
     )
-    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add_seeds(parser)
     add(
         "--epochs",
         type=count,

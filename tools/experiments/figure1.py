@@ -20,7 +20,7 @@ from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
-from tools.options import command_line, count, positive
+from tools.options import add_seeds, command_line, count, positive
 from trainer.run import environment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="learning rates to try, in this order (default 0.01 0.03 0.1 0.003)",
     )
-    add("--seeds", type=count, default=3, metavar="N", help="number of seeds, 0 to N−1 (default 3)")
+    add_seeds(parser)
     add("--epochs", type=count, default=60, metavar="N", help="most epochs of a run (default 60)")
     add("--batch", type=count, default=128, metavar="N", help="batch size (default 128)")
     add(
