@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_args
 
@@ -78,24 +78,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input where they are; images that are "
         "not plain JPEGs are left out")
-    add("--geometry", choices=get_args(Geometry), default="256",
+    add("--geometry", choices=get_args(Geometry),
         help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
         "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
-        "sound (default 256)")
-    add("--size", type=within(int, 16, 4096), default=256, metavar="PX",
-        help="length of the shorter side after resizing, in pixels (default 256)")
-    add("--quality", type=within(int, 1, 100), default=90, help="JPEG quality, from 1 to 100 (default 90)")
-    add("--check", choices=get_args(Check), default="decode",
+        "sound (default %(default)s)")
+    add("--size", type=within(int, 16, 4096), metavar="PX",
+        help="length of the shorter side after resizing, in pixels (default %(default)s)")
+    add("--quality", type=within(int, 1, 100), help="JPEG quality, from 1 to 100 (default %(default)s)")
+    add("--check", choices=get_args(Check),
         help="how to check files that are kept unchanged: decode every file, or trust the headers and decode "
-        f"only one file in {DECODED}, to compute the pixel mean and principal components (default decode)")
+        f"only one file in {DECODED}, to compute the pixel mean and principal components "
+        "(default %(default)s)")
     add("--val-fraction", type=fraction, metavar="F",
         help="fraction of each class to hold out for validation if --input has no validation images")
     add("--class-names", type=Path, metavar="FILE",
         help="text file that has, on each line, a class folder's name and the name to show for it")
-    add("--shard-samples", type=within(int, 1, 10**6), default=1000, metavar="N",
-        help="maximum number of images in a shard (default 1000)")
-    add("--seed", type=within(int, 0, 2**63), default=0,
-        help="random seed for the order of the images and for --val-fraction (default 0)")
+    add("--shard-samples", type=within(int, 1, 10**6), metavar="N",
+        help="maximum number of images in a shard (default %(default)s)")
+    add("--seed", type=within(int, 0, 2**63),
+        help="random seed for the order of the images and for --val-fraction (default %(default)s)")
     add("--max-reject-ratio", type=within(float, 0, 1), default=0.01, metavar="R",
         help="exit with code 1 if a larger fraction of the files is rejected; the dataset is kept "
         "(default 0.01)")
@@ -109,6 +110,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="serve Prometheus metrics on this port while packing")
     add("--overwrite", action="store_true",
         help="replace the dataset in --out, whether it is complete or unfinished")
+    settings = fields(PackingOptions)
+    parser.set_defaults(**{field.name: field.default for field in settings if field.default is not MISSING})
     options = parser.parse_args(arguments)
     if (options.executor == "dask") != (options.scheduler is not None):
         parser.error("--executor dask and --scheduler ADDRESS must be given together")
@@ -125,8 +128,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         options.output = options.input
     elif options.check == "headers" and options.geometry != "original":
         parser.error("--check headers needs --geometry original or --in-place, which keep files unchanged")
-    given = {field.name: getattr(options, field.name) for field in fields(PackingOptions)}
-    options.packing = PackingOptions(**given)
+    options.packing = PackingOptions(**{field.name: getattr(options, field.name) for field in settings})
     return options
 # fmt: on
 
