@@ -25,8 +25,13 @@ def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:
 
 
 def colour_offsets(colour: str, pixels: Pixels, normal: np.ndarray) -> np.ndarray:
-    """Turn standard normal draws [n,3] into RGB offsets [n,3] to add, on the 0–255 scale."""
-    return (normal * colour_deviations(colour, pixels)) @ np.array(pixels.eigenvectors).T
+    """Turn standard normal draws [n,3] into RGB offsets [n,3] to add, on the 0–255 scale.
+
+    An image's offsets are bitwise the same whatever else is in the batch. A matrix product's would not be:
+    its order of operations depends on n.
+    """
+    scaled, vectors = normal * colour_deviations(colour, pixels), np.array(pixels.eigenvectors)
+    return sum(scaled[:, [k]] * vectors[:, k] for k in range(3))
 
 
 def colour_divisor(colour: str) -> float:

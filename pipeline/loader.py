@@ -83,9 +83,8 @@ def train_loader(
     mean = np.array(pixels.mean)
 
     def requests() -> Iterator[Request]:
-        # Drawing for many steps at a time costs less. Blocks begin at the same steps wherever training
-        # resumes, so that no rounding depends on it.
-        for first in range(steps.start - steps.start % block, steps.stop, block):
+        for first in range(steps.start, steps.stop, most):  # drawing for many steps at a time costs less
+            block = min(most, steps.stop - first)
             batch = plan.step_batch(first, rank, world, block)
             if crops_and_flips:
                 rows, mirror = reader.rows[batch.samples], batch.draws.mirror
@@ -103,12 +102,12 @@ def train_loader(
                 y.astype(np.float32),
                 mirror.astype(np.int32),
             )
-            for step in range(max(first, steps.start), min(first + block, steps.stop)):
-                part = slice((step - first) * images, (step - first + 1) * images)
+            for start in range(0, block * images, images):
+                part = slice(start, start + images)
                 yield batch.samples[part], tuple(argument[part] for argument in arguments)
 
     images = plan.images_per_rank(world)
-    block = max(1, BLOCK_IMAGES // images)
+    most = max(1, BLOCK_IMAGES // images)
     options = graph_options(dataset.manifest, decoding, images)
     checked = CheckedReader(reader, leave_out, replace=True)
     return iter(_Stream(train_pipeline, options, checked, requests, decoding.device))

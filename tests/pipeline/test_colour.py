@@ -45,6 +45,13 @@ def test_a_draw_moves_pixels_along_its_own_component(colour, pixels):
         np.testing.assert_allclose(offset, deviation * vector, rtol=1e-12)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 32])
+def test_offsets_do_not_depend_on_what_else_is_drawn(count, pixels):
+    normal = np.random.default_rng(0).standard_normal((64, 3))
+    parts = [colour_offsets("paper", pixels, normal[i : i + count]) for i in range(0, len(normal), count)]
+    np.testing.assert_array_equal(np.concatenate(parts), colour_offsets("paper", pixels, normal))
+
+
 def test_deviations_of_imagenet(pixels):
     # .1·√λ and .1·λ/255 for √λ = 121.78, 37.09, 19.72 (section 5 of the facts).
     np.testing.assert_allclose(colour_deviations("code2012", pixels), [12.178, 3.709, 1.972])
