@@ -214,18 +214,21 @@ INLINE void pool_backward(const Options *o, const void *grad, const uint8_t *arg
     }
 }
 
-/* The number of floats in a thread's scratch memory. Two of its rows are padded at both ends of each tower. */
+/* The number of floats in a row that is padded at both ends of each tower. */
+INLINE int padded_row(const Options *o) { return o->width * (o->channels + o->towers * 2 * REACH); }
+
+/* The number of floats in a thread's scratch memory. */
 static size_t scratch(const Options *o) {
-    size_t row = (size_t)o->width * o->channels, padded = row + (size_t)o->width * o->towers * 2 * REACH;
-    return (o->spatial_norm ? 4 * WINDOW + 4 : 4) * row + 2 * padded;
+    size_t row = (size_t)o->width * o->channels;
+    return (o->spatial_norm ? 4 * WINDOW + 4 : 4) * row + 2 * (size_t)padded_row(o);
 }
 
 EACH_PROCESSOR
 static void forward_image(const Options *o, const void *x, void *y, uint8_t *argmax, float *memory) {
     int count = o->width * o->channels, rows = (o->height - 1) / 2, pooled = (o->width - 1) / 2 * o->channels;
     float *row = memory, *ready = row + count, *padded = ready + 3 * count;
-    float *once = padded + count + o->width * o->towers * 2 * REACH, *across = once + WINDOW * count;
-    memset(padded, 0, (count + o->width * o->towers * 2 * REACH) * sizeof *padded);
+    float *once = padded + padded_row(o), *across = once + WINDOW * count;
+    memset(padded, 0, padded_row(o) * sizeof *padded);
     int lag = o->spatial_norm ? REACH : 0;
     for (int h = 0; h < o->height + lag; h++) {
         int done = h - lag;
@@ -257,12 +260,12 @@ static void forward_image(const Options *o, const void *x, void *y, uint8_t *arg
 EACH_PROCESSOR
 static void backward_image(const Options *o, const void *grad, const uint8_t *argmax, const void *x, void *result,
                            float *memory) {
-    int count = o->width * o->channels, ends = o->width * o->towers * 2 * REACH;
-    float *row = memory, *gradient = row + count, *padded = gradient + count, *shared = padded + count + ends;
-    float *here = shared + count + ends, *sums = here + count;
+    int count = o->width * o->channels;
+    float *row = memory, *gradient = row + count, *padded = gradient + count, *shared = padded + padded_row(o);
+    float *here = shared + padded_row(o), *sums = here + count;
     float *once = sums + count, *across = once + WINDOW * count, *direct = across + WINDOW * count;
     float *across_shared = direct + WINDOW * count;
-    memset(padded, 0, 2 * (count + ends) * sizeof *padded);
+    memset(padded, 0, 2 * padded_row(o) * sizeof *padded);
     if (!o->spatial_norm) {
         for (int h = 0; h < o->height; h++) {
             read_row(o, x, h, row);
