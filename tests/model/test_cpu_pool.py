@@ -2,17 +2,21 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 import model
 from model import cpu_pool
 from model.alexnet import AlexNet
 from model.fused import normalise_and_pool, plain_normalise_and_pool
+from tests.model import stages
+from tests.model.stages import ALPHA
 
-ALPHA = 1e-3  # larger than the paper's, so that the normalisation has an effect
+activations = partial(stages.activations, dtype=torch.float32)
+result_and_gradient = partial(stages.result_and_gradient, alpha=ALPHA)
+
 STAGES = [
     pytest.param({"towers": 1, "relu_first": True}, id="paper"),
     pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
@@ -23,18 +27,6 @@ STAGES = [
 TYPES = [pytest.param(torch.float32, 1e-6, id="fp32"), pytest.param(torch.bfloat16, 2**-7, id="bf16")]
 # One channel per tower, one more than a vector, odd sides, the smallest, and those of the net.
 SHAPES = [(2, 2, 7, 5), (1, 34, 4, 9), (3, 6, 3, 3), (1, 32, 12, 3), (2, 96, 55, 55), (1, 256, 27, 27)]
-
-
-def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values whose squares contribute as much as k, channels_last."""
-    x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-def result_and_gradient(function, x: Tensor, **options) -> tuple[Tensor, Tensor]:
-    output = function(x, ALPHA, **options)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
-    return output.detach(), *torch.autograd.grad(output, x, weights.to(output))
 
 
 @pytest.mark.parametrize("options", STAGES)

@@ -1,11 +1,17 @@
 """The fast implementations of ReLU, normalisation and pooling compared with the plain one."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from model import fused
 from model.fused import normalise_and_pool, plain_normalise_and_pool
+from tests.model import stages
+from tests.model.stages import result_and_gradient
+
+activations = partial(stages.activations, dtype=torch.float64)
 
 # The stages of both presets and of experiments, with a larger α, so the normalisation has an effect.
 STAGES = [
@@ -21,19 +27,6 @@ STAGES = [
 @pytest.fixture(autouse=True)
 def _without_the_kernel(monkeypatch):
     monkeypatch.setattr(fused, "_has_cpu_kernel", lambda: False)
-
-
-def activations(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal values whose squares contribute as much as k, channels_last."""
-    x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-    return x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-def result_and_gradient(function, x: Tensor, **options) -> tuple[Tensor, Tensor]:
-    output = function(x, **options)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    grad = torch.autograd.grad(output, x, weights.to(output))
-    return output.detach(), *grad
 
 
 @pytest.mark.parametrize("options", STAGES)

@@ -1,6 +1,7 @@
 """The Triton kernels compared with the plain implementation, on a GPU or in Triton's interpreter."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from model import fused
+from tests.model import stages
+from tests.model.stages import ALPHA
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -30,13 +33,13 @@ pytestmark = pytest.mark.skipif(
     not GPU and not interprets(), reason="this version of torch runs no kernels in Triton's interpreter"
 )
 DEVICE = torch.device("cuda" if GPU else "cpu")
+activations = partial(stages.activations, dtype=torch.float32, device=DEVICE)
 STAGES = [
     pytest.param({"towers": 1, "relu_first": True}, id="paper"),
     pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
     pytest.param({"towers": 2, "relu_first": True}, id="towers"),
     pytest.param({"towers": 2, "relu_first": True, "spatial_norm": True}, id="code2012-2"),
 ]
-ALPHA = 1e-3  # larger than the paper's, so that the normalisation has an effect
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not GPU, reason="in Triton's interpreter bf16 is cut, not rounded"),
@@ -47,11 +50,6 @@ TOLERANCES = [
     pytest.param(torch.float16, 2**-10, id="fp16"),
     pytest.param(torch.bfloat16, 2**-7, id="bf16", marks=on_gpu),
 ]
-
-
-def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-    return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 def kernel(x: Tensor, bias: Tensor, towers: int, relu_first: bool, spatial_norm: bool = False) -> Tensor:
