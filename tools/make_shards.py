@@ -72,7 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", required=True, metavar="PATH",
         help="the images: class folders train/<class>/… and val/<class>/…, the ILSVRC tars, Kaggle's "
-        "download, WebDataset shards, or a table (CSV, TSV or Parquet); a local path or a URL")
+        "download, WebDataset shards, Hugging Face's Parquet files, or a table (CSV, TSV or Parquet); a "
+        "local path or a URL")
     add("--out", dest="output", metavar="DIR", help="local folder or URL to write the shards to")
     refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",

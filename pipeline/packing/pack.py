@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.manifest import MANIFEST_NAME, Manifest
 from pipeline.packing import executors, resume
+from pipeline.packing.extraction import extract
 from pipeline.packing.finish import write_dataset
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.planning import describe_plan, plan_tasks
@@ -30,7 +31,7 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
         if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
-            results = _results(options, every, output, progress or Progress())
+            results = _results(options, every, sources.sealed, output, progress or Progress())
             manifest = write_dataset(options, sources, tasks, results)
         try:
             resume.end(output)
@@ -51,7 +52,11 @@ def _check_folders(options: PackingOptions) -> None:
 
 
 def _results(
-    options: PackingOptions, tasks: list[ShardTask], output: Folder, progress: Progress
+    options: PackingOptions,
+    tasks: list[ShardTask],
+    sealed: frozenset[str],
+    output: Folder,
+    progress: Progress,
 ) -> list[ShardResult]:
     """Return the results of all tasks: load those that an earlier run finished, and run the others."""
     sizes = output.sizes()
@@ -59,6 +64,7 @@ def _results(
     with ThreadPoolExecutor(16) as pool:  # behind a URL, each record takes a request or two
         results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
     missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
+    missing = extract(missing, sealed, output)
     total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))
     progress.begin(total, total - left)
     if missing:

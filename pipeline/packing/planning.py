@@ -19,6 +19,8 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Shar
 
     Raises SourceError for files that are not in tars if the tars are to be indexed in place.
     """
+    if options.in_place and sources.sealed:
+        raise SourceError(f"--in-place needs plain tars, but {min(sources.sealed)} must be extracted first")
     recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
     parts = _tars if options.in_place else _shards
     return {

@@ -2,6 +2,7 @@
 
     plan.json                    everything that the shards depend on
     <split>-<number>.result.json the result of a finished shard
+    <digest>.contents            the contents of a file that had to be extracted
     lock                         locked by the kernel while a run is active, so a crash releases it
     tmp…/                        files that are being written
 
@@ -22,13 +23,13 @@ from typing import TextIO
 
 from pipeline.files import atomic_write, close_quietly, held_open, naming
 from pipeline.manifest import MANIFEST_NAME
-from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import UNFINISHED, Folder
 from pipeline.packing.workers import say
 
 REPORT = "report.tsv"
 _PLAN = "plan.json"
+_LOCK = "lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 10  # to lock a file before another run removes it
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
@@ -69,7 +70,7 @@ def _is_absent(path: Path) -> bool:
 
 def _lock(folder: Path, output: Folder) -> TextIO:
     """Open the lock file, and lock it until it is closed if its storage supports locks."""
-    path = folder / "lock"
+    path = folder / _LOCK
     for attempt in range(_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -167,8 +168,8 @@ def end(output: Folder) -> None:
 
 
 def _remove_records(output: Folder) -> None:
-    names = output.sizes(UNFINISHED)
-    output.remove(f"{UNFINISHED}/{name}" for name in names if name.endswith(SUFFIX))
+    names = output.sizes(UNFINISHED).keys() - {_PLAN, _LOCK}
+    output.remove(f"{UNFINISHED}/{name}" for name in sorted(names))
 
 
 def _write_plan(output: Folder, plan: Plan) -> None:

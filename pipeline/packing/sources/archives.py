@@ -6,17 +6,21 @@ end of the tar.
 """
 
 import posixpath
+import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from pipeline.packing import storage
+from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_compressed
 from pipeline.packing.sources.labels import Annotations, is_image
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.splits import splits_named
 
 _BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -26,6 +30,9 @@ _AHEAD = 8192  # bytes
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+Read = Callable[[str, int, int], bytes]  # of file, offset and size, like storage.read
 
 
 class Member(NamedTuple):
@@ -49,9 +56,19 @@ class ReadAhead:
         return self.content[offset - self.start :][:size]
 
 
-def members(
-    file: str, start: int, end: int, read: Callable[[str, int, int], bytes] = storage.read
-) -> Iterator[Member]:
+@contextmanager
+def opened_tar(folder: InputFolder, name: str) -> Iterator[tuple[Read, int, bool]]:
+    """Open a tar that may be compressed; provide a function that reads it, its end, and whether it is."""
+    file, size = folder.locate(name), folder.size(name)
+    read = ReadAhead(size)
+    if size and is_compressed(read(file, 0, min(size, 8)), file):
+        with CompressedFile(file) as decompressed:
+            yield decompressed, sys.maxsize, True
+    else:
+        yield read, size, False
+
+
+def members(file: str, start: int, end: int, read: Read = storage.read) -> Iterator[Member]:
     """Yield the files of the tar between two offsets of a file. Raises SourceError if it is damaged."""
     position, extensions = start, b""
     while True:
@@ -112,6 +129,44 @@ def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
     class_id, tar = class_tar
     found = {member.name: member for member in members(file, tar.offset, tar.offset + tar.size)}
     return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()]
+
+
+def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
+    """Whether a folder has nothing but tars of images without labels: the name of each tar is the class."""
+    tars = _tars_by_class(folder, below)
+    if not tars or folder.entries(below)[0] or any(map(splits_named, tars)):
+        return False
+    first = next(iter(tars.values()))
+    with opened_tar(folder, first) as (read, end, _):
+        names = [member.name for member in members(folder.locate(first), 0, end, read)]
+    return any(map(is_image, names)) and not any(name.endswith(".cls") for name in names)
+
+
+def folder_of_class_tars(folder: InputFolder, below: str, split: str) -> SplitFiles:
+    """Find the images in a folder of class tars, each named <class>.tar, and perhaps compressed."""
+    tars = _tars_by_class(folder, below)
+    images: list[Labelled] = []
+    sealed = set()
+    for class_id, tar in tars.items():
+        file = folder.locate(tar)
+        with opened_tar(folder, tar) as (read, end, is_compressed):
+            found = {member.name: member for member in members(file, 0, end, read)}
+        path = f"{split}/{class_id}" if split else class_id
+        images += [Labelled(f"{path}/{name}", class_id, file, *where) for name, *where in found.values()]
+        if is_compressed:
+            sealed.add(file)
+    used = {PurePosixPath(tar).name for tar in tars.values()}
+    strays = [f"{split}/{name}".lstrip("/") for name in folder.entries(below)[1] if name not in used]
+    return SplitFiles(folder.locate(below), list(tars), images, strays, frozenset(sealed))
+
+
+def _tars_by_class(folder: InputFolder, below: str) -> dict[str, str]:
+    return {
+        name.removesuffix(ending): f"{below}/{name}" if below else name
+        for name in folder.entries(below)[1]
+        for ending in (".tar", *SUFFIXES)
+        if name.endswith(ending)
+    }
 
 
 def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:

@@ -36,7 +36,7 @@ class Sources:
 
     classes: ids in the order of their labels. splits: the images of each split, sorted by label and path.
     strays: files outside any class folder, which cannot be packed. names: the names of classes by id. table:
-    the table that lists the files, if there is one; the files may then not exist.
+    the table that lists the files, if there is one; the files may then not exist. sealed: as in SplitFiles.
     """
 
     classes: list[str]
@@ -44,6 +44,7 @@ class Sources:
     strays: list[str]
     names: dict[str, str] = field(default_factory=dict)
     table: str | None = None
+    sealed: frozenset[str] = frozenset()
 
 
 def find_sources(
@@ -56,11 +57,11 @@ def find_sources(
     names, table = read_class_names(class_names), None
     try:
         if is_table(str(input)) and not Path(input).is_dir():
-            parts, table = read_table(str(input), val_fraction), absolute(str(input))
+            table = absolute(str(input))
+            parts, names_of = read_table(table, val_fraction)
         else:
-            parts, annotations = find_parts(open_folder(str(input)), val_fraction)
-            names = names if class_names else annotations.names()
-        found = _number(parts, val_fraction, seed, names)
+            parts, names_of = find_parts(open_folder(str(input)), val_fraction)
+        found = _number(parts, val_fraction, seed, names if class_names else names_of())
     except OSError as error:
         raise SourceError(f"--input {input} cannot be read: {error}") from error
     if class_names:
@@ -105,7 +106,9 @@ def _number(
         raise SourceError(
             f"{train.location} has no files for the classes {listed}: add images or remove the classes"
         )
-    return Sources(classes, splits, [stray for part in parts.values() for stray in part.strays], names)
+    strays = [stray for part in parts.values() for stray in part.strays]
+    sealed = frozenset().union(*(part.sealed for part in parts.values()))
+    return Sources(classes, splits, strays, names, sealed=sealed)
 
 
 def _check_alike(names: Iterable[str], location: str) -> None:

@@ -4,19 +4,27 @@ The forms:
 
     train/<class>/…, val/<class>/…         class folders; val may be flat if there are labels for it
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's download, with a flat val
+    train/<class>.tar, val/…               the tars of classes, extracted from ILSVRC's tar of them
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val is preferred to its tar
     <class>/…                              with --val-fraction
-    *.tar                                  WebDataset tars at any depth, if none of the other forms is found
+    *.tar                                  WebDataset tars at any depth, if none of the forms above is found
+    *.parquet                              files of images, as on Hugging Face, at any depth, likewise
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.packing import storage
-from pipeline.packing.sources.archives import class_tars, flat_tar
+from pipeline.packing.sources.archives import (
+    class_tars,
+    flat_tar,
+    folder_of_class_tars,
+    is_folder_of_class_tars,
+)
 from pipeline.packing.sources.labels import Annotations, is_image
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.parquet import find_parquet, parquet_images
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
 
 _KAGGLE = "Data/CLS-LOC"
@@ -24,30 +32,43 @@ _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train an
 _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
-def find_parts(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, SplitFiles], Annotations]:
-    """Find the splits of the input; if there is only train, val must still be held out from it."""
+def find_parts(
+    folder: InputFolder, val_fraction: float | None
+) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
+    """Find the splits of the input, and a function that returns the names of classes by class id.
+
+    If there is only train, val must still be held out from it.
+    """
     base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
     folders: dict[str, str] = {
         split: _join(base, split) for split in ("train", "val") if split in folder.entries(base)[0]
     }
     tars = _imagenet_tars(folder)
-    if not tars and (shards := find_tars(folder, folders.get("train", ""))):
-        return webdataset_tars(folder, shards, val_fraction), Annotations(folder)
-    _check_splits(folder, folders, tars, val_fraction)
     annotations = Annotations(folder, (_parent(folder),) if base == _KAGGLE else ())
+    has_class_tars = not tars and is_folder_of_class_tars(folder, folders.get("train", ""))
+    if not tars and not has_class_tars:
+        if shards := find_tars(folder, folders.get("train", "")):
+            return webdataset_tars(folder, shards, val_fraction), annotations.names
+        if not folders and (files := find_parquet(folder)):
+            parts, names = parquet_images(folder.locate("").rstrip("/"), files, val_fraction)
+            return parts, lambda: names
+    _check_splits(folder, folders, tars, val_fraction)
+    classes = folder_of_class_tars if has_class_tars else class_folders
     if val_fraction is not None:
-        return {"train": class_folders(folder, "", "")}, annotations
+        return {"train": classes(folder, "", "")}, annotations.names
     if "train" in folders:
-        train = class_folders(folder, folders["train"], "train")
+        train = classes(folder, folders["train"], "train")
     else:
         train = class_tars(folder, tars["train"])
     if "val" not in folders:
         val = flat_tar(folder, tars["val"], annotations)
+    elif is_folder_of_class_tars(folder, folders["val"]):
+        val = folder_of_class_tars(folder, folders["val"], "val")
     elif any(folder.entries(folders["val"])[0]):
         val = class_folders(folder, folders["val"], "val")
     else:
         val = flat_folder(folder, folders["val"], annotations)
-    return {"train": train, "val": val}, annotations
+    return {"train": train, "val": val}, annotations.names
 
 
 def _check_splits(

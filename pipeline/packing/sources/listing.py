@@ -39,13 +39,16 @@ class SplitFiles:
     """The files found for a split.
 
     location: where they are, for messages. classes: class ids, including classes without images. strays:
-    files that belong to no class.
+    files that belong to no class. sealed: the files, such as compressed tars, that can only be read from
+    front to end, so their images are extracted first; the offset of an image in them is that of its
+    decompressed bytes or, in a Parquet file, its row.
     """
 
     location: str
     classes: list[str]
     images: Iterable[Labelled]
     strays: list[str] = field(default_factory=list)
+    sealed: frozenset[str] = frozenset()
 
 
 class LocalFolder:

@@ -1,17 +1,18 @@
 """Read a table of images: CSV, TSV or Parquet with the columns path, label and, optionally, split.
 
 A path is absolute, a URL, or relative to the table's own folder. A label is a class id. A split is
-`train` or `val`. Other columns are ignored.
+`train` or `val`. Other columns are ignored. A Parquet file may also contain the images: see parquet.py.
 """
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
-from typing import Any, BinaryIO
+from typing import Any
 
 from pipeline.files import naming
 from pipeline.packing import storage
 from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -20,14 +21,22 @@ def is_table(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES)
 
 
-def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
-    """Read the splits of a table; if there is only train, val must still be held out from it."""
-    folder = storage.absolute(name).rpartition("/")[0]
+def read_table(
+    name: str, val_fraction: float | None
+) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
+    """Read the splits of a table, and a function that returns the names of classes by class id.
+
+    name: an absolute path or a URL. If there is only train, val must still be held out from it.
+    """
+    folder, _, file = name.rpartition("/")
+    if is_parquet(name) and has_images(name):
+        parts, names = parquet_images(folder, [file], val_fraction)
+        return parts, lambda: names
     images: dict[str, list[Labelled]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
-    with naming(name), open_file(name) as opened:
-        rows = _parquet_rows if name.lower().endswith(".parquet") else _text_rows
-        for number, (path, label, *rest) in rows(opened, name, val_fraction):
+    rows = _parquet_rows if is_parquet(name) else _text_rows
+    with naming(name):
+        for number, (path, label, *rest) in rows(name, val_fraction):
             split = rest[0] if rest else "train"
             if not (isinstance(path, str) and path) or label in (None, "") or split not in images:
                 raise SourceError(
@@ -45,7 +54,7 @@ def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
     return {
         split: SplitFiles(name, sorted({image.class_id for image in found}), found)
         for split, found in images.items()
-    }
+    }, dict
 
 
 def _columns(name: str, found: list[str], val_fraction: float | None) -> list[str]:
@@ -71,35 +80,23 @@ def _columns(name: str, found: list[str], val_fraction: float | None) -> list[st
 Rows = Iterator[tuple[int, tuple[Any, ...]]]  # row numbers, for messages, and rows
 
 
-def _text_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
+def _text_rows(name: str, val_fraction: float | None) -> Rows:
     delimiter = "\t" if name.lower().endswith(".tsv") else ","
     try:
-        lines = TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.DictReader(lines, delimiter=delimiter)
-        columns = _columns(name, list(reader.fieldnames or ()), val_fraction)
-        for row in reader:
-            yield reader.line_num, tuple(row[column] for column in columns)
+        with open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter=delimiter)
+            columns = _columns(name, list(reader.fieldnames or ()), val_fraction)
+            for row in reader:
+                yield reader.line_num, tuple(row[column] for column in columns)
     except (csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{name} is not a valid table: {error}") from None
 
 
-def _parquet_rows(file: BinaryIO, name: str, val_fraction: float | None) -> Rows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise SourceError(
-            f"reading {name} needs pyarrow: run pip install 'alexnet-train[parquet]', or use a CSV table"
-        ) from None
-    try:
-        table = parquet.ParquetFile(file)
+def _parquet_rows(name: str, val_fraction: float | None) -> Rows:
+    with opened_parquet(name) as table:
         columns = _columns(name, table.schema_arrow.names, val_fraction)
         number = 0
         for batch in table.iter_batches(columns=columns):
             for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the file system
-            raise
-        raise SourceError(f"{name} is not a valid Parquet table: {error}") from None

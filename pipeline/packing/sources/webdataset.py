@@ -5,7 +5,8 @@
 
 A word in the path of a tar below the input names its split: train or training; val, valid or validation. If
 no path has such a word, all tars belong to train. If some have one, tars without one (test, for example) are
-left out and listed in the report. Only files whose names end in .tar are considered.
+left out and listed in the report. Only files whose names end in .tar, or as those of compressed tars do
+(.tar.gz, .tgz, .tar.xz, …), are considered.
 
 Consecutive members with the same key form a sample; the key is the name up to the first dot in its last part.
 The rest of the name says what a member is: jpg, png, … is the image, and cls is the label, a decimal number.
@@ -22,11 +23,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline.manifest import MANIFEST_NAME
-from pipeline.packing.sources.archives import Member, ReadAhead, members, read_each
+from pipeline.packing.sources import compressed
+from pipeline.packing.sources.archives import Member, Read, members, opened_tar, read_each
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.splits import by_split, check_splits
 from pipeline.packing.storage import UNFINISHED
 
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
@@ -51,74 +53,52 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
     names = folder.files("")
     marks = (f"/{MANIFEST_NAME}", f"/{UNFINISHED}/plan.json")
     packed = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
-    return [name for name in names if name.endswith(".tar") and name.rpartition("/")[0] not in packed]
+    endings = (".tar", *compressed.SUFFIXES)
+    return [name for name in names if name.endswith(endings) and name.rpartition("/")[0] not in packed]
 
 
 def webdataset_tars(
     folder: InputFolder, tars: list[str], val_fraction: float | None
 ) -> dict[str, SplitFiles]:
     """Read the splits of the tars; if there is only train, val must still be held out from it."""
-    splits, unused = _by_split(folder, tars)
-    _check_splits(folder, splits, val_fraction)
+    splits, unused = by_split(folder.name, tars)
+    check_splits(folder.name, splits, "tar", val_fraction)
     parts = {"train": _part(folder, "train", splits["train"], unused)}
     if val_fraction is None:
         parts["val"] = _part(folder, "val", splits["val"], [])
     return parts
 
 
-def _by_split(folder: InputFolder, tars: list[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the tars of train and val, and those of neither."""
-    splits: dict[str, list[str]] = {"train": [], "val": []}
-    unnamed: list[str] = []
-    for tar in tars:
-        named = {_SPLITS[word] for word in re.findall(r"[^\W\d_]+", tar.lower()) if word in _SPLITS}
-        if len(named) > 1:
-            raise SourceError(
-                f"the path of {folder.locate(tar)} below --input names both train and val: rename it"
-            )
-        (splits[named.pop()] if named else unnamed).append(tar)
-    if unnamed == tars:
-        return {"train": tars, "val": []}, []
-    return splits, unnamed
-
-
-def _check_splits(folder: InputFolder, splits: dict[str, list[str]], val_fraction: float | None) -> None:
-    """Refuse tars if it is unclear which images are for validation."""
-    if not splits["train"]:
-        raise SourceError(f"{folder.name} has {splits['val'][0]}, but no tar is named train: add one")
-    if splits["val"] and val_fraction is not None:
-        raise SourceError(f"{folder.name} already has a validation split (val): omit --val-fraction")
-    if not splits["val"] and val_fraction is None:
-        raise SourceError(
-            f"{folder.name} has {splits['train'][0]}, but no tar is named val: add one, or hold out a tenth "
-            "of each class for validation with --val-fraction 0.1"
-        )
-
-
 def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
-    location, images, strays = f"{folder.name} (tars of {split})", [], unused.copy()
-    for found, others in read_each(folder.name, partial(_read_tar, folder), tars):
+    location, images, strays, sealed = f"{folder.name} (tars of {split})", [], unused.copy(), set()
+    for tar, (found, others, is_sealed) in zip(
+        tars, read_each(folder.name, partial(_read_tar, folder), tars), strict=True
+    ):
         images += found
         strays += others
+        if is_sealed:
+            sealed.add(folder.locate(tar))
     if not images:
         raise SourceError(f"{location} has no sample with an image (.jpg, …) and its label (.cls)")
-    return SplitFiles(location, list({image.class_id for image in images}), images, strays)
+    return SplitFiles(location, list({image.class_id for image in images}), images, strays, frozenset(sealed))
 
 
-def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str]]:
-    """Return the images of a tar, and the paths of samples with neither an image nor a label."""
+def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str], bool]:
+    """Return the images of a tar, the paths of samples with neither an image nor a label, and whether it is
+    compressed."""
     file, images, strays = folder.locate(tar), [], []
-    for sample in _samples(file, folder.size(tar)):
-        if sample.images or sample.labels:
-            image, class_id = _check(sample, file)
-            images.append(Labelled(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
-        else:
-            strays.append(f"{tar}/{sample.key}")
-    return images, strays
+    with opened_tar(folder, tar) as (read, end, is_compressed):
+        for sample in _samples(file, read, end):
+            if sample.images or sample.labels:
+                image, class_id = _check(sample, file)
+                images.append(Labelled(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
+            else:
+                strays.append(f"{tar}/{sample.key}")
+    return images, strays, is_compressed
 
 
-def _samples(file: str, end: int) -> Iterator[_Sample]:
-    read, sample = ReadAhead(end), _Sample("")
+def _samples(file: str, read: Read, end: int) -> Iterator[_Sample]:
+    sample = _Sample("")
     for member in members(file, 0, end, read):
         match = _NAME.fullmatch(member.name)
         if not match:  # WebDataset's readers also skip such a member within a sample

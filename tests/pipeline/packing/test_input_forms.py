@@ -33,6 +33,17 @@ def tars_of_2010(tree: Tree, root: Path) -> Path:
     return root
 
 
+def class_tars(tree: Tree, root: Path) -> Path:
+    """ILSVRC's tar of class tars, extracted once; the labels from a list."""
+    for wnid, files in tree["train"].items():
+        write(root / "train" / f"{wnid}.tar", tar_of(files))
+    flat = val_files(tree)
+    for name, (_, content) in flat.items():
+        write(root / "val" / name, content)
+    write(root / "val.txt", "".join(f"{name} {wnid}\n" for name, (wnid, _) in flat.items()))
+    return root
+
+
 def flat_val(tree: Tree, root: Path) -> Path:
     """Train extracted into class folders, val into one folder."""
     class_folders(tree, root, ("train",))
@@ -76,7 +87,7 @@ def parquet_table(tree: Tree, root: Path) -> Path:
     return root / "images.parquet"
 
 
-FORMS = (class_folders, tars, tars_of_2010, kaggle, kaggle_inside, table, parquet_table)
+FORMS = (class_folders, class_tars, tars, tars_of_2010, kaggle, kaggle_inside, table, parquet_table)
 every_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 
 

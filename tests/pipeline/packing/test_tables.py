@@ -112,7 +112,7 @@ BROKEN = {
     "latin.csv": (b"path,label,split\n\xe9,a,train\n", "is not a valid table"),
     "short.tsv": (b"path\tlabel\tsplit\n1\ta\n", "row 2: expected a path"),
     "twice.csv": (b"path,label,path,split\n1,a,2,train\n", "more than one column named path"),
-    "text.parquet": (b"path,label\n", "is not a valid Parquet table"),
+    "text.parquet": (b"path,label\n", "is not a valid Parquet file"),
 }
 
 

@@ -1,0 +1,73 @@
+"""Extract images from files that can only be read from front to end, so each can be read by its offset.
+
+Shards take images in a shuffled order, and to reach one image of a compressed tar or of a Parquet file, all
+before it must be decompressed. So the decompressed contents of each such file are written once to the folder
+`.packing` of the output, where they stay until the dataset is complete:
+
+    <digest>.contents       the decompressed tar, or the images of the Parquet file one after another
+    <digest>.contents.npy   where each image of a Parquet file begins, and the last one ends
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from io import BytesIO
+
+import numpy as np
+
+from pipeline.files import atomic_write
+from pipeline.packing.shard import ShardTask
+from pipeline.packing.sources.compressed import CompressedFile
+from pipeline.packing.sources.find import SourceImage
+from pipeline.packing.sources.parquet import images_of, is_parquet
+from pipeline.packing.storage import UNFINISHED, Folder
+from pipeline.packing.workers import say
+
+SUFFIX = ".contents"
+
+
+def extract(tasks: Sequence[ShardTask], sealed: frozenset[str], output: Folder) -> list[ShardTask]:
+    """Extract the sealed files of the tasks, and return the tasks with sources that are in the copies.
+
+    Files that an earlier run extracted stay. Raises SourceError if a file is damaged, or OSError.
+    """
+    files = sorted({source.file for task in tasks for source in task.sources} & sealed)
+    present = output.sizes(UNFINISHED) if files else {}
+    missing = [file for file in files if f"{_name(file)}.npy" not in present]
+    for number, file in enumerate(missing, 1):
+        say(f"extracting {file} ({number:,} of {len(missing):,})")
+        _copy(file, output)
+    edges = {file: np.load(BytesIO(output.read(f"{UNFINISHED}/{_name(file)}.npy"))) for file in files}
+
+    def moved(source: SourceImage) -> SourceImage:
+        if source.file not in edges:
+            return source
+        copy = f"{output}/{UNFINISHED}/{_name(source.file)}"
+        if source.size is not None:  # a member of a tar
+            return replace(source, file=copy)
+        start, end = edges[source.file][source.offset : source.offset + 2].tolist()
+        return replace(source, file=copy, offset=start, size=end - start)
+
+    return [replace(task, sources=tuple(map(moved, task.sources))) for task in tasks]
+
+
+def _name(file: str) -> str:
+    return f"{sha256(file.encode()).hexdigest()[:16]}{SUFFIX}"
+
+
+def _copy(file: str, output: Folder) -> None:
+    with output.staged(UNFINISHED) as folder:
+        edges = [0]
+        with atomic_write(folder / _name(file)) as copy:
+            for part in _parts(file):
+                edges.append(edges[-1] + copy.write(part))
+        with atomic_write(folder / f"{_name(file)}.npy") as table:
+            np.save(table, edges)
+
+
+def _parts(file: str) -> Iterable[bytes]:
+    if is_parquet(file):
+        yield from images_of(file)
+    else:
+        with CompressedFile(file) as tar:
+            yield from tar.chunks()
