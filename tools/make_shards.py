@@ -51,6 +51,7 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
         if counts:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
             lines.append(f"{outcome}: {reasons}; each is listed in {output}/{REPORT}")
+    lines += progress.remarks.notes
     lines.append(f"train on them: alexnet-train --data {output}")
     return "\n".join(lines)
 
@@ -142,7 +143,11 @@ def main() -> None:
         with refused_threads(), _metrics(progress, options.metrics_port):
             manifest = pack(options.packing, progress)
         print(summary(manifest, options.output, progress, time.monotonic() - start))
+        for remark in (*progress.remarks.warnings, *progress.remarks.faults):
+            progress.say(remark)
         check_rejects(manifest, options.max_reject_ratio)
+        if progress.remarks.faults:
+            sys.exit(1)
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
         sys.exit(f"make_shards: {error}")
     except OSError as error:

@@ -99,8 +99,12 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
 def write_report(
     output: Folder, sources: Sources, results: Sequence[ShardResult]
 ) -> dict[str, dict[str, int]]:
-    """List the repaired and rejected files in the report; return their counts by outcome and reason."""
+    """List the repaired and rejected files in the report; return their counts by outcome and reason.
+
+    A folder that could not be listed counts as a rejected file; its path ends in a slash.
+    """
     events = [(path, "rejected", "in no class") for path in sources.strays]
+    events += [(f"{path}/", "rejected", "unreadable folder") for path in sources.unlisted]
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))
     text = "".join("\t".join(column.translate(_ESCAPES) for column in row) + "\n" for row in rows)

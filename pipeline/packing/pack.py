@@ -10,6 +10,7 @@ from pipeline.packing.finish import write_dataset
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.planning import describe_plan, plan_tasks
 from pipeline.packing.progress import Progress
+from pipeline.packing.remarks import remarks_about
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
@@ -20,19 +21,24 @@ from pipeline.packing.workers import say
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
     """Pack the whole dataset, or continue an earlier call with the same options that was stopped.
 
+    progress: also takes the remarks about the dataset.
+
     Raises SourceError, DatasetError, PackingError or OSError.
     """
     _check_folders(options)
     sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
     tasks = plan_tasks(options, sources)
     every = [task for split in tasks.values() for task in split]
-    output = Folder(options.output)
+    output, progress = Folder(options.output), progress or Progress()
+    for warning in sources.warnings:
+        progress.say(warning)
     with resume.locked(output):
         if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
-            results = _results(options, every, sources.sealed, output, progress or Progress())
+            results = _results(options, every, sources.sealed, output, progress)
             manifest = write_dataset(options, sources, tasks, results)
+        progress.remarks = remarks_about(sources, manifest, output)
         try:
             resume.end(output)
         except OSError as error:

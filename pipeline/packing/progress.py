@@ -11,17 +11,22 @@ from rich.progress import Progress as Bar
 
 from pipeline.duration import duration
 from pipeline.packing.executors import Counts
+from pipeline.packing.remarks import Remarks
 
 _LINE_SECONDS = 10.0
 _RATE_SECONDS = 30.0  # the window over which images/s is measured
 
 
 class Progress:
-    """The progress of a run over `total` images, `before` of which were done by earlier runs."""
+    """The progress of a run over `total` images, `before` of which were done by earlier runs.
+
+    remarks: about the dataset, once it is complete.
+    """
 
     def __init__(self) -> None:
         self.total = self.before = 0
         self.counts = Counts()
+        self.remarks = Remarks()
         self._samples = deque([(time.monotonic(), 0)])  # times, and the number of images done by then
         self._line_due = time.monotonic() + _LINE_SECONDS
         self._bar = Bar(
@@ -42,6 +47,10 @@ class Progress:
     def begin(self, total: int, before: int) -> None:
         """Set how much there is to do."""
         self.total, self.before = total, before
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr."""
+        print(f"make_shards: {text}", file=sys.stderr, flush=True)
 
     def show(self, counts: Counts) -> None:
         """Update the display with what this run has done so far."""

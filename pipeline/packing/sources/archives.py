@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.packing import storage
 from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_compressed
-from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.labels import Annotations
+from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.splits import splits_named
 
 _BLOCK = 512  # bytes in a block of a tar
@@ -111,24 +111,29 @@ def read_each(path: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator
 def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     """Find the training images in a tar of class tars. Raises SourceError if there are no class tars."""
     file = folder.locate(name)
-    outer = list(members(file, 0, folder.size(name)))
+    outer = [tar for tar in members(file, 0, folder.size(name)) if folder.wants(f"{name}/{tar.name}")]
     # If two members have the same name, the later one counts, as when they are extracted.
     tars = {PurePosixPath(tar.name).stem: tar for tar in outer if tar.name.endswith(".tar")}
     if not tars:
         raise SourceError(f"{file} contains no class tars (<class>.tar)")
     strays = [f"train/{member.name}" for member in outer if not member.name.endswith(".tar")]
-    return SplitFiles(file, list(tars), _images(file, tars), strays)
+    return SplitFiles(file, list(tars), _images(folder, file, tars), strays)
 
 
-def _images(file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
-    for images in read_each(file, partial(_class_images, file), tars.items()):
+def _images(folder: InputFolder, file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
+    for images in read_each(file, partial(_class_images, folder, file), tars.items()):
         yield from images
 
 
-def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
+def _class_images(folder: InputFolder, file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
     class_id, tar = class_tar
-    found = {member.name: member for member in members(file, tar.offset, tar.offset + tar.size)}
-    return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()]
+    found = _unique(folder, f"train/{class_id}", members(file, tar.offset, tar.offset + tar.size))
+    return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found]
+
+
+def _unique(folder: InputFolder, path: str, found: Iterable[Member]) -> Iterable[Member]:
+    """Return the members of a tar by name, without litter. path: of the tar, to note litter by."""
+    return {member.name: member for member in found if folder.wants(f"{path}/{member.name}")}.values()
 
 
 def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
@@ -150,9 +155,9 @@ def folder_of_class_tars(folder: InputFolder, below: str, split: str) -> SplitFi
     for class_id, tar in tars.items():
         file = folder.locate(tar)
         with opened_tar(folder, tar) as (read, end, is_compressed):
-            found = {member.name: member for member in members(file, 0, end, read)}
+            found = _unique(folder, tar, members(file, 0, end, read))
         path = f"{split}/{class_id}" if split else class_id
-        images += [Labelled(f"{path}/{name}", class_id, file, *where) for name, *where in found.values()]
+        images += [Labelled(f"{path}/{name}", class_id, file, *where) for name, *where in found]
         if is_compressed:
             sealed.add(file)
     used = {PurePosixPath(tar).name for tar in tars.values()}
@@ -172,7 +177,8 @@ def _tars_by_class(folder: InputFolder, below: str) -> dict[str, str]:
 def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:
     """Find the images in a tar of validation images, whose labels come from the annotations."""
     file = folder.locate(tar)
-    found = {PurePosixPath(member.name).name: member for member in members(file, 0, folder.size(tar))}
+    members_ = _unique(folder, tar, members(file, 0, folder.size(tar)))
+    found = {PurePosixPath(member.name).name: member for member in members_}
     strays = sorted(f"val/{name}" for name in found if not is_image(name))
 
     def images() -> Iterator[Labelled]:

@@ -1,18 +1,22 @@
 """Find what to pack: the image files of each split, their labels, and the names of the classes."""
 
-import re
-import unicodedata
-from collections.abc import Iterable
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.packing.sources.class_ids import check_alike, check_printable, few, in_order, nearly_alike
+from pipeline.packing.sources.class_names import read_class_names
 from pipeline.packing.sources.folders import find_parts
-from pipeline.packing.sources.labels import read_class_names
-from pipeline.packing.sources.listing import SourceError, SplitFiles, open_folder
+from pipeline.packing.sources.listing import InputFolder, LocalFolder, SourceError, SplitFiles
+from pipeline.packing.sources.remote import RemoteFolder
 from pipeline.packing.sources.tables import is_table, read_table
-from pipeline.packing.storage import absolute
+from pipeline.packing.storage import UNFINISHED, absolute, is_url
+from pipeline.packing.workers import say
+from pipeline.retry import patiently
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class Sources:
 
     classes: ids in the order of their labels. splits: the images of each split, sorted by label and path.
     strays: files outside any class folder, which cannot be packed. names: the names of classes by id. table:
-    the table that lists the files, if there is one; the files may then not exist. sealed: as in SplitFiles.
+    the table that lists the files, if there is one; the files may then not exist. sealed and unused: as in
+    SplitFiles. litter and unlisted: as in InputFolder. warnings: what is probably not meant.
     """
 
     classes: list[str]
@@ -45,6 +50,10 @@ class Sources:
     names: dict[str, str] = field(default_factory=dict)
     table: str | None = None
     sealed: frozenset[str] = frozenset()
+    unused: list[str] = field(default_factory=list)
+    litter: frozenset[str] = frozenset()
+    unlisted: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def find_sources(
@@ -54,80 +63,107 @@ def find_sources(
 
     Raises SourceError if nothing can be packed, or if it is unclear which images are for validation.
     """
-    names, table = read_class_names(class_names), None
+    table, folder = None, None
     try:
         if is_table(str(input)) and not Path(input).is_dir():
             table = absolute(str(input))
             parts, names_of = read_table(table, val_fraction)
         else:
-            parts, names_of = find_parts(open_folder(str(input)), val_fraction)
-        found = _number(parts, val_fraction, seed, names if class_names else names_of())
+            folder = open_folder(str(input))
+            parts, names_of = find_parts(folder, val_fraction)
+        found = _number(parts, val_fraction, seed)
+        names = read_class_names(class_names, found.classes) if class_names else names_of()
     except OSError as error:
         raise SourceError(f"--input {input} cannot be read: {error}") from error
+    except SourceError as error:
+        if folder is None or not folder.unlisted:
+            raise
+        raise SourceError(f"{error}. {describe_unlisted(folder.unlisted)}") from error
     if class_names:
-        _check_alike([*found.classes, *names], f"--class-names {class_names} and --input {input}")
-    return replace(found, table=table)
+        check_alike([*found.classes, *names], f"--class-names {class_names} and --input {input}")
+        if nameless := [each for each in found.classes if each not in names]:
+            found.warnings.append(f"--class-names {class_names} has no name for the classes {few(nameless)}")
+    found = replace(found, table=table, names=names)
+    if folder is None:
+        return found
+    litter = frozenset(path for path in folder.litter if path.rpartition("/")[2] != UNFINISHED)
+    return replace(found, litter=litter, unlisted=folder.unlisted)
 
 
-def _number(
-    parts: dict[str, SplitFiles], val_fraction: float | None, seed: int, names: dict[str, str]
-) -> Sources:
+def open_folder(name: str) -> InputFolder:
+    """Open an input folder. Raises SourceError if there is none, and OSError."""
+    if is_url(name):
+        return RemoteFolder(name)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+            return LocalFolder(name)
+    raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
+
+
+def describe_unlisted(folders: Mapping[str, str]) -> str:
+    """Name the folders that could not be listed. folders: the reason for each."""
+    listed = few([f"{path} ({reason})" for path, reason in sorted(folders.items())])
+    return f"{len(folders):,} folders of --input cannot be listed: {listed}"
+
+
+def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:
     """Number the classes, and check that there are images to train and validate on."""
     train = parts["train"]
-    classes = _in_order(train.classes)
+    classes = in_order(train.classes)
     if not classes:
         raise SourceError(
             f"{train.location} has no class folders: images are expected as {train.location}/<class>/<image>"
         )
-    _check_alike(classes, train.location)
-    for name in classes:
-        if not name.isprintable():  # this includes bytes that are not UTF-8
-            raise SourceError(
-                f"the class {name!r} in {train.location} has unprintable characters in its name: rename it"
-            )
+    check_alike(classes, train.location)
+    check_printable(classes, train.location)
     labels = {name: label for label, name in enumerate(classes)}
     splits: dict[str, list[SourceImage]] = {}
     for split, part in parts.items():
-        found = []
+        images: list[SourceImage] = []
+        unknown: dict[str, None] = {}  # classes, in their order
         for path, class_id, file, offset, size in part.images:
-            if class_id not in labels:
-                _check_alike([*classes, class_id], f"{part.location} and {train.location}")
-                raise SourceError(f"the class {class_id} is in {part.location} but not in {train.location}")
-            found.append(SourceImage(path, labels[class_id], file, offset, size))
-        splits[split] = sorted(found, key=lambda source: (source.label, source.path))
+            if class_id in labels:
+                images.append(SourceImage(path, labels[class_id], file, offset, size))
+            else:
+                unknown.setdefault(class_id)
+        if unknown:
+            check_alike([*classes, *unknown], f"{part.location} and {train.location}")
+            raise SourceError(
+                f"the class {few(unknown)} is in {part.location} but not in {train.location}: rename it to "
+                "one of those, or remove it"
+            )
+        splits[split] = sorted(images, key=lambda source: (source.label, source.path))
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
     for split, sources in splits.items():
         if not sources:
             raise SourceError(f"{parts.get(split, train).location} has no files for the split '{split}'")
-    untrained = set(range(len(classes))) - {source.label for source in splits["train"]}
+    trained = {source.label for source in splits["train"]}
+    untrained = [each for each in classes if labels[each] not in trained and each not in train.incomplete]
     if untrained:
-        listed = ", ".join(classes[label] for label in sorted(untrained))
         raise SourceError(
-            f"{train.location} has no files for the classes {listed}: add images or remove the classes"
+            f"{train.location} has no files for the classes {few(untrained)}: add images, or remove the "
+            "classes"
         )
     strays = [stray for part in parts.values() for stray in part.strays]
     sealed = frozenset().union(*(part.sealed for part in parts.values()))
-    return Sources(classes, splits, strays, names, sealed=sealed)
+    unused = [name for part in parts.values() for name in part.unused]
+    found = Sources(classes, splits, strays, sealed=sealed, unused=unused)
+    return replace(
+        found, warnings=[*(doubt for part in parts.values() for doubt in part.doubts), *_doubts(found)]
+    )
 
 
-def _check_alike(names: Iterable[str], location: str) -> None:
-    """Refuse names that look the same but differ, such as é as one character and as e with an accent."""
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
-        if other != name:
-            raise SourceError(
-                f"{location}: the classes {other!a} and {name!a} look alike: both are {name}, in two Unicode "
-                "normal forms (NFC, and NFD as macOS writes it): rename one, or merge them"
-            )
-
-
-def _in_order(classes: Iterable[str]) -> list[str]:
-    """Sort class ids: numerically if all are decimal numbers, so 2 comes before 10, else alphabetically."""
-    if all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
-        return sorted(classes, key=lambda name: (int(name), name))
-    return sorted(classes)
+def _doubts(found: Sources) -> list[str]:
+    """Describe what can be packed, but is probably not meant."""
+    doubts = [
+        f"the classes {one!r} and {other!r} differ only in capitals, blanks or characters that are not shown"
+        for one, other in nearly_alike(found.classes)
+    ]
+    validated = {source.label for source in found.splits["val"]}
+    if others := [name for label, name in enumerate(found.classes) if label not in validated]:
+        doubts.append(f"there are no validation images of the classes {few(others)}")
+    return doubts
 
 
 def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[str, list[SourceImage]]:

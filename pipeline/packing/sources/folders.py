@@ -4,15 +4,18 @@ The forms:
 
     train/<class>/…, val/<class>/…         class folders; val may be flat if there are labels for it
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's download, with a flat val
+    train/<class>/images/…, val/images/…   Tiny ImageNet, with the labels in val/val_annotations.txt
     train/<class>.tar, val/…               the tars of classes, extracted from ILSVRC's tar of them
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val is preferred to its tar
     <class>/…                              with --val-fraction
     *.tar                                  WebDataset tars at any depth, if none of the forms above is found
     *.parquet                              files of images, as on Hugging Face, at any depth, likewise
+
+splits.py says by which other names train and val are known. A folder test is not used.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.packing import storage
@@ -22,9 +25,11 @@ from pipeline.packing.sources.archives import (
     folder_of_class_tars,
     is_folder_of_class_tars,
 )
-from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.class_ids import few
+from pipeline.packing.sources.labels import TINY, Annotations
+from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
+from pipeline.packing.sources.splits import check_splits, split_folders, split_of
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
 
 _KAGGLE = "Data/CLS-LOC"
@@ -39,74 +44,126 @@ def find_parts(
 
     If there is only train, val must still be held out from it.
     """
-    base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
-    folders: dict[str, str] = {
-        split: _join(base, split) for split in ("train", "val") if split in folder.entries(base)[0]
-    }
+    base, folders = _split_folders(folder)
+    if val_fraction is not None and _is_class(folder, folders):
+        folders = {}
     tars = _imagenet_tars(folder)
-    annotations = Annotations(folder, (_parent(folder),) if base == _KAGGLE else ())
-    has_class_tars = not tars and is_folder_of_class_tars(folder, folders.get("train", ""))
+    train, val = (folders.get(split) for split in ("train", "val"))
+    others = (_parent(folder),) if base == _KAGGLE else ()
+    annotations = Annotations(folder, (*others, *([folder.locate(val)] if val else ())))
+    has_class_tars = not tars and is_folder_of_class_tars(folder, train or "")
     if not tars and not has_class_tars:
-        if shards := find_tars(folder, folders.get("train", "")):
+        if shards := find_tars(folder, train or ""):
             return webdataset_tars(folder, shards, val_fraction), annotations.names
         if not folders and (files := find_parquet(folder)):
             parts, names = parquet_images(folder.locate("").rstrip("/"), files, val_fraction)
             return parts, lambda: names
-    _check_splits(folder, folders, tars, val_fraction)
     classes = folder_of_class_tars if has_class_tars else class_folders
-    if val_fraction is not None:
+    if not folders and not tars:
+        if val_fraction is None:
+            raise SourceError(_without_splits(folder))
         return {"train": classes(folder, "", "")}, annotations.names
-    if "train" in folders:
-        train = classes(folder, folders["train"], "train")
-    else:
-        train = class_tars(folder, tars["train"])
-    if "val" not in folders:
-        val = flat_tar(folder, tars["val"], annotations)
-    elif is_folder_of_class_tars(folder, folders["val"]):
-        val = folder_of_class_tars(folder, folders["val"], "val")
-    elif any(folder.entries(folders["val"])[0]):
-        val = class_folders(folder, folders["val"], "val")
-    else:
-        val = flat_folder(folder, folders["val"], annotations)
-    return {"train": train, "val": val}, annotations.names
+    found = {split: [(folders | tars)[split]] for split in folders.keys() | tars.keys()}
+    check_splits(folder.name, found, "folder", val_fraction)
+    parts = {"train": classes(folder, train, "train") if train else class_tars(folder, tars["train"])}
+    parts["train"].unused.extend(found.get("test", []))
+    if val_fraction is None:
+        parts["val"] = (
+            _validation(folder, val, annotations) if val else flat_tar(folder, tars["val"], annotations)
+        )
+    return parts, annotations.names
 
 
-def _check_splits(
-    folder: InputFolder, folders: dict[str, str], tars: dict[str, str], val_fraction: float | None
-) -> None:
-    """Refuse an input if it is unclear which images are for validation."""
-    found = folders.keys() | tars.keys()
-    if found >= {"train", "val"} and val_fraction is not None:
-        raise SourceError(f"{folder.name} already has a validation split (val): omit --val-fraction")
-    if "val" not in found and "train" in folders:
-        raise SourceError(
-            f"{folder.name} has a folder train but no folder val: add it, or pack --input "
-            f"{folder.locate(folders['train'])} with --val-fraction 0.1 to hold out a tenth for validation"
-        )
-    if "val" not in found and "train" in tars:
-        raise SourceError(
-            f"{folder.name} has {tars['train']} but neither a val tar nor a folder val: add one"
-        )
-    if "train" not in found and val_fraction is None:
-        raise SourceError(
-            f"{folder.name} has no folders train and val. If it contains class folders, add "
-            "--val-fraction 0.1 to hold out a tenth of each class for validation"
-        )
+def _split_folders(folder: InputFolder) -> tuple[str, dict[str, str]]:
+    """Return the base that contains the folders of the splits, and these by split."""
+    for base in _BASES:
+        if not base or folder.has(base):
+            names = split_folders(folder.locate(base), folder.entries(base)[0])
+            if "train" in names or not base:
+                found = base, {split: _join(base, name) for split, name in names.items()}
+            if "train" in names:
+                return found
+    return found
+
+
+def _is_class(folder: InputFolder, folders: dict[str, str]) -> bool:
+    """Whether the only folder named after a split is a class, as that of pictures of trains may be."""
+    return (
+        list(folders) == ["train"]
+        and len(folder.entries()[0]) > 1
+        and not folder.entries(folders["train"])[0]
+        and not is_folder_of_class_tars(folder, folders["train"])
+    )
+
+
+def _without_splits(folder: InputFolder) -> str:
+    """Say what to do about an input without folders of splits, by what is there."""
+    names = folder.entries()[0]
+    message = f"{folder.name} has no folders train and val"
+    for name in names:
+        if "train" in split_folders(folder.locate(name), folder.entries(name)[0]):
+            return f"{message}, but {folder.locate(name)} has: give that as --input"
+    return (
+        f"{message}. If it contains class folders, add --val-fraction 0.1 to hold out a tenth of each class "
+        "for validation"
+    )
+
+
+def _validation(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
+    """Find the validation images in class folders or class tars, or in one folder with separate labels."""
+    if is_folder_of_class_tars(folder, below):
+        return folder_of_class_tars(folder, below, "val")
+    folders, files = folder.entries(below)
+    if TINY in files and folders == ["images"]:
+        return flat_folder(folder, f"{below}/images", annotations)
+    if folders:
+        return class_folders(folder, below, "val")
+    return flat_folder(folder, below, annotations)
 
 
 def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
     """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
     classes, strays = folder.entries(below)
+    location = folder.locate(below) if below else folder.name
+    _refuse_splits(classes, location)
+    unused, doubts, incomplete = list[str](), list[str](), set[str]()
 
     def images() -> Iterator[Labelled]:
         for class_id in classes:
             class_folder = _join(below, class_id)
-            for name in folder.files(class_folder):
+            names = folder.files(class_folder)
+            inside = list(dict.fromkeys(name.partition("/")[0] for name in names if "/" in name))
+            place = folder.locate(class_folder)
+            if len(classes) > 1 or split:
+                _refuse_splits(inside, place)
+            elif len(inside) > 1 and all("/" in name for name in names):
+                doubts.append(
+                    f"{class_id} is taken for a class, but has the folders {few(inside)}: if {location} is "
+                    f"one level too high, give {place} as --input"
+                )
+            if not folder.is_complete(class_folder):
+                incomplete.add(class_id)
+            for name in names:
                 path = _join(split, f"{class_id}/{name}")
+                if name == f"{class_id}_boxes.txt":  # in Tiny ImageNet
+                    unused.append(path)
+                    continue
                 yield Labelled(path, class_id, folder.locate(f"{class_folder}/{name}"))
 
-    location = folder.locate(below) if below else folder.name
-    return SplitFiles(location, classes, images(), [_join(split, name) for name in strays])
+    strays = [_join(split, name) for name in strays]
+    return SplitFiles(
+        location, classes, images(), strays, unused=unused, doubts=doubts, incomplete=incomplete
+    )
+
+
+def _refuse_splits(names: Iterable[str], location: str) -> None:
+    """Refuse folders that are named after splits where classes, or parts of one, are expected."""
+    found = {split: name for name in names if (split := split_of(name))}
+    if "train" in found and len(found) > 1:
+        raise SourceError(
+            f"{location} has the folders {few(list(found.values()))}, which are splits and not classes: give "
+            f"{location} as --input, or merge its splits into those of --input"
+        )
 
 
 def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:

@@ -2,6 +2,7 @@
 
 Labels come from the first of these files that exists:
 
+    val_annotations.txt                    Tiny ImageNet's labels, in its folder val
     LOC_val_solution.csv                   Kaggle's labels
     val.txt, synset_labels.txt             each line has a file and its class id, or only a class id, in the
     or imagenet_2012_validation_synset_labels.txt   order of the files' names
@@ -9,8 +10,9 @@ Labels come from the first of these files that exists:
                                            which map_clsloc.txt (lines of class ids in the devkit's order, as
                                            in later devkits) or the devkit's meta.mat translates
 
-Names come from LOC_synset_mapping.txt, synset_words.txt or meta.mat. The files are in the input folder, in
-its folder `data`, or in the devkit, extracted or not. Those of ILSVRC2010 are read in the same way.
+Names come from LOC_synset_mapping.txt, synset_words.txt, words.txt (of Tiny ImageNet) or meta.mat. The files
+are in the input folder, in its folder `data`, in the folder of validation images, or in the devkit, extracted
+or not. Those of ILSVRC2010 are read in the same way.
 """
 
 import csv
@@ -24,12 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.packing import storage
+from pipeline.packing.sources.class_names import parse_class_names
 from pipeline.packing.sources.listing import InputFolder, SourceError
 
 _LISTS = ("val.txt", "synset_labels.txt", "imagenet_2012_validation_synset_labels.txt")
 _GROUND_TRUTHS = tuple(f"ILSVRC{year}_validation_ground_truth.txt" for year in (2012, 2010))
 _CLASS_LIST, _META = "map_clsloc.txt", "meta.mat"
-_NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
+_NAMES = ("LOC_synset_mapping.txt", "synset_words.txt", "words.txt")
+TINY = "val_annotations.txt"
 
 
 class _Found(NamedTuple):
@@ -63,7 +67,9 @@ class Annotations:
 
         Raises SourceError if the labels are missing or do not fit the images.
         """
-        if found := self._first("LOC_val_solution.csv"):
+        if found := self._first(TINY):
+            classes = _of_tiny(found)
+        elif found := self._first("LOC_val_solution.csv"):
             classes = _of_kaggle(found)
         elif found := self._first(*_LISTS):
             classes = _of_list(found, names)
@@ -157,25 +163,11 @@ class Annotations:
             ) from None
 
 
-def is_image(name: str) -> bool:
-    """Whether a file among the validation images needs a label; there may also be scripts, for example."""
-    return name.lower().endswith((".jpeg", ".jpg", ".png"))
-
-
-def parse_class_names(lines: list[str]) -> dict[str, str]:
-    """Parse lines of a class id, white space and a name, which a tab may end; return the names by id."""
-    pairs = (line.split(maxsplit=1) for line in lines)
-    return {pair[0]: pair[1].split("\t")[0].strip() for pair in pairs if len(pair) == 2}
-
-
-def read_class_names(path: Path | None) -> dict[str, str]:
-    """Read the file of --class-names. Raises SourceError."""
-    if path is None:
-        return {}
-    try:
-        return parse_class_names(path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"--class-names {path} cannot be read: {error}") from None
+def _of_tiny(found: _Found) -> dict[str, str]:
+    rows = [line.split("\t") for line in found.lines() if line.strip()]
+    if wrong := next((number for number, row in enumerate(rows, 1) if len(row) < 2), None):
+        raise SourceError(f"{found.path}, line {wrong}: expected a file, a tab and a class id")
+    return {Path(row[0]).stem: row[1] for row in rows}
 
 
 def _of_kaggle(found: _Found) -> dict[str, str]:

@@ -1,27 +1,31 @@
-"""List the files below --input, in a local folder or behind a URL."""
+"""List the files below --input; remote.py does so behind a URL."""
 
 import errno
 import os
-import stat
-from bisect import bisect_left
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from fsspec import AbstractFileSystem
-from fsspec.asyn import AsyncFileSystem
-
 from pipeline.files import naming
 from pipeline.packing import storage
+from pipeline.packing.sources.litter import litter_in
 from pipeline.packing.workers import say
 from pipeline.retry import is_outage, patiently
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")  # endings of names
 
 
 class SourceError(ValueError):
     """The input cannot be packed; the message says what is wrong and what to do."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is named like an image."""
+    return name.lower().rpartition(".")[2] in IMAGES
 
 
 class Labelled(NamedTuple):
@@ -41,7 +45,9 @@ class SplitFiles:
     location: where they are, for messages. classes: class ids, including classes without images. strays:
     files that belong to no class. sealed: the files, such as compressed tars, that can only be read from
     front to end, so their images are extracted first; the offset of an image in them is that of its
-    decompressed bytes or, in a Parquet file, its row.
+    decompressed bytes or, in a Parquet file, its row. unused: names of what belongs to no split that is
+    packed, such as the folder test. doubts: what is probably not meant. incomplete: classes with folders that
+    could not be listed. The last three are known once all images have been taken.
     """
 
     location: str
@@ -49,41 +55,113 @@ class SplitFiles:
     images: Iterable[Labelled]
     strays: list[str] = field(default_factory=list)
     sealed: frozenset[str] = frozenset()
+    unused: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    incomplete: set[str] = field(default_factory=set)
 
 
-class LocalFolder:
-    """A local folder. Folders that cannot be listed raise OSError, as they may not be empty."""
+class InputFolder(ABC):
+    """A folder below which files are found.
 
+    name: as it was given. litter: paths of files and folders that were passed over. unlisted: folders that
+    could not be listed, with the reason; as they may not be empty, they are never taken for it.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.litter: set[str] = set()
+        self.unlisted: dict[str, str] = {}
+
+    @abstractmethod
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        """Return the folders and the other files in a folder, sorted.
+
+        Raises OSError or SourceError if there is no such folder, or if it cannot be listed.
+        """
+
+    @abstractmethod
+    def files(self, below: str) -> list[str]:
+        """Return all files at any depth below a folder, relative to it and sorted.
+
+        Folders that cannot be listed are added to `unlisted`. Raises OSError or SourceError if the storage is
+        at fault, or the folder is the input itself.
+        """
+
+    @abstractmethod
+    def locate(self, name: str) -> str:
+        """Return the path or URL that storage.read opens."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes. Raises OSError or SourceError."""
+
+    def has(self, path: str) -> bool:
+        """Whether there is a folder with this path."""
+        above, _, name = path.rpartition("/")
+        return (not above or self.has(above)) and name in self.entries(above)[0]
+
+    def is_complete(self, below: str) -> bool:
+        """Whether every folder below a folder, and it itself, could be listed."""
+        return not any(f"{path}/".startswith(f"{below}/") for path in self.unlisted)
+
+    def wants(self, path: str) -> bool:
+        """Whether a path is not litter; litter is noted."""
+        litter = litter_in(path)
+        if litter is not None:
+            self.litter.add(litter)
+        return litter is None
+
+
+class LocalFolder(InputFolder):
     def __init__(self, root: str):
-        self.name = root
+        super().__init__(root)
         self.root = Path(storage.absolute(root))
 
     def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        """Return the folders and the other files in a folder, sorted; none if there is no such folder."""
-        try:
-            return _listed(f"{self.root}/{below}")
-        except (FileNotFoundError, NotADirectoryError):
-            if not below:
-                raise
-            return [], []
+        folders, names = _listed(f"{self.root}/{below}")
+        prefix = f"{below}/" if below else ""
+        return [n for n in folders if self.wants(prefix + n)], [n for n in names if self.wants(prefix + n)]
 
     def files(self, below: str) -> list[str]:
-        """Return all files at any depth below a folder, relative to it and sorted."""
-        folder = f"{self.root}/{below}"
+        start = f"{below}/" if below else ""
         found: list[str] = []
-        seen, waiting = {_real(folder)}, [""]
+        seen, waiting = set[str](), [start]
+        if itself := self._real(start):
+            seen.add(itself)
         while waiting:
             prefix = waiting.pop()
-            folders, names = _listed(f"{folder}/{prefix}")
-            found.extend(f"{prefix}{name}" for name in names)
+            folders, names = self._entries_if_listed(prefix)
+            found.extend(f"{prefix}{name}"[len(start) :] for name in names)
             # Of several links to one folder, always the same one counts, and links cannot form a cycle.
-            real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
+            real = {path: name for name in reversed(folders) if (path := self._real(f"{prefix}{name}/"))}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
 
+    def _entries_if_listed(self, prefix: str) -> tuple[list[str], list[str]]:
+        with self._left_out_if_unlisted(prefix):
+            return self.entries(prefix.rstrip("/"))
+        return [], []
+
+    def _real(self, prefix: str) -> str | None:
+        """Return the path of a folder without links, or None if it has none."""
+        with self._left_out_if_unlisted(prefix):
+            return _real(f"{self.root}/{prefix}")
+        return None
+
+    @contextmanager
+    def _left_out_if_unlisted(self, prefix: str) -> Iterator[None]:
+        """Note a folder that cannot be listed in the block. Raises OSError if its storage is at fault."""
+        path = prefix.rstrip("/")
+        try:
+            yield
+            self.unlisted.pop(path, None)
+        except OSError as error:
+            if not path or is_outage(error):
+                raise
+            self.unlisted[path] = error.strerror or str(error)
+
     def locate(self, name: str) -> str:
-        """Return the path that storage.read opens."""
         return f"{self.root}/{name}"  # pathlib would keep every file name in memory
 
     def size(self, name: str) -> int:
@@ -103,87 +181,18 @@ def _listed(folder: str) -> tuple[list[str], list[str]]:
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
+        if not entry.is_dir() and entry.is_symlink():
+            entry.stat()  # is_dir is also False for a link that leads nowhere
         return entry.is_dir()
     except OSError as error:
         if is_outage(error) or error.errno == errno.EIO:
             raise
-        return False  # a broken link: reading it reports the reason
+        # Where the link leads cannot be known: listing the folder, or reading the image, reports the reason.
+        return not is_image(entry.name)
 
 
 def _real(path: str) -> str:
     return patiently(partial(os.path.realpath, path, strict=True), say)
-
-
-class RemoteFolder:
-    """A folder behind a URL, like LocalFolder. It is listed once, and has no links and no empty folders."""
-
-    def __init__(self, url: str):
-        self.name = url.rstrip("/")
-        with _as_source_error(url):
-            folder = storage.Folder(url)
-            self._fs, self._root = folder.fs, folder.path.rstrip("/")
-            start = len(self._root) + 1
-            self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
-        if not self._names:
-            with suppress(FileNotFoundError), _as_source_error(url):
-                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
-            raise SourceError(f"--input {url} is not a folder, or it is empty")
-
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        names = self.files(below)
-        folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
-        return list(folders), [name for name in names if "/" not in name]
-
-    def files(self, below: str) -> list[str]:
-        prefix = f"{below}/" if below else ""
-        first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
-        return [name[len(prefix) :] for name in self._names[first:last]]
-
-    def locate(self, name: str) -> str:
-        return f"{self.name}/{name}"
-
-    def size(self, name: str) -> int:
-        with _as_source_error(self.locate(name)):
-            return int(self._fs.size(f"{self._root}/{name}"))
-
-
-def _find(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Return all files below a folder. Raises the error of any folder that cannot be listed."""
-    is_async = isinstance(fs, AsyncFileSystem)
-    own = (
-        type(fs)._find is not AsyncFileSystem._find
-        if is_async
-        else type(fs).find is not AbstractFileSystem.find
-    )
-    if own:
-        return fs.find(root)
-    found, waiting, seen = [], [root], {root}  # fsspec's own `find` leaves out folders that fail
-    while waiting:
-        folder = waiting.pop()
-        try:
-            entries = fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            if folder == root:
-                return []
-            raise
-        folders = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"} - seen
-        found += [entry["name"] for entry in entries if entry["type"] != "directory"]
-        waiting += folders
-        seen |= folders
-    return found
-
-
-InputFolder = LocalFolder | RemoteFolder
-
-
-def open_folder(name: str) -> InputFolder:
-    """Open an input folder. Raises SourceError if there is none, and OSError."""
-    if storage.is_url(name):
-        return RemoteFolder(name)
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
-            return LocalFolder(name)
-    raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
 
 
 def open_file(name: str) -> BinaryIO:
@@ -191,13 +200,13 @@ def open_file(name: str) -> BinaryIO:
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
-    with _as_source_error(name):
+    with as_source_error(name):
         where = storage.Folder(folder)
         return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
 
 
 @contextmanager
-def _as_source_error(name: str) -> Iterator[None]:
+def as_source_error(name: str) -> Iterator[None]:
     """Turn the errors of each kind of storage, except FileNotFoundError, into SourceError."""
     try:
         yield

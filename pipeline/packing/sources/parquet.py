@@ -2,9 +2,10 @@
 
     data/train-00000-of-00294.parquet, …, data/validation-00000-of-00014.parquet, …
 
-Words in a file's path name its split, as in WebDataset tars. A row has an image (a struct of `bytes` and
-`path`) and a label. The schema's metadata says which columns these are, and the names of the classes; without
-it, the columns are `image` and `label`. A label is a number, which is the class id, or a text.
+Words in a file's path name its split, as in WebDataset tars; files of test are not used. A row has an image
+(a struct of `bytes` and `path`) and a label. The schema's metadata says which columns these are, and the
+names of the classes; without it, the columns are `image` and `label`. A label is a number or a text, which is
+the class id.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.packing.sources.class_ids import class_id
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.splits import by_split, check_splits
 
@@ -48,8 +50,9 @@ def parquet_images(
     location: the folder of the files. If there is only train, val must still be held out from it. Raises
     SourceError if a row has no label, or if the files do not agree about the classes.
     """
-    splits, unused = by_split(location, files)
+    splits, unnamed = by_split(location, files)
     check_splits(location, splits, "Parquet file", val_fraction)
+    test = splits.pop("test")
     if val_fraction is not None:
         del splits["val"]
     parts: dict[str, SplitFiles] = {}
@@ -61,8 +64,8 @@ def parquet_images(
             names[path], found = _read(path, split)
             images += found
         classes = list(dict.fromkeys(image.class_id for image in images))
-        strays = unused if split == "train" else []
-        parts[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths))
+        strays, unused = (unnamed, test) if split == "train" else ([], [])
+        parts[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths), unused)
     first, *others = names
     for path in others:
         if names[path] != names[first]:
@@ -100,15 +103,15 @@ def _read(file: str, split: str) -> tuple[list[str], list[Labelled]]:
             paths = batch[columns.image].field("path").to_pylist()
             for path, label in zip(paths, batch[columns.label].to_pylist(), strict=True):
                 row = len(images)
-                if label in (None, "") or (isinstance(label, int) and label < 0):
+                name = class_id(label)
+                if name is None or (isinstance(label, int | float) and name.startswith("-")):
                     raise SourceError(f"{file}, row {row + 1} has no label, but {label!r}")
-                if columns.names and label >= len(columns.names):
+                if columns.names and not (isinstance(label, int | float) and label < len(columns.names)):
                     raise SourceError(
                         f"{file}, row {row + 1} has the label {label}, but there are only "
                         f"{len(columns.names)} names of classes"
                     )
-                name = path or f"{stem}-{row:06d}"
-                images.append(Labelled(f"{split}/{label}/{name}", str(label), file, row))
+                images.append(Labelled(f"{split}/{name}/{path or f'{stem}-{row:06d}'}", name, file, row))
     return columns.names, images
 
 
@@ -132,9 +135,6 @@ def _columns(schema: "Schema", file: str) -> _Columns:
             f"{file} has no column named label; its columns are: {', '.join(schema.names)}. Rename the one "
             "that has the labels"
         )
-    kind = str(schema.field(label).type)
-    if not kind.startswith(("int", "uint", "string", "large_string")):
-        raise SourceError(f"{file}: the column {label} must have whole numbers or text, not {kind}")
     return _Columns(image, label, labels.get(label, []))
 
 

@@ -1,7 +1,8 @@
 """Read a table of images: CSV, TSV or Parquet with the columns path, label and, optionally, split.
 
-A path is absolute, a URL, or relative to the table's own folder. A label is a class id. A split is
-`train` or `val`. Other columns are ignored. A Parquet file may also contain the images: see parquet.py.
+A path is absolute, a URL, or relative to the table's own folder. A label is a class id. A split is `train`,
+`val` or another name for one of them (splits.py); rows of `test` are not used. Other columns are ignored. A
+Parquet file may also contain the images: see parquet.py.
 """
 
 import csv
@@ -11,8 +12,10 @@ from typing import Any
 
 from pipeline.files import naming
 from pipeline.packing import storage
+from pipeline.packing.sources.class_ids import class_id, without_fractions
 from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
+from pipeline.packing.sources.splits import split_of
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -32,32 +35,47 @@ def read_table(
     if is_parquet(name) and has_images(name):
         parts, names = parquet_images(folder, [file], val_fraction)
         return parts, lambda: names
-    images: dict[str, list[Labelled]] = {"train": [], "val": []}
+    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in ("train", "val", "test")}
     seen: dict[str, int] = {}
-    rows = _parquet_rows if is_parquet(name) else _text_rows
+    read = _parquet_rows if is_parquet(name) else _text_rows
     with naming(name):
-        for number, (path, label, *rest) in rows(name, val_fraction):
-            split = rest[0] if rest else "train"
-            if not (isinstance(path, str) and path) or label in (None, "") or split not in images:
+        for number, (path, label, *rest) in read(name):
+            split, found = split_of(str(rest[0])) if rest else "train", class_id(label)
+            if split is None or not (isinstance(path, str) and path) or (not found and split != "test"):
                 raise SourceError(
                     f"{name}, row {number}: expected a path, a label and, in the column split, train or val, "
                     f"but found {(path, label, *rest)}"
                 )
             if seen.setdefault(path, number) != number:
                 raise SourceError(f"{name}, row {number}: {path} is already in row {seen[path]}")
-            file = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
-            images[split].append(Labelled(path, str(label), file))
-    if not images["train"]:
+            rows[split].append((path, found or ""))
+    test = rows.pop("test")
+    if not rows["train"]:
         raise SourceError(f"{name} has no rows for the split 'train'")
-    if val_fraction is not None:
-        del images["val"]
-    return {
-        split: SplitFiles(name, sorted({image.class_id for image in found}), found)
-        for split, found in images.items()
-    }, dict
+    if rows["val"] and val_fraction is not None:
+        raise SourceError(f"{name} already has rows for the split 'val': omit --val-fraction")
+    if not rows["val"] and val_fraction is None:
+        raise SourceError(
+            f"{name} has no column split with rows for val: add them, or hold out a tenth of each class for "
+            "validation with --val-fraction 0.1"
+        )
+    ids = iter(without_fractions([found for part in rows.values() for _, found in part]))
+    parts = {}
+    for split, part in rows.items():
+        images = [Labelled(path, next(ids), _locate(path, folder)) for path, _ in part]
+        classes = sorted({image.class_id for image in images})
+        if split == "train" or images:
+            parts[split] = SplitFiles(name, classes, images)
+    if test:
+        parts["train"].unused.append(f"{len(test):,} rows of the split test")
+    return parts, dict
 
 
-def _columns(name: str, found: list[str], val_fraction: float | None) -> list[str]:
+def _locate(path: str, folder: str) -> str:
+    return path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
+
+
+def _columns(name: str, found: list[str]) -> list[str]:
     missing = [column for column in ("path", "label") if column not in found]
     if missing:
         raise SourceError(
@@ -67,34 +85,28 @@ def _columns(name: str, found: list[str], val_fraction: float | None) -> list[st
     for column in ("path", "label", "split"):
         if found.count(column) > 1:
             raise SourceError(f"{name} has more than one column named {column}")
-    if "split" in found and val_fraction is not None:
-        raise SourceError(f"{name} has a column split: omit --val-fraction")
-    if "split" not in found and val_fraction is None:
-        raise SourceError(
-            f"{name} has no column split (train or val): add it, or hold out a tenth of each class for "
-            "validation with --val-fraction 0.1"
-        )
     return ["path", "label"] + ["split"] * ("split" in found)
 
 
 Rows = Iterator[tuple[int, tuple[Any, ...]]]  # row numbers, for messages, and rows
 
 
-def _text_rows(name: str, val_fraction: float | None) -> Rows:
+def _text_rows(name: str) -> Rows:
     delimiter = "\t" if name.lower().endswith(".tsv") else ","
     try:
         with open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter=delimiter)
-            columns = _columns(name, list(reader.fieldnames or ()), val_fraction)
+            reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
+            reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+            columns = _columns(name, list(reader.fieldnames))
             for row in reader:
                 yield reader.line_num, tuple(row[column] for column in columns)
     except (csv.Error, UnicodeDecodeError) as error:
         raise SourceError(f"{name} is not a valid table: {error}") from None
 
 
-def _parquet_rows(name: str, val_fraction: float | None) -> Rows:
+def _parquet_rows(name: str) -> Rows:
     with opened_parquet(name) as table:
-        columns = _columns(name, table.schema_arrow.names, val_fraction)
+        columns = _columns(name, table.schema_arrow.names)
         number = 0
         for batch in table.iter_batches(columns=columns):
             for row in zip(*(batch[column].to_pylist() for column in columns), strict=True):

@@ -3,9 +3,9 @@
     imagenet1k-train-0000.tar, …, imagenet1k-validation-00.tar, …
     train/00000.tar, …, val/00000.tar, …
 
-A word in the path of a tar below the input names its split: train or training; val, valid or validation. If
-no path has such a word, all tars belong to train. If some have one, tars without one (test, for example) are
-left out and listed in the report. Only files whose names end in .tar, or as those of compressed tars do
+A word in the path of a tar below the input names its split, as in splits.py. If no path has such a word, all
+tars belong to train. If some have one, tars without one are left out and listed in the report. Those of test
+are not used. Only files whose names end in .tar, or as those of compressed tars do
 (.tar.gz, .tgz, .tar.xz, …), are considered.
 
 Consecutive members with the same key form a sample; the key is the name up to the first dot in its last part.
@@ -18,18 +18,17 @@ classes of train, which is the number itself unless train lacks a smaller one.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources import compressed
 from pipeline.packing.sources.archives import Member, Read, members, opened_tar, read_each
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import IMAGES, InputFolder, Labelled, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.splits import by_split, check_splits
 from pipeline.packing.storage import UNFINISHED
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
 _LABEL = re.compile(rb"\s*([0-9]{1,9})\s*")
 
@@ -48,11 +47,11 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
     """
     for name in folder.entries(classes)[0]:
         files = folder.files(f"{classes}/{name}" if classes else name)
-        if any(file.lower().rpartition(".")[2] in _IMAGES for file in files):
+        if any(map(is_image, files)):
             return []
     names = folder.files("")
-    marks = (f"/{MANIFEST_NAME}", f"/{UNFINISHED}/plan.json")
-    packed = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
+    packed = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST_NAME}")}
+    packed |= {path.rpartition("/")[0] for path in folder.litter if path.endswith(f"/{UNFINISHED}")}
     endings = (".tar", *compressed.SUFFIXES)
     return [name for name in names if name.endswith(endings) and name.rpartition("/")[0] not in packed]
 
@@ -64,6 +63,7 @@ def webdataset_tars(
     splits, unused = by_split(folder.name, tars)
     check_splits(folder.name, splits, "tar", val_fraction)
     parts = {"train": _part(folder, "train", splits["train"], unused)}
+    parts["train"].unused.extend(splits["test"])
     if val_fraction is None:
         parts["val"] = _part(folder, "val", splits["val"], [])
     return parts
@@ -88,7 +88,8 @@ def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str],
     compressed."""
     file, images, strays = folder.locate(tar), [], []
     with opened_tar(folder, tar) as (read, end, is_compressed):
-        for sample in _samples(file, read, end):
+        wanted = (member for member in members(file, 0, end, read) if folder.wants(f"{tar}/{member.name}"))
+        for sample in _samples(file, read, wanted):
             if sample.images or sample.labels:
                 image, class_id = _check(sample, file)
                 images.append(Labelled(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
@@ -97,9 +98,9 @@ def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str],
     return images, strays, is_compressed
 
 
-def _samples(file: str, read: Read, end: int) -> Iterator[_Sample]:
+def _samples(file: str, read: Read, found: Iterable[Member]) -> Iterator[_Sample]:
     sample = _Sample("")
-    for member in members(file, 0, end, read):
+    for member in found:
         match = _NAME.fullmatch(member.name)
         if not match:  # WebDataset's readers also skip such a member within a sample
             yield _Sample(member.name)
@@ -109,7 +110,7 @@ def _samples(file: str, read: Read, end: int) -> Iterator[_Sample]:
             if sample.key:
                 yield sample
             sample = _Sample(key)
-        if extension in _IMAGES:
+        if extension in IMAGES:
             sample.images.append(member)
         elif extension == "cls":
             sample.labels.append(read(file, member.offset, member.size))

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from pipeline.packing.sources.find import SourceError, find_sources
-from pipeline.packing.sources.listing import RemoteFolder
+from pipeline.packing.sources.remote import RemoteFolder
 
 FOLDERS = {
     "in": ["train/", "val/"],

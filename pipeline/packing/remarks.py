@@ -1,0 +1,65 @@
+"""What there is to say about a packed dataset besides its counts: what was passed over, and what it lacks."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import numpy as np
+
+from pipeline.manifest import Manifest
+from pipeline.packing.sources.class_ids import few
+from pipeline.packing.sources.find import Sources, describe_unlisted
+from pipeline.packing.storage import Folder
+
+_SHOWN = 3  # examples of litter
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """Sentences for the user.
+
+    notes: what was passed over on purpose. warnings: what is worth a look. faults: why nothing good can be
+    expected of the dataset; they make the exit code 1.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def remarks_about(sources: Sources, manifest: Manifest, output: Folder) -> Remarks:
+    """Return the remarks about a complete dataset. Raises OSError if an index cannot be read."""
+    remarks = Remarks()
+    if sources.litter:
+        remarks.notes.append(_describe_litter(sources.litter))
+    if sources.unused:
+        remarks.notes.append(f"not used, as neither train nor val: {few(sources.unused)}")
+    if len(sources.classes) == 1:
+        remarks.faults.append(f"there is only one class, {sources.classes[0]}, so there is nothing to learn")
+    for split, lost in _lost(sources, manifest, output).items():
+        if lost:
+            found = remarks.faults if split == "train" else remarks.warnings
+            found.append(f"every image of {split} was rejected in the classes {few(lost)}")
+    if sources.unlisted:
+        remarks.faults.append(
+            f"{describe_unlisted(sources.unlisted)}. The dataset lacks what they contain: make them readable "
+            "and run the same command with --overwrite"
+        )
+    return remarks
+
+
+def _describe_litter(litter: Collection[str]) -> str:
+    names = sorted({path.rpartition("/")[2] for path in litter})
+    shown = ", ".join(name.strip() for name in names[:_SHOWN])
+    more = ", …" if len(names) > _SHOWN else ""
+    return f"ignored {len(litter):,} files and folders that desktops and archivers leave ({shown}{more})"
+
+
+def _lost(sources: Sources, manifest: Manifest, output: Folder) -> dict[str, list[str]]:
+    """Return the classes of each split that had files, but have no images."""
+    lost = {}
+    for split, images in sources.splits.items():
+        index = np.load(BytesIO(output.read(manifest.split(split).index)))
+        labels = {source.label for source in images} - set(np.unique(index["label"]).tolist())
+        lost[split] = [sources.classes[label] for label in sorted(labels)]
+    return lost

@@ -1,0 +1,88 @@
+"""Read class ids from tables, check them, and put them in order."""
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from numbers import Number
+
+from pipeline.packing.sources.listing import SourceError
+
+_MISSING = {"", "nan", "NaN", "NaT", "None", "<NA>", "null", "NULL"}  # as Python, pandas and SQL write it
+_CONTROLS = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, and line breaks
+_SHOWN = 5  # names in a message
+
+
+def few(names: Collection[str]) -> str:
+    """Join names for a message, which says how many others there are beyond the first ones."""
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
+
+
+def class_id(label: object) -> str | None:
+    """Return the class id that a table's label stands for, or None if it stands for none.
+
+    Blanks around a text do not count. A whole number is written without a fraction, since pandas turns a
+    column of whole numbers into floating point when one is missing.
+    """
+    if isinstance(label, str):
+        text = label.strip()
+        return None if text in _MISSING else text
+    if isinstance(label, bool):
+        return str(label)
+    if isinstance(label, Number):
+        try:
+            whole = int(label)  # type: ignore[call-overload]
+        except (ValueError, OverflowError):  # NaN or infinite
+            return None
+        return str(whole) if whole == label else str(label)
+    return None
+
+
+def without_fractions(ids: Sequence[str]) -> Sequence[str]:
+    """Remove `.0` from class ids if all are whole numbers, as in a CSV table that pandas wrote."""
+    if all(re.fullmatch(r"[0-9]+(\.0+)?", each) for each in ids):
+        return [each.partition(".")[0] for each in ids]
+    return ids
+
+
+def in_order(ids: Iterable[str]) -> list[str]:
+    """Sort class ids: numerically if all are decimal numbers, so 2 comes before 10, else alphabetically."""
+    ids = list(ids)
+    if all(re.fullmatch("[0-9]{1,18}", each) for each in ids):
+        return sorted(ids, key=lambda each: (int(each), each))
+    return sorted(ids)
+
+
+def check_printable(ids: Iterable[str], location: str) -> None:
+    """Refuse class ids with characters that cannot be shown in a line of text.
+
+    Format characters are allowed, because scripts need them: Persian, for example, the zero-width non-joiner.
+    """
+    bad = [each for each in ids if _CONTROLS & set(map(unicodedata.category, each))]
+    if bad:
+        names = few([repr(each) for each in bad])
+        raise SourceError(f"classes in {location} have control characters in their names: rename {names}")
+
+
+def check_alike(ids: Iterable[str], location: str) -> None:
+    """Refuse class ids that look the same but differ, such as é as one character and as e with an accent."""
+    seen: dict[str, str] = {}
+    for each in ids:
+        other = seen.setdefault(unicodedata.normalize("NFC", each), each)
+        if other != each:
+            raise SourceError(
+                f"{location}: the classes {other!a} and {each!a} look alike: both are {each}, in two Unicode "
+                "normal forms (NFC, and NFD as macOS writes it): rename one, or merge them"
+            )
+
+
+def nearly_alike(ids: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of class ids that differ only in capitals, blanks or characters that are not shown."""
+    seen: dict[str, str] = {}
+    pairs = []
+    for each in ids:
+        shown = (char for char in each if unicodedata.category(char) != "Cf")
+        key = " ".join(unicodedata.normalize("NFKC", "".join(shown)).casefold().split())
+        if (other := seen.setdefault(key, each)) != each:
+            pairs.append((other, each))
+    return pairs

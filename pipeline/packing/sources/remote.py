@@ -1,0 +1,103 @@
+"""List the files of an input folder behind a URL."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import suppress
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+
+from pipeline.packing import storage
+from pipeline.packing.sources.listing import InputFolder, SourceError, as_source_error
+from pipeline.retry import is_outage
+
+_REFUSALS = (401, 403, 404, 410, 451)  # status codes of HTTP that concern a single file or folder
+
+
+class RemoteFolder(InputFolder):
+    """A folder behind a URL. It is listed once, and has no links and no empty folders."""
+
+    def __init__(self, url: str):
+        super().__init__(url.rstrip("/"))
+        with as_source_error(url):
+            folder = storage.Folder(url)
+            self._fs, self._root = folder.fs, folder.path.rstrip("/")
+        self._names = sorted(filter(self.wants, set(self._find())))
+        if not self._names:
+            with suppress(FileNotFoundError), as_source_error(url):
+                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
+            raise SourceError(f"--input {url} is not a folder, or it is empty")
+
+    def _find(self) -> Iterator[str]:
+        """Yield the paths of all files and, followed by `/`, of the folders that cannot be listed."""
+        start = len(self._root) + 1
+        if _has_flat_listing(self._fs):
+            with as_source_error(self.name):
+                yield from (name[start:] for name in self._fs.find(self._root) if name[-1] != "/")
+            return
+        waiting, seen = [self._root], {self._root}
+        while waiting:  # fsspec's own `find` leaves out folders that fail
+            folder = waiting.pop()
+            entries = self._listed(folder)
+            if entries is None:
+                yield f"{folder[start:]}/"
+                continue
+            folders = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"} - seen
+            yield from (entry["name"][start:] for entry in entries if entry["type"] != "directory")
+            waiting += [name for name in folders if self.wants(name[start:])]
+            seen |= folders
+
+    def _listed(self, folder: str) -> list[dict] | None:
+        """Return the entries of a folder, or None if it is noted as one that cannot be listed."""
+        path = folder[len(self._root) + 1 :]
+        try:
+            with as_source_error(self.locate(path)):
+                return self._fs.ls(folder, detail=True)
+        except FileNotFoundError as error:
+            if not path:
+                return []
+            reason = error.strerror or "it no longer exists"
+        except SourceError as error:
+            if not path or not _is_refused(error.__cause__):
+                raise
+            reason = str(error.__cause__)
+        self.unlisted[path] = reason
+        return None
+
+    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+        if below in self.unlisted:
+            raise SourceError(f"{self.locate(below)} cannot be listed: {self.unlisted[below]}")
+        names = self._below(below)
+        folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
+        return list(folders), [name for name in names if "/" not in name]
+
+    def files(self, below: str) -> list[str]:
+        return [name for name in self._below(below) if name and name[-1] != "/"]
+
+    def _below(self, below: str) -> list[str]:
+        prefix = f"{below}/" if below else ""
+        first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
+        return [name[len(prefix) :] for name in self._names[first:last]]
+
+    def locate(self, name: str) -> str:
+        return f"{self.name}/{name}" if name else self.name
+
+    def size(self, name: str) -> int:
+        with as_source_error(self.locate(name)):
+            return int(self._fs.size(f"{self._root}/{name}"))
+
+
+def _has_flat_listing(fs: AbstractFileSystem) -> bool:
+    """Whether a file system lists a whole tree at once, as object stores do."""
+    if hasattr(fs, "fs"):  # it forwards to another one
+        return False
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether an error is about one folder, and not about the server or the way to it."""
+    if isinstance(error, OSError):
+        return not is_outage(error)
+    return getattr(error, "status", None) in _REFUSALS
