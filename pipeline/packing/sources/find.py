@@ -103,7 +103,8 @@ def open_folder(name: str) -> InputFolder:
 def describe_unlisted(folders: Mapping[str, str]) -> str:
     """Name the folders that could not be listed. folders: the reason for each."""
     listed = few([f"{path} ({reason})" for path, reason in sorted(folders.items())])
-    return f"{len(folders):,} folders of --input cannot be listed: {listed}"
+    count = "1 folder" if len(folders) == 1 else f"{len(folders):,} folders"
+    return f"{count} of --input cannot be listed: {listed}"
 
 
 def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:

@@ -64,7 +64,7 @@ def find_parts(
             raise SourceError(_without_splits(folder))
         return {"train": classes(folder, "", "")}, annotations.names
     found = {split: [(folders | tars)[split]] for split in folders.keys() | tars.keys()}
-    check_splits(folder.name, found, "folder", val_fraction)
+    check_splits(folder.name, found, "folder or tar" if tars else "folder", val_fraction)
     parts = {"train": classes(folder, train, "train") if train else class_tars(folder, tars["train"])}
     parts["train"].unused.extend(found.get("test", []))
     if val_fraction is None:

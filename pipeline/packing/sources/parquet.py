@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.files import naming
 from pipeline.packing.sources.class_ids import class_id
 from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.splits import by_split, check_splits
@@ -167,7 +168,7 @@ def opened_parquet(file: str) -> Iterator["ParquetFile"]:
             f"reading {file} needs pyarrow: run pip install 'alexnet-train[parquet]', or use a CSV table"
         ) from None
     try:
-        with open_file(file) as opened:
+        with naming(file), open_file(file) as opened:
             yield parquet.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the file system

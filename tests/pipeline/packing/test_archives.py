@@ -169,5 +169,5 @@ def test_a_train_tar_alone_or_of_two_years_is_refused(tmp_path):
         find_sources(tmp_path, None, 0)
     (tmp_path / "ILSVRC2010_images_train.tar").unlink()
     (tmp_path / "ILSVRC2012_img_val.tar").unlink()
-    with pytest.raises(SourceError, match="neither a val tar nor a folder val"):
+    with pytest.raises(SourceError, match="no folder or tar is named val"):
         find_sources(tmp_path, None, 0)

@@ -96,7 +96,7 @@ def test_hugging_faces_parquet_packs_to_the_shards_of_the_class_folders(tree, sh
     assert [(each.id, each.name) for each in read_manifest(tmp_path / "out").classes] == [
         (str(label), name) for label, name in enumerate(names)
     ]
-    assert b"data/test-00000-of-00001.parquet" in files["report.tsv"]
+    assert b"test" not in files["report.tsv"]
     assert not (tmp_path / "out/.packing").exists()
 
 
@@ -122,7 +122,8 @@ REFUSED: dict[str, tuple[dict[str, list], list[str] | None, str]] = {
     "no label": ({"image": IMAGES, "label": [0, None]}, None, "row 2 has no label, but None"),
     "label -1": ({"image": IMAGES, "label": [-1, 0]}, None, "row 1 has no label, but -1"),
     "no name": ({"image": IMAGES, "label": [0, 7]}, ["a", "b"], "row 2 has the label 7, but .* only 2 names"),
-    "fractions": ({"image": IMAGES, "label": [0.0, 1.0]}, None, "label must have whole numbers or text"),
+    "not a number": ({"image": IMAGES, "label": [0.0, float("nan")]}, None, "row 2 has no label, but nan"),
+    "a list": ({"image": IMAGES, "label": [[0], [1]]}, None, r"row 1 has no label, but \[0\]"),
     "no label column": (
         {"image": IMAGES, "digit": [0, 1]},
         None,

@@ -167,18 +167,19 @@ def test_a_class_of_the_list_that_is_not_trained_on_is_refused(tmp_path):
 def test_class_names_of_imagenets_synset_words(tmp_path):
     path = tmp_path / "synset_words.txt"
     path.write_text("n02691156 airliner, plane\nn02123045 tabby, tabby cat\n\nn00000000\n")
-    assert read_class_names(path) == {"n02691156": "airliner, plane", "n02123045": "tabby, tabby cat"}
+    names = {"n02691156": "airliner, plane", "n02123045": "tabby, tabby cat"}
+    assert read_class_names(path, list(names)) == names
 
 
 def test_class_names_of_a_table_end_at_the_next_tab(tmp_path):
     path = tmp_path / "classes.tsv"
     path.write_text("n02691156\tairplanes (airplane, aeroplane)\t140\t30\nn01\tçà et là\n", encoding="utf-8")
-    assert read_class_names(path) == {"n02691156": "airplanes (airplane, aeroplane)", "n01": "çà et là"}
+    names = {"n02691156": "airplanes (airplane, aeroplane)", "n01": "çà et là"}
+    assert read_class_names(path, list(names)) == names
 
 
-def test_class_names_are_optional_and_unreadable_ones_are_an_error(tmp_path):
-    assert read_class_names(None) == {}
+def test_class_names_that_cannot_be_read_are_an_error(tmp_path):
     (tmp_path / "latin1").write_bytes(b"n01 caf\xe9")
     for path in (tmp_path / "missing", tmp_path, tmp_path / "latin1"):
         with pytest.raises(SourceError, match=r"--class-names .* cannot be read"):
-            read_class_names(path)
+            read_class_names(path, [])

@@ -12,7 +12,8 @@ FOLDERS = {
     "in": ["train/", "val/"],
     "in/train": ["a/"],
     "in/val": ["a/"],
-    "in/train/a": ["1.jpg", "1.jpg"],
+    "in/train/a": ["1.jpg", "1.jpg", "more/"],
+    "in/train/a/more": [],
     "in/val/a": ["2.jpg"],
 }
 
@@ -46,18 +47,30 @@ def test_each_file_is_listed_once():
 
 
 @pytest.mark.parametrize("folder", ["in", "in/train", "in/train/a"])
-@pytest.mark.parametrize(
-    "error", [OSError("it went away"), PermissionError("not for you"), TimeoutError("too late")]
-)
-def test_a_folder_that_cannot_be_listed_is_an_error(shelf, folder, error):
+@pytest.mark.parametrize("error", [OSError("it went away"), TimeoutError("too late")])
+def test_a_server_that_fails_while_a_folder_is_listed_is_an_error(shelf, folder, error):
     shelf.broken[folder] = error
-    with pytest.raises(SourceError, match=f"shelf://in cannot be read: {error}"):
+    with pytest.raises(SourceError, match=f"shelf://{folder} cannot be read: {error}"):
         find_sources("shelf://in", None, 0)
 
 
-def test_a_folder_that_is_gone_is_an_error_too(shelf):
-    shelf.broken["in/train/a"] = FileNotFoundError("in/train/a")
-    with pytest.raises(SourceError, match="in/train/a"):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError("not for you"), "not for you"),
+        (FileNotFoundError("in/train/a"), "it no longer exists"),
+    ],
+)
+def test_a_folder_that_is_refused_or_gone_is_named_and_the_others_are_found(shelf, error, reason):
+    shelf.broken["in/train/a/more"] = error
+    found = find_sources("shelf://in", None, 0)
+    assert found.unlisted == {"train/a/more": reason}
+    assert [source.path for source in found.splits["train"]] == ["train/a/1.jpg"]
+    shelf.broken = {"in/train/a": error}
+    with pytest.raises(SourceError, match=rf"no files for the split 'train'.*train/a \({reason}\)"):
+        find_sources("shelf://in", None, 0)
+    shelf.broken = {"in/train": error}
+    with pytest.raises(SourceError, match=f"shelf://in/train cannot be listed: {reason}"):
         find_sources("shelf://in", None, 0)
 
 

@@ -207,8 +207,11 @@ def test_what_is_in_no_split_or_no_sample_is_listed(tmp_path):
     write(tmp_path / "train/0.tar", tar_of({"a.jpg": b"image", "notes": b"", "a.cls": b"0", "b.json": b"{}"}))
     write(tmp_path / "val/0.tar", tar_of({".c.jpg": b"image"} | pair("a", 0)))
     write(tmp_path / "test/0.tar", b"is not read")
+    write(tmp_path / "other/0.tar", b"is not read either")
     sources = find_sources(tmp_path, None, 0)
-    assert sources.strays == ["test/0.tar", "train/0.tar/notes", "train/0.tar/b", "val/0.tar/.c.jpg"]
+    assert sources.strays == ["other/0.tar", "train/0.tar/notes", "train/0.tar/b"]
+    assert sources.unused == ["test/0.tar"]
+    assert sources.litter == {"val/0.tar/.c.jpg"}
     assert {split: len(found) for split, found in sources.splits.items()} == {"train": 1, "val": 1}
 
 

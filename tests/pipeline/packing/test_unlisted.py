@@ -1,0 +1,312 @@
+"""Nothing is lost in silence: folders, tars and tables that cannot be read are named, whatever the error is.
+
+Each listing and each opening of a small input is made to fail with each error. Then either the input is refused
+by a message that names what failed, or all other files are found and the folder is named with the reason.
+"""
+
+import errno
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import aiohttp
+import fsspec
+import pyarrow
+import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
+from pyarrow import parquet
+from yarl import URL
+
+from pipeline import retry
+from pipeline.manifest import read_manifest
+from pipeline.packing.sources.find import Sources, find_sources
+from pipeline.packing.sources.listing import SourceError
+from tests.endurance.faulty_storage import Call, Fault, Storage
+from tests.trees import tar_of, write
+from tools import make_shards
+
+ERRORS = ("EACCES", "EPERM", "ENOENT", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EIO")
+ERRORS += ("ESTALE", "ENOTCONN", "ETIMEDOUT", "EMFILE", "ENOMEM", "EHOSTDOWN", "EREMOTEIO")
+FILES = [
+    f"{split}/{name}/{file}"
+    for split in ("train", "val")
+    for name in ("cat", "cow", "dog")
+    for file in ("1.jpg", "deep/2.jpg", "deep/er/3.jpg")
+]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(retry, "_EIO_PAUSES", (0.0,))
+
+
+def files_of(sources: Sources) -> set[str]:
+    return {source.path for images in sources.splits.values() for source in images}
+
+
+def check_outcome(look: Callable[[], Sources], whole: Sources, name: str, reason: str, context: str) -> bool:
+    """Check the property; return whether files were left out."""
+    try:
+        found = look()
+    except SourceError as refusal:
+        assert name in str(refusal), context
+        assert reason in str(refusal) or "is neither a folder nor a table" in str(refusal), context
+        return False
+    missing = files_of(whole) - files_of(found)
+    covered = {file for file in missing if any(file.startswith(f"{path}/") for path in found.unlisted)}
+    assert missing == covered, context
+    assert files_of(found) <= files_of(whole), context
+    assert found.classes == whole.classes, context
+    assert all(reason in each for each in found.unlisted.values()), context
+    return bool(missing)
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_listing_of_a_local_folder(tmp_path, error, lasting):
+    for file in FILES:
+        write(tmp_path / "in" / file, b"")
+    with Storage(tmp_path) as storage:
+        whole = find_sources(tmp_path / "in", None, 0)
+    calls = [call for call in storage.calls if call.name in ("scandir", "readdir", "stat")]
+    assert len([call for call in calls if call.name == "scandir"]) == 1 + 2 + 6 * 3
+    left_out = 0
+    for call in calls:
+        for time in range(1, storage.calls[call] + 1):
+            fault = Fault(call, time, error, lasting)
+            with Storage(tmp_path, fault):
+                left_out += check_outcome(
+                    lambda: find_sources(tmp_path / "in", None, 0),
+                    whole,
+                    call.path,
+                    os.strerror(getattr(errno, error)),
+                    str(fault),
+                )
+    is_of_a_folder = not retry.is_outage(OSError(getattr(errno, error), ""))
+    assert bool(left_out) == (is_of_a_folder and (lasting or error != "EIO"))
+
+
+class Shelf(fsspec.AbstractFileSystem):
+    """The files below `in`, listed folder by folder; those in `broken` fail."""
+
+    protocol = "shelf"
+    cachable = False
+    broken: ClassVar[dict[str, Exception]] = {}
+
+    def ls(self, path, detail=True, **_):
+        folder = self._strip_protocol(path)
+        if folder in self.broken:
+            raise self.broken[folder]
+        below = [f"in/{file}"[len(folder) + 1 :] for file in FILES if f"in/{file}".startswith(f"{folder}/")]
+        kinds = {name.partition("/")[0]: "directory" if "/" in name else "file" for name in below}
+        return [{"name": f"{folder}/{name}", "type": kind, "size": 0} for name, kind in kinds.items()]
+
+
+@pytest.fixture
+def shelf(monkeypatch) -> type[Shelf]:
+    fsspec.register_implementation("shelf", Shelf, clobber=True)
+    monkeypatch.setattr(Shelf, "broken", {})
+    return Shelf
+
+
+def status(code: int) -> aiohttp.ClientResponseError:
+    info = aiohttp.RequestInfo(URL("http://x"), "GET", CIMultiDictProxy(CIMultiDict()), URL("http://x"))
+    return aiohttp.ClientResponseError(info, (), status=code, message=f"status {code}")
+
+
+REMOTE = {
+    "permission": (PermissionError("no access"), True),
+    "errno": (OSError(errno.EACCES, "no access"), True),
+    "403": (status(403), True),
+    "410": (status(410), True),
+    "500": (status(500), False),
+    "503": (status(503), False),
+    "timeout": (TimeoutError("too late"), False),
+    "connection": (ConnectionResetError("reset"), False),
+    "aiohttp": (aiohttp.ClientPayloadError("cut"), False),
+    "other": (RuntimeError("odd"), False),
+    "empty": (ValueError(), False),
+    "gone": (FileNotFoundError("gone"), True),
+}
+
+
+@pytest.mark.parametrize(("error", "goes_on"), REMOTE.values(), ids=REMOTE)
+def test_every_listing_behind_a_url(shelf, error, goes_on):
+    whole = find_sources("shelf://in", None, 0)
+    assert files_of(whole) == set(FILES)
+    folders = sorted({f"in/{file}".rpartition("/")[0] for file in FILES})
+    left_out = 0
+    for folder in ["in", "in/train", "in/val", *folders]:
+        shelf.broken = {folder: error}
+        reason = str(error) if error.args and error.args != ("gone",) else ""
+        left_out += check_outcome(lambda: find_sources("shelf://in", None, 0), whole, folder, reason, folder)
+    assert left_out == (len(folders) if goes_on else 0)
+
+
+def sample(number: int) -> bytes:
+    return tar_of(
+        {f"{number}.jpg": b"x", f"{number}.cls": b"0", f"{number}b.jpg": b"x", f"{number}b.cls": b"1"}
+    )
+
+
+def webdataset(root: Path) -> None:
+    for split in ("train", "val"):
+        write(root / f"{split}-0.tar", sample(0))
+        write(root / f"{split}-1.tar.gz", gzip.compress(sample(1)))
+
+
+def class_tars(root: Path) -> None:
+    for split in ("train", "val"):
+        write(root / split / "cat.tar", tar_of({"1.jpg": b"x"}))
+        write(root / split / "dog.tar.gz", gzip.compress(tar_of({"1.jpg": b"x"})))
+
+
+def imagenet(root: Path) -> None:
+    write(root / "ILSVRC2012_img_train.tar", tar_of({"n01.tar": tar_of({"1.JPEG": b"x"})}))
+    write(root / "ILSVRC2012_img_val.tar", tar_of({"2.JPEG": b"x"}))
+    write(root / "val.txt", "2.JPEG n01\n")
+    write(root / "synset_words.txt", "n01 a fish\n")
+
+
+def hugging_face(root: Path) -> None:
+    table = pyarrow.table({"image": [{"bytes": b"x", "path": "1.jpg"}], "label": [0]})
+    for split in ("train", "validation"):
+        write(root / f"data/{split}-0.parquet", b"")
+        parquet.write_table(table, root / f"data/{split}-0.parquet")
+
+
+def csv_table(root: Path) -> None:
+    write(root / "table.csv", "path,label,split\n1.jpg,a,train\n2.jpg,a,val\n")
+
+
+def parquet_table(root: Path) -> None:
+    columns = {"path": ["1.jpg", "2.jpg"], "label": ["a", "a"], "split": ["train", "val"]}
+    write(root / "table.parquet", b"")
+    parquet.write_table(pyarrow.table(columns), root / "table.parquet")
+
+
+ARCHIVES = {
+    webdataset: "",
+    class_tars: "",
+    imagenet: "",
+    hugging_face: "",
+    csv_table: "table.csv",
+    parquet_table: "table.parquet",
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(("make", "place"), ARCHIVES.items(), ids=lambda each: getattr(each, "__name__", ""))
+def test_every_opening_of_a_tar_or_table(tmp_path, make, place, error):
+    make(tmp_path / "in")
+    source = tmp_path / "in" / place
+    with Storage(tmp_path) as storage:
+        whole = find_sources(source, None, 0)
+    calls = [call for call in storage.calls if call.name in ("open", "read")]
+    assert calls
+    for call in calls:
+        fault = Fault(call, 1, error, lasting=True)
+        with Storage(tmp_path, fault):
+            try:
+                found = find_sources(source, None, 0)
+            except SourceError as refusal:
+                assert Path(call.path).name in str(refusal), fault
+                is_absent = error in ("ENOENT", "ENOTDIR") and call.path.endswith(".txt")
+                assert is_absent or os.strerror(getattr(errno, error)) in str(refusal), fault
+            else:
+                # A file with names of classes may be absent.
+                assert error in ("ENOENT", "ENOTDIR"), fault
+                assert (found.splits, found.classes) == (whole.splits, whole.classes), fault
+
+
+# The whole command: what is in the report, and the exit code.
+
+
+@pytest.fixture
+def readable(tmp_path, pictures) -> Path:
+    """Two pictures in each of three classes; one of two in a folder below."""
+    for split in ("train", "val"):
+        for folder in sorted((pictures / split).iterdir())[:3]:
+            for number, picture in enumerate(sorted(folder.iterdir())[:2]):
+                where = "deep/1.jpg" if number else "0.jpg"
+                write(tmp_path / "in" / split / folder.name / where, picture.read_bytes())
+    return tmp_path / "in"
+
+
+def packing(call, source: Path, output: Path, fault: Fault):
+    arguments = [
+        "--input",
+        source,
+        "--out",
+        output,
+        "--size",
+        "32",
+        "--max-reject-ratio",
+        "1",
+        "--workers",
+        "1",
+    ]
+    with Storage(source.parent, fault):
+        return call(make_shards.main, *arguments)
+
+
+@pytest.mark.parametrize("below", ["", "/deep"])
+def test_a_folder_that_cannot_be_listed_is_in_the_report_and_makes_the_exit_code_1(
+    readable, tmp_path, call, below
+):
+    name = sorted(os.listdir(readable / "train"))[1]
+    folder = f"train/{name}{below}"
+    run = packing(call, readable, tmp_path / "out", Fault(Call("scandir", f"in/{folder}"), 1, "EACCES", True))
+    assert run.returncode == 1
+    assert f"1 folder of --input cannot be listed: {folder} (Permission denied)" in run.stderr
+    assert "--overwrite" in run.stderr
+    assert f"{folder}/\trejected\tunreadable folder\n" in (tmp_path / "out/report.tsv").read_text()
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.split("train").samples == (5 if below else 4)
+    assert manifest.split("val").samples == 6
+    assert len(manifest.classes) == 3  # so no label moves
+
+
+@pytest.mark.parametrize("target", ["nowhere", "closed", "loop"])
+@pytest.mark.parametrize("place", ["train/more", "train/cat/more", "val/cat/more"])
+def test_links_to_folders_that_cannot_be_reached_are_named(tmp_path, place, target):
+    for file in FILES:
+        write(tmp_path / "in" / file, b"")
+    link = tmp_path / "in" / place
+    link.symlink_to(link if target == "loop" else tmp_path / target)
+    found = find_sources(tmp_path / "in", None, 0)
+    assert list(found.unlisted) == [place]
+    assert files_of(found) == set(FILES)
+
+
+def test_a_link_that_is_named_like_an_image_is_one(tmp_path):
+    for file in FILES:
+        write(tmp_path / "in" / file, b"")
+    (tmp_path / "in/train/cat/9.jpg").symlink_to(tmp_path / "nowhere")
+    found = find_sources(tmp_path / "in", None, 0)
+    assert found.unlisted == {}
+    assert files_of(found) == {*FILES, "train/cat/9.jpg"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_that_leads_nowhere_is_refused_by_name(tmp_path, split):
+    for file in FILES:
+        if not file.startswith(split):
+            write(tmp_path / "in" / file, b"")
+    (tmp_path / "in" / split).symlink_to(tmp_path / "unmounted")
+    with pytest.raises(SourceError, match=rf"{tmp_path}/in/{split}"):
+        find_sources(tmp_path / "in", None, 0)
+
+
+def test_a_class_whose_images_were_all_rejected_is_named(readable, tmp_path, call):
+    for split, exit_code in (("val", 0), ("train", 1)):
+        name = sorted(os.listdir(readable / split))[1]
+        for file in (readable / split / name).rglob("*.jpg"):
+            file.write_bytes(b"<html>")
+        command = ["--input", readable, "--out", tmp_path / split, "--size", "32"]
+        run = call(make_shards.main, *command, "--max-reject-ratio", "1", "--workers", "1")
+        assert run.returncode == exit_code
+        assert f"every image of {split} was rejected in the classes {name}" in run.stderr
