@@ -132,7 +132,7 @@ def test_without_val_the_advice_can_be_followed(tmp_path, names):
 def test_a_split_without_train_beside_classes_is_no_class(tmp_path, fraction):
     folders(tmp_path, "", "test", classes=("cat", "dog"))
     with pytest.raises(
-        SourceError, match="has test, but no folder is named train: .* rename test if it is not"
+        SourceError, match=r"has test, but no folder is named train: .* rename test if it is not"
     ):
         find_sources(tmp_path, fraction, 0)
 

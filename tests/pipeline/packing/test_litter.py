@@ -83,7 +83,7 @@ def tree(pictures) -> Tree:
 
 
 def littered(tree: Tree) -> Tree:
-    """Return the tree with every kind of file among the images, and every kind of folder among the classes."""
+    """Return the tree with litter of each kind among the images and the classes."""
     junk = dict.fromkeys(FILES, b"\0\5\x16\7")
     return {
         split: {name: files | junk for name, files in classes.items()}
