@@ -152,7 +152,7 @@ class Packing:
         if damages := verify(self.output, "all", 1).damages:
             yield f"a dataset that does not verify: {damages[0]}"
         for name in self._rejected():
-            if not fault.call.path.endswith(name):
+            if not fault.call.path.endswith(name.rstrip("/")):
                 yield f"{name} was rejected"
 
     def _rejected(self) -> list[str]:
@@ -164,10 +164,11 @@ class Packing:
 
 
 def _judge_line(text: str, fault: Fault) -> Iterator[str]:
-    """Check that an error is one line with file and reason, apart from lines about retries."""
-    lines = [
-        line for line in text.splitlines() if "retrying for" not in line and "cannot be locked" not in line
-    ]
+    """Check that an error is one line with file and reason, apart from retries and the summary."""
+    passing = ("retrying for", "cannot be locked")
+    lines = [line for line in text.splitlines() if not any(part in line for part in passing)]
+    if any("train on them: " in line for line in lines):
+        lines = [line for line in lines if line.startswith("make_shards: ")]
     if len(lines) != 1:
         yield f"{len(lines)} lines: {text}"
     if fault.error not in (SHORT, TWICE) and os.strerror(getattr(errno, fault.error)) not in text:

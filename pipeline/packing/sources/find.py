@@ -1,7 +1,7 @@
 """Find what to pack: the image files of each split, their labels, and the names of the classes."""
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,19 +150,19 @@ def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int)
     sealed = frozenset().union(*(part.sealed for part in parts.values()))
     unused = [name for part in parts.values() for name in part.unused]
     found = Sources(classes, splits, strays, sealed=sealed, unused=unused)
-    return replace(
-        found, warnings=[*(doubt for part in parts.values() for doubt in part.doubts), *_doubts(found)]
-    )
+    incomplete = set[str]().union(*(part.incomplete for part in parts.values()))
+    doubts = [doubt for part in parts.values() for doubt in part.doubts]
+    return replace(found, warnings=doubts + _doubts(found, incomplete))
 
 
-def _doubts(found: Sources) -> list[str]:
-    """Describe what can be packed, but is probably not meant."""
+def _doubts(found: Sources, incomplete: Collection[str]) -> list[str]:
+    """Describe what can be packed, but is probably not meant. incomplete: as in SplitFiles."""
     doubts = [
         f"the classes {one!r} and {other!r} differ only in capitals, blanks or characters that are not shown"
         for one, other in nearly_alike(found.classes)
     ]
-    validated = {source.label for source in found.splits["val"]}
-    if others := [name for label, name in enumerate(found.classes) if label not in validated]:
+    known = {found.classes[source.label] for source in found.splits["val"]}.union(incomplete)
+    if others := [name for name in found.classes if name not in known]:
         doubts.append(f"there are no validation images of the classes {few(others)}")
     return doubts
 

@@ -95,7 +95,7 @@ def test_what_belongs_to_a_file_rejects_it_by_name(packing, picture, error):
 def test_a_folder_that_cannot_be_listed_is_not_empty(packing, picture, name, error):
     outcome = fails(packing, name, str(Path(picture).parent), error)
     assert outcome.code == 1
-    assert str(Path(picture).parent) in outcome.text
+    assert str(Path(picture).parent).removeprefix("in/") in outcome.text
     assert os.strerror(getattr(errno, error)) in outcome.text
 
 
