@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 
 from pipeline.manifest import Manifest
-from pipeline.packing.sources.class_ids import few
+from pipeline.packing.sources.class_ids import count, few
 from pipeline.packing.sources.find import Sources, describe_unlisted
 from pipeline.packing.storage import Folder
 
@@ -39,11 +39,12 @@ def remarks_about(sources: Sources, manifest: Manifest, output: Folder) -> Remar
     for split, lost in _lost(sources, manifest, output).items():
         if lost:
             found = remarks.faults if split == "train" else remarks.warnings
-            found.append(f"every image of {split} was rejected in the classes {few(lost)}")
+            amount = count(len(lost), "class", "classes")
+            found.append(f"all images of {split} were rejected in {amount}: {few(lost)}")
     if sources.unlisted:
         remarks.faults.append(
-            f"{describe_unlisted(sources.unlisted)}. The dataset lacks what they contain: make them readable "
-            "and run the same command with --overwrite"
+            f"{describe_unlisted(sources.unlisted)}. Their images are missing from the dataset: make every "
+            "folder readable, and run the same command with --overwrite"
         )
     return remarks
 
@@ -52,7 +53,8 @@ def _describe_litter(litter: Collection[str]) -> str:
     names = sorted({path.rpartition("/")[2] for path in litter})
     shown = ", ".join(name.strip() for name in names[:_SHOWN])
     more = ", …" if len(names) > _SHOWN else ""
-    return f"ignored {len(litter):,} files and folders that desktops and archivers leave ({shown}{more})"
+    amount = count(len(litter), "file or folder", "files and folders")
+    return f"ignored {amount} that desktops and archivers leave ({shown}{more})"
 
 
 def _lost(sources: Sources, manifest: Manifest, output: Folder) -> dict[str, list[str]]:

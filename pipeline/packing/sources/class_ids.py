@@ -18,6 +18,11 @@ def few(names: Collection[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
 
 
+def count(number: int, one: str, many: str) -> str:
+    """Return a number with what is counted, for a message."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def class_id(label: object) -> str | None:
     """Return the class id that a table's label stands for, or None if it stands for none.
 
@@ -61,7 +66,9 @@ def check_printable(ids: Iterable[str], location: str) -> None:
     bad = [each for each in ids if _CONTROLS & set(map(unicodedata.category, each))]
     if bad:
         names = few([repr(each) for each in bad])
-        raise SourceError(f"classes in {location} have control characters in their names: rename {names}")
+        raise SourceError(
+            f"classes in {location} have control characters or line breaks in their names: rename {names}"
+        )
 
 
 def check_alike(ids: Iterable[str], location: str) -> None:

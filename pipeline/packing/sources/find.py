@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.packing.sources.class_ids import check_alike, check_printable, few, in_order, nearly_alike
+from pipeline.packing.sources.class_ids import (
+    check_alike,
+    check_printable,
+    count,
+    few,
+    in_order,
+    nearly_alike,
+)
 from pipeline.packing.sources.class_names import read_class_names
 from pipeline.packing.sources.folders import find_parts
 from pipeline.packing.sources.listing import InputFolder, LocalFolder, SourceError, SplitFiles
@@ -92,6 +99,7 @@ def find_sources(
 
 def open_folder(name: str) -> InputFolder:
     """Open an input folder. Raises SourceError if there is none, and OSError."""
+    name = name.removeprefix("file://")  # fsspec does not follow links there
     if is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -103,8 +111,7 @@ def open_folder(name: str) -> InputFolder:
 def describe_unlisted(folders: Mapping[str, str]) -> str:
     """Name the folders that could not be listed. folders: the reason for each."""
     listed = few([f"{path} ({reason})" for path, reason in sorted(folders.items())])
-    count = "1 folder" if len(folders) == 1 else f"{len(folders):,} folders"
-    return f"{count} of --input cannot be listed: {listed}"
+    return f"{count(len(folders), 'folder', 'folders')} of --input cannot be listed: {listed}"
 
 
 def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:
@@ -157,10 +164,9 @@ def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int)
 
 def _doubts(found: Sources, incomplete: Collection[str]) -> list[str]:
     """Describe what can be packed, but is probably not meant. incomplete: as in SplitFiles."""
-    doubts = [
-        f"the classes {one!r} and {other!r} differ only in capitals, blanks or characters that are not shown"
-        for one, other in nearly_alike(found.classes)
-    ]
+    doubts = []
+    if pairs := [f"{one!r} and {other!r}" for one, other in nearly_alike(found.classes)]:
+        doubts.append(f"these classes differ only in capitals, blanks or hidden characters: {few(pairs)}")
     known = {found.classes[source.label] for source in found.splits["val"]}.union(incomplete)
     if others := [name for name in found.classes if name not in known]:
         doubts.append(f"there are no validation images of the classes {few(others)}")

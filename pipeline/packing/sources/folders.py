@@ -54,9 +54,11 @@ def find_parts(
     has_class_tars = not tars and is_folder_of_class_tars(folder, train or "")
     if not tars and not has_class_tars:
         if shards := find_tars(folder, train or ""):
+            _check_complete(folder, "tars")
             return webdataset_tars(folder, shards, val_fraction), annotations.names
         if not folders and (files := find_parquet(folder)):
-            parts, names = parquet_images(folder.locate("").rstrip("/"), files, val_fraction)
+            _check_complete(folder, "Parquet files")
+            parts, names = parquet_images(folder.locate(""), files, val_fraction)
             return parts, lambda: names
     classes = folder_of_class_tars if has_class_tars else class_folders
     if not folders and not tars:
@@ -72,6 +74,12 @@ def find_parts(
             _validation(folder, val, annotations) if val else flat_tar(folder, tars["val"], annotations)
         )
     return parts, annotations.names
+
+
+def _check_complete(folder: InputFolder, kind: str) -> None:
+    """Refuse an input with folders that cannot be listed, where they may hold whole classes."""
+    if folder.unlisted:
+        raise SourceError(f"{folder.name} may have more {kind} than were found")
 
 
 def _split_folders(folder: InputFolder) -> tuple[str, dict[str, str]]:
@@ -124,7 +132,7 @@ def _validation(folder: InputFolder, below: str, annotations: Annotations) -> Sp
 def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
     """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
     classes, strays = folder.entries(below)
-    location = folder.locate(below) if below else folder.name
+    location = folder.locate(below)
     _refuse_splits(classes, location)
     unused, doubts, incomplete = list[str](), list[str](), set[str]()
 

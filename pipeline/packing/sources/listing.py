@@ -162,7 +162,8 @@ class LocalFolder(InputFolder):
             self.unlisted[path] = error.strerror or str(error)
 
     def locate(self, name: str) -> str:
-        return f"{self.root}/{name}"  # pathlib would keep every file name in memory
+        # pathlib would keep every file name in memory
+        return f"{self.root}/{name}" if name else str(self.root)
 
     def size(self, name: str) -> int:
         return (self.root / name).stat().st_size

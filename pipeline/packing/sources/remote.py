@@ -8,9 +8,10 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.packing import storage
-from pipeline.packing.sources.listing import InputFolder, SourceError, as_source_error
+from pipeline.packing.sources.listing import InputFolder, SourceError, as_source_error, is_image
 from pipeline.retry import is_outage
 
+_LINKS = ("link", "other")  # types of entries that are neither files nor folders
 _REFUSALS = (401, 403, 404, 410, 451)  # status codes of HTTP that concern a single file or folder
 
 
@@ -43,7 +44,12 @@ class RemoteFolder(InputFolder):
                 yield f"{folder[start:]}/"
                 continue
             folders = {entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"} - seen
-            yield from (entry["name"][start:] for entry in entries if entry["type"] != "directory")
+            for name, kind in ((entry["name"][start:], entry["type"]) for entry in entries):
+                if kind in _LINKS and not is_image(name):
+                    self.unlisted[name] = "it is a link, which may lead to a folder"
+                    yield f"{name}/"
+                elif kind != "directory":
+                    yield name
             waiting += [name for name in folders if self.wants(name[start:])]
             seen |= folders
 
@@ -60,13 +66,13 @@ class RemoteFolder(InputFolder):
         except SourceError as error:
             if not path or not _is_refused(error.__cause__):
                 raise
-            reason = str(error.__cause__)
+            reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__)
         self.unlisted[path] = reason
         return None
 
     def entries(self, below: str = "") -> tuple[list[str], list[str]]:
         if below in self.unlisted:
-            raise SourceError(f"{self.locate(below)} cannot be listed: {self.unlisted[below]}")
+            raise storage.StorageError(f"{self.locate(below)} cannot be listed: {self.unlisted[below]}")
         names = self._below(below)
         folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         return list(folders), [name for name in names if "/" not in name]

@@ -67,7 +67,7 @@ def read_table(
         if split == "train" or images:
             parts[split] = SplitFiles(name, classes, images)
     if test:
-        parts["train"].unused.append(f"{len(test):,} rows of the split test")
+        parts["train"].unused.append(f"the split test ({len(test):,} rows)")
     return parts, dict
 
 

@@ -100,7 +100,7 @@ TEST_SPLITS = {
 
 @pytest.mark.parametrize(
     ("form", "unused"),
-    [("folders", "Test"), ("tars", "Test.tar"), ("table", "2 rows of the split test")],
+    [("folders", "Test"), ("tars", "Test.tar"), ("table", "the split test (2 rows)")],
 )
 def test_a_test_split_is_not_used_which_is_told(tmp_path, form, unused):
     TEST_SPLITS[form](tmp_path)

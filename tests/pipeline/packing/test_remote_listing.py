@@ -70,8 +70,19 @@ def test_a_folder_that_is_refused_or_gone_is_named_and_the_others_are_found(shel
     with pytest.raises(SourceError, match=rf"no files for the split 'train'.*train/a \({reason}\)"):
         find_sources("shelf://in", None, 0)
     shelf.broken = {"in/train": error}
-    with pytest.raises(SourceError, match=f"shelf://in/train cannot be listed: {reason}"):
+    with pytest.raises(SourceError, match=f"read: shelf://in/train cannot be listed: {reason}"):
         find_sources("shelf://in", None, 0)
+
+
+def test_a_link_that_may_lead_to_a_folder_is_named(shelf, monkeypatch):
+    links = [{"name": f"in/val/a/{name}", "type": "link", "size": 0} for name in ("more", "3.jpg")]
+    listed = shelf.ls
+    monkeypatch.setattr(
+        shelf, "ls", lambda fs, path, **how: listed(fs, path) + (links if path == "in/val/a" else [])
+    )
+    found = find_sources("shelf://in", None, 0)
+    assert list(found.unlisted) == ["val/a/more"]
+    assert [source.path for source in found.splits["val"]] == ["val/a/2.jpg", "val/a/3.jpg"]
 
 
 def test_no_folder_at_all_is_said():

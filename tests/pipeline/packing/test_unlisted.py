@@ -142,7 +142,9 @@ def test_every_listing_behind_a_url(shelf, error, goes_on):
     left_out = 0
     for folder in ["in", "in/train", "in/val", *folders]:
         shelf.broken = {folder: error}
-        reason = str(error) if error.args and error.args != ("gone",) else ""
+        reason = (
+            "" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", None) or str(error)
+        )
         left_out += check(look("shelf://in"), whole, folder, reason, folder)
     assert left_out == (len(folders) if goes_on else 0)
 
@@ -217,6 +219,27 @@ def test_every_opening_of_a_tar_or_table(tmp_path, make, place, error):
         else:  # a file with names of classes may be absent
             assert error in ("ENOENT", "ENOTDIR"), fault
             assert (found.splits, found.classes) == (whole.splits, whole.classes), fault
+
+
+@pytest.mark.parametrize("make", [webdataset, hugging_face], ids=lambda each: each.__name__)
+def test_a_folder_that_may_have_tars_or_parquet_files_is_named_in_a_refusal(tmp_path, make):
+    """Labels would move if whole classes were missing."""
+    make(tmp_path / "in")
+    (tmp_path / "in/more").mkdir()
+    fault = Fault(Call("scandir", "in/more"), 1, "EACCES", lasting=True)
+    message = look(tmp_path / "in", fault, tmp_path)
+    assert "1 folder of --input cannot be listed: more (Permission denied)" in message
+
+
+@pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
+def test_a_file_url_is_a_local_folder_whose_links_are_followed(tmp_path, target):
+    for file in FILES:
+        write(tmp_path / "in" / file, b"")
+        write(tmp_path / "elsewhere/9.jpg", b"")
+    (tmp_path / "in/train/cat/more").symlink_to(tmp_path / target)
+    found = find_sources(f"file://{tmp_path}/in", None, 0)
+    assert found == find_sources(tmp_path / "in", None, 0)
+    assert ("train/cat/more/9.jpg" in files_of(found)) != ("train/cat/more" in found.unlisted)
 
 
 # The whole command: what is in the report, and the exit code.
@@ -301,4 +324,4 @@ def test_a_class_whose_images_were_all_rejected_is_named(readable, tmp_path, cal
         command = ["--input", readable, "--out", tmp_path / split, "--size", "32"]
         run = call(make_shards.main, *command, *ACCEPTING)
         assert run.returncode == exit_code
-        assert f"every image of {split} was rejected in the classes {name}" in run.stderr
+        assert f"all images of {split} were rejected in 1 class: {name}" in run.stderr
