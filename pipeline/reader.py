@@ -12,23 +12,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import close_quietly, naming
+from pipeline.files import close_quietly, path_in_errors
 from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
-from pipeline.retry import is_outage, patiently, say_on_stderr
+from pipeline.retry import is_outage, print_to_stderr, with_retries
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
 # A split is kept in memory if it takes a quarter of it or less: the page cache may hold the same bytes, and
 # other programs need memory too.
-_SHARE_TO_KEEP = 4
+_CACHE_DIVISOR = 4
 
 
 class OutageError(DatasetError):
     """The storage cannot be read at present, though the samples may be undamaged."""
 
 
-class Files(NamedTuple):
+class JpegFiles(NamedTuple):
     """The bytes of n samples.
 
     buffer: uint8, holds all of them. starts: int64 [n], the offset of each in the buffer. jpegs: a view of
@@ -48,7 +48,7 @@ class ShardReader:
 
     rows: [samples] of INDEX_DTYPE. Opening checks that each file exists, has the size that was packed and
     begins with the bytes that were packed, and raises DatasetError, which names the first file that does not.
-    Checksums of whole files are left to tools/verify_shards.py, as they need everything to be read.
+    Checksums of complete files are left to tools/verify_shards.py, as they need everything to be read.
 
     The files stay open, so one that is deleted or replaced is still read as it was. They are read and never
     mapped: reading a truncated file returns, while touching a map of it would kill the process.
@@ -70,32 +70,32 @@ class ShardReader:
                     f"{side} is from 1 to {most}: pack the dataset again"
                 )
         self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
-        self._kept = _allocate_kept(int(self._ends[-1]), processes)
-        self._is_kept = np.zeros(len(self.rows), bool)
+        self._cache = _allocate_cache(int(self._ends[-1]), processes)
+        self._is_cached = np.zeros(len(self.rows), bool)
         _allow_open_files(len(self.split.shards))
-        self._given_up: set[int] = set()  # shards with a sample that stayed unreadable
+        self._unreadable_shards: set[int] = set()  # shards with a sample that stayed unreadable
         self._files: list[int] = []
-        weakref.finalize(self, _close, self._files)
+        weakref.finalize(self, _close_all, self._files)
         for shard in self.split.shards:
             open_shard = partial(_open_shard, root / shard.file, shard)
-            self._files.append(patiently(open_shard, say_on_stderr))
+            self._files.append(with_retries(open_shard, print_to_stderr))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, numbers: np.ndarray) -> Files:
+    def read(self, numbers: np.ndarray) -> JpegFiles:
         """Read the files of samples, in four microseconds each from the page cache.
 
         Threads would not be faster, as each read releases Python's global lock and has to acquire it again.
         Raises OutageError if the storage cannot be read.
         """
         rows = self.rows[numbers]
-        if self._kept is None:
+        if self._cache is None:
             ends = np.cumsum(rows["size"], dtype=np.int64)
             buffer, fresh = np.empty(int(rows["size"].sum(dtype=np.int64)), np.uint8), np.arange(len(rows))
         else:
-            buffer, ends = self._kept, self._ends[numbers]
-            fresh = np.flatnonzero(~self._is_kept[numbers])
+            buffer, ends = self._cache, self._ends[numbers]
+            fresh = np.flatnonzero(~self._is_cached[numbers])
         starts, view = ends - rows["size"], memoryview(buffer.data)
         jpegs = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         failures = {}
@@ -103,21 +103,21 @@ class ShardReader:
         for index, shard, offset in zip(fresh.tolist(), shards, offsets, strict=True):
             jpeg = jpegs[index]
             try:
-                whole = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
+                complete = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
             except OSError:
-                whole = False
-            if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
+                complete = False
+            if not complete and (failure := self._read_with_retries(shard, jpeg, offset)):
                 failures[index] = failure
-        if self._kept is not None:
-            self._is_kept[numbers[fresh]] = True
-            self._is_kept[numbers[list(failures)]] = False
-        return Files(buffer, starts, jpegs, fresh, failures)
+        if self._cache is not None:
+            self._is_cached[numbers[fresh]] = True
+            self._is_cached[numbers[list(failures)]] = False
+        return JpegFiles(buffer, starts, jpegs, fresh, failures)
 
-    def forget(self, number: int) -> None:
+    def evict(self, number: int) -> None:
         """Read a sample again the next time, because its bytes in memory are damaged."""
-        self._is_kept[number] = False
+        self._is_cached[number] = False
 
-    def _read_patiently(self, shard: int, target: memoryview, offset: int) -> str | None:
+    def _read_with_retries(self, shard: int, target: memoryview, offset: int) -> str | None:
         """Fill `target` from a shard, with retries.
 
         Returns what is wrong, as a predicate, if the bytes are lost, or None. Raises OutageError.
@@ -126,7 +126,7 @@ class ShardReader:
 
         def read() -> None:
             try:
-                with naming(path):
+                with path_in_errors(path):
                     _read_all(self._files[shard], target, offset)
             except OSError as error:
                 if is_outage(error):
@@ -137,9 +137,9 @@ class ShardReader:
             try:
                 read()
             except OSError as error:
-                if shard in self._given_up and not is_outage(error):
+                if shard in self._unreadable_shards and not is_outage(error):
                     raise  # without another retry: a lost shard would delay each step
-                patiently(read, say_on_stderr)
+                with_retries(read, print_to_stderr)
         except EOFError as error:
             return f"cannot be read: {error}"
         except OSError as error:
@@ -147,7 +147,7 @@ class ShardReader:
                 raise OutageError(
                     f"{path} cannot be read: {error.strerror}. Run the same command again when it can be"
                 ) from error
-            self._given_up.add(shard)
+            self._unreadable_shards.add(shard)
             return f"cannot be read: {error.strerror}"
         return None
 
@@ -163,21 +163,21 @@ class ShardReader:
         """Read only the files' bytes. Raises DatasetError, which names the first unreadable sample."""
         files = self.read(numbers)
         for index, why in files.failures.items():
-            raise DatasetError(f"the sample in {self.name(numbers[index])} {why}: copy the shard again")
+            raise DatasetError(f"the sample in {self.location(numbers[index])} {why}: copy the shard again")
         return files.jpegs
 
     def jpeg(self, number: int) -> memoryview:
         """Read one file's bytes. Raises DatasetError, as `jpegs` does."""
         return self.jpegs(np.array([number]))[0]
 
-    def will_need(self, numbers: np.ndarray) -> None:
+    def prefetch(self, numbers: np.ndarray) -> None:
         """Have the kernel fetch those of these samples that are not in memory, without waiting for them."""
         for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order on the disk
             with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     @property
-    def stays_in_memory(self) -> bool:
+    def fits_in_page_cache(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""
         return 2 * sum(shard.bytes for shard in self.split.shards) < memory_bytes()
 
@@ -185,29 +185,31 @@ class ShardReader:
         """Read the sample's key from its tar header. Raises DatasetError if the header is damaged."""
         shard, offset, *_ = self.rows[number].tolist()
         block = bytearray(_BLOCK)
-        if failure := self._read_patiently(shard, memoryview(block), offset - _BLOCK):
-            raise DatasetError(f"the tar header before {self.name(number)} {failure}: copy the shard again")
+        if failure := self._read_with_retries(shard, memoryview(block), offset - _BLOCK):
+            raise DatasetError(
+                f"the tar header before {self.location(number)} {failure}: copy the shard again"
+            )
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise DatasetError(
-                f"there is no tar header before {self.name(number)}: copy the shard again"
+                f"there is no tar header before {self.location(number)}: copy the shard again"
             ) from None
         folder, slash, name = header.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
-    def name(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Describe where a sample is, for messages."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
-def _allocate_kept(size: int, processes: int) -> np.ndarray | None:
+def _allocate_cache(size: int, processes: int) -> np.ndarray | None:
     """Allocate memory to keep a split in, or return None if memory is scarce.
 
     The system provides the memory only as it is written to.
     """
-    if processes * size > memory_bytes() // _SHARE_TO_KEEP:
+    if processes * size > memory_bytes() // _CACHE_DIVISOR:
         return None
     try:
         return np.empty(size, np.uint8)
@@ -224,10 +226,10 @@ def _open_shard(path: Path, shard: Shard) -> int:
     try:
         with suppress(OSError):  # not supported
             # This must come before the first read, or the kernel reads ahead, and FUSE then drops most of
-            # what `will_need` asks for.
+            # what `prefetch` asks for.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         head = b""
-        with naming(path):
+        with path_in_errors(path):
             actual = os.fstat(file).st_size
             if actual != shard.bytes:
                 raise DatasetError(
@@ -243,7 +245,7 @@ def _open_shard(path: Path, shard: Shard) -> int:
     return file
 
 
-def _close(files: list[int]) -> None:
+def _close_all(files: list[int]) -> None:
     for file in files:
         close_quietly(file)
 

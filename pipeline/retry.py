@@ -20,7 +20,7 @@ PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each further attempt
 _EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried by itself
 
 # All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM, ETIMEDOUT and any that are unknown.
-_OF_A_FILE = {
+_FILE_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -39,18 +39,18 @@ _OF_A_FILE = {
     errno.EIO,
 }
 # fsspec raises these without an errno.
-_ERRORS_OF_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def is_outage(error: OSError) -> bool:
     """Whether the storage or the process is in trouble, rather than just the requested file."""
-    return not isinstance(error, _ERRORS_OF_A_FILE) and error.errno not in _OF_A_FILE
+    return not isinstance(error, _FILE_ERRORS) and error.errno not in _FILE_ERRNOS
 
 
-def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
+def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
     """Run the action and return its result; in an outage, retry with growing pauses for seven seconds.
 
-    EIO, which may be either an outage or an error of the file, is retried for half a second. say: called with
+    EIO, which may be either an outage or an error of the file, is retried for half a second. warn: called with
     a message for people before the first pause. Raises the last OSError.
     """
     attempt = 0
@@ -63,17 +63,17 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
                 raise
             if attempt == 0:
                 what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-                say(f"{what}: retrying for {sum(pauses):.1f} seconds")
+                warn(f"{what}: retrying for {sum(pauses):.1f} seconds")
             time.sleep(pauses[attempt])
             attempt += 1
 
 
-def read_patiently(path: Path, size: int | None = None) -> bytes:
+def read_with_retries(path: Path, size: int | None = None) -> bytes:
     """Read a small file, or its first `size` bytes, with retries. Raises OSError, which names the file."""
-    return patiently(partial(read_file, path, size=size), say_on_stderr)
+    return with_retries(partial(read_file, path, size=size), print_to_stderr)
 
 
-def say_on_stderr(text: str) -> None:
+def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import atomic_write, naming, read_fully
+from pipeline.files import atomic_write, path_in_errors, read_fully
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 INDEX_DTYPE = np.dtype(
     [
@@ -114,7 +114,7 @@ def _member(name: str, data: bytes) -> bytes:
 def describe_shard(root: Path, file: str, samples: int) -> Shard:
     """Read the whole of an existing tar and return its record. Raises OSError, which names the file."""
     summary = _Summary()
-    with naming(root / file), open(root / file, "rb") as opened:
+    with path_in_errors(root / file), open(root / file, "rb") as opened:
         while part := read_fully(opened, 1 << 20):
             summary.add(part)
     return summary.record(file, samples)
@@ -147,7 +147,9 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        content = read_patiently(path, expected + 1)  # a larger file is not the index: do not read all of it
+        content = read_with_retries(
+            path, expected + 1
+        )  # a larger file is not the index: do not read all of it
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
     if sha256(content).hexdigest() != split.index_sha256:
@@ -156,7 +158,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
         )
     try:
         rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        fits = _fits(rows, split, classes)
+        fits = _is_consistent(rows, split, classes)
     except (ValueError, OverflowError, MemoryError):
         fits = False
     if not fits:
@@ -164,7 +166,7 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     return rows
 
 
-def _fits(rows: np.ndarray, split: Split, classes: int) -> bool:
+def _is_consistent(rows: np.ndarray, split: Split, classes: int) -> bool:
     samples = [shard.samples for shard in split.shards]
     if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,) or sum(samples) != split.samples:
         return False

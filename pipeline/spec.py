@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import atomic_write
 from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 NET_NAME = "net.json"
 
@@ -60,7 +60,7 @@ class NetSpec(BaseModel):
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":
         """Read net.json from a folder. Raises SpecError, or OSError: FileNotFoundError if there is none."""
-        return cls.parse(read_patiently(folder / NET_NAME), folder)
+        return cls.parse(read_with_retries(folder / NET_NAME), folder)
 
     def write(self, folder: Path) -> None:
         """Write net.json into a folder atomically. Raises OSError."""

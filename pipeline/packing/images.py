@@ -50,7 +50,7 @@ class RejectedError(Exception):
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedImage:
     """A JPEG for a shard. width, height: in pixels. pixels: the decoded image for statistics, or None if it
     was not decoded. repairs: those of the repairs listed above that were made."""
 
@@ -61,7 +61,9 @@ class Packed:
     repairs: tuple[str, ...]
 
 
-def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True) -> Packed:
+def pack_image(
+    content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True
+) -> PackedImage:
     """Check, orient, convert, resize and encode one file.
 
     size: length of the shorter side in pixels after resizing (section 2 of the paper: 256). geometry: `256`
@@ -71,15 +73,17 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, deco
 
     Raises RejectedError.
     """
-    if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
+    if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
         return packed
     image, repairs = _decode(_open(content))
     if geometry == "original":
         layout = None if repairs else read_layout(content)
         kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
-        return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
+        return PackedImage(
+            kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+        )
     image = fit(image, geometry, size)
-    return Packed(_encode(image, quality), *image.size, image, repairs)
+    return PackedImage(_encode(image, quality), *image.size, image, repairs)
 
 
 def read_image(content: bytes) -> Image.Image:
@@ -96,9 +100,9 @@ def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
     return image
 
 
-def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
+def check_image(content: bytes, size: int, decode: bool = True) -> PackedImage:
     """Check a file that is kept byte for byte, as `pack_image` does. Raises RejectedError."""
-    if not decode and (packed := _by_header(content, stays=True)):
+    if not decode and (packed := _by_header(content, unchanged=True)):
         return packed
     opened = _open(content)
     gray = opened.mode == "L"
@@ -106,16 +110,16 @@ def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
     reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
     if reasons or read_layout(content) is None:
         raise RejectedError(reasons[0] if reasons else "not plain")
-    return Packed(content, *image.size, _resize_shorter(image, size), ())
+    return PackedImage(content, *image.size, _resize_shorter(image, size), ())
 
 
-def _by_header(content: bytes, stays: bool) -> Packed | None:
+def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
     """Accept a file without decoding it if its headers and its end allow that, else return None.
 
-    stays: whether the file stays unchanged, or may be stripped of its metadata.
+    unchanged: whether the file unchanged unchanged, or may be stripped of its metadata.
     """
     layout = read_layout(content) if content.endswith(END) else None
-    if layout is None or not (stays or layout.baseline_rgb):
+    if layout is None or not (unchanged or layout.baseline_rgb):
         return None
     if layout.metadata:
         image = _open(content)
@@ -124,7 +128,7 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    return Packed(content if stays else without_metadata(content, layout), width, height, None, ())
+    return PackedImage(content if unchanged else without_metadata(content, layout), width, height, None, ())
 
 
 def _open(content: bytes) -> Image.Image:
@@ -137,7 +141,7 @@ def _open(content: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:
-        _reraise_ours(error)
+        _reraise_system_error(error)
         # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
         if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
             raise RejectedError("not an image") from None
@@ -153,7 +157,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         with warnings.catch_warnings(action="ignore"):
             image.load()
     except Exception as error:
-        _reraise_ours(error)
+        _reraise_system_error(error)
         raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
     if _is_elongated(*image.size):
         raise RejectedError("too elongated")
@@ -170,7 +174,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return image, tuple(repairs)
 
 
-def _reraise_ours(error: Exception) -> None:
+def _reraise_system_error(error: Exception) -> None:
     """Raise errors that are not the file's fault: no memory, or a plugin that cannot be loaded."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
         raise error

@@ -12,8 +12,8 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
-from pipeline.packing.storage import UNFINISHED, Folder, absolute, is_url
-from pipeline.packing.workers import say
+from pipeline.packing.storage import STATE_FOLDER, Folder, absolute, is_url
+from pipeline.packing.workers import warn
 
 
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
@@ -27,16 +27,16 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
     every = [task for split in tasks.values() for task in split]
     output = Folder(options.output)
     with resume.locked(output):
-        if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
+        if resume.prepare(output, describe_plan(options, every), options.overwrite, options.in_place):
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
             results = _results(options, every, output, progress or Progress())
             manifest = write_dataset(options, sources, tasks, results)
         try:
-            resume.end(output)
+            resume.clean_up(output)
         except OSError as error:
-            left = error.filename or f"{output}/{UNFINISHED}"
-            say(f"the dataset is complete, but {left} cannot be removed: {error.strerror}")
+            left = error.filename or f"{output}/{STATE_FOLDER}"
+            warn(f"the dataset is complete, but {left} cannot be removed: {error.strerror}")
     return manifest
 
 

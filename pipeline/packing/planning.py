@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.packing.images import RESAMPLING, SUBSAMPLING
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import Plan
-from pipeline.packing.shard import Recipe, ShardTask, versions
+from pipeline.packing.shard import ImageOptions, ShardTask, versions
 from pipeline.packing.sources.find import SourceError, SourceImage, Sources
 from pipeline.packing.storage import absolute
 
@@ -19,7 +19,7 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Shar
 
     Raises SourceError for files that are not in tars if the tars are to be indexed in place.
     """
-    recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
+    image_options = ImageOptions(options.geometry, options.size, options.quality, options.check, versions())
     parts = _tars if options.in_place else _shards
     return {
         split: [
@@ -28,8 +28,8 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Shar
                 name=f"{split}-{number:06d}.tar",
                 first_key=first,
                 sources=tuple(part),
-                measured=split == "train",
-                recipe=recipe,
+                in_statistics=split == "train",
+                image_options=image_options,
                 tar=tar,
                 table=sources.table,
             )

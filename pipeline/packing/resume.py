@@ -20,12 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import atomic_write, close_quietly, held_open, naming
+from pipeline.files import atomic_write, close_quietly, held_open, path_in_errors
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
-from pipeline.packing.storage import UNFINISHED, Folder
-from pipeline.packing.workers import say
+from pipeline.packing.storage import STATE_FOLDER, Folder
+from pipeline.packing.workers import warn
 
 REPORT = "report.tsv"
 _PLAN = "plan.json"
@@ -43,7 +43,7 @@ def locked(output: Folder) -> Iterator[None]:
     if not output.is_local:
         yield
         return
-    folder = Path(output.path, UNFINISHED)
+    folder = Path(output.path, STATE_FOLDER)
     try:
         with held_open(_lock(folder, output)):
             for left in folder.glob("tmp*"):  # left by a run that was killed
@@ -77,11 +77,11 @@ def _lock(folder: Path, output: Folder) -> TextIO:
         except FileNotFoundError:  # the run that held it has just ended and removed the folder
             continue
         try:
-            with naming(path):
+            with path_in_errors(path):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                say(
+                warn(
                     f"{output} cannot be locked ({error.strerror}): make sure that no other run packs into it"
                 )
                 return lock
@@ -92,7 +92,7 @@ def _lock(folder: Path, output: Folder) -> TextIO:
                 ) from None
             raise
         # Some storage reports a new inode number at each call, so the file never seems to be the same.
-        if _is_at(path, lock) or attempt == _ATTEMPTS - 1:
+        if _still_has_name(path, lock) or attempt == _ATTEMPTS - 1:
             return lock
         close_quietly(lock)
     raise SourceError(
@@ -100,7 +100,7 @@ def _lock(folder: Path, output: Folder) -> TextIO:
     )
 
 
-def _is_at(path: Path, lock: TextIO) -> bool:
+def _still_has_name(path: Path, lock: TextIO) -> bool:
     """Whether the open file still has that name; the run that held the lock may have removed it."""
     try:
         return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
@@ -110,7 +110,7 @@ def _is_at(path: Path, lock: TextIO) -> bool:
         raise
 
 
-def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
+def prepare(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     """Prepare an output for a plan; return whether its dataset is already complete.
 
     in_place: the tars in the output are the input, and are never removed. Raises SourceError if the output
@@ -120,7 +120,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     if recorded == plan:
         return MANIFEST_NAME in files
     shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
-    if shards and not _packed_here(output, files, recorded):
+    if shards and not _written_by_packer(output, files, recorded):
         raise SourceError(
             f"{output} contains {shards[0]}, which this packer did not write: choose another --out"
         )
@@ -147,7 +147,7 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     return False
 
 
-def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
+def _written_by_packer(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
     """Whether the packer wrote the shards in the output, rather than another program."""
     if recorded is not None:
         return not recorded.get("--in-place")
@@ -157,28 +157,28 @@ def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None
         return True
 
 
-def end(output: Folder) -> None:
+def clean_up(output: Folder) -> None:
     """Remove what a complete dataset does not need.
 
     The plan is removed last, so the same command completes this if it is killed here.
     """
     _remove_records(output)
-    output.remove([f"{UNFINISHED}/{_PLAN}"])
+    output.remove([f"{STATE_FOLDER}/{_PLAN}"])
 
 
 def _remove_records(output: Folder) -> None:
-    names = output.sizes(UNFINISHED)
-    output.remove(f"{UNFINISHED}/{name}" for name in names if name.endswith(SUFFIX))
+    names = output.sizes(STATE_FOLDER)
+    output.remove(f"{STATE_FOLDER}/{name}" for name in names if name.endswith(SUFFIX))
 
 
 def _write_plan(output: Folder, plan: Plan) -> None:
-    with output.staged(UNFINISHED) as folder, atomic_write(folder / _PLAN) as file:
+    with output.staged(STATE_FOLDER) as folder, atomic_write(folder / _PLAN) as file:
         file.write(json.dumps(plan, indent=1).encode() + b"\n")
 
 
 def _read_plan(output: Folder) -> Plan | None:
     try:
-        return json.loads(output.read(f"{UNFINISHED}/{_PLAN}"))
+        return json.loads(output.read(f"{STATE_FOLDER}/{_PLAN}"))
     except FileNotFoundError:
         return None
     except ValueError:  # damaged

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.manifest import HEAD_BYTES, Shard
 from pipeline.packing.statistics import PixelSums
-from pipeline.packing.storage import UNFINISHED, Folder
+from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.shards import INDEX_DTYPE
 
 SUFFIX = ".result.json"
@@ -45,7 +45,7 @@ def save_result(output: Folder, name: str, result: ShardResult) -> None:
         },
         "events": result.events,
     }
-    with output.staged(UNFINISHED) as folder, atomic_write(folder / f"{name}{SUFFIX}") as file:
+    with output.staged(STATE_FOLDER) as folder, atomic_write(folder / f"{name}{SUFFIX}") as file:
         file.write(json.dumps(record).encode())
 
 
@@ -57,7 +57,7 @@ def load_result(
     sizes: of the files in the output, in bytes, by name.
     """
     try:
-        record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
+        record = json.loads(output.read(f"{STATE_FOLDER}/{name}{SUFFIX}"))
         shard = record["shard"] and Shard.model_validate(record["shard"])
         result = ShardResult(
             shard=shard,

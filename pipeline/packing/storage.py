@@ -17,11 +17,11 @@ from pathlib import Path
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.files import naming, read_file, sync_folder
-from pipeline.packing.workers import say
-from pipeline.retry import patiently
+from pipeline.files import path_in_errors, read_file, sync_folder
+from pipeline.packing.workers import warn
+from pipeline.retry import with_retries
 
-UNFINISHED = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
+STATE_FOLDER = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
 
 
 class StorageError(OSError):
@@ -40,7 +40,7 @@ def absolute(name: str) -> str:
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
     if not is_url(file):
-        return patiently(partial(_read_here, file, offset, size), say)
+        return with_retries(partial(_read_local, file, offset, size), warn)
     with _as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
@@ -49,14 +49,14 @@ def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     return content
 
 
-def _read_here(file: str, offset: int, size: int | None) -> bytes:
+def _read_local(file: str, offset: int, size: int | None) -> bytes:
     try:
         return read_file(file, offset, size)
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
 
 
-def is_there(name: str) -> bool:
+def is_accessible(name: str) -> bool:
     """Whether a file exists, or a folder that is not empty, as far as it can be accessed."""
     try:
         if not is_url(name):
@@ -87,17 +87,17 @@ class Folder:
         return self.name
 
     @contextmanager
-    def staged(self, below: str = ".") -> Iterator[Path]:
-        """Provide an empty local folder whose files move here, or to the subfolder `below`, after the block.
+    def staged(self, subfolder: str = ".") -> Iterator[Path]:
+        """Provide an empty local folder whose files move here, or to the subfolder `subfolder`, after the block.
 
         Each file appears only once it is complete, and none does after an error in the block. Each call
         makes a new folder, so two writers of the same file do not interfere.
         """
-        scratch = Path(self.path, UNFINISHED) if self.is_local else None
+        scratch = Path(self.path, STATE_FOLDER) if self.is_local else None
         staging = Path(tempfile.mkdtemp(dir=scratch))
         try:
             yield staging
-            target = os.path.normpath(f"{self.path}/{below}")
+            target = os.path.normpath(f"{self.path}/{subfolder}")
             for file in sorted({file for file in staging.iterdir() if not file.name.startswith(".")}):
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
@@ -114,11 +114,11 @@ class Folder:
         """Read a file in the folder, or its first `size` bytes."""
         return read(f"{self.name}/{name}", 0, size)
 
-    def sizes(self, below: str = ".") -> dict[str, int]:
+    def sizes(self, subfolder: str = ".") -> dict[str, int]:
         """Return the sizes in bytes of all files in the folder, or in a subfolder, by name."""
-        folder = os.path.normpath(f"{self.path}/{below}")
+        folder = os.path.normpath(f"{self.path}/{subfolder}")
         if self.is_local:
-            return patiently(partial(_sizes_here, folder), say)
+            return with_retries(partial(_local_sizes, folder), warn)
         with _as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
@@ -137,13 +137,13 @@ class Folder:
                 self.fs.rm(paths)
 
 
-def _sizes_here(folder: str) -> dict[str, int]:
+def _local_sizes(folder: str) -> dict[str, int]:
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:
         return {}
     sizes = {}
-    with naming(folder), entries:
+    with path_in_errors(folder), entries:
         for entry in entries:
             try:
                 if entry.is_file():

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 _EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
-_QUIET_SECONDS = 60.0  # minimum time between two lines of `say`
+_WARNING_SECONDS = 60.0  # minimum time between two lines of `warn`
 # Without these, BLAS would start a thread per core in each worker, for products that are too small for it.
 _THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _REFUSED = "the system allows no more processes or threads"
-_RAISE = "raise the limit (ulimit -u, --pids-limit, podPidsLimit)"
+_RAISE_LIMIT = "raise the limit (ulimit -u, --pids-limit, podPidsLimit)"
 
 
 class WorkersError(RuntimeError):
@@ -37,14 +37,14 @@ class _Worker(SpawnProcess):
         try:
             super().start()
         except OSError as error:
-            raise WorkersError(_refusal(error.strerror or str(error))) from None
+            raise WorkersError(_refusal_message(error.strerror or str(error))) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for name in added:
                 del os.environ[name]
 
 
-class _Spawn(SpawnContext):
+class _SpawnContext(SpawnContext):
     """Spawns processes, as this one has threads and must not fork; keeps them, to say how one ended."""
 
     def __init__(self) -> None:
@@ -68,15 +68,15 @@ def pool(
 
     Raises WorkersError if the system refuses them, or if one dies.
     """
-    context, refused = _Spawn(), threading.Event()
-    with _interrupted_without_threads(refused):
+    context, refused = _SpawnContext(), threading.Event()
+    with _interrupt_if_threads_refused(refused):
         try:
             first = (shared_array("d", 1), initializer, *arguments)
-            with ProcessPoolExecutor(count, context, _start, first) as executor:
+            with ProcessPoolExecutor(count, context, _start_worker, first) as executor:
                 try:
                     yield executor
                 except BaseException as error:
-                    if _is_about_threads(error):
+                    if _is_thread_refusal(error):
                         refused.set()
                     if (
                         refused.is_set()
@@ -86,11 +86,11 @@ def pool(
                         context.kill()  # do not wait for them to finish their work
                     raise
         except BrokenProcessPool:  # the pool has shut down, so all exit codes are known
-            raise WorkersError(_end(context.started)) from None
+            raise WorkersError(_describe_death(context.started)) from None
         except (RuntimeError, KeyboardInterrupt):
             if not refused.is_set():
                 raise
-            raise WorkersError(_refusal("can't start new thread")) from None
+            raise WorkersError(_refusal_message("can't start new thread")) from None
 
 
 def shared_array(kind: str, length: int) -> Any:
@@ -98,15 +98,15 @@ def shared_array(kind: str, length: int) -> Any:
     try:
         return multiprocessing.get_context("spawn").Array(kind, length)
     except BlockingIOError as error:  # the first array starts a process that tracks shared resources
-        raise WorkersError(_refusal(error.strerror or str(error))) from None
+        raise WorkersError(_refusal_message(error.strerror or str(error))) from None
 
 
 @contextmanager
-def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
+def _interrupt_if_threads_refused(refused: threading.Event) -> Iterator[None]:
     """Interrupt the main thread if the pool cannot start a thread, as the pool would then never end."""
 
     def interrupt(failure: threading.ExceptHookArgs) -> None:
-        if _is_about_threads(failure.exc_value):
+        if _is_thread_refusal(failure.exc_value):
             refused.set()
             interrupt_main()
         else:
@@ -120,30 +120,30 @@ def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def refused_threads() -> Iterator[None]:
+def translate_thread_errors() -> Iterator[None]:
     """Raise WorkersError if the system refuses this process a thread in the block."""
     try:
         yield
     except RuntimeError as error:
-        if not _is_about_threads(error):
+        if not _is_thread_refusal(error):
             raise
-        raise WorkersError(f"{_REFUSED} ({error}): {_RAISE}") from None
+        raise WorkersError(f"{_REFUSED} ({error}): {_RAISE_LIMIT}") from None
 
 
-def _is_about_threads(error: BaseException | None) -> bool:
+def _is_thread_refusal(error: BaseException | None) -> bool:
     return type(error) is RuntimeError and "can't start new thread" in str(error)
 
 
-def _refusal(reason: str) -> str:
-    return f"{_REFUSED} ({reason}): try fewer --workers, or {_RAISE}"
+def _refusal_message(reason: str) -> str:
+    return f"{_REFUSED} ({reason}): try fewer --workers, or {_RAISE_LIMIT}"
 
 
-def _end(started: Sequence[SpawnProcess]) -> str:
+def _describe_death(started: Sequence[SpawnProcess]) -> str:
     """Describe how the first process to die ended; the pool ends the others by SIGTERM."""
     codes = [process.exitcode for process in started]
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
     if code == _EXIT_REFUSED:
-        return _refusal("a worker can't start a thread")
+        return _refusal_message("a worker can't start a thread")
     if code == -signal.SIGKILL:
         how = "was killed (SIGKILL), probably because memory ran out: try fewer --workers"
     else:
@@ -151,9 +151,9 @@ def _end(started: Sequence[SpawnProcess]) -> str:
     return f"a worker process {how}"
 
 
-def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
-    global _said
-    _said = said
+def _start_worker(said: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
+    global _last_warning
+    _last_warning = said
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     except RuntimeError:
@@ -170,7 +170,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-class _Array(list):
+class _UnsharedArray(list):
     """Stands in for a shared array in a process without a pool."""
 
     def get_lock(self) -> threading.Lock:
@@ -178,19 +178,21 @@ class _Array(list):
 
 
 _lock = threading.Lock()
-_said: Any = _Array([0.0])  # monotonic time of the last line of `say`; workers of a pool share it
+_last_warning: Any = _UnsharedArray(
+    [0.0]
+)  # monotonic time of the last line of `warn`; workers of a pool share it
 
 
-def say(text: str) -> None:
+def warn(text: str) -> None:
     """Report a problem that may pass on stderr: at most one line per minute from all workers of a pool."""
-    with _said.get_lock():
+    with _last_warning.get_lock():
         now = time.monotonic()
-        if _said[0] and now - _said[0] < _QUIET_SECONDS:
+        if _last_warning[0] and now - _last_warning[0] < _WARNING_SECONDS:
             return
-        _said[0] = now
+        _last_warning[0] = now
     print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
 
 
-def end_at_sigterm() -> None:
+def exit_on_sigterm() -> None:
     """Exit with code 143 on SIGTERM, which a container's first process ignores unless it has a handler."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.packing.images import FORMATS, RejectedError, fit, read_image
-from pipeline.retry import is_outage, read_patiently
+from pipeline.retry import is_outage, read_with_retries
 from pipeline.spec import NetSpec
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -79,7 +79,7 @@ def read(path: Path) -> Image.Image:
     Raises InputError for a broken picture, and OSError if the storage is unavailable.
     """
     try:
-        return read_image(read_patiently(path))
+        return read_image(read_with_retries(path))
     except OSError as error:
         if is_outage(error):
             raise

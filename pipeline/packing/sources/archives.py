@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from pipeline.packing import storage
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 
 _BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -103,15 +103,17 @@ def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     return SplitFiles(file, list(tars), _images(file, tars), strays)
 
 
-def _images(file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
+def _images(file: str, tars: dict[str, Member]) -> Iterator[LabelledImage]:
     for images in read_each(file, partial(_class_images, file), tars.items()):
         yield from images
 
 
-def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
+def _class_images(file: str, class_tar: tuple[str, Member]) -> list[LabelledImage]:
     class_id, tar = class_tar
     found = {member.name: member for member in members(file, tar.offset, tar.offset + tar.size)}
-    return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()]
+    return [
+        LabelledImage(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()
+    ]
 
 
 def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:
@@ -120,8 +122,10 @@ def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFi
     found = {PurePosixPath(member.name).name: member for member in members(file, 0, folder.size(tar))}
     strays = sorted(f"val/{name}" for name in found if not is_image(name))
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         for name, class_id in annotations.classes(sorted(filter(is_image, found))).items():
-            yield Labelled(f"val/{class_id}/{name}", class_id, file, found[name].offset, found[name].size)
+            yield LabelledImage(
+                f"val/{class_id}/{name}", class_id, file, found[name].offset, found[name].size
+            )
 
     return SplitFiles(file, [], images(), strays)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.packing.sources.folders import find_parts
+from pipeline.packing.sources.folders import find_splits
 from pipeline.packing.sources.labels import read_class_names
 from pipeline.packing.sources.listing import SourceError, SplitFiles, open_folder
 from pipeline.packing.sources.tables import is_table, read_table
@@ -58,27 +58,27 @@ def find_sources(
         if is_table(str(input)) and not Path(input).is_dir():
             parts, table = read_table(str(input), val_fraction), absolute(str(input))
         else:
-            parts, annotations = find_parts(open_folder(str(input)), val_fraction)
+            parts, annotations = find_splits(open_folder(str(input)), val_fraction)
             names = names if class_names else annotations.names()
-        found = _number(parts, val_fraction, seed, names)
+        found = _assign_labels(parts, val_fraction, seed, names)
     except OSError as error:
         raise SourceError(f"--input {input} cannot be read: {error}") from error
     if class_names:
-        _check_alike([*found.classes, *names], f"--class-names {class_names} and --input {input}")
+        _refuse_lookalikes([*found.classes, *names], f"--class-names {class_names} and --input {input}")
     return replace(found, table=table)
 
 
-def _number(
+def _assign_labels(
     parts: dict[str, SplitFiles], val_fraction: float | None, seed: int, names: dict[str, str]
 ) -> Sources:
     """Number the classes, and check that there are images to train and validate on."""
     train = parts["train"]
-    classes = _in_order(train.classes)
+    classes = _sort_classes(train.classes)
     if not classes:
         raise SourceError(
             f"{train.location} has no class folders: images are expected as {train.location}/<class>/<image>"
         )
-    _check_alike(classes, train.location)
+    _refuse_lookalikes(classes, train.location)
     for name in classes:
         if not name.isprintable():  # this includes bytes that are not UTF-8
             raise SourceError(
@@ -90,7 +90,7 @@ def _number(
         found = []
         for path, class_id, file, offset, size in part.images:
             if class_id not in labels:
-                _check_alike([*classes, class_id], f"{part.location} and {train.location}")
+                _refuse_lookalikes([*classes, class_id], f"{part.location} and {train.location}")
                 raise SourceError(f"the class {class_id} is in {part.location} but not in {train.location}")
             found.append(SourceImage(path, labels[class_id], file, offset, size))
         splits[split] = sorted(found, key=lambda source: (source.label, source.path))
@@ -108,7 +108,7 @@ def _number(
     return Sources(classes, splits, [stray for part in parts.values() for stray in part.strays], names)
 
 
-def _check_alike(names: Iterable[str], location: str) -> None:
+def _refuse_lookalikes(names: Iterable[str], location: str) -> None:
     """Refuse names that look the same but differ, such as é as one character and as e with an accent."""
     seen: dict[str, str] = {}
     for name in names:
@@ -120,7 +120,7 @@ def _check_alike(names: Iterable[str], location: str) -> None:
             )
 
 
-def _in_order(classes: Iterable[str]) -> list[str]:
+def _sort_classes(classes: Iterable[str]) -> list[str]:
     """Sort class ids: numerically if all are decimal numbers, so 2 comes before 10, else alphabetically."""
     if all(re.fullmatch("[0-9]{1,18}", name) for name in classes):
         return sorted(classes, key=lambda name: (int(name), name))

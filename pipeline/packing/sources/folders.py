@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.packing import storage
 from pipeline.packing.sources.archives import class_tars, flat_tar
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
 
 _KAGGLE = "Data/CLS-LOC"
@@ -24,7 +24,7 @@ _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train an
 _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
-def find_parts(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, SplitFiles], Annotations]:
+def find_splits(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, SplitFiles], Annotations]:
     """Find the splits of the input; if there is only train, val must still be held out from it."""
     base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
     folders: dict[str, str] = {
@@ -73,32 +73,32 @@ def _check_splits(
         )
 
 
-def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
+def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:
     """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
-    classes, strays = folder.entries(below)
+    classes, strays = folder.entries(subfolder)
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         for class_id in classes:
-            class_folder = _join(below, class_id)
+            class_folder = _join(subfolder, class_id)
             for name in folder.files(class_folder):
                 path = _join(split, f"{class_id}/{name}")
-                yield Labelled(path, class_id, folder.locate(f"{class_folder}/{name}"))
+                yield LabelledImage(path, class_id, folder.locate(f"{class_folder}/{name}"))
 
-    location = folder.locate(below) if below else folder.name
+    location = folder.locate(subfolder) if subfolder else folder.name
     return SplitFiles(location, classes, images(), [_join(split, name) for name in strays])
 
 
-def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
+def flat_folder(folder: InputFolder, subfolder: str, annotations: Annotations) -> SplitFiles:
     """Find the images in a folder of validation images, whose labels come from the annotations."""
-    files = folder.entries(below)[1]
+    files = folder.entries(subfolder)[1]
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         names = list(filter(is_image, files))
         for name, class_id in annotations.classes(names).items() if names else ():
-            yield Labelled(f"val/{class_id}/{name}", class_id, folder.locate(f"{below}/{name}"))
+            yield LabelledImage(f"val/{class_id}/{name}", class_id, folder.locate(f"{subfolder}/{name}"))
 
     strays = [f"val/{name}" for name in files if not is_image(name)]
-    return SplitFiles(folder.locate(below), [], images(), strays)
+    return SplitFiles(folder.locate(subfolder), [], images(), strays)
 
 
 def _imagenet_tars(folder: InputFolder) -> dict[str, str]:

@@ -32,7 +32,7 @@ _CLASS_LIST, _META = "map_clsloc.txt", "meta.mat"
 _NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
-class _Found(NamedTuple):
+class _AnnotationFile(NamedTuple):
     """An annotation file."""
 
     path: str
@@ -64,11 +64,11 @@ class Annotations:
         Raises SourceError if the labels are missing or do not fit the images.
         """
         if found := self._first("LOC_val_solution.csv"):
-            classes = _of_kaggle(found)
+            classes = _parse_kaggle(found)
         elif found := self._first(*_LISTS):
-            classes = _of_list(found, names)
+            classes = _parse_list(found, names)
         elif found := self._first(*_GROUND_TRUTHS):
-            classes = self._of_numbers(found, names)
+            classes = self._parse_ground_truth(found, names)
         else:
             raise SourceError(
                 f"{self.folders[0]} has no labels for the validation images: put the devkit "
@@ -88,10 +88,10 @@ class Annotations:
             return parse_class_names(found.lines())
         return dict(self._meta.values()) if self._first(_META) else {}
 
-    def _of_numbers(self, truth: _Found, names: list[str]) -> dict[str, str]:
+    def _parse_ground_truth(self, truth: _AnnotationFile, names: list[str]) -> dict[str, str]:
         """Read the devkit's labels: the n-th line has the number of the n-th image's class."""
         if found := self._first(_CLASS_LIST):
-            ids = dict(enumerate(_in_order(found), 1))
+            ids = dict(enumerate(_devkit_order(found), 1))
         elif found := self._first(_META):
             ids = {number: class_id for number, (class_id, _) in self._meta.items()}
         else:
@@ -106,13 +106,13 @@ class Annotations:
                     f"{truth.path}, line {number}: {line!r} is not the number of a class in {found.path}"
                 )
             classes.append(ids[int(line)])
-        return _in_turn(truth, names, classes)
+        return _by_position(truth, names, classes)
 
-    def _first(self, *names: str) -> _Found | None:
+    def _first(self, *names: str) -> _AnnotationFile | None:
         for name in names:
             for folder in self.folders:
                 try:
-                    return _Found(f"{folder}/{name}", storage.read(f"{folder}/{name}"))
+                    return _AnnotationFile(f"{folder}/{name}", storage.read(f"{folder}/{name}"))
                 except (FileNotFoundError, NotADirectoryError):
                     continue
             if name in self._devkit:
@@ -120,7 +120,7 @@ class Annotations:
         return None
 
     @cached_property
-    def _devkit(self) -> dict[str, _Found]:
+    def _devkit(self) -> dict[str, _AnnotationFile]:
         """The files of a devkit that is not extracted, by the last part of their names."""
         found = {}
         for archive in self.archives:
@@ -130,7 +130,7 @@ class Annotations:
                     for member in tar:
                         name, file = Path(member.name).name, tar.extractfile(member)
                         if file and name in (*_GROUND_TRUTHS, _CLASS_LIST, _META):
-                            found[name] = _Found(f"{archive}/{member.name}", file.read())
+                            found[name] = _AnnotationFile(f"{archive}/{member.name}", file.read())
             except (tarfile.TarError, EOFError, OSError, zlib.error):
                 raise SourceError(f"{archive} is damaged or not a tar.gz: download it again") from None
         return found
@@ -178,7 +178,7 @@ def read_class_names(path: Path | None) -> dict[str, str]:
         raise SourceError(f"--class-names {path} cannot be read: {error}") from None
 
 
-def _of_kaggle(found: _Found) -> dict[str, str]:
+def _parse_kaggle(found: _AnnotationFile) -> dict[str, str]:
     rows = csv.DictReader(StringIO("\n".join(found.lines())))
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
@@ -188,10 +188,10 @@ def _of_kaggle(found: _Found) -> dict[str, str]:
         ) from None
 
 
-def _of_list(found: _Found, names: list[str]) -> dict[str, str]:
+def _parse_list(found: _AnnotationFile, names: list[str]) -> dict[str, str]:
     rows = [line.rsplit(maxsplit=1) for line in found.lines() if line.strip()]
     if all(len(row) == 1 for row in rows):
-        return _in_turn(found, names, [row[0] for row in rows])
+        return _by_position(found, names, [row[0] for row in rows])
     if all(len(row) == 2 for row in rows):
         return {Path(file).stem: class_id for file, class_id in rows}
     raise SourceError(
@@ -200,7 +200,7 @@ def _of_list(found: _Found, names: list[str]) -> dict[str, str]:
     )
 
 
-def _in_turn(found: _Found, names: list[str], classes: list[str]) -> dict[str, str]:
+def _by_position(found: _AnnotationFile, names: list[str], classes: list[str]) -> dict[str, str]:
     if len(names) != len(classes):
         raise SourceError(
             f"{found.path} has {len(classes):,} labels, but there are {len(names):,} validation images: they "
@@ -209,7 +209,7 @@ def _in_turn(found: _Found, names: list[str], classes: list[str]) -> dict[str, s
     return {Path(name).stem: class_id for name, class_id in zip(names, classes, strict=True)}
 
 
-def _in_order(found: _Found) -> list[str]:
+def _devkit_order(found: _AnnotationFile) -> list[str]:
     """Read class ids in the devkit's order from lines of an id, perhaps its number, and more words."""
     rows = [line.split() for line in found.lines() if line.strip()]
     for number, row in enumerate(rows, 1):

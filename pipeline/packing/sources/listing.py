@@ -1,4 +1,4 @@
-"""List the files below --input, in a local folder or behind a URL."""
+"""List the files subfolder --input, in a local folder or behind a URL."""
 
 import errno
 import os
@@ -14,17 +14,17 @@ from typing import BinaryIO, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.workers import say
-from pipeline.retry import is_outage, patiently
+from pipeline.packing.workers import warn
+from pipeline.retry import is_outage, with_retries
 
 
 class SourceError(ValueError):
     """The input cannot be packed; the message says what is wrong and what to do."""
 
 
-class Labelled(NamedTuple):
+class LabelledImage(NamedTuple):
     """An image and its class. path: its name in the report. file, offset, size: arguments of storage.read."""
 
     path: str
@@ -44,7 +44,7 @@ class SplitFiles:
 
     location: str
     classes: list[str]
-    images: Iterable[Labelled]
+    images: Iterable[LabelledImage]
     strays: list[str] = field(default_factory=list)
 
 
@@ -55,26 +55,26 @@ class LocalFolder:
         self.name = root
         self.root = Path(storage.absolute(root))
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
         """Return the folders and the other files in a folder, sorted; none if there is no such folder."""
         try:
-            return _listed(f"{self.root}/{below}")
+            return _list_folder(f"{self.root}/{subfolder}")
         except (FileNotFoundError, NotADirectoryError):
-            if not below:
+            if not subfolder:
                 raise
             return [], []
 
-    def files(self, below: str) -> list[str]:
-        """Return all files at any depth below a folder, relative to it and sorted."""
-        folder = f"{self.root}/{below}"
+    def files(self, subfolder: str) -> list[str]:
+        """Return all files at any depth subfolder a folder, relative to it and sorted."""
+        folder = f"{self.root}/{subfolder}"
         found: list[str] = []
-        seen, waiting = {_real(folder)}, [""]
+        seen, waiting = {_real_path(folder)}, [""]
         while waiting:
             prefix = waiting.pop()
-            folders, names = _listed(f"{folder}/{prefix}")
+            folders, names = _list_folder(f"{folder}/{prefix}")
             found.extend(f"{prefix}{name}" for name in names)
             # Of several links to one folder, always the same one counts, and links cannot form a cycle.
-            real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
+            real = {_real_path(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
@@ -87,14 +87,14 @@ class LocalFolder:
         return (self.root / name).stat().st_size
 
 
-def _listed(folder: str) -> tuple[list[str], list[str]]:
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the folders and of the other files in a folder, sorted and without duplicates."""
 
-    def look() -> dict[str, bool]:
-        with naming(folder), os.scandir(folder) as entries:
+    def scan() -> dict[str, bool]:
+        with path_in_errors(folder), os.scandir(folder) as entries:
             return {entry.name: _is_folder(entry) for entry in entries}
 
-    found = sorted(patiently(look, say).items())
+    found = sorted(with_retries(scan, warn).items())
     return [name for name, is_folder in found if is_folder], [n for n, is_folder in found if not is_folder]
 
 
@@ -107,8 +107,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False  # a broken link: reading it reports the reason
 
 
-def _real(path: str) -> str:
-    return patiently(partial(os.path.realpath, path, strict=True), say)
+def _real_path(path: str) -> str:
+    return with_retries(partial(os.path.realpath, path, strict=True), warn)
 
 
 class RemoteFolder:
@@ -126,13 +126,13 @@ class RemoteFolder:
                 self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
             raise SourceError(f"--input {url} is not a folder, or it is empty")
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        names = self.files(below)
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        names = self.files(subfolder)
         folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         return list(folders), [name for name in names if "/" not in name]
 
-    def files(self, below: str) -> list[str]:
-        prefix = f"{below}/" if below else ""
+    def files(self, subfolder: str) -> list[str]:
+        prefix = f"{subfolder}/" if subfolder else ""
         first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
         return [name[len(prefix) :] for name in self._names[first:last]]
 
@@ -145,16 +145,16 @@ class RemoteFolder:
 
 
 def _find(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Return all files below a folder. Raises the error of any folder that cannot be listed."""
+    """Return all files subfolder a folder. Raises the error of any folder that cannot be listed."""
     is_async = isinstance(fs, AsyncFileSystem)
-    own = (
+    overridden = (
         type(fs)._find is not AsyncFileSystem._find
         if is_async
         else type(fs).find is not AbstractFileSystem.find
     )
-    if own:
+    if overridden:
         return fs.find(root)
-    found, waiting, seen = [], [root], {root}  # fsspec's own `find` leaves out folders that fail
+    found, waiting, seen = [], [root], {root}  # fsspec's overridden `find` leaves out folders that fail
     while waiting:
         folder = waiting.pop()
         try:
@@ -178,7 +178,7 @@ def open_folder(name: str) -> InputFolder:
     if storage.is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
-        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+        if stat.S_ISDIR(with_retries(Path(name).stat, warn).st_mode):
             return LocalFolder(name)
     raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
 

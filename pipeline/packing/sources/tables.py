@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any, BinaryIO
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles, open_file
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -23,9 +23,9 @@ def is_table(name: str) -> bool:
 def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
     """Read the splits of a table; if there is only train, val must still be held out from it."""
     folder = storage.absolute(name).rpartition("/")[0]
-    images: dict[str, list[Labelled]] = {"train": [], "val": []}
+    images: dict[str, list[LabelledImage]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
-    with naming(name), open_file(name) as opened:
+    with path_in_errors(name), open_file(name) as opened:
         rows = _parquet_rows if name.lower().endswith(".parquet") else _text_rows
         for number, (path, label, *rest) in rows(opened, name, val_fraction):
             split = rest[0] if rest else "train"
@@ -37,7 +37,7 @@ def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
             if seen.setdefault(path, number) != number:
                 raise SourceError(f"{name}, row {number}: {path} is already in row {seen[path]}")
             file = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
-            images[split].append(Labelled(path, str(label), file))
+            images[split].append(LabelledImage(path, str(label), file))
     if not images["train"]:
         raise SourceError(f"{name} has no rows for the split 'train'")
     if val_fraction is not None:

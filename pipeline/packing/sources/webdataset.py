@@ -23,8 +23,8 @@ from functools import partial
 
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources.archives import Member, ReadAhead, members, read_each
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
+from pipeline.packing.storage import STATE_FOLDER
 
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -49,7 +49,7 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
         if any(file.lower().rpartition(".")[2] in _IMAGES for file in files):
             return []
     names = folder.files("")
-    marks = (f"/{MANIFEST_NAME}", f"/{UNFINISHED}/plan.json")
+    marks = (f"/{MANIFEST_NAME}", f"/{STATE_FOLDER}/plan.json")
     packed = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
     return [name for name in names if name.endswith(".tar") and name.rpartition("/")[0] not in packed]
 
@@ -60,9 +60,9 @@ def webdataset_tars(
     """Read the splits of the tars; if there is only train, val must still be held out from it."""
     splits, unused = _by_split(folder, tars)
     _check_splits(folder, splits, val_fraction)
-    parts = {"train": _part(folder, "train", splits["train"], unused)}
+    parts = {"train": _split_files(folder, "train", splits["train"], unused)}
     if val_fraction is None:
-        parts["val"] = _part(folder, "val", splits["val"], [])
+        parts["val"] = _split_files(folder, "val", splits["val"], [])
     return parts
 
 
@@ -95,7 +95,7 @@ def _check_splits(folder: InputFolder, splits: dict[str, list[str]], val_fractio
         )
 
 
-def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
+def _split_files(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
     location, images, strays = f"{folder.name} (tars of {split})", [], unused.copy()
     for found, others in read_each(folder.name, partial(_read_tar, folder), tars):
         images += found
@@ -105,13 +105,13 @@ def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -
     return SplitFiles(location, list({image.class_id for image in images}), images, strays)
 
 
-def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str]]:
+def _read_tar(folder: InputFolder, tar: str) -> tuple[list[LabelledImage], list[str]]:
     """Return the images of a tar, and the paths of samples with neither an image nor a label."""
     file, images, strays = folder.locate(tar), [], []
     for sample in _samples(file, folder.size(tar)):
         if sample.images or sample.labels:
-            image, class_id = _check(sample, file)
-            images.append(Labelled(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
+            image, class_id = _image_and_label(sample, file)
+            images.append(LabelledImage(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
         else:
             strays.append(f"{tar}/{sample.key}")
     return images, strays
@@ -137,7 +137,7 @@ def _samples(file: str, end: int) -> Iterator[_Sample]:
         yield sample
 
 
-def _check(sample: _Sample, file: str) -> tuple[Member, str]:
+def _image_and_label(sample: _Sample, file: str) -> tuple[Member, str]:
     """Return the sample's image and class id. Raises SourceError if it has not exactly one of each."""
     name = f"{file}, sample {sample.key}:"
     if len(sample.images) > 1:
