@@ -1,8 +1,8 @@
 """Read samples, check each one before it is used, and exclude the damaged ones.
 
-A shard may be truncated, overwritten or lost at any time during a run, and the decoder trusts its input. DALI
-may crash the process on bytes that do not begin like a JPEG, and it allocates memory at once for whatever size
-a header claims, which may be gigabytes if a bit has flipped.
+A shard may be truncated, overwritten or lost at any time during a run, and the decoder trusts its input.
+DALI may crash the process on bytes that do not begin like a JPEG, and it allocates memory at once for
+whatever size a header claims, which may be gigabytes if a bit has flipped.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _OFFSETS = np.array([0, 1, 0, 1, 2, 3])
 class Damage(NamedTuple):
     """A damaged sample.
 
-    location: its shard and byte offset. what: what is wrong, worded to follow the sample's name in a sentence.
+    location: its shard and byte offset. what: what is wrong, as the predicate of a sentence.
     """
 
     location: str

@@ -68,8 +68,8 @@ class GraphOptions:
     """The options of a graph.
 
     batch: maximum number of images in a batch. resize_shorter: the shorter side in pixels to which images are
-    resized before they are cropped, or None if the shards hold images of the right size. max_width, max_height:
-    the largest width and height of the dataset's images, in pixels.
+    resized before they are cropped, or None if the shards hold images of the right size. max_width,
+    max_height: the largest width and height of the dataset's images, in pixels.
     """
 
     decoding: Decoding

@@ -223,8 +223,8 @@ class _Stream:
         self.requests, self.failure = self._prefetched(self.all_requests()), None
         self.in_flight.clear()
         self.checked.excluded[:] = False  # samples that could not be read may be readable again
-        # The pipeline refers to self. If self referred to a running pipeline, this cycle would leave it to the
-        # garbage collector to end its threads.
+        # The pipeline refers to self. If self also referred to a running pipeline, only the garbage collector
+        # would end its threads.
         pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
         while True:
             # On a GPU the outputs are ordered on torch's stream, so the host does not wait for them.
@@ -250,9 +250,9 @@ class _Stream:
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
 
     def _prefetched(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Yield the requests, and have the kernel prefetch the samples of the next ones from the disk meanwhile.
+        """Yield the requests, and have the kernel prefetch the samples of later ones meanwhile.
 
-        The kernel does many reads at a time, whereas reading the samples waits for one after another.
+        The kernel does many reads at a time, whereas this process waits for one read after another.
         """
         waiting: deque[Request] = deque()
         samples, once = 0, self.reader.fits_in_page_cache

@@ -28,13 +28,13 @@ def cpus(root: Path = ROOT) -> int:
 
 
 def cores(root: Path = ROOT) -> tuple[int, ...]:
-    """Return the indices of the cores this process may run on, or none under a quota, which names no cores."""
+    """Return the indices of the cores this process may run on, or none under a quota, which names none."""
     allowed = sorted(os.sched_getaffinity(0))
     return tuple(allowed) if cpus(root) == len(allowed) else ()
 
 
 def memory_bytes(root: Path = ROOT) -> int:
-    """Return the bytes of memory this process may use: those of the machine, or fewer if a group has a limit."""
+    """Return the memory this process may use, in bytes: the machine's, or less if a group limits it."""
     limits = [_number(_words(folder / "memory.max")) for folder in _groups(root, "")]
     limits += [_number(_words(folder / "memory.limit_in_bytes")) for folder in _groups(root, "memory")]
     return int(min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *limits]))
@@ -51,15 +51,15 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         if controller not in controllers.split(",") or (not controller and number != "0"):
             continue
         inside = PurePosixPath(group.lstrip("/"))
-        # Where both versions are in use, version 2 is in `unified`. In version 1, a folder has the name of one
-        # controller, or of all controllers of its line.
+        # Where both versions are in use, version 2 is in `unified`. In version 1, a folder is named after one
+        # controller, or after all controllers of its line.
         for mount in (controllers, controller) if controller else (".", "unified"):
             top = root / "sys/fs/cgroup" / mount
             yield from (top / above for above in (inside, *inside.parents) if ".." not in above.parts)
 
 
 def _quota_v2(group: Path) -> float:
-    """Return the quota as a number of CPUs. cpu.max holds microseconds (or `max`) and the period's length."""
+    """Return the quota as a number of CPUs. cpu.max holds microseconds, or `max`, and the period of both."""
     words = _words(group / "cpu.max")
     return _number(words) / _number(words[1:], 100_000)
 

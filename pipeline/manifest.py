@@ -94,7 +94,7 @@ class Pixels(_Record):
 class Manifest(_Record):
     """The content of dataset.json.
 
-    packed: the program and the options that packed the dataset. repaired, rejected: numbers of files by reason.
+    packed: the program and options that packed it. repaired, rejected: number of files by reason.
     """
 
     format: Literal[1]  # FORMAT

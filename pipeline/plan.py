@@ -1,8 +1,8 @@
 """Compute the order and the augmentation of images as pure functions of (seed, epoch, position).
 
 Training is one endless sequence of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which each of
-the N samples comes exactly once. Step k takes the B positions k·B to (k+1)·B − 1, whatever epoch they fall in,
-and rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
+the N samples comes exactly once. Step k takes the B positions k·B to (k+1)·B − 1, whatever their epoch, and
+rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
 together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
 prefetching.
 
@@ -37,8 +37,8 @@ def _uniform(words: np.ndarray) -> np.ndarray:
 def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int = 0) -> np.ndarray:
     """Return the epoch's permutation of all samples, int64 [sum(shard_samples)].
 
-    window: number of shards that are shuffled together; 0 means all of them, a global shuffle. With a window,
-    the shards are permuted, and then the samples within each window of shards, so that a dataset larger than
+    window: number of shards that are shuffled together; 0 means all of them, a global shuffle. Otherwise the
+    shards are permuted, and then the samples within each window of shards, so that a dataset larger than
     memory is read a few shards at a time.
     """
     shards, samples = len(shard_samples), int(np.sum(shard_samples))
@@ -58,8 +58,8 @@ def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int
 class Draws:
     """The random numbers of n positions.
 
-    uniform: [n,2] in [0, 1), for the crop's x and y. mirror: bool [n]. normal: [n,3], standard normal, for the
-    colour offset.
+    uniform: [n,2] in [0, 1), for the crop's x and y. mirror: bool [n]. normal: [n,3], standard normal, for
+    the colour offset.
     """
 
     uniform: np.ndarray
@@ -120,13 +120,13 @@ class Plan:
         return -(-epochs * self.samples // self.batch)
 
     def images_per_rank(self, world: int) -> int:
-        """Return the number of images in a step on each rank. Raises ValueError unless `world` divides the batch."""
+        """Return the images per step and rank. Raises ValueError unless `world` divides the batch."""
         if self.batch % world:
             raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
         return self.batch // world
 
     def _spans(self, step: int, rank: int, world: int, steps: int = 1) -> list[tuple[int, int, int]]:
-        """Return the rank's share of steps as spans: the epoch, the first position within it, and the length."""
+        """Return the rank's share of steps as spans: epoch, first position within it, and length."""
         spans: list[tuple[int, int, int]] = []
         images = self.images_per_rank(world)
         for first in range(step, step + steps):
@@ -172,12 +172,12 @@ def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
 def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int) -> np.ndarray:
     """Return integer offsets of crops in pixels, uniform over 0 to extent − crop inclusive.
 
-    uniform: draws in [0, 1). extent: the images' sides in pixels. 224 of 256 pixels gives 33 offsets; the paper
-    counts 32 (section 4.1).
+    uniform: draws in [0, 1). extent: the images' sides in pixels. A crop of 224 px from 256 px has 33
+    offsets, as in the 2012 code; the paper's text counts 32 (section 4.1).
     """
     return np.floor(uniform * (extent - crop + 1)).astype(np.int64)
 
 
 def share(samples: int, rank: int, world: int) -> range:
-    """Return the rank's samples in an evaluation: a contiguous range, with each sample on exactly one rank."""
+    """Return the rank's samples in an evaluation: a contiguous range; each sample is on exactly one rank."""
     return range(samples * rank // world, samples * (rank + 1) // world)

@@ -1,4 +1,4 @@
-"""Read samples from the shards by number."""
+"""Read the JPEG files of samples from the shards, by sample number."""
 
 import os
 import resource
@@ -19,7 +19,7 @@ from pipeline.retry import is_outage, print_to_stderr, with_retries
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
-# A split is kept in memory if it takes a quarter of it or less: the page cache may hold the same bytes, and
+# A split is cached if it takes a quarter of the memory or less: the page cache may hold the same bytes, and
 # other programs need memory too.
 _CACHE_DIVISOR = 4
 
@@ -29,11 +29,11 @@ class OutageError(DatasetError):
 
 
 class JpegFiles(NamedTuple):
-    """The bytes of n samples.
+    """The JPEG files of n samples.
 
-    buffer: uint8, holds all of them. starts: int64 [n], the offset of each in the buffer. jpegs: a view of
-    the buffer for each. fresh: int64, the indices among the n of those that were just read; the others were
-    in memory. failures: why some could not be read, by their index among the n.
+    buffer: uint8, holds the bytes of all of them. starts: int64 [n], the offset of each in the buffer. jpegs:
+    a view of the buffer for each. fresh: int64, the indices, 0 to n − 1, of those that were just read; the
+    others were cached. failures: for those that could not be read, the reason by index.
     """
 
     buffer: np.ndarray
@@ -44,36 +44,37 @@ class JpegFiles(NamedTuple):
 
 
 class ShardReader:
-    """A split's samples by number.
+    """Reads a split's samples by number: their index in `rows`, an array [samples] of INDEX_DTYPE.
 
-    rows: [samples] of INDEX_DTYPE. Opening checks that each file exists, has the size that was packed and
-    begins with the bytes that were packed, and raises DatasetError, which names the first file that does not.
-    Checksums of complete files are left to tools/verify_shards.py, as they need everything to be read.
+    Opening checks that each shard exists, and has the size and the first bytes that were packed. It raises
+    DatasetError, which names the first shard that does not. Checksums of whole shards are left to
+    tools/verify_shards.py, because they require reading everything.
 
-    The files stay open, so one that is deleted or replaced is still read as it was. They are read and never
-    mapped: reading a truncated file returns, while touching a map of it would kill the process.
+    The shards stay open, so one that is deleted or replaced is still read as it was. They are read and never
+    mapped: reading a truncated file returns, whereas touching a map of it would kill the process.
 
-    Reads that fail are retried for some seconds: a short network failure must not change what is trained on.
+    Reads that fail are retried for some seconds, because a short network failure must not change what a net
+    is trained on.
 
-    A split that fits is kept in memory, each sample from when it is first read. processes: the number of
-    processes on this machine, each of which keeps its own copy.
+    A split that fits in memory is cached, each sample from when it is first read. processes: the number of
+    processes on this machine, each of which has its own cache.
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str, processes: int = 1):
         self.root = root
         self.split = manifest.split(split)
         self.rows = read_index(root, self.split, len(manifest.classes))
-        for side, most in (("width", manifest.max_width), ("height", manifest.max_height)):
-            if not 0 < self.rows[side].min() <= self.rows[side].max() <= most:
+        for side, limit in (("width", manifest.max_width), ("height", manifest.max_height)):
+            if not 0 < self.rows[side].min() <= self.rows[side].max() <= limit:
                 raise DatasetError(
                     f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
-                    f"{side} is from 1 to {most}: pack the dataset again"
+                    f"{side} is from 1 to {limit}: pack the dataset again"
                 )
         self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
         self._cache = _allocate_cache(int(self._ends[-1]), processes)
         self._is_cached = np.zeros(len(self.rows), bool)
         _allow_open_files(len(self.split.shards))
-        self._unreadable_shards: set[int] = set()  # shards with a sample that stayed unreadable
+        self._unreadable_shards: set[int] = set()  # those with a sample that stayed unreadable after retries
         self._files: list[int] = []
         weakref.finalize(self, _close_all, self._files)
         for shard in self.split.shards:
@@ -84,10 +85,10 @@ class ShardReader:
         return len(self.rows)
 
     def read(self, numbers: np.ndarray) -> JpegFiles:
-        """Read the files of samples, in four microseconds each from the page cache.
+        """Read the files of samples by number, which takes four microseconds each from the page cache.
 
-        Threads would not be faster, as each read releases Python's global lock and has to acquire it again.
-        Raises OutageError if the storage cannot be read.
+        Threads would not be faster, because each read releases and acquires Python's global lock. Raises
+        OutageError if the storage cannot be read; lost bytes are reported as failures.
         """
         rows = self.rows[numbers]
         if self._cache is None:
@@ -114,13 +115,14 @@ class ShardReader:
         return JpegFiles(buffer, starts, jpegs, fresh, failures)
 
     def evict(self, number: int) -> None:
-        """Read a sample again the next time, because its bytes in memory are damaged."""
+        """Drop a sample from the cache, so that it is read again next time, because its bytes are damaged."""
         self._is_cached[number] = False
 
     def _read_with_retries(self, shard: int, target: memoryview, offset: int) -> str | None:
         """Fill `target` from a shard, with retries.
 
-        Returns what is wrong, as a predicate, if the bytes are lost, or None. Raises OutageError.
+        Returns None, or what is wrong, as a predicate, if the bytes are lost. Raises OutageError if the
+        storage cannot be read.
         """
         path = self.root / self.split.shards[shard].file
 
@@ -152,7 +154,7 @@ class ShardReader:
         return None
 
     def _reopen(self, shard: int) -> None:
-        """Open a shard again, if possible: a descriptor that went stale with its mount stays stale."""
+        """Open a shard again if possible, because a descriptor of a lost mount stays invalid."""
         with suppress(OSError, DatasetError):
             record = self.split.shards[shard]
             file = _open_shard(self.root / record.file, record)
@@ -160,18 +162,18 @@ class ShardReader:
             os.close(file)
 
     def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
-        """Read only the files' bytes. Raises DatasetError, which names the first unreadable sample."""
+        """Return samples' files, by number. Raises DatasetError, which names the first unreadable sample."""
         files = self.read(numbers)
         for index, why in files.failures.items():
             raise DatasetError(f"the sample in {self.location(numbers[index])} {why}: copy the shard again")
         return files.jpegs
 
     def jpeg(self, number: int) -> memoryview:
-        """Read one file's bytes. Raises DatasetError, as `jpegs` does."""
+        """Return one sample's file. Raises DatasetError as `jpegs` does."""
         return self.jpegs(np.array([number]))[0]
 
     def prefetch(self, numbers: np.ndarray) -> None:
-        """Have the kernel fetch those of these samples that are not in memory, without waiting for them."""
+        """Have the kernel read these samples into the page cache, without waiting for them."""
         for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order on the disk
             with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
@@ -199,13 +201,13 @@ class ShardReader:
         return folder + slash + name.partition(".")[0]
 
     def location(self, number: int) -> str:
-        """Describe where a sample is, for messages."""
+        """Describe where a sample is, for messages: its shard, and the offset of its JPEG in bytes."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
 def _allocate_cache(size: int, processes: int) -> np.ndarray | None:
-    """Allocate memory to keep a split in, or return None if memory is scarce.
+    """Allocate a cache of `size` bytes, or return None if memory is scarce.
 
     The system provides the memory only as it is written to.
     """
@@ -251,7 +253,7 @@ def _close_all(files: list[int]) -> None:
 
 
 def _read_all(file: int, target: memoryview, offset: int) -> None:
-    """Fill `target`, however few bytes come at once. Raises EOFError if the file ends early, or OSError."""
+    """Fill `target` from the file. Raises EOFError if the file ends too early, or OSError."""
     while target:
         count = os.preadv(file, (target,), offset)
         if not count:
@@ -260,7 +262,7 @@ def _read_all(file: int, target: memoryview, offset: int) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files, usually 1024: each shard stays open, and large sets have more."""
+    """Raise the soft limit on open files, often 1024: all shards stay open, and large datasets have more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pipeline.packing.shard import PackingError, ShardTask, pack_shard
@@ -16,13 +17,14 @@ _POLL_SECONDS = 0.2  # between checks for finished tasks
 
 @dataclass
 class Counts:
-    """Images processed, bytes packed, and images rejected."""
+    """Numbers of images processed, JPEG bytes packed, and images rejected."""
 
     images: int = 0
     bytes: int = 0
     rejected: int = 0
 
     def add(self, result: ShardResult) -> None:
+        """Add the counts of a finished shard."""
         self.images += len(result.rows) + result.rejected
         self.bytes += int(result.rows["size"].sum())
         self.rejected += result.rejected
@@ -30,10 +32,10 @@ class Counts:
 
 @dataclass
 class Executor:
-    """Workers that pack shards.
+    """Runs packing tasks.
 
-    submit: starts `pack_shard`. concurrency: the number of tasks that run at once. counts: the counts so far,
-    including unfinished shards, where this process can see them.
+    submit: starts `pack_shard` for a task. concurrency: returns the number of tasks that run at once. counts:
+    returns the counts so far, including unfinished shards; None if this process cannot know those.
     """
 
     submit: Callable[[ShardTask], Future[ShardResult]]
@@ -46,17 +48,16 @@ def run_tasks(
 ) -> list[ShardResult]:
     """Run the tasks and return their results in order; call `show` with the counts a few times a second.
 
-    After an error, no further task starts.
+    Raises the first error of a task, after which no further task starts.
     """
-    results: dict[int, ShardResult] = {}
+    results: dict[int, ShardResult] = {}  # by the index of the task
     running: dict[Future[ShardResult], int] = {}
-    waiting, finished = iter(enumerate(tasks)), Counts()
+    pending, finished = iter(enumerate(tasks)), Counts()
     try:
         while len(results) < len(tasks):
-            # Tasks are large, as each lists its files: submit only enough to keep all workers busy.
-            for _, (index, task) in zip(
-                range(2 * executor.concurrency() - len(running)), waiting, strict=False
-            ):
+            # Tasks are large, because each lists its files: submit only enough to keep all workers busy.
+            free = max(0, 2 * executor.concurrency() - len(running))
+            for index, task in islice(pending, free):
                 running[executor.submit(task)] = index
             for future in wait(running, _POLL_SECONDS, FIRST_COMPLETED).done:
                 result = results[running.pop(future)] = future.result()
@@ -70,18 +71,18 @@ def run_tasks(
 
 @contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """Start worker processes on this machine. Raises PackingError if they cannot be started or one dies."""
+    """Start worker processes on this machine. Raises PackingError if one cannot be started or dies."""
     try:
         shared = shared_array("q", 3)
-        with pool(count, _set_shared_counts, shared) as executor:
+        with pool(count, _set_shared_counts, shared) as workers:
             yield Executor(
-                lambda task: executor.submit(_pack_counting, task), lambda: count, lambda: Counts(*shared[:])
+                lambda task: workers.submit(_pack_and_count, task), lambda: count, lambda: Counts(*shared[:])
             )
     except WorkersError as error:
         raise PackingError(f"{error}; {_RESUMABLE}") from None
 
 
-_shared_counts: Any = None  # in a worker process: an array with the Counts over all workers
+_shared_counts: Any = None  # in a worker process: an array with the fields of Counts over all workers
 
 
 def _set_shared_counts(shared: Any) -> None:
@@ -89,7 +90,7 @@ def _set_shared_counts(shared: Any) -> None:
     _shared_counts = shared
 
 
-def _pack_counting(task: ShardTask) -> ShardResult:
+def _pack_and_count(task: ShardTask) -> ShardResult:
     def count(size: int, rejected: int) -> None:
         with _shared_counts.get_lock():
             _shared_counts[0] += 1
@@ -103,8 +104,9 @@ def _pack_counting(task: ShardTask) -> ShardResult:
 def dask(scheduler: str) -> Iterator[Executor]:
     """Use the workers of a Dask cluster; when one disappears, Dask gives its tasks to others.
 
-    The workers need this package, and access to the input and output at the same paths or URLs. Raises
-    PackingError if Dask is not installed, or if the scheduler or too many workers are lost.
+    scheduler: the address of the cluster's scheduler. The workers need this package, and access to the input
+    and the output under the same paths or URLs. Raises PackingError if Dask is not installed, if the
+    scheduler cannot be reached or is lost, or if several workers die while packing the same shard.
     """
     try:
         from distributed import Client
@@ -116,10 +118,10 @@ def dask(scheduler: str) -> Iterator[Executor]:
     except (OSError, ValueError) as error:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None
     with client:
-        executor = client.get_executor(pure=False)
+        workers = client.get_executor(pure=False)
         try:
             yield Executor(
-                lambda task: executor.submit(pack_shard, task), lambda: max(1, sum(client.ncores().values()))
+                lambda task: workers.submit(pack_shard, task), lambda: max(1, sum(client.ncores().values()))
             )
         except KilledWorker as error:
             raise PackingError(

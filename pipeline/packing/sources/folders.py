@@ -6,7 +6,7 @@ The forms:
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's download, with a flat val
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val is preferred to its tar
     <class>/…                              with --val-fraction
-    *.tar                                  WebDataset tars at any depth, if none of the other forms is found
+    *.tar                                  WebDataset tars at any depth, if there is none of the other forms
 """
 
 import re
@@ -25,7 +25,11 @@ _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
 def find_splits(folder: InputFolder, val_fraction: float | None) -> tuple[dict[str, SplitFiles], Annotations]:
-    """Find the splits of the input; if there is only train, val must still be held out from it."""
+    """Find the files of each split, and the input's annotations.
+
+    With val_fraction there is only train, from which val is still to be held out. Raises SourceError if the
+    form of the input is unclear, and OSError.
+    """
     base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
     folders: dict[str, str] = {
         split: _join(base, split) for split in ("train", "val") if split in folder.entries(base)[0]
@@ -53,7 +57,7 @@ def find_splits(folder: InputFolder, val_fraction: float | None) -> tuple[dict[s
 def _check_splits(
     folder: InputFolder, folders: dict[str, str], tars: dict[str, str], val_fraction: float | None
 ) -> None:
-    """Refuse an input if it is unclear which images are for validation."""
+    """Raise SourceError if it is unclear which images are for validation."""
     found = folders.keys() | tars.keys()
     if found >= {"train", "val"} and val_fraction is not None:
         raise SourceError(f"{folder.name} already has a validation split (val): omit --val-fraction")
@@ -74,7 +78,10 @@ def _check_splits(
 
 
 def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:
-    """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
+    """Find the images in class folders: every file in them, at any depth and with any name.
+
+    Raises OSError; iterating over the images may also raise it.
+    """
     classes, strays = folder.entries(subfolder)
 
     def images() -> Iterator[LabelledImage]:
@@ -89,7 +96,7 @@ def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles
 
 
 def flat_folder(folder: InputFolder, subfolder: str, annotations: Annotations) -> SplitFiles:
-    """Find the images in a folder of validation images, whose labels come from the annotations."""
+    """Find the validation images in a folder without class folders; the annotations have their labels."""
     files = folder.entries(subfolder)[1]
 
     def images() -> Iterator[LabelledImage]:
@@ -112,7 +119,7 @@ def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
 
 
 def _parent(folder: InputFolder) -> str:
-    """Return the input's parent folder, which has Kaggle's tables if the input is its folder ILSVRC."""
+    """Return the input's parent folder, which holds Kaggle's tables if the input is its folder ILSVRC."""
     if storage.is_url(folder.name):
         return folder.name.rpartition("/")[0]
     return str(Path(folder.name).absolute().parent)

@@ -1,4 +1,4 @@
-"""List the files subfolder --input, in a local folder or behind a URL."""
+"""List the files of an input folder, which is local or behind a URL."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ class SourceError(ValueError):
 
 
 class LabelledImage(NamedTuple):
-    """An image and its class. path: its name in the report. file, offset, size: arguments of storage.read."""
+    """An image and its class. The other fields are those of find.SourceImage."""
 
     path: str
     class_id: str
@@ -38,8 +38,8 @@ class LabelledImage(NamedTuple):
 class SplitFiles:
     """The files found for a split.
 
-    location: where they are, for messages. classes: class ids, including classes without images. strays:
-    files that belong to no class.
+    location: where they are, for messages. classes: class ids, including those without images. strays: files
+    that belong to no class.
     """
 
     location: str
@@ -49,14 +49,14 @@ class SplitFiles:
 
 
 class LocalFolder:
-    """A local folder. Folders that cannot be listed raise OSError, as they may not be empty."""
+    """A local input folder. If a folder cannot be listed, this raises OSError: it may not be empty."""
 
     def __init__(self, root: str):
         self.name = root
         self.root = Path(storage.absolute(root))
 
     def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
-        """Return the folders and the other files in a folder, sorted; none if there is no such folder."""
+        """Return the names of the folders and files in a subfolder, sorted, or none if it does not exist."""
         try:
             return _list_folder(f"{self.root}/{subfolder}")
         except (FileNotFoundError, NotADirectoryError):
@@ -65,7 +65,7 @@ class LocalFolder:
             return [], []
 
     def files(self, subfolder: str) -> list[str]:
-        """Return all files at any depth subfolder a folder, relative to it and sorted."""
+        """Return the paths of all files at any depth in a subfolder, relative to it and sorted."""
         folder = f"{self.root}/{subfolder}"
         found: list[str] = []
         seen, waiting = {_real_path(folder)}, [""]
@@ -73,22 +73,23 @@ class LocalFolder:
             prefix = waiting.pop()
             folders, names = _list_folder(f"{folder}/{prefix}")
             found.extend(f"{prefix}{name}" for name in names)
-            # Of several links to one folder, always the same one counts, and links cannot form a cycle.
+            # Of several links to a folder, only the first by name is followed, and no cycle of links is.
             real = {_real_path(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
 
     def locate(self, name: str) -> str:
-        """Return the path that storage.read opens."""
+        """Return the full path of a file."""
         return f"{self.root}/{name}"  # pathlib would keep every file name in memory
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
         return (self.root / name).stat().st_size
 
 
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the other files in a folder, sorted and without duplicates."""
+    """Return the names of the folders and of the files in a folder, sorted and without duplicates."""
 
     def scan() -> dict[str, bool]:
         with path_in_errors(folder), os.scandir(folder) as entries:
@@ -104,7 +105,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
     except OSError as error:
         if is_outage(error) or error.errno == errno.EIO:
             raise
-        return False  # a broken link: reading it reports the reason
+        return False  # a broken link, which is reported when it is read
 
 
 def _real_path(path: str) -> str:
@@ -112,7 +113,10 @@ def _real_path(path: str) -> str:
 
 
 class RemoteFolder:
-    """A folder behind a URL, like LocalFolder. It is listed once, and has no links and no empty folders."""
+    """An input folder behind a URL, with the methods of LocalFolder.
+
+    It is listed once, at the start. Links and empty folders do not exist there.
+    """
 
     def __init__(self, url: str):
         self.name = url.rstrip("/")
@@ -123,7 +127,7 @@ class RemoteFolder:
             self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
         if not self._names:
             with suppress(FileNotFoundError), _as_source_error(url):
-                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
+                self._fs.ls(self._root)  # raises the error, if any, that fsspec's `find` ignores
             raise SourceError(f"--input {url} is not a folder, or it is empty")
 
     def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
@@ -145,7 +149,7 @@ class RemoteFolder:
 
 
 def _find(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Return all files subfolder a folder. Raises the error of any folder that cannot be listed."""
+    """Return the paths of all files at any depth in a folder. Raises an error if one cannot be listed."""
     is_async = isinstance(fs, AsyncFileSystem)
     overridden = (
         type(fs)._find is not AsyncFileSystem._find
@@ -154,7 +158,7 @@ def _find(fs: AbstractFileSystem, root: str) -> list[str]:
     )
     if overridden:
         return fs.find(root)
-    found, waiting, seen = [], [root], {root}  # fsspec's overridden `find` leaves out folders that fail
+    found, waiting, seen = [], [root], {root}  # fsspec's generic `find` skips folders it cannot list
     while waiting:
         folder = waiting.pop()
         try:
@@ -174,7 +178,7 @@ InputFolder = LocalFolder | RemoteFolder
 
 
 def open_folder(name: str) -> InputFolder:
-    """Open an input folder. Raises SourceError if there is none, and OSError."""
+    """Open an input folder, given by path or URL. Raises SourceError if there is none, and OSError."""
     if storage.is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -184,18 +188,18 @@ def open_folder(name: str) -> InputFolder:
 
 
 def open_file(name: str) -> BinaryIO:
-    """Open a file for reading. Raises SourceError or OSError if it cannot be opened."""
+    """Open a file, given by path or URL, for reading. Raises SourceError or OSError if that fails."""
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
     with _as_source_error(name):
-        where = storage.Folder(folder)
-        return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
+        opened = storage.Folder(folder)
+        return opened.fs.open(f"{opened.path.rstrip('/')}/{file}", "rb")
 
 
 @contextmanager
 def _as_source_error(name: str) -> Iterator[None]:
-    """Turn the errors of each kind of storage, except FileNotFoundError, into SourceError."""
+    """Turn the errors that the various kinds of storage raise into SourceError, except FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

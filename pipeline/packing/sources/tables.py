@@ -17,11 +17,16 @@ _SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def is_table(name: str) -> bool:
+    """Return whether a path or URL has the name of a table."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
-    """Read the splits of a table; if there is only train, val must still be held out from it."""
+    """Read the splits of a table.
+
+    With val_fraction there is only train, from which val is still to be held out. Raises SourceError if the
+    table is not valid, and OSError.
+    """
     folder = storage.absolute(name).rpartition("/")[0]
     images: dict[str, list[LabelledImage]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
@@ -49,6 +54,7 @@ def read_table(name: str, val_fraction: float | None) -> dict[str, SplitFiles]:
 
 
 def _columns(name: str, found: list[str], val_fraction: float | None) -> list[str]:
+    """Return the names of the columns to read. Raises SourceError if they are not as expected."""
     missing = [column for column in ("path", "label") if column not in found]
     if missing:
         raise SourceError(
