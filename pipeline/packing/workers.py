@@ -28,7 +28,7 @@ class WorkersError(RuntimeError):
 
 
 class _Worker(SpawnProcess):
-    """A worker that ignores Ctrl-C, which reaches all processes of a terminal; the main process handles it."""
+    """A worker that ignores Ctrl-C, which reaches all processes of a terminal; the parent handles it."""
 
     def start(self) -> None:
         added = [name for name in _THREAD_VARIABLES if name not in os.environ]
