@@ -126,13 +126,13 @@ class CheckedReader:
 
     def _damage(self, number: int, found: np.ndarray, failure: str | None) -> Damage:
         """Describe what is wrong with a sample. found: its bytes at _OFFSETS."""
-        name, row = self.reader.location(number), self.reader.rows[number]
+        location, row = self.reader.location(number), self.reader.rows[number]
         if failure is not None:
-            return Damage(name, failure, "unreadable")
+            return Damage(location, failure, "unreadable")
         if found[:2].tobytes() != START:
-            return Damage(name, "does not begin like a JPEG", "undecodable")
+            return Damage(location, "does not begin like a JPEG", "undecodable")
         if not self._size_offsets[number]:
-            return Damage(name, "does not give the size of its image", "undecodable")
+            return Damage(location, "does not give the size of its image", "undecodable")
         height, width = found[2:].view(">u2").tolist()
         what = f"claims {width}×{height} px, but the index says {row['width']}×{row['height']}"
-        return Damage(name, what, "undecodable")
+        return Damage(location, what, "undecodable")

@@ -147,7 +147,7 @@ class ShardReader:
         except OSError as error:
             if is_outage(error):
                 raise OutageError(
-                    f"{path} cannot be read: {error.strerror}. Run the same command again when it can be"
+                    f"{path} cannot be read: {error.strerror}. Run the same command again once it can be"
                 ) from error
             self._unreadable_shards.add(shard)
             return f"cannot be read: {error.strerror}"
@@ -164,8 +164,10 @@ class ShardReader:
     def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
         """Return samples' files, by number. Raises DatasetError, which names the first unreadable sample."""
         files = self.read(numbers)
-        for index, why in files.failures.items():
-            raise DatasetError(f"the sample in {self.location(numbers[index])} {why}: copy the shard again")
+        if files.failures:
+            index, failure = next(iter(files.failures.items()))
+            location = self.location(numbers[index])
+            raise DatasetError(f"the sample in {location} {failure}: copy the shard again")
         return files.jpegs
 
     def jpeg(self, number: int) -> memoryview:

@@ -79,11 +79,11 @@ def pack_image(
     image, repairs = _decode(_open(content))
     if geometry == "original":
         layout = None if repairs else read_layout(content)
-        kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
+        stripped = without_metadata(content, layout) if layout and layout.baseline_rgb else None
         return PackedImage(
-            kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+            stripped or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
         )
-    image = fit(image, geometry, size)
+    image = resize_and_crop(image, geometry, size)
     return PackedImage(_encode(image, quality), *image.size, image, repairs)
 
 
@@ -92,7 +92,7 @@ def read_image(content: bytes) -> Image.Image:
     return _decode(_open(content))[0]
 
 
-def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
+def resize_and_crop(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
     """Resize an image to a shorter side of `size` pixels; with geometry `256`, crop its central square."""
     image = _resize_shorter(image, size)
     if geometry == "256":

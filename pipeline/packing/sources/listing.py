@@ -73,7 +73,7 @@ class LocalFolder:
             prefix = waiting.pop()
             folders, names = _list_folder(f"{folder}/{prefix}")
             found.extend(f"{prefix}{name}" for name in names)
-            # Of several links to a folder, only the first by name is followed, and no cycle of links is.
+            # Of several links to a folder, only the first by name is followed. Cycles of links end at `seen`.
             real = {_real_path(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
