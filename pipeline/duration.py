@@ -1,4 +1,4 @@
-"""Durations in a form for people to read."""
+"""Format durations for people to read."""
 
 
 def duration(seconds: float) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.manifest import Manifest
 from pipeline.packing import executors
-from pipeline.packing.executors import Crew
+from pipeline.packing.executors import Executor
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import pack_shard
 from tools.make_shards import pack, parse_arguments
@@ -85,10 +85,10 @@ def upload(root: Path, url: str) -> None:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[Crew]:
+def threads(count: int) -> Iterator[Executor]:
     """Replace `executors.processes`, which take a second to start, by threads of this process."""
     with ThreadPoolExecutor(count) as pool:
-        yield Crew(lambda task: pool.submit(pack_shard, task), lambda: count)
+        yield Executor(lambda task: pool.submit(pack_shard, task), lambda: count)
 
 
 def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:

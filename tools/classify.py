@@ -30,7 +30,7 @@ from PIL import Image
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import atomic_write, naming
+from pipeline.files import atomic_write, path_in_errors
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import InputError, Source, find, read, views
@@ -116,7 +116,7 @@ def open_output(path: Path | None) -> Iterator[Tell]:
     if path is None:
         yield lambda result: print(result, flush=True)
         return
-    with naming(path), open(path, "w", encoding="utf-8", newline="") as file:
+    with path_in_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
         yield FORMS[path.suffix](file)
 
 
@@ -183,7 +183,7 @@ def classify_pictures(
                 if image:
                     drawn[source].parent.mkdir(parents=True, exist_ok=True)
                     bars = draw_bars(result.top, image.width)
-                    with naming(drawn[source]):
+                    with path_in_errors(drawn[source]):
                         with_bars(image, bars).save(drawn[source], quality=90)
 
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.manifest import Class, DatasetError, read_manifest
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
@@ -102,7 +102,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        with naming(path):
+        with path_in_errors(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(str(error).partition("\n")[0]) from None
@@ -126,7 +126,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_classes(path: Path) -> tuple[Class, ...]:
     """Read the ids and names of classes. Raises OSError, or SettingsError if a line has no name."""
-    lines = [line.split(maxsplit=1) for line in read_patiently(path).decode().splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_with_retries(path).decode().splitlines()]
     if any(len(line) != 2 for line in lines):
         raise SettingsError(f"{path}: each line must have an id, white space and a name")
     return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)

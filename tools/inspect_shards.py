@@ -22,10 +22,10 @@ import numpy as np
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.packing.workers import WorkersError, refused_threads
+from pipeline.packing.workers import WorkersError, translate_thread_errors
 from pipeline.reader import ShardReader
 from tools.options import natural, refuse_old_name
 
@@ -73,7 +73,7 @@ def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
 
     def digests(part: tuple[ShardReader, range]) -> bytes:
         reader, numbers = part
-        reader.will_need(np.array(numbers))
+        reader.prefetch(np.array(numbers))
         jpegs = reader.jpegs(np.array(numbers))
         return b"".join(blake2b(jpeg, digest_size=16).digest() for jpeg in jpegs)
 
@@ -230,7 +230,7 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
     dataset = open_dataset(data)
     groups = find_duplicates(dataset.readers, threads)
     output.mkdir(parents=True, exist_ok=True)
-    with naming(output):
+    with path_in_errors(output):
         _write(dataset, groups, data.resolve().name, output, seed)
     return groups
 
@@ -271,7 +271,7 @@ def main() -> None:
     add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
     options = parser.parse_args()
     try:
-        with refused_threads():
+        with translate_thread_errors():
             groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
         sys.exit(f"inspect_shards: {error}")

@@ -29,10 +29,10 @@ from pipeline.packing.options import PackingOptions
 from pipeline.packing.pack import pack
 from pipeline.packing.progress import Progress
 from pipeline.packing.resume import REPORT
-from pipeline.packing.shard import DECODED, Check, PackingError
+from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
-from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
+from pipeline.packing.workers import WorkersError, exit_on_sigterm, translate_thread_errors
 from tools.options import fraction, refuse_old_name, within
 
 
@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quality", type=within(int, 1, 100), help="JPEG quality, from 1 to 100 (default %(default)s)")
     add("--check", choices=get_args(Check),
         help="how to check files that are kept unchanged: decode every file, or trust the headers and decode "
-        f"only one file in {DECODED}, to compute the pixel mean and principal components "
+        f"only one file in {DECODE_EVERY}, to compute the pixel mean and principal components "
         "(default %(default)s)")
     add("--val-fraction", type=fraction, metavar="F",
         help="fraction of each class to hold out for validation if --input has no validation images")
@@ -136,10 +136,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    end_at_sigterm()
+    exit_on_sigterm()
     start, progress = time.monotonic(), Progress()
     try:
-        with refused_threads(), _metrics(progress, options.metrics_port):
+        with translate_thread_errors(), _metrics(progress, options.metrics_port):
             manifest = pack(options.packing, progress)
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)

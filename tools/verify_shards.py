@@ -27,7 +27,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
-from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
+from pipeline.packing.workers import WorkersError, exit_on_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.options import within
@@ -230,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    end_at_sigterm()
+    exit_on_sigterm()
     try:
         if options.repair_index:
             written = repair(options.data, options.workers)

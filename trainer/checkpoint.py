@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.files import atomic_write, read_file, read_fully, sync, sync_folder
-from pipeline.retry import patiently, say_on_stderr
+from pipeline.retry import print_to_stderr, with_retries
 from trainer.run import RunError
 
 _LAST_LINE = b"\nsha256 %s\n"
@@ -166,7 +166,7 @@ def saved(folder: Path, kind: str = "*") -> list[Path]:
     kind: `step`, `best`, or `*` for both. Raises OSError if the folder cannot be listed.
     """
     try:
-        paths = set(patiently(lambda: list(folder.iterdir()), say_on_stderr))  # may list a file twice
+        paths = set(with_retries(lambda: list(folder.iterdir()), print_to_stderr))  # may list a file twice
     except FileNotFoundError:
         return []
     named = {path: match for path in paths if (match := _NAME.fullmatch(path.name))}
@@ -189,7 +189,7 @@ def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str,
     paths = saved(folder, kind)
     for path in paths:
         try:
-            return patiently(partial(_loaded, path, device), say_on_stderr), skipped
+            return with_retries(partial(_loaded, path, device), print_to_stderr), skipped
         except (DamagedError, pickle.UnpicklingError) as error:
             skipped.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
         except OSError as error:

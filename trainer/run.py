@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import atomic_write, held_open, sync_folder
 from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
 from trainer.settings import Resolved, Settings, SettingsError
@@ -80,7 +80,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(self.folder)
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it meanwhile
-            NetSpec.of(manifest, settings.crop).write(self.folder)
+            NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
             _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
         return lock
 
@@ -215,7 +215,7 @@ class Run:
         try:
             with suppress(FileNotFoundError):
                 return NetSpec.read(self.folder)
-            return NetSpec.of(read_manifest(settings.data), settings.crop)
+            return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
         except SpecError as error:
             raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
         except DatasetError as error:
@@ -307,7 +307,7 @@ def _git_commit() -> str:
 def _read_json(path: Path, remedy: str) -> Any:
     """Return the content, or None if there is no such file. Raises OSError, or RunError if it is damaged."""
     try:
-        return json.loads(read_patiently(path))
+        return json.loads(read_with_retries(path))
     except FileNotFoundError:
         return None
     except ValueError as error:

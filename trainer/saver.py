@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pipeline.files import naming
-from pipeline.retry import patiently
+from pipeline.files import path_in_errors
+from pipeline.retry import with_retries
 from trainer import checkpoint
 from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
@@ -148,7 +148,7 @@ class Saver:
         self._wait()
         if isinstance(self._failure, RunError):
             started = time.monotonic()
-            self._attempt(lambda: patiently(lambda: self._write_unsaved(started), self.warn))
+            self._attempt(lambda: with_retries(lambda: self._write_unsaved(started), self.warn))
         self._report_undeleted()
         failure, self._failure = self._failure, None
         if isinstance(failure, RunError):
@@ -207,7 +207,7 @@ class Saver:
         while self._unsaved:
             state, best = self._unsaved[0]
             folder, step = self.run.checkpoints, state["step"]
-            with naming(checkpoint.path_of(folder, step)):
+            with path_in_errors(checkpoint.path_of(folder, step)):
                 size, undeleted = checkpoint.write(folder, step, state, self.keep, best)
             self._undeleted += undeleted
             del self._unsaved[0]

@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write, naming, sync
-from pipeline.retry import read_patiently
+from pipeline.files import atomic_write, path_in_errors, sync
+from pipeline.retry import read_with_retries
 
 
 class Table:
@@ -36,12 +36,12 @@ class Table:
         with self._lock:
             if self._waiting:
                 self._write()
-            with suppress(FileNotFoundError), naming(self.path), open(self.path, "r+b") as file:
+            with suppress(FileNotFoundError), path_in_errors(self.path), open(self.path, "r+b") as file:
                 sync(file.fileno(), self.path)
 
     def _write(self) -> None:
         """Write all waiting rows or none of them. Raises OSError, which names the file."""
-        with naming(self.path):
+        with path_in_errors(self.path):
             self._take_back()
             try:
                 with open(self.path, "ab") as file:
@@ -63,7 +63,7 @@ class Table:
     def rows(self) -> list[dict[str, float]]:
         """Return all rows. Raises OSError, which names the file."""
         try:
-            text = read_patiently(self.path).decode()
+            text = read_with_retries(self.path).decode()
         except FileNotFoundError:
             return []
         lines = io.StringIO(text, newline="")
@@ -72,7 +72,7 @@ class Table:
     def truncate(self, step: int) -> None:
         """Drop the rows after a step, since that work is done again. Raises OSError, which names the file."""
         try:
-            text = read_patiently(self.path).decode()
+            text = read_with_retries(self.path).decode()
         except FileNotFoundError:
             return
         if not text:

@@ -193,7 +193,7 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out,
+            on_damage=self._leave_out,
         )
 
     @cached_property
@@ -206,8 +206,8 @@ class Trainer:
             self.decoding,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out,
-            kept=True,
+            on_damage=self._leave_out,
+            persistent=True,
         )
 
     def _leave_out(self, damage: Damage) -> None:

@@ -17,7 +17,7 @@ from pipeline.checked import Damage
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 from trainer.monitor.ceilings import loader_work, rate
 from trainer.processes.distributed import World
 from trainer.run import environment
@@ -71,7 +71,7 @@ def fastest(
 def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
     """Measure the images/s of this process's loader over the first steps of the run."""
     batches = train_loader(
-        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, leave_out=_ignore
+        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, on_damage=_ignore
     )
     work = loader_work(batches)
     for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared before
@@ -120,7 +120,7 @@ def remembered(
 def _known(path: Path) -> dict[str, Any]:
     """Return earlier results. Raises OSError if they cannot be read."""
     try:
-        known = json.loads(read_patiently(path))
+        known = json.loads(read_with_retries(path))
     except (FileNotFoundError, ValueError):
         return {}  # there is no file yet, or it was cut short, and can be measured again
     return known if isinstance(known, dict) else {}

@@ -87,7 +87,7 @@ def pack(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _here(count: int) -> Iterator:
-    from pipeline.packing.executors import Crew
+    from pipeline.packing.executors import Executor
     from pipeline.packing.shard import pack_shard
 
     def submit(task):
@@ -98,7 +98,7 @@ def _here(count: int) -> Iterator:
             done.set_exception(error)
         return done
 
-    yield Crew(submit, lambda: count)
+    yield Executor(submit, lambda: count)
 
 
 class Packing:

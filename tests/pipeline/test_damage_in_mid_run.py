@@ -120,9 +120,9 @@ def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
 ):
     harm, reason, what = HARMS[name]
     damages: list[Damage] = []
-    ours = train(dataset, harm, leave_out=damages.append)
+    ours = train(dataset, harm, on_damage=damages.append)
     reader = dataset.reader("train")
-    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.location, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {(reason, what)}
 
     step_batch = Plan.step_batch
@@ -142,12 +142,12 @@ def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
 
 def test_what_the_decoder_alone_refuses_is_found_by_the_decoder(dataset):
     damages: list[Damage] = []
-    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, leave_out=damages.append)
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, on_damage=damages.append)
     batches = list(islice(loader, 5))  # an epoch, after which all have been read once and looked sound
     put_junk_in_the_header(path_of(dataset))
     assert sum(len(labels) for _, labels in [*batches, *loader]) == STEPS * 12
     reader = dataset.reader("train")
-    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.location, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {("undecodable", "cannot be decoded")}
     Image.open(io.BytesIO(reader.jpeg(LOST.start))).load()  # Pillow does not refuse it
 
@@ -181,12 +181,12 @@ def test_reads_that_bring_little_at_a_time_bring_it_all(packed, monkeypatch):
 def test_beyond_the_budget_the_loader_ends_after_the_batches_before(dataset):
     left_out: list[Damage] = []
 
-    def leave_out(damage: Damage) -> None:
+    def on_damage(damage: Damage) -> None:
         left_out.append(damage)
         if len(left_out) > 5:
             raise DatasetError(f"enough: {damage}")
 
-    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, leave_out=leave_out)
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, on_damage=on_damage)
     batches = list(islice(loader, HARMED_AFTER))
     os.truncate(path_of(dataset), 0)
     with pytest.raises(DatasetError, match=f"enough: the sample in {path_of(dataset)} at byte"):
@@ -197,7 +197,7 @@ def test_beyond_the_budget_the_loader_ends_after_the_batches_before(dataset):
 
 def test_a_damaged_sample_is_missing_from_an_evaluation(dataset):
     damages: list[Damage] = []
-    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append)
+    loader = evaluation_loader(dataset, "train", 12, DECODING, on_damage=damages.append)
     fail_with_eio(path_of(dataset))
     labels = torch.cat([labels for _, labels in loader])
     assert labels.tolist() == np.delete(dataset.reader("train").rows["label"], LOST).tolist()
@@ -206,7 +206,7 @@ def test_a_damaged_sample_is_missing_from_an_evaluation(dataset):
 
 def test_what_is_whole_again_is_in_the_next_evaluation(dataset):
     damages: list[Damage] = []
-    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append, kept=True)
+    loader = evaluation_loader(dataset, "train", 12, DECODING, on_damage=damages.append, persistent=True)
     seen = []
     for _ in range(3):
         claim_another_size(path_of(dataset))  # and back

@@ -65,7 +65,7 @@ def test_a_kept_evaluation_gives_the_same_by_one_pipeline(dataset, validation, m
         return built[-1]
 
     monkeypatch.setattr("pipeline.loader.evaluation_pipeline", build)
-    loader = evaluation_loader(dataset, "val", 8, DECODING, kept=True)
+    loader = evaluation_loader(dataset, "val", 8, DECODING, persistent=True)
     for _ in range(3):
         pixels, labels = map(torch.cat, zip(*loader, strict=True))
         np.testing.assert_array_equal(labels, validation[1])
@@ -73,9 +73,9 @@ def test_a_kept_evaluation_gives_the_same_by_one_pipeline(dataset, validation, m
     assert len(built) == 1
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_an_evaluation_that_was_given_up_begins_again(dataset, validation, kept):
-    loader = evaluation_loader(dataset, "val", 3, DECODING, kept=kept)
+@pytest.mark.parametrize("persistent", [False, True])
+def test_an_evaluation_that_was_given_up_begins_again(dataset, validation, persistent):
+    loader = evaluation_loader(dataset, "val", 3, DECODING, persistent=persistent)
     for taken in (1, 5, 7, 0):
         list(islice(loader, taken))
     pixels, labels = map(torch.cat, zip(*loader, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_write, held_open, naming, read_file, sync, sync_folder
+from pipeline.files import atomic_write, held_open, path_in_errors, read_file, sync, sync_folder
 
 NICETIES = [
     "EINVAL",
@@ -95,9 +95,9 @@ def test_a_file_opened_for_reading_need_not_be_synced(tmp_path, monkeypatch):
 
 
 def test_a_name_is_given_only_to_what_has_none(tmp_path):
-    with pytest.raises(OSError, match="other"), naming(tmp_path / "a"):
+    with pytest.raises(OSError, match="other"), path_in_errors(tmp_path / "a"):
         raise OSError(errno.EIO, "bad", "other")
-    with pytest.raises(OSError, match=r"^in words$"), naming(tmp_path / "a"):
+    with pytest.raises(OSError, match=r"^in words$"), path_in_errors(tmp_path / "a"):
         raise OSError("in words")
 
 

@@ -245,7 +245,7 @@ def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
     decoding = Decoding(crop=CROP, prefetch=prefetch)
     left_out: list[list[Damage]] = [[] for _ in range(world)]
     ours = [
-        train(broken, range(8), decoding, rank=rank, world=world, leave_out=left_out[rank].append)
+        train(broken, range(8), decoding, rank=rank, world=world, on_damage=left_out[rank].append)
         for rank in range(world)
     ]
     step_batch = Plan.step_batch
@@ -269,7 +269,7 @@ def test_a_sample_that_is_left_out_is_missing_from_an_evaluation(dataset, damage
     left_out: list[Damage] = []
     ours = [
         (pixels.clone(), labels.clone())
-        for pixels, labels in evaluation_loader(broken, "train", batch, DECODING, leave_out=left_out.append)
+        for pixels, labels in evaluation_loader(broken, "train", batch, DECODING, on_damage=left_out.append)
     ]
     whole = [
         (pixels.clone(), labels.clone())
@@ -294,7 +294,7 @@ def test_a_dataset_of_which_nothing_can_be_decoded_is_an_error(packed, tmp_path)
     manifest["splits"]["val"]["shards"][0]["head_sha256"] = sha256(head).hexdigest()
     (root / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(DatasetError, match="does not begin like a JPEG"):
-        list(evaluation_loader(Dataset(root), "val", 4, DECODING, leave_out=lambda damage: None))
+        list(evaluation_loader(Dataset(root), "val", 4, DECODING, on_damage=lambda damage: None))
 
 
 def test_too_large_a_crop_is_refused_at_once(dataset):
@@ -326,8 +326,8 @@ def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypat
     """Each the first time it comes, or each time if the dataset does not stay in memory."""
     fetched: list[int] = []
     monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 20)
-    monkeypatch.setattr(ShardReader, "stays_in_memory", stays)
-    monkeypatch.setattr(ShardReader, "will_need", lambda self, numbers: fetched.extend(numbers.tolist()))
+    monkeypatch.setattr(ShardReader, "fits_in_page_cache", stays)
+    monkeypatch.setattr(ShardReader, "prefetch", lambda self, numbers: fetched.extend(numbers.tolist()))
     plan = plan_of(dataset, batch)
     used = 0
     for _, labels in train_loader(dataset, plan, range(120 // batch), DECODING):

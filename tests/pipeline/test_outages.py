@@ -51,9 +51,9 @@ def storage(monkeypatch) -> Storage:
     return Storage(monkeypatch)
 
 
-def batches(dataset: Dataset, leave_out: Callable[[Damage], None]) -> list[Batch]:
+def batches(dataset: Dataset, on_damage: Callable[[Damage], None]) -> list[Batch]:
     plan = Plan(seed=7, batch=12, shard_samples=(20, 20, 20))
-    loader = train_loader(dataset, plan, range(10), Decoding(crop=64), leave_out=leave_out)
+    loader = train_loader(dataset, plan, range(10), Decoding(crop=64), on_damage=on_damage)
     return [(pixels.clone(), labels.clone()) for pixels, labels in loader]
 
 

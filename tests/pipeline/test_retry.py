@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pipeline.retry import PAUSES, is_outage, patiently
+from pipeline.retry import PAUSES, is_outage, with_retries
 
 FILE = [
     "ENOENT",
@@ -84,7 +84,7 @@ def test_errors_of_urls_have_no_number():
 @pytest.mark.parametrize("name", OUTAGES)
 def test_what_passes_is_waited_for_and_said_once(monkeypatch, name):
     storage = Storage(monkeypatch, failure(name), failures=3)
-    assert patiently(storage.read, storage.said.append) == b"content"
+    assert with_retries(storage.read, storage.said.append) == b"content"
     assert storage.slept == list(PAUSES[:3])
     (line,) = storage.said
     assert line.startswith(f"/mnt/file: {os.strerror(getattr(errno, name))}: retrying for")
@@ -93,14 +93,14 @@ def test_what_passes_is_waited_for_and_said_once(monkeypatch, name):
 def test_what_stays_is_raised_after_all_pauses(monkeypatch):
     storage = Storage(monkeypatch, failure("ESTALE"), failures=100)
     with pytest.raises(OSError, match="/mnt/file"):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert storage.slept == list(PAUSES)
 
 
 def test_an_input_error_is_given_less_time(monkeypatch):
     storage = Storage(monkeypatch, failure("EIO"), failures=100)
     with pytest.raises(OSError, match="/mnt/file"):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert storage.attempts == 3
     assert sum(storage.slept) < 1
 
@@ -112,5 +112,5 @@ def test_an_input_error_is_given_less_time(monkeypatch):
 def test_what_does_not_pass_is_raised_at_once(monkeypatch, error):
     storage = Storage(monkeypatch, error, failures=100)
     with pytest.raises(type(error)):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert (storage.attempts, storage.slept, storage.said) == (1, [], [])

@@ -75,7 +75,7 @@ def test_samples_come_back_as_they_were_written(tmp_path):
         assert jpeg.tobytes() == sample.jpeg
         assert (row["label"], row["width"], row["height"]) == (sample.label, sample.width, sample.height)
         path = tmp_path / f"train-{shard:06d}.tar"
-        assert reader.name(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
+        assert reader.location(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
         assert reader.key(number) == sample.key
 
 
@@ -296,7 +296,7 @@ def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
     if not forgotten:
         pytest.skip("this file system keeps what it is told to forget")
 
-    reader.will_need(np.array(forgotten[-1:]))
+    reader.prefetch(np.array(forgotten[-1:]))
     wait_until(lambda: in_memory(forgotten[-1]))
 
 
@@ -304,4 +304,4 @@ def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
 def test_a_split_larger_than_half_of_the_memory_does_not_stay(memory, stays, tmp_path, monkeypatch):
     reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12)), "train")  # 100 kB
     monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: memory)
-    assert reader.stays_in_memory == stays
+    assert reader.fits_in_page_cache == stays

@@ -129,7 +129,7 @@ def test_pictures_of_any_shape_are_cropped_as_in_the_evaluation(geometry, crops,
     arguments = ["--input", str(oblong), "--out", str(tmp_path), "--geometry", geometry]
     pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]).packing)
     dataset = Dataset(tmp_path)
-    spec, reader = NetSpec.of(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
+    spec, reader = NetSpec.from_manifest(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
     [(pixels, _)] = evaluation_loader(dataset, "val", 10, Decoding(crop=67), crops=crops)
     for number, expected in enumerate(pixels.unflatten(0, (-1, 1)) if crops == 1 else pixels):
         with Image.open(BytesIO(reader.jpeg(number).tobytes())) as image:

@@ -107,7 +107,7 @@ def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
     run = Run(tmp_path / "run")
     run.begin(settings, manifest).close()
     net = run.net(settings)
-    assert net == NetSpec.of(manifest, 64)
+    assert net == NetSpec.from_manifest(manifest, 64)
     assert (net.classes, net.mean, net.size) == (manifest.classes, manifest.pixels.mean, 80)
     path = tmp_path / "run" / NET_NAME
     path.write_text("{}")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.packing.images import FORMATS, RejectedError, fit, read_image
-from pipeline.retry import is_outage, read_patiently
+from pipeline.packing.images import FORMATS, RejectedError, read_image, resize_and_crop
+from pipeline.retry import is_outage, read_with_retries
 from pipeline.spec import NetSpec
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -79,7 +79,7 @@ def read(path: Path) -> Image.Image:
     Raises InputError for a broken picture, and OSError if the storage is unavailable.
     """
     try:
-        return read_image(read_patiently(path))
+        return read_image(read_with_retries(path))
     except OSError as error:
         if is_outage(error):
             raise
@@ -96,7 +96,8 @@ def views(image: Image.Image, spec: NetSpec, crops: int) -> np.ndarray:
 
     One crop is the centre; ten are the corners and the centre with their mirror images.
     """
-    pixels = np.asarray(fit(image, spec.geometry, spec.size), np.float32) - np.array(spec.mean, np.float32)
+    resized = resize_and_crop(image, spec.geometry, spec.size)
+    pixels = np.asarray(resized, np.float32) - np.array(spec.mean, np.float32)
     cut = [_cut(pixels, x, y, spec.crop) for x, y in (FIVE if crops == 10 else CENTRE)]
     if crops == 10:
         cut += [view[:, ::-1] for view in cut]

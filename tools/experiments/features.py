@@ -78,7 +78,7 @@ def _grey(reader: ShardReader, number: int, side: int) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise DatasetError(f"the sample in {reader.name(number)} cannot be decoded: copy the shard again")
+        raise DatasetError(f"the sample in {reader.location(number)} cannot be decoded: copy the shard again")
     height, width = image.shape
     if min(height, width) != side:
         ratio = side / min(height, width)
@@ -194,7 +194,7 @@ def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stor
     """Write a chunk's files; return its number of pictures."""
     encoders = [load_encoder(store) for store in stores]
     features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
-    _reader(pictures.data, split).will_need(chunk)
+    _reader(pictures.data, split).prefetch(chunk)
     with threadpool_limits(1):
         for place, sample in enumerate(chunk):
             descriptors, places = pictures.descriptors(split, sample)

@@ -57,7 +57,7 @@ def thumbnail(reader: ShardReader, number: int) -> Image.Image:
             image = opened.convert("RGB")
     except (OSError, SyntaxError):
         raise DatasetError(
-            f"the sample in {reader.name(number)} cannot be decoded: copy the shard again"
+            f"the sample in {reader.location(number)} cannot be decoded: copy the shard again"
         ) from None
     image.thumbnail((SIDE, SIDE))
     return image

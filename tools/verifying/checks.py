@@ -19,11 +19,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.files import naming, read_fully
+from pipeline.files import path_in_errors, read_fully
 from pipeline.manifest import HEAD_BYTES
-from pipeline.packing.storage import is_there, read
-from pipeline.packing.workers import say
-from pipeline.retry import is_outage, patiently
+from pipeline.packing.storage import is_accessible, read
+from pipeline.packing.workers import warn
+from pipeline.retry import is_outage, with_retries
 from pipeline.shards import INDEX_DTYPE, SampleLocation, dali_index
 from tools.verifying.findings import Found, ShardCheck
 
@@ -65,7 +65,7 @@ def check_shard(task: ShardCheck) -> Found:
 
 
 def _add_unreadable(found: Found, task: ShardCheck, file: str, error: OSError) -> None:
-    if is_outage(error) or not is_there(str(task.root)):
+    if is_outage(error) or not is_accessible(str(task.root)):
         raise error
     missing = isinstance(error, FileNotFoundError)
     found.add(file, "is missing" if missing else f"cannot be read: {error.strerror}")
@@ -87,7 +87,7 @@ def _check_tar(task: ShardCheck) -> tuple[Found, list[SampleLocation], bool]:
         return _read_tar(task, found)
 
     try:
-        locations, same = patiently(read_tar, say)
+        locations, same = with_retries(read_tar, warn)
     except OSError as error:
         _add_unreadable(found, task, task.shard.file, error)
         return found, [], False
@@ -97,7 +97,7 @@ def _check_tar(task: ShardCheck) -> tuple[Found, list[SampleLocation], bool]:
 def _read_tar(task: ShardCheck, found: Found) -> tuple[list[SampleLocation], bool]:
     shard, samples = task.shard, _Samples(task, found)
     path = task.root / shard.file
-    with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
+    with path_in_errors(path), open(path, "rb") as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about metadata in images
         size = os.fstat(opened.fileno()).st_size
         head = sha256(read_fully(opened, HEAD_BYTES)).hexdigest()

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")  # writes files only, as there may be no display
 import matplotlib.pyplot as plt
 
-from pipeline.files import atomic_write, naming
+from pipeline.files import atomic_write, path_in_errors
 from pipeline.manifest import Manifest
 from trainer.run import REPORT, Run, RunError
 
@@ -55,7 +55,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
     axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with naming(path):
+    with path_in_errors(path):
         figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -100,7 +100,7 @@ def test_a_link_in_a_tar_is_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "1.jpg", arcname="1.jpg")
         tar.add(tmp_path / "2.jpg", arcname="2.jpg")
-    with pytest.raises(SourceError, match=r"a\.tar stores 2\.jpg as a link"):
+    with pytest.raises(SourceError, match=r"a\.tar stores 2\.jpg at byte \d+ as a link"):
         found(tmp_path / "a.tar")
 
 

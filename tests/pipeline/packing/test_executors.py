@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from pipeline.packing import executors, workers
-from pipeline.packing.executors import Counts, Crew, run_tasks
+from pipeline.packing.executors import Counts, Executor, run_tasks
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
 from pipeline.packing.shard_results import SUFFIX, ShardResult
 from pipeline.packing.statistics import PixelSums
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 from pipeline.shards import INDEX_DTYPE
 from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
 from tests.helpers import DEADLINE_SECONDS, wait_until
@@ -31,7 +31,7 @@ SHARDS = 20
 
 
 def records(output: Path) -> int:
-    return len(list((output / UNFINISHED).glob(f"*{SUFFIX}")))
+    return len(list((output / STATE_FOLDER).glob(f"*{SUFFIX}")))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def result_of(number: int) -> ShardResult:
     return ShardResult(None, np.zeros(number, INDEX_DTYPE), PixelSums(), [("a", "rejected", "empty")])
 
 
-def crew_of(pool: ThreadPoolExecutor, work) -> Crew:
-    return Crew(lambda task: pool.submit(work, task), lambda: 2)
+def executor_of(pool: ThreadPoolExecutor, work) -> Executor:
+    return Executor(lambda task: pool.submit(work, task), lambda: 2)
 
 
 def test_results_come_in_the_order_of_the_tasks_however_they_end():
@@ -76,8 +76,8 @@ def test_results_come_in_the_order_of_the_tasks_however_they_end():
 
     shown = []
     with ThreadPoolExecutor(2) as pool:
-        crew = crew_of(pool, work)
-        results = run_tasks(range(10), crew, lambda counts: shown.append(counts.images))
+        executor = executor_of(pool, work)
+        results = run_tasks(range(10), executor, lambda counts: shown.append(counts.images))
     assert [len(result.rows) for result in results] == list(range(10))
     assert shown == sorted(shown)
     assert shown[-1] == sum(range(10)) + 10  # the rejected ones, too
@@ -96,7 +96,7 @@ def test_no_more_tasks_are_handed_out_than_keep_all_busy():
                     future.set_result(result_of(1))
         return held[-1]
 
-    assert len(run_tasks(range(10), Crew(submit, lambda: 2), lambda counts: None)) == 10
+    assert len(run_tasks(range(10), Executor(submit, lambda: 2), lambda counts: None)) == 10
     assert most == 4
 
 
@@ -110,12 +110,12 @@ def test_an_error_ends_the_run_before_further_tasks_begin():
         return result_of(number)
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(OSError, match="No space left"):
-        run_tasks(range(100), crew_of(pool, work), lambda counts: None)
+        run_tasks(range(100), executor_of(pool, work), lambda counts: None)
     assert len(begun) <= 5  # four are handed out at first, and another when the first is done
 
 
 def test_nothing_to_do_is_done():
-    assert run_tasks([], Crew(lambda task: 1 / 0, lambda: 2), lambda counts: None) == []
+    assert run_tasks([], Executor(lambda task: 1 / 0, lambda: 2), lambda counts: None) == []
 
 
 # By processes.
@@ -165,8 +165,8 @@ def test_how_a_worker_ended_is_said():
         def __init__(self, exitcode: int | None):
             self.exitcode = exitcode
 
-    assert "SIGSEGV" in workers._end([Process(-15), Process(-11), Process(0)])
-    assert "exit code 3" in workers._end([Process(-15), Process(3), Process(None)])
+    assert "SIGSEGV" in workers._describe_death([Process(-15), Process(-11), Process(0)])
+    assert "exit code 3" in workers._describe_death([Process(-15), Process(3), Process(None)])
 
 
 def test_ctrl_c_ends_the_command_and_its_workers_without_a_traceback(packing, pictures, tmp_path):

@@ -15,7 +15,7 @@ from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.packing import pack as pack_module
 from pipeline.packing import resume
 from pipeline.packing.progress import Progress
-from pipeline.packing.shard import DECODED
+from pipeline.packing.shard import DECODE_EVERY
 from pipeline.packing.sources.find import SourceError
 from tests.trees import pack_here
 from tools import inspect_shards
@@ -164,7 +164,7 @@ def test_where_headers_are_believed_the_same_is_indexed_but_for_what_only_decodi
     manifest = read_manifest(indexed)
     assert manifest.rejected == whole.rejected
     np.testing.assert_array_equal(np.load(indexed / "train.index.npy"), rows)
-    assert len(rows) < DECODED * 4  # of each of four tars only the first was decoded
+    assert len(rows) < DECODE_EVERY * 4  # of each of four tars only the first was decoded
     assert manifest.pixels != whole.pixels
     assert manifest.packed["check"] == "headers"
 

@@ -94,7 +94,7 @@ ERRORS = {
         {"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"},
         "lacks labels for 2 images.* x_2.JPEG",
     ),
-    "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes lines of"),
+    "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes two forms of lines"),
     "not text": ({"val.txt": b"\xff\n"}, "val.txt is not UTF-8 text"),
     "other columns": (
         {"LOC_val_solution.csv": "a,b\n1,2\n"},

@@ -15,7 +15,7 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
 from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 from tests.events import HOLD, at_picture, events
 from tests.helpers import REPO, wait_until
 from tests.trees import contents, pack_here
@@ -63,12 +63,12 @@ def unfinished(source, tmp_path, monkeypatch) -> Path:
         patch.setattr("pipeline.packing.pack.write_dataset", stop)
         with pytest.raises(KeyboardInterrupt):
             run(source, output)
-    assert len(list((output / UNFINISHED).glob(f"*{SUFFIX}"))) == SHARDS
+    assert len(list((output / STATE_FOLDER).glob(f"*{SUFFIX}"))) == SHARDS
     return output
 
 
 def record(output: Path, name: str) -> Path:
-    return output / UNFINISHED / f"{name}{SUFFIX}"
+    return output / STATE_FOLDER / f"{name}{SUFFIX}"
 
 
 def test_what_is_whole_is_not_packed_again(source, whole, unfinished):
@@ -102,8 +102,8 @@ def test_what_is_not_whole_is_packed_again(source, whole, unfinished, damage):
 
 
 def test_what_a_killed_worker_was_writing_is_removed(source, whole, unfinished):
-    (unfinished / UNFINISHED / "tmpabc").mkdir()
-    (unfinished / UNFINISHED / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
+    (unfinished / STATE_FOLDER / "tmpabc").mkdir()
+    (unfinished / STATE_FOLDER / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
     run(source, unfinished)
     assert contents(unfinished) == whole
 
@@ -127,7 +127,7 @@ def test_another_plan_is_refused_by_what_differs(source, unfinished, name, argum
     manifest = read_manifest(unfinished)
     shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
     assert {path.name for path in unfinished.glob("*.tar")} == shards
-    assert not (unfinished / UNFINISHED).exists()
+    assert not (unfinished / STATE_FOLDER).exists()
 
 
 def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_more_workers_may_continue(source, whole, unfinished):
 def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path, monkeypatch):
     """Killed in `end`: some records may be gone, the plan goes last."""
     with monkeypatch.context() as patch:
-        patch.setattr(resume, "end", lambda output: None)
+        patch.setattr(resume, "clean_up", lambda output: None)
         run(source, tmp_path)
     record(tmp_path, "train-000001.tar").unlink()
     assert run(source, tmp_path).counts.images == 0
@@ -193,11 +193,11 @@ def test_a_refused_run_leaves_a_dataset_as_it_was(source, whole, tmp_path):
     with pytest.raises(SourceError, match="already contains a dataset"):
         run(source, tmp_path)
     assert contents(tmp_path) == whole
-    assert not (tmp_path / UNFINISHED).exists()
+    assert not (tmp_path / STATE_FOLDER).exists()
 
 
 def test_the_plan_is_readable(unfinished, source):
-    plan = json.loads((unfinished / UNFINISHED / "plan.json").read_text())
+    plan = json.loads((unfinished / STATE_FOLDER / "plan.json").read_text())
     assert (plan["--seed"], plan["--size"], plan["--input"]) == (0, 32, str(source))
 
 

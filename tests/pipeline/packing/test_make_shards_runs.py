@@ -17,7 +17,7 @@ from pipeline.packing import executors
 from pipeline.packing.finish import write_report
 from pipeline.packing.shard import PackingError
 from pipeline.packing.sources.find import Sources
-from pipeline.packing.storage import UNFINISHED, Folder
+from pipeline.packing.storage import STATE_FOLDER, Folder
 from tests.trees import ODD, contents, threads
 from tools import make_shards as module
 from tools.draw_pictures import draw
@@ -154,7 +154,7 @@ def test_an_error_while_packing_is_one_line_and_leaves_no_manifest(
         assert (run.returncode, run.stderr) == (130, "")  # 128 + SIGINT, as shells have it
     else:
         assert_one_line(run, words)
-    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED]
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FOLDER]
 
 
 def test_a_split_without_a_single_usable_file_is_an_error(pack, tmp_path):
@@ -167,7 +167,7 @@ def test_a_split_without_a_single_usable_file_is_an_error(pack, tmp_path):
 
 
 def test_any_file_name_is_one_row_of_the_report(tmp_path):
-    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / STATE_FOLDER).mkdir()
     write_report(Folder(tmp_path), Sources([], {}, ["two\nlines", "a\ttab"]), [])
     rows = (tmp_path / "report.tsv").read_text().splitlines()
     assert [row.count("\t") for row in rows] == [2, 2, 2]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.jpeg import size_offset
 from pipeline.packing import images
-from pipeline.packing.images import Packed, RejectedError, check_image, pack_image
+from pipeline.packing.images import PackedImage, RejectedError, check_image, pack_image
 from tests.trees import ODD
 
 ROWS = list(csv.DictReader((ODD / "MANIFEST.tsv").open(), delimiter="\t")) if ODD.is_dir() else []
@@ -44,7 +44,7 @@ def noise(width: int = 64, height: int = 48) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | str:
+def outcome(content: bytes, geometry: str = "256", size: int = 32) -> PackedImage | str:
     """What comes out: a sound picture, or the reason, one of the documented."""
     reason, packed = None, None
     try:
@@ -67,7 +67,7 @@ def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | s
     return packed
 
 
-def assert_the_loader_takes(packed: Packed) -> None:
+def assert_the_loader_takes(packed: PackedImage) -> None:
     """It compares the size in the header with the index each time."""
     place = size_offset(packed.jpeg)
     assert place is not None
@@ -85,8 +85,8 @@ def test_odd_files_do_what_their_manifest_says(row, geometry):
     elif row["file"] == "strip_1000x1.jpg":  # the one whose text allows a documented rule against it
         assert result == "too elongated"
     elif row["expected"].startswith("valid"):
-        assert isinstance(result, Packed)
-    if isinstance(result, Packed) and result.jpeg == content:
+        assert isinstance(result, PackedImage)
+    if isinstance(result, PackedImage) and result.jpeg == content:
         assert geometry == "original"
         assert not result.repairs
 
@@ -166,7 +166,7 @@ def test_no_exception_of_a_plugin_gets_out():
     assert outcome(b"P6 sixty 48 255 ") == "not an image"  # ValueError in opening
     assert outcome(b"P3 2 2 255 1 2 3 four 5 6") == "corrupt"  # ValueError in decoding
     exif = b"Exif\0\0neither of the byte orders"  # SyntaxError in reading the orientation
-    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif, dpi=(72, 72))), Packed)
+    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif, dpi=(72, 72))), PackedImage)
 
 
 def test_a_marker_without_a_length_leads_no_walk_past_the_end():
@@ -174,7 +174,7 @@ def test_a_marker_without_a_length_leads_no_walk_past_the_end():
     restart = plain[:2] + b"\xff\xd0" + plain[2:]  # two bytes and no length; 0xffe0 follows
     hostile = restart.ljust(4 + 0xFFE0, b"\0") + b"\xff"  # what that would lead to, as a length
     result = outcome(hostile, "original")
-    assert isinstance(result, Packed)
+    assert isinstance(result, PackedImage)
     assert strictly_baseline(result.jpeg)
 
 
@@ -189,7 +189,7 @@ def test_jpegs_cut_in_the_picture_are_rejected(progressive, part):
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_cut_in_half_are_rejected(kind):
     content = encode(noise(), kind)
-    assert isinstance(outcome(content), Packed)
+    assert isinstance(outcome(content), PackedImage)
     assert outcome(content[: len(content) // 2]) in REJECTED
 
 
@@ -266,4 +266,4 @@ def test_damaged_files_are_packed_or_rejected_and_nothing_else(content, edits):
         patch.setattr(images, "MAX_PIXELS", 10**6)  # so that broken lengths do not cost memory here
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
         for geometry in ("original", "256"):
-            assert isinstance(outcome(content, geometry, 16), Packed | str)  # or it fails
+            assert isinstance(outcome(content, geometry, 16), PackedImage | str)  # or it fails

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import MANIFEST_NAME
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 from tests.events import KILL_ALL, at_event, events
 from tests.trees import contents
 
@@ -39,7 +39,8 @@ def ends(done: subprocess.CompletedProcess) -> bool:
 
 def finished_files(output: Path) -> dict[str, bytes]:
     """Those under final names."""
-    return {name: content for name, content in contents(output).items() if Path(name).parts[0] != UNFINISHED}
+    files = contents(output).items()
+    return {name: content for name, content in files if Path(name).parts[0] != STATE_FOLDER}
 
 
 def finished_shards(log: list[str], output: Path) -> list[int]:
@@ -81,6 +82,6 @@ def test_killed_runs_end_with_the_bytes_of_one_that_was_not(make_shards, picture
         else:
             assert packing(output, {})
         assert finished_files(output) == whole
-        assert not (output / UNFINISHED).exists()
+        assert not (output / STATE_FOLDER).exists()
     print(f"{kills} kills in {runs} runs, {amid} of them with some shards done")
     assert amid  # at the least those halfway

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.manifest import MANIFEST_NAME
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
 
 AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -35,7 +35,7 @@ def test_packing_ends_at_once_and_the_same_command_continues(pictures, tmp_path,
     process = subprocess.Popen(
         AS_FIRST * is_first + command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_until(lambda: list((tmp_path / "out" / UNFINISHED).glob("*.result.json")), process)
+    wait_until(lambda: list((tmp_path / "out" / STATE_FOLDER).glob("*.result.json")), process)
     packer = children(process.pid)[0] if is_first else process.pid
     workers = children(packer)
     subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(packer)], check=True)

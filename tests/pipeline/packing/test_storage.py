@@ -10,7 +10,7 @@ import pytest
 from pipeline.packing import storage
 from pipeline.packing.shard import READ_AHEAD, _contents
 from pipeline.packing.sources.find import SourceImage
-from pipeline.packing.storage import UNFINISHED, Folder, StorageError
+from pipeline.packing.storage import STATE_FOLDER, Folder, StorageError
 from tests.events import KILL_ALL, at_picture
 from tests.trees import pack_here
 from tools.make_shards import main
@@ -21,7 +21,7 @@ SETTINGS = ("--size", "32", "--shard-samples", "10")
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def folder(request, tmp_path) -> Folder:
     if request.param == "local":
-        (tmp_path / "folder" / UNFINISHED).mkdir(parents=True)
+        (tmp_path / "folder" / STATE_FOLDER).mkdir(parents=True)
         return Folder(tmp_path / "folder")
     return Folder(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
 
@@ -54,7 +54,7 @@ def test_nothing_comes_after_an_error(folder):
     with pytest.raises(OSError, match="full disk"):
         write()
     assert folder.sizes() == {}
-    assert folder.sizes(UNFINISHED) == {}
+    assert folder.sizes(STATE_FOLDER) == {}
 
 
 def test_two_writers_of_one_file_do_not_meet(folder):
@@ -65,13 +65,13 @@ def test_two_writers_of_one_file_do_not_meet(folder):
 
 
 def test_folders_below_and_removal(folder):
-    put(folder, "plan", b"1", UNFINISHED)
+    put(folder, "plan", b"1", STATE_FOLDER)
     put(folder, "a", b"1")
     assert folder.sizes() == {"a": 1}
-    assert folder.sizes(UNFINISHED) == {"plan": 1}
-    folder.remove([f"{UNFINISHED}/plan"])
+    assert folder.sizes(STATE_FOLDER) == {"plan": 1}
+    folder.remove([f"{STATE_FOLDER}/plan"])
     folder.remove([])
-    assert folder.sizes(UNFINISHED) == {}
+    assert folder.sizes(STATE_FOLDER) == {}
     assert folder.sizes("nowhere") == {}
     with pytest.raises(FileNotFoundError):
         folder.read("nothing")
@@ -80,7 +80,7 @@ def test_folders_below_and_removal(folder):
 def test_names_of_local_folders_are_no_urls(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a::b", "a:b", "[x]*"):
-        (tmp_path / name / UNFINISHED).mkdir(parents=True)
+        (tmp_path / name / STATE_FOLDER).mkdir(parents=True)
         put(Folder(name), "file", b"1")
         assert (tmp_path / name / "file").read_bytes() == b"1"
         assert storage.read(f"{name}/file") == b"1"
@@ -112,7 +112,7 @@ def test_a_server_without_parts_of_files_is_named(tmp_path):
 
 
 def files_in(folder: Folder) -> dict[str, bytes]:
-    assert folder.sizes(UNFINISHED) == {}
+    assert folder.sizes(STATE_FOLDER) == {}
     return {name: folder.read(name) for name in folder.sizes()}
 
 

@@ -225,7 +225,7 @@ LABEL = r"the label \(\.cls\) must be one decimal number"
 TARS = {
     "no label": (
         {"x/b.jpg": b"", "x/b.json": b"{}"},
-        r"sample x/b: it has an image but no label: .* \(CSV\)",
+        r"sample x/b: there is an image but no label: .* \(CSV\)",
     ),
     "a label in letters": ({"b.jpg": b"", "b.cls": b"dog"}, rf"sample b: {LABEL}, not b'dog'"),
     "no label for it": ({"b.jpg": b"", "b.cls": b"-1"}, rf"sample b: {LABEL}, not b'-1'"),
@@ -235,11 +235,11 @@ TARS = {
     "two labels": ({"b.jpg": b"", "b.cls": b"1", "b.CLS": b"2"}, rf"sample b: {LABEL}, not b'1 and 2'"),
     "two images": (
         {"b.jpg": b"", "b.png": b"", "b.cls": b"1"},
-        r"sample b: it has two images, b\.jpg and b\.png",
+        r"sample b: there are two images, b\.jpg and b\.png",
     ),
     "labels first": (
         {"b.cls": b"1", "c.cls": b"1", "b.jpg": b""},
-        "sample b: it has a label .* but no image",
+        "sample b: there is a label .*, but no image",
     ),
     "nothing of use": ({"b.txt": b"", "c": b""}, r"no sample with an image \(\.jpg, …\) and its label"),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.packing import workers
-from pipeline.packing.workers import WorkersError, pool, refused_threads, say
+from pipeline.packing.workers import WorkersError, pool, translate_thread_errors, warn
 from tests.helpers import REPO, wait_until
 
 PIDS = Path("/sys/fs/cgroup/pids")
@@ -56,7 +56,7 @@ def test_a_worker_that_dies_is_named():
 def use(count: int) -> None:
     """With errors as the commands tell of them."""
     try:
-        with refused_threads(), pool(count) as executor:
+        with translate_thread_errors(), pool(count) as executor:
             print(sum(executor.map(abs, range(100))))
     except WorkersError as error:
         sys.exit(f"use: {error}")
@@ -106,27 +106,27 @@ def test_however_few_processes_are_allowed_it_is_one_line_or_none_too_few(limite
 
 
 def test_only_refused_threads_are_taken_for_a_limit():
-    with pytest.raises(RuntimeError, match="else"), refused_threads():
+    with pytest.raises(RuntimeError, match="else"), translate_thread_errors():
         raise RuntimeError("else")
-    with pytest.raises(WorkersError, match="ulimit -u"), refused_threads():
+    with pytest.raises(WorkersError, match="ulimit -u"), translate_thread_errors():
         raise RuntimeError("can't start new thread")
 
 
-def say_twice() -> None:
+def warn_twice() -> None:
     for text in ("one", "other"):
-        say(text)
+        warn(text)
 
 
 def test_one_line_for_all_workers(capfd):
     with pool(2) as executor:
-        for future in [executor.submit(say_twice) for _ in range(6)]:
+        for future in [executor.submit(warn_twice) for _ in range(6)]:
             future.result()
     assert capfd.readouterr().err.count("one") == 1
 
 
 def test_something_is_said_again_after_a_while(capfd, monkeypatch):
-    monkeypatch.setattr(workers, "_said", workers._Array([0.0]))
-    say_twice()
-    monkeypatch.setattr(workers, "_QUIET_SECONDS", 0)
-    say_twice()
+    monkeypatch.setattr(workers, "_last_warning", workers._UnsharedArray([0.0]))
+    warn_twice()
+    monkeypatch.setattr(workers, "_WARNING_SECONDS", 0)
+    warn_twice()
     assert [line.split(": ")[1] for line in capfd.readouterr().err.splitlines()] == ["one", "one", "other"]
