@@ -16,10 +16,7 @@ from trainer.settings import Settings, load_settings
 from trainer.step import Step
 from trainer.train import Trainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -131,21 +131,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "job",
-        choices=JOBS,
-        nargs="?",
-        default="packing",
-        help="job to disturb (default packing)",
+        "job", choices=JOBS, nargs="?", default="packing", help="job to disturb (default packing)"
     )
     parser.add_argument(
         "--seconds", type=positive, metavar="S", help="try random cases for this long (default: all cases)"
     )
     parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="seed of the cases' order (default 0)",
+        "--seed", type=natural, default=0, metavar="N", help="seed of the cases' order (default 0)"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

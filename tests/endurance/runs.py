@@ -13,23 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from tests.endurance.checks import (
-    Images,
-    begun_steps,
-    check_end,
-    check_images,
-    check_saved,
-    read_images,
-)
-from tests.endurance.lives import (
-    CommandLife,
-    DifferenceError,
-    ForkedLife,
-    Life,
-    Watch,
-    last_step,
-    warm_up,
-)
+from tests.endurance.checks import Images, begun_steps, check_end, check_images, check_saved, read_images
+from tests.endurance.lives import CommandLife, DifferenceError, ForkedLife, Life, Watch, last_step, warm_up
 from trainer.run import Run
 from trainer.settings import Settings
 

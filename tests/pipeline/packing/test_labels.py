@@ -84,22 +84,13 @@ ERRORS = {
         "line 4: '4' is not the number of",
     ),
     "zero": ({TRUTH: "2\n1\n0\n3\n", "map_clsloc.txt": MAP}, "line 3: '0' is not the number of a class"),
-    "a word": (
-        {TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP},
-        "line 3: 'n01' is not the number of",
-    ),
+    "a word": ({TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP}, "line 3: 'n01' is not the number of"),
     "too few": ({TRUTH: "2\n1\n", "map_clsloc.txt": MAP}, "has 2 labels, but there are 4 validation images"),
     "too few ids": ({"val.txt": "n01\nn02\n"}, "has 2 labels, but there are 4"),
-    "an image unnamed": (
-        {"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"},
-        "lacks labels for 2 images.* x_2.JPEG",
-    ),
+    "an image unnamed": ({"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"}, "lacks labels for 2 images.* x_2.JPEG"),
     "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes lines of"),
     "not text": ({"val.txt": b"\xff\n"}, "val.txt is not UTF-8 text"),
-    "other columns": (
-        {"LOC_val_solution.csv": "a,b\n1,2\n"},
-        "solution.csv, line 2: there is no ImageId",
-    ),
+    "other columns": ({"LOC_val_solution.csv": "a,b\n1,2\n"}, "solution.csv, line 2: there is no ImageId"),
     "an empty prediction": (
         {"LOC_val_solution.csv": "ImageId,PredictionString\nx_1,\n"},
         "line 2: there is no",
