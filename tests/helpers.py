@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -109,19 +111,22 @@ def wait_for_rows(count: int, out: Path, process: subprocess.Popen) -> None:
     wait_until(lambda: len(rows(out / "metrics.csv")) >= count, process)
 
 
-def ranks_of(parent: int) -> dict[str, int]:
+def ranks_of(launcher: int) -> dict[str, int]:
     """Return the process IDs of the trainers that a launcher has started, by rank."""
     found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
-                continue
-            variables = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has ended
-        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
-        found |= {rank: int(status.parent.name) for rank in ranks}
+    for child in psutil.Process(launcher).children():
+        with suppress(psutil.Error):  # it has ended
+            if rank := child.environ().get("RANK"):
+                found[rank] = child.pid
     return found
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, even if its parent has not asked for its exit code."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.manifest import MANIFEST_NAME, read_manifest
@@ -17,7 +18,7 @@ from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import UNFINISHED
 from tests.events import HOLD, at_picture, events
-from tests.helpers import REPO, wait_until
+from tests.helpers import REPO, has_ended, wait_until
 from tests.trees import contents, pack_here
 from tools.make_shards import pack, parse_arguments
 
@@ -201,28 +202,16 @@ def test_the_plan_is_readable(unfinished, source):
     assert (plan["--seed"], plan["--size"], plan["--input"]) == (0, 32, str(source))
 
 
-def workers_of(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_workers_end_with_the_command(source, tmp_path):
-    """It is killed while one of them waits at a picture, so that there is work left."""
+def test_workers_end_when_the_command_is_killed(source, tmp_path):
+    """It is killed while one of them waits at a picture, so that work is left."""
     held = at_picture(31, HOLD, tmp_path / "events", source)
     command = [sys.executable, "tools/make_shards.py", "--input", source, "--out", tmp_path / "out"]
     with subprocess.Popen([*command, "--workers=2"], cwd=REPO, env=os.environ | held) as process:
         wait_until(lambda: len(events(tmp_path / "events")) >= 31, process)
-        workers = workers_of(process.pid)
+        workers = psutil.Process(process.pid).children()
         process.kill()  # it alone
-    assert workers
-    wait_until(lambda: not any(map(is_alive, workers)))
+    assert len(workers) >= 2
+    wait_until(lambda: all(map(has_ended, workers)))
 
 
 def test_versions_that_differ_in_a_worker_are_refused(source, tmp_path, monkeypatch):
