@@ -7,11 +7,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,8 +89,14 @@ def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def packed_copy(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the packed pictures for one test, which may damage it."""
+    return Path(shutil.copytree(packed, tmp_path / "data"))
+
+
+@pytest.fixture
 def _larger_than_memory(monkeypatch):
-    """Make datasets seem too large to keep in memory, so each sample is read each time."""
+    """Make datasets seem too large to keep in memory, so that every sample is always read from its file."""
     monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: 0)
 
 
@@ -128,12 +138,15 @@ def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
 def make_shards() -> Callable[..., subprocess.CompletedProcess]:
     """make_shards(input, output, *arguments, **environment): run it as a process, by default with one worker.
 
-    It has its own process group, so signals to the whole group do not reach the tests.
+    It must end with the exit code `code`. It has its own process group, so signals to the whole group do not
+    reach the tests.
     """
 
-    def run(source: Path, output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        source: Path, output: Path, *arguments: str, code: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--out", str(output)]
-        return subprocess.run(
+        done = subprocess.run(
             [*command, "--workers", "1", *arguments],
             cwd=REPO,
             env=os.environ | environment,
@@ -142,8 +155,20 @@ def make_shards() -> Callable[..., subprocess.CompletedProcess]:
             text=True,
             check=False,
         )
+        assert code in (None, done.returncode), done.stderr
+        return done
 
     return run
+
+
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server of tmp_path, which lists folders as links and always sends whole files."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture

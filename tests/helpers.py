@@ -1,4 +1,4 @@
-"""Helpers that several test modules share: waiting with a deadline, ports, and running the trainer."""
+"""Helpers that several test modules share: waiting with a deadline, processes, the trainer, and batches."""
 
 import csv
 import os
@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from itertools import islice
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.loader import Batch, train_loader
@@ -119,6 +120,17 @@ def ranks_of(launcher: int) -> dict[str, int]:
             if rank := child.environ().get("RANK"):
                 found[rank] = child.pid
     return found
+
+
+def copies(loader: Iterable[Batch]) -> list[Batch]:
+    """Return all batches of a loader, copied before the loader reuses their memory."""
+    return [(pixels.clone(), labels.clone()) for pixels, labels in loader]
+
+
+def assert_same_batches(batches: list[Batch], expected: list[Batch]) -> None:
+    """Check that pixels and labels are equal bit for bit."""
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        assert all(map(torch.equal, batch, expected_batch))
 
 
 def has_ended(process: psutil.Process) -> bool:

@@ -1,4 +1,4 @@
-"""CPUs and memory as containers and groups allow them, in trees like /proc and /sys, and for real."""
+"""CPUs and memory are limited by control groups, in trees like /proc and /sys and on the real system."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def _many_cores(monkeypatch):
 
 
 def tree(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """A root whose process is in these groups, with these limits."""
+    """Write a root folder whose process is in these control groups, with these limits."""
     for name, content in {"proc/self/cgroup": groups, **files}.items():
         path = root / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ CPUS = {
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), CPUS.values(), ids=CPUS)
-def test_cpus(tmp_path, groups, files, expected):
+def test_the_number_of_cpus_is_limited_by_the_quota(tmp_path, groups, files, expected):
     assert cpus(tree(tmp_path, groups, files)) == expected
 
 
-def test_fewer_cpus_than_the_quota(tmp_path, monkeypatch):
+def test_the_number_of_cpus_is_limited_by_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert cpus(tree(tmp_path, "0::/", {"cpu.max": "200000 100000"})) == 1
 
@@ -91,25 +91,25 @@ LIMITS = {
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), LIMITS.values(), ids=LIMITS)
-def test_memory(tmp_path, groups, files, expected):
+def test_the_memory_is_limited_by_the_control_group(tmp_path, groups, files, expected):
     assert memory_bytes(tree(tmp_path, groups, files)) == expected
 
 
 @pytest.fixture
 def half_a_cpu():
-    """A real group with a quota, nested, of version 1."""
+    """A real control group of version 1 within one that has a quota of half a CPU."""
     outer, inner = GROUPS / f"test-{os.getpid()}", GROUPS / f"test-{os.getpid()}/inner"
     try:
         inner.mkdir(parents=True)
         (outer / "cpu.cfs_quota_us").write_text("50000")
     except OSError as error:
-        pytest.skip(f"no group can be made here: {error}")
+        pytest.skip(f"this system lets no control group be made: {error}")
     yield inner
     inner.rmdir()
     outer.rmdir()
 
 
-def test_a_real_group(half_a_cpu):
+def test_the_quota_of_a_real_control_group_is_found(half_a_cpu):
     code = (
         f"open('{half_a_cpu}/cgroup.procs', 'w').write('0')\nfrom pipeline.machine import cpus\nprint(cpus())"
     )
@@ -117,6 +117,6 @@ def test_a_real_group(half_a_cpu):
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("max", (3, 8, 20)), ("300000", (3, 8, 20)), ("200000", ())])
-def test_cores_have_numbers_unless_a_quota_is_less(tmp_path, monkeypatch, quota, expected):
+def test_cores_are_numbered_unless_the_quota_is_smaller(tmp_path, monkeypatch, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 3, 8})
     assert cores(tree(tmp_path, "0::/", {"cpu.max": f"{quota} 100000"})) == expected
