@@ -23,7 +23,7 @@ def packing(source: Path, output: Path, size: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_first", [True, False])
-def test_packing_ends_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
+def test_sigterm_ends_packing_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
     if is_first and (
         not shutil.which("unshare") or subprocess.run([*AS_FIRST, "true"], check=False).returncode
     ):
