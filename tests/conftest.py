@@ -25,10 +25,9 @@ from PIL import Image
 
 import pipeline.reader
 from tests.helpers import REPO
-from tests.trees import TEST_DATA
+from tests.trees import TEST_DATA, pack_here
 from tools import verify_shards
 from tools.draw_pictures import class_names, draw
-from tools.make_shards import pack, parse_arguments
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
 # No deadlines, as other jobs may share the machine; the same examples on every machine.
@@ -83,8 +82,7 @@ def oblong(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn pictures, packed at 80×80 px: 60 of train in three shards and 20 of val in one."""
     output = tmp_path_factory.mktemp("packed")
-    sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
-    pack(parse_arguments(["--input", str(pictures), "--out", str(output), *sizes]).packing)
+    pack_here("--input", pictures, "--out", output, "--size", "80", "--shard-samples", "25")
     return output
 
 

@@ -31,7 +31,7 @@ def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
             tally.lives += 1
             watch = Watch(run, chaos.batch, chaos.samples)
             wait_for_start(run, life)
-        chaos.ended_well(run, life.join())
+        chaos.check_codes(run, life.join())
     finally:
         if not life.is_over():
             life.process.terminate()  # torchrun passes the signal on

@@ -58,10 +58,10 @@ def draw_input(folder: Path, classes: int, train: int, val: int) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for name in class_names()[:classes]:
-            place = folder / "in" / split / name
-            place.mkdir(parents=True)
+            pictures = folder / "in" / split / name
+            pictures.mkdir(parents=True)
             for number in range(count):
-                draw(name, rng).save(place / f"{number}.jpg")
+                draw(name, rng).save(pictures / f"{number}.jpg")
 
 
 def packing(folder: Path) -> Packing:

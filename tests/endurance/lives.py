@@ -120,11 +120,9 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     """Return the variables that torchrun would set for a process; none for a single process."""
     if world == 1:
         return {}
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    return {name: str(value) for name, value in names.items()} | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()}
 
 
 def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, log: Path) -> None:

@@ -141,6 +141,7 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
 
 
 def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
+    """Yield a line for each series: its medians, its growth and whether that exceeds the limit."""
     for name, figures in grown.items():
         verdict = "flat" if figures["percent"] <= limit else "GREW"
         medians = f"{figures['before']:>14,.0f} to {figures['after']:>14,.0f}"

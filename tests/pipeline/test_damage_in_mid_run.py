@@ -43,7 +43,7 @@ def path_of(dataset: Dataset) -> Path:
 
 
 def overwrite(path: Path, content: bytes | None = None) -> None:
-    """Overwrite a file in start, by default with zeros; wherever it is open, the change is visible."""
+    """Overwrite a file in place, by default with zeros; wherever it is open, the change is visible."""
     with open(path, "r+b") as file:
         file.write(content or bytes(path.stat().st_size))
 

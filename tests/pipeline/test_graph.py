@@ -18,10 +18,10 @@ from pipeline.graph import (
     reserved_size,
     train_pipeline,
 )
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tests.helpers import with_nearest_chroma
-from tools.make_shards import pack, parse_arguments
+from tests.trees import pack_here
 
 GEOMETRIES = ("256", "short256", "original")
 SIZE, CROP = 100, 88  # smaller than the paper's, to be quick
@@ -29,7 +29,7 @@ SIZE, CROP = 100, 88  # smaller than the paper's, to be quick
 
 @pytest.fixture(scope="module")
 def some_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real photos of each of 16 classes to train on, and one to validate on."""
+    """Two real photos of each of 16 classes for training, and one for validation."""
     root = tmp_path_factory.mktemp("some_photos")
     for split, count in (("train", 2), ("val", 1)):
         for folder in sorted((photos / split).iterdir()):
@@ -43,12 +43,9 @@ class Packed:
     """A packed dataset, and its pictures as Pillow decodes them."""
 
     def __init__(self, source: Path, output: Path, geometry: str, whole: bool):
-        """whole: whether resizing gives longer sides of a whole number of pixels."""
+        """whole: whether the longer sides are resized to a whole number of pixels."""
         self.whole = whole
-        options = ["--geometry", geometry, "--size", str(SIZE), "--workers", "1"]
-        self.manifest: Manifest = pack(
-            parse_arguments(["--input", str(source), "--out", str(output), *options]).packing
-        )
+        self.manifest = pack_here("--input", source, "--out", output, "--geometry", geometry, "--size", SIZE)
         self.train = ShardReader(output, self.manifest, "train")
         self.val = ShardReader(output, self.manifest, "val")
         self.options = GraphOptions(

@@ -25,7 +25,7 @@ from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
 from tests.helpers import assert_same_batches, copies
-from tools.make_shards import pack, parse_arguments
+from tests.trees import pack_here
 
 CROP = 64
 DECODING = Decoding(crop=CROP)
@@ -60,8 +60,7 @@ def any_geometry(
 ) -> Dataset:
     """Ten training images; portrait and landscape, except for `256`."""
     output = tmp_path_factory.mktemp("shards")
-    options = ["--geometry", request.param, "--size", "100", "--workers", "1"]
-    pack(parse_arguments(["--input", str(oblong), "--out", str(output), *options]).packing)
+    pack_here("--input", oblong, "--out", output, "--geometry", request.param, "--size", "100")
     return Dataset(output)
 
 

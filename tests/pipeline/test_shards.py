@@ -16,8 +16,7 @@ from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read
 from pipeline.reader import ShardReader
 from pipeline.shards import INDEX_DTYPE, Sample, write_index, write_shard
 from tests.helpers import wait_until
-
-SPLITS = ("train", "val")
+from tests.trees import contents
 
 
 def noise(seed: int, count: int) -> list[Sample]:
@@ -90,14 +89,13 @@ def test_the_manifests_entry_describes_the_shard(tmp_path):
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
-    contents = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         written(tmp_path / name, noise(0, 3), noise(1, 2))
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert contents[0] == contents[1]
+    files = contents(tmp_path / "first")
+    assert contents(tmp_path / "second") == files
     tars = {f"train-00000{n}.{kind}" for n in (0, 1) for kind in ("tar", "idx")}
-    assert set(contents[0]) == tars | {"train.index.npy"}  # and no partial file
+    assert files.keys() == tars | {"train.index.npy"}  # and no partial file
 
 
 def test_without_samples_no_shard_is_written(tmp_path):
@@ -118,9 +116,13 @@ def test_an_error_among_the_samples_leaves_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_tarfile_reads_shards(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+@pytest.fixture(params=["train", "val"])
+def reader(packed: Path, request: pytest.FixtureRequest) -> ShardReader:
+    """A reader of each split of the packed pictures."""
+    return ShardReader(packed, read_manifest(packed), request.param)
+
+
+def test_tarfile_reads_shards(packed, reader):
     found = []
     for shard in reader.split.shards:
         with tarfile.open(packed / shard.file) as tar:
@@ -135,30 +137,26 @@ def test_tarfile_reads_shards(packed, split):
     assert found == everything_in(reader)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_reads_shards(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+def test_webdataset_reads_shards(packed, reader):
     urls = [str(packed / shard.file) for shard in reader.split.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == everything_in(reader)
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(len(samples))]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_dali_reads_shards_with_our_index(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+def test_dali_reads_shards_with_our_index(packed, reader):
     tars = [packed / shard.file for shard in reader.split.shards]
 
     @pipeline_def(batch_size=len(reader), num_threads=1, device_id=None)
     def graph() -> tuple:
-        jpegs, labels = fn.readers.webdataset(
+        outputs = fn.readers.webdataset(
             paths=list(map(str, tars)),
             index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
             ext=["jpg", "cls"],
             dtypes=[types.UINT8, types.UINT8],
             missing_component_behavior="error",
         )
-        return jpegs, labels
+        return tuple(outputs)
 
     jpegs, labels = ([np.array(item) for item in output] for output in graph().run())
     found = [(jpeg.tobytes(), int(label.tobytes())) for jpeg, label in zip(jpegs, labels, strict=True)]

@@ -1,4 +1,4 @@
-"""Tars are read in offset: all files that tarfile finds, or an error."""
+"""Tars are read without being unpacked: all files that tarfile finds, or an error."""
 
 import random
 import tarfile

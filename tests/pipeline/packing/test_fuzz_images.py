@@ -31,7 +31,7 @@ from tests.trees import ODD, encode
 COUNT = 2000
 SECONDS = 60  # for one file; most take milliseconds
 SIZE = 48  # of the shorter side in pixels
-GEOMETRIES = ("original", "256", "in position")
+GEOMETRIES = ("original", "256", "in place")
 
 
 def drawn() -> list[bytes]:
@@ -252,7 +252,7 @@ class Dali:
 def outcome(content: bytes, geometry: str, dali: Dali) -> str:
     """Pack a file; return `packed`, `kept` or the reason for its rejection."""
     pack = partial(pack_image, geometry=geometry, size=SIZE, quality=90)
-    if geometry == "in position":
+    if geometry == "in place":
         pack = partial(check_image, size=SIZE)
     with suppress(RejectedError):
         pack(content, decode=False)
