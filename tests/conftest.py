@@ -2,8 +2,8 @@
 
 import os
 
-# This must precede the import of torch, here and in the processes that tests start. The tests' small nets
-# gain nothing from several threads, which wait long for each other when other jobs share the machine.
+# Set before torch is imported, also for processes that tests start. The small nets of tests gain nothing from
+# several threads, which wait long for each other when other jobs share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import os
@@ -198,7 +198,7 @@ def _one_process_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the verifier's checks in this process; commands that a test starts still have real workers."""
 
     @contextmanager
-    def here(*_: object) -> Iterator[SimpleNamespace]:
+    def pool(*_: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(map=map)
 
-    monkeypatch.setattr(verify_shards, "pool", here)
+    monkeypatch.setattr(verify_shards, "pool", pool)

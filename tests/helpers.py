@@ -23,7 +23,7 @@ from pipeline.manifest import DatasetError
 from trainer import cli
 
 REPO = Path(__file__).resolve().parents[1]
-DEADLINE_SECONDS = 180.0  # far more than anything here takes unless the machine is overloaded
+DEADLINE_SECONDS = 180.0  # far more than any wait takes unless the machine is overloaded
 
 # On the `packed` fixture's 60 training images, this gives 5 steps per epoch, a row in metrics.csv for each
 # step, and checkpoints of 2 MB. The device and the precision are fixed, because numbers are compared bit for

@@ -101,14 +101,14 @@ def imagenet(root: Path, train: dict[str, bytes], val: bytes | None = None) -> N
     (root / "val.txt").write_text("v_1.JPEG n01\n")
 
 
-def twice(name: str, first: bytes, second: bytes) -> bytes:
-    """Return a tar with two members of one name."""
-    size = 512 + -(-len(first) // 512) * 512  # without the end of the archive
-    return tar_of({name: first})[:size] + tar_of({name: second})
+def concatenated(*parts: dict[str, bytes]) -> bytes:
+    """Return a tar with the members of all parts, among which names may repeat."""
+    sizes = [sum(512 + -(-len(content) // 512) * 512 for content in part.values()) for part in parts]
+    return b"".join(tar_of(part)[:size] for part, size in zip(parts, sizes, strict=True)) + bytes(1024)
 
 
 def test_other_files_are_strays_and_the_later_of_two_files_with_one_name_counts(tmp_path):
-    train = {"n01.tar": twice("1.JPEG", b"first", b"second"), "readme": b""}
+    train = {"n01.tar": concatenated({"1.JPEG": b"first"}, {"1.JPEG": b"second"}), "readme": b""}
     imagenet(tmp_path, train, tar_of({"v_1.JPEG": b"", "val/prep.sh": b""}))
     sources = find_sources(tmp_path, None, 0)
     assert sources.strays == ["train/readme", "val/prep.sh"]
@@ -118,11 +118,13 @@ def test_other_files_are_strays_and_the_later_of_two_files_with_one_name_counts(
 
 def test_the_later_of_two_class_tars_with_one_name_counts(tmp_path):
     imagenet(tmp_path, {})
-    first, second = (tar_of({f"{n}.JPEG": b""}) for n in (1, 2))
-    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(twice("n01.tar", first, second))
+    first, second, other = (tar_of({f"{n}.JPEG": b""}) for n in (1, 2, 3))
+    train = concatenated({"n01.tar": first, "n02.tar": other}, {"n01.tar": second})
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(train)
     sources = find_sources(tmp_path, None, 0)
-    assert sources.classes == ["n01"]
-    assert [source.path for source in sources.splits["train"]] == ["train/n01/2.JPEG"]
+    assert sources.classes == ["n01", "n02"]
+    found = [(source.path, source.label) for source in sources.splits["train"]]
+    assert found == [("train/n01/2.JPEG", 0), ("train/n02/3.JPEG", 1)]
 
 
 def test_a_truncated_class_tar_is_refused_by_its_offset(tmp_path):
