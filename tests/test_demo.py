@@ -1,4 +1,4 @@
-"""The whole way by one command."""
+"""The demo command draws, packs, trains and reports."""
 
 import csv
 import os
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # trains for longer than all other tests
-def test_the_demo_learns_its_classes_and_says_where_the_report_is(tmp_path):
+def test_the_demo_learns_its_classes_and_names_its_report(tmp_path):
     folder = tmp_path / "demo"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(

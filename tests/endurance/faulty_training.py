@@ -105,10 +105,7 @@ class Training:
         return outcome, wrong
 
     def _judge(self, outcome: Outcome, fault: Fault, before: dict[str, Any]) -> Iterator[str]:
-        if outcome.code < 0:
-            yield f"ended by {signal.Signals(-outcome.code).name}: {outcome.text}"
-        if "Traceback" in outcome.text:
-            yield f"a traceback: {outcome.text}"
+        yield from outcome.crashes()
         for kind, saved in before.items():
             try:
                 now = self._saved(kind)
