@@ -110,7 +110,7 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
         assert abs(brightness(ground) - brightness(ink)) > 150  # of 255
     finally:
         server.close()
-    expect(tab.locator("#gone")).to_contain_text("No answer since")
+    expect(tab.locator("#no-response")).to_contain_text("No response since")
 
 
 def brightness(colour: str) -> float:
