@@ -29,26 +29,26 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """Describe how to decode images; by default, with this process's share of the CPUs as threads."""
-    threads = settings.threads or max(1, cpus() // processes_here())
+    threads = settings.threads or max(1, cpus() // local_world_size())
     share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-    own = own_cores() if device.type == "cpu" else ()
+    own = local_cores() if device.type == "cpu" else ()
     return Decoding(
         settings.crop, device, threads, settings.prefetch, share, own if len(own) == threads else ()
     )
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """Return the number of the run's processes on this machine, as set by the launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def own_cores() -> tuple[int, ...]:
+def local_cores() -> tuple[int, ...]:
     """Return this process's share of the cores that it may run on.
 
     Decoding threads are pinned to them. Otherwise the thread that feeds the decoder would push a decoding
     thread onto the core of another, and the two would share it for some time while a core is idle.
     """
     allowed = cores()
-    count = len(allowed) // processes_here()
+    count = len(allowed) // local_world_size()
     first = int(os.environ.get("LOCAL_RANK", "0")) * count
     return allowed[first : first + count]

@@ -30,9 +30,9 @@ from pipeline.files import atomic_write, read_file, read_fully, sync, sync_folde
 from pipeline.retry import patiently, say_on_stderr
 from trainer.run import RunError
 
-_LAST_LINE = b"\nsha256 %s\n"
-_LAST_LINE_BYTES = len(_LAST_LINE % (b"0" * 64))
-_CHUNK = 1 << 20
+_CHECKSUM_LINE = b"\nsha256 %s\n"
+_CHECKSUM_LINE_BYTES = len(_CHECKSUM_LINE % (b"0" * 64))
+_CHUNK_BYTES = 1 << 20
 _NAME = re.compile(r"(?P<kind>step|best)-\d+\.pt")
 
 
@@ -55,11 +55,11 @@ def write(
     # The `best` name comes first: a run that resumes from this checkpoint will not save it again as the best.
     first = path.with_name(path.name.replace("step", "best")) if best else path
     with atomic_write(first) as file:
-        _write_with_sum(state, file)
+        _write_with_checksum(state, file)
         size = file.tell()
         _read_back(file)
     if best:
-        _add_name(first, path)
+        _link_or_copy(first, path)
     try:
         superseded = _superseded(folder, step, keep, best)
     except OSError as error:
@@ -69,7 +69,7 @@ def write(
 
 def _superseded(folder: Path, step: int, keep: int, best: bool) -> list[Path]:
     """Return the files that the checkpoint of that step replaces. Raises OSError."""
-    paths = saved(folder)
+    paths = list_checkpoints(folder)
     older = [path for path in paths if _step(path) < step]
     bests = [path for path in older if best and path.name.startswith("best")]
     steps = [path for path in older if path.name.startswith("step")][keep - 1 :]
@@ -104,17 +104,17 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}.pt"
 
 
-def _write_with_sum(state: dict[str, Any], file: BinaryIO) -> None:
-    summed = _Summed(file)
+def _write_with_checksum(state: dict[str, Any], file: BinaryIO) -> None:
+    hashing = _HashingFile(file)
     try:
-        torch.save(state, summed)  # type: ignore[arg-type]  # all that torch.save uses is write and flush
+        torch.save(state, hashing)  # type: ignore[arg-type]  # all that torch.save uses is write and flush
     except RuntimeError as error:
-        raise summed.error or error from None  # torch does not report why a write failed
-    file.write(_LAST_LINE % summed.sha256.hexdigest().encode())
+        raise hashing.error or error from None  # torch does not report why a write failed
+    file.write(_CHECKSUM_LINE % hashing.sha256.hexdigest().encode())
     file.flush()
 
 
-class _Summed:
+class _HashingFile:
     """A file that keeps the SHA-256 of what was written to it, and the error of a write that failed."""
 
     def __init__(self, file: BinaryIO):
@@ -147,7 +147,7 @@ def _read_back(file: BinaryIO) -> None:
         raise OSError(errno.EIO, "reading it back gives other content than was written") from error
 
 
-def _add_name(path: Path, name: Path) -> None:
+def _link_or_copy(path: Path, name: Path) -> None:
     """Give a checkpoint a second name, by a hard link if possible and otherwise by a copy."""
     link = name.with_name(f".{name.name}.link.partial")  # a name that atomic_write does not use
     try:
@@ -156,11 +156,11 @@ def _add_name(path: Path, name: Path) -> None:
     except OSError:  # not every file system supports links
         _delete([link])
         with open(path, "rb") as source, atomic_write(name) as copy:
-            shutil.copyfileobj(source, copy, _CHUNK)
+            shutil.copyfileobj(source, copy, _CHUNK_BYTES)
     sync_folder(path.parent)
 
 
-def saved(folder: Path, kind: str = "*") -> list[Path]:
+def list_checkpoints(folder: Path, kind: str = "*") -> list[Path]:
     """List the checkpoints in a folder, newest first; an absent folder has none.
 
     kind: `step`, `best`, or `*` for both. Raises OSError if the folder cannot be listed.
@@ -186,14 +186,14 @@ def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str,
     listed.
     """
     skipped: list[str] = []
-    paths = saved(folder, kind)
+    paths = list_checkpoints(folder, kind)
     for path in paths:
         try:
-            return patiently(partial(_loaded, path, device), say_on_stderr), skipped
+            return patiently(partial(_load_file, path, device), say_on_stderr), skipped
         except (DamagedError, pickle.UnpicklingError) as error:
             skipped.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
         except OSError as error:
-            if saved(folder, kind) != paths:  # the run is still training, and has deleted it
+            if list_checkpoints(folder, kind) != paths:  # the run is still training, and has deleted it
                 return load(folder, device, kind)
             raise RunError(
                 f"{path} cannot be read: {error.strerror}. It may be intact: make it readable and run the "
@@ -204,7 +204,7 @@ def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str,
     return None, skipped
 
 
-def _loaded(path: Path, device: torch.device) -> dict[str, Any]:
+def _load_file(path: Path, device: torch.device) -> dict[str, Any]:
     """Load one file. Raises DamagedError, pickle.UnpicklingError or an OSError that names the file."""
     # Read the file only once: torch would report a failing read as damage.
     with io.BytesIO(read_file(path)) as file:
@@ -214,12 +214,12 @@ def _loaded(path: Path, device: torch.device) -> dict[str, Any]:
 
 def _verify(file: BinaryIO) -> None:
     """Compare a file with the checksum on its last line, and rewind it. Raises DamagedError."""
-    left = file.seek(0, os.SEEK_END) - _LAST_LINE_BYTES
+    left = file.seek(0, os.SEEK_END) - _CHECKSUM_LINE_BYTES
     file.seek(0)
     sha256 = hashlib.sha256()
-    while left > 0 and (chunk := read_fully(file, min(_CHUNK, left))):
+    while left > 0 and (chunk := read_fully(file, min(_CHUNK_BYTES, left))):
         sha256.update(chunk)
         left -= len(chunk)
-    if read_fully(file, _LAST_LINE_BYTES) != _LAST_LINE % sha256.hexdigest().encode():
+    if read_fully(file, _CHECKSUM_LINE_BYTES) != _CHECKSUM_LINE % sha256.hexdigest().encode():
         raise DamagedError("its content does not match its checksum")
     file.seek(0)

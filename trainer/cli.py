@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
-from trainer.processes.launch import complain, launch, world_size
+from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
-from trainer.run import LostError, Run, RunError
+from trainer.run import PeerLostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
 DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
@@ -37,22 +37,22 @@ def main() -> None:
             raise SettingsError(f"unknown command '{command}': choose from {', '.join(commands)}")
         commands[command](arguments)
     except SettingsError as error:
-        _complain(error, 2)
-    except LostError as error:
-        _complain(error, EXIT_STALLED)
+        _fail(error, 2)
+    except PeerLostError as error:
+        _fail(error, EXIT_STALLED)
     except (DatasetError, RunError) as error:
-        _complain(error, 1)
+        _fail(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
+        _fail(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         os._exit(130)  # immediately: a thread may be writing a checkpoint, and a normal exit would abort
 
 
-def _complain(error: object, code: int) -> None:
-    complain(f"alexnet-train: {error}", code)
+def _fail(error: object, code: int) -> None:
+    report_error(f"alexnet-train: {error}", code)
     sys.exit(code)
 
 

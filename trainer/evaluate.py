@@ -14,8 +14,8 @@ from model.alexnet import AlexNet
 from pipeline.loader import Batch, Dataset, evaluation_loader
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
+from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.moment import Lead
 from trainer.precision import autocast, prepare, resolve_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
@@ -62,24 +62,24 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
-    lead = Lead(world.device)
+    run_ahead = RunAheadLimit(world.device)
     waiting = time.monotonic()
     begun = waiting
     for pixels, labels in batches:
         metrics.input_wait_seconds["eval"].observe(time.monotonic() - waiting)
-        lead.hold()
+        run_ahead.wait()
         with autocast(precision, world.device):
             scores = log_probabilities(model, prepare(pixels, precision))
         loss = F.nll_loss(scores, labels, reduction="sum")
         sums[:3] += torch.stack([*count_errors(scores, labels), loss])
         sums[3] += len(labels)
         metrics.images["eval"].inc(len(labels))
-        metrics.progress()
+        metrics.record_progress()
         now = time.monotonic()
         metrics.step_seconds["eval"].observe(now - begun)
         waiting = begun = now
     model.train()
-    sums = world.sum(sums)
+    sums = world.all_reduce(sums)
     top1, top5, loss = (sums[:3] / sums[3]).tolist()
     return Scores(top1, top5, loss, int(sums[3]))
 

@@ -18,18 +18,18 @@ import torch
 from model.alexnet import Variant
 from model.forms import GROUPS
 from trainer.build import build_decoding
-from trainer.monitor.ceilings import model_work, rate
+from trainer.monitor.ceilings import measure_throughput, model_work
 from trainer.processes.distributed import World
 from trainer.run import Run, environment
 from trainer.settings import Settings
-from trainer.tuning import remembered
+from trainer.tuning import load_or_measure
 
 SECONDS = 1.0  # of measuring each form, after its first steps
 CLASSES = 1000  # of the net that is measured; fc8 is a small part of it
 _NET = ("preset", "dropout", "crop", "compile", *(field.name for field in fields(Variant)))
 
 
-def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
+def resolve_run_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
     """Resolve the form of the convolutions. Returns the settings with it, and notes for the log.
 
     The first process decides for all. settings: with the precision already resolved. Raises as
@@ -43,7 +43,7 @@ def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, l
         return form
 
     form = run.keep_form(choose) if world.is_main else ""
-    form, notes = world.share((form, notes))
+    form, notes = world.broadcast((form, notes))
     return settings.model_copy(update={"convolutions": form}), notes
 
 
@@ -67,7 +67,7 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     machine = [about["device"], about["torch"], torch.backends.cudnn.version()]
     net = {name: getattr(settings, name) for name in _NET}
     key = json.dumps([machine, net, settings.batch // world.size, settings.precision])
-    found, notes = remembered("convolutions.json", key, find, world.is_main)
+    found, notes = load_or_measure("convolutions.json", key, find, world.is_main)
     return found["form"], [f"computing convolutions as {found['form']}, the fastest form here", *notes]
 
 
@@ -103,4 +103,4 @@ def _images_per_second(settings: Settings, world: World) -> float:
     work = model_work(settings, CLASSES, decoding, images, settings.precision)
     for _ in range(3):  # compile it, and let cuDNN find the fastest algorithms
         work()
-    return rate(work, SECONDS, world.device)
+    return measure_throughput(work, SECONDS, world.device)

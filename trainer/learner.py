@@ -40,7 +40,7 @@ class Learner:
         skip = settings.on_nan == "skip"
         self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
 
-    def begin_with(self, folder: Path, classes: Sequence[Class]) -> str:
+    def load_initial_weights(self, folder: Path, classes: Sequence[Class]) -> str:
         """Load the weights of another run's net, and those of its fc8 only if the classes are the same.
 
         Returns a note for the log. Raises SettingsError if there is no such run, or if a layer of its net

@@ -34,7 +34,7 @@ def _cpu_computes_bf16() -> bool:
     return in_hardware and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def settle_precision(settings: Settings, run: Run, world: World) -> Settings:
+def resolve_run_precision(settings: Settings, run: Run, world: World) -> Settings:
     """Return the settings with the precision resolved; the first process decides for all.
 
     Raises SettingsError in all processes if the run began with another precision or device.
@@ -42,10 +42,10 @@ def settle_precision(settings: Settings, run: Run, world: World) -> Settings:
     precision, refusal = resolve_precision(settings.precision, world.device), None
     if world.is_main:
         try:
-            run.settle(settings, {"device": world.device.type, "precision": precision})
+            run.keep_resolved(settings, {"device": world.device.type, "precision": precision})
         except SettingsError as error:
             refusal = str(error)
-    precision, refusal = world.share((precision, refusal))
+    precision, refusal = world.broadcast((precision, refusal))
     if refusal is not None:
         raise SettingsError(refusal)
     return settings.model_copy(update={"precision": precision})

@@ -48,7 +48,7 @@ class RunError(ValueError):
     """A run that cannot go on. The message says why and what to do."""
 
 
-class LostError(RunError):
+class PeerLostError(RunError):
     """A run that lost another of its processes; it may succeed when started again."""
 
 
@@ -126,7 +126,7 @@ class Run:
             )
         return True
 
-    def settle(self, settings: Settings, resolved: Mapping[str, str]) -> None:
+    def keep_resolved(self, settings: Settings, resolved: Mapping[str, str]) -> None:
         """Record what `auto` resolves to when the run begins, and check it at each later start.
 
         resolved: the `device`, cpu or cuda, and the `precision`. The device may change if the settings name

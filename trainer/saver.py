@@ -107,7 +107,7 @@ class Saver:
         """
         begun = time.monotonic()
         self._wait()
-        self.report()
+        self.report_failures()
         self._unsaved = [unsaved for unsaved in self._unsaved if unsaved.best and not best]
         if self._unsaved:
             self._copier = Copier()  # the memory of the previous one holds the best state
@@ -129,14 +129,14 @@ class Saver:
         """Whether it is time to save, by the clock or to retry a save that failed."""
         return time.monotonic() >= self._due
 
-    def newest(self) -> Path | None:
+    def wait_for_newest(self) -> Path | None:
         """Return the newest checkpoint, after waiting for a save in progress.
 
         Returns the folder of the checkpoints if it cannot be listed.
         """
         self._wait()
         try:
-            return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
+            return next(iter(checkpoint.list_checkpoints(self.run.checkpoints, "step")), None)
         except OSError:
             return self.run.checkpoints
 
@@ -164,7 +164,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def report(self) -> None:
+    def report_failures(self) -> None:
         """Warn of a failed save, once. Raises its error if the disk is not at fault."""
         self._report_undeleted()
         if isinstance(self._failure, RunError):

@@ -16,7 +16,7 @@ class Skips(NamedTuple):
     """Steps without an update: their number since the last check, and how many of them end it in a row."""
 
     steps: int
-    in_a_row: int
+    consecutive: int
 
 
 class Condition(NamedTuple):
@@ -29,8 +29,8 @@ class Condition(NamedTuple):
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
         """Make a condition from the values of `Step.take_condition`."""
-        weights_finite, scale, steps, in_a_row = values
-        return cls(bool(weights_finite), scale, Skips(int(steps), int(in_a_row)))
+        weights_finite, scale, steps, consecutive = values
+        return cls(bool(weights_finite), scale, Skips(int(steps), int(consecutive)))
 
 
 @torch.no_grad()
@@ -65,8 +65,8 @@ class Step:
         self.model, self.optimizer = model, optimizer
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.skips_itself = skip_not_finite and precision != "fp16"
-        assert not self.skips_itself or optimizer.defaults["fused"], "only a fused optimizer can skip"
+        self.skip_not_finite = skip_not_finite and precision != "fp16"
+        assert not self.skip_not_finite or optimizer.defaults["fused"], "only a fused optimizer can skip"
         self._skips = torch.zeros(2, device=device)  # the values of Skips
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Step:
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
-        if self.skips_itself:
+        if self.skip_not_finite:
             self._skip_if_not_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -90,8 +90,8 @@ class Step:
         """Tell the optimizer to skip, as GradScaler does. All processes do, as their gradients are equal."""
         skip = (~all_finite(p.grad for p in self._parameters() if p.grad is not None)).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        steps, in_a_row = self._skips
-        self._skips = torch.stack([steps + skip, (in_a_row + 1) * skip])
+        steps, consecutive = self._skips
+        self._skips = torch.stack([steps + skip, (consecutive + 1) * skip])
 
     def take_condition(self) -> Tensor:
         """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips.

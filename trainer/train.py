@@ -17,20 +17,20 @@ from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint
-from trainer.build import build_decoding, processes_here
+from trainer.build import build_decoding, local_world_size
 from trainer.evaluate import evaluate
-from trainer.forms import settle_form
+from trainer.forms import resolve_run_form
 from trainer.intervals import Intervals
 from trainer.learner import Learner
 from trainer.monitor.ceilings import calibrate, loader_work, model_work
+from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.display import Display
 from trainer.monitor.health import Health
 from trainer.monitor.journal import Journal
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.moment import Lead
-from trainer.monitor.server import serve
+from trainer.monitor.server import start_server
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.precision import settle_precision
+from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
 from trainer.processes.stop import Stopped, StopRequest
@@ -39,24 +39,24 @@ from trainer.run import Run
 from trainer.saver import Saver
 from trainer.settings import Settings
 from trainer.step import all_finite
-from trainer.tuning import tuned
+from trainer.tuning import tune
 
 
 def train(settings: Settings, run: Run) -> None:
     """Train as the settings say, or continue the run in the folder, and write its report.
 
-    Raises SettingsError, DatasetError, RunError or OSError with a message for the user (LostError, a
+    Raises SettingsError, DatasetError, RunError or OSError with a message for the user (PeerLostError, a
     RunError, if another process is gone), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
     watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
     try:
-        with distributed.noticing_loss():
+        with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
                 world = distributed.join(settings.device)
-                settings = settle_precision(settings, run, world)
-                server = serve(metrics, settings, world)
-                settings, notes = settle_form(settings, run, world)
+                settings = resolve_run_precision(settings, run, world)
+                server = start_server(metrics, settings, world)
+                settings, notes = resolve_run_form(settings, run, world)
                 trainer = Trainer(settings, run, world, metrics, server.port if server else None, notes)
                 if settings.calibrate:
                     trainer.calibrate()
@@ -82,7 +82,7 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data, processes=processes_here())
+        self.dataset = Dataset(settings.data, processes=local_world_size())
         self.plan = Plan(
             seed=settings.seed,
             batch=settings.batch,
@@ -92,7 +92,7 @@ class Trainer:
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds damage now, not in an hour
         decoding = build_decoding(settings, world.device)
-        self.decoding, tuning_notes = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, tuning_notes = tune(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
         self.errors: list[float] = []  # top-1 on the validation set, one per evaluation
@@ -102,13 +102,13 @@ class Trainer:
         self.stopping = False  # agreed by all processes
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
-        self.lead = Lead(world.device)
+        self.run_ahead = RunAheadLimit(world.device)
         self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.journal = Journal(run, world, metrics, self.display)
         self.saver = Saver(run, settings, metrics, self.display.warn)
-        health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
-        health.remember(self.journal.go_back_to(self.step))
+        health = Health(settings, len(self.dataset.manifest.classes), self.saver.wait_for_newest, metrics)
+        health.restore(self.journal.rewind_to(self.step))
         self.intervals = Intervals(world, self.learner, self.journal, health)
         self.meter = self.intervals.meter
 
@@ -129,7 +129,7 @@ class Trainer:
 
     def run_to_end(self) -> None:
         with self.display, self.stop, self.saver:
-            self.journal.introduce(
+            self.journal.log_start(
                 self.settings, self.dataset.manifest, self.learner.precision, self.port, self.notes
             )
             try:
@@ -144,7 +144,7 @@ class Trainer:
             if self.world.is_main:
                 from trainer.monitor.report import write_report
 
-                self.metrics.progress("report")
+                self.metrics.record_progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
     def _train(self) -> None:
@@ -163,7 +163,7 @@ class Trainer:
                 break
             with self.metrics.activity("train"):
                 epochs = self.epochs_done
-                self.train_one(batches)
+                self.train_step(batches)
                 epoch_ends, every = self.epochs_done > epochs, self.settings.checkpoint_steps
                 save_due = epoch_ends or (every > 0 and self.step % every == 0)
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
@@ -172,7 +172,7 @@ class Trainer:
                     self.log()
                     self.stopping = self.world.any(self.stop.is_made)
                     if self.world.is_main:  # only the main process saves
-                        self.saver.report()
+                        self.saver.report_failures()
                         save_due |= self.saver.is_due
                 if save_due or self.stopping:
                     self.intervals.report()  # checks what is about to be saved, and writes its rows
@@ -229,15 +229,15 @@ class Trainer:
                 raise error
             self.stop.error = error
 
-    def train_one(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[Batch]) -> None:
         """Do one step: wait for the batch, set the learning rate, update."""
         begun = time.monotonic()
-        self.lead.hold()
-        self.metrics.progress("input")
+        self.run_ahead.wait()
+        self.metrics.record_progress("input")
         asked = time.monotonic()
         pixels, labels = next(batches)
         waited = time.monotonic() - asked
-        self.metrics.progress("step")
+        self.metrics.record_progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
         set_learning_rate(self.learner.optimizer, self.learning_rate, epoch)
@@ -250,7 +250,7 @@ class Trainer:
         self.meter.end_step(loss, wrong, len(labels))
         self.step += 1
 
-        self.meter.waited(waited)
+        self.meter.add_wait(waited)
         self.metrics.input_wait_seconds["train"].observe(waited)
         self.metrics.step_seconds["train"].observe(time.monotonic() - begun)
         self.metrics.images["train"].inc(len(labels))
@@ -260,7 +260,7 @@ class Trainer:
 
     def log(self) -> None:
         """End a log interval. Raises RunError if the run cannot go on."""
-        self.metrics.progress("log")
+        self.metrics.record_progress("log")
         self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
 
     def _evaluate(self) -> bool:
@@ -277,7 +277,7 @@ class Trainer:
         best = scores.top1_error < min(self.errors, default=math.inf)
         self.errors.append(scores.top1_error)
         self.evaluated = self.epochs_done
-        self.journal.scores(self.step, self.epoch_at(self.step), scores)
+        self.journal.record_evaluation(self.step, self.epoch_at(self.step), scores)
         self.meter.restart()
         return best
 
@@ -323,5 +323,5 @@ class Trainer:
             )
         elif self.settings.initial_weights:
             classes = self.dataset.manifest.classes
-            notes.append(self.learner.begin_with(self.settings.initial_weights, classes))
+            notes.append(self.learner.load_initial_weights(self.settings.initial_weights, classes))
         return notes

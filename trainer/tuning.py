@@ -18,7 +18,7 @@ from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
 from pipeline.retry import read_patiently
-from trainer.monitor.ceilings import loader_work, rate
+from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
@@ -27,7 +27,7 @@ ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the threads and th
 SECONDS = 0.5  # of measuring each candidate; less is too noisy
 
 
-def tuned(
+def tune(
     decoding: Decoding, settings: Settings, dataset: Dataset, plan: Plan, world: World
 ) -> tuple[Decoding, list[str]]:
     """Return the decoding with the values that are fastest here, and notes for the log.
@@ -52,7 +52,7 @@ def tuned(
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
-    chosen, notes = remembered("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
+    chosen, notes = load_or_measure("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
     note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
     return replace(decoding, **chosen), [note, *notes]
 
@@ -76,7 +76,7 @@ def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> f
     work = loader_work(batches)
     for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared before
         work()
-    return rate(work, SECONDS, decoding.device)
+    return measure_throughput(work, SECONDS, decoding.device)
 
 
 def _ignore(_damage: Damage) -> None:
@@ -93,7 +93,7 @@ def cache_folder() -> Path:
         ) from None
 
 
-def remembered(
+def load_or_measure(
     name: str, key: str, find: Callable[[], dict[str, Any]], write: bool
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what a file in the cache holds under a key, or else the result of `find`, and notes for the log.

@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing)
 
 def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_the_next(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
-    loaded, calls = checkpoint._loaded, []
+    loaded, calls = checkpoint._load_file, []
 
     def saved_meanwhile(path: Path, device: torch.device) -> dict[str, Any]:
         if not calls:
@@ -159,7 +159,7 @@ def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_th
         calls.append(path)
         return loaded(path, device)
 
-    monkeypatch.setattr(checkpoint, "_loaded", saved_meanwhile)
+    monkeypatch.setattr(checkpoint, "_load_file", saved_meanwhile)
     assert load(tmp_path, CPU)[0]["step"] == 2
     assert len(calls) == 2
 
@@ -283,11 +283,11 @@ def test_a_file_that_cannot_be_deleted_is_reported_once_and_is_not_a_failure(sav
         "step-000000001.pt",
         "step-000000002.pt",
     ]
-    assert saving.saver.newest().name == "step-000000003.pt"
+    assert saving.saver.wait_for_newest().name == "step-000000003.pt"
 
 
 def test_the_newest_checkpoint_is_given_by_its_folder_if_that_cannot_be_listed(saving, failing):
     saving.broken = False
     saving.save(1)
     failing(Path, "iterdir", "checkpoints", errno.EACCES, FOR_EVER)
-    assert saving.saver.newest() == saving.folder
+    assert saving.saver.wait_for_newest() == saving.folder

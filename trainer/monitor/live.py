@@ -66,16 +66,17 @@ def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
 
 
 def _curve(values: Sequence[float]) -> str:
-    """Draw the finite values as an SVG curve whose axis runs from 0 to their maximum, with both in a label."""
+    """Draw the finite values as an SVG curve from 0 to their maximum, which a label gives."""
     points = [(n, value) for n, value in enumerate(values) if 0 <= value < float("inf")]
     if len(points) < 2:
         return "<p>not enough data yet</p>"
     highest = max(value for _, value in points) or 1.0
+    label = f"{highest:,.0f}" if highest >= 100 else f"{highest:.3g}"
     coordinates = " ".join(
         f"{n * _WIDTH / (len(values) - 1):.1f},{_HEIGHT * (1 - value / highest):.1f}" for n, value in points
     )
     return (
         f'<svg viewBox="0 -2 {_WIDTH} {_HEIGHT + 4}" preserveAspectRatio="none" role="img">'
-        f'<polyline points="{coordinates}"/></svg><p><span>0 to {highest:,.3g}</span>'
+        f'<polyline points="{coordinates}"/></svg><p><span>0 to {label}</span>'
         f"<span>last {len(values)} intervals</span></p>"
     )
