@@ -89,7 +89,7 @@ def measured(monkeypatch, tmp_path) -> list[Settings]:
     return tried
 
 
-SAID = "computing convolutions as towers-s2d, the fastest form here"
+SAID = "computing convolutions as towers-s2d, the fastest form on this machine"
 
 
 def test_the_fastest_form_is_remembered(measured, tmp_path):

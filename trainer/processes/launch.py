@@ -101,7 +101,7 @@ class _Group:
     """A group of processes that were started together."""
 
     def __init__(self, command: Sequence[str], size: int):
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the group
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 – stays open as long as the group
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]  # if it is taken meanwhile, the processes fail and are restarted
         self.processes = [

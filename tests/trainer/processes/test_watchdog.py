@@ -21,7 +21,8 @@ from trainer.processes import watchdog
 
 watchdog.GRACE_SECONDS = 0.5
 begun = time.monotonic()
-metrics = SimpleNamespace(history=[1], doing="input", stalled_seconds=lambda: time.monotonic() - begun)
+stalled_seconds = lambda: time.monotonic() - begun
+metrics = SimpleNamespace(history=[1], current_activity="input", stalled_seconds=stalled_seconds)
 watchdog.Watchdog(metrics, 0.5, rank=3)
 
 def where_it_hangs():
