@@ -90,9 +90,9 @@ class Run:
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
         """Create the folder of a run whose weights were trained elsewhere; the caller adds the checkpoint.
 
-        origin: where the weights are from. It is recorded in place of a dataset's fingerprint, and matches no
-        dataset, so the run can be evaluated and used, but not continued. Raises SettingsError if the folder is
-        not empty.
+        origin: where the weights are from. It is recorded in place of a dataset's fingerprint and matches no
+        dataset, so the run can be evaluated and used, but not continued. Raises SettingsError if the folder
+        is not empty.
         """
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise SettingsError(f"{self.folder} is not empty: choose another --out")
