@@ -1,11 +1,11 @@
 """Compute the operation of `model.triton_pool` with a second normalisation, within each map, on a GPU.
 
 The forward pass has two kernels: `_local` computes bias, ReLU and local normalisation, and `_spatial`
-computes spatial normalisation and pooling. The backward pass has two kernels, too: `_spatial_backward` computes the
-pixelwise part of pooling and spatial normalisation, with sums over five rows, and `_local_backward` sums over
-five columns, and computes the rest. One kernel for each pass is not enough, because a sum over 5×5 pixels
-needs the pixels of other programs. The input, the values after the first normalisation, and the indices of
-the maxima are saved for the backward pass.
+computes spatial normalisation and pooling. The backward pass has two kernels, too: `_spatial_backward`
+computes the pixelwise part of pooling and spatial normalisation, with sums over five rows, and
+`_local_backward` sums over five columns and computes the rest. One kernel for each pass is not enough,
+because a sum over 5×5 pixels needs the pixels of other programs. The input, the values after the first
+normalisation, and the indices of the maxima are saved for the backward pass.
 
 Programs process the rows from top to bottom. They add the sums over five columns of a row to the sums of the
 five rows around it, so a pixel is loaded once for several columns and all rows, instead of 25 times.
@@ -36,10 +36,10 @@ from model.triton_pool import maxima_of_three, ordering_keys, pooled_gradients, 
 ALPHA = tl.constexpr(1e-3 / 25)  # factor on the sum of squares
 # The square root of the gradient's factor 2αβ, applied before and after the sum, so that the sum fits fp16.
 FACTOR = tl.constexpr((2 * 0.75 * 1e-3 / 25) ** 0.5)
-PIXELS = 4  # number of pixels per thread in a kernel that needs no neighbouring pixels
+PIXELS = 4  # pixels per thread in a kernel that needs no neighbouring pixels
 LANE_CHANNELS = tl.constexpr(
     4
-)  # number of channels per thread in a kernel that needs no neighbouring channels
+)  # channels per thread in a kernel that needs no neighbouring channels
 
 
 @triton.jit
