@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -111,6 +112,21 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
     finally:
         server.close()
     expect(tab.locator("#no-response")).to_contain_text("No response since")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("seconds", [13, 59 * 60 + 59, 36_000])
+def test_every_value_fits_on_one_line_of_its_tile(browser, width, seconds):
+    metrics = Metrics()
+    metrics.checkpoint_timestamp.set(time.time() - seconds)
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.set_content(live_page(metrics))
+    size = "value => [value.offsetHeight, value.clientWidth - value.scrollWidth]"
+    tiles = tab.evaluate(f"[...document.querySelectorAll('dd')].map({size})")
+    assert len(tiles) == 8
+    assert len({height for height, _ in tiles}) == 1
+    assert all(room >= 0 for _, room in tiles)
 
 
 def brightness(colour: str) -> float:
