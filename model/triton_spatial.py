@@ -37,9 +37,7 @@ ALPHA = tl.constexpr(1e-3 / 25)  # factor on the sum of squares
 # The square root of the gradient's factor 2αβ, applied before and after the sum, so that the sum fits fp16.
 FACTOR = tl.constexpr((2 * 0.75 * 1e-3 / 25) ** 0.5)
 PIXELS = 4  # pixels per thread in a kernel that needs no neighbouring pixels
-LANE_CHANNELS = tl.constexpr(
-    4
-)  # channels per thread in a kernel that needs no neighbouring channels
+LANE_CHANNELS = tl.constexpr(4)  # channels per thread in a kernel that needs no neighbouring channels
 
 
 @triton.jit
