@@ -1,4 +1,4 @@
-"""The whole workflow on a small set of drawn pictures, with the commands that a user would type."""
+"""Run the whole workflow on a small set of drawn pictures, with the commands that a user would type."""
 
 import os
 import shlex
@@ -13,8 +13,8 @@ from pipeline.manifest import MANIFEST_NAME
 def demo(folder: Path) -> int:
     """Draw pictures, pack them and train on them in `folder`.
 
-    Returns the exit code of a command that failed. Training replaces this process, which makes signals
-    reach it directly.
+    Steps whose result exists are skipped. Returns the exit code of the first command that fails.
+    Otherwise, it does not return: training replaces this process, so that signals reach it directly.
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {

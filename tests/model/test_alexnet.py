@@ -270,7 +270,7 @@ def test_nothing_else_changes_if_kernels_add_the_biases(small, monkeypatch):
     x = some_pixels(2, 96)
     expected = small(x)
     expected_gradients = torch.autograd.grad(expected.square().sum(), list(small.parameters()))
-    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    monkeypatch.setattr("model.alexnet.fuses_bias", lambda *options: True)
     with recorded(small, "conv1", "conv2") as seen:
         logits = small(x)
     assert not seen  # no layer was called with its own bias

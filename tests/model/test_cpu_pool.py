@@ -10,7 +10,7 @@ import torch
 import model
 from model import cpu_pool
 from model.alexnet import AlexNet
-from model.fused import normalise_and_pool, plain_normalise_and_pool
+from model.fused import normalise_and_pool, reference_normalise_and_pool
 from tests.model import stages
 from tests.model.stages import ALPHA
 
@@ -35,7 +35,7 @@ SHAPES = [(2, 2, 7, 5), (1, 34, 4, 9), (3, 6, 3, 3), (1, 32, 12, 3), (2, 96, 55,
 def test_the_kernel_equals_the_plain_implementation(options, dtype, tolerance, shape):
     x = activations(*shape, dtype=dtype)
     output, gradient = result_and_gradient(normalise_and_pool, x, **options)
-    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, x, **options)
+    expected, expected_gradient = result_and_gradient(reference_normalise_and_pool, x, **options)
     assert output.dtype == gradient.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def test_the_gradient_equals_that_of_the_plain_implementation_in_fp64(options):
     x = activations(2, 32, 27, 27)
     _, gradient = result_and_gradient(normalise_and_pool, x, **options)
     _, expected = result_and_gradient(
-        plain_normalise_and_pool, x.detach().double().requires_grad_(), **options
+        reference_normalise_and_pool, x.detach().double().requires_grad_(), **options
     )
     assert (gradient - expected).norm() < 1e-6 * expected.norm()
 
@@ -86,7 +86,7 @@ def plainest(tmp_path_factory):
     source = cpu_pool.__file__.removesuffix(".py") + ".c"
     flags = ["-O1", "-ffp-contract=off", "-U__gnu_linux__", "-shared", "-fPIC"]
     subprocess.run(["cc", *flags, "-o", library, source], check=True)
-    return cpu_pool.opened(str(library))
+    return cpu_pool.open_library(str(library))
 
 
 def test_the_first_of_equal_values_gets_the_gradient_and_the_relu_has_none_at_zero():
@@ -111,7 +111,7 @@ def test_values_that_are_not_finite_propagate_as_in_the_plain_implementation(opt
     with torch.no_grad():
         x[0, 3, 2, 2] = value
     output, _ = result_and_gradient(normalise_and_pool, x, **options)
-    expected, _ = result_and_gradient(plain_normalise_and_pool, x, **options)
+    expected, _ = result_and_gradient(reference_normalise_and_pool, x, **options)
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-3, equal_nan=True)
 
 

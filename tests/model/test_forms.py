@@ -58,7 +58,7 @@ def test_forms_are_equal_forward_and_backward(variant, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_forms_are_equal_if_kernels_add_the_biases(preset, monkeypatch):
     expected = passed("grouped", preset, Variant(width=0.25))
-    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    monkeypatch.setattr("model.alexnet.fuses_bias", lambda *options: True)
     for form in FORMS:
         assert_equal(passed(form, preset, Variant(width=0.25)), expected)
 

@@ -174,13 +174,13 @@ def test_decoding_is_tuned_once_for_all_values_of_a_sweep(packed, call, monkeypa
 
     measured = []
 
-    def tuned(decoding, settings, *_):
+    def tune(decoding, settings, *_):
         if not settings.threads or settings.hw_decoder_load is None:
             measured.append(settings.batch)
             decoding = dataclasses.replace(decoding, threads=3, hw_decoder_load=0.25)
         return decoding, []
 
-    monkeypatch.setattr(stages, "tuned", tuned)
+    monkeypatch.setattr(stages, "tune", tune)
     found = []
     monkeypatch.setattr(
         stages.Stages, "loader", lambda self: {"": lambda: found.append(self.decoding) or 1.0}

@@ -19,7 +19,7 @@ BATCH = ("--batch", "4")
 def test_training_logs_as_in_a_run(packed, monkeypatch, call):
     logged = []
     monkeypatch.setattr(
-        "trainer.monitor.journal.Journal.interval", lambda self, step, *_: logged.append(step)
+        "trainer.monitor.journal.Journal.record_interval", lambda self, step, *_: logged.append(step)
     )
     done = call(bench.main, "train", "--data", packed, *QUICK, *BATCH, "--log-every", "2")
     assert done.returncode == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import load, saved, write
+from trainer.checkpoint import list_checkpoints, load, write
 from trainer.run import RunError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def state(step: int) -> dict:
 
 
 def steps(folder: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step-")) for path in saved(folder, "step"))
+    return sorted(int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder, "step"))
 
 
 def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(tmp_path):
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(tmp_path, monke
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, damage):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
-    newest = saved(tmp_path)[0]
+    newest = list_checkpoints(tmp_path)[0]
     content = newest.read_bytes()
     place = content.index(state(2)["model"]["weight"].numpy().tobytes()) + 100
     newest.write_bytes(
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     """This includes headers, padding and the checksum, which the archive's own checksums do not cover."""
     write(tmp_path, 1, {"step": 1, "weight": torch.ones(3)}, keep=1)
-    (path,) = saved(tmp_path)
+    (path,) = list_checkpoints(tmp_path)
     content = path.read_bytes()
     for place in range(len(content)):
         flipped = bytearray(content)
@@ -94,7 +94,7 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
 
 def test_only_damaged_checkpoints_are_an_error(tmp_path):
     write(tmp_path, 1, state(1), keep=2, best=True)
-    for path in saved(tmp_path):
+    for path in list_checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(RunError, match=r"step-000000001.pt is damaged.*best-000000001.pt is damaged.*delete"):
         load(tmp_path, CPU)
@@ -103,7 +103,7 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
 def test_a_run_that_went_back_keeps_new_checkpoints_and_deletes_damaged_ones(tmp_path):
     for step in (1, 20, 30):
         write(tmp_path, step, state(step), keep=3)
-    for path in saved(tmp_path)[:2]:
+    for path in list_checkpoints(tmp_path)[:2]:
         path.write_bytes(b"")
     assert load(tmp_path, CPU)[0]["step"] == 1
     write(tmp_path, 2, state(2), keep=2)

@@ -27,7 +27,7 @@ def test_an_interval_read_later_has_the_values_of_its_own_time():
     def step(loss: float, wrong: int) -> None:
         meter.begin_step()
         meter.end_step(torch.tensor(loss), torch.tensor(wrong), images=4)
-        meter.waited(0.5)
+        meter.add_wait(0.5)
 
     step(2.0, 3)
     step(4.0, 1)
@@ -86,9 +86,9 @@ def test_no_step_and_no_interval_waits_for_the_device(packed, tmp_path, asynchro
     trainer = Trainer(settings, Run(tmp_path / "run"), alone, Metrics(), port=None)
     trainer.run.folder.mkdir()
     batches = trainer.batches()
-    trainer.train_one(batches)
+    trainer.train_step(batches)
     with NoWait():
         for _ in range(3):
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             trainer.log()
             assert not alone.any(False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.manifest import read_manifest
-from trainer.precision import resolve_precision, settle_precision
+from trainer.precision import resolve_precision, resolve_run_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError, load_settings
@@ -52,7 +52,7 @@ def begun(packed, tmp_path):
         run, settings = Run(tmp_path / "run"), load_settings(list(arguments))
         run.begin(settings, manifest).close()
         resolved = precision if settings.precision == "auto" else settings.precision
-        run.settle(settings, {"device": device, "precision": resolved})
+        run.keep_resolved(settings, {"device": device, "precision": resolved})
         return run
 
     return begin
@@ -108,9 +108,9 @@ def test_a_run_of_an_earlier_version_records_auto_when_it_is_continued(begun):
 
 def test_the_first_process_decides_for_all(tmp_path: Path, monkeypatch):
     second = World(1, 2, 1, CPU)
-    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", None))
-    assert settle_precision(Settings(), Run(tmp_path), second).precision == "fp16"
-    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", "it began with another"))
+    monkeypatch.setattr(World, "broadcast", lambda self, value: ("fp16", None))
+    assert resolve_run_precision(Settings(), Run(tmp_path), second).precision == "fp16"
+    monkeypatch.setattr(World, "broadcast", lambda self, value: ("fp16", "it began with another"))
     with pytest.raises(SettingsError, match="it began with another"):
-        settle_precision(Settings(), Run(tmp_path), second)
+        resolve_run_precision(Settings(), Run(tmp_path), second)
     assert not list(tmp_path.iterdir())  # only the first process writes

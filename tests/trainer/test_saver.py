@@ -32,7 +32,7 @@ class Fixture:
         return self.metrics.registry.get_sample_value(f"alexnet_checkpoint_{name}")
 
     def steps(self) -> list[int]:
-        return [int(path.stem[5:]) for path in checkpoint.saved(self.run.checkpoints, "step")]
+        return [int(path.stem[5:]) for path in checkpoint.list_checkpoints(self.run.checkpoints, "step")]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_saved_state_is_that_of_the_time_of_saving(made, monkeypatch):
         training["errors"].append(0.1)
         may_write.release()
         it.saver.drain()
-    for path in checkpoint.saved(it.run.checkpoints):
+    for path in checkpoint.list_checkpoints(it.run.checkpoints):
         loaded = torch.load(path, weights_only=True)
         assert loaded["model"]["weight"].unique().tolist() == [loaded["step"]]
         assert loaded["errors"] == [0.5]
@@ -106,8 +106,8 @@ def test_a_failed_save_is_reported_once_counted_and_retried(made, monkeypatch):
         patch.setattr(checkpoint, "write", full)
         it.saver.save(state(2))
         it.saver._wait()
-    it.saver.report()
-    it.saver.report()
+    it.saver.report_failures()
+    it.saver.report_failures()
     assert not it.saver.is_due
     (warning,) = it.said
     assert (
@@ -179,7 +179,7 @@ def test_an_error_that_is_not_the_disks_fault_ends_the_training(made):
     it.saver.save(state(1) | {"model": {"weight": lambda: None}})
     it.saver._wait()
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        it.saver.report()
+        it.saver.report_failures()
 
 
 def test_rows_wait_until_the_disk_has_room(tmp_path):

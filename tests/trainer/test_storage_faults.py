@@ -12,7 +12,7 @@ import torch
 
 from tests.endurance.faulty_storage import Call, Fault, Storage
 from trainer import checkpoint
-from trainer.checkpoint import load, saved, write
+from trainer.checkpoint import list_checkpoints, load, write
 from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
 from trainer.saver import Saver
@@ -141,7 +141,7 @@ def test_a_good_checkpoint_is_not_deleted_by_a_run_that_resumed_before_it(tmp_pa
 def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing):
     for step in (1, 9):
         write(tmp_path, step, state(step), keep=2)
-    saved(tmp_path)[0].write_bytes(b"")
+    list_checkpoints(tmp_path)[0].write_bytes(b"")
     failing(checkpoint, "open", "step-000000009", errno.EIO)
     write(tmp_path, 2, state(2), keep=1)
     assert names(tmp_path) == ["step-000000002.pt", "step-000000009.pt"]
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing)
 
 def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_the_next(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
-    loaded, calls = checkpoint._loaded, []
+    loaded, calls = checkpoint._load_file, []
 
     def saved_meanwhile(path: Path, device: torch.device) -> dict[str, Any]:
         if not calls:
@@ -159,7 +159,7 @@ def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_th
         calls.append(path)
         return loaded(path, device)
 
-    monkeypatch.setattr(checkpoint, "_loaded", saved_meanwhile)
+    monkeypatch.setattr(checkpoint, "_load_file", saved_meanwhile)
     assert load(tmp_path, CPU)[0]["step"] == 2
     assert len(calls) == 2
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_saved_even_if_its_folder_cannot_be_listed_afterwards(tm
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "saved", unlisted)
+        patch.setattr(checkpoint, "list_checkpoints", unlisted)
         _, left = write(tmp_path, 2, state(2), keep=1)
     assert left == [f"{tmp_path} cannot be listed to delete old checkpoints: Input/output error"]
     assert load(tmp_path, CPU)[0]["step"] == 2
@@ -262,7 +262,7 @@ def test_no_later_state_is_saved_before_the_best(saving):
     saving.save(2)
     with pytest.raises(RunError, match=r"step-000000001.pt cannot be written: Input/output error"):
         saving.saver.drain()
-    assert saved(saving.folder) == []
+    assert list_checkpoints(saving.folder) == []
 
 
 def test_the_last_save_of_a_run_is_retried_before_it_ends(saving, monkeypatch):
@@ -283,11 +283,11 @@ def test_a_file_that_cannot_be_deleted_is_reported_once_and_is_not_a_failure(sav
         "step-000000001.pt",
         "step-000000002.pt",
     ]
-    assert saving.saver.newest().name == "step-000000003.pt"
+    assert saving.saver.wait_for_newest().name == "step-000000003.pt"
 
 
 def test_the_newest_checkpoint_is_given_by_its_folder_if_that_cannot_be_listed(saving, failing):
     saving.broken = False
     saving.save(1)
     failing(Path, "iterdir", "checkpoints", errno.EACCES, FOR_EVER)
-    assert saving.saver.newest() == saving.folder
+    assert saving.saver.wait_for_newest() == saving.folder

@@ -21,14 +21,14 @@ from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, tra
 from pipeline.plan import Plan
 from trainer.build import build_decoding
 from trainer.forms import fastest_form
-from trainer.monitor.ceilings import Work, loader_work, model_work, rate
+from trainer.monitor.ceilings import Work, loader_work, measure_throughput, model_work
 from trainer.monitor.metrics import Metrics
 from trainer.precision import resolve_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 from trainer.train import Trainer
-from trainer.tuning import tuned
+from trainer.tuning import tune
 
 Stage = dict[str, Callable[[], float]]  # contestants: each call does one run and returns its figure
 
@@ -58,7 +58,7 @@ class Stages:
         shards = self.dataset.manifest.split("train").shards
         self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
         decoding = build_decoding(settings, self.device)
-        self.decoding, _ = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, _ = tune(decoding, settings, self.dataset, self.plan, world)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Stages:
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
         """Return a run of work that its first call creates: work that never runs is never created."""
         make = cache(make)
-        return lambda: rate(make(), self.seconds, self.device)
+        return lambda: measure_throughput(make(), self.seconds, self.device)
 
     def _train_loader(self) -> Iterator[Batch]:
         endless = range(sys.maxsize)
@@ -115,7 +115,7 @@ class Stages:
         batches = trainer.batches()
 
         def work() -> int:
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             if trainer.step % settings.log_every == 0:
                 trainer.log()
             return settings.batch
@@ -253,7 +253,7 @@ class Stages:
         """Measure seconds that saving delays training, and seconds until the checkpoint is on the disk."""
         folder = Path(tempfile.mkdtemp(prefix="alexnet-bench-"))
         trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
-        trainer.train_one(trainer.batches())  # creates the momentum to save
+        trainer.train_step(trainer.batches())  # creates the momentum to save
 
         def background(held_up: bool) -> float:
             start = time.perf_counter()

@@ -36,7 +36,7 @@ def test_metrics_are_served_with_their_current_values(served):
 
 def test_health_follows_progress(served, monkeypatch):
     metrics, url = served
-    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    metrics.record_interval(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     assert get(f"{url}/healthz") == "ok\n"
     monkeypatch.setattr(metrics, "stalled_seconds", lambda: 0.7 * STALL_SECONDS)
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -51,7 +51,7 @@ def test_the_live_page_is_served_before_the_first_interval_and_updated_after_it(
     interval = Interval(
         10, 1280, loss=2.5, error=0.5, seconds=2.0, wait_seconds=0.1, busy_seconds=1.9, ready=9
     )
-    metrics.harvested(interval, 0.01, 1.0, torch.device("cpu"))
+    metrics.record_interval(interval, 0.01, 1.0, torch.device("cpu"))
     assert "640.0" in get(url)
 
 
