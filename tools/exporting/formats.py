@@ -89,8 +89,8 @@ def compare(trained: TrainedNet, spec: NetSpec, file: BinaryIO, opened: Callable
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:  # also if it is NaN
         raise NetError(
-            f"the file's logits of {len(pixels)} validation images differ by {difference:.1e} of the largest, "
-            f"and rounding explains no more than {TOLERANCE:.0e}; nothing was written"
+            f"the file's logits of {len(pixels)} validation images differ by {difference:.1e} of the "
+            f"largest, and rounding explains no more than {TOLERANCE:.0e}; nothing was written"
         )
     return f"logits of {len(pixels)} validation images within {difference:.0e} of the largest"
 
