@@ -147,7 +147,7 @@ def test_both_classify_drawn_pictures_and_resume_after_a_kill(packed, tmp_path, 
     capsys.readouterr()
     run(packed, out)
     assert not capsys.readouterr().out  # nothing is done again
-    with pytest.raises(SettingsError, match=r"differ in step \(4 there, 8 here\): choose another --out"):
+    with pytest.raises(SettingsError, match=r"with another step \(4, not 8\): choose another --out"):
         run(packed, out, "--step", "8")
 
 

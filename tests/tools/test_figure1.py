@@ -118,13 +118,14 @@ def test_the_ratio_compares_runs_with_the_same_seed():
     assert found["ReLU"] == pytest.approx([5, 10])
     assert found["tanh over ReLU"] == pytest.approx([4, 2])
     assert remarks(curves, {"relu": 0.1, "tanh": 1.0}, options) == [
-        "tanh was fastest at 1, an end of the range tried: a rate beyond it may be faster."
+        "tanh was fastest at 1, an end of the range of learning rates tried: a rate beyond it may be faster."
     ]
     curves["tanh"][1] = [0.5, 0.4]
     assert [row.system for row in rows(curves, 25.0, steps=10)] == ["ReLU"]
-    # ReLU came to it after half an epoch and one.
-    assert "tanh did not reach 25 % within 4 epochs on 1 of 2 seeds, 5.3 times what ReLU took." in remarks(
-        curves, {"relu": 0.1, "tanh": 0.1}, options
+    # ReLU reached it after half an epoch and after one.
+    assert (
+        "tanh did not reach 25 % within 4 epochs on 1 of 2 seeds, 5.3 times as many as ReLU needed."
+        in remarks(curves, {"relu": 0.1, "tanh": 0.1}, options)
     )
 
 

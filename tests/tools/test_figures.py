@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.manifest import read_manifest, write_manifest
 from tools import paper
 from tools.experiments import codes, fc7, figure3, figure4
-from tools.experiments.fc7 import features, kept_features, nearest, take
+from tools.experiments.fc7 import cached_features, features, nearest, take
 from tools.experiments.figure3 import COLUMNS, GAP, SCALE, TOWER_GAP, by_tower, colour_shares, draw
 from tools.experiments.finished import Finished, open_run
 from trainer import checkpoint
@@ -96,7 +96,7 @@ def test_neighbours_match_a_naive_search(values, monkeypatch):
 
 def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(fc7, "PART", 25)
-    parts = kept_features(opened, "train", tmp_path)
+    parts = cached_features(opened, "train", tmp_path)
     assert [part.shape for part in parts] == [(20, 4096)] * 3
     some = np.array([0, 19, 20, 59])
     expected = np.concatenate([features(opened, opened.pixels("train", number)) for number in some])
@@ -107,7 +107,7 @@ def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, 
     lost.unlink()
     computed = []
     monkeypatch.setattr(fc7, "features", lambda *given: computed.append(1) or features(*given))
-    again = kept_features(opened, "train", tmp_path)
+    again = cached_features(opened, "train", tmp_path)
     assert len(computed) == 1
     np.testing.assert_array_equal(np.concatenate(again), np.concatenate(parts))
 
@@ -133,7 +133,7 @@ def test_figure_4_shows_the_nearest_training_images(opened, finished_run, tmp_pa
         image.load()
     assert "of the 3 images" in record.remarks[0]
     assert "the 12 nearest training images" in record.remarks[0]
-    index = np.concatenate(kept_features(opened, "train", out)).astype(float)
+    index = np.concatenate(cached_features(opened, "train", out)).astype(float)
     for shown in figure4.retrieve(opened, [3, 19], out):
         own = features(opened, opened.pixels("val", shown.query.number)).astype(float)
         distances = np.sqrt(((index - own) ** 2).sum(1))
@@ -154,14 +154,14 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
     few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
     record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
     exact, *coded = record.rows
-    assert exact.system == "exact L2 in fp64, 8,192 bytes an image"
+    assert exact.system == "exact L2 in fp64, 8,192 bytes per image"
     assert [row.than for row in coded if row.system.startswith("auto")] == [
         "signs of principal components, 8 bits",
         "signs of principal components, 32 bits",
     ]
     assert {len(values) for row in coded for values in row.measured.values()} == {2}
     # A hundred are sought among sixty: all are found.
-    assert all(row.measured["the 6 nearest among 100 found (%)"] == [100, 100] for row in coded)
+    assert all(row.measured["recall of the 6 nearest in 100 results (%)"] == [100, 100] for row in coded)
     with Image.open(tmp_path / "out" / "codes.png") as image:
         image.load()
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Draw figure4.png.
 
-    Raises SettingsError for an index out of range, and what `open_run` and `kept_features` raise.
+    Raises SettingsError for an index out of range, and what `open_run` and `cached_features` raise.
     """
     opened = finished.open_run(options, "train", "val")
     total = opened.trained.dataset.manifest.split("val").samples
@@ -105,12 +105,12 @@ def classify(opened: Finished, number: int) -> "Classified":
 
 def retrieve(opened: Finished, queries: list[int], out: Path) -> "list[Retrieved]":
     """Find the training images nearest to each of some validation images."""
-    from tools.experiments.fc7 import features, kept_features, nearest
+    from tools.experiments.fc7 import cached_features, features, nearest
     from tools.experiments.figure4_drawing import Retrieved
 
-    asked = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
-    index = kept_features(opened, "train", out)
-    distances, numbers = nearest(asked, index, NEIGHBOURS, opened.world.device)
+    points = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
+    index = cached_features(opened, "train", out)
+    distances, numbers = nearest(points, index, NEIGHBOURS, opened.world.device)
     dataset = opened.trained.dataset
     return [
         Retrieved(
