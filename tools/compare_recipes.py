@@ -100,7 +100,7 @@ def main() -> None:
             load_settings(["--recipe", recipe, *settings], command=program())
         scores = compare(options, settings)
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
-        sys.exit(f"compare_recipes: {error}")
+        sys.exit(f"compare-recipes: {error}")
     print(*table(scores), sep="\n")
     about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
     print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))

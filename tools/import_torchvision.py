@@ -39,10 +39,10 @@ def main() -> None:
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))
     except (SettingsError, DatasetError) as error:
-        sys.exit(f"import_torchvision: {error}")
+        sys.exit(f"import-torchvision: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"import_torchvision: {reason}. Fix the cause and run the same command again")
+        sys.exit(f"import-torchvision: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:

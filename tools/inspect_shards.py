@@ -274,10 +274,10 @@ def main() -> None:
         with refused_threads():
             groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
-        sys.exit(f"inspect_shards: {error}")
+        sys.exit(f"inspect-shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
-        sys.exit(f"inspect_shards: {reason}: fix the cause and run the same command again")
+        sys.exit(f"inspect-shards: {reason}: fix the cause and run the same command again")
     print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 

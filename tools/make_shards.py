@@ -143,9 +143,9 @@ def main() -> None:
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
-        sys.exit(f"make_shards: {error}")
+        sys.exit(f"make-shards: {error}")
     except OSError as error:
-        sys.exit(f"make_shards: {_advice(error, options.output)}")
+        sys.exit(f"make-shards: {_advice(error, options.output)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -135,7 +135,7 @@ def test_figure_1_of_a_packed_dataset(packed, tmp_path):
     given = ["--data", str(packed), "--classes", "2", "--epochs", "1", "--seeds", "1", "--rates", "0.01"]
     options = parser.parse_args([*given, "--device", "cpu"], argparse.Namespace(out=tmp_path))
     record = figure1.run(options, [])
-    assert "the first 2 classes 12 training images" in record.data
+    assert "12 training images of the first 2 classes" in record.data
     assert [figure.file for figure in record.figures] == ["figure1.png"]
     with Image.open(tmp_path / "figure1.png") as image:
         image.load()

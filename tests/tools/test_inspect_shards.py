@@ -1,4 +1,4 @@
-"""inspect_shards: the report on a dataset whose content is known."""
+"""inspect-shards: the report on a dataset whose content is known."""
 
 import csv
 import io
@@ -221,6 +221,6 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, call):
     (root / "train-000000.tar").unlink()
     done = call(main, "--data", root, "--out", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"inspect_shards: the shard {root / 'train-000000.tar'} is missing")
+    assert done.stderr.startswith(f"inspect-shards: the shard {root / 'train-000000.tar'} is missing")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "report").exists()

@@ -59,7 +59,7 @@ def test_a_missing_temporary_folder_is_reported_in_one_line(tmp_path, command):
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(Path(command[0]).stem + ": ")
+    assert done.stderr.startswith(Path(command[0]).stem.replace("_", "-") + ": ")
 
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:

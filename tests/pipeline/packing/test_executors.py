@@ -148,7 +148,7 @@ def test_a_worker_killed_is_named_and_the_same_command_continues(packing, pictur
     output, dies = tmp_path / "out", at_picture(21, KILL_THIS, tmp_path / "events", pictures)
     code, _, errors = packing(pictures, output, "--workers", "2", **dies)
     assert code == 1
-    assert errors.startswith("make_shards: a worker process was killed (SIGKILL)")
+    assert errors.startswith("make-shards: a worker process was killed (SIGKILL)")
     assert "fewer --workers" in errors
     assert "run the same command again to continue" in errors
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
@@ -260,7 +260,7 @@ def test_a_dask_scheduler_that_goes_away_is_named_and_processes_may_continue(
     assert scheduler.wait(DEADLINE_SECONDS) == -signal.SIGKILL
     assert code == 1
     last = errors.splitlines()[-1]
-    assert last.startswith(f"make_shards: the connection to the Dask scheduler at {cluster.address} was lost")
+    assert last.startswith(f"make-shards: the connection to the Dask scheduler at {cluster.address} was lost")
     for worker in cluster.processes[1:]:
         worker.kill()  # it would finish its shard
         worker.wait()

@@ -184,7 +184,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(
     monkeypatch.setattr(executors, "run_tasks", run_tasks)
     run(source, tmp_path)
     assert refused[0].returncode == 1
-    assert refused[0].stderr.startswith(f"make_shards: another run is packing into {tmp_path}")
+    assert refused[0].stderr.startswith(f"make-shards: another run is packing into {tmp_path}")
     assert contents(tmp_path) == whole
 
 

@@ -62,7 +62,7 @@ def test_what_passes_is_waited_for(packing, picture, name, error):
     outcome = fails(packing, name, picture, error, lasting=False)
     assert outcome.code == 0
     assert outcome.text.startswith(
-        f"make_shards: {packing.folder / picture}: {os.strerror(getattr(errno, error))}: "
+        f"make-shards: {packing.folder / picture}: {os.strerror(getattr(errno, error))}: "
     )
     assert outcome.text.count("retrying for") == 1
     assert rejected(packing) == []
@@ -154,7 +154,7 @@ def test_a_dataset_that_is_there_is_not_denied(packing, error):
     outcome = fails(packing, "unlink", "out/.packing/plan.json", error)
     assert outcome.code == 0
     line, *_ = outcome.text.splitlines()
-    assert line.startswith("make_shards: the dataset is complete, but ")
+    assert line.startswith("make-shards: the dataset is complete, but ")
     assert line.endswith(f".packing/plan.json cannot be removed: {os.strerror(getattr(errno, error))}")
 
 
