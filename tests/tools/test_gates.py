@@ -78,7 +78,7 @@ def test_the_interval_does_not_depend_on_earlier_random_draws(monkeypatch):
     assert len({judged(Gate("x", 1.0), ours=ours).interval for _ in range(10)}) == 1
 
 
-def test_unmeasured_contestants_are_named_but_not_compared():
+def test_unmeasured_candidates_are_named_but_not_compared():
     gate = Gate("x", 1.1, ("ffcv", "dali", "other"))
     judgement = judged(gate, ours=[2.0], ffcv=[], dali=[1.0], other=[0.5])
     assert judgement.record() == {

@@ -119,8 +119,8 @@ def test_an_error_writing_results_names_the_file(tmp_path, monkeypatch):
         raise failure(errno.ENOSPC)
 
     monkeypatch.setattr("builtins.print", full)
-    with pytest.raises(OSError, match="No space left") as error, open_output(path) as tell:
-        tell(Result("a.jpg", []))
+    with pytest.raises(OSError, match="No space left") as error, open_output(path) as write:
+        write(Result("a.jpg", []))
     assert error.value.filename == str(path)
 
 

@@ -214,7 +214,7 @@ def plot(path: Path, systems: Systems, best: float) -> None:
     """Draw recall and the share of the correct class by number of bits. best: the exact search's share."""
     import matplotlib
 
-    matplotlib.use("Agg")  # files only: there may be no screen
+    matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

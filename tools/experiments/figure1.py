@@ -207,7 +207,7 @@ def plot(path: Path, curves: Curves, target: float) -> None:
     """Draw the training error over epochs, solid for ReLU and dashed for tanh as in the paper."""
     import matplotlib
 
-    matplotlib.use("Agg")  # files only: there may be no screen
+    matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

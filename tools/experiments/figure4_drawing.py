@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: there may be no screen
+matplotlib.use("Agg")  # writes files without a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
