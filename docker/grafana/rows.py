@@ -67,7 +67,7 @@ def bottleneck() -> list:
                 "Where the time went",
                 {name: spent % name for name in ("train", "checkpoint", "eval", "start-up")},
                 RATIO,
-                "Shares of wall-clock time. All except training is overhead. If saving takes a visible share, "
+                "Shares of wall-clock time. All except training is overhead. If saving takes a large share, "
                 "save less often.",
                 24,
             )
