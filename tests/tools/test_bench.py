@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, and that each stage runs and ends in JSON."""
+"""The benchmark: its arithmetic, its records, and a real run of each stage."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ def test_candidates_run_in_turn_after_a_warm_up():
 
 
 def failing(turn: int, error: Exception):
-    """A candidate that fails in the given turn, counted from 1, and returns 1.0 before."""
+    """Return a candidate that fails in the given turn, counted from 1, and returns 1.0 before it."""
     turns = itertools.count(1)
 
     def run() -> float:
@@ -45,7 +45,7 @@ def test_a_candidate_that_fails_has_no_figures_and_the_others_continue(turn, err
     figures, errors = bench.in_turn(stage, runs=3)
     assert figures == {"a": [1.0] * 3, "b": [], "c": [1.0] * 3}
     assert list(errors) == ["b"]
-    assert list(stage) == ["a", "c"]  # what it held can be freed
+    assert list(stage) == ["a", "c"]  # so its memory can be freed
     failed, first, third = bench.table("model", figures, errors)
     assert failed.endswith(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
     assert first.startswith("model             a ")
@@ -82,7 +82,7 @@ def test_table_has_medians_and_ratios_of_neighbouring_runs():
 
 
 QUICK = ("--runs", "1", "--seconds", "0.1")
-# A narrow net on the CPU: checkpoints have 2 MB where the paper's net has 100 times as much.
+# A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 SETTINGS = ("--crop", "67", "--batch", "4", "--recipe", "demo")
 SETTINGS += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 

@@ -165,9 +165,9 @@ def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify
     whole = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "movie.mp4").write_bytes(b"\0" * 1000)
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     output, text = tmp_path / "top.csv", tmp_path / "notes.txt"
-    text.write_text("looked at, as it was asked for")
+    text.write_text("read, because it was given by name")
     code, out, errors = run_classify(folder, text, "--out", output)
     assert (code, out) == (1, "")
     assert errors.splitlines() == [

@@ -20,8 +20,8 @@ from trainer.settings import Settings, SettingsError
 
 CPU = torch.device("cpu")
 FORMS = (".pt2", ".onnx")
-# Between them every kind of layer, in each state that evaluation knows. What paper has, code2012 has too, but
-# in another order.
+# Together these nets have every kind of layer, in each state that matters to evaluation. code2012 has all
+# layers of paper, in another order.
 NETS = {
     "paper": {"preset": "paper", "dropout": "inverted"},
     "code2012": {"preset": "code2012"},
@@ -32,7 +32,7 @@ NETS = {
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a tool; returns its output, or the message it exits with."""
+    """Run a command; return its output, or the message with which it exits."""
 
     def run(main, *arguments: object) -> str:
         monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
@@ -118,7 +118,7 @@ def test_torchvisions_weights_are_imported_and_exported_unchanged(theirs, packed
     for name, value in before.items():
         assert all(torch.equal(state[name], value) for state in after)
     refused = command(alexnet_train, "--data", packed, "--out", out, "--preset", "torchvision", "--crop", 80)
-    assert refused == "2"  # its dataset is torchvision's
+    assert refused == "2"  # such a run cannot be trained
 
 
 def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, tmp_path, command):

@@ -98,17 +98,17 @@ def test_a_run_that_diverges_ends(tmp_path):
 
 def test_learning_rates_that_cannot_win_are_given_up(tmp_path, monkeypatch):
     falls = {0.1: [math.nan], 0.03: [0.6, 0.4, 0.3, 0.2], 0.01: [0.7, 0.5, 0.2], 0.003: [0.8] * 9}
-    asked = []
+    requested = []
 
     def learn(_images, trial, _folder, _batch, _target, epochs):
-        asked.append((trial.rate, epochs))
+        requested.append((trial.rate, epochs))
         return falls[trial.rate][:epochs]
 
     monkeypatch.setattr(four_layers, "train", learn)
     options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128, seeds=1)
     sweep = Sweep(options, None, tmp_path)
     assert sweep.fastest_rate("relu") == 0.01
-    assert asked == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
+    assert requested == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
 
 
 def test_the_ratio_compares_runs_with_the_same_seed():

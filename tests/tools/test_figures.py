@@ -1,4 +1,4 @@
-"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search that they rely on."""
+"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search on which they rely."""
 
 import argparse
 import shutil
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def begin_run(folder: Path, data: Path) -> Path:
-    """A run saved before its first step."""
+    """Begin a run and save it before its first step."""
     settings = load_settings(["--data", str(data), "--recipe", "demo", "--crop", "64", "--precision", "fp32"])
     manifest = read_manifest(data)
     run = Run(folder)
@@ -58,7 +58,7 @@ def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path
     with Image.open(tmp_path / "out" / record.figures[0].file) as image:
         sheet = np.asarray(image).astype(float)
     side = 11 * SCALE + GAP
-    for number, kernel in enumerate(weights):  # of the first 48, each 16 are a row; so of the other 48, below
+    for number, kernel in enumerate(weights):  # rows of 16: the first 48 above, the other 48 below
         row, column = divmod(number, COLUMNS)
         top = row * side + (TOWER_GAP - GAP if number >= 48 else 0)
         # The middle of each weight's square of pixels.
@@ -76,7 +76,7 @@ def test_a_gray_kernel_has_no_colour_and_a_single_channel_two_thirds():
     assert draw(by_tower(np.zeros((2, 3, 11, 11)), 2)).getpixel((0, 0)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("values", ["real", "few"])  # of few values, many distances are the same
+@pytest.mark.parametrize("values", ["real", "few"])  # with few values, many distances are equal
 def test_neighbours_match_a_naive_search(values, monkeypatch):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((90, 8)) * 20 if values == "real" else rng.integers(0, 2, (90, 8))
@@ -160,7 +160,7 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
         "signs of principal components, 32 bits",
     ]
     assert {len(values) for row in coded for values in row.measured.values()} == {2}
-    # A hundred are sought among sixty: all are found.
+    # A hundred results from sixty images contain all of them.
     assert all(row.measured["recall of the 6 nearest in 100 results (%)"] == [100, 100] for row in coded)
     with Image.open(tmp_path / "out" / "codes.png") as image:
         image.load()

@@ -1,4 +1,4 @@
-"""tools/paper.py: a small grid that is really trained, and the arithmetic and text of records."""
+"""alexnet-train paper: a small grid that is really trained, and the arithmetic and text of records."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.helpers import REPO
 from tools.experiments.record import Record, RecordError, Row, differences, spread, verdict
 from tools.paper import main
 
-# A narrow net on the CPU: checkpoints have 2 MB where the paper's net has 100 times as much.
+# A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 QUICK = ("--recipe", "demo", "--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
 QUICK += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
@@ -20,7 +20,7 @@ def record(*rows: Row) -> Record:
         title="Ablations",
         source="section 3",
         data="drawn pictures",
-        command="python tools/paper.py ablations",
+        command="alexnet-train paper ablations",
         environment={"torch": "2"},
         rows=list(rows),
     )

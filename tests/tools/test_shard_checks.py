@@ -150,7 +150,7 @@ def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray],
     return [line.removeprefix("new.tar, ") for line in named(ShardCheck(folder, shard, rows, 10, "sampled"))]
 
 
-def test_a_picture_is_what_the_packer_promises(tmp_path):
+def test_pictures_that_differ_from_their_index_are_named(tmp_path):
     samples = [
         Sample("0", jpeg(), 0, 16, 16),
         Sample("1", b"no picture", 1, 16, 16),

@@ -1,4 +1,4 @@
-"""tools/paper.py towers: both nets are really trained, in three processes; bad settings are refused."""
+"""alexnet-train paper towers: both nets are really trained, in three processes; bad settings are refused."""
 
 from argparse import Namespace
 

@@ -17,7 +17,7 @@ from tools.classifying import nets
 from tools.classifying.output import Result
 from tools.classifying.pictures import InputError, find, read
 
-# What tempfile does if it finds no writable folder.
+# Fail as tempfile does if it finds no writable folder.
 WITHOUT_TEMPORARY_FOLDER = """
 import runpy, sys, tempfile
 

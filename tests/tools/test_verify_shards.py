@@ -1,4 +1,4 @@
-"""verify-shards: all damage is found and named, and nothing else."""
+"""verify-shards: all damage is found and named, and sound files are not."""
 
 import json
 import shutil
@@ -106,7 +106,7 @@ def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
 
 
 def named(dataset: Path, name: str) -> Iterator[None]:
-    """Yield the dataset with this name for its index, and then for a shard."""
+    """Yield twice: once with the index of train under this name, and once with a shard."""
     for change in (
         lambda split: split.update(index=name),
         lambda split: split["shards"][0].update(file=name),
@@ -184,7 +184,7 @@ def test_findings_are_printed_up_to_a_limit_and_counted(dataset, run):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
-    """dataset.json has no checksum of its own, so for it only the second half of this applies."""
+    """Changes to dataset.json need not be found, because it has no checksum of its own."""
     rng = np.random.default_rng(seed)
     for path in sorted(packed.iterdir()):
         if path.name == "report.tsv":
@@ -257,7 +257,7 @@ def test_repair_refuses_a_damaged_tar(dataset, run):
     assert contents(dataset) == before
 
 
-def test_the_command_says_that_indices_can_be_repaired(dataset, run):
+def test_the_command_suggests_and_performs_the_repair_of_indices(dataset, run):
     (dataset / "train-000000.idx").unlink()
     (dataset / "train.index.npy").unlink()
     done = run(dataset)
