@@ -74,7 +74,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
     Raises SettingsError, DatasetError or OSError.
     """
-    # Importing torch fails without a folder for temporary files; here the failure is reported in one line.
+    # Without a folder for temporary files this import fails, and main() reports it in one line.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
     from trainer import checkpoint
 

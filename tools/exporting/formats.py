@@ -31,7 +31,7 @@ def export(settings: Settings, run: Run, output: Path, best: bool = False) -> st
     `load_trained` raises.
     """
     settings = settings.model_copy(update={"evaluation_batch": IMAGES})
-    # The CPU is used because there every operator of the net is one of torch's own.
+    # On the CPU every operator of the net is one of torch's own.
     trained = load_trained(settings, run, CPU, best)
     trained.model.eval()
     with atomic_write(output) as file, warnings.catch_warnings(action="ignore", category=FutureWarning):
