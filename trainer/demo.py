@@ -2,12 +2,15 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.manifest import MANIFEST_NAME
+
+PROGRAM = "alexnet-train"
 
 
 def demo(folder: Path) -> int:
@@ -18,22 +21,26 @@ def demo(folder: Path) -> int:
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
-        pictures / "val": ["tools.draw_pictures", "--out", pictures],
-        shards / MANIFEST_NAME: [
-            *("tools.make_shards", "--input", pictures, "--out", shards, "--size", "128")
-        ],
+        pictures / "val": ["draw-pictures", "--out", pictures],
+        shards / MANIFEST_NAME: ["make-shards", "--input", pictures, "--out", shards, "--size", "128"],
     }
     for result, command in preparations.items():
         if not result.exists():
             code = subprocess.run(_announced(command), check=False).returncode
             if code:
                 return code
-    training = _announced(["trainer.cli", "--data", shards, "--out", run, "--recipe", "demo"])
-    os.execv(sys.executable, training)
+    os.execv(sys.executable, _announced(["--data", shards, "--out", run, "--recipe", "demo"]))
 
 
 def _announced(command: Iterable[object]) -> list[str]:
-    """Print a command as a user would type it, and return it in full."""
-    arguments = ["-m", *map(str, command)]
-    print("$", shlex.join(["python", *arguments]), flush=True)
-    return [sys.executable, *arguments]
+    """Print a command as the user can type it, and return one that also works where nothing is installed."""
+    arguments = list(map(str, command))
+    print("$", shlex.join([_program(), *arguments]), flush=True)
+    return [sys.executable, "-m", "tools.command", *arguments]
+
+
+def _program() -> str:
+    """Return how the user can start alexnet-train: by name if it is on the PATH, otherwise by its path."""
+    started = sys.argv[0]
+    is_script = Path(started).name == PROGRAM and shutil.which(PROGRAM) != started
+    return started if is_script else PROGRAM

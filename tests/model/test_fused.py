@@ -64,7 +64,7 @@ def test_a_bias_is_added_first(options):
     torch.testing.assert_close(gradient, expected_gradient.sum((0, 2, 3)))
 
 
-def test_only_the_input_is_kept():
+def test_only_the_input_is_saved_for_the_backward_pass():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         normalise_and_pool(x, alpha=1e-3)
@@ -72,7 +72,7 @@ def test_only_the_input_is_kept():
 
 
 @pytest.mark.filterwarnings("ignore:no fused GPU kernels")
-def test_a_compiler_that_looks_beneath_the_cache_takes_the_presence_of_kernels_for_a_constant():
+def test_a_compiler_that_bypasses_the_cache_treats_the_presence_of_kernels_as_a_constant():
     def negated(x: Tensor) -> Tensor:
         return -x if fused._has_gpu_kernels.__wrapped__() else x
 

@@ -68,7 +68,7 @@ def test_a_form_that_fails_is_skipped(monkeypatch):
     monkeypatch.setattr(forms, "model_work", too_large)
     with pytest.warns(UserWarning, match="cannot compute convolutions as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
-    with pytest.raises(torch.OutOfMemoryError):  # training would fail, too
+    with pytest.raises(torch.OutOfMemoryError):  # because training would fail as well
         measure(Settings(**NARROW, convolutions="grouped"), ALONE)
 
 
@@ -107,7 +107,7 @@ def test_the_fastest_form_is_remembered(measured, tmp_path):
     [{"preset": "code2012"}, {"width": 0.25}, {"crop": 64}, {"batch": 8}, {"precision": "bf16"},
      {"compile": True}, {"dropout": "off"}, {"lrn": False}],
 )  # fmt: skip
-def test_other_work_is_measured_again(measured, changed):
+def test_another_net_or_batch_is_measured_again(measured, changed):
     settings = Settings(**NARROW)
     fastest_form(settings, GPU)
     fastest_form(settings.model_copy(update=changed), GPU)
@@ -133,7 +133,7 @@ def test_each_of_several_processes_has_its_share_of_the_batch(measured):
     assert len(measured) == 4
 
 
-def test_nothing_is_measured_where_there_is_nothing_to_choose(measured):
+def test_nothing_is_measured_if_there_is_nothing_to_choose(measured):
     assert fastest_form(Settings(convolutions="towers"), GPU) == ("towers", [])
     assert fastest_form(Settings(preset="torchvision"), GPU) == ("grouped", [])
     assert fastest_form(Settings(preset="code2012", precision="bf16"), ALONE) == ("grouped", [])
@@ -197,7 +197,7 @@ def test_asking_for_another_form_is_refused_as_another_run(begun, monkeypatch):
         begun(monkeypatch, "towers", "--convolutions", "grouped")
 
 
-@pytest.mark.parametrize("lacks", ["convolutions", "all that auto was"])
+@pytest.mark.parametrize("lacks", ["convolutions", "everything that auto resolved to"])
 def test_a_run_of_an_earlier_version_continues_in_the_form_of_that_version(
     begun, monkeypatch, tmp_path, lacks
 ):
@@ -219,7 +219,7 @@ def test_the_first_process_decides_for_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("preset", ["paper", "code2012"])
 def test_a_gpu_computes_the_same_in_each_form_and_finds_the_fastest(preset, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Training that starts from another run's weights."""
+"""Training that starts from the weights of another run."""
 
 from pathlib import Path
 

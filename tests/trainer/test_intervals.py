@@ -21,7 +21,7 @@ def asynchronous(monkeypatch):
     monkeypatch.setattr(World, "is_asynchronous", True)
 
 
-def test_an_interval_read_later_has_the_values_of_its_own_time():
+def test_an_interval_that_is_read_later_keeps_its_values():
     meter = Meter(World(0, 1, 0, torch.device("cpu")))
 
     def step(loss: float, wrong: int) -> None:
@@ -46,17 +46,17 @@ def test_an_interval_read_later_has_the_values_of_its_own_time():
 def test_an_interval_is_reported_with_the_next_one_and_before_a_checkpoint(
     packed, tmp_path, asynchronous, monkeypatch
 ):
-    told = []
+    reported = []
 
     def loader(*arguments, **options):
         for batch in train_loader(*arguments, **options):
-            told.append(len(rows(tmp_path / "run" / "metrics.csv")))
+            reported.append(len(rows(tmp_path / "run" / "metrics.csv")))
             yield batch
 
     monkeypatch.setattr("trainer.train.train_loader", loader)
     arguments = command(packed, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "3")
     assert main(monkeypatch, arguments) == 0
-    assert told == [0, 0, 1, 3, 3]  # the index is the number of steps done
+    assert reported == [0, 0, 1, 3, 3]  # the index is the number of steps done
     assert [int(row["step"]) for row in rows(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4, 5]
 
 

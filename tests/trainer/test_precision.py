@@ -1,4 +1,4 @@
-"""What `auto` resolves to on different hardware, and that a run keeps the precision it began with."""
+"""What `auto` resolves to on different hardware, and that a run keeps its first precision."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,7 @@ ALONE = World(0, 1, 0, CPU)
         ("DEFAULT", False, False, "fp32"),
     ],
 )
-def test_auto_on_a_cpu_is_bf16_where_it_is_in_the_hardware(
-    monkeypatch, capability, avx512_bf16, amx, expected
-):
+def test_auto_on_a_cpu_is_bf16_if_the_hardware_has_it(monkeypatch, capability, avx512_bf16, amx, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -69,7 +67,7 @@ def test_the_resolution_of_auto_is_recorded_and_kept(begun):
 
 
 @pytest.mark.parametrize(
-    ("began", "goes_on", "message"),
+    ("began", "continued", "message"),
     [
         (("cuda", "bf16"), ("cuda", "fp16"), "began with precision bf16, and auto is fp16 on this machine: "
          "add --precision bf16 to continue it here"),
@@ -80,14 +78,14 @@ def test_the_resolution_of_auto_is_recorded_and_kept(begun):
          "fp32 on this machine: add --device cpu --precision bf16 to continue it here"),
     ],
 )  # fmt: skip
-def test_a_change_on_continuation_is_refused_and_the_suggested_flags_work(begun, began, goes_on, message):
+def test_a_change_on_continuation_is_refused_and_the_suggested_flags_work(begun, began, continued, message):
     begun(*began)
     with pytest.raises(SettingsError) as refused:
-        begun(*goes_on)
+        begun(*continued)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     flags = str(refused.value).partition("add ")[2].partition(" to continue")[0].split()
-    assert recorded(begun(*goes_on, *flags)) == dict(zip(("device", "precision"), began, strict=True))
+    assert recorded(begun(*continued, *flags)) == dict(zip(("device", "precision"), began, strict=True))
 
 
 def test_asking_for_another_precision_is_refused_as_another_run(begun):

@@ -1,4 +1,4 @@
-"""The fastest decoding is found once. The search is tested here; its result needs a GPU."""
+"""The search for the fastest decoding, whose real result needs a GPU, and its cache."""
 
 import errno
 import json

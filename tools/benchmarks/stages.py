@@ -1,4 +1,4 @@
-"""The contestants of each stage of `alexnet-train bench`."""
+"""The candidates that each stage of `alexnet-train bench` measures."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ from trainer.settings import Settings, SettingsError
 from trainer.train import Trainer
 from trainer.tuning import tune
 
-Stage = dict[str, Callable[[], float]]  # contestants: each call does one run and returns its figure
+Stage = dict[str, Callable[[], float]]  # by candidate: each call does one run and returns its figure
 
 TRACED = 10  # steps
 
@@ -62,7 +62,7 @@ class Stages:
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures depend on, other than the machine."""
+        """Return what the figures depend on, apart from the machine."""
         return {
             "device": self.device.type,
             "amx": torch.cpu._is_amx_tile_supported(),
@@ -76,11 +76,11 @@ class Stages:
 
     @property
     def convolutions(self) -> str:
-        """The chosen form, or `auto` while no stage has trained."""
+        """The chosen form, or `auto` until a stage has trained."""
         return vars(self).get("_settled", self.settings).convolutions
 
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
-        """Return a run of work that its first call creates: work that never runs is never created."""
+        """Return a run whose first call creates the work, so that work which never runs is never created."""
         make = cache(make)
         return lambda: measure_throughput(make(), self.seconds, self.device)
 
@@ -93,7 +93,7 @@ class Stages:
 
     @cached_property
     def _settled(self) -> Settings:
-        """The settings with `auto` resolved as for a run that starts on this machine."""
+        """The settings, with `auto` resolved as for a run that starts on this machine."""
         precision = resolve_precision(self.settings.precision, self.device)
         settings = self.settings.model_copy(update={"precision": precision})
         if self.first and settings.convolutions == "auto":
@@ -161,12 +161,12 @@ class Stages:
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers
             try:
-                contestant = loader_peers.Contestant(python, name, job, self.seconds)
+                peer = loader_peers.Peer(python, name, job, self.seconds)
             except loader_peers.PeerError as error:
                 print(f"peers   not measured: {error}", file=sys.stderr)
                 continue
-            stage[name] = contestant.measure
-            self.closing.callback(contestant.close)
+            stage[name] = peer.measure
+            self.closing.callback(peer.close)
         return stage
 
     def model(self) -> Stage:
@@ -222,7 +222,7 @@ class Stages:
         return {"memory": lambda: self._first_step(None)[1] / 1e9}
 
     def _taken(self) -> int:
-        """Return the bytes of GPU memory that all processes use."""
+        """Return the bytes of GPU memory in use by all processes."""
         if self.device.type != "cuda":
             return 0
         free, total = torch.cuda.mem_get_info(self.device)
@@ -255,12 +255,12 @@ class Stages:
         trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
         trainer.train_step(trainer.batches())  # creates the momentum to save
 
-        def background(held_up: bool) -> float:
+        def background(only_delay: bool) -> float:
             start = time.perf_counter()
             trainer.saver.save(trainer.state())
             stall = time.perf_counter() - start
             trainer.saver.drain()
-            return stall if held_up else time.perf_counter() - start
+            return stall if only_delay else time.perf_counter() - start
 
         def in_line() -> float:
             start = time.perf_counter()

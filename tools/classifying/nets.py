@@ -16,7 +16,7 @@ BATCH = 32  # inputs per forward pass
 
 
 class NetError(ValueError):
-    """A net that cannot be used; the message names it and says what to do."""
+    """A net that cannot be used or exported; the message says why and what to do."""
 
 
 class Net(NamedTuple):

@@ -1,4 +1,4 @@
-"""From image files to the net's input, as the packer and the evaluation do it, with Pillow and numpy."""
+"""Turning image files into the net's input as packing and evaluation do, with Pillow and numpy."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,14 +15,9 @@ from pipeline.spec import NetSpec
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ogv", ".wmv"}
 VIDEOS |= {".flv", ".3gp"}
+# Crop offsets in x and y, as fractions of the free space.
 CENTRE = ((0.5, 0.5),)
-FIVE = (
-    (0.0, 0.0),
-    (1.0, 0.0),
-    (0.0, 1.0),
-    (1.0, 1.0),
-    *CENTRE,
-)  # crop offsets in x and y, as fractions of the free space
+FIVE = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), *CENTRE)
 
 
 class InputError(ValueError):
@@ -64,7 +59,7 @@ def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """Yield all files at any depth. Raises OSError for a folder that cannot be listed; `rglob` skips it."""
+    """Yield all files at any depth. Raises OSError for a folder that cannot be listed, unlike `rglob`."""
 
     def refuse(error: OSError) -> None:
         raise error

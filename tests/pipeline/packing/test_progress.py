@@ -101,7 +101,7 @@ def test_a_metrics_port_in_use_is_refused_in_one_line(pictures, call, tmp_path):
         port = str(taken.getsockname()[1])
         run = call(main, "--input", pictures, "--out", tmp_path / "out", "--metrics-port", port)
     assert run.returncode == 1
-    assert run.stderr.startswith("make_shards: ")
+    assert run.stderr.startswith("make-shards: ")
     assert run.stderr.count("\n") == 1
     assert port in run.stderr
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The work by which ceilings are measured."""
+"""The work that is timed to measure the ceilings."""
 
 import itertools
 

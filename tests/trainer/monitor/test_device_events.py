@@ -10,7 +10,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def device(monkeypatch):
-    """The number of events queued on a device (`queued`), and of those done when the host has waited."""
+    """A device with the number of events `queued`, and of those `done` for which the host has waited."""
 
     class Device:
         queued = 0
@@ -50,7 +50,7 @@ def test_seconds_on_a_gpu_are_those_of_the_devices_clock(device):
     assert device.done == 0  # the host has not waited
 
 
-def test_a_cpu_never_has_to_be_waited_for(device, monkeypatch):
+def test_the_host_never_waits_for_a_cpu(device, monkeypatch):
     times = iter([1.0, 3.5])
     monkeypatch.setattr("trainer.monitor.device_events.time.monotonic", lambda: next(times))
     begun, done = DeviceEvent(torch.device("cpu")), DeviceEvent(torch.device("cpu"))

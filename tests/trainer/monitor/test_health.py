@@ -1,4 +1,4 @@
-"""Numerical checks: what ends a run, what it leaves, and what only gives a warning."""
+"""Numerical checks: which ones end a run, what it leaves, and which ones only warn."""
 
 import math
 
@@ -25,7 +25,7 @@ def interval(loss: float) -> Interval:
 
 @pytest.fixture
 def health(tmp_path):
-    """Return a function that makes the health of a run with a checkpoint and a given policy."""
+    """Return a function that makes the Health of a run that has a checkpoint, for a given policy."""
     newest = tmp_path / "step-000000040.pt"
     return lambda on_nan: Health(Settings(on_nan=on_nan, warmup_epochs=1), 1000, lambda: newest, Metrics())
 

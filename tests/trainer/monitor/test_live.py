@@ -1,4 +1,4 @@
-"""The live page, as text and in a real browser."""
+"""The live page as text and in a real browser."""
 
 import os
 import re

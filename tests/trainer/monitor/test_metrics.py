@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 
-# The metrics of the design: their names as exposed, and their types.
-DESIGN = {
+# All metrics: their names as exposed, and their types.
+TYPES = {
     "alexnet_images": "counter",
     "alexnet_step_seconds": "histogram",
     "alexnet_input_wait_seconds": "histogram",
@@ -41,11 +41,11 @@ DESIGN = {
 }
 
 
-def test_the_metrics_of_the_design_are_exposed():
+def test_every_metric_is_exposed_with_its_type():
     metrics = Metrics()
     metrics.record_evaluation("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
     families = {family.name: family for family in text_string_to_metric_families(metrics.exposition())}
-    assert {name: families[name].type for name in DESIGN if name in families} == DESIGN
+    assert {name: families[name].type for name in TYPES if name in families} == TYPES
 
 
 def test_an_interval_and_an_evaluation_reach_the_scraper():

@@ -55,7 +55,7 @@ def test_the_live_page_is_served_before_the_first_interval_and_updated_after_it(
     assert "640.0" in get(url)
 
 
-def test_a_page_may_not_load_anything_from_elsewhere(served):
+def test_the_page_may_not_load_anything_from_other_hosts(served):
     policy = urllib.request.urlopen(served[1], timeout=10).headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
@@ -113,7 +113,7 @@ def test_a_client_that_sends_slowly_is_disconnected(served, monkeypatch, capfd):
             except OSError:
                 break
         else:
-            pytest.fail("it was never cut off")
+            pytest.fail("it was never disconnected")
     assert capfd.readouterr().err == ""
 
 

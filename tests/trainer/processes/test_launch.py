@@ -1,4 +1,4 @@
-"""Several processes of one command: what restarts them, what ends them, and what is printed."""
+"""Several processes of one command: restarts, ends and messages."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from trainer.processes import launch
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
-# The start of each stand-in process. It adds a line to `starts` to announce itself.
+# Each stand-in process begins with this code, which adds a line to the file `starts`.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from trainer.processes.launch import report_error
-signal.alarm(180)  # in case the expected event never happens
+signal.alarm(180)  # end if the expected event never happens
 rank, starts = int(os.environ["RANK"]), Path(sys.argv[1])
 with starts.open("a") as file:
     file.write(f"{rank} {os.getpid()}\\n")
@@ -154,7 +154,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
         launch.world_size(Settings(device=device, processes=processes))
 
 
-def test_the_processes_of_torchrun_are_used_as_they_are(monkeypatch):
+def test_the_number_of_torchruns_processes_is_not_changed(monkeypatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")

@@ -1,4 +1,4 @@
-"""A process that hangs is ended and says where it hung; a rank that hangs ends the others, too."""
+"""A process that hangs is ended and reports where; a rank that hangs also ends the others."""
 
 import os
 import signal
