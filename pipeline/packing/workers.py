@@ -188,7 +188,8 @@ def say(text: str) -> None:
         if _said[0] and now - _said[0] < _QUIET_SECONDS:
             return
         _said[0] = now
-    print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
+    command = Path(sys.argv[0]).stem.rpartition(" ")[2].replace("_", "-")  # alexnet-train NAME, or NAME.py
+    print(f"{command}: {text}", file=sys.stderr, flush=True)
 
 
 def end_at_sigterm() -> None:
