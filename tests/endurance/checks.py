@@ -32,10 +32,10 @@ def read_images(records: Path, batch: int) -> tuple[Images, int]:
         for line in path.read_text().splitlines():
             step, *sums = line.split()
             begun += rank == 0
-            for place, image in enumerate(sums, first):
-                if images[int(step)].setdefault(place, image) != image:
+            for index, image in enumerate(sums, first):
+                if images[int(step)].setdefault(index, image) != image:
                     raise DifferenceError(
-                        f"{path}: image {place} of step {step} differs from an earlier life"
+                        f"{path}: image {index} of step {step} differs from an earlier life"
                     )
     return images, begun
 
@@ -51,10 +51,10 @@ def check_images(images: Images, reference: Images) -> None:
     """Raise DifferenceError if a step's images or their order differ from the reference's."""
     for step, expected in reference.items():
         got = images.get(step, {})
-        for place, image in expected.items():
-            if got.get(place) != image:
+        for index, image in expected.items():
+            if got.get(index) != image:
                 raise DifferenceError(
-                    f"image {place} of step {step} is {got.get(place)}, without kills {image}"
+                    f"image {index} of step {step} is {got.get(index)}, without kills {image}"
                 )
 
 
@@ -78,7 +78,7 @@ def check_saved(run: Run, durable: int) -> int:
     evaluations = len([row for row in read(run.evaluations.path) if int(row["step"]) <= step])
     if state and evaluations < len(state["errors"]):
         raise DifferenceError(f"after a kill, {run.evaluations.path} lacks rows up to the saved step {step}")
-    if state and state["errors"] and not checkpoint.saved(run.checkpoints, "best"):
+    if state and state["errors"] and not checkpoint.list_checkpoints(run.checkpoints, "best"):
         raise DifferenceError(f"after a kill at step {step} there is no best checkpoint")
     if len(left := unfinished(run.checkpoints)) > 1:
         raise DifferenceError(f"{len(left)} temporary files are left in {run.checkpoints}")

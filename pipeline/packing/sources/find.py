@@ -1,4 +1,4 @@
-"""Find what to pack: the image files of each split, their labels, and the names of the classes."""
+"""Find the images to pack: the files of each split, their labels, and the names of the classes."""
 
 import stat
 from collections.abc import Collection, Mapping
@@ -30,8 +30,9 @@ from pipeline.retry import patiently
 class SourceImage:
     """An image to pack.
 
-    path: its name for sorting and for the report, mostly `train/<class>/<file>`, whatever form the input has.
-    file: the path or URL that storage.read opens, with offset and size if the image is a member of a tar.
+    path: its name for sorting and for the report, which is the same in most forms of input:
+    `train/<class>/<file>`. file: the path or URL to read. offset, size: its part of the file in bytes, if the
+    image is a member of a tar.
     """
 
     path: str
@@ -68,13 +69,15 @@ def find_sources(
 ) -> Sources:
     """Find the images of a folder or a table, local or behind a URL; folders.py lists the supported forms.
 
-    Raises SourceError if nothing can be packed, or if it is unclear which images are for validation.
+    val_fraction: the fraction of each class to hold out for validation, or None if the input has a validation
+    split. seed: of the choice of those images. class_names: the file of --class-names. Raises SourceError if
+    there is nothing to pack, or if it is unclear which images are for validation.
     """
     table, folder = None, None
     try:
         if is_table(str(input)) and not Path(input).is_dir():
             table = absolute(str(input))
-            parts, names_of = read_table(table, val_fraction)
+            files, read_names = read_table(table, val_fraction)
         else:
             folder = open_folder(str(input))
             parts, names_of = find_parts(folder, val_fraction)
@@ -174,7 +177,7 @@ def _doubts(found: Sources, incomplete: Collection[str]) -> list[str]:
 
 
 def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[str, list[SourceImage]]:
-    """Hold out the same fraction of each class for validation, chosen at random by the seed."""
+    """Hold out the same fraction of each class for validation, chosen by the seed."""
     rng = np.random.default_rng((seed, 1))
     labels = np.array([source.label for source in sources])
     held = np.zeros(len(sources), bool)

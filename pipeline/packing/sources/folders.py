@@ -37,12 +37,13 @@ _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train an
 _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
-def find_parts(
+def find_splits(
     folder: InputFolder, val_fraction: float | None
 ) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
-    """Find the splits of the input, and a function that returns the names of classes by class id.
+    """Find the files of each split, and a function that returns the readable names of classes by class id.
 
-    If there is only train, val must still be held out from it.
+    With val_fraction there is only train, from which val is still to be held out. Raises SourceError if the
+    form of the input is unclear, and OSError.
     """
     base, folders = _split_folders(folder)
     if val_fraction is not None and _is_class(folder, folders):
@@ -136,7 +137,11 @@ def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
     _refuse_splits(classes, location)
     unused, doubts, incomplete = list[str](), list[str](), set[str]()
 
-    def images() -> Iterator[Labelled]:
+    Raises OSError; iterating over the images may also raise it.
+    """
+    classes, strays = folder.entries(subfolder)
+
+    def images() -> Iterator[LabelledImage]:
         for class_id in classes:
             class_folder = _join(below, class_id)
             names = folder.files(class_folder)
@@ -174,17 +179,17 @@ def _refuse_splits(names: Iterable[str], location: str) -> None:
         )
 
 
-def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
-    """Find the images in a folder of validation images, whose labels come from the annotations."""
-    files = folder.entries(below)[1]
+def flat_folder(folder: InputFolder, subfolder: str, annotations: Annotations) -> SplitFiles:
+    """Find the validation images in a folder without class folders; the annotations have their labels."""
+    files = folder.entries(subfolder)[1]
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         names = list(filter(is_image, files))
         for name, class_id in annotations.classes(names).items() if names else ():
-            yield Labelled(f"val/{class_id}/{name}", class_id, folder.locate(f"{below}/{name}"))
+            yield LabelledImage(f"val/{class_id}/{name}", class_id, folder.locate(f"{subfolder}/{name}"))
 
     strays = [f"val/{name}" for name in files if not is_image(name)]
-    return SplitFiles(folder.locate(below), [], images(), strays)
+    return SplitFiles(folder.locate(subfolder), [], images(), strays)
 
 
 def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
@@ -198,7 +203,7 @@ def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
 
 
 def _parent(folder: InputFolder) -> str:
-    """Return the input's parent folder, which has Kaggle's tables if the input is its folder ILSVRC."""
+    """Return the input's parent folder, which holds Kaggle's tables if the input is its folder ILSVRC."""
     if storage.is_url(folder.name):
         return folder.name.rpartition("/")[0]
     return str(Path(folder.name).absolute().parent)

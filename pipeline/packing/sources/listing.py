@@ -52,7 +52,7 @@ class SplitFiles:
 
     location: str
     classes: list[str]
-    images: Iterable[Labelled]
+    images: Iterable[LabelledImage]
     strays: list[str] = field(default_factory=list)
     sealed: frozenset[str] = frozenset()
     unused: list[str] = field(default_factory=list)
@@ -166,17 +166,18 @@ class LocalFolder(InputFolder):
         return f"{self.root}/{name}" if name else str(self.root)
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
         return (self.root / name).stat().st_size
 
 
-def _listed(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the other files in a folder, sorted and without duplicates."""
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the files in a folder, sorted and without duplicates."""
 
-    def look() -> dict[str, bool]:
-        with naming(folder), os.scandir(folder) as entries:
+    def scan() -> dict[str, bool]:
+        with path_in_errors(folder), os.scandir(folder) as entries:
             return {entry.name: _is_folder(entry) for entry in entries}
 
-    found = sorted(patiently(look, say).items())
+    found = sorted(with_retries(scan, warn).items())
     return [name for name, is_folder in found if is_folder], [n for n, is_folder in found if not is_folder]
 
 
@@ -192,12 +193,12 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return not is_image(entry.name)
 
 
-def _real(path: str) -> str:
-    return patiently(partial(os.path.realpath, path, strict=True), say)
+def _real_path(path: str) -> str:
+    return with_retries(partial(os.path.realpath, path, strict=True), warn)
 
 
 def open_file(name: str) -> BinaryIO:
-    """Open a file for reading. Raises SourceError or OSError if it cannot be opened."""
+    """Open a file, given by path or URL, for reading. Raises SourceError or OSError if that fails."""
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from typing import Any
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
 from pipeline.packing.sources.class_ids import class_id, without_fractions
 from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
@@ -21,15 +21,17 @@ _SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def is_table(name: str) -> bool:
+    """Return whether a path or URL has the name of a table."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def read_table(
     name: str, val_fraction: float | None
 ) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
-    """Read the splits of a table, and a function that returns the names of classes by class id.
+    """Read the splits of a table; return them and a function that returns names of classes by class id.
 
-    name: an absolute path or a URL. If there is only train, val must still be held out from it.
+    name: an absolute path or a URL. With val_fraction there is only train, from which val is still to be held
+    out. Raises SourceError if the table is not valid, and OSError.
     """
     folder, _, file = name.rpartition("/")
     if is_parquet(name) and has_images(name):

@@ -1,4 +1,4 @@
-"""Listing behind URLs of kinds that fsspec walks folder by folder: what cannot be listed is not left out."""
+"""Listing storage that fsspec walks folder by folder leaves no folder out that cannot be listed."""
 
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ FOLDERS = {
 
 
 class Shelf(fsspec.AbstractFileSystem):
-    """Folders by name; those in `broken` fail."""
+    """A file system with FOLDERS, of which those in `broken` fail."""
 
     protocol = "shelf"
     cachable = False
@@ -85,6 +85,5 @@ def test_a_link_that_may_lead_to_a_folder_is_named(shelf, monkeypatch):
     assert [source.path for source in found.splits["val"]] == ["val/a/2.jpg", "val/a/3.jpg"]
 
 
-def test_no_folder_at_all_is_said():
-    with pytest.raises(SourceError, match="is not a folder, or it is empty"):
-        find_sources("shelf://elsewhere", None, 0)
+def test_an_input_that_does_not_exist_is_refused():
+    assert_refused("shelf://elsewhere", "is not a folder, or it is empty")
