@@ -100,7 +100,7 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
 def write_report(
     output: Folder, sources: Sources, results: Sequence[ShardResult]
 ) -> dict[str, dict[str, int]]:
-    """List the repaired and rejected files in the report; return their counts by outcome and reason.
+    """Write the list of repaired and rejected files; return their counts by outcome and reason.
 
     A folder that could not be listed counts as a rejected file; its path ends in a slash.
     """

@@ -23,12 +23,13 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
 
     progress: also takes the remarks about the dataset.
 
-    Raises SourceError, DatasetError, PackingError or OSError.
+    progress: shows what is done. Raises SourceError if the input or the output is unsuitable, PackingError if
+    the workers fail, and OSError if the storage fails.
     """
     _check_folders(options)
     sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
     tasks = plan_tasks(options, sources)
-    every = [task for split in tasks.values() for task in split]
+    all_tasks = [task for split in tasks.values() for task in split]
     output, progress = Folder(options.output), progress or Progress()
     for warning in sources.warnings:
         progress.say(warning)
@@ -38,7 +39,7 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
         if complete:
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
-            results = _results(options, every, sources.sealed, output, progress)
+            results = _results(options, all_tasks, sources.sealed, output, progress)
             manifest = write_dataset(options, sources, tasks, results)
         progress.remarks = remarks_about(sources, manifest, output)
         try:

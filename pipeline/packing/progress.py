@@ -18,16 +18,16 @@ _RATE_SECONDS = 30.0  # the window over which images/s is measured
 
 
 class Progress:
-    """The progress of a run over `total` images, `before` of which were done by earlier runs.
+    """The progress of a run over `total` images, of which earlier runs processed `before`.
 
-    remarks: about the dataset, once it is complete.
+    counts: what this run has done so far. remarks: about the dataset, once it is complete.
     """
 
     def __init__(self) -> None:
         self.total = self.before = 0
         self.counts = Counts()
         self.remarks = Remarks()
-        self._samples = deque([(time.monotonic(), 0)])  # times, and the number of images done by then
+        self._history = deque([(time.monotonic(), 0)])  # times, and the number of images processed by then
         self._line_due = time.monotonic() + _LINE_SECONDS
         self._bar = Bar(
             TextColumn("packing"),
@@ -50,7 +50,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line on stderr."""
-        print(f"make_shards: {text}", file=sys.stderr, flush=True)
+        print(f"make-shards: {text}", file=sys.stderr, flush=True)
 
     def show(self, counts: Counts) -> None:
         """Update the display. counts: what this run has done so far."""

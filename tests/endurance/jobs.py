@@ -170,7 +170,7 @@ def _judge_line(text: str, fault: Fault) -> Iterator[str]:
     passing = ("retrying for", "cannot be locked")
     lines = [line for line in text.splitlines() if not any(part in line for part in passing)]
     if any("train on them: " in line for line in lines):
-        lines = [line for line in lines if line.startswith("make_shards: ")]
+        lines = [line for line in lines if line.startswith("make-shards: ")]
     if len(lines) != 1:
         yield f"{len(lines)} lines: {text}"
     if fault.error not in (SHORT, TWICE) and os.strerror(getattr(errno, fault.error)) not in text:

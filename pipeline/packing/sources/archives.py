@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 from pipeline.packing import storage
 from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_compressed
 from pipeline.packing.sources.labels import Annotations
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, is_image
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.splits import splits_named
 
 _BLOCK = 512  # bytes in a block of a tar
@@ -118,7 +118,7 @@ def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     """Find the training images in a tar of class tars. Raises SourceError if there are none, and OSError."""
     file = folder.locate(name)
     outer = [tar for tar in members(file, 0, folder.size(name)) if folder.wants(f"{name}/{tar.name}")]
-    # If two members have the same name, the later one counts, as when they are extracted.
+    # If two members have the same name, the later one counts, as it would after extraction.
     tars = {PurePosixPath(tar.name).stem: tar for tar in outer if tar.name.endswith(".tar")}
     if not tars:
         raise SourceError(f"{file} contains no class tars (<class>.tar)")
@@ -126,15 +126,15 @@ def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     return SplitFiles(file, list(tars), _images(folder, file, tars), strays)
 
 
-def _images(folder: InputFolder, file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
+def _images(folder: InputFolder, file: str, tars: dict[str, Member]) -> Iterator[LabelledImage]:
     for images in read_each(file, partial(_class_images, folder, file), tars.items()):
         yield from images
 
 
-def _class_images(folder: InputFolder, file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
+def _class_images(folder: InputFolder, file: str, class_tar: tuple[str, Member]) -> list[LabelledImage]:
     class_id, tar = class_tar
     found = _unique(folder, f"train/{class_id}", members(file, tar.offset, tar.offset + tar.size))
-    return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found]
+    return [LabelledImage(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found]
 
 
 def _unique(folder: InputFolder, path: str, found: Iterable[Member]) -> Iterable[Member]:
@@ -142,10 +142,10 @@ def _unique(folder: InputFolder, path: str, found: Iterable[Member]) -> Iterable
     return {member.name: member for member in found if folder.wants(f"{path}/{member.name}")}.values()
 
 
-def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
-    """Whether a folder has nothing but tars of images without labels: the name of each tar is the class."""
-    tars = _tars_by_class(folder, below)
-    if not tars or folder.entries(below)[0] or any(map(splits_named, tars)):
+def is_folder_of_class_tars(folder: InputFolder, subfolder: str) -> bool:
+    """Return whether a folder has only tars, whose names are the classes of the images in them."""
+    tars = _tars_by_class(folder, subfolder)
+    if not tars or folder.entries(subfolder)[0] or any(map(splits_named, tars)):
         return False
     first = next(iter(tars.values()))
     with opened_tar(folder, first) as (read, end, _):
@@ -153,9 +153,9 @@ def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
     return any(map(is_image, names)) and not any(name.endswith(".cls") for name in names)
 
 
-def folder_of_class_tars(folder: InputFolder, below: str, split: str) -> SplitFiles:
+def folder_of_class_tars(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:
     """Find the images in a folder of class tars, each named <class>.tar, and perhaps compressed."""
-    tars = _tars_by_class(folder, below)
+    tars = _tars_by_class(folder, subfolder)
     images: list[LabelledImage] = []
     sealed = set()
     for class_id, tar in tars.items():
@@ -163,18 +163,18 @@ def folder_of_class_tars(folder: InputFolder, below: str, split: str) -> SplitFi
         with opened_tar(folder, tar) as (read, end, is_compressed):
             found = _unique(folder, tar, members(file, 0, end, read))
         path = f"{split}/{class_id}" if split else class_id
-        images += [Labelled(f"{path}/{name}", class_id, file, *where) for name, *where in found]
+        images += [LabelledImage(f"{path}/{name}", class_id, file, *where) for name, *where in found]
         if is_compressed:
             sealed.add(file)
     used = {PurePosixPath(tar).name for tar in tars.values()}
-    strays = [f"{split}/{name}".lstrip("/") for name in folder.entries(below)[1] if name not in used]
-    return SplitFiles(folder.locate(below), list(tars), images, strays, frozenset(sealed))
+    strays = [f"{split}/{name}".lstrip("/") for name in folder.entries(subfolder)[1] if name not in used]
+    return SplitFiles(folder.locate(subfolder), list(tars), images, strays, frozenset(sealed))
 
 
-def _tars_by_class(folder: InputFolder, below: str) -> dict[str, str]:
+def _tars_by_class(folder: InputFolder, subfolder: str) -> dict[str, str]:
     return {
-        name.removesuffix(ending): f"{below}/{name}" if below else name
-        for name in folder.entries(below)[1]
+        name.removesuffix(ending): f"{subfolder}/{name}" if subfolder else name
+        for name in folder.entries(subfolder)[1]
         for ending in (".tar", *SUFFIXES)
         if name.endswith(ending)
     }

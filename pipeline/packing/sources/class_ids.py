@@ -50,8 +50,8 @@ def without_fractions(ids: Sequence[str]) -> Sequence[str]:
     return ids
 
 
-def in_order(ids: Iterable[str]) -> list[str]:
-    """Sort class ids: numerically if all are decimal numbers, so 2 comes before 10, else alphabetically."""
+def sort_classes(ids: Iterable[str]) -> list[str]:
+    """Sort class ids: numerically if all are decimal numbers, so that 2 precedes 10, else alphabetically."""
     ids = list(ids)
     if all(re.fullmatch("[0-9]{1,18}", each) for each in ids):
         return sorted(ids, key=lambda each: (int(each), each))
@@ -59,7 +59,7 @@ def in_order(ids: Iterable[str]) -> list[str]:
 
 
 def check_printable(ids: Iterable[str], location: str) -> None:
-    """Refuse class ids with characters that cannot be shown in a line of text.
+    """Raise SourceError for class ids with characters that cannot be shown in a line of text.
 
     Format characters are allowed, because scripts need them: Persian, for example, the zero-width non-joiner.
     """
@@ -71,8 +71,8 @@ def check_printable(ids: Iterable[str], location: str) -> None:
         )
 
 
-def check_alike(ids: Iterable[str], location: str) -> None:
-    """Refuse class ids that look the same but differ, such as é as one character and as e with an accent."""
+def refuse_lookalikes(ids: Iterable[str], location: str) -> None:
+    """Raise SourceError for ids that look the same but differ, such as é and e with a combining accent."""
     seen: dict[str, str] = {}
     for each in ids:
         other = seen.setdefault(unicodedata.normalize("NFC", each), each)

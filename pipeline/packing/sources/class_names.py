@@ -11,7 +11,7 @@ _DELIMITERS = ("\t", ",", ";")
 
 
 def parse_class_names(lines: Sequence[str]) -> dict[str, str]:
-    """Parse lines of a class id, white space and a name, which a tab may end; return the names by id."""
+    """Return names by class id from lines of a class id, white space and a name. A tab ends the name."""
     pairs = (line.split(maxsplit=1) for line in lines)
     return {pair[0]: pair[1].split("\t")[0].strip() for pair in pairs if len(pair) == 2}
 

@@ -21,7 +21,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def is_compressed(head: bytes, file: str) -> bool:
-    """Whether a file is compressed, by its first bytes. Raises SourceError for Zstandard."""
+    """Return whether a file is compressed, by its first bytes. Raises SourceError for Zstandard."""
     if head.startswith(_ZSTD):
         raise SourceError(f"{file} is compressed by Zstandard: decompress it with unzstd first")
     return head.startswith(tuple(_OPENERS))

@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.packing.sources.class_ids import (
-    check_alike,
     check_printable,
     count,
     few,
-    in_order,
     nearly_alike,
+    refuse_lookalikes,
+    sort_classes,
 )
 from pipeline.packing.sources.class_names import read_class_names
-from pipeline.packing.sources.folders import find_parts
+from pipeline.packing.sources.folders import find_splits
 from pipeline.packing.sources.listing import InputFolder, LocalFolder, SourceError, SplitFiles
 from pipeline.packing.sources.remote import RemoteFolder
 from pipeline.packing.sources.tables import is_table, read_table
-from pipeline.packing.storage import UNFINISHED, absolute, is_url
-from pipeline.packing.workers import say
-from pipeline.retry import patiently
+from pipeline.packing.storage import STATE_FOLDER, absolute, is_url
+from pipeline.packing.workers import warn
+from pipeline.retry import with_retries
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,11 @@ class SourceImage:
 class Sources:
     """The images to pack.
 
-    classes: ids in the order of their labels. splits: the images of each split, sorted by label and path.
-    strays: files outside any class folder, which cannot be packed. names: the names of classes by id. table:
-    the table that lists the files, if there is one; the files may then not exist. sealed and unused: as in
-    SplitFiles. litter and unlisted: as in InputFolder. warnings: what is probably not meant.
+    classes: class ids in the order of their labels. splits: the images of each split, sorted by label and
+    path. strays: files that belong to no class and cannot be packed. names: the readable names of classes, by
+    id. table: the path or URL of the table that lists the images, or None. Files that a table lists need not
+    exist. sealed, unused: as in SplitFiles. litter, unlisted: as in InputFolder. warnings: sentences about
+    what is probably a mistake.
     """
 
     classes: list[str]
@@ -77,12 +78,12 @@ def find_sources(
     try:
         if is_table(str(input)) and not Path(input).is_dir():
             table = absolute(str(input))
-            files, read_names = read_table(table, val_fraction)
+            parts, read_names = read_table(table, val_fraction)
         else:
             folder = open_folder(str(input))
-            parts, names_of = find_parts(folder, val_fraction)
-        found = _number(parts, val_fraction, seed)
-        names = read_class_names(class_names, found.classes) if class_names else names_of()
+            parts, read_names = find_splits(folder, val_fraction)
+        found = _assign_labels(parts, val_fraction, seed)
+        names = read_class_names(class_names, found.classes) if class_names else read_names()
     except OSError as error:
         raise SourceError(f"--input {input} cannot be read: {error}") from error
     except SourceError as error:
@@ -90,13 +91,13 @@ def find_sources(
             raise
         raise SourceError(f"{error}. {describe_unlisted(folder.unlisted)}") from error
     if class_names:
-        check_alike([*found.classes, *names], f"--class-names {class_names} and --input {input}")
+        refuse_lookalikes([*found.classes, *names], f"--class-names {class_names} and --input {input}")
         if nameless := [each for each in found.classes if each not in names]:
             found.warnings.append(f"--class-names {class_names} has no name for the classes {few(nameless)}")
     found = replace(found, table=table, names=names)
     if folder is None:
         return found
-    litter = frozenset(path for path in folder.litter if path.rpartition("/")[2] != UNFINISHED)
+    litter = frozenset(path for path in folder.litter if path.rpartition("/")[2] != STATE_FOLDER)
     return replace(found, litter=litter, unlisted=folder.unlisted)
 
 
@@ -106,7 +107,7 @@ def open_folder(name: str) -> InputFolder:
     if is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
-        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+        if stat.S_ISDIR(with_retries(Path(name).stat, warn).st_mode):
             return LocalFolder(name)
     raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
 
@@ -117,38 +118,23 @@ def describe_unlisted(folders: Mapping[str, str]) -> str:
     return f"{count(len(folders), 'folder', 'folders')} of --input cannot be listed: {listed}"
 
 
-def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:
-    """Number the classes, and check that there are images to train and validate on."""
-    train = parts["train"]
-    classes = in_order(train.classes)
+def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:
+    """Number the classes, and check that each split has images, and that train has images of each class."""
+    train = found["train"]
+    classes = sort_classes(train.classes)
     if not classes:
         raise SourceError(
             f"{train.location} has no class folders: images are expected as {train.location}/<class>/<image>"
         )
-    check_alike(classes, train.location)
+    refuse_lookalikes(classes, train.location)
     check_printable(classes, train.location)
     labels = {name: label for label, name in enumerate(classes)}
-    splits: dict[str, list[SourceImage]] = {}
-    for split, part in parts.items():
-        images: list[SourceImage] = []
-        unknown: dict[str, None] = {}  # classes, in their order
-        for path, class_id, file, offset, size in part.images:
-            if class_id in labels:
-                images.append(SourceImage(path, labels[class_id], file, offset, size))
-            else:
-                unknown.setdefault(class_id)
-        if unknown:
-            check_alike([*classes, *unknown], f"{part.location} and {train.location}")
-            raise SourceError(
-                f"the class {few(unknown)} is in {part.location} but not in {train.location}: rename it to "
-                "one of those, or remove it"
-            )
-        splits[split] = sorted(images, key=lambda source: (source.label, source.path))
+    splits = {split: _label_images(files, labels, train.location) for split, files in found.items()}
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
-    for split, sources in splits.items():
-        if not sources:
-            raise SourceError(f"{parts.get(split, train).location} has no files for the split '{split}'")
+    for split, images in splits.items():
+        if not images:
+            raise SourceError(f"{found.get(split, train).location} has no files for the split '{split}'")
     trained = {source.label for source in splits["train"]}
     untrained = [each for each in classes if labels[each] not in trained and each not in train.incomplete]
     if untrained:
@@ -156,13 +142,31 @@ def _number(parts: dict[str, SplitFiles], val_fraction: float | None, seed: int)
             f"{train.location} has no files for the classes {few(untrained)}: add images, or remove the "
             "classes"
         )
-    strays = [stray for part in parts.values() for stray in part.strays]
-    sealed = frozenset().union(*(part.sealed for part in parts.values()))
-    unused = [name for part in parts.values() for name in part.unused]
-    found = Sources(classes, splits, strays, sealed=sealed, unused=unused)
-    incomplete = set[str]().union(*(part.incomplete for part in parts.values()))
-    doubts = [doubt for part in parts.values() for doubt in part.doubts]
-    return replace(found, warnings=doubts + _doubts(found, incomplete))
+    strays = [stray for files in found.values() for stray in files.strays]
+    sealed = frozenset().union(*(files.sealed for files in found.values()))
+    unused = [name for files in found.values() for name in files.unused]
+    sources = Sources(classes, splits, strays, sealed=sealed, unused=unused)
+    incomplete = set[str]().union(*(files.incomplete for files in found.values()))
+    doubts = [doubt for files in found.values() for doubt in files.doubts]
+    return replace(sources, warnings=doubts + _doubts(sources, incomplete))
+
+
+def _label_images(files: SplitFiles, labels: dict[str, int], train: str) -> list[SourceImage]:
+    """Return the images of a split, sorted by label and path. train: where the classes of train are."""
+    images: list[SourceImage] = []
+    unknown: dict[str, None] = {}  # classes, in their order
+    for path, class_id, file, offset, size in files.images:
+        if class_id in labels:
+            images.append(SourceImage(path, labels[class_id], file, offset, size))
+        else:
+            unknown.setdefault(class_id)
+    if unknown:
+        refuse_lookalikes([*labels, *unknown], f"{files.location} and {train}")
+        raise SourceError(
+            f"the class {few(unknown)} is in {files.location} but not in {train}: rename it to one of those, "
+            "or remove it"
+        )
+    return sorted(images, key=lambda source: (source.label, source.path))
 
 
 def _doubts(found: Sources, incomplete: Collection[str]) -> list[str]:

@@ -5,11 +5,11 @@ The forms:
     train/<class>/…, val/<class>/…         class folders; val may be flat if there are labels for it
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's download, with a flat val
     train/<class>/images/…, val/images/…   Tiny ImageNet, with the labels in val/val_annotations.txt
-    train/<class>.tar, val/…               the tars of classes, extracted from ILSVRC's tar of them
+    train/<class>.tar, val/…               class tars, as ILSVRC's tar of training images contains them
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val is preferred to its tar
     <class>/…                              with --val-fraction
-    *.tar                                  WebDataset tars at any depth, if none of the forms above is found
-    *.parquet                              files of images, as on Hugging Face, at any depth, likewise
+    *.tar                                  WebDataset tars at any depth, if there is none of the forms above
+    *.parquet                              Hugging Face's files of images at any depth, likewise
 
 splits.py says by which other names train and val are known. A folder test is not used.
 """
@@ -27,7 +27,7 @@ from pipeline.packing.sources.archives import (
 )
 from pipeline.packing.sources.class_ids import few
 from pipeline.packing.sources.labels import TINY, Annotations
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, is_image
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
 from pipeline.packing.sources.splits import check_splits, split_folders, split_of
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
@@ -59,8 +59,8 @@ def find_splits(
             return webdataset_tars(folder, shards, val_fraction), annotations.names
         if not folders and (files := find_parquet(folder)):
             _check_complete(folder, "Parquet files")
-            parts, names = parquet_images(folder.locate(""), files, val_fraction)
-            return parts, lambda: names
+            splits, names = parquet_images(folder.locate(""), files, val_fraction)
+            return splits, lambda: names
     classes = folder_of_class_tars if has_class_tars else class_folders
     if not folders and not tars:
         if val_fraction is None:
@@ -96,7 +96,7 @@ def _split_folders(folder: InputFolder) -> tuple[str, dict[str, str]]:
 
 
 def _is_class(folder: InputFolder, folders: dict[str, str]) -> bool:
-    """Whether the only folder named after a split is a class, as that of pictures of trains may be."""
+    """Return whether the only folder named after a split is a class, as that of pictures of trains may be."""
     return (
         list(folders) == ["train"]
         and len(folder.entries()[0]) > 1
@@ -118,32 +118,32 @@ def _without_splits(folder: InputFolder) -> str:
     )
 
 
-def _validation(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
+def _validation(folder: InputFolder, subfolder: str, annotations: Annotations) -> SplitFiles:
     """Find the validation images in class folders or class tars, or in one folder with separate labels."""
-    if is_folder_of_class_tars(folder, below):
-        return folder_of_class_tars(folder, below, "val")
-    folders, files = folder.entries(below)
+    if is_folder_of_class_tars(folder, subfolder):
+        return folder_of_class_tars(folder, subfolder, "val")
+    folders, files = folder.entries(subfolder)
     if TINY in files and folders == ["images"]:
-        return flat_folder(folder, f"{below}/images", annotations)
+        return flat_folder(folder, f"{subfolder}/images", annotations)
     if folders:
-        return class_folders(folder, below, "val")
-    return flat_folder(folder, below, annotations)
+        return class_folders(folder, subfolder, "val")
+    return flat_folder(folder, subfolder, annotations)
 
 
-def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
-    """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
-    classes, strays = folder.entries(below)
-    location = folder.locate(below)
+def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:
+    """Find the images in class folders: every file in them, at any depth and with any name.
+
+    Raises SourceError if folders named after splits are among them, and OSError; iterating over the images
+    may also raise these.
+    """
+    classes, strays = folder.entries(subfolder)
+    location = folder.locate(subfolder)
     _refuse_splits(classes, location)
     unused, doubts, incomplete = list[str](), list[str](), set[str]()
 
-    Raises OSError; iterating over the images may also raise it.
-    """
-    classes, strays = folder.entries(subfolder)
-
     def images() -> Iterator[LabelledImage]:
         for class_id in classes:
-            class_folder = _join(below, class_id)
+            class_folder = _join(subfolder, class_id)
             names = folder.files(class_folder)
             inside = list(dict.fromkeys(name.partition("/")[0] for name in names if "/" in name))
             place = folder.locate(class_folder)
@@ -161,7 +161,7 @@ def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
                 if name == f"{class_id}_boxes.txt":  # in Tiny ImageNet
                     unused.append(path)
                     continue
-                yield Labelled(path, class_id, folder.locate(f"{class_folder}/{name}"))
+                yield LabelledImage(path, class_id, folder.locate(f"{class_folder}/{name}"))
 
     strays = [_join(split, name) for name in strays]
     return SplitFiles(
@@ -170,7 +170,7 @@ def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
 
 
 def _refuse_splits(names: Iterable[str], location: str) -> None:
-    """Refuse folders that are named after splits where classes, or parts of one, are expected."""
+    """Raise SourceError if folders are named after splits where classes, or parts of one, are expected."""
     found = {split: name for name in names if (split := split_of(name))}
     if "train" in found and len(found) > 1:
         raise SourceError(

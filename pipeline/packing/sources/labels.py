@@ -11,8 +11,8 @@ Labels come from the first of these files that exists:
                                            order, from later devkits) or in the devkit's meta.mat
 
 Names come from LOC_synset_mapping.txt, synset_words.txt, words.txt (of Tiny ImageNet) or meta.mat. The files
-are in the input folder, in its folder `data`, in the folder of validation images, or in the devkit, extracted
-or not. Those of ILSVRC2010 are read in the same way.
+are in the input folder, in its folder `data`, in the folder of validation images, or in the devkit, which may
+be extracted or not. Those of ILSVRC2010 are read, too.
 """
 
 import csv
@@ -68,9 +68,9 @@ class Annotations:
         Raises SourceError if the labels are missing or do not fit the images, and OSError.
         """
         if found := self._first(TINY):
-            classes = _of_tiny(found)
+            classes = _parse_tiny(found)
         elif found := self._first("LOC_val_solution.csv"):
-            classes = _of_kaggle(found)
+            classes = _parse_kaggle(found)
         elif found := self._first(*_LISTS):
             classes = _parse_list(found, names)
         elif found := self._first(*_GROUND_TRUTHS):
@@ -163,7 +163,7 @@ class Annotations:
             ) from None
 
 
-def _of_tiny(found: _Found) -> dict[str, str]:
+def _parse_tiny(found: _AnnotationFile) -> dict[str, str]:
     rows = [line.split("\t") for line in found.lines() if line.strip()]
     if wrong := next((number for number, row in enumerate(rows, 1) if len(row) < 2), None):
         raise SourceError(f"{found.path}, line {wrong}: expected a file, a tab and a class id")

@@ -1,4 +1,4 @@
-"""List the files below --input; remote.py does so behind a URL."""
+"""List the files of a local input folder; remote.py lists those behind a URL."""
 
 import errno
 import os
@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
 from pipeline.packing.sources.litter import litter_in
-from pipeline.packing.workers import say
-from pipeline.retry import is_outage, patiently
+from pipeline.packing.workers import warn
+from pipeline.retry import is_outage, with_retries
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")  # endings of names
 
@@ -24,12 +24,12 @@ class SourceError(ValueError):
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is named like an image."""
+    """Return whether a file is an image, by its name."""
     return name.lower().rpartition(".")[2] in IMAGES
 
 
-class Labelled(NamedTuple):
-    """An image and its class. path: its name in the report. file, offset, size: arguments of storage.read."""
+class LabelledImage(NamedTuple):
+    """An image and its class. The other fields are those of find.SourceImage."""
 
     path: str
     class_id: str
@@ -42,10 +42,10 @@ class Labelled(NamedTuple):
 class SplitFiles:
     """The files found for a split.
 
-    location: where they are, for messages. classes: class ids, including classes without images. strays:
-    files that belong to no class. sealed: the files, such as compressed tars, that can only be read from
-    front to end, so their images are extracted first; the offset of an image in them is that of its
-    decompressed bytes or, in a Parquet file, its row. unused: names of what belongs to no split that is
+    location: where they are, for messages. classes: class ids, including those without images. strays: files
+    that belong to no class. sealed: files that can only be read from front to end, such as compressed tars;
+    their images are extracted before packing. The offset of an image in one of these counts decompressed
+    bytes or, in a Parquet file, rows. unused: names of what belongs to no split that is
     packed, such as the folder test. doubts: what is probably not meant. incomplete: classes with folders that
     could not be listed. The last three are known once all images have been taken.
     """
@@ -61,10 +61,10 @@ class SplitFiles:
 
 
 class InputFolder(ABC):
-    """A folder below which files are found.
+    """An input folder, which is local or behind a URL.
 
-    name: as it was given. litter: paths of files and folders that were passed over. unlisted: folders that
-    could not be listed, with the reason; as they may not be empty, they are never taken for it.
+    name: its path or URL as given. litter: paths of the files and folders that were passed over. unlisted:
+    the reason for each folder that could not be listed, which may not be empty.
     """
 
     def __init__(self, name: str):
@@ -73,15 +73,15 @@ class InputFolder(ABC):
         self.unlisted: dict[str, str] = {}
 
     @abstractmethod
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        """Return the folders and the other files in a folder, sorted.
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        """Return the names of the folders and files in a subfolder, sorted.
 
         Raises OSError or SourceError if there is no such folder, or if it cannot be listed.
         """
 
     @abstractmethod
-    def files(self, below: str) -> list[str]:
-        """Return all files at any depth below a folder, relative to it and sorted.
+    def files(self, subfolder: str) -> list[str]:
+        """Return the paths of all files at any depth in a subfolder, relative to it and sorted.
 
         Folders that cannot be listed are added to `unlisted`. Raises OSError or SourceError if the storage is
         at fault, or the folder is the input itself.
@@ -89,23 +89,23 @@ class InputFolder(ABC):
 
     @abstractmethod
     def locate(self, name: str) -> str:
-        """Return the path or URL that storage.read opens."""
+        """Return the full path or URL of a file."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Return a file's size in bytes. Raises OSError or SourceError."""
+        """Return the size of a file in bytes. Raises OSError or SourceError."""
 
     def has(self, path: str) -> bool:
-        """Whether there is a folder with this path."""
+        """Return whether there is a folder with this path."""
         above, _, name = path.rpartition("/")
         return (not above or self.has(above)) and name in self.entries(above)[0]
 
-    def is_complete(self, below: str) -> bool:
-        """Whether every folder below a folder, and it itself, could be listed."""
-        return not any(f"{path}/".startswith(f"{below}/") for path in self.unlisted)
+    def is_complete(self, subfolder: str) -> bool:
+        """Return whether a subfolder and all folders in it could be listed."""
+        return not any(f"{path}/".startswith(f"{subfolder}/") for path in self.unlisted)
 
     def wants(self, path: str) -> bool:
-        """Whether a path is not litter; litter is noted."""
+        """Return whether a path is not litter, and note it if it is."""
         litter = litter_in(path)
         if litter is not None:
             self.litter.add(litter)
@@ -113,17 +113,19 @@ class InputFolder(ABC):
 
 
 class LocalFolder(InputFolder):
+    """A local input folder."""
+
     def __init__(self, root: str):
         super().__init__(root)
         self.root = Path(storage.absolute(root))
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        folders, names = _listed(f"{self.root}/{below}")
-        prefix = f"{below}/" if below else ""
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        folders, names = _list_folder(f"{self.root}/{subfolder}")
+        prefix = f"{subfolder}/" if subfolder else ""
         return [n for n in folders if self.wants(prefix + n)], [n for n in names if self.wants(prefix + n)]
 
-    def files(self, below: str) -> list[str]:
-        start = f"{below}/" if below else ""
+    def files(self, subfolder: str) -> list[str]:
+        start = f"{subfolder}/" if subfolder else ""
         found: list[str] = []
         seen, waiting = set[str](), [start]
         if itself := self._real(start):
@@ -132,7 +134,7 @@ class LocalFolder(InputFolder):
             prefix = waiting.pop()
             folders, names = self._entries_if_listed(prefix)
             found.extend(f"{prefix}{name}"[len(start) :] for name in names)
-            # Of several links to one folder, always the same one counts, and links cannot form a cycle.
+            # Of several links to a folder, only the first by name is followed. Cycles of links end at `seen`.
             real = {path: name for name in reversed(folders) if (path := self._real(f"{prefix}{name}/"))}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
@@ -146,7 +148,7 @@ class LocalFolder(InputFolder):
     def _real(self, prefix: str) -> str | None:
         """Return the path of a folder without links, or None if it has none."""
         with self._left_out_if_unlisted(prefix):
-            return _real(f"{self.root}/{prefix}")
+            return _real_path(f"{self.root}/{prefix}")
         return None
 
     @contextmanager
@@ -166,7 +168,6 @@ class LocalFolder(InputFolder):
         return f"{self.root}/{name}" if name else str(self.root)
 
     def size(self, name: str) -> int:
-        """Return the size of a file in bytes."""
         return (self.root / name).stat().st_size
 
 
@@ -203,13 +204,13 @@ def open_file(name: str) -> BinaryIO:
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
     with as_source_error(name):
-        where = storage.Folder(folder)
-        return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
+        opened = storage.Folder(folder)
+        return opened.fs.open(f"{opened.path.rstrip('/')}/{file}", "rb")
 
 
 @contextmanager
 def as_source_error(name: str) -> Iterator[None]:
-    """Turn the errors of each kind of storage, except FileNotFoundError, into SourceError."""
+    """Turn the errors that the various kinds of storage raise into SourceError, except FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

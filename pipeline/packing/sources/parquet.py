@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing.sources.class_ids import class_id
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.splits import by_split, check_splits
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def is_parquet(name: str) -> bool:
 
 
 def find_parquet(folder: InputFolder) -> list[str]:
-    """Return all Parquet files below a folder."""
+    """Return all Parquet files at any depth in a folder."""
     return [name for name in folder.files("") if is_parquet(name)]
 
 
@@ -66,7 +66,7 @@ def parquet_images(
             images += in_file
         classes = list(dict.fromkeys(image.class_id for image in images))
         strays, unused = (unnamed, test) if split == "train" else ([], [])
-        parts[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths), unused)
+        found[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths), unused)
     first, *others = names
     for path in others:
         if names[path] != names[first]:
@@ -75,7 +75,7 @@ def parquet_images(
 
 
 def has_images(file: str) -> bool:
-    """Whether a Parquet file contains images, and not only their paths. Raises SourceError or OSError."""
+    """Return whether a Parquet file contains images, not only paths. Raises SourceError or OSError."""
     with opened_parquet(file) as table:
         return _image_column(table.schema_arrow) is not None
 
@@ -112,7 +112,7 @@ def _read(file: str, split: str) -> tuple[list[str], list[LabelledImage]]:
                         f"{file}, row {row + 1} has the label {label}, but there are only "
                         f"{len(columns.names)} names of classes"
                     )
-                images.append(Labelled(f"{split}/{name}/{path or f'{stem}-{row:06d}'}", name, file, row))
+                images.append(LabelledImage(f"{split}/{name}/{path or f'{stem}-{row:06d}'}", name, file, row))
     return columns.names, images
 
 
@@ -168,7 +168,7 @@ def opened_parquet(file: str) -> Iterator["ParquetFile"]:
             f"reading {file} needs pyarrow: run pip install 'alexnet-train[parquet]', or use a CSV table"
         ) from None
     try:
-        with naming(file), open_file(file) as opened:
+        with path_in_errors(file), open_file(file) as opened:
             yield parquet.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # an error of the file system

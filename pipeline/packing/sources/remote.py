@@ -26,7 +26,7 @@ class RemoteFolder(InputFolder):
         self._names = sorted(filter(self.wants, set(self._find())))
         if not self._names:
             with suppress(FileNotFoundError), as_source_error(url):
-                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
+                self._fs.ls(self._root)  # raises the error, if any, that fsspec's `find` ignores
             raise SourceError(f"--input {url} is not a folder, or it is empty")
 
     def _find(self) -> Iterator[str]:
@@ -37,7 +37,7 @@ class RemoteFolder(InputFolder):
                 yield from (name[start:] for name in self._fs.find(self._root) if name[-1] != "/")
             return
         waiting, seen = [self._root], {self._root}
-        while waiting:  # fsspec's own `find` leaves out folders that fail
+        while waiting:  # fsspec's generic `find` skips folders it cannot list
             folder = waiting.pop()
             entries = self._listed(folder)
             if entries is None:
@@ -70,18 +70,20 @@ class RemoteFolder(InputFolder):
         self.unlisted[path] = reason
         return None
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        if below in self.unlisted:
-            raise storage.StorageError(f"{self.locate(below)} cannot be listed: {self.unlisted[below]}")
-        names = self._below(below)
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        if subfolder in self.unlisted:
+            raise storage.StorageError(
+                f"{self.locate(subfolder)} cannot be listed: {self.unlisted[subfolder]}"
+            )
+        names = self._below(subfolder)
         folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         return list(folders), [name for name in names if "/" not in name]
 
-    def files(self, below: str) -> list[str]:
-        return [name for name in self._below(below) if name and name[-1] != "/"]
+    def files(self, subfolder: str) -> list[str]:
+        return [name for name in self._below(subfolder) if name and name[-1] != "/"]
 
-    def _below(self, below: str) -> list[str]:
-        prefix = f"{below}/" if below else ""
+    def _below(self, subfolder: str) -> list[str]:
+        prefix = f"{subfolder}/" if subfolder else ""
         first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
         return [name[len(prefix) :] for name in self._names[first:last]]
 
@@ -94,7 +96,7 @@ class RemoteFolder(InputFolder):
 
 
 def _has_flat_listing(fs: AbstractFileSystem) -> bool:
-    """Whether a file system lists a whole tree at once, as object stores do."""
+    """Return whether a file system lists a whole tree at once, as object stores do."""
     if hasattr(fs, "fs"):  # it forwards to another one
         return False
     if isinstance(fs, AsyncFileSystem):
@@ -103,7 +105,7 @@ def _has_flat_listing(fs: AbstractFileSystem) -> bool:
 
 
 def _is_refused(error: BaseException | None) -> bool:
-    """Whether an error is about one folder, and not about the server or the way to it."""
+    """Return whether an error is about one folder, and not about the server or the way to it."""
     if isinstance(error, OSError):
         return not is_outage(error)
     return getattr(error, "status", None) in _REFUSALS

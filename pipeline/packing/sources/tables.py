@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.files import path_in_errors
 from pipeline.packing import storage
 from pipeline.packing.sources.class_ids import class_id, without_fractions
-from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 from pipeline.packing.sources.splits import split_of
 
@@ -35,12 +35,12 @@ def read_table(
     """
     folder, _, file = name.rpartition("/")
     if is_parquet(name) and has_images(name):
-        parts, names = parquet_images(folder, [file], val_fraction)
-        return parts, lambda: names
+        splits, names = parquet_images(folder, [file], val_fraction)
+        return splits, lambda: names
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in ("train", "val", "test")}
     seen: dict[str, int] = {}
     read = _parquet_rows if is_parquet(name) else _text_rows
-    with naming(name):
+    with path_in_errors(name):
         for number, (path, label, *rest) in read(name):
             split, found = split_of(str(rest[0])) if rest else "train", class_id(label)
             if split is None or not (isinstance(path, str) and path) or (not found and split != "test"):
@@ -64,7 +64,7 @@ def read_table(
     ids = iter(without_fractions([found for part in rows.values() for _, found in part]))
     parts = {}
     for split, part in rows.items():
-        images = [Labelled(path, next(ids), _locate(path, folder)) for path, _ in part]
+        images = [LabelledImage(path, next(ids), _locate(path, folder)) for path, _ in part]
         classes = sorted({image.class_id for image in images})
         if split == "train" or images:
             parts[split] = SplitFiles(name, classes, images)
@@ -78,6 +78,7 @@ def _locate(path: str, folder: str) -> str:
 
 
 def _columns(name: str, found: list[str]) -> list[str]:
+    """Return the names of the columns to read. Raises SourceError if they are not as expected."""
     missing = [column for column in ("path", "label") if column not in found]
     if missing:
         raise SourceError(

@@ -3,10 +3,10 @@
     imagenet1k-train-0000.tar, …, imagenet1k-validation-00.tar, …
     train/00000.tar, …, val/00000.tar, …
 
-A word in the path of a tar below the input names its split, as in splits.py. If no path has such a word, all
-tars belong to train. If some have one, tars without one are left out and listed in the report. Those of test
-are not used. Only files whose names end in .tar, or as those of compressed tars do
-(.tar.gz, .tgz, .tar.xz, …), are considered.
+A word in the path of a tar, relative to the input, names its split, as in splits.py. If no path has such a
+word, all tars belong to train. If some have one, tars without one are left out and listed in the report.
+Those of test are not used. Only files whose names end in .tar, or as those of compressed tars do
+compressed tar (.tar.gz, .tgz, .tar.xz, …), are considered.
 
 Consecutive members with the same key form a sample; the key is the path up to the first dot in the file name.
 The rest of the name is the member's type: jpg, png, … for the image, and cls for the label, a decimal number.
@@ -25,7 +25,14 @@ from functools import partial
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources import compressed
 from pipeline.packing.sources.archives import Member, Read, members, opened_tar, read_each
-from pipeline.packing.sources.listing import IMAGES, InputFolder, Labelled, SourceError, SplitFiles, is_image
+from pipeline.packing.sources.listing import (
+    IMAGES,
+    InputFolder,
+    LabelledImage,
+    SourceError,
+    SplitFiles,
+    is_image,
+)
 from pipeline.packing.sources.splits import by_split, check_splits
 from pipeline.packing.storage import STATE_FOLDER
 
@@ -51,7 +58,7 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
             return []
     names = folder.files("")
     packed = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST_NAME}")}
-    packed |= {path.rpartition("/")[0] for path in folder.litter if path.endswith(f"/{UNFINISHED}")}
+    packed |= {path.rpartition("/")[0] for path in folder.litter if path.endswith(f"/{STATE_FOLDER}")}
     endings = (".tar", *compressed.SUFFIXES)
     return [name for name in names if name.endswith(endings) and name.rpartition("/")[0] not in packed]
 
@@ -66,8 +73,8 @@ def webdataset_tars(
     """
     splits, unused = by_split(folder.name, tars)
     check_splits(folder.name, splits, "tar", val_fraction)
-    parts = {"train": _part(folder, "train", splits["train"], unused)}
-    parts["train"].unused.extend(splits["test"])
+    found = {"train": _split_files(folder, "train", splits["train"], unused)}
+    found["train"].unused.extend(splits["test"])
     if val_fraction is None:
         found["val"] = _split_files(folder, "val", splits["val"], [])
     return found

@@ -15,8 +15,8 @@ from pipeline.packing.sources.class_ids import (
     check_printable,
     class_id,
     few,
-    in_order,
     nearly_alike,
+    sort_classes,
     without_fractions,
 )
 from pipeline.packing.sources.class_names import read_class_names
@@ -174,8 +174,8 @@ def test_few_names_are_all_shown():
 
 
 def test_numbers_are_in_order_of_size_and_others_of_the_alphabet():
-    assert in_order(["10", "9", "1"]) == ["1", "9", "10"]
-    assert in_order(["10", "9", "a"]) == ["10", "9", "a"]
+    assert sort_classes(["10", "9", "1"]) == ["1", "9", "10"]
+    assert sort_classes(["10", "9", "a"]) == ["10", "9", "a"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pipeline.packing.sources.class_names import read_class_names
 from pipeline.packing.sources.find import find_sources, open_folder
 from pipeline.packing.sources.labels import Annotations
 from pipeline.packing.sources.listing import SourceError
+from tests.trees import assert_refused, tar_of, touch, write
 
 # In the order of the devkit's numbers, which is not the alphabet's.
 CLASSES = {"n03": "kit fox, Vulpes macrotis", "n01": "tench", "n02": "crane"}

@@ -30,13 +30,10 @@ def test_class_folders_are_sorted_by_class_and_file(tmp_path):
     assert sources.strays == []
 
 
-def test_any_name_at_any_depth_is_a_file_of_its_class(tmp_path):
-    fill(tmp_path, "train/a/images/deep/1", "train/a/no jpg.txt", "val/a/2.png")
+def test_every_file_below_a_class_folder_belongs_to_the_class(tmp_path):
+    touch(tmp_path, "train/a/images/deep/1", "train/a/no jpg.txt", "val/a/2.png")
     sources = find_sources(tmp_path, None, 0)
-    assert [source.path for source in sources.splits["train"]] == [
-        "train/a/images/deep/1",
-        "train/a/no jpg.txt",
-    ]
+    assert paths_of(sources, "train") == ["train/a/images/deep/1", "train/a/no jpg.txt"]
 
 
 def test_links_are_followed_and_dangling_links_are_kept_for_the_report(tmp_path):
@@ -121,8 +118,7 @@ def test_a_folder_linked_into_itself_is_walked_once(tmp_path):
 def test_a_class_name_that_is_not_text_is_refused(tmp_path):
     touch(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
     Path(os.fsdecode(bytes(tmp_path) + b"/train/\xff")).mkdir()
-    with pytest.raises(SourceError, match="control characters"):
-        find_sources(tmp_path, None, 0)
+    assert_refused(tmp_path, "control characters")
 
 
 def test_a_relative_input_gives_files_that_any_working_directory_finds(tmp_path, monkeypatch):

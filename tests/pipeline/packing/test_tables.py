@@ -72,18 +72,14 @@ ERRORS = {
     "neither column": (without("path", "label"), None, "has no column path and no column label; its col"),
     "no split": (without("split"), None, "has no column split .* --val-fraction 0.1"),
     "val and a fraction": (COLUMNS, 0.1, "already has rows for the split 'val': omit --val-fraction"),
-    "another split": (COLUMNS | {"split": ["train", "val", "part3", "val"]}, None, r"row \d: .*'part3'"),
+    "an unknown split": (COLUMNS | {"split": ["train", "val", "part3", "val"]}, None, r"row \d: .*'part3'"),
     "an empty path": (COLUMNS | {"path": ["1", "", "3", "4"]}, None, r"row \d: expected a path"),
     "an empty label": (COLUMNS | {"label": ["a", "", "a", "a"]}, None, r"row \d: expected a path, a label"),
     "a path twice": (COLUMNS | {"path": ["1", "2", "1", "4"]}, None, r"row \d: 1 is already in row \d"),
     "a class of val alone": (COLUMNS | {"label": ["a", "a", "a", "c"]}, None, "class c is in .* but not in"),
     "no val": (COLUMNS | {"split": ["train"] * 4}, None, "no column split with rows for val"),
     "no train": (COLUMNS | {"split": ["val"] * 4}, None, "no rows for the split 'train'"),
-    "a class that cannot be shown": (
-        COLUMNS | {"label": ["a", "b\x07", "a", "a"]},
-        None,
-        "control characters",
-    ),
+    "control characters": (COLUMNS | {"label": ["a", "b\a", "a", "a"]}, None, "control characters"),
 }
 
 
