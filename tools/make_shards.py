@@ -94,7 +94,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--val-fraction", type=fraction, metavar="F",
         help="fraction of each class to hold out for validation if --input has no validation images")
     add("--class-names", type=Path, metavar="FILE",
-        help="text file that has, on each line, a class folder's name and the name to show for it")
+        help="text or CSV file that has, on each line, a class folder's name and the name to show for it")
     add("--shard-samples", type=within(int, 1, 10**6), metavar="N",
         help="maximum number of images in a shard (default %(default)s)")
     add("--seed", type=within(int, 0, 2**63),
