@@ -109,9 +109,16 @@ def _without_splits(folder: InputFolder) -> str:
     """Say what to do about an input without folders of splits, by what is there."""
     names = folder.entries()[0]
     message = f"{folder.name} has no folders train and val"
+    if not names:
+        return f"{message}: images are expected as {folder.locate('train')}/<class>/<image>, and so for val"
     for name in names:
         if "train" in split_folders(folder.locate(name), folder.entries(name)[0]):
             return f"{message}, but {folder.locate(name)} has: give that as --input"
+    if len(names) == 1:
+        return (
+            f"{message}, but only a folder {names[0]}. If that contains class folders, give "
+            f"{folder.locate(names[0])} as --input, with --val-fraction 0.1"
+        )
     return (
         f"{message}. If it contains class folders, add --val-fraction 0.1 to hold out a tenth of each class "
         "for validation"

@@ -13,35 +13,34 @@ _LITTER = (
     r"[^/]*~",
     r"~\$[^/]*",
     # Windows
-    r"thumbs\.db(:encryptable)?",
-    r"ehthumbs(_vista)?\.db",
-    r"desktop\.ini",
-    r"\$recycle\.bin",
-    r"recycler",
-    r"system volume information",
-    # macOS and its file servers
-    r"icon\r",
-    r"__macosx",
-    r"network trash folder",
-    r"temporary items",
-    r"thevolumesettingsfolder",
+    r"(?i:(eh)?thumbs(_vista)?\.db)(:encryptable)?",
+    r"(?i:desktop\.ini)",
+    r"(?i:\$recycle\.bin)",
+    r"RECYCLER",
+    r"System Volume Information",
+    # macOS, whose SMB writes the line end of Icon as U+F00D, and file servers for it
+    r"Icon[\r\uf00d]",
+    r"__MACOSX",
+    r"Network Trash Folder",
+    r"Temporary Items",
+    r"TheVolumeSettingsFolder",
     # NAS boxes of Synology and QNAP
-    r"@eadir",
+    r"@eaDir",
     r"@tmp",
-    r"@recycle",
-    r"@recently-snapshot",
+    r"@Recycle",
+    r"@Recently-Snapshot",
     r"#recycle",
     r"#snapshot",
-    # Linux, Python, picture viewers
+    # Linux, Python and picture viewers
     r"lost\+found",
     r"__pycache__",
-    r"picasa\.ini",
-    # What tar and WebDataset store about files, where a reader does not know it
-    r"paxheaders?(\.[0-9]+)?",
-    r"gnusparsefile\.[0-9]+",
+    r"(?i:picasa\.ini)",
+    # What tar and WebDataset store about files
+    r"PaxHeaders?(\.[0-9]+)?",
+    r"GNUSparseFile\.[0-9]+",
     r"__meta__\.json",
 )
-_FIRST = re.compile(rf"(?:\A|/)(?:{'|'.join(_LITTER)})(?=/|\Z)", re.IGNORECASE | re.DOTALL)
+_FIRST = re.compile(rf"(?:\A|/)(?:{'|'.join(_LITTER)})(?=/|\Z)", re.DOTALL)
 
 
 def litter_in(path: str) -> str | None:

@@ -13,7 +13,7 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.sources.find import find_sources
 from pipeline.packing.sources.listing import SourceError
 from pipeline.packing.sources.splits import split_folders, split_of
-from tests.trees import pack_here, tar_of, write
+from tests.trees import assert_refused, pack_here, tar_of, write
 from tools import make_shards
 
 SPLITS = [
@@ -151,6 +151,14 @@ def test_one_level_too_high_is_said_with_the_folder_to_give(tmp_path, fraction):
     else:
         (doubt,) = find_sources(tmp_path, fraction, 0).warnings
         assert f"give {tmp_path}/dataset as --input" in doubt
+
+
+def test_without_splits_the_advice_depends_on_what_there_is(tmp_path):
+    write(tmp_path / "1.jpg", b"")
+    assert_refused(tmp_path, rf"images are expected as {tmp_path}/train/<class>/<image>")
+    folders(tmp_path / "images", "")
+    assert_refused(tmp_path, rf"give {tmp_path}/images as --input, with --val-fraction 0\.1")
+    assert find_sources(tmp_path / "images", 0.25, 0).classes == ["cat", "dog"]
 
 
 def test_several_datasets_at_once_are_refused(tmp_path):

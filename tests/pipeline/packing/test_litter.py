@@ -23,6 +23,7 @@ FILES = (
     "desktop.ini",
     "Desktop.ini",
     "Icon\r",
+    "Icon\uf00d",
     "Picasa.ini",
     "1.jpg~",
     "~$labels.xlsx",
@@ -53,6 +54,20 @@ FOLDERS = (
     "PaxHeaders.1234",
 )
 CLASSES = ("cat", "a.b", "_background_noise_", "__background__", "#1", "@home", "icon", "n01", "c++", "~home")
+CLASSES += ("recycler", "temporary items")
+    "cat",
+    "a.b",
+    "_background_noise_",
+    "__background__",
+    "#1",
+    "@home",
+    "icon",
+    "n01",
+    "c++",
+    "~home",
+    "recycler",
+    "temporary items",
+)
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
