@@ -55,19 +55,6 @@ FOLDERS = (
 )
 CLASSES = ("cat", "a.b", "_background_noise_", "__background__", "#1", "@home", "icon", "n01", "c++", "~home")
 CLASSES += ("recycler", "temporary items")
-    "cat",
-    "a.b",
-    "_background_noise_",
-    "__background__",
-    "#1",
-    "@home",
-    "icon",
-    "n01",
-    "c++",
-    "~home",
-    "recycler",
-    "temporary items",
-)
 
 
 @pytest.mark.parametrize("name", [*FILES, *FOLDERS])
