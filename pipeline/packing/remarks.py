@@ -43,7 +43,7 @@ def remarks_about(sources: Sources, manifest: Manifest, output: Folder) -> Remar
             found.append(f"all images of {split} were rejected in {amount}: {few(lost)}")
     if sources.unlisted:
         remarks.faults.append(
-            f"{describe_unlisted(sources.unlisted)}. Their images are missing from the dataset: make every "
+            f"{describe_unlisted(sources.unlisted)}. Images are missing from the dataset: make every "
             "folder readable, and run the same command with --overwrite"
         )
     return remarks

@@ -66,7 +66,7 @@ class RemoteFolder(InputFolder):
         except SourceError as error:
             if not path or not _is_refused(error.__cause__):
                 raise
-            reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__)
+            reason = _reason(error.__cause__)
         self.unlisted[path] = reason
         return None
 
@@ -102,6 +102,12 @@ def _has_flat_listing(fs: AbstractFileSystem) -> bool:
     if isinstance(fs, AsyncFileSystem):
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find
+
+
+def _reason(error: BaseException | None) -> str:
+    if status := getattr(error, "status", None):
+        return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _is_refused(error: BaseException | None) -> bool:

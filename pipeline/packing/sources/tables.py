@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.sources.class_ids import class_id, without_fractions
+from pipeline.packing.sources.class_ids import class_id, count, without_fractions
 from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 from pipeline.packing.sources.splits import split_of
@@ -69,7 +69,7 @@ def read_table(
         if split == "train" or images:
             parts[split] = SplitFiles(name, classes, images)
     if test:
-        parts["train"].unused.append(f"the split test ({len(test):,} rows)")
+        parts["train"].unused.append(f"the split test ({count(len(test), 'row', 'rows')})")
     return parts, dict
 
 
