@@ -217,7 +217,7 @@ class Run:
                 return NetSpec.read(self.folder)
             return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
         except SpecError as error:
-            raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
+            raise RunError(str(error)) from None
         except DatasetError as error:
             raise RunError(
                 f"{self.folder} is from an earlier version, has no {NET_NAME}, and needs its dataset: {error}"
