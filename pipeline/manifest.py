@@ -104,8 +104,8 @@ class Manifest(_Record):
     size: Side  # length of the shorter side after resizing, in pixels
     max_width: Side
     max_height: Side
-    classes: tuple[Class, ...]
-    splits: dict[str, Split]
+    classes: Annotated[tuple[Class, ...], Field(min_length=1)]
+    splits: Annotated[dict[str, Split], Field(min_length=1)]
     pixels: Pixels
     packed: dict[str, str | int | float]
     repaired: dict[str, NonNegativeInt]
