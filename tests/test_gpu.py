@@ -82,12 +82,12 @@ def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, preci
     settings = load_settings(["--data", str(packed), *small, "--precision", precision])
     trainer = Trainer(settings, Run(tmp_path), World(0, 1, 0, GPU), Metrics(), port=None)
     batches = trainer.batches()
-    trainer.train_one(batches)  # the first step may wait for memory and libraries
+    trainer.train_step(batches)  # which may wait for memory and libraries
     trainer.log()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             trainer.log()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -98,7 +98,7 @@ def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, preci
 def test_the_gauges_of_the_gpu_have_plausible_values():
     metrics = Metrics()
     interval = Interval(1, 1, 1.0, 0.0, 1.0, wait_seconds=0.0, busy_seconds=1.0, ready=1)
-    metrics.harvested(interval, 0.01, 1.0, GPU)
+    metrics.record_interval(interval, 0.01, 1.0, GPU)
     for name in ("memory_used_ratio", "utilization_ratio"):
         assert 0 <= metrics.registry.get_sample_value(f"alexnet_gpu_{name}", {"gpu": "0"}) <= 1
     assert 0 <= metrics.registry.get_sample_value("alexnet_jpeg_engine_utilization_ratio", {"gpu": "0"}) <= 1

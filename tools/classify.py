@@ -12,9 +12,9 @@ their mirror images, whose softmax outputs are averaged.
 
 A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
 
-Folders are searched at any depth for files with the extension of a picture or a video. A file named on the
-command line may have any extension; its content decides. A broken file is reported and the others are still
-classified, but the exit code is then 1.
+Folders are searched at any depth for files with the extension of a picture or a video. A picture named on the
+command line may have any extension, because its content decides. A broken file is reported and the others are
+still classified, but the exit code is then 1.
 """
 
 import argparse
@@ -37,9 +37,9 @@ from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import read, views
 from tools.options import count, positive, refuse_old_name
 
-Tell = Callable[[Result], None]
-AT_A_TIME = 32  # pictures in memory
-FORMS = {".jsonl": json_lines, ".csv": csv_rows}
+Write = Callable[[Result], None]
+CHUNK = 32  # pictures in memory
+FORMATS = {".jsonl": json_lines, ".csv": csv_rows}
 
 
 def main() -> None:
@@ -52,8 +52,8 @@ def main() -> None:
         if sources:
             drawn = drawings(sources, options.overlay) if options.overlay else {}
             net = open_net(options)
-            with open_output(options.out) as tell:
-                failed += classify(net, sources, options, tell, drawn)
+            with open_output(options.out) as write:
+                failed += classify(net, sources, options, write, drawn)
     except (InputError, NetError) as fatal:
         sys.exit(f"classify: {fatal}")
     except OSError as fatal:
@@ -61,8 +61,8 @@ def main() -> None:
         sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
     except KeyboardInterrupt:
         sys.exit(130)
-    passed = f"; {others} files of other kinds skipped" if others else ""
-    report(f"{len(sources) + len(errors)} files, {failed} failed{passed}")
+    skipped = f"; {others} other files skipped" if others else ""
+    report(f"{len(sources) + len(errors)} files, {failed} failed{skipped}")
     sys.exit(1 if failed else 0)
 
 
@@ -120,19 +120,19 @@ def parse_arguments() -> argparse.Namespace:
         help="write a copy of each picture and video with its classes drawn below it",
     )
     options = parser.parse_args()
-    if options.out and options.out.suffix not in FORMS:
-        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMS)}")
+    if options.out and options.out.suffix not in FORMATS:
+        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMATS)}")
     return options
 
 
 @contextmanager
-def open_output(path: Path | None) -> Iterator[Tell]:
+def open_output(path: Path | None) -> Iterator[Write]:
     """Open the results: a file, or lines on standard output. Yields a function that writes one result."""
     if path is None:
         yield lambda result: print(result, flush=True)
         return
     with path_in_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
-        yield FORMS[path.suffix](file)
+        yield FORMATS[path.suffix](file)
 
 
 def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
@@ -153,7 +153,7 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
 
 
 def classify(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> int:
     """Report and draw the results of all files; return how many files failed.
 
@@ -163,16 +163,16 @@ def classify(
     failed = 0
     for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
         chosen = [source for source in sources if source.is_video == of_videos]
-        for error in work(net, chosen, options, tell, drawn):
+        for error in work(net, chosen, options, write, drawn):
             report(error)
             failed += 1
     return failed
 
 
 def classify_pictures(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Classify pictures in batches, yielding an error for each one that is broken."""
+    """Classify pictures in batches, yielding an error for each broken one."""
     if drawn:
         from tools.classifying.overlay import draw_bars, reduced, with_bars
 
@@ -185,17 +185,17 @@ def classify_pictures(
             return error
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(sources), AT_A_TIME):
-            part = sources[start : start + AT_A_TIME]
+        for start in range(0, len(sources), CHUNK):
+            part = sources[start : start + CHUNK]
             prepared = list(zip(part, pool.map(prepare, part), strict=True))
             yield from (found for _, found in prepared if isinstance(found, InputError))
-            sound = [(source, *found) for source, found in prepared if not isinstance(found, InputError)]
-            if not sound:
+            valid = [(source, *found) for source, found in prepared if not isinstance(found, InputError)]
+            if not valid:
                 continue
-            probabilities = net.probabilities(np.stack([seen for _, seen, _ in sound]))
-            for (source, _, image), row in zip(sound, probabilities, strict=True):
+            probabilities = net.probabilities(np.stack([seen for _, seen, _ in valid]))
+            for (source, _, image), row in zip(valid, probabilities, strict=True):
                 result = Result(as_text(source.path), best(row, net.spec))
-                tell(result)
+                write(result)
                 if image:
                     try:
                         with errors_of(drawn[source]):
@@ -208,16 +208,16 @@ def classify_pictures(
 
 
 def classify_videos(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Classify videos, yielding an error for each one that is broken, after the results of its sound part."""
+    """Classify videos, yielding an error for each broken one, after the results of its readable part."""
     if sources:
         from tools.classifying.video import annotate, classify_video
     for source in sources:
         results = []
         try:
             for result in classify_video(source.path, net, options.crops, options.window, options.every):
-                tell(result)
+                write(result)
                 results.append(result)
         except InputError as error:
             yield error

@@ -1,13 +1,12 @@
-"""Turn torchvision's AlexNet weights into a run that can be evaluated, used and exported like any other.
+"""Turn torchvision's AlexNet weights into a run that can be evaluated, used and exported like any other run.
 
     alexnet-train import-torchvision alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
     alexnet-train evaluate runs/torchvision
     alexnet-train export runs/torchvision --out alexnet.safetensors
 
-FILE is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs stand for the classes of
-the dataset in --data, in that order; ImageNet is packed in torchvision's own order. Without a dataset,
---classes names the classes. The weights are kept bit for bit, and the run subtracts torchvision's mean, not
-the dataset's.
+FILE is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs are the classes of the
+dataset in --data, in the same order; ImageNet is packed in torchvision's own order. Without a dataset, use
+--classes. The weights are kept bit for bit, and the run subtracts torchvision's mean, not the dataset's.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ def main() -> None:
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))
     except (SettingsError, DatasetError) as error:
-        sys.exit(f"import_torchvision: {error}")
+        sys.exit(f"import-torchvision: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"import_torchvision: {reason}. Fix the cause and run the same command again")
+        sys.exit(f"import-torchvision: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,13 +59,13 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=Path("shards"),
         metavar="DIR",
-        help="packed dataset whose classes the outputs are (default shards)",
+        help="packed dataset that has the classes of the outputs, in the same order (default shards)",
     )
     add(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="text file with the id and name of a class on each line, in place of --data",
+        help="text file with the id and the name of a class on each line, to use instead of --data",
     )
     return parser.parse_args()
 
@@ -76,7 +75,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
     Raises SettingsError, DatasetError or OSError.
     """
-    # Imported here, where an error becomes one line: importing torch needs a folder for temporary files.
+    # Without a folder for temporary files this import fails, and main() reports it in one line.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
     from trainer import checkpoint
 

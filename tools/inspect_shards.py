@@ -35,7 +35,7 @@ _PART = 256  # samples that a thread hashes at a time
 
 @dataclass(frozen=True)
 class OpenDataset:
-    """An open dataset. counts: samples of each class by split, [classes]."""
+    """An open dataset. counts: for each split, the number of samples of each class, [classes]."""
 
     manifest: Manifest
     readers: dict[str, ShardReader]
@@ -68,7 +68,7 @@ def open_dataset(root: Path) -> OpenDataset:
 def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
     """Find the groups of samples with the same bytes, in the order of their first samples.
 
-    Threads are enough, as hashing releases Python's global lock.
+    Threads suffice, because hashing releases Python's global interpreter lock.
     """
 
     def digests(part: tuple[ShardReader, range]) -> bytes:
@@ -173,7 +173,7 @@ def _outcomes(manifest: Manifest) -> list[str]:
 
 
 def _extremes(dataset: OpenDataset) -> list[str]:
-    """The classes with the most and the fewest samples in the first split."""
+    """List the classes with the most and the fewest samples in the first split."""
     head, half = ("label", "class", *dataset.counts), LISTED // 2
     order = np.argsort(-next(iter(dataset.counts.values())), kind="stable").tolist()
     rows = [
@@ -206,7 +206,7 @@ def _duplicates(dataset: OpenDataset, groups: Groups) -> list[str]:
     conflicts = sum(len({copy.label for copy in group}) > 1 for group in groups)
     if conflicts:
         lines.append(f"- **Groups with different labels: {conflicts:,}**")
-    # The most harmful come first: shared by splits, then with different labels.
+    # The most harmful come first: groups in several splits, then groups with different labels.
     worst = sorted(groups, key=lambda group: [-len({copy[i] for copy in group}) for i in (0, 3)])
     rows = ((_names(dataset, group),) for group in worst[:LISTED])
     lines += ["", *_table(("identical images: split, key, class",), rows)]
@@ -274,10 +274,10 @@ def main() -> None:
         with translate_thread_errors():
             groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
-        sys.exit(f"inspect_shards: {error}")
+        sys.exit(f"inspect-shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
-        sys.exit(f"inspect_shards: {reason}: fix the cause and run the same command again")
+        sys.exit(f"inspect-shards: {reason}: fix the cause and run the same command again")
     print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 

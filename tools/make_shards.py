@@ -7,8 +7,8 @@ folders.py and tables.py in pipeline/packing/sources describe. Files are judged 
 that cannot be used are counted by reason and listed in report.tsv; they never stop the run.
 
 The contents of each shard depend only on the sorted file names and the seed, and each shard is packed
-independently, so a rerun gives the same bytes with any number of workers. After a run was killed, the
-same command continues it.
+independently, so a rerun gives the same bytes with any number of workers. If a run is killed, the same
+command continues it.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
 
 
 def check_rejects(manifest: Manifest, limit: float) -> None:
-    """Raise DatasetError if a larger share of the files than `limit` was rejected."""
+    """Raise DatasetError if the fraction of rejected files exceeds `limit`."""
     rejected = sum(manifest.rejected.values())
     found = rejected + sum(split.samples for split in manifest.splits.values())
     if rejected > limit * found:
@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input where they are; images that are "
-        "not plain JPEGs are left out")
+        "not plain JPEGs are skipped")
     add("--geometry", choices=get_args(Geometry),
         help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
         "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
@@ -144,9 +144,9 @@ def main() -> None:
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
-        sys.exit(f"make_shards: {error}")
+        sys.exit(f"make-shards: {error}")
     except OSError as error:
-        sys.exit(f"make_shards: {_advice(error, options.output)}")
+        sys.exit(f"make-shards: {_advice(error, options.output)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -151,8 +151,8 @@ class Packing:
     def _judge_dataset(self, fault: Fault) -> Iterator[str]:
         from tools.verify_shards import verify
 
-        if damages := verify(self.output, "all", 1).damages:
-            yield f"a dataset that does not verify: {damages[0]}"
+        if problems := verify(self.output, "all", 1).problems:
+            yield f"a dataset that does not verify: {problems[0]}"
         for name in self._rejected():
             if not fault.call.path.endswith(name):
                 yield f"{name} was rejected"

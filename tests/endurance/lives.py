@@ -138,7 +138,7 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
     from trainer.processes import watchdog
 
     torch.set_num_threads(1)  # as torchrun does for several processes
-    watchdog.START_SECONDS = SILENCE_SECONDS
+    watchdog.START_UP_SECONDS = SILENCE_SECONDS
     train.train_loader = recorded(train.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
     cli.main()

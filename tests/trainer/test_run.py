@@ -88,7 +88,7 @@ def test_damaged_settings_are_reported_in_one_line_that_says_what_to_do(packed, 
     path.write_text(json.dumps(json.loads(path.read_text()) | content if content else content))
     for use in (
         lambda: run.begin(settings, manifest),
-        lambda: run.settle(settings, {"device": "cpu", "precision": "fp32"}),
+        lambda: run.keep_resolved(settings, {"device": "cpu", "precision": "fp32"}),
         lambda: run.keep_form(lambda: "grouped"),
         run.settings,
     ):

@@ -21,7 +21,7 @@ _PLACE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* fai
 
 
 class NetError(ValueError):
-    """A net that cannot be used; the message names it and says what to do."""
+    """A net that cannot be used or exported; the message says why and what to do."""
 
 
 class Net(NamedTuple):

@@ -1,4 +1,4 @@
-"""From image files to the net's input, as the packer and the evaluation do it, with Pillow and numpy."""
+"""Turning image files into the net's input as packing and evaluation do, with Pillow and numpy."""
 
 from pathlib import Path
 
@@ -10,14 +10,9 @@ from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
 from tools.classifying.inputs import InputError, errors_of, in_line
 
+# Crop offsets in x and y, as fractions of the free space.
 CENTRE = ((0.5, 0.5),)
-FIVE = (
-    (0.0, 0.0),
-    (1.0, 0.0),
-    (0.0, 1.0),
-    (1.0, 1.0),
-    *CENTRE,
-)  # crop offsets in x and y, as fractions of the free space
+FIVE = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), *CENTRE)
 
 
 def read(path: Path) -> Image.Image:

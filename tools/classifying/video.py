@@ -36,7 +36,7 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
     """Yield every `every`th frame, rotated and mirrored as the file says; broken frames are skipped.
 
     Raises InputError if there is no frame, if frames are too large, or if PyAV is missing; for damage, after
-    all sound frames. Raises OSError if the storage is unavailable.
+    the readable frames. Raises OSError if the storage is unavailable.
     """
     try:
         import av
@@ -47,7 +47,7 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
             raise InputError(f"{in_line(path)}: empty")
         missing, problem, seconds = missing_bytes(file), "", 0.0
         try:
-            for seconds, image in _sound_frames(file, every):
+            for seconds, image in _readable_frames(file, every):
                 yield seconds, image
         except _VideoError as error:
             problem = str(error)
@@ -61,7 +61,7 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
             raise InputError(f"{in_line(path)}: {problem}")
 
 
-def _sound_frames(file: BinaryIO, every: int) -> Iterator[Frame]:
+def _readable_frames(file: BinaryIO, every: int) -> Iterator[Frame]:
     """Yield as `frames` does. Raises _VideoError or FFmpegError."""
     import av
 
@@ -76,7 +76,7 @@ def _sound_frames(file: BinaryIO, every: int) -> Iterator[Frame]:
         for packet in container.demux(stream):
             try:
                 decoded = packet.decode()
-            except av.FFmpegError as error:  # the next packet may be sound
+            except av.FFmpegError as error:  # the next packet may be intact
                 broken, reason = broken + 1, reason or error.strerror
                 continue
             for frame in decoded:
@@ -156,11 +156,11 @@ def _upright(image: Image.Image, matrix: Any) -> Image.Image:
 def classify_video(path: Path, net: Net, crops: int, window: float, every: int) -> Iterator[Result]:
     """Yield a result for each window of `window` seconds: the mean softmax over its frames.
 
-    Raises InputError; for damage, after the results of the sound part.
+    Raises InputError, for damage after the results of the readable part.
     """
     damage = []
 
-    def sound_views() -> Iterator[tuple[float, np.ndarray]]:
+    def readable_views() -> Iterator[tuple[float, np.ndarray]]:
         try:
             with errors_of(path):
                 for seconds, image in frames(path, every):
@@ -168,7 +168,7 @@ def classify_video(path: Path, net: Net, crops: int, window: float, every: int) 
         except InputError as error:
             damage.append(error)
 
-    for number, group in groupby(sound_views(), lambda frame: floor(frame[0] / window + _ROUNDING)):
+    for number, group in groupby(readable_views(), lambda frame: floor(frame[0] / window + _ROUNDING)):
         total, count = np.zeros(len(net.spec.classes)), 0
         while part := [view for _, view in islice(group, BATCH)]:
             total += net.probabilities(np.stack(part)).sum(0)
@@ -180,7 +180,7 @@ def classify_video(path: Path, net: Net, crops: int, window: float, every: int) 
 
 
 def annotate(path: Path, results: Sequence[Result], file: BinaryIO) -> None:
-    """Write a copy as MP4, without sound, with the classes of its window below each frame."""
+    """Write a copy as MP4 without audio, with the classes of its window below each frame."""
     import av
 
     starts = [result.window.start_seconds for result in results if result.window]

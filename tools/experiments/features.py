@@ -1,7 +1,7 @@
 """The baselines' features on disk: learned encoders, and pictures encoded in chunks, which can be resumed.
 
 Each encoder has a folder with encoder.npz and <split>-<number>.npy, float16 [pictures,length]. Files are
-written atomically, so those that exist need not be made again. A picture's features depend only on the
+written atomically, so those that exist are complete and are reused. A picture's features depend only on the
 picture and the encoder, not on the workers.
 """
 
@@ -28,7 +28,7 @@ from trainer.settings import SettingsError
 
 CHUNK = 256  # pictures in a file
 ENCODERS: dict[str, type[Encoder]] = {"fisher": Fisher, "sparse": Sparse}
-_FROM_A_PICTURE = 64  # least number of descriptors that learning takes from each picture
+_FROM_A_PICTURE = 64  # minimum number of descriptors that learning takes from each picture
 _LINE_SECONDS = 10.0
 
 

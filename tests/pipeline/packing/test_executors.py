@@ -146,7 +146,7 @@ def test_a_killed_worker_is_named_and_the_same_command_continues(packing, pictur
     # At the 21st picture, two workers have finished at least three shards of four pictures.
     output, dies = tmp_path / "out", at_picture(21, KILL_THIS, tmp_path / "events", pictures)
     _, errors = packing(output, "--workers", "2", code=1, **dies)
-    assert errors.startswith("make_shards: a worker process was killed (SIGKILL)")
+    assert errors.startswith("make-shards: a worker process was killed (SIGKILL)")
     assert "fewer --workers" in errors
     assert "run the same command again to continue" in errors
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*.tar")}
@@ -255,7 +255,7 @@ def test_a_lost_dask_scheduler_is_named_and_local_processes_can_continue(
     _, errors = packing(output, "--executor", "dask", "--scheduler", cluster.address, code=1)
     assert scheduler.wait(DEADLINE_SECONDS) == -signal.SIGKILL
     last = errors.splitlines()[-1]
-    assert last.startswith(f"make_shards: the connection to the Dask scheduler at {cluster.address} was lost")
+    assert last.startswith(f"make-shards: the connection to the Dask scheduler at {cluster.address} was lost")
     for worker in cluster.processes[1:]:
         worker.kill()  # it would finish its shard
         worker.wait()

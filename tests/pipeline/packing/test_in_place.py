@@ -216,8 +216,8 @@ def test_damage_is_named_with_the_shard_and_the_member(indexed):
     content[start : start + 4] = b"none"
     tar.write_bytes(content)
     (indexed / reader.split.shards[0].file).unlink()
-    damages = [str(damage) for damage in verify(indexed, "sampled", 1).damages]
-    assert damages == [
+    problems = [str(problem) for problem in verify(indexed, "sampled", 1).problems]
+    assert problems == [
         "imagenet1k-train-0000.tar: is missing",
         f"{tar.name}, {key}.jpg, byte {start}: is not a JPEG",
         f"{tar.name}: its sha256 differs from the one in dataset.json",
@@ -226,8 +226,8 @@ def test_damage_is_named_with_the_shard_and_the_member(indexed):
 
 def test_a_lost_index_is_made_again_by_the_same_command(indexed):
     (indexed / "train.index.npy").unlink()
-    assert [damage.file for damage in verify(indexed, "none", 1).damages] == ["train.index.npy"]
-    with pytest.raises(DatasetError, match=f"make_shards --input {indexed} --in-place --overwrite"):
+    assert [problem.file for problem in verify(indexed, "none", 1).problems] == ["train.index.npy"]
+    with pytest.raises(DatasetError, match=f"make-shards --input {indexed} --in-place --overwrite"):
         repair(indexed, 1)
     run(indexed, "--overwrite")
     assert verify(indexed, "none", 1).count == 0

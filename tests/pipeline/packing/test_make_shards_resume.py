@@ -177,7 +177,7 @@ def test_a_second_run_is_refused_while_the_first_is_running(
     real = executors.run_tasks
     monkeypatch.setattr(executors, "run_tasks", run_tasks)
     run(source, tmp_path)
-    assert refused[0].stderr.startswith(f"make_shards: another run is packing into {tmp_path}")
+    assert refused[0].stderr.startswith(f"make-shards: another run is packing into {tmp_path}")
     assert contents(tmp_path) == whole
 
 

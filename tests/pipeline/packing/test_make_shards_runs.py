@@ -26,7 +26,7 @@ from tools.draw_pictures import draw
 def assert_one_line(run: subprocess.CompletedProcess, *words: str) -> None:
     assert run.returncode == 1
     assert run.stdout == ""
-    assert run.stderr.startswith("make_shards: ")
+    assert run.stderr.startswith("make-shards: ")
     assert run.stderr.count("\n") == 1, run.stderr
     for word in words:
         assert word in run.stderr
@@ -232,7 +232,7 @@ def test_too_many_rejects_are_an_error_that_keeps_the_dataset(pictures, pack, tm
     assert read_manifest(tmp_path / "out").rejected == {"empty": 4}
     if code:
         words = "4 of 80 files were rejected (5.0%), more than --max-reject-ratio 0.04"
-        assert run.stderr.startswith(f"make_shards: {words}")
+        assert run.stderr.startswith(f"make-shards: {words}")
     assert {path.name for path in (tmp_path / "out").iterdir()} == files_named(tmp_path / "out")
 
 

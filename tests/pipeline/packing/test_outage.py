@@ -63,7 +63,7 @@ def test_a_passing_error_is_waited_for_and_reported_once(packing, picture, name,
     outcome = run_with_fault(packing, name, picture, error, lasting=False)
     assert outcome.code == 0
     assert outcome.text.startswith(
-        f"make_shards: {packing.folder / picture}: {os.strerror(getattr(errno, error))}: "
+        f"make-shards: {packing.folder / picture}: {os.strerror(getattr(errno, error))}: "
     )
     assert outcome.text.count("retrying for") == 1
     assert rejected(packing) == []
@@ -150,7 +150,7 @@ def test_a_finished_dataset_is_a_success_even_if_the_plan_stays(packing, error):
     outcome = run_with_fault(packing, "unlink", "out/.packing/plan.json", error)
     assert outcome.code == 0
     line, *_ = outcome.text.splitlines()
-    assert line.startswith("make_shards: the dataset is complete, but ")
+    assert line.startswith("make-shards: the dataset is complete, but ")
     assert line.endswith(f".packing/plan.json cannot be removed: {os.strerror(getattr(errno, error))}")
 
 

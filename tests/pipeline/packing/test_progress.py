@@ -33,7 +33,7 @@ def test_the_rate_and_the_time_left_are_those_of_this_run(clock):
     assert shown.done == 5000
     assert shown.images_per_second == 100
     assert shown.seconds_left == 50
-    assert str(shown) == "5,000 of 10,000 images, 25.0 MB, 3 rejected, 100 images/s, 0 min 50 s left"
+    assert str(shown) == "5,000 of 10,000 images, 25.0 MB, 3 rejected, 100 images/s, 50 s left"
 
 
 def test_the_rate_is_that_of_the_last_half_minute(clock):
@@ -101,7 +101,7 @@ def test_a_metrics_port_in_use_is_refused_in_one_line(pictures, call, tmp_path):
         port = str(taken.getsockname()[1])
         run = call(main, "--input", pictures, "--out", tmp_path / "out", "--metrics-port", port)
     assert run.returncode == 1
-    assert run.stderr.startswith("make_shards: ")
+    assert run.stderr.startswith("make-shards: ")
     assert run.stderr.count("\n") == 1
     assert port in run.stderr
     assert not (tmp_path / "out").exists()

@@ -219,15 +219,21 @@ def test_a_tar_beside_class_folders_does_not_hide_them(tmp_path):
 GOOD = tar_of(pair("a", 0))
 LABEL = r"the label \(\.cls\) must be one decimal number"
 TARS = {
-    "no label": ({"x/b.jpg": b"", "x/b.json": b""}, r"sample x/b: it has an image but no label: .* \(CSV\)"),
+    "no label": (
+        {"x/b.jpg": b"", "x/b.json": b""},
+        r"sample x/b: there is an image but no label: .* \(CSV\)",
+    ),
     "a label in letters": ({"b.jpg": b"", "b.cls": b"dog"}, rf"sample b: {LABEL}, not b'dog'"),
     "a negative label": ({"b.jpg": b"", "b.cls": b"-1"}, rf"sample b: {LABEL}, not b'-1'"),
     "a fraction": ({"b.jpg": b"", "b.cls": b"1.0"}, rf"sample b: {LABEL}, not b'1\.0'"),
     "two numbers": ({"b.jpg": b"", "b.cls": b"1 2"}, rf"sample b: {LABEL}, not b'1 2'"),
     "an empty label": ({"b.jpg": b"", "b.cls": b""}, rf"sample b: {LABEL}, not b''"),
     "two labels": ({"b.jpg": b"", "b.cls": b"1", "b.CLS": b"2"}, rf"sample b: {LABEL}, not b'1 and 2'"),
-    "two images": ({"b.jpg": b"", "b.png": b"", "b.cls": b"1"}, "b: it has two images, b.jpg and b.png"),
-    "labels first": ({"b.cls": b"1", "c.cls": b"1", "b.jpg": b""}, "sample b: it has a label .* no image"),
+    "two images": (
+        {"b.jpg": b"", "b.png": b"", "b.cls": b"1"},
+        "sample b: there are two images, b.jpg and b.png",
+    ),
+    "labels first": ({"b.cls": b"1", "c.cls": b"1", "b.jpg": b""}, "sample b: there is a label .* no image"),
     "nothing of use": ({"b.txt": b"", "c": b""}, r"no sample with an image \(\.jpg, …\) and its label"),
 }
 
