@@ -14,8 +14,9 @@ from pipeline.files import read_fully
 from tests.helpers import REPO
 from tools.classify import open_output
 from tools.classifying import nets
+from tools.classifying.inputs import InputError, find
 from tools.classifying.output import Result
-from tools.classifying.pictures import InputError, find, read
+from tools.classifying.pictures import read
 
 # Fail as tempfile does if it finds no writable folder.
 WITHOUT_TEMPORARY_FOLDER = """
