@@ -33,6 +33,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError
+from pipeline.output import secure
 from pipeline.spec import NET_NAME, NetSpec
 from tools.classifying.nets import Net, NetError, open_onnx, open_pt2
 from tools.import_torchvision import read_pth, read_safetensors
@@ -57,6 +58,7 @@ class ExportError(ValueError):
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     run = Run(options.run)
     try:

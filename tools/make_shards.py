@@ -24,6 +24,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
+from pipeline.output import secure
 from pipeline.packing.images import Geometry
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.pack import pack
@@ -32,7 +33,7 @@ from pipeline.packing.resume import REPORT
 from pipeline.packing.shard import DECODED, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
-from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
+from pipeline.packing.workers import WorkersError, end_at_signals, refused_threads
 from tools.options import fraction, refuse_old_name, within
 
 
@@ -135,8 +136,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
-    end_at_sigterm()
+    end_at_signals()
     start, progress = time.monotonic(), Progress()
     try:
         with refused_threads(), _metrics(progress, options.metrics_port):

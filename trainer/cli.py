@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
+from pipeline.output import printed, secure
 from trainer.processes.launch import complain, launch, world_size
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
@@ -27,8 +28,9 @@ def main() -> None:
     """Run the command line.
 
     An error that the user can fix is one line on stderr and exit code 1 or 2. A run that was asked to stop
-    and has saved its checkpoint exits with 143 after SIGTERM and 130 after SIGINT.
+    and has saved its checkpoint exits with 143 after SIGTERM, 130 after SIGINT and 129 after SIGHUP.
     """
+    secure()
     commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
@@ -117,7 +119,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from trainer.evaluate import evaluate_run
 
     best = options.checkpoint == "best"
-    print(evaluate_run(settings, Run(options.run), options.split, options.crops, best))
+    result = evaluate_run(settings, Run(options.run), options.split, options.crops, best)
+    with printed():
+        print(result)
 
 
 def _demo(arguments: Sequence[str]) -> None:

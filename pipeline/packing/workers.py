@@ -15,6 +15,8 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from pipeline.output import secure
+
 _EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
 _QUIET_SECONDS = 60.0  # minimum time between two lines of `say`
 # Without these, BLAS would start a thread per core in each worker, for products that are too small for it.
@@ -28,20 +30,29 @@ class WorkersError(RuntimeError):
 
 
 class _Worker(SpawnProcess):
-    """A worker that ignores Ctrl-C, which reaches all processes of a terminal: the command handles it."""
+    """A worker that ignores the signals which reach all processes of a terminal: the command handles them."""
 
     def start(self) -> None:
         added = [name for name in _THREADS if name not in os.environ]
         os.environ.update(dict.fromkeys(added, "1"))  # read when the worker imports numpy
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the worker inherits the mask
         try:
-            super().start()
+            with _terminal_signals_blocked():
+                super().start()
         except OSError as error:
             raise WorkersError(_refusal(error.strerror or str(error))) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for name in added:
                 del os.environ[name]
+
+
+@contextmanager
+def _terminal_signals_blocked() -> Iterator[None]:
+    """Block the signals of Ctrl-C and of a lost terminal, also for processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Spawn(SpawnContext):
@@ -96,8 +107,9 @@ def pool(
 def shared_array(kind: str, length: int) -> Any:
     """Make an array that all workers share, for a pool's initializer. Raises WorkersError like `pool`."""
     try:
-        return multiprocessing.get_context("spawn").Array(kind, length)
-    except BlockingIOError as error:  # the first array starts a process that tracks shared resources
+        with _terminal_signals_blocked():  # the first array starts a process that tracks shared resources
+            return multiprocessing.get_context("spawn").Array(kind, length)
+    except BlockingIOError as error:
         raise WorkersError(_refusal(error.strerror or str(error))) from None
 
 
@@ -153,6 +165,7 @@ def _end(started: Sequence[SpawnProcess]) -> str:
 
 def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
     global _said
+    secure()
     _said = said
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -191,6 +204,17 @@ def say(text: str) -> None:
     print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
 
 
-def end_at_sigterm() -> None:
-    """Exit with code 143 on SIGTERM, which a container's first process ignores unless it has a handler."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def end_at_signals() -> None:
+    """Exit with code 128 + N on signal N, SIGTERM or SIGHUP.
+
+    A container's first process ignores SIGTERM unless it has a handler. SIGHUP stays ignored if it was, as
+    under nohup.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell repeats what its terminal has sent
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)

@@ -10,24 +10,24 @@ process ends, however that happens, so no training continues unnoticed.
 """
 
 import ctypes
+import json
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 
 from pipeline.machine import cpus
-from trainer.processes.stop import StopRequest
+from trainer.processes.stop import SIGNALS, StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
 GRACE_SECONDS = 30.0  # for the other processes once one has failed; they may be saving a checkpoint
 _POLL_SECONDS = 0.1
-_ASKED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a process that was asked to stop
+_ASKED = {128 + number for number in SIGNALS}  # exit codes of a process that was asked to stop
 _COMPLAINTS = "COMPLAINTS_FD"  # environment variable: the file descriptor for a process's error messages
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None)
@@ -71,7 +71,7 @@ def visible_gpus() -> int:
 def complain(text: str, code: int) -> None:
     """Print the error that ends this process with an exit code, or pass it to `launch`, which prints it."""
     if _COMPLAINTS in os.environ:
-        os.write(int(os.environ[_COMPLAINTS]), f"{code} {text}\n".encode())
+        os.write(int(os.environ[_COMPLAINTS]), f"{json.dumps([code, text])}\n".encode())
     else:
         print(text, file=sys.stderr)
 
@@ -79,8 +79,8 @@ def complain(text: str, code: int) -> None:
 def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     """Run a command in several processes, each with its rank in the environment. Returns the exit code.
 
-    restarts: how often to restart all of them after one was lost. SIGTERM and SIGINT are passed on; a second
-    signal of the same kind ends this process, and the others with it.
+    restarts: how often to restart all of them after one was lost. SIGTERM, SIGINT and SIGHUP are passed on; a
+    second SIGTERM or SIGINT ends this process, and the others with it.
     """
     with StopRequest() as stop:
         for restart in range(1, restarts + 2):
@@ -98,7 +98,7 @@ class _Group:
     """A group of processes that were started together."""
 
     def __init__(self, command: Sequence[str], size: int):
-        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the group
+        self.complaints = open(os.memfd_create("complaints"), "r+b")  # noqa: SIM115 – open as long as the group
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]  # if it is taken meanwhile, the processes fail and are restarted
         self.processes = [
@@ -155,8 +155,8 @@ class _Group:
     def say(self, code: int, restart: str) -> None:
         """Print why the processes ended, each message once, and what happens next."""
         self.complaints.seek(0)
-        lines = [line.split(" ", 1) for line in self.complaints.read().decode().splitlines()]
-        for text in dict.fromkeys(text for number, text in lines if int(number) == code):
+        complaints = map(json.loads, self.complaints)
+        for text in dict.fromkeys(text for number, text in complaints if number == code):
             print(text, file=sys.stderr)
         for rank, process in enumerate(self.processes):
             if process.returncode < 0 and 128 - process.returncode == code and code not in _ASKED:

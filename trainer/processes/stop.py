@@ -4,7 +4,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 – not an error
@@ -16,10 +16,11 @@ class Stopped(Exception):  # noqa: N818 – not an error
 
 
 class StopRequest:
-    """Notes the first SIGTERM and the first SIGINT while entered; a second of the same kind acts as usual.
+    """Notes SIGTERM, SIGINT and SIGHUP while entered; a second of the same kind acts as usual.
 
     The kinds are counted separately because torchrun responds to Ctrl-C, which also reaches its processes,
-    by sending them SIGTERM.
+    by sending them SIGTERM. Further SIGHUPs are ignored, because a shell repeats the one that its terminal
+    has sent, and SIGHUP is ignored altogether if it was before, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,8 @@ class StopRequest:
         return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        heeded = [n for n in SIGNALS if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -40,4 +42,5 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, self._before[self.signal])
+        once = number != signal.SIGHUP
+        signal.signal(number, self._before[self.signal] if once else signal.SIG_IGN)
