@@ -65,14 +65,13 @@ class _Stream(io.RawIOBase):
         return not self._is_stuck
 
     def _fail(self, error: OSError) -> None:
+        is_first, self._has_failed = not self._has_failed, True
         if self.is_result:
-            self.is_result = False  # what is still in the buffer is dropped
             if error.errno == errno.EPIPE:
                 raise SystemExit(128 + signal.SIGPIPE)
             raise OSError(error.errno, error.strerror, self.name)
-        if self is _stdout and not self._has_failed and error.errno != errno.EBADF:  # that is a closed stream
+        if self is _stdout and is_first and error.errno != errno.EBADF:  # that is a closed stream
             say(f"{self.name}: {error.strerror}: the work goes on without it")
-        self._has_failed = True
 
 
 def secure() -> None:
@@ -121,12 +120,15 @@ def printed() -> Iterator[None]:
     Raises OSError, which names standard output, if it cannot be written, and SystemExit, with the exit code
     that stands for SIGPIPE, if nobody reads it.
     """
-    if _stdout is not None:
-        _stdout.is_result = True
-    yield
-    sys.stdout.flush()
-    if _stdout is not None:
-        _stdout.is_result = False
+    if _stdout is None:
+        yield
+        return
+    _stdout.is_result = True
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        _stdout.is_result = False  # what could not be written is dropped
 
 
 def say(text: str) -> None:

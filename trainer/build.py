@@ -1,6 +1,5 @@
 """Build the net and the decoding that settings describe, for both training and evaluation."""
 
-import os
 from dataclasses import fields
 
 import torch
@@ -10,6 +9,7 @@ from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from pipeline.machine import cores, cpus
 from trainer.memory import keep_freed_memory
+from trainer.processes.place import place
 from trainer.settings import Settings
 
 
@@ -39,7 +39,7 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
 
 def processes_here() -> int:
     """Return the number of the run's processes on this machine, as set by the launcher."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return place().local_size
 
 
 def own_cores() -> tuple[int, ...]:
@@ -50,5 +50,5 @@ def own_cores() -> tuple[int, ...]:
     """
     allowed = cores()
     count = len(allowed) // processes_here()
-    first = int(os.environ.get("LOCAL_RANK", "0")) * count
+    first = place().local_rank * count
     return allowed[first : first + count]

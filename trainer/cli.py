@@ -14,8 +14,10 @@ from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.output import printed, secure
 from trainer.processes.launch import complain, launch, world_size
+from trainer.processes.place import place
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
+from trainer.reading import ContentError
 from trainer.run import LostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
@@ -42,7 +44,7 @@ def main() -> None:
         _complain(error, 2)
     except LostError as error:
         _complain(error, EXIT_STALLED)
-    except (DatasetError, RunError) as error:
+    except (DatasetError, RunError, ContentError) as error:
         _complain(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -77,12 +79,11 @@ def _train(arguments: Sequence[str]) -> None:
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
-    if world > 1 and "WORLD_SIZE" not in os.environ:
+    if world > 1 and not place().is_given:
         close_quietly(run.begin(settings, manifest))  # errors appear before any process starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
-    first = os.environ.get("RANK", "0") == "0"
-    with held_open(run.begin(settings, manifest)) if first else nullcontext():
+    with nullcontext() if place().rank else held_open(run.begin(settings, manifest)):
         from trainer.train import train
 
         train(settings, run)
@@ -114,6 +115,11 @@ def _evaluate(arguments: Sequence[str]) -> None:
     settings = Run(options.run).settings()
     if options.data:
         settings = settings.model_copy(update={"data": options.data})
+    elif not (settings.data / MANIFEST_NAME).is_file():
+        raise SettingsError(
+            f"{options.run} was trained on {settings.data}, and no dataset is there now: "
+            "give the folder of the dataset with --data"
+        )
     read_manifest(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run

@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from model.alexnet import Variant
 from model.forms import GROUPS
@@ -21,6 +23,7 @@ from trainer.build import build_decoding
 from trainer.monitor.ceilings import model_work, rate
 from trainer.processes.distributed import World
 from trainer.run import Run, environment
+from trainer.setting_groups import Form
 from trainer.settings import Settings
 from trainer.tuning import remembered
 
@@ -59,15 +62,16 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     def images_per_second(form: str) -> float:
         return measure(settings.model_copy(update={"convolutions": form}), world)
 
-    def find() -> dict[str, str]:
+    def find() -> dict[Literal["form"], Form]:
         groups = GROUPS if settings.towers == 2 else GROUPS[:1]
-        return {"form": fastest(groups, images_per_second)}
+        return {"form": fastest(groups, images_per_second)}  # type: ignore[dict-item]
 
     about = environment(world.device_name)
     machine = [about["device"], about["torch"], torch.backends.cudnn.version()]
     net = {name: getattr(settings, name) for name in _NET}
     key = json.dumps([machine, net, settings.batch // world.size, settings.precision])
-    found, notes = remembered("convolutions.json", key, find, world.is_main)
+    structure = TypeAdapter(Annotated[dict[Literal["form"], Form], Field(min_length=1)])
+    found, notes = remembered("convolutions.json", key, structure, find, world.is_main)
     return found["form"], [f"computing convolutions as {found['form']}, the fastest form here", *notes]
 
 

@@ -17,25 +17,28 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.files import atomic_write, held_open, sync_folder
-from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.retry import read_patiently
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
+from pipeline.output import say
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
-from trainer.settings import Resolved, Settings, SettingsError
+from trainer.reading import ContentError, read_json
+from trainer.settings import FREE_NAMES, Resolved, Settings, SettingsError
 from trainer.table import Table
 
+T = TypeVar("T")
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _RESOLVED = "resolved"  # in settings.json: what `auto` resolved to when the run began
+_DATA_FROM_RUN = "data_from_run"  # in settings.json: where the run folder's dataset is from that folder
+_STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONCE = {"convolutions": "grouped"}  # not recorded by versions that had only this form
 # What a start that was killed early may leave behind.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
@@ -53,11 +56,26 @@ class LostError(RunError):
 
 
 class _Recorded(BaseModel):
-    """The structure that settings.json must have, whatever its settings."""
+    """What settings.json holds besides settings."""
 
     model_config = ConfigDict(extra="allow")
 
+    dataset: str = ""
+    data_from_run: str | None = None
     resolved: Resolved = None  # type: ignore[assignment]  # may be missing, but not null
+
+    def settings(self) -> Settings:
+        """Return the settings. Raises ValidationError.
+
+        Earlier versions wrote an infinite number as null. One that may change is then left at its default.
+        """
+        held = self.model_extra or {}
+        return Settings.model_validate(
+            {name: value for name, value in held.items() if value is not None or name not in FREE_NAMES}
+        )
+
+
+_RECORDED = TypeAdapter(_Recorded)
 
 
 class Run:
@@ -81,7 +99,10 @@ class Run:
         lock = _locked(self.folder)
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it meanwhile
             NetSpec.of(manifest, settings.crop).write(self.folder)
-            _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
+            record = _identity(settings, manifest.fingerprint, whole=True)
+            if not settings.data.is_absolute():
+                record[_DATA_FROM_RUN] = os.path.relpath(settings.data.resolve(), self.folder.resolve())
+            _write_json(self.folder / _SETTINGS, record)
         return lock
 
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
@@ -106,7 +127,7 @@ class Run:
         recorded = self._recorded()
         if recorded is not None:
             # An earlier version began the run if settings are missing: there was then no choice of them.
-            held = json.loads(Settings.model_construct().model_dump_json()) | _ONCE | recorded
+            held = Settings.model_construct().model_dump(mode="json") | _ONCE | recorded
             resolved = recorded.get(_RESOLVED, {})
             held |= {name: resolved[name] for name in ("precision", "convolutions") if name in resolved}
             differing = [
@@ -175,11 +196,18 @@ class Run:
         sync_folder(self.folder)
 
     def settings(self) -> Settings:
-        """Return the settings that the run began with. Raises as `recorded_settings` does."""
-        held = self.recorded_settings()
-        return Settings.model_validate(
-            {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
-        )
+        """Return the settings that the run began with. Raises as `recorded_settings` does.
+
+        A relative path of the dataset leads from this process's folder to the dataset, if it still is where
+        it was from the run folder.
+        """
+        recorded = _Recorded(**self.recorded_settings())
+        settings = recorded.settings()
+        if recorded.data_from_run is not None:
+            data = (self.folder / recorded.data_from_run).resolve()
+            if (data / MANIFEST_NAME).is_file():
+                return settings.model_copy(update={"data": Path(os.path.relpath(data))})
+        return settings
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the content of settings.json.
@@ -193,18 +221,23 @@ class Run:
 
     def _recorded(self) -> dict[str, Any] | None:
         """Return the content of settings.json, or None without one. Raises as `recorded_settings` does."""
-        path, remedy = self.folder / _SETTINGS, "restore it from a copy"
-        held = _read_json(path, remedy)
-        if held is None:
+        path = self.folder / _SETTINGS
+        recorded = _read(path, _RECORDED, "restore it from a copy")
+        if recorded is None:
             return None
         try:
-            _Recorded.model_validate(held)
+            recorded.settings()
         except ValidationError as error:
             detail = error.errors()[0]
-            where = ".".join([_SETTINGS, *map(str, detail["loc"])])
-            what = "not a JSON object" if detail["type"] == "model_type" else detail["msg"]
-            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
-        return held
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            if detail["type"] == "extra_forbidden":
+                raise RunError(
+                    f"{path} has the setting '{name}', which this version does not know: "
+                    "use the version of alexnet-train that began the run"
+                ) from None
+            where = f"{_SETTINGS}.{name}" if name else _SETTINGS
+            raise RunError(f"{path} is damaged ({where}: {detail['msg']}): restore it from a copy") from None
+        return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:
         """Return everything needed to use the net.
@@ -231,18 +264,18 @@ class Run:
 
     def starts(self) -> list[dict[str, str]]:
         """Return the record of each start, latest last. Raises OSError, or RunError if it is damaged."""
-        return _read_json(self.folder / _ENVIRONMENT, "delete it") or []
+        return _read(self.folder / _ENVIRONMENT, _STARTS, "delete it") or []
 
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
     """Return what identifies a run. dataset: its fingerprint. whole: include the settings that may change."""
-    chosen = json.loads(settings.model_dump_json()) if whole else settings.identity()
+    chosen = settings.model_dump(mode="json") if whole else settings.identity()
     return {"dataset": dataset, **chosen}
 
 
 def _locked(folder: Path) -> TextIO:
     """Open and lock the folder's lock file. Raises RunError if another process holds the lock."""
-    lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
+    lock = open(folder / _LOCK, "a+", errors="replace")  # noqa: SIM115 – the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -253,10 +286,7 @@ def _locked(folder: Path) -> TextIO:
                 f"{folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
             ) from None
         # Some network file systems do not support locks.
-        print(
-            f"alexnet-train: {folder} cannot be locked ({error.strerror}): make sure nothing else trains it",
-            file=sys.stderr,
-        )
+        say(f"{folder} cannot be locked ({error.strerror}): make sure nothing else trains it")
     with suppress(OSError):  # the owner's name only informs people
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -304,14 +334,14 @@ def _git_commit() -> str:
     return done.stdout.strip()
 
 
-def _read_json(path: Path, remedy: str) -> Any:
+def _read(path: Path, structure: TypeAdapter[T], remedy: str) -> T | None:
     """Return the content, or None if there is no such file. Raises OSError, or RunError if it is damaged."""
     try:
-        return json.loads(read_patiently(path))
+        return read_json(path, structure)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+    except ContentError as error:
+        raise RunError(f"{error}: {remedy}") from None
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 
@@ -25,8 +25,13 @@ Free = Annotated[_T, FREE]
 # Such a setting changes the paper's net, and cannot be combined with --preset torchvision.
 PaperOnly = Annotated[_T, PAPER_ONLY]
 
-Count = Annotated[int, Field(ge=0)]
-Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
+# Bounds keep every number within what torch, DALI and the clocks accept.
+MOST = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=MOST)]
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+Workers = Annotated[int, Field(ge=1, le=1024)]  # processes, threads or batches that wait
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+Factor = Annotated[Rate, Metavar("FACTOR")]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
@@ -46,7 +51,7 @@ class DataAndRun(Group):
     """Folder of the run, runs/RECIPE by default. Running the same command again continues the run."""
     recipe: Free[Annotated[str, Metavar("RECIPE")]] = "paper"
     """Name of a recipe, or path of a TOML file of settings."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed for the initial weights, the order of the images, augmentation and dropout."""
 
 
@@ -70,9 +75,11 @@ class Net(Group):
     """Add a sixth convolution after the last pooling layer, as in the paper's CNN*."""
     without: PaperOnly[Literal["none", "conv2", "conv3", "conv4", "conv5"]] = "none"
     """Convolution to leave out of the net."""
-    width: PaperOnly[Annotated[float, Field(gt=0, allow_inf_nan=False), Metavar("FACTOR")]] = 1.0
+    width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
     """Factor on the number of kernels and units of each layer; below 1, the net is smaller and faster."""
-    crop: Annotated[int, Field(ge=64), Metavar("PIXELS")] = 224  # less leaves nothing after the last pooling
+    crop: Annotated[int, Field(ge=64, le=MOST), Metavar("PIXELS")] = (
+        224  # less leaves nothing after the last pooling
+    )
     """Side of the net's square input in pixels."""
 
 
@@ -96,7 +103,7 @@ class Optimisation(Group):
 
     epochs: PositiveInt = 90
     """Number of passes over the training images."""
-    learning_rate: Annotated[PositiveFloat, Metavar("RATE")] = 0.01
+    learning_rate: Annotated[Rate, Metavar("RATE")] = 0.01
     """Initial learning rate, reached at the end of the warm-up if there is one."""
     warmup_epochs: Annotated[float, Field(ge=0), Metavar("N")] = 0.0
     """Number of epochs over which the learning rate rises from 0; fractions are allowed."""
@@ -105,11 +112,11 @@ class Optimisation(Group):
     divides it by ten at --drop-epochs, and cosine lowers it to 0."""
     patience: PositiveInt = 5
     """Number of epochs without improvement that count as a plateau."""
-    drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode, Metavar("N,N,…")] = ()
+    drop_epochs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], NoDecode, Metavar("N,N,…")] = ()
     """Epochs at which --schedule steps divides the learning rate by ten, separated by commas."""
     momentum: Annotated[float, Field(ge=0, lt=1), Metavar("FACTOR")] = 0.9
     """Momentum of SGD."""
-    weight_decay: Annotated[float, Field(ge=0), Metavar("FACTOR")] = 0.0005
+    weight_decay: Annotated[float, Field(ge=0, le=1e6), Metavar("FACTOR")] = 0.0005
     """Weight decay of SGD: each step shrinks every weight by this factor times the learning rate."""
     bias_learning_rate: Factor = 1.0
     """Learning rate of the biases, as a multiple of that of the weights."""
@@ -117,7 +124,7 @@ class Optimisation(Group):
     """Apply weight decay to the biases, too."""
     freeze_conv1_epoch: Count | None = None
     """Epoch from which the first convolution is frozen; by default, it never is."""
-    layer_learning_rates: Annotated[dict[Layer, PositiveFloat], NoDecode, Metavar("LAYER=FACTOR,…")] = {}
+    layer_learning_rates: Annotated[dict[Layer, Rate], NoDecode, Metavar("LAYER=FACTOR,…")] = {}
     """Factors on the learning rates of single layers, for example conv1=0.1,fc8=10."""
     initial_weights: Path | None = None
     """Folder of a run whose newest weights to start from; fc8 starts at random if the classes differ."""
@@ -128,7 +135,7 @@ class Hardware(Group):
 
     device: Free[Annotated[str, Metavar("{auto,cuda,cuda:N,cpu}")]] = "auto"
     """Device to train on; cuda:N is one GPU of several, and auto uses the GPUs if there are any."""
-    processes: Free[PositiveInt | None] = None
+    processes: Free[Workers | None] = None
     """Number of processes on this machine; by default, one for each GPU, or one on a CPU."""
     max_restarts: Free[Count] = 3
     """How many times to restart all processes of this machine after one was killed, crashed or stalled."""
@@ -145,11 +152,11 @@ class Hardware(Group):
     run begins, and uses the fastest. A run keeps its form."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    threads: Free[Count] = 0
+    threads: Free[Annotated[int, Field(ge=0, le=1024)]] = 0
     """Number of DALI's threads in each process; 0 means one per core or, on a GPU, the fastest number."""
     hw_decoder_load: Free[Annotated[Annotated[float, Field(ge=0, le=1)] | None, Metavar("FRACTION")]] = None
     """Fraction of the images that a GPU's JPEG engine decodes; by default, the fastest one."""
-    prefetch: Free[PositiveInt] = 2
+    prefetch: Free[Workers] = 2
     """Number of batches to prepare ahead."""
 
 
@@ -160,7 +167,7 @@ class Robustness(Group):
     """Number of damaged samples to leave out before training ends with an error."""
     on_nan: Free[Literal["stop", "skip"]] = "stop"
     """What to do if the loss or the gradients are not finite: stop the run, or skip the update."""
-    stall_seconds: Free[Annotated[float, Field(ge=0), Metavar("SECONDS")]] = 900.0
+    stall_seconds: Free[Annotated[float, Field(ge=0, le=MOST), Metavar("SECONDS")]] = 900.0
     """Time without progress after which a process exits, so that it can be restarted; 0 means never."""
 
 

@@ -7,19 +7,25 @@ An unknown name is an error that suggests the nearest known one. Nothing here im
 """
 
 import argparse
-import json
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import SettingsError as SourceError
 
+from trainer.reading import ContentError, read_toml
 from trainer.setting_groups import (
     FREE,
     PAPER_ONLY,
@@ -40,6 +46,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What --help shows for the types that pydantic-settings would show by name.
 _METAVARS = {"int": "N", "Path": "DIR"}
+_SHOWN = 60  # characters of a value in an error
 
 
 class SettingsError(ValueError):
@@ -53,8 +60,33 @@ class Settings(
     """Everything that a run depends on."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, validate_default=True, defer_build=False
+        frozen=True,
+        extra="forbid",
+        env_prefix=PREFIX,
+        validate_default=True,
+        defer_build=False,
+        allow_inf_nan=False,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take nothing from the environment on its own: the settings of a recorded run are not a user's."""
+        return (init_settings,)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_stray_value(cls, value: object, field: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("input should not contain a zero byte")
+        return value
 
     @field_validator("drop_epochs", mode="before")
     @classmethod
@@ -109,7 +141,7 @@ class Settings(
 
     def identity(self) -> dict[str, Any]:
         """The settings that may not change when the run is continued, as JSON values."""
-        return json.loads(self.model_dump_json(exclude=set(_marked(FREE))))
+        return self.model_dump(mode="json", exclude=set(FREE_NAMES))
 
 
 class Resolved(BaseModel):
@@ -123,6 +155,14 @@ class Resolved(BaseModel):
     convolutions: Form = None  # type: ignore[assignment]
 
 
+def _marked(mark: object) -> list[str]:
+    """The names of the settings with a mark, in their order."""
+    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
+
+
+FREE_NAMES = _marked(FREE)  # of the settings that may change when a run is continued
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -130,11 +170,6 @@ class _Parser(argparse.ArgumentParser):
             name = unknown.split()[0]
             message = f"unknown setting {name}{_nearest(name, (_flag(f) for f in Settings.model_fields))}"
         raise SettingsError(message)
-
-
-def _marked(mark: object) -> list[str]:
-    """The names of the settings with a mark, in their order."""
-    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
 
 
 def _flag(field: str) -> str:
@@ -186,11 +221,26 @@ def load_settings(
         if name.startswith(PREFIX) and name not in known:
             raise SettingsError(f"unknown setting {name} in the environment{_nearest(name, known)}")
     try:
-        given = EnvSettingsSource(Settings)() | command_line()
-        recipe = read_recipe(given.get("recipe", Settings.model_fields["recipe"].default))
+        typed, exported = command_line(), EnvSettingsSource(Settings)()
+    except SourceError as error:
+        raise SettingsError(str(error)) from None
+    given = exported | typed
+    name = given.get("recipe", Settings.model_fields["recipe"].default)
+    recipe = read_recipe(name)
+
+    def shown(field: str, value: object) -> str:
+        """Show a value of a setting as it was given."""
+        text = str(value) if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}…"
+        if field in exported and field not in typed:
+            return f"{PREFIX}{field.upper()}={text} in the environment"
+        if field in recipe and field not in given:
+            return f"{field} = {text} in the recipe {name}"
+        return f"{_flag(field)} {text or repr(text)}"
+
+    try:
         return Settings.model_validate({**recipe, **given})
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
+        raise SettingsError("; ".join(_explain(detail, shown) for detail in error.errors())) from None
 
 
 def _help(field: FieldInfo) -> str:
@@ -200,13 +250,14 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}".replace("%", "%%")
 
 
-def _explain(detail: Any) -> str:
+def _explain(detail: Any, shown: Callable[[str, object], str]) -> str:
     if not detail["loc"]:  # several settings that do not go together
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{field}' in the recipe{_nearest(field, Settings.model_fields)}"
-    return f"{_flag(field)} {detail['input']}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{shown(field, detail['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -219,6 +270,6 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"(choose from {', '.join(known)}, or give the path of a TOML file)"
         )
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the recipe {path} is not valid TOML: {error}") from None
+        return read_toml(path)
+    except ContentError as error:
+        raise SettingsError(f"the recipe {error}") from None

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from pipeline.files import atomic_write, naming, sync
 from pipeline.retry import read_patiently
+from trainer.reading import ContentError
 
 
 class Table:
@@ -61,27 +63,51 @@ class Table:
             self._begun = None
 
     def rows(self) -> list[dict[str, float]]:
-        """Return all rows. Raises OSError, which names the file."""
-        try:
-            text = read_patiently(self.path).decode()
-        except FileNotFoundError:
-            return []
-        lines = io.StringIO(text, newline="")
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+        """Return all rows. Raises ContentError, or OSError, which names the file."""
+        _, rows = self._read()
+        return [row for _, row in rows]
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after a step, since that work is done again. Raises OSError, which names the file."""
+        """Drop the rows after a step, since that work is done again. Raises as `rows` does."""
+        head, rows = self._read(step)
+        if self.path.exists():
+            with atomic_write(self.path) as file:
+                file.write(b"".join([head, *(line for line, _ in rows)]))
+
+    def _read(self, step: float = math.inf) -> tuple[bytes, list[tuple[bytes, dict[str, float]]]]:
+        """Return the first line, and the lines of the rows up to a step with their values.
+
+        Whatever follows the last of them was written after the last checkpoint, and a power cut may have cut
+        it short or filled it with zeros. Raises ContentError if a line before it is damaged.
+        """
         try:
-            text = read_patiently(self.path).decode()
+            head, *lines = read_patiently(self.path).splitlines(keepends=True) or [b""]
         except FileNotFoundError:
-            return
-        if not text:
-            return
-        head, *lines = text.splitlines(keepends=True)
-        column = head.strip().split(",").index("step")
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-        with atomic_write(self.path) as file:
-            file.write("".join([head, *kept]).encode())
+            head, lines = b"", []
+        if not head.endswith(b"\n"):
+            return b"", []
+        columns = head.decode(errors="replace").strip().split(",")
+        if "step" not in columns:
+            raise ContentError(f"{self.path} is damaged (line 1 names no step): restore it from a copy")
+        rows = [(line, _values(columns, line)) for line in lines]
+        while rows and (rows[-1][1] is None or rows[-1][1]["step"] > step):
+            rows.pop()
+        for number, (_, row) in enumerate(rows, start=2):
+            if row is None:
+                raise ContentError(
+                    f"{self.path} is damaged (line {number}): restore it from a copy, or delete that line"
+                )
+        return head, [(line, row) for line, row in rows if row is not None and row["step"] <= step]
+
+
+def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
+    """Return the values of a row, or None if it is cut short or damaged."""
+    try:
+        values = [float(text) for text in line.decode().split(",")]
+    except ValueError:
+        return None
+    is_whole = line.endswith(b"\n") and len(values) == len(columns)
+    return dict(zip(columns, values, strict=True)) if is_whole else None
 
 
 def _line(values: Iterable[Any]) -> bytes:

@@ -33,6 +33,7 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import settle_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
+from trainer.processes.place import place
 from trainer.processes.stop import Stopped, StopRequest
 from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
@@ -49,7 +50,7 @@ def train(settings: Settings, run: Run) -> None:
     RunError, if another process is gone), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
-    watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
+    watchdog = Watchdog(metrics, settings.stall_seconds, place().rank)
     try:
         with distributed.noticing_loss():
             with metrics.activity("start-up"):

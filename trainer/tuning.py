@@ -9,20 +9,26 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from pipeline.checked import Damage
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
-from pipeline.retry import read_patiently
 from trainer.monitor.ceilings import loader_work, rate
 from trainer.processes.distributed import World
+from trainer.reading import ContentError, read_json
 from trainer.run import environment
+from trainer.setting_groups import Workers
 from trainer.settings import Settings
 
+T = TypeVar("T")
 ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the threads and the GPU's cores decode the rest
 SECONDS = 0.5  # of measuring each candidate; less is too noisy
 
@@ -44,7 +50,7 @@ def tuned(
     def images_per_second(candidate: Decoding) -> float:
         return measure(candidate, dataset, plan, world)
 
-    def find() -> dict[str, Any]:
+    def find() -> _Decoding:
         images_per_second(decoding)  # so that no measurement includes reading from the disk
         best = fastest(decoding, shares, threads, images_per_second)
         return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
@@ -52,7 +58,8 @@ def tuned(
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
-    chosen, notes = remembered("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
+    key, structure = json.dumps([machine, work]), TypeAdapter(_Decoding)
+    chosen, notes = remembered("decoding.json", key, structure, find, world.local_rank == 0)
     note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
     return replace(decoding, **chosen), [note, *notes]
 
@@ -93,19 +100,27 @@ def cache_folder() -> Path:
         ) from None
 
 
+class _Decoding(TypedDict):
+    """An entry of decoding.json."""
+
+    threads: Workers
+    hw_decoder_load: Annotated[float, Field(ge=0, le=1)]
+
+
 def remembered(
-    name: str, key: str, find: Callable[[], dict[str, Any]], write: bool
-) -> tuple[dict[str, Any], list[str]]:
+    name: str, key: str, structure: TypeAdapter[T], find: Callable[[], T], write: bool
+) -> tuple[T, list[str]]:
     """Return what a file in the cache holds under a key, or else the result of `find`, and notes for the log.
 
-    write: whether to add a new result to the file, if it can be written.
+    structure: that of an entry; a damaged one is found again. write: whether to add a new result to the file,
+    if it can be written.
     """
-    found: dict[str, Any] = {}
+    found: T | None = None
     try:
         path = cache_folder() / name
         known = _known(path)
-        if key in known:
-            return known[key], []
+        with suppress(ValidationError):
+            return structure.validate_python(known.get(key)), []
         found = find()
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +135,6 @@ def remembered(
 def _known(path: Path) -> dict[str, Any]:
     """Return earlier results. Raises OSError if they cannot be read."""
     try:
-        known = json.loads(read_patiently(path))
-    except (FileNotFoundError, ValueError):
+        return read_json(path, TypeAdapter(dict[str, Any]))
+    except (FileNotFoundError, ContentError):
         return {}  # there is no file yet, or it was cut short, and can be measured again
-    return known if isinstance(known, dict) else {}

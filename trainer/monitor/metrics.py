@@ -164,7 +164,9 @@ class Metrics:
 
     def describe(self, about: Mapping[str, str]) -> None:
         """Record a description of the run as labels."""
-        self.about = {name.replace("-", "_"): value for name, value in about.items()}
+        # A path may have bytes that are not UTF-8, which the server could not send.
+        shown = {name: value.encode(errors="backslashreplace").decode() for name, value in about.items()}
+        self.about = {name.replace("-", "_"): value for name, value in shown.items()}
         self._run_info.info(self.about)
 
     def value(self, name: str, **labels: str) -> float:

@@ -1,6 +1,5 @@
 """The process group of a run, set up by torchrun or trainer/processes/launch.py, or a single process."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.processes.place import place
 from trainer.run import LostError
 from trainer.settings import SettingsError
 
@@ -56,28 +56,21 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
-def rank() -> int:
-    """Return the rank of this process, even before it has joined."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def join(device: str) -> World:
     """Join the run's processes. device: `auto`, `cuda`, `cuda:N` or `cpu`.
 
-    Raises SettingsError if there is no such GPU.
+    Raises SettingsError if there is no such GPU, or if the environment's variables make no sense.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"--device {device}: torch finds no GPU here; omit --device to train on the CPU")
-    size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    )
+    rank, size, local_rank, *_ = place()
     on_gpu = device != "cpu" and torch.cuda.is_available()
     where = torch.device("cuda", _gpu(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(where)
     if size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
-    return World(rank(), size, local_rank, where)
+    return World(rank, size, local_rank, where)
 
 
 def _gpu(device: str, local_rank: int) -> int:
@@ -97,7 +90,7 @@ def noticing_loss() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise LostError(
-            f"rank {rank()} has lost another process of the run, whose own error may say why. "
+            f"rank {place().rank} has lost another process of the run, whose own error may say why. "
             "Run the same command again to continue from the last checkpoint"
         ) from error
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from pipeline.machine import cpus
+from trainer.processes.place import place
 from trainer.processes.stop import SIGNALS, StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
@@ -38,23 +39,36 @@ def world_size(settings: Settings) -> int:
 
     Raises SettingsError if that number is impossible.
     """
-    wanted, one_gpu = settings.processes, ":" in settings.device
-    if "WORLD_SIZE" in os.environ:
-        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        if wanted and wanted != int(here):
+    wanted, one_gpu, placed = settings.processes, ":" in settings.device, place()
+    here = placed.local_size
+    if placed.is_given:
+        if wanted and wanted != here:
             raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; omit --processes")
-        if one_gpu and here != "1":
+        if one_gpu and here != 1:
             raise SettingsError(
                 f"--device {settings.device}: torchrun has started {here} here, each of which needs a GPU; "
                 "use --device cuda"
             )
-        return int(os.environ["WORLD_SIZE"])
+        _check_ports(settings.port, here)
+        return placed.size
     gpus = 0 if settings.device == "cpu" else 1 if one_gpu else visible_gpus()
     if gpus and wanted and wanted > gpus:
         raise SettingsError(
             f"--processes {wanted}: each process needs a GPU; with --device {settings.device}, use {gpus}"
         )
-    return wanted or gpus or 1
+    here = wanted or gpus or 1
+    _check_ports(settings.port, here)
+    return here
+
+
+def _check_ports(first: int, processes: int) -> None:
+    """Raise SettingsError if the last process of this machine would serve a port that does not exist."""
+    highest = 65536 - processes
+    if first > highest:
+        raise SettingsError(
+            f"--port {first}: {processes} processes serve as many ports from this one on, and the last port "
+            f"is 65535; use --port {highest} or less, or --port 0 to disable the servers"
+        )
 
 
 def visible_gpus() -> int:
