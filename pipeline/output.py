@@ -21,7 +21,8 @@ from typing import TextIO
 
 PATIENCE_SECONDS = 5.0  # for a reader that takes nothing; after that, text is dropped until it takes some
 _HELP = {"-h", "--help", "--version"}
-_stdout: "_Stream | None" = None  # this process's standard output, once it is secured
+_stdout: "_Stream | None" = None  # this process's streams, once they are secured
+_stderr: "_Stream | None" = None
 
 
 class _Stream(io.RawIOBase):
@@ -70,13 +71,15 @@ class _Stream(io.RawIOBase):
             if error.errno == errno.EPIPE:
                 raise SystemExit(128 + signal.SIGPIPE)
             raise OSError(error.errno, error.strerror, self.name)
-        if self is _stdout and is_first and error.errno != errno.EBADF:  # that is a closed stream
-            say(f"{self.name}: {error.strerror}: the work goes on without it")
+        if self is _stdout and _stderr and is_first and error.errno != errno.EBADF:  # that is a closed stream
+            # Not through sys.stderr, which a progress bar redirects to standard output.
+            line = f"alexnet-train: {self.name}: {error.strerror}: the work goes on without it\n"
+            _stderr.write(line.encode())
 
 
 def secure() -> None:
     """Make the standard streams of this process tolerant. To be called before files are opened."""
-    global _stdout
+    global _stdout, _stderr
     # Otherwise the next file that is opened would take the number of a closed stream, and its text. A stream
     # that can only be read refuses text, as a closed one does.
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
@@ -87,8 +90,9 @@ def secure() -> None:
         _stdout.is_result = bool(_HELP.intersection(sys.argv[1:]))
         sys.stdout = _text(_stdout, sys.stdout)
         atexit.register(_flush)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = _text(_Stream(2, "standard error"), sys.stderr)
+    if _stderr is None and sys.stderr is sys.__stderr__:
+        _stderr = _Stream(2, "standard error")
+        sys.stderr = _text(_stderr, sys.stderr)
 
 
 def _text(raw: _Stream, before: TextIO | None) -> TextIO:
