@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 T = TypeVar("T")
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 in little-endian order begins like the first
@@ -25,7 +25,7 @@ class ContentError(ValueError):
 
 def read_text(path: Path) -> str:
     """Read a file in UTF-8, with or without a byte order mark. Raises ContentError, or OSError."""
-    content = read_patiently(path)
+    content = read_with_retries(path)
     if content.startswith(_UTF_16):
         raise ContentError(f"{path} is in UTF-16: save it in UTF-8")
     try:

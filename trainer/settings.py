@@ -1,8 +1,8 @@
-"""All settings of a run, which come from four sources. Later ones win:
+"""Resolve the settings of a run from four sources. Each overrides those before it:
 
     defaults < recipe (--recipe NAME or a TOML file) < environment (ALEXNET_EPOCHS=90) < command line
 
-An unknown name is an error that suggests the nearest known one. Nothing here imports torch or DALI, so
+An unknown name is an error that suggests the nearest known one. This module does not import torch or DALI, so
 --help and error messages appear at once.
 """
 
@@ -27,7 +27,7 @@ from pydantic_settings import SettingsError as SourceError
 
 from trainer.reading import ContentError, read_toml
 from trainer.setting_groups import (
-    FREE,
+    MAY_CHANGE,
     PAPER_ONLY,
     BatchesAndAugmentation,
     DataAndRun,
@@ -44,16 +44,16 @@ from trainer.setting_groups import (
 PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
 
-# What --help shows for the types that pydantic-settings would show by name.
+# What --help shows in place of the names of types that pydantic-settings would show.
 _METAVARS = {"int": "N", "Path": "DIR"}
-_SHOWN = 60  # characters of a value in an error
+_SHOWN = 60  # characters of a value that an error shows
 
 
 class SettingsError(ValueError):
     """Settings that cannot be used. The message names the setting and says what to do."""
 
 
-# pydantic orders the fields from the last base to the first.
+# pydantic orders the fields from the last base class to the first.
 class Settings(
     Monitoring, Robustness, Hardware, Optimisation, BatchesAndAugmentation, Net, DataAndRun, BaseSettings
 ):
@@ -76,7 +76,7 @@ class Settings(
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take nothing from the environment on its own: the settings of a recorded run are not a user's."""
+        """Take nothing from the environment, which must not change the settings of a recorded run."""
         return (init_settings,)
 
     @field_validator("*", mode="before")
@@ -137,11 +137,20 @@ class Settings(
 
     @property
     def run_folder(self) -> Path:
+        """The folder of the run: --out or, without it, runs/RECIPE."""
         return self.out or Path("runs") / Path(self.recipe).stem
 
     def identity(self) -> dict[str, Any]:
-        """The settings that may not change when the run is continued, as JSON values."""
-        return self.model_dump(mode="json", exclude=set(FREE_NAMES))
+        """Return the settings that may not change when the run is continued, as JSON values."""
+        return self.model_dump(mode="json", exclude=set(CHANGEABLE))
+
+
+def _marked(mark: object) -> list[str]:
+    """Return the names of the settings with a mark, in the order of --help."""
+    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
+
+
+CHANGEABLE = _marked(MAY_CHANGE)  # names of the settings that may change when a run is continued
 
 
 class Resolved(BaseModel):
@@ -151,16 +160,8 @@ class Resolved(BaseModel):
 
     device: Literal["cpu", "cuda"]
     precision: Literal["bf16", "fp16", "fp32"]
-    # It may be missing, but not null: it has not been chosen yet, or an earlier version began the run.
+    # It may be missing, but not null: until it is chosen, or if an earlier version began the run.
     convolutions: Form = None  # type: ignore[assignment]
-
-
-def _marked(mark: object) -> list[str]:
-    """The names of the settings with a mark, in their order."""
-    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
-
-
-FREE_NAMES = _marked(FREE)  # of the settings that may change when a run is continued
 
 
 class _Parser(argparse.ArgumentParser):
@@ -177,6 +178,7 @@ def _flag(field: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion of the known name that is most similar, or an empty string."""
     close = get_close_matches(name.split("=", maxsplit=1)[0], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -184,7 +186,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def load_settings(
     arguments: Sequence[str], command: str = "alexnet-train", description: str = ""
 ) -> Settings:
-    """Resolve the settings of a command line.
+    """Resolve the settings from a command line, the environment and the recipe.
 
     Prints the help and exits if asked to. Raises SettingsError for an unknown or impossible setting.
     """
@@ -221,17 +223,17 @@ def load_settings(
         if name.startswith(PREFIX) and name not in known:
             raise SettingsError(f"unknown setting {name} in the environment{_nearest(name, known)}")
     try:
-        typed, exported = command_line(), EnvSettingsSource(Settings)()
+        flags, variables = command_line(), EnvSettingsSource(Settings)()
     except SourceError as error:
         raise SettingsError(str(error)) from None
-    given = exported | typed
+    given = variables | flags
     name = given.get("recipe", Settings.model_fields["recipe"].default)
     recipe = read_recipe(name)
 
     def shown(field: str, value: object) -> str:
-        """Show a value of a setting as it was given."""
+        """Show the value of a setting as it was given."""
         text = str(value) if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}…"
-        if field in exported and field not in typed:
+        if field in variables and field not in flags:
             return f"{PREFIX}{field.upper()}={text} in the environment"
         if field in recipe and field not in given:
             return f"{field} = {text} in the recipe {name}"
@@ -244,14 +246,15 @@ def load_settings(
 
 
 def _help(field: FieldInfo) -> str:
-    """Return the help of a setting: its description, and its default if it has one."""
+    """Return the help text of a setting: its description, and its default if it has one."""
     default = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
     shown = f" (default: {default})" if default not in (None, (), {}) else ""
     return f"{field.description}{shown}".replace("%", "%%")
 
 
 def _explain(detail: Any, shown: Callable[[str, object], str]) -> str:
-    if not detail["loc"]:  # several settings that do not go together
+    """Return a message for one of the errors that pydantic lists. shown: shows a setting with its value."""
+    if not detail["loc"]:  # the error concerns a combination of settings
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
@@ -261,7 +264,10 @@ def _explain(detail: Any, shown: Callable[[str, object], str]) -> str:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Read the settings of a recipe. Raises SettingsError if there is none of that name."""
+    """Read the settings of a recipe, given its name or the path of a TOML file.
+
+    Raises SettingsError if there is no such recipe, or if it is not valid TOML.
+    """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))

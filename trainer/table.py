@@ -1,4 +1,4 @@
-"""The tables of a run: CSV files to which whole rows are appended exactly once, even if the disk fails."""
+"""Append rows to the CSV tables of a run, each row completely and exactly once, even if the disk fails."""
 
 import csv
 import io
@@ -10,85 +10,88 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import atomic_write, naming, sync
-from pipeline.retry import read_patiently
+from pipeline.files import atomic_write, path_in_errors, sync
+from pipeline.retry import read_with_retries
 from trainer.reading import ContentError
 
 
 class Table:
-    """A CSV file of rows that each have a `step`."""
+    """A CSV file whose rows each have a column `step`."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._head = b""
-        self._waiting = b""  # rows that have not been written yet
-        self._begun: int | None = None  # the offset in bytes at which a failed write of them began
-        self._lock = threading.Lock()  # a checkpoint's thread syncs the rows up to it
+        self._header = b""
+        self._pending = b""  # rows that have not been written yet, as CSV
+        self._write_offset: int | None = None  # byte offset at which a failed write of them began
+        self._lock = threading.Lock()  # the thread that saves checkpoints calls `sync`
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row. If it cannot be written, it is kept for the next call or for `sync`."""
         with self._lock:
-            self._head = _line(row)
-            self._waiting += _line(row.values())
+            self._header = _line(row)
+            self._pending += _line(row.values())
             with suppress(OSError):
                 self._write()
 
     def sync(self) -> None:
-        """Write all rows to the disk. Raises OSError, which names the file."""
+        """Write all rows to the disk. Raises an OSError that names the file."""
         with self._lock:
-            if self._waiting:
+            if self._pending:
                 self._write()
-            with suppress(FileNotFoundError), naming(self.path), open(self.path, "r+b") as file:
+            with suppress(FileNotFoundError), path_in_errors(self.path), open(self.path, "r+b") as file:
                 sync(file.fileno(), self.path)
 
     def _write(self) -> None:
-        """Write all waiting rows or none of them. Raises OSError, which names the file."""
-        with naming(self.path):
-            self._take_back()
+        """Write either all pending rows or none. Raises an OSError that names the file."""
+        with path_in_errors(self.path):
+            self._roll_back()
             try:
                 with open(self.path, "ab") as file:
-                    self._begun = file.seek(0, os.SEEK_END)
-                    file.write(self._waiting if self._begun else self._head + self._waiting)
+                    self._write_offset = file.seek(0, os.SEEK_END)
+                    file.write(self._pending if self._write_offset else self._header + self._pending)
             except OSError:
                 with suppress(OSError):  # the first error is the one to report
-                    self._take_back()
+                    self._roll_back()
                 raise
-        self._waiting, self._begun = b"", None
+        self._pending, self._write_offset = b"", None
 
-    def _take_back(self) -> None:
-        """Cut off what a failed write has left: part of the rows, or all of them if only closing failed."""
-        if self._begun is not None:
+    def _roll_back(self) -> None:
+        """Cut off what a failed write has left: some of the rows, or all of them if only closing failed."""
+        if self._write_offset is not None:
             with suppress(FileNotFoundError):
-                os.truncate(self.path, self._begun)
-            self._begun = None
+                os.truncate(self.path, self._write_offset)
+            self._write_offset = None
 
     def rows(self) -> list[dict[str, float]]:
-        """Return all rows. Raises ContentError, or OSError, which names the file."""
+        """Return the rows in the file, or none if there is no file.
+
+        Raises ContentError, or an OSError that names the file.
+        """
         _, rows = self._read()
         return [row for _, row in rows]
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after a step, since that work is done again. Raises as `rows` does."""
-        head, rows = self._read(step)
+        """Delete the rows of later steps, which will be repeated. Raises as `rows` does."""
+        header, rows = self._read(step)
         if self.path.exists():
             with atomic_write(self.path) as file:
-                file.write(b"".join([head, *(line for line, _ in rows)]))
+                file.write(b"".join([header, *(line for line, _ in rows)]))
 
     def _read(self, step: float = math.inf) -> tuple[bytes, list[tuple[bytes, dict[str, float]]]]:
-        """Return the first line, and the lines of the rows up to a step with their values.
+        """Return the header, and the lines of the rows up to a step with their values.
 
-        Whatever follows the last of them was written after the last checkpoint, and a power cut may have cut
-        it short or filled it with zeros. Raises ContentError if a line before it is damaged.
+        Lines after the last of these rows were written after the last checkpoint. A power cut may have cut
+        them short or filled them with zeros. Raises ContentError if a line before them is damaged.
         """
         try:
-            head, *lines = read_patiently(self.path).splitlines(keepends=True) or [b""]
+            header, *lines = read_with_retries(self.path).splitlines(keepends=True) or [b""]
         except FileNotFoundError:
-            head, lines = b"", []
-        if not head.endswith(b"\n"):
+            header, lines = b"", []
+        if not header.endswith(b"\n"):
             return b"", []
-        columns = head.decode(errors="replace").strip().split(",")
+        columns = header.decode(errors="replace").strip().split(",")
         if "step" not in columns:
-            raise ContentError(f"{self.path} is damaged (line 1 names no step): restore it from a copy")
+            raise ContentError(f"{self.path} is damaged (line 1 has no step): restore it from a copy")
         rows = [(line, _values(columns, line)) for line in lines]
         while rows and (rows[-1][1] is None or rows[-1][1]["step"] > step):
             rows.pop()
@@ -97,7 +100,7 @@ class Table:
                 raise ContentError(
                     f"{self.path} is damaged (line {number}): restore it from a copy, or delete that line"
                 )
-        return head, [(line, row) for line, row in rows if row is not None and row["step"] <= step]
+        return header, [(line, row) for line, row in rows if row is not None and row["step"] <= step]
 
 
 def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
@@ -106,8 +109,8 @@ def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
         values = [float(text) for text in line.decode().split(",")]
     except ValueError:
         return None
-    is_whole = line.endswith(b"\n") and len(values) == len(columns)
-    return dict(zip(columns, values, strict=True)) if is_whole else None
+    is_complete = line.endswith(b"\n") and len(values) == len(columns)
+    return dict(zip(columns, values, strict=True)) if is_complete else None
 
 
 def _line(values: Iterable[Any]) -> bytes:

@@ -1,8 +1,8 @@
-"""Turn a source file into a JPEG for a shard, or reject it with a reason.
+"""Turn an image file into a JPEG for a shard, or reject it with a reason.
 
 Files are judged by their content, never by their name. A file is **rejected** as
 
-    unreadable     the file cannot be read
+    unreadable     it cannot be read
     empty          it has no bytes
     not an image   it is in none of FORMATS, or its header is broken
     too large      its header claims more than MAX_PIXELS; nothing is decoded
@@ -10,18 +10,17 @@ Files are judged by their content, never by their name. A file is **rejected** a
     corrupt        strict decoding fails
     too elongated  its longer side is more than MAX_ASPECT times the shorter
 
-Small images are scaled up, as section 2 of the paper scales all images. A file is **repaired** and kept if it
-was
+Small images are scaled up, as section 2 of the paper rescales all images. A file is **repaired** if it is
 
-    not a JPEG     it was in another of FORMATS, or had several images (MPO, GIF), of which the first is kept
-    not RGB        gray is repeated, CMYK and palettes are converted, 16 bits are scaled to 8, and transparent
-                   pixels become white
-    rotated        EXIF data said that it is to be rotated; a broken EXIF block is ignored
+    not a JPEG     it is in another of FORMATS, or holds several images (MPO, GIF), of which the first is used
+    not RGB        gray is repeated in three channels, CMYK and palettes are converted, 16 bits are scaled to
+                   8, and transparent images are put on white
+    rotated        its EXIF data asks for a rotation or reflection; a broken EXIF block is ignored
 
 Files that must stay unchanged cannot be repaired, so `check_image` rejects them for these reasons, except
 gray JPEGs, which decoders convert by themselves. It also rejects a file as
 
-    not plain      Pillow can decode it, but not every decoder can: see baseline_jpeg.py
+    not plain      Pillow can decode it, but not every decoder can (see baseline_jpeg.py)
 """
 
 import warnings
@@ -37,9 +36,9 @@ from pipeline.packing.baseline_jpeg import read_layout, without_metadata
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
-MAX_ASPECT = 20
+MAX_ASPECT = 20  # largest ratio of the longer side to the shorter
 SUBSAMPLING = "4:2:0"
-RESAMPLING = Image.Resampling.BILINEAR  # antialiased, like the filter of the graph that resizes `original`
+RESAMPLING = Image.Resampling.BILINEAR  # antialiased, as in the DALI graph that resizes `original`
 _ORIENTATION = 0x0112  # EXIF tag
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -50,9 +49,12 @@ class RejectedError(Exception):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A JPEG for a shard. width, height: in pixels. pixels: the decoded image for statistics, or None if it
-    was not decoded. repairs: those of the repairs listed above that were made."""
+class PackedImage:
+    """A JPEG for a shard.
+
+    width, height: in pixels. pixels: the decoded image for statistics, or None if it was not decoded.
+    repairs: the names of the repairs that were made, as listed above.
+    """
 
     jpeg: bytes
     width: int
@@ -61,34 +63,37 @@ class Packed:
     repairs: tuple[str, ...]
 
 
-def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True) -> Packed:
+def pack_image(
+    content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True
+) -> PackedImage:
     """Check, orient, convert, resize and encode one file.
 
-    size: length of the shorter side in pixels after resizing (section 2 of the paper: 256). geometry: `256`
-    also crops the central square, `short256` does not, and `original` keeps the file's own bytes, without
-    metadata, if it is a baseline RGB JPEG that needs no repair. quality: JPEG quality, 1 to 100. decode: if
-    False, trust the headers of a file that is kept, provided that it ends as a JPEG does.
-
-    Raises RejectedError.
+    geometry: `256` resizes the image and crops its central square, `short256` only resizes it, and `original`
+    does neither, and keeps the file's own bytes without metadata if it is a baseline RGB JPEG that needs no
+    repair. size: the shorter side after resizing, in pixels (256 in section 2 of the paper). quality: JPEG
+    quality, 1 to 100. decode: if false, a file whose bytes are kept is accepted by its headers and its last
+    two bytes, without being decoded. Raises RejectedError.
     """
-    if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
+    if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
         return packed
     image, repairs = _decode(_open(content))
     if geometry == "original":
         layout = None if repairs else read_layout(content)
-        kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
-        return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
-    image = fit(image, geometry, size)
-    return Packed(_encode(image, quality), *image.size, image, repairs)
+        stripped = without_metadata(content, layout) if layout and layout.baseline_rgb else None
+        return PackedImage(
+            stripped or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+        )
+    image = resize_and_crop(image, geometry, size)
+    return PackedImage(_encode(image, quality), *image.size, image, repairs)
 
 
 def read_image(content: bytes) -> Image.Image:
-    """Decode a file as the packer does, to an upright RGB image. Raises RejectedError."""
+    """Decode a file to an upright RGB image, as the packer does. Raises RejectedError."""
     return _decode(_open(content))[0]
 
 
-def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
-    """Resize an image to the given shorter side and, with geometry `256`, crop it to a square."""
+def resize_and_crop(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
+    """Resize an image to a shorter side of `size` pixels; with geometry `256`, crop its central square."""
     image = _resize_shorter(image, size)
     if geometry == "256":
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -96,9 +101,12 @@ def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
     return image
 
 
-def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
-    """Check a file that is kept byte for byte, as `pack_image` does. Raises RejectedError."""
-    if not decode and (packed := _by_header(content, stays=True)):
+def check_image(content: bytes, size: int, decode: bool = True) -> PackedImage:
+    """Check a file that is kept byte for byte.
+
+    size, decode: as for `pack_image`; the image is resized only for the statistics. Raises RejectedError.
+    """
+    if not decode and (packed := _by_header(content, unchanged=True)):
         return packed
     opened = _open(content)
     gray = opened.mode == "L"
@@ -106,16 +114,16 @@ def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
     reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
     if reasons or read_layout(content) is None:
         raise RejectedError(reasons[0] if reasons else "not plain")
-    return Packed(content, *image.size, _resize_shorter(image, size), ())
+    return PackedImage(content, *image.size, _resize_shorter(image, size), ())
 
 
-def _by_header(content: bytes, stays: bool) -> Packed | None:
-    """Accept a file without decoding it if its headers and its end allow that, else return None.
+def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
+    """Return a file without decoding it, or None if its headers and its end do not suffice to accept it.
 
-    stays: whether the file stays unchanged, or may be stripped of its metadata.
+    unchanged: whether the file must stay as it is, or is stripped of its metadata.
     """
     layout = read_layout(content) if content.endswith(END) else None
-    if layout is None or not (stays or layout.baseline_rgb):
+    if layout is None or not (unchanged or layout.baseline_rgb):
         return None
     if layout.metadata:
         image = _open(content)
@@ -124,7 +132,7 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    return Packed(content if stays else without_metadata(content, layout), width, height, None, ())
+    return PackedImage(content if unchanged else without_metadata(content, layout), width, height, None, ())
 
 
 def _open(content: bytes) -> Image.Image:
@@ -132,13 +140,13 @@ def _open(content: bytes) -> Image.Image:
     if not content:
         raise RejectedError("empty")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
+        with warnings.catch_warnings(action="ignore"):  # they are about metadata, which is dropped
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RejectedError("too large") from None
     except Exception as error:
-        _reraise_ours(error)
-        # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
+        _reraise_system_error(error)
+        # A broken header may raise any error in a plugin; UnidentifiedImageError means an unknown format.
         if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
             raise RejectedError("not an image") from None
         raise RejectedError("corrupt") from None
@@ -153,7 +161,7 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         with warnings.catch_warnings(action="ignore"):
             image.load()
     except Exception as error:
-        _reraise_ours(error)
+        _reraise_system_error(error)
         raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
     if _is_elongated(*image.size):
         raise RejectedError("too elongated")
@@ -170,8 +178,8 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return image, tuple(repairs)
 
 
-def _reraise_ours(error: Exception) -> None:
-    """Raise errors that are not the file's fault: no memory, or a plugin that cannot be loaded."""
+def _reraise_system_error(error: Exception) -> None:
+    """Raise an error again if it is not about the file: no memory, or a plugin that cannot be loaded."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
         raise error
 
@@ -202,7 +210,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
         image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")

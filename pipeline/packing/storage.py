@@ -1,7 +1,6 @@
-"""Access files on this machine and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
+"""Access files on this machine and, through fsspec, behind URLs (s3://, gs://, hf://, https://, …).
 
-Failed reads and listings of this machine's file systems are retried (pipeline/retry.py); for URLs, fsspec
-retries.
+Failed reads and listings of local file systems are retried (pipeline/retry.py); fsspec retries those of URLs.
 """
 
 import errno
@@ -17,11 +16,11 @@ from pathlib import Path
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.files import naming, read_file, sync_folder
-from pipeline.packing.workers import say
-from pipeline.retry import patiently
+from pipeline.files import path_in_errors, read_file, sync_folder
+from pipeline.packing.workers import warn
+from pipeline.retry import with_retries
 
-UNFINISHED = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
+STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
 
 
 class StorageError(OSError):
@@ -29,18 +28,22 @@ class StorageError(OSError):
 
 
 def is_url(name: str) -> bool:
+    """Return whether a name is a URL, and not a local path."""
     return "://" in name
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path or URL of a file or folder, valid in whatever folder a worker runs."""
-    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – it also collapses `..`
+    """Return the absolute path of a file or folder, which any worker can open. URLs are left unchanged."""
+    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – unlike Path.absolute, it also collapses `..`
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
+    """Read a file from the byte `offset` to its end, or `size` bytes of it.
+
+    file: a path or URL. Raises OSError, which names the file.
+    """
     if not is_url(file):
-        return patiently(partial(_read_here, file, offset, size), say)
+        return with_retries(partial(_read_local, file, offset, size), warn)
     with _as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
@@ -49,15 +52,15 @@ def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     return content
 
 
-def _read_here(file: str, offset: int, size: int | None) -> bytes:
+def _read_local(file: str, offset: int, size: int | None) -> bytes:
     try:
         return read_file(file, offset, size)
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
 
 
-def is_there(name: str) -> bool:
-    """Whether a file exists, or a folder that is not empty, as far as it can be accessed."""
+def is_accessible(name: str) -> bool:
+    """Return whether this is a file, or a folder that is not empty, that can be accessed."""
     try:
         if not is_url(name):
             if not stat.S_ISDIR(Path(name).stat().st_mode):
@@ -72,10 +75,7 @@ def is_there(name: str) -> bool:
 
 
 class Folder:
-    """A folder, local or behind a URL, to write a dataset to and read its files from.
-
-    Each method raises OSError.
-    """
+    """The folder of a dataset, local or behind a URL. Each method raises OSError."""
 
     def __init__(self, name: str | Path):
         self.name = absolute(str(name)).rstrip("/")
@@ -87,17 +87,17 @@ class Folder:
         return self.name
 
     @contextmanager
-    def staged(self, below: str = ".") -> Iterator[Path]:
-        """Provide an empty local folder whose files move here, or to the subfolder `below`, after the block.
+    def staged(self, subfolder: str = ".") -> Iterator[Path]:
+        """Provide an empty local folder whose files are moved to this one, or a subfolder, after the block.
 
-        Each file appears only once it is complete, and none does after an error in the block. Each call
+        Each file appears only once it is complete, and none appears after an error in the block. Each call
         makes a new folder, so two writers of the same file do not interfere.
         """
-        scratch = Path(self.path, UNFINISHED) if self.is_local else None
+        scratch = Path(self.path, STATE_FOLDER) if self.is_local else None
         staging = Path(tempfile.mkdtemp(dir=scratch))
         try:
             yield staging
-            target = os.path.normpath(f"{self.path}/{below}")
+            target = os.path.normpath(f"{self.path}/{subfolder}")
             for file in sorted({file for file in staging.iterdir() if not file.name.startswith(".")}):
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
@@ -107,18 +107,18 @@ class Folder:
             if self.is_local:
                 sync_folder(Path(target))
         finally:
-            # NFS and FUSE keep files for a moment that are removed while open; the next run removes the rest.
+            # NFS and FUSE keep files that are removed while open for a moment; the next run removes them.
             shutil.rmtree(staging, ignore_errors=True)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """Read a file in the folder, or its first `size` bytes."""
         return read(f"{self.name}/{name}", 0, size)
 
-    def sizes(self, below: str = ".") -> dict[str, int]:
-        """Return the sizes in bytes of all files in the folder, or in a subfolder, by name."""
-        folder = os.path.normpath(f"{self.path}/{below}")
+    def sizes(self, subfolder: str = ".") -> dict[str, int]:
+        """Return the sizes of all files in the folder, or in a subfolder, in bytes and by name."""
+        folder = os.path.normpath(f"{self.path}/{subfolder}")
         if self.is_local:
-            return patiently(partial(_sizes_here, folder), say)
+            return with_retries(partial(_local_sizes, folder), warn)
         with _as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
@@ -137,13 +137,13 @@ class Folder:
                 self.fs.rm(paths)
 
 
-def _sizes_here(folder: str) -> dict[str, int]:
+def _local_sizes(folder: str) -> dict[str, int]:
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:
         return {}
     sizes = {}
-    with naming(folder), entries:
+    with path_in_errors(folder), entries:
         for entry in entries:
             try:
                 if entry.is_file():
@@ -154,14 +154,14 @@ def _sizes_here(folder: str) -> dict[str, int]:
 
 
 def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    if not is_url(name):  # even if the path has a `::`, with which fsspec chains URLs
+    if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
-    return url_to_fs(name, use_listings_cache=False)  # other processes write there, too
+    return url_to_fs(name, use_listings_cache=False)  # other processes write to it, too
 
 
 @contextmanager
 def _as_os_error(name: str) -> Iterator[None]:
-    """Turn the errors of each kind of storage into OSError."""
+    """Turn the errors that the various kinds of storage raise into OSError."""
     try:
         yield
     except OSError:

@@ -1,4 +1,4 @@
-"""Stop a run on request: a signal is noted, and the loop saves and leaves at the end of the current step."""
+"""Record requests to stop a run; the training loop then saves a checkpoint and stops after a step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -16,31 +16,34 @@ class Stopped(Exception):  # noqa: N818 – not an error
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT and SIGHUP while entered; a second of the same kind acts as usual.
+    """A context that records the first signal of each of SIGNALS instead of letting it end the process.
 
-    The kinds are counted separately because torchrun responds to Ctrl-C, which also reaches its processes,
-    by sending them SIGTERM. Further SIGHUPs are ignored, because a shell repeats the one that its terminal
-    has sent, and SIGHUP is ignored altogether if it was before, as under nohup.
+    A second SIGTERM or SIGINT has its usual effect. The kinds are counted separately because Ctrl-C sends
+    SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well. A second
+    SIGHUP is ignored, because a shell repeats the one that its closed terminal sends. If SIGHUP was ignored
+    before, as under nohup, it stays ignored.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.error: Exception | None = None  # another reason to stop, set by the code that finds it
+        self.error: Exception | None = None  # another reason to stop, set by the code that detects it
 
     @property
     def is_made(self) -> bool:
+        """Whether a signal has arrived or an error has been set."""
         return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
-        heeded = [n for n in SIGNALS if (n, signal.getsignal(n)) != (signal.SIGHUP, signal.SIG_IGN)]
-        self._before = {number: signal.signal(number, self._note) for number in heeded}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        recorded = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        self._previous = {number: signal.signal(number, self._record) for number in recorded}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        once = number != signal.SIGHUP
-        signal.signal(number, self._before[self.signal] if once else signal.SIG_IGN)
+        is_repeated = number == signal.SIGHUP
+        signal.signal(number, signal.SIG_IGN if is_repeated else self._previous[self.signal])
