@@ -50,6 +50,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError, read_manifest
 from pipeline.output import printed, secure
+from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive, program
 from trainer.run import environment
@@ -257,7 +258,8 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
                     print(json.dumps(about | at.describe() | part), file=file)
     if options.trace:
         try:
-            stages.trace(options.trace)
+            with stages.closing:
+                stages.trace(options.trace)
         except RuntimeError as error:
             record["failed"] = record.get("failed", {}) | {"trace": {"all": one_line(error)}}
             print(f"trace   failed: {one_line(error)}")
@@ -266,6 +268,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     secure()
+    exit_on_signals()
     options, rest = parse_arguments()
     try:
         for file in filter(None, (options.record, options.trace)):  # fail before measuring, not after

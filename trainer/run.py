@@ -86,8 +86,9 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.metrics = Table(folder / "metrics.csv")
-        self.evaluations = Table(folder / "evaluations.csv")
+        position = ("step", "epoch", "loss")
+        self.metrics = Table(folder / "metrics.csv", (*position, "error", "images_per_second"))
+        self.evaluations = Table(folder / "evaluations.csv", (*position, "top1_error", "top5_error"))
         self.checkpoints = folder / "checkpoints"
 
     def begin(self, settings: Settings, manifest: Manifest) -> TextIO:

@@ -16,10 +16,10 @@ from trainer.reading import ContentError
 
 
 class Table:
-    """A CSV file whose rows each have a column `step`."""
+    """A CSV file. columns: those that it must have, `step` among them."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, columns: Iterable[str] = ("step",)):
+        self.path, self.columns = path, columns
         self._header = b""
         self._pending = b""  # rows that have not been written yet, as CSV
         self._write_offset: int | None = None  # byte offset at which a failed write of them began
@@ -90,8 +90,11 @@ class Table:
         if not header.endswith(b"\n"):
             return b"", []
         columns = header.decode(errors="replace").strip().split(",")
-        if "step" not in columns:
-            raise ContentError(f"{self.path} is damaged (line 1 has no step): restore it from a copy")
+        for name in self.columns:
+            if name not in columns:
+                raise ContentError(
+                    f"{self.path} is damaged (line 1 names no {name}): restore it from a copy, or delete it"
+                )
         rows = [(line, _values(columns, line)) for line in lines]
         while rows and (rows[-1][1] is None or rows[-1][1]["step"] > step):
             rows.pop()
@@ -109,8 +112,9 @@ def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
         values = [float(text) for text in line.decode().split(",")]
     except ValueError:
         return None
-    is_complete = line.endswith(b"\n") and len(values) == len(columns)
-    return dict(zip(columns, values, strict=True)) if is_complete else None
+    row = dict(zip(columns, values, strict=False))
+    is_complete = line.endswith(b"\n") and len(values) == len(columns) and math.isfinite(row["step"])
+    return row if is_complete else None
 
 
 def _line(values: Iterable[Any]) -> bytes:

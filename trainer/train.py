@@ -155,6 +155,7 @@ class Trainer:
 
     def _train(self) -> None:
         batches = self.batches()
+        self.meter.restart()  # the first interval begins here, after start-up and calibration
         save_due = False
         while True:
             best = False
