@@ -31,6 +31,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import atomic_write, path_in_errors
+from pipeline.output import printed, secure
 from tools.classifying.inputs import InputError, Source, as_text, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
@@ -43,6 +44,7 @@ FORMATS = {".jsonl": json_lines, ".csv": csv_rows}
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     try:
         sources, errors, others = find(options.inputs)
@@ -129,7 +131,8 @@ def parse_arguments() -> argparse.Namespace:
 def open_output(path: Path | None) -> Iterator[Write]:
     """Open the results: a file, or lines on standard output. Yields a function that writes one result."""
     if path is None:
-        yield lambda result: print(result, flush=True)
+        with printed():
+            yield lambda result: print(result, flush=True)
         return
     with path_in_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
         yield FORMATS[path.suffix](file)

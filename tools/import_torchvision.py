@@ -26,6 +26,7 @@ from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.output import secure
 from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
+from trainer.reading import ContentError, read_text
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
@@ -149,11 +150,9 @@ def read_classes(path: Path) -> tuple[Class, ...]:
     Raises OSError, or SettingsError if a line has no name or an id is repeated.
     """
     try:
-        lines = StringIO(read_with_retries(path).decode("utf-8-sig"), newline=None)
-    except UnicodeDecodeError as error:
-        raise SettingsError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
-        ) from None
+        lines = StringIO(read_text(path), newline=None)
+    except ContentError as error:
+        raise SettingsError(str(error)) from None
     classes: dict[str, Class] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -62,7 +62,7 @@ def open_export(path: Path) -> Net:
     if not path.stat().st_size:
         raise NetError(f"{path} is empty. {_remedy(path)}")
     try:
-        return _checked(openers[path.suffix.lower()](path), path)
+        return _checked(openers[path.suffix.lower()](path), path, _remedy(path))
     except SpecError as error:
         raise NetError(str(error)) from None
 
@@ -71,19 +71,17 @@ def _remedy(path: Path) -> str:
     return f"Export it again: alexnet-train export RUN --out {path}"
 
 
-def _checked(net: Net, path: Path) -> Net:
+def _checked(net: Net, path: Path, remedy: str) -> Net:
     """Return the net if its outputs are as its net.json says. Raises NetError."""
     crop, classes = net.spec.crop, len(net.spec.classes)
     try:
         shape = net.logits(np.zeros((1, 3, crop, crop), np.float32)).shape
     except Exception as error:  # ONNX Runtime and torch have many kinds
-        raise NetError(
-            f"{path} cannot be used as its {NET_NAME} says: {_reason(error)}. {_remedy(path)}"
-        ) from None
+        raise NetError(f"{path} cannot be used as its {NET_NAME} says: {_reason(error)}. {remedy}") from None
     if shape != (1, classes):
         raise NetError(
             f"{path} gives outputs of shape {list(shape[1:])}, but its {NET_NAME} names {classes} classes. "
-            f"{_remedy(path)}"
+            f"{remedy}"
         )
     return net
 
@@ -176,4 +174,4 @@ def open_run(folder: Path, best: bool = False) -> Net:
     def logits(pixels: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(pixels).to(device)).cpu().numpy()
 
-    return Net(logits, spec)
+    return _checked(Net(logits, spec), folder, "Restore its files from one copy of the run")
