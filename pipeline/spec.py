@@ -5,9 +5,9 @@ its training.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.files import atomic_write
 from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
@@ -50,12 +50,6 @@ class NetSpec(BaseModel):
             classes=manifest.classes,
         )
 
-    @model_validator(mode="after")
-    def _can_be_cropped(self) -> Self:
-        if self.crop > self.size:
-            raise ValueError(f"crops of {self.crop} pixels do not fit into images of {self.size}")
-        return self
-
     @classmethod
     def parse(cls, content: str | bytes, source: object, remedy: str) -> "NetSpec":
         """Parse the content of a net.json.
@@ -64,9 +58,15 @@ class NetSpec(BaseModel):
         SpecError that is raised if the content is not valid.
         """
         try:
-            return parse_record(cls, content, FORMAT, f"the {NET_NAME} of {source}", remedy)
+            spec = parse_record(cls, content, FORMAT, f"the {NET_NAME} of {source}", remedy)
         except RecordError as error:
             raise SpecError(str(error)) from None
+        if spec.crop > spec.size:
+            raise SpecError(
+                f"the {NET_NAME} of {source} is not valid: crops of {spec.crop} pixels do not fit into images of "
+                f"{spec.size}. {remedy}"
+            )
+        return spec
 
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":

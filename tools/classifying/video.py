@@ -124,7 +124,8 @@ class _Clock:
     """
 
     def __init__(self, period: float):
-        self.period, self.seconds, self.start = period, -period, None
+        self.period, self.seconds = period, -period
+        self.start: float | None = None  # timestamp of second 0
 
     def seconds_at(self, timestamp: float | None) -> float:
         following = self.seconds + self.period
