@@ -62,10 +62,8 @@ class NetSpec(BaseModel):
         except RecordError as error:
             raise SpecError(str(error)) from None
         if spec.crop > spec.size:
-            raise SpecError(
-                f"the {NET_NAME} of {source} is not valid: crops of {spec.crop} pixels do not fit into images of "
-                f"{spec.size}. {remedy}"
-            )
+            what = f"crops of {spec.crop} pixels do not fit into images of {spec.size}"
+            raise SpecError(f"the {NET_NAME} of {source} is not valid: {what}. {remedy}")
         return spec
 
     @classmethod
