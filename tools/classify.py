@@ -12,8 +12,8 @@ their mirror images, whose softmax outputs are averaged.
 
 A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
 
-Folders are searched at any depth for files with the extension of a picture or a video, and links are followed.
-A picture named on the command line may have any extension, because its content decides. An input that is
+Folders are searched at any depth, through links too, for files with the extension of a picture or a video. A
+picture named on the command line may have any extension, because its content decides. An input that is
 broken, missing or unreadable is reported and the others are still classified, but the exit code is then 1. If
 the storage fails, the command ends.
 """

@@ -4,10 +4,14 @@ import csv
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import REPO
+from tests.nets import write_onnx
 from tests.videos import plain, write_video
 from tools import classify
 from tools.classifying.inputs import find
@@ -168,3 +172,20 @@ def test_any_name_of_a_file_gives_valid_output(tmp_path, run_classify):
 def test_an_interrupt_ends_without_a_traceback(folder, run_classify, monkeypatch):
     monkeypatch.setattr(classify, "read", failing(classify.read, "b.png", KeyboardInterrupt()))
     assert run_classify(folder)[0] == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [("| cat", 0), ("| true", 141), (">/dev/full", 1), ("2>/dev/full", 0), ("2>&-", 0)],
+    ids=["read", "reader gone", "full", "log full", "log closed"],
+)
+def test_results_are_written_or_the_exit_code_tells(streams, code, folder, tmp_path):
+    net = write_onnx(tmp_path / "net.onnx")
+    command = f"{sys.executable} -m tools.command classify {folder} --net {net}"
+    script = f"export PYTHONIOENCODING=ascii; {command} {streams}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    if code == 0:
+        assert len(done.stdout.splitlines()) == len(NAMES)

@@ -5,39 +5,12 @@ import math
 import zipfile
 from pathlib import Path
 
-import onnx
+import numpy as np
 import pytest
-from onnx import TensorProto, helper
 
 from pipeline.spec import NET_NAME
+from tests.nets import SPEC, write_onnx
 from tools.classifying.nets import NetError, open_export
-
-SPEC = {
-    "format": 1,
-    "geometry": "256",
-    "size": 10,
-    "crop": 8,
-    "mean": [0, 0, 0],
-    "classes": [{"id": f"n{n}", "name": f"class {n}"} for n in range(3)],
-}
-
-
-def write_onnx(path: Path, spec: str | None = json.dumps(SPEC), *, second_input: bool = False) -> Path:
-    """Write a net whose three logits are the means of the three channels."""
-    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["n", 3, 8, 8])
-    other = helper.make_tensor_value_info("other", TensorProto.FLOAT, ["n", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 3])
-    nodes = [
-        helper.make_node("Add", ["pixels", "other" if second_input else "pixels"], ["sum"]),
-        helper.make_node("GlobalAveragePool", ["sum"], ["mean"]),
-        helper.make_node("Flatten", ["mean"], ["logits"]),
-    ]
-    graph = helper.make_graph(nodes, "net", [pixels, other][: 1 + second_input], [logits])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    if spec is not None:
-        helper.set_model_props(model, {NET_NAME: spec})
-    onnx.save(model, path)
-    return path
 
 
 def write_pt2(path: Path, spec: str | None = json.dumps(SPEC)) -> Path:
@@ -116,8 +89,6 @@ def test_a_net_with_two_inputs_is_refused(tmp_path):
 
 
 def test_outputs_that_are_not_numbers_are_no_result(tmp_path):
-    import numpy as np
-
     net = open_export(write_onnx(tmp_path / "net.onnx"))
     views = np.zeros((2, 1, 3, 8, 8), np.float32)
     assert net.probabilities(views) == pytest.approx(1 / 3)
