@@ -3,17 +3,21 @@
 from itertools import chain
 from typing import NamedTuple
 
-from pipeline.jpeg import FRAMES, SCAN, segments
+from pipeline.jpeg import FRAMES, SCAN, end_of_image, segments
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 
 
 class Layout(NamedTuple):
-    """width, height: in pixels. metadata: the segments that can be removed without changing the image."""
+    """width, height: in pixels. scan: the end of the header of the first scan, in bytes.
+
+    metadata: the segments that can be removed without changing the image.
+    """
 
     width: int
     height: int
     baseline_rgb: bool  # neither progressive nor gray
+    scan: int
     metadata: tuple[tuple[int, int], ...]  # start and end of each, in bytes
 
 
@@ -29,7 +33,7 @@ def read_layout(content: bytes) -> Layout | None:
     for marker, start, end in segments(content):
         segment = content[start + 4 : end]
         if marker == SCAN:
-            return Layout(*frame, tuple(metadata)) if frame else None
+            return Layout(*frame, end, tuple(metadata)) if frame else None
         if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # 16-bit quantisation tables
             return None
         if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
@@ -62,9 +66,16 @@ def _is_metadata(marker: int, segment: bytes) -> bool:
     return marker == 0xFE or (0xE0 <= marker <= 0xEF and not tells_colours)
 
 
-def without_metadata(content: bytes, layout: Layout) -> bytes:
-    """Return the file without its metadata segments."""
-    if not layout.metadata:
+def only_image(content: bytes, layout: Layout) -> bytes | None:
+    """Return the file without its metadata segments, and without what follows the end of the image.
+
+    Phones append a video or further images there, with metadata of their own. Returns None if the end of the
+    image cannot be found.
+    """
+    end = end_of_image(content, layout.scan)
+    if end is None:
+        return None
+    if not layout.metadata and end == len(content):
         return content
-    edges = [0, *chain.from_iterable(layout.metadata), len(content)]
+    edges = [0, *chain.from_iterable(layout.metadata), end]
     return b"".join(content[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))

@@ -2,13 +2,20 @@
 
 Files are judged by their content, never by their name. A file is **rejected** as
 
-    unreadable     the file cannot be read
-    empty          it has no bytes
-    not an image   it is in none of FORMATS, or its header is broken
-    too large      its header claims more than MAX_PIXELS; nothing is decoded
-    truncated      it ends before the image does
-    corrupt        strict decoding fails
-    too elongated  its longer side is more than MAX_ASPECT times the shorter
+    unreadable            the file cannot be read; one behind a URL is rejected as remote_errors.py says
+    empty                 it has no bytes
+    not an image          it is in none of FORMATS, or its header is broken
+    this build has no …   Pillow was built without a library that the file needs
+    unsupported           it is in one of FORMATS, but in a variant that Pillow cannot decode, such as a lossless
+                          JPEG
+    not a picture         its samples are floats, or signed or 32-bit integers (TIFF, PFM), as of measurements:
+                          nothing says which value is white
+    only a preview        it is a TIFF whose first image is marked as a preview, as in RAW files of cameras
+    too large             its header claims more than MAX_PIXELS; nothing is decoded
+    out of memory         decoding it takes more memory than there is
+    truncated             it ends before the image does
+    corrupt               strict decoding fails
+    too elongated         its longer side is more than MAX_ASPECT times the shorter
 
 Small images are scaled up, as section 2 of the paper scales all images. A file is **repaired** and kept if it
 was
@@ -25,22 +32,27 @@ gray JPEGs, which decoders convert by themselves. It also rejects a file as
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.jpeg import END
+from pipeline.jpeg import END, START
 from pipeline.manifest import Geometry
-from pipeline.packing.baseline_jpeg import read_layout, without_metadata
+from pipeline.packing import png
+from pipeline.packing.baseline_jpeg import only_image, read_layout
+from pipeline.packing.codecs import FORMATS, why_unreadable
+from pipeline.packing.pixels import is_measurement, is_preview, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 20
 SUBSAMPLING = "4:2:0"
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased, like the filter of the graph that resizes `original`
 _ORIENTATION = 0x0112  # EXIF tag
+_BROKEN = ("not an image", "truncated", "corrupt")
+_SPARE_BYTES = 1 << 26  # a process that cannot allocate these is short of memory, whatever the file is
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -71,20 +83,24 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, deco
 
     Raises RejectedError.
     """
-    if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
-        return packed
-    image, repairs = _decode(_open(content))
-    if geometry == "original":
-        layout = None if repairs else read_layout(content)
-        kept = without_metadata(content, layout) if layout and layout.baseline_rgb else None
-        return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
-    image = fit(image, geometry, size)
-    return Packed(_encode(image, quality), *image.size, image, repairs)
+    with _judged(content):
+        if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
+            return packed
+        image, repairs = _upright(_loaded(content))
+        if geometry == "original":
+            layout = None if repairs else read_layout(content)
+            kept = only_image(content, layout) if layout and layout.baseline_rgb else None
+            return Packed(
+                kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+            )
+        image = fit(image, geometry, size)
+        return Packed(_encode(image, quality), *image.size, image, repairs)
 
 
 def read_image(content: bytes) -> Image.Image:
     """Decode a file as the packer does, to an upright RGB image. Raises RejectedError."""
-    return _decode(_open(content))[0]
+    with _judged(content):
+        return _upright(_loaded(content))[0]
 
 
 def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
@@ -98,15 +114,16 @@ def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
 
 def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
     """Check a file that is kept byte for byte, as `pack_image` does. Raises RejectedError."""
-    if not decode and (packed := _by_header(content, stays=True)):
-        return packed
-    opened = _open(content)
-    gray = opened.mode == "L"
-    image, repairs = _decode(opened)
-    reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
-    if reasons or read_layout(content) is None:
-        raise RejectedError(reasons[0] if reasons else "not plain")
-    return Packed(content, *image.size, _resize_shorter(image, size), ())
+    with _judged(content):
+        if not decode and (packed := _by_header(content, stays=True)):
+            return packed
+        loaded = _loaded(content)
+        gray = loaded.mode == "L"
+        image, repairs = _upright(loaded)
+        reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
+        if reasons or read_layout(content) is None:
+            raise RejectedError(reasons[0] if reasons else "not plain")
+        return Packed(content, *image.size, _resize_shorter(image, size), ())
 
 
 def _by_header(content: bytes, stays: bool) -> Packed | None:
@@ -124,37 +141,68 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    return Packed(content if stays else without_metadata(content, layout), width, height, None, ())
+    kept = content if stays else only_image(content, layout)
+    return kept and Packed(kept, width, height, None, ())
+
+
+@contextmanager
+def _judged(content: bytes, broken: str = "corrupt") -> Iterator[None]:
+    """Turn whatever a file makes Pillow raise into RejectedError, except the trouble of the process itself."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
+            yield
+    except RejectedError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RejectedError("too large") from None
+    except MemoryError:
+        bytearray(_SPARE_BYTES)  # raises MemoryError if the file is not at fault
+        raise RejectedError("out of memory") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no descriptor is free, for example
+            raise
+        reason = "truncated" if broken == "corrupt" and "truncated" in str(error) else broken
+        raise RejectedError(why_unreadable(content, error) or reason) from None
+
+
+def _loaded(content: bytes) -> Image.Image:
+    """Decode a file. Raises RejectedError."""
+    try:
+        return _load(content)
+    except RejectedError as rejection:
+        if str(rejection) not in _BROKEN or not content.startswith(png.SIGNATURE):
+            raise
+    return _load(png.without_extras(content))
+
+
+def _load(content: bytes) -> Image.Image:
+    image = _open(content)
+    if is_preview(image, content):
+        raise RejectedError("only a preview")
+    if is_measurement(image):
+        raise RejectedError("not a picture")
+    with _judged(content):
+        image.load()
+    return image
 
 
 def _open(content: bytes) -> Image.Image:
     """Open an image by its header, without decoding it. Raises RejectedError."""
     if not content:
         raise RejectedError("empty")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
+    # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
+    with _judged(content, "corrupt" if content.startswith(START) else "not an image"):
+        try:
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RejectedError("too large") from None
-    except Exception as error:
-        _reraise_ours(error)
-        # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
-        if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
-            raise RejectedError("not an image") from None
-        raise RejectedError("corrupt") from None
+        except UnidentifiedImageError as error:
+            raise RejectedError(why_unreadable(content, error) or "not an image") from None
     if image.width * image.height > MAX_PIXELS:
         raise RejectedError("too large")
     return image
 
 
-def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """Decode an image to upright RGB; return it with the repairs that were needed. Raises RejectedError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            image.load()
-    except Exception as error:
-        _reraise_ours(error)
-        raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
+def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Convert a decoded image to upright RGB; return it with the repairs that were needed."""
     if _is_elongated(*image.size):
         raise RejectedError("too elongated")
     repairs = []
@@ -163,17 +211,11 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     orientation = _orientation(image)
     if image.mode != "RGB" or image.has_transparency_data:
         repairs.append("not RGB")
-        image = _to_rgb(image)
+        image = to_rgb(image)
     if orientation != 1:
         repairs.append("rotated")
         image = image.transpose(_TRANSPOSITIONS[orientation])
     return image, tuple(repairs)
-
-
-def _reraise_ours(error: Exception) -> None:
-    """Raise errors that are not the file's fault: no memory, or a plugin that cannot be loaded."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-        raise error
 
 
 def _is_elongated(*sides: int) -> bool:
@@ -194,20 +236,10 @@ _TRANSPOSITIONS = {
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8, or 1 if there is none or the EXIF block is broken."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:
         return 1
     return orientation if orientation in _TRANSPOSITIONS else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _resize_shorter(image: Image.Image, size: int) -> Image.Image:
