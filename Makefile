@@ -154,6 +154,8 @@ $(VENV)/.ready: pyproject.toml Makefile model/cpu_pool.c
 		{ echo "a C compiler is missing, which pillow-simd and model/cpu_pool.c are built with: apt-get install build-essential"; exit 1; }
 	@echo '#include <Python.h>' | cc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
 		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
+	@command -v pkg-config >/dev/null || \
+		{ echo "pkg-config is missing, by which pillow-simd finds libtiff: apt-get install pkg-config"; exit 1; }
 	@missing=; for header in $(PILLOW_HEADERS); do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
 		missing="$$missing $$header"; done; test -z "$$missing" || \
 		{ echo "headers that pillow-simd is built with are missing:$$missing: apt-get install $(PILLOW_PACKAGES)"; exit 1; }

@@ -11,7 +11,7 @@ Files are judged by their content, never by their name. A file is **rejected** a
     not a picture         its samples are floats, or signed or 32-bit integers (TIFF, PFM), as of measurements:
                           nothing says which value is white
     only a preview        it is a TIFF whose first image is marked as a preview, as in RAW files of cameras
-    too large             its header claims more than MAX_PIXELS; nothing is decoded
+    too large             its header claims more than MAX_PIXELS, or MAX_WEBP_PIXELS; nothing is decoded
     out of memory         decoding it takes more memory than there is
     truncated             it ends before the image does
     corrupt               strict decoding fails
@@ -46,7 +46,8 @@ from pipeline.packing.baseline_jpeg import only_image, read_layout
 from pipeline.packing.codecs import FORMATS, why_unreadable
 from pipeline.packing.pixels import is_measurement, is_preview, to_rgb
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # with which no format and no mode takes more than 1.2 GB, besides the file itself
+MAX_WEBP_PIXELS = 50_000_000  # as libwebp's decoder and Pillow hold four copies
 MAX_ASPECT = 20
 SUBSAMPLING = "4:2:0"
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased, like the filter of the graph that resizes `original`
@@ -196,7 +197,7 @@ def _open(content: bytes) -> Image.Image:
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError as error:
             raise RejectedError(why_unreadable(content, error) or "not an image") from None
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > (MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS):
         raise RejectedError("too large")
     return image
 
