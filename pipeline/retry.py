@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each further attempt
 _EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried by itself
+_LONGEST_WAIT = 30.0  # seconds, however long a server asks to wait
 
 # All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM, ETIMEDOUT and any that are unknown.
 _OF_A_FILE = {
@@ -42,8 +43,29 @@ _OF_A_FILE = {
 _ERRORS_OF_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+class StorageError(OSError):
+    """A file behind a URL cannot be reached; the message names it and says why.
+
+    reason: why, in a few words. passes: whether the same request may succeed later. attempts: how many
+    further requests are worth their time. wait: the seconds that the server asks to wait, or 0.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        reason: str = "unreadable",
+        passes: bool = True,
+        attempts: int = 0,
+        wait: float = 0.0,
+    ):
+        super().__init__(message)
+        self.reason, self.passes, self.attempts, self.wait = reason, passes, attempts, wait
+
+
 def is_outage(error: OSError) -> bool:
     """Whether the storage or the process is in trouble, rather than just the requested file."""
+    if isinstance(error, StorageError):
+        return error.passes
     return not isinstance(error, _ERRORS_OF_A_FILE) and error.errno not in _OF_A_FILE
 
 
@@ -62,9 +84,10 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
             if attempt >= len(pauses):
                 raise
             if attempt == 0:
-                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
                 say(f"{what}: retrying for {sum(pauses):.1f} seconds")
-            time.sleep(pauses[attempt])
+            wait = error.wait if isinstance(error, StorageError) else 0.0
+            time.sleep(max(pauses[attempt], min(wait, _LONGEST_WAIT)))
             attempt += 1
 
 
@@ -78,7 +101,8 @@ def say_on_stderr(text: str) -> None:
 
 
 def _pauses(error: OSError) -> tuple[float, ...]:
+    if isinstance(error, StorageError):
+        return PAUSES[: error.attempts]
     if error.errno == errno.EIO:
         return _EIO_PAUSES
-    # An error without an errno is about a URL, and fsspec has already retried it.
     return PAUSES if error.errno is not None and is_outage(error) else ()

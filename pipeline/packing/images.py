@@ -6,10 +6,10 @@ Files are judged by their content, never by their name. A file is **rejected** a
     empty                 it has no bytes
     not an image          it is in none of FORMATS, or its header is broken
     this build has no …   Pillow was built without a library that the file needs
-    unsupported           it is in one of FORMATS, but in a variant that Pillow cannot decode, such as a lossless
-                          JPEG
-    not a picture         its samples are floats, or signed or 32-bit integers (TIFF, PFM), as of measurements:
-                          nothing says which value is white
+    unsupported           it is in one of FORMATS, but in a variant that Pillow cannot decode, such as a
+                          lossless JPEG
+    not a picture         its samples are floats, or signed or 32-bit integers (TIFF, PFM), as those of
+                          measurements: nothing says which value is white
     only a preview        it is a TIFF whose first image is marked as a preview, as in RAW files of cameras
     too large             its header claims more than MAX_PIXELS, or MAX_WEBP_PIXELS; nothing is decoded
     out of memory         decoding it takes more memory than there is
@@ -91,9 +91,7 @@ def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, deco
         if geometry == "original":
             layout = None if repairs else read_layout(content)
             kept = only_image(content, layout) if layout and layout.baseline_rgb else None
-            return Packed(
-                kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
-            )
+            return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
         image = fit(image, geometry, size)
         return Packed(_encode(image, quality), *image.size, image, repairs)
 
@@ -143,12 +141,12 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
     kept = content if stays else only_image(content, layout)
-    return kept and Packed(kept, width, height, None, ())
+    return Packed(kept, width, height, None, ()) if kept else None
 
 
 @contextmanager
 def _judged(content: bytes, broken: str = "corrupt") -> Iterator[None]:
-    """Turn whatever a file makes Pillow raise into RejectedError, except the trouble of the process itself."""
+    """Turn whatever a file makes Pillow raise into RejectedError, except trouble of the process itself."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
             yield

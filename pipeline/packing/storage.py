@@ -1,7 +1,7 @@
 """Access files on this machine and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
 
-Failed reads and listings of this machine's file systems are retried (pipeline/retry.py); for URLs, fsspec
-retries.
+Failed reads, and listings of this machine's file systems, are retried (pipeline/retry.py). For HTTP, each
+request has a time limit, and the proxies of the environment are used.
 """
 
 import errno
@@ -13,19 +13,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from pipeline.files import naming, read_file, sync_folder
+from pipeline.packing.remote_errors import as_os_error, shown
 from pipeline.packing.workers import say
-from pipeline.retry import patiently
+from pipeline.retry import StorageError, patiently
 
 UNFINISHED = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
 
 
-class StorageError(OSError):
-    """A file behind a URL cannot be reached; the message says why."""
+# Seconds to connect, between two parts of an answer, and for all of it.
+_HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 
 
 def is_url(name: str) -> bool:
@@ -39,13 +41,20 @@ def absolute(name: str) -> str:
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
+    return patiently(partial(read_once, file, offset, size), say)
+
+
+def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Read a file as `read` does, but make a single attempt."""
     if not is_url(file):
-        return patiently(partial(_read_here, file, offset, size), say)
-    with _as_os_error(file):
+        return _read_here(file, offset, size)
+    with as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
     if size is not None and len(content) > size:  # many static file servers send the whole file
-        raise StorageError(f"{file}: the server does not support reading parts of files (HTTP ranges)")
+        raise StorageError(
+            f"{shown(file)}: the server does not support reading parts of files (HTTP ranges)", passes=False
+        )
     return content
 
 
@@ -64,7 +73,7 @@ def is_there(name: str) -> bool:
                 return True
             with os.scandir(name) as entries:
                 return any(entries)
-        with _as_os_error(name):
+        with as_os_error(name):
             fs, path = _file_system(name)
             return fs.info(path)["type"] == "file" or bool(fs.ls(path))
     except OSError:
@@ -80,7 +89,7 @@ class Folder:
     def __init__(self, name: str | Path):
         self.name = absolute(str(name)).rstrip("/")
         self.is_local = not is_url(self.name)
-        with _as_os_error(self.name):
+        with as_os_error(self.name):
             self.fs, self.path = _file_system(self.name)
 
     def __str__(self) -> str:
@@ -102,7 +111,7 @@ class Folder:
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
                 else:
-                    with _as_os_error(str(self)):
+                    with as_os_error(str(self)):
                         self.fs.put_file(str(file), f"{target}/{file.name}")
             if self.is_local:
                 sync_folder(Path(target))
@@ -119,7 +128,7 @@ class Folder:
         folder = os.path.normpath(f"{self.path}/{below}")
         if self.is_local:
             return patiently(partial(_sizes_here, folder), say)
-        with _as_os_error(str(self)):
+        with as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
             except FileNotFoundError:
@@ -133,7 +142,7 @@ class Folder:
             for path in paths:
                 Path(path).unlink(missing_ok=True)
         elif paths:
-            with _as_os_error(str(self)):
+            with as_os_error(str(self)):
                 self.fs.rm(paths)
 
 
@@ -156,19 +165,9 @@ def _sizes_here(folder: str) -> dict[str, int]:
 def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if not is_url(name):  # even if the path has a `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
-    return url_to_fs(name, use_listings_cache=False)  # other processes write there, too
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there, too
+    if name.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
 
-
-@contextmanager
-def _as_os_error(name: str) -> Iterator[None]:
-    """Turn the errors of each kind of storage into OSError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except ImportError as error:  # the package for that kind of URL is not installed
-        raise StorageError(f"{name}: {error}") from None
-    except ValueError as error:  # an unknown kind of URL
-        raise StorageError(f"{name}: {error}") from None
-    except Exception as error:
-        raise StorageError(f"{name}: {type(error).__name__}: {error}") from error
+        options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
+    return url_to_fs(name, **options)

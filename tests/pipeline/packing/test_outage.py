@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.packing import resume
+from pipeline.packing import images, resume
 from pipeline.packing.images import RejectedError, pack_image
-from pipeline.packing.shard import PackingError, _read
+from pipeline.packing.reading import PackingError, _read
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import Folder
 from tests.endurance.faulty_storage import TWICE, Call, Fault
@@ -210,5 +210,16 @@ def test_a_process_in_need_rejects_no_picture(pictures, monkeypatch, function, e
     where = "PIL.Image.open" if function == "open" else "PIL.ImageFile.ImageFile.load"
     content = next(pictures.glob("train/*/*")).read_bytes()
     monkeypatch.setattr(where, fail)
+    monkeypatch.setattr(images, "_SPARE_BYTES", 1 << 62)
     with pytest.raises(type(error)):
+        pack_image(content, "256", 32, 90)
+
+
+def test_a_picture_that_alone_takes_too_much_memory_is_rejected(pictures, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    content = next(pictures.glob("train/*/*")).read_bytes()
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(RejectedError, match=r"^out of memory$"):
         pack_image(content, "256", 32, 90)

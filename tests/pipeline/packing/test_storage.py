@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 
 from pipeline.packing import storage
-from pipeline.packing.shard import READ_AHEAD, _contents
+from pipeline.packing.reading import READ_AHEAD, contents
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import UNFINISHED, Folder, StorageError
 from tests.events import KILL_ALL, at_picture
@@ -180,4 +180,4 @@ def test_more_files_than_are_read_ahead_keep_their_order(tmp_path):
     here.write_bytes(b"local")
     remote = [SourceImage(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
     sources = (*remote[:5], SourceImage("local", 0, str(here)), *remote[5:])
-    assert [content() for _, content in _contents(sources)] == [source.path.encode() for source in sources]
+    assert [content() for _, content in contents(sources)] == [source.path.encode() for source in sources]
