@@ -49,6 +49,7 @@ _MEANINGS: dict[str, Meaning] = {
     "PermissionError": ("access denied", False, 0),
     "ImportError": ("package not installed", True, 0),
     "ValueError": ("unsupported URL", False, 0),
+    "NonHttpUrlClientError": ("unsupported URL", False, 0),  # that a redirect leads to
 }
 _SECRETS = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|key|secret|password|credential|auth)[^=&#]*=)[^&#]+")
 
@@ -124,13 +125,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status of an error, whichever library raised it."""
-    for value in (
-        getattr(error, "status", None),
-        getattr(getattr(error, "response", None), "status_code", None),
-        getattr(error, "code", None),
-    ):
-        if str(value).isdecimal() and 100 <= int(str(value)) < 600:
-            return int(str(value))
+    response = getattr(error, "response", None)
+    for holder, name in ((error, "status"), (response, "status_code"), (error, "code")):
+        value = str(getattr(holder, name, None))
+        if value.isdecimal() and 100 <= int(value) < 600:
+            return int(value)
     return None
 
 
