@@ -1,8 +1,8 @@
-# make demo    everything in a few minutes: draw pictures, pack, train, evaluate, report
-# make test    the quick tests, in minutes
+# make demo    the whole workflow in a few minutes: draw pictures, pack, train, evaluate, report
+# make test    the quick tests, which take minutes
 # make test-all      all tests, including those that start trainers, browsers, servers, npm or containers
 # make test-spread   the quick tests as on other machines: without AVX-512, with a busy core, with other Pythons
-# make lint    style and types
+# make lint    check style and types
 # make bench   measure the throughput of each stage on the demo's pictures
 # make chaos   check that runs killed 200 times give the same result as undisturbed ones
 # make faults  pack and train while each file-system call fails in turn; takes hours

@@ -1,7 +1,7 @@
-"""ReLU, response normalisation and 3×3 max-pooling with stride 2 in one pass on a CPU, by cpu_pool.c.
+"""Call cpu_pool.c, which computes ReLU, response normalisation and 3×3 max-pooling in one pass on a CPU.
 
-Inputs are bf16 or fp32; arithmetic is in fp32. Only the input and one byte per output are kept for the
-gradient. The result is bitwise the same with any number of threads.
+Inputs are bf16 or fp32, and arithmetic is in fp32. Only the input and one byte per output are saved for the
+backward pass. The result is bitwise the same with any number of threads.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from torch.library import custom_op
 from model.pooled import empty_pooled
 
 
-def opened(path: str) -> ctypes.CDLL:
-    """Open the library with the kernel. Raises OSError."""
+def open_library(path: str) -> ctypes.CDLL:
+    """Load the shared library that has the kernel. Raises OSError if that fails."""
     library = ctypes.CDLL(path)
     library.normalise_and_pool.argtypes = [*5 * [ctypes.c_void_p], ctypes.c_int, ctypes.c_int]
     return library
@@ -24,11 +24,11 @@ def opened(path: str) -> ctypes.CDLL:
 _spec = find_spec("model._cpu_pool")
 if _spec is None or _spec.origin is None:
     raise OSError("it was not built; install a C compiler and reinstall the package to build it")
-_LIBRARY = opened(_spec.origin)  # after torch, so that both share OpenMP's threads
+_LIBRARY = open_library(_spec.origin)  # after torch is loaded, so that both share OpenMP's threads
 
 
 class _Options(ctypes.Structure):
-    """The same struct as in cpu_pool.c."""
+    """The struct `Options` of cpu_pool.c."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("images", "height", "width", "channels", "towers")),
@@ -38,14 +38,18 @@ class _Options(ctypes.Structure):
 
 
 def _run(x: Tensor, y: Tensor, argmax: Tensor, gradient: Tensor | None, *options: float) -> None:
-    """Compute y and argmax from x. If `gradient` is given, compute it for x from that of y, held in y."""
+    """Compute y and argmax from x; or, if `gradient` is given, compute the gradient of x from that of y.
+
+    In the second case, the argument y holds the gradient of y. options: alpha, towers, relu_first and
+    spatial_norm. Raises MemoryError.
+    """
     alpha, towers, relu_first, spatial_norm = options
     n, channels, height, width = x.shape
     bf16 = x.dtype == torch.bfloat16
-    given = _Options(n, height, width, channels, towers, bf16, relu_first, spatial_norm, alpha)
+    c_options = _Options(n, height, width, channels, towers, bf16, relu_first, spatial_norm, alpha)
     arrays = [None if array is None else array.data_ptr() for array in (x, y, argmax, gradient)]
     backward, threads = gradient is not None, torch.get_num_threads()
-    if _LIBRARY.normalise_and_pool(ctypes.byref(given), *arrays, backward, threads):
+    if _LIBRARY.normalise_and_pool(ctypes.byref(c_options), *arrays, backward, threads):
         raise MemoryError(f"not enough memory for a few rows of {width}×{channels} values")
 
 
@@ -53,9 +57,10 @@ def _run(x: Tensor, y: Tensor, argmax: Tensor, gradient: Tensor | None, *options
 def normalise_and_pool(
     x: Tensor, alpha: float, towers: int, relu_first: bool, spatial_norm: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward pass on x: [N,C,H,W]; other arguments are as in `fused.normalise_and_pool`.
+    """Run the forward pass on x: [N,C,H,W]. The other arguments are as in `fused.normalise_and_pool`.
 
-    Returns the pooled values and the index of each maximum in its window, channels_last. Raises MemoryError.
+    Returns the pooled maps and the index of each maximum in its window, both [N,C,(H-1)//2,(W-1)//2] in
+    channels_last format. Raises MemoryError.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     y, argmax = empty_pooled(x, x.dtype), empty_pooled(x, torch.uint8)

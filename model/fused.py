@@ -1,10 +1,10 @@
-"""ReLU, response normalisation and overlapping pooling as one operation that keeps only its input.
+"""Compute ReLU, response normalisation and overlapping pooling as one operation that saves only its input.
 
-Separately, they are a dozen passes over the net's largest activations, bound by memory rather than by
-arithmetic. On a CPU, one pass of a C kernel does all of it. On a GPU, there is one Triton kernel forward and
-one backward, or two of each with spatial normalisation. Without a kernel, or with options that the kernels do
-not support, the operation runs on a few images at a time, which stay in the cache, and is repeated for the
-gradient.
+As separate operations, they make a dozen passes over the net's largest activations, and memory rather than
+arithmetic limits their speed. On a CPU, a C kernel does all of it in one pass. On a GPU, there is one Triton
+kernel for the forward pass and one for the backward pass, or two for each with spatial normalisation. Without
+a kernel, or with options that the kernels do not support, the operation runs on a few images at a time, which
+stay in the cache, and the backward pass repeats it.
 """
 
 import warnings
@@ -19,10 +19,10 @@ from torch import Tensor
 from model.lrn import local_response_norm, spatial_response_norm
 
 Activation = Callable[[Tensor], Tensor]
-SLICE_BYTES = 4 << 20  # of input: a few images, whose intermediate results stay in the cache
+SLICE_BYTES = 4 << 20  # input per slice: a few images, whose intermediate results stay in the cache
 
 
-def plain_normalise_and_pool(
+def reference_normalise_and_pool(
     x: Tensor,
     alpha: float | None,
     towers: int = 1,
@@ -32,7 +32,7 @@ def plain_normalise_and_pool(
     window: int = 3,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute the operation as the paper describes it; fast implementations are tested against this one."""
+    """Compute `normalise_and_pool` step by step, as a reference for the fast implementations."""
     dtype = x.dtype
     if bias is not None:
         x = x + bias[:, None, None]  # [N,C,H,W], in fp32 until it is normalised
@@ -62,12 +62,12 @@ def normalise_and_pool(
     alpha, towers: as in `local_response_norm`; if alpha is None, there is no normalisation. relu_first:
     whether the ReLU comes first or last. spatial_norm: whether `spatial_response_norm` follows the local
     one. activation: function to use instead of ReLU. window: side of the pooling windows in pixels, instead
-    of 3. bias: [C], that of the preceding convolution if it did not add its bias (see `adds_bias`).
+    of 3. bias: [C], the bias of the preceding convolution, if that did not add it (see `fuses_bias`).
 
     x: [N,C,H,W], preferably channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type
     and layout.
     """
-    if adds_bias(x, alpha, activation, window):
+    if fuses_bias(x, alpha, activation, window):
         from model import triton_pool, triton_spatial
 
         kernels = triton_spatial if spatial_norm else triton_pool
@@ -81,32 +81,36 @@ def normalise_and_pool(
 
         return cpu_pool.normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)[0]
 
-    def plain(x: Tensor) -> Tensor:
-        return plain_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
+    def compute(x: Tensor) -> Tensor:
+        return reference_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
 
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _Sliced.apply(x, plain)
-    return plain(x)
+        return _Sliced.apply(x, compute)
+    return compute(x)
 
 
-def adds_bias(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
-    """Return whether `normalise_and_pool` uses GPU kernels for x's type and device with these options.
+def fuses_bias(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
+    """Return whether `normalise_and_pool` uses GPU kernels for the type and device of x with these options.
 
-    They also add the convolution's bias and sum its gradient, which saves two passes.
+    These kernels also add the convolution's bias and sum its gradient, which saves two passes, so the
+    convolution should not add it.
     """
-    published = _published(alpha, activation, window)
-    return published and x.is_cuda and x.dtype != torch.float64 and _has_gpu_kernels()
+    supported = _kernels_support(alpha, activation, window)
+    return supported and x.is_cuda and x.dtype != torch.float64 and _has_gpu_kernels()
 
 
-def _published(alpha: float | None, activation: Activation, window: int) -> bool:
-    """Return whether this is the paper's operation, the only one that has kernels."""
+def _kernels_support(alpha: float | None, activation: Activation, window: int) -> bool:
+    """Return whether the options are those of the paper's net, for which there are kernels."""
     return alpha is not None and activation is F.relu and window == 3
 
 
-@cache  # must be outermost: some versions of Dynamo look beneath a cache, and must find the constant there
+@cache  # must be outermost: some versions of Dynamo look below the cache, and must find the constant there
 @torch.compiler.assume_constant_result
 def _has_gpu_kernels() -> bool:
-    """Return whether the kernels can be built here, which takes Triton and, at run time, a C compiler."""
+    """Return whether the kernels can be built on this machine, which requires Triton and a C compiler.
+
+    The first call builds and runs a small kernel, and warns if that fails.
+    """
     if find_spec("triton") is None:
         return False
     from model import triton_pool
@@ -114,22 +118,22 @@ def _has_gpu_kernels() -> bool:
     try:
         x, bias = torch.zeros(1, 16, 3, 3, device="cuda"), torch.zeros(16, device="cuda")
         triton_pool.normalise_and_pool(x, bias, 1e-4, 1, True)
-    except Exception as error:  # whatever a compiler and a driver can raise
+    except Exception as error:  # a compiler or a driver may raise anything
         warnings.warn(f"no fused GPU kernels, so the net will be slower: {error}", stacklevel=2)
         return False
     return True
 
 
 def _uses_cpu_kernel(x: Tensor, alpha: float | None, activation: Activation, window: int) -> bool:
-    """Return whether to use cpu_pool.c here. An exported net must contain only torch's own operators."""
-    computed = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    published = _published(alpha, activation, window)
-    return computed and published and not torch.compiler.is_exporting() and _has_cpu_kernel()
+    """Return whether to use cpu_pool.c. An exported net must contain only torch's own operators."""
+    supported = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    supported = supported and _kernels_support(alpha, activation, window)
+    return supported and not torch.compiler.is_exporting() and _has_cpu_kernel()
 
 
 @torch.compiler.assume_constant_result
 def _has_cpu_kernel() -> bool:
-    """Return whether cpu_pool.c was built for this machine. Python shows the warning only once."""
+    """Return whether cpu_pool.c was built for this machine, and warn otherwise."""
     try:
         from model import cpu_pool  # noqa: F401
     except OSError as error:
@@ -139,20 +143,20 @@ def _has_cpu_kernel() -> bool:
 
 
 class _Sliced(torch.autograd.Function):
-    """Apply a function that treats each image separately to slices of a few images."""
+    """Apply a function, which must treat each image separately, to a few images at a time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.function = function
-        return torch.cat([function(part) for part in x.split(_images_in_a_slice(x))])
+        return torch.cat([function(part) for part in x.split(_images_per_slice(x))])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         result = torch.empty_like(x)
-        images = _images_in_a_slice(x)
+        images = _images_per_slice(x)
         for part, part_grad, part_result in zip(
             x.split(images), grad.split(images), result.split(images), strict=True
         ):
@@ -163,5 +167,5 @@ class _Sliced(torch.autograd.Function):
         return result, None
 
 
-def _images_in_a_slice(x: Tensor) -> int:
+def _images_per_slice(x: Tensor) -> int:
     return max(1, SLICE_BYTES // (x[:1].numel() * x.element_size()))

@@ -1,9 +1,9 @@
-"""Response normalisation of channels-last activations, in fp32 even under autocast.
+"""Normalise responses across channels or within maps, in fp32 even under autocast.
 
-x² overflows fp16 for |x| > 256, and the output would silently become zero. Both functions therefore
-compute in fp32 (fp64 for fp64 input) and return the input's type. The channel axis is the
-contiguous one, so a window over channels is a sum of shifted views, without the NCHW copies
-that `torch.nn.functional.local_response_norm` makes.
+x² overflows fp16 for |x| ≥ 256, and the output would silently become zero. Both functions therefore
+compute in fp32 (in fp64 for fp64 input) and return the input's type. They are meant for channels_last
+maps, whose channels are contiguous: a window over channels is then a sum of shifted views, without
+the NCHW copies that `torch.nn.functional.local_response_norm` makes.
 """
 
 from functools import partial
@@ -34,9 +34,9 @@ def _inverse_power(d: Tensor, beta: float) -> Tensor:
 class _ResponseNorm(torch.autograd.Function):
     """b = a·d^-β with d = k + α·W(a²), where W sums or averages over a window around each value.
 
-    The gradient is written out because autograd would keep every shifted view. If g is the gradient
-    of b, that of a is g·d^-β − 2αβ·a·W(g·a·d^-(β+1)), because the window is symmetric and W is thus
-    its own adjoint.
+    The gradient is written out because autograd would save every shifted view. If g is the gradient
+    of b, the gradient of a is g·d^-β − 2αβ·a·W(g·a·d^-(β+1)): the window is symmetric, so W is its own
+    adjoint.
     """
 
     @staticmethod
@@ -84,6 +84,6 @@ def spatial_response_norm(
     Not in the paper: the 2012 code runs it after its second local response normalisation
     (`cnorm2` in layers-145.cfg). x: [N,C,H,W]; returns the same shape and type.
     """
-    # The padding counts, so the mean is over size² values even at the edge, and is its own adjoint.
+    # The zeros of the padding count, so each mean is over size² values, and the mean is its own adjoint.
     mean = partial(F.avg_pool2d, kernel_size=size, stride=1, padding=size // 2)
     return _ResponseNorm.apply(_at_least_fp32(x), mean, alpha, beta, k).to(x.dtype)

@@ -1,14 +1,14 @@
-"""The memory that the kernels write pooled maps to."""
+"""Allocate the memory that the kernels write pooled maps to."""
 
 import torch
 from torch import Tensor
 
 
 def empty_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Allocate the pooled maps of x, channels_last.
+    """Allocate the maps of 3×3 pooling with stride 2 over x: [N,C,H,W], in channels_last format.
 
-    When compiled, `torch.empty` with a memory format is filled with NaN, and equal calls of
-    `torch.empty_strided` are merged into one, whose result is then copied.
+    This is `torch.empty` with a permutation because torch.compile fills the result of `torch.empty` with a
+    memory format with NaN, and merges equal calls of `torch.empty_strided` into one, whose result it copies.
     """
     n, channels, height, width = x.shape
     pooled = torch.empty((n, (height - 1) // 2, (width - 1) // 2, channels), dtype=dtype, device=x.device)

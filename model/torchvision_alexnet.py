@@ -1,13 +1,13 @@
-"""torchvision's `alexnet`, which differs from the paper's net, and its state dict in this project's names.
+"""Define torchvision's `alexnet`, which differs from the paper's net, and convert its state dict.
 
 It has 64/192/384/256/256 kernels in one tower, no response normalisation, 2 pixels of padding at conv1,
 dropout on the inputs of fc6 and fc7 instead of their outputs, and average pooling to 6×6 for any crop. It has
 61,100,840 parameters at 1000 classes.
 
-torchvision's input is (x / 255 − MEAN) / STD; here, the input is x minus a mean, and the net itself divides
-by 255 · STD. The weights are bitwise those of torchvision. The function is the same up to rounding if the
-mean is 255 · MEAN, since a padded zero is then the same colour in both. Any other mean would change the
-results at the borders, which no change of conv1 could undo; users of these weights must subtract INPUT_MEAN.
+torchvision's input is (x / 255 − MEAN) / STD. The input of TorchvisionAlexNet is x minus a mean, and the net
+itself divides by 255 · STD. The weights are bitwise those of torchvision. The results are the same up to
+rounding if the mean is INPUT_MEAN, since the zeros of the padding then stand for the same colour in both. Any
+other mean would change the results at the borders, so users of these weights must subtract INPUT_MEAN.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ _KINDS = ("weight", "bias")
 
 
 class TorchvisionAlexNet(AlexNet):
-    """The net, with torch's default initial weights drawn from its global generator.
+    """torchvision's net, with torch's default initial weights drawn from its global generator.
 
     classes, dropout: as in AlexNet; torchvision's dropout is `inverted`. Input: [N,3,crop,crop] on the raw
     0–255 scale, minus a mean.
@@ -73,7 +73,10 @@ class TorchvisionAlexNet(AlexNet):
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert torchvision's state dict to this net's names and order. Raises ValueError for any other one."""
+    """Convert torchvision's state dict to the names and the order of TorchvisionAlexNet.
+
+    Raises ValueError if the names or shapes are not those of torchvision's net.
+    """
     names = {f"{theirs}.{kind}": f"{ours}.{kind}" for ours, theirs in NAMES.items() for kind in _KINDS}
     if state.keys() != names.keys():
         differing = ", ".join(sorted(state.keys() ^ names.keys())[:3])
@@ -87,7 +90,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, but {list(expected[name].shape)} in torchvision's net"
             )
-    # fc6 takes the maps channel by channel there, and pixel by pixel here.
+    # torchvision flattens the input of fc6 channel by channel; this net flattens it pixel by pixel.
     ours["fc6.weight"] = ours["fc6.weight"].unflatten(1, (-1, SIDE, SIDE)).permute(0, 2, 3, 1).flatten(1)
     return ours
 

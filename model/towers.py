@@ -1,4 +1,4 @@
-"""AlexNet on two devices with one tower each, as in Fig. 2 of the paper and in layers-145.cfg of its code.
+"""Run AlexNet on two devices with one tower each, as in Fig. 2 of the paper and layers-145.cfg of its code.
 
 A tower has half of the maps of each convolution and half of the units of fc6 and fc7. conv2, conv4 and conv5
 see only the maps of their own tower. Before conv3, fc6 and fc7, the towers exchange their outputs, and both
@@ -22,14 +22,14 @@ from model.alexnet import AlexNet
 from model.fused import normalise_and_pool
 
 State = dict[str, Tensor]
-BORDER = 2  # channels beyond a tower's edge that a window of five reaches
+BORDER = 2  # number of channels of the other tower that a window of five channels reaches
 
 
 def split(state: State, tower: int) -> State:
-    """Copy the part of an AlexNet's state that tower 0 or 1 holds.
+    """Return a copy of the part of an AlexNet's state that tower 0 or 1 holds.
 
-    That is half of the outputs of each layer, and all of fc8 for tower 0. Inputs keep the order of the whole
-    net, and so need no change.
+    That is half of the outputs of each layer, and all of fc8 for tower 0. A layer's inputs have the
+    same order as in the whole net.
     """
     return {
         name: value.clone() if name.startswith("fc8.") else value.chunk(2)[tower].clone()
@@ -46,14 +46,17 @@ def merge(first: State, second: State) -> State:
 
 
 class Link:
-    """The connection to the other tower's process. sent_bytes: number of bytes sent so far."""
+    """The connection to the process of the other tower.
+
+    peer: rank of that process. sent_bytes: number of bytes sent so far.
+    """
 
     def __init__(self, peer: int):
         self.peer = peer
         self.sent_bytes = 0
 
     def swap(self, x: Tensor, channels: int) -> Tensor:
-        """Send [...,C] and receive the other tower's [...,channels], which has the same type."""
+        """Send x: [...,C], and return the other tower's [...,channels], which has the same type."""
         received = x.new_empty(*x.shape[:-1], channels)
         transfers = [
             dist.P2POp(transfer, tensor, self.peer)
@@ -135,28 +138,30 @@ class Tower(nn.Module):
         x = self._normalise_and_pool(x, relu_first=not self.preset.lrn1_before_relu)  # [N,48,27,27]
         x = self.conv2(x)  # [N,128,27,27]
         x = self._normalise_and_pool(x, spatial_norm=self.preset.spatial_norm)  # [N,128,13,13]
-        x = self.activation(self.conv3(self._both(x)))  # [N,192,13,13]
+        x = self.activation(self.conv3(self._exchange(x)))  # [N,192,13,13]
         x = self.activation(self.conv4(x))  # [N,192,13,13]
         x = self.pool(self.activation(self.conv5(x)))  # [N,128,6,6]
-        x = self._both(x).permute(0, 2, 3, 1).flatten(1)  # [N,9216]
+        x = self._exchange(x).permute(0, 2, 3, 1).flatten(1)  # [N,9216]
         x = self.drop6(self.activation(self.fc6(x)))  # [N,2048]
-        x = self.drop7(self.activation(self.fc7(self._both(x))))  # [N,2048]
+        x = self.drop7(self.activation(self.fc7(self._exchange(x))))  # [N,2048]
         if self.tower == 0:
             return self.fc8(torch.cat([x, self._swap(x[:, :0], x.shape[1])], 1))
         return self._swap(x, 0).sum(1, keepdim=True).expand(-1, self.classes)
 
     def _swap(self, x: Tensor, channels: int) -> Tensor:
-        """Send [N,C,…] and receive [N,channels,…]. They are sent channels last, as they lie in memory."""
+        """Send [N,C,…] and return [N,channels,…] of the other tower. Both are sent channels last."""
         return _Swap.apply(x.movedim(1, -1), channels, self.link).movedim(-1, 1)
 
-    def _in_order(self, own: Tensor, others: Tensor) -> Tensor:
-        return torch.cat([own, others] if self.tower == 0 else [others, own], 1)
+    def _in_order(self, own: Tensor, other: Tensor) -> Tensor:
+        """Join the channels of both towers, those of tower 0 first."""
+        return torch.cat([own, other] if self.tower == 0 else [other, own], 1)
 
-    def _both(self, x: Tensor) -> Tensor:
-        """Join the [N,C,…] of both towers to [N,2C,…]."""
+    def _exchange(self, x: Tensor) -> Tensor:
+        """Exchange [N,C,…] with the other tower, and join both to [N,2C,…]."""
         return self._in_order(x, self._swap(x, x.shape[1]))
 
     def _normalise_and_pool(self, x: Tensor, relu_first: bool = True, spatial_norm: bool = False) -> Tensor:
+        """Apply `normalise_and_pool`, with the other tower's border channels if windows span both towers."""
         lrn, channels = self.variant.lrn, x.shape[1]
         joint = lrn and self.preset.lrn_towers == 1
         if joint:
@@ -170,6 +175,6 @@ class Tower(nn.Module):
             activation=self.activation,
             window=self.window,
         )
-        if joint:  # drop the other tower's channels, whose windows were incomplete
+        if joint:  # drop the other tower's channels, which were needed only for this tower's windows
             x = x[:, :channels] if self.tower == 0 else x[:, -channels:]
         return x

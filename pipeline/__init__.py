@@ -1,1 +1,1 @@
-"""From a packed dataset to batches of augmented images: manifest, shards, plan, graph, loader."""
+"""Load batches of augmented images from a packed dataset: manifest, shards, plan, graph and loader."""

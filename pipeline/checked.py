@@ -1,8 +1,8 @@
-"""Read samples, check each before it is used, and leave out the damaged ones.
+"""Read samples, check each one before it is used, and exclude the damaged ones.
 
-A shard may be truncated, overwritten or lost at any time during a run, and the decoder trusts its input: on
-bytes that do not begin like a JPEG, DALI may crash the process, and it allocates memory at once for whatever
-size a header claims, which may be gigabytes if a bit has flipped.
+A shard may be truncated, overwritten or lost at any time during a run, and the decoder trusts its input.
+DALI may crash the process on bytes that do not begin like a JPEG, and it allocates memory at once for
+whatever size a header claims, which may be gigabytes if a bit has flipped.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.jpeg import START, size_offset
 from pipeline.manifest import DatasetError
-from pipeline.reader import Files, ShardReader
+from pipeline.reader import JpegFiles, ShardReader
 
 _HEAD = 4096  # bytes; almost every JPEG gives its size within them
 # Byte offsets to check: two from the start of the file, and four from where the file gives its size.
@@ -20,7 +20,10 @@ _OFFSETS = np.array([0, 1, 0, 1, 2, 3])
 
 
 class Damage(NamedTuple):
-    """A damaged sample. location: its shard and byte offset. what: what is wrong, as a predicate."""
+    """A damaged sample.
+
+    location: its shard and byte offset. what: what is wrong, as the predicate of a sentence.
+    """
 
     location: str
     what: str
@@ -30,68 +33,72 @@ class Damage(NamedTuple):
         return f"the sample in {self.location} {self.what}"
 
 
-LeaveOut = Callable[[Damage], None]
+OnDamage = Callable[[Damage], None]
 
 
 class CheckedReader:
-    """A reader's samples without the damaged ones.
+    """Reads samples without the damaged ones.
 
-    leave_out: called with each damaged sample when it is first met; if None, damage raises DatasetError.
-    replace: whether the next sample of the dataset replaces a damaged one, or it is simply missing.
+    on_damage: called once with each damaged sample that is found; if None, damage raises DatasetError.
+    replace: if true, the next sample of the dataset takes the place of a damaged one; if false, batches with
+    damaged samples are smaller.
     """
 
-    def __init__(self, reader: ShardReader, leave_out: LeaveOut | None, replace: bool):
-        self.reader, self.leave_out, self.replace = reader, leave_out, replace
-        self.bad = np.zeros(len(reader), bool)
-        # Where each file gives its size, as an offset in bytes; 0 until it is known.
+    def __init__(self, reader: ShardReader, on_damage: OnDamage | None, replace: bool):
+        self.reader, self.on_damage, self.replace = reader, on_damage, replace
+        self.excluded = np.zeros(len(reader), bool)
+        # The offset in each file, in bytes, at which it gives the size of its image; 0 until it is known.
         self._size_offsets = np.zeros(len(reader), np.int64)
         sizes = np.stack((reader.rows["height"], reader.rows["width"]), 1).astype(">u2").view(np.uint8)
         self._expected = np.insert(sizes, [0, 0], tuple(START), 1)  # each file's bytes at _OFFSETS
 
     def unread(self, samples: np.ndarray) -> np.ndarray:
-        """Return those of the samples that have not been read yet."""
+        """Return the samples, given by number, that have not been read yet."""
         return samples[self._size_offsets[samples] == 0]
 
-    def read(self, samples: np.ndarray) -> tuple[np.ndarray, Files]:
-        """Read samples; return the numbers of the usable ones, or of their replacements, and their files.
+    def read(self, samples: np.ndarray) -> tuple[np.ndarray, JpegFiles]:
+        """Read samples by number; return the numbers of those that were read, and their files.
 
-        Raises DatasetError as `note` does.
+        Damaged samples are excluded, and are replaced if `replace` is set. Raises DatasetError as `exclude`
+        does, and OutageError if the storage cannot be read.
         """
         while True:
-            samples = self._without_bad(samples)
+            samples = self._without_excluded(samples)
             files = self.reader.read(samples)
             damages = self._damages(samples, files)
             if not damages:
                 return samples, files
             for number, damage in damages.items():
-                self.note(number, damage)
+                self.exclude(number, damage)
 
-    def note(self, number: int, damage: Damage) -> None:
-        """Leave a sample out from now on.
+    def exclude(self, number: int, damage: Damage) -> None:
+        """Exclude a sample from now on, and report its damage to `on_damage`.
 
-        Raises DatasetError if damage is not tolerated, or if no sample would be left.
+        Raises DatasetError if damage is not tolerated, or if no sample would remain.
         """
-        if self.bad[number]:
+        if self.excluded[number]:
             return
-        if self.leave_out is None or self.bad.sum() == len(self.bad) - 1:
+        if self.on_damage is None or self.excluded.sum() == len(self.excluded) - 1:
             raise DatasetError(f"{damage}: copy the shard again")
-        self.bad[number] = True
-        self.reader.forget(number)
-        self.leave_out(damage)
+        self.excluded[number] = True
+        self.reader.evict(number)
+        self.on_damage(damage)
 
-    def note_undecodable(self, number: int) -> None:
-        """Do as `note` does for a file that passed the checks but that the decoder refused."""
-        self.note(number, Damage(self.reader.name(number), "cannot be decoded", "undecodable"))
+    def exclude_undecodable(self, number: int) -> None:
+        """Exclude a sample that passed the checks but that the decoder refused. Raises as `exclude` does."""
+        self.exclude(number, Damage(self.reader.location(number), "cannot be decoded", "undecodable"))
 
-    def _without_bad(self, samples: np.ndarray) -> np.ndarray:
-        while (bad := self.bad[samples]).any():
-            samples = np.where(bad, (samples + 1) % len(self.bad), samples) if self.replace else samples[~bad]
+    def _without_excluded(self, samples: np.ndarray) -> np.ndarray:
+        while (excluded := self.excluded[samples]).any():
+            if not self.replace:
+                return samples[~excluded]
+            samples = np.where(excluded, (samples + 1) % len(self.excluded), samples)
         return samples
 
-    def _damages(self, samples: np.ndarray, files: Files) -> dict[int, Damage]:
-        """Check the samples that were just read or never checked; return the damage by sample number.
+    def _damages(self, samples: np.ndarray, files: JpegFiles) -> dict[int, Damage]:
+        """Check the samples that were just read or never checked; return their damage by sample number.
 
-        A check takes half a microsecond per sample, and five the first time.
+        A check takes half a microsecond per sample, or five microseconds the first time.
         """
         unseen = np.flatnonzero(self._size_offsets[samples] == 0)
         for index in unseen.tolist():
@@ -119,13 +126,13 @@ class CheckedReader:
 
     def _damage(self, number: int, found: np.ndarray, failure: str | None) -> Damage:
         """Describe what is wrong with a sample. found: its bytes at _OFFSETS."""
-        name, row = self.reader.name(number), self.reader.rows[number]
+        location, row = self.reader.location(number), self.reader.rows[number]
         if failure is not None:
-            return Damage(name, failure, "unreadable")
+            return Damage(location, failure, "unreadable")
         if found[:2].tobytes() != START:
-            return Damage(name, "does not begin like a JPEG", "undecodable")
+            return Damage(location, "does not begin like a JPEG", "undecodable")
         if not self._size_offsets[number]:
-            return Damage(name, "does not give the size of its image", "undecodable")
+            return Damage(location, "does not give the size of its image", "undecodable")
         height, width = found[2:].view(">u2").tolist()
         what = f"claims {width}×{height} px, but the index says {row['width']}×{row['height']}"
-        return Damage(name, what, "undecodable")
+        return Damage(location, what, "undecodable")

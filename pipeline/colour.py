@@ -1,11 +1,11 @@
 """Fancy PCA: a random colour offset for each image each time it is used (section 4.1 of the paper).
 
 The paper adds [p1,p2,p3]·[α1λ1, α2λ2, α3λ3]ᵀ to each pixel, α ~ N(0, .1²). It does not say on which scale the
-eigenvalues λ are computed. On 0–255 they would drown the image (14,830), so here:
+eigenvalues λ are computed. On 0–255 the noise would drown the image (the largest λ is 14,830). The choices:
 
-- `paper`     the text's formula with pixels on 0–1, which on 0–255 is a standard deviation of .1·λ/255;
-- `code2012`  what the published code does: √λ in place of λ, and the sum divided by 1.1, which keeps the
-              variance near that of the test images;
+- `paper`     the text's formula with pixels on 0–1, which is a standard deviation of .1·λ/255 on 0–255;
+- `code2012`  the published code's formula: √λ instead of λ, and the sum of pixel and offset divided by 1.1,
+              which keeps the variance near that of the test images;
 - `off`       no offset.
 """
 
@@ -18,7 +18,10 @@ _ALPHA_STD = 0.1
 
 
 def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:
-    """Return the offset's standard deviations [3] along the principal components, on the 0–255 scale."""
+    """Return the offset's standard deviations [3] along the principal components, on the 0–255 scale.
+
+    colour: one of COLOURS. Raises KeyError for any other.
+    """
     eigenvalues = np.array(pixels.eigenvalues)
     deviations = {"paper": eigenvalues / 255, "code2012": np.sqrt(eigenvalues), "off": np.zeros(3)}
     return _ALPHA_STD * deviations[colour]
@@ -27,13 +30,13 @@ def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:
 def colour_offsets(colour: str, pixels: Pixels, normal: np.ndarray) -> np.ndarray:
     """Turn standard normal draws [n,3] into RGB offsets [n,3] to add, on the 0–255 scale.
 
-    An image's offsets are bitwise the same whatever else is in the batch. A matrix product's would not be:
-    its order of operations depends on n.
+    An image's offsets do not depend on the rest of the batch, to the last bit. Those of a matrix product
+    would, because its order of operations depends on n.
     """
     scaled, vectors = normal * colour_deviations(colour, pixels), np.array(pixels.eigenvectors)
     return sum(scaled[:, [k]] * vectors[:, k] for k in range(3))
 
 
 def colour_divisor(colour: str) -> float:
-    """Return what the 2012 code divides pixels with colour noise by: one plus the noise's strength."""
+    """Return the number by which pixels with colour noise are divided: 1.1 in the 2012 code, else 1."""
     return 1.0 + _ALPHA_STD if colour == "code2012" else 1.0

@@ -1,8 +1,10 @@
-"""Durations in a form for people to read."""
+"""Format durations for people to read."""
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as minutes and seconds, or as hours and minutes."""
+    """Format a number of seconds by its two largest units: "13 s", "2 min 05 s" or "1 h 02 min"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

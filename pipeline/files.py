@@ -1,4 +1,4 @@
-"""Read, write and flush files: atomic writes, complete reads, and errors that name the file."""
+"""Read files completely, write them atomically, flush them to the disk, and name them in errors."""
 
 import errno
 import io
@@ -8,9 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-# Errors from storage that does not support fsync, or not on folders or files opened for reading: SMB, DrvFs,
-# vboxsf, some FUSE file systems. Write errors (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are not among them.
-_NO_SYNC = {
+# Errors from storage that does not support fsync at all, or not on folders or files opened for reading: SMB,
+# DrvFs, vboxsf and some FUSE file systems. Write errors (EIO, ENOSPC, EDQUOT) and outages (ESTALE) are not
+# among them.
+_SYNC_UNSUPPORTED = {
     errno.EINVAL,
     errno.EBADF,
     errno.EACCES,
@@ -26,8 +27,8 @@ _CHUNK = 1 << 20  # bytes
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to each OSError of the block that lacks one, as those of read and write do."""
+def path_in_errors(path: str | Path) -> Iterator[None]:
+    """Add the path to any OSError of the block that names no file, such as those of read and write."""
     try:
         yield
     except OSError as error:
@@ -37,11 +38,11 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> bytes:
-    """Read a file from `offset` on: all of it or `size` bytes, and fewer only if the file ends before.
+    """Read a file from the byte `offset` to its end, or `size` bytes of it, or fewer if it ends earlier.
 
     Raises OSError, which names the file.
     """
-    with naming(path), open(path, "rb", buffering=0) as file:
+    with path_in_errors(path), open(path, "rb", buffering=0) as file:
         file.seek(offset)
         if size is not None:
             return read_fully(file, size)
@@ -54,9 +55,9 @@ def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> byt
 
 
 def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
-    """Read the next `size` bytes, however few arrive at a time, and fewer only at the end of the file.
+    """Read the next `size` bytes of an unbuffered file, or fewer only if it ends earlier.
 
-    Raises OSError, also for EAGAIN, which Python's own `read` reports as the end of the file.
+    Raises OSError, also for EAGAIN, for which Python's own `read` raises nothing.
     """
     parts = []
     while size:
@@ -72,14 +73,14 @@ def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: it gets its name, or replaces the file of that name, once it is on the disk.
+    """Write a file atomically: it appears under `path`, or replaces the file there, once it is on the disk.
 
-    After an error in the block, or a failed write (OSError), nothing of it is left, and any file that had the
-    name before is unchanged.
+    After an error in the block, or a failed write (OSError), nothing of the new file is left, and a previous
+    file is unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with naming(path), open(partial, "wb", buffering=1 << 20) as file:
+        with path_in_errors(path), open(partial, "wb", buffering=1 << 20) as file:
             yield file
             file.flush()
             sync(file.fileno(), path)
@@ -92,24 +93,24 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(file: int, path: str | Path) -> None:
-    """Flush a file or folder to the disk, where its storage supports that, and so make it survive a crash.
+    """Flush a file or folder to the disk, if its storage supports that, so that it survives a crash.
 
     file: an open descriptor. Raises OSError, which names the path, if the storage fails.
     """
     try:
-        with naming(path):
+        with path_in_errors(path):
             os.fsync(file)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
+        if error.errno not in _SYNC_UNSUPPORTED:
             raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where its storage supports that. Raises OSError."""
+    """Flush the list of a folder's files to the disk, if its storage supports that. Raises OSError."""
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        if error.errno not in _NO_SYNC:
+        if error.errno not in _SYNC_UNSUPPORTED:
             raise
         return
     try:
@@ -119,9 +120,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def close_quietly(file: int | IO) -> None:
-    """Close a file or descriptor that has no written data to lose, and ignore errors.
+    """Close a file or descriptor that has no unwritten data, and ignore errors.
 
-    On a mount that went away, closing fails, and that error would hide the one that ended the work.
+    On a mount that has gone away, closing fails, and its error would hide the one that ended the work.
     """
     with suppress(OSError):
         os.close(file) if isinstance(file, int) else file.close()

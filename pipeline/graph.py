@@ -6,12 +6,12 @@ CPU the same operators run there. All random numbers come from the plan, so noth
 Inputs of a training sample, from `fn.external_source`:
 
     jpeg    uint8 [bytes]   the file
-    mean    float [3]       subtracted from the pixels; the colour offset of fancy PCA is already taken off it
-    scale   float []        divides the pixels after that
-    x, y    float []        position of the crop, 0 to 1 over the range of possible offsets
-    mirror  int32 []        1 to flip left to right
+    mean    float [3]       the mean minus the image's colour offset (fancy PCA), subtracted from the pixels
+    scale   float []        the divisor of the pixels after the subtraction
+    x, y    float []        the position of the crop, 0 to 1 over the range of possible offsets
+    mirror  int32 []        1 to flip the image left to right, else 0
 
-Output: pixels [crop,crop,3] (HWC). Ten crops are stacked as [10,crop,crop,3].
+The output of a sample is its pixels [crop,crop,3] (HWC), or [10,crop,crop,3] for ten crops.
 """
 
 import math
@@ -26,11 +26,18 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
 
 CENTRE = (0.5, 0.5)
-TEN_CROP_POSITIONS = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), CENTRE)  # each also mirrored
-RESERVED_BYTES = 2**31  # most GPU memory to reserve for the images of a batch before the first one
+TEN_CROP_POSITIONS = (
+    (0.0, 0.0),
+    (1.0, 0.0),
+    (0.0, 1.0),
+    (1.0, 1.0),
+    CENTRE,
+)  # each is used twice, once mirrored
+RESERVED_BYTES = 2**31  # most GPU memory to reserve at the start for the decoded images of a batch
 
-# DALI keeps allocations above this size, which is 32 MB by default. Smaller batches would return their memory
-# to the system and get it back page by page each time. DALI reads the variable at its first allocation.
+# DALI reuses allocations above this size, which is 32 MB by default. With that, the memory of smaller batches
+# would be returned to the system and faulted in again page by page for each batch. DALI reads the variable at
+# its first allocation.
 os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "1M")
 
 
@@ -39,8 +46,8 @@ class Decoding:
     """Where and how images are decoded.
 
     crop: side in pixels. threads: number of DALI threads. prefetch: number of batches to prepare ahead.
-    hw_decoder_load: fraction of the images that a GPU's JPEG engine decodes, where it has one. cores: the
-    core that each thread is pinned to; if empty, threads are not pinned.
+    hw_decoder_load: fraction of the images that the GPU's JPEG engine decodes, if the GPU has one. cores: the
+    index of the core that each thread is pinned to; if empty, threads are not pinned.
     """
 
     crop: int = 224
@@ -58,11 +65,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What a graph is built for.
+    """The options of a graph.
 
-    batch: maximum number of images in a batch. resize_shorter: pixels to which the shorter side is resized
-    first, or None if the shards hold images of that size. max_width, max_height: of the dataset's images, in
-    pixels.
+    batch: maximum number of images in a batch. resize_shorter: the shorter side in pixels to which images are
+    resized before they are cropped, or None if the shards hold images of the right size. max_width,
+    max_height: the largest width and height of the dataset's images, in pixels.
     """
 
     decoding: Decoding
@@ -73,18 +80,18 @@ class GraphOptions:
 
 
 def jpeg_batch(jpegs: Iterable[memoryview]) -> TensorListCPU:
-    """Wrap files as a batch for a source to return, without copying them; the batch keeps their memory alive.
+    """Wrap files as one DALI batch without copying them; the batch keeps their memory alive.
 
-    DALI accepts a list of arrays too, but inspects each in Python, which takes three times as long.
+    DALI also accepts a list of arrays, but inspects each of them in Python, which takes three times as long.
     """
     return TensorListCPU([TensorCPU(jpeg) for jpeg in jpegs], contiguous=False)  # type: ignore[call-overload]
 
 
 def reserved_size(options: GraphOptions) -> tuple[int, int]:
-    """Return the width and height of the images that the decoder reserves memory for.
+    """Return the width and height, in pixels, for which the decoder reserves memory in advance.
 
-    These are the dataset's largest, scaled down if a batch of that size would take more than RESERVED_BYTES.
-    The decoder allocates more when larger images come.
+    They are the dataset's largest, scaled down if a batch of such images would take more than RESERVED_BYTES.
+    The decoder allocates more when it meets a larger image.
     """
     batch_bytes = options.batch * options.max_width * options.max_height * 3
     scale = min(1.0, math.sqrt(RESERVED_BYTES / batch_bytes))
@@ -99,8 +106,8 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
         jpeg,
         device="mixed" if on_gpu else "cpu",
         output_type=types.RGB,
-        adjust_orientation=False,  # the packer has rotated the images, and DALI acts on broken EXIF data
-        affine=False,  # otherwise the threads of all processes on a machine would share its first cores
+        adjust_orientation=False,  # the packer has done it, and DALI would also obey broken EXIF data
+        affine=False,  # otherwise the threads of all processes would be pinned to the machine's first cores
         preallocate_width_hint=width if on_gpu else None,
         preallocate_height_hint=height if on_gpu else None,
         hw_decoder_load=options.decoding.hw_decoder_load if on_gpu else None,
@@ -117,9 +124,9 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
 
 
 def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
-    """Crop, mirror, subtract, divide and convert in one operator.
+    """Crop, mirror, subtract the mean, divide and convert in one operator.
 
-    The result is fp16 only on a GPU: on a CPU, converting to it costs more than everything else.
+    The result is fp16 on a GPU and fp32 on a CPU, where converting to fp16 costs more than all of this.
     """
     decoding = options.decoding
     return fn.crop_mirror_normalize(
@@ -132,7 +139,7 @@ def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
 
 
 def augment(jpeg: Any, options: GraphOptions, *, mean: Any, scale: Any, x: Any, y: Any, mirror: Any) -> Any:
-    """Make a training image from its file: the operators between the inputs above and the pixels."""
+    """Apply the operators that turn the inputs of a training sample into its pixels (see the module)."""
     images = _decode(jpeg, options)
     return _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale)
 
@@ -149,18 +156,18 @@ def _train(source: Callable, options: GraphOptions) -> Any:
     return augment(jpeg, options, mean=mean, scale=scale, x=x, y=y, mirror=mirror)
 
 
-def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten: bool) -> Any:
+def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten_crops: bool) -> Any:
     [jpeg] = fn.external_source(
         source=source, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
     )
     images = _decode(jpeg, options)
-    positions = TEN_CROP_POSITIONS if ten else (CENTRE,)
+    positions = TEN_CROP_POSITIONS if ten_crops else (CENTRE,)
     crops = [
         _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=list(mean))
-        for mirror in ((0, 1) if ten else (0,))
+        for mirror in ((0, 1) if ten_crops else (0,))
         for x, y in positions
     ]
-    return fn.stack(*crops) if ten else crops[0]
+    return fn.stack(*crops) if ten_crops else crops[0]
 
 
 def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
@@ -179,13 +186,13 @@ def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
     return pipeline
 
 
-def undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]:
-    """Find the indices of the files that the decoder refuses; for a batch, it does not say which.
+def find_undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]:
+    """Return the indices of the files that the decoder refuses.
 
-    Each file is decoded by itself.
+    DALI's error does not say which file of a batch is at fault, so each is decoded by itself.
     """
-    one_by_one = replace(options, batch=1, decoding=replace(options.decoding, prefetch=1))
-    found: list[int] = []
+    single = replace(options, batch=1, decoding=replace(options.decoding, prefetch=1))
+    refused: list[int] = []
     done = 0
 
     def graph() -> Any:
@@ -193,32 +200,32 @@ def undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]
         return _decode(fn.external_source(source=rest, batch=True, dtype=types.UINT8, ndim=1), options)
 
     while done < len(jpegs):
-        pipeline = _build(graph, one_by_one)  # a pipeline that failed cannot be used again
+        pipeline = _build(graph, single)  # a pipeline that failed cannot be used again
         try:
             while done < len(jpegs):
                 pipeline.run()
                 done += 1
         except RuntimeError:
-            found.append(done)
+            refused.append(done)
             done += 1
-    return found
+    return refused
 
 
 def train_pipeline(source: Callable, options: GraphOptions) -> Any:
-    """Build the training pipeline: random crop, mirror and colour.
+    """Build the training pipeline, with random crop, mirror and colour.
 
-    source() returns the six inputs of a batch, each a list or an array with a row per sample, or raises
-    StopIteration.
+    source() returns the six inputs of a batch, in the order of the module's list, each with a row per sample.
+    It raises StopIteration at the end.
     """
     return _build(_train, options, source, options)
 
 
 def evaluation_pipeline(source: Callable, options: GraphOptions, mean: Sequence[float], crops: int) -> Any:
-    """Build the evaluation pipeline: the centre crop (crops=1), or the four corners and the centre with their
-    mirror images (crops=10, section 4.1).
+    """Build the evaluation pipeline, which takes no random draws.
 
-    source() returns a tuple that holds only the jpeg input. mean: RGB [3], which is subtracted. Raises
-    ValueError for another number of crops.
+    source() returns a tuple of the input jpeg alone, or raises StopIteration at the end. mean: RGB [3], which
+    is subtracted from the pixels. crops: 1 for the centre, or 10 for the four corners, the centre and their
+    mirror images (section 4.1 of the paper). Raises ValueError for any other number of crops.
     """
     if crops not in (1, 10):
         raise ValueError(f"crops must be 1 (centre) or 10 (corners and centre, also mirrored), not {crops}")

@@ -1,20 +1,20 @@
-"""Walk the segments of a JPEG file, without decoding any pixels."""
+"""Read the segments of a JPEG file, without decoding any pixels (ITU T.81, annex B)."""
 
 import re
 from collections.abc import Iterator
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 SCAN = 0xDA
-FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that start a frame; those three do not
-_TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD}  # what may stand between two scans
-# In coded data, zero follows a byte of 0xFF, and restart markers are part of it.
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers (SOF0 to SOF15)
+_TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD}  # markers of segments that may stand between two scans
+# In entropy-coded data, zero follows each byte 0xFF, except for restart markers.
 _MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 
 
 def segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield the marker, start and end of each segment, for as long as one directly follows another.
+    """Yield the marker of each segment, and its start and end as byte offsets.
 
-    The first scan is the last one yielded; its end is the end of its header.
+    Stops after the header of the first scan, or at the first bytes that are not a segment.
     """
     start = 2 if content[:2] == START else len(content)
     while start + 4 <= len(content) and content[start] == 0xFF:
@@ -29,9 +29,9 @@ def segments(content: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def size_offset(content: bytes) -> int | None:
-    """Return the offset of the image's height and width in the file: two bytes each, the high byte first.
+    """Return the byte offset of the image's height and width, which are two big-endian bytes each.
 
-    Returns None if no complete frame header comes before the first scan. Takes two to three microseconds.
+    Returns None if there is no complete frame header before the first scan. Takes two to three microseconds.
     """
     for marker, start, end in segments(content):
         if marker in FRAMES:

@@ -1,8 +1,8 @@
-"""Loaders: turn the plan's samples into channels_last torch tensors by DALI, without copying them.
+"""Load batches of images by DALI as channels_last torch tensors, for training and for evaluation.
 
 A loader yields (pixels, labels) on its device. pixels: [n,3,crop,crop], fp16 on a GPU and fp32 on a CPU, on
-the 0–255 scale minus the training mean. labels: int64 [n]. DALI prepares batches ahead in its own threads,
-from the bytes that were read from the shards.
+the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the shards,
+and DALI decodes them ahead in its own threads and hands over its outputs without a copy.
 """
 
 from collections import deque
@@ -15,33 +15,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.checked import CheckedReader, LeaveOut
+from pipeline.checked import CheckedReader, OnDamage
 from pipeline.colour import colour_divisor, colour_offsets
 from pipeline.graph import (
     CENTRE,
     Decoding,
     GraphOptions,
     evaluation_pipeline,
+    find_undecodable,
     jpeg_batch,
     train_pipeline,
-    undecodable,
 )
 from pipeline.manifest import RGB, DatasetError, Manifest, read_manifest
 from pipeline.plan import Plan, crop_offsets, share
-from pipeline.reader import Files, ShardReader
+from pipeline.reader import JpegFiles, ShardReader
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-LOOK_AHEAD = 1024  # samples that are fetched from the disk before DALI asks for them
-BLOCK_IMAGES = 2048  # for which random numbers are drawn at a time
-Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and arrays with a row per sample
+LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
+BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
+Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and the inputs that follow their files
 
 
 class Dataset:
     """An open dataset: its manifest, and a reader for each split that is used.
 
-    mean: RGB [3], the mean that the net was trained with, if it differs from the dataset's own. processes:
-    the number of processes on this machine that have the dataset open. Raises DatasetError, as
-    `read_manifest` and `ShardReader` do.
+    mean: RGB [3], to be subtracted instead of the dataset's own mean, for a net that was trained on another
+    dataset. processes: the number of processes on this machine that open the dataset. Raises DatasetError
+    and OSError as `read_manifest` does.
     """
 
     def __init__(self, root: Path, mean: RGB | None = None, processes: int = 1):
@@ -53,6 +53,7 @@ class Dataset:
         self._readers: dict[str, ShardReader] = {}
 
     def reader(self, split: str) -> ShardReader:
+        """Return the reader of a split, which is opened at the first call. Raises as `ShardReader` does."""
         if split not in self._readers:
             self._readers[split] = ShardReader(self.root, self.manifest, split, self.processes)
         return self._readers[split]
@@ -69,22 +70,23 @@ def train_loader(
     colour_epochs: int | None = None,
     rank: int = 0,
     world: int = 1,
-    leave_out: LeaveOut | None = None,
+    on_damage: OnDamage | None = None,
 ) -> Iterator[Batch]:
     """Load a rank's share of each step, with random crop, mirror and colour.
 
     crops_and_flips: if false, each image is its centre crop, as in evaluation. colour: one of COLOURS.
-    colour_epochs: number of epochs after which the colour noise is switched off, or None for never.
-    leave_out: called with each damaged sample, which is replaced by the next one of the dataset with the same
-    random draws; if None, damage raises DatasetError. Raises ValueError if `world` does not divide the plan's
-    batch, and DatasetError for damaged data.
+    colour_epochs: number of epochs after which the colour noise is switched off, or None for never. rank,
+    world: the index of this process, and the number of processes. on_damage: called with each damaged sample,
+    whose place the next sample of the dataset takes, with the same random draws; if None, damage raises
+    DatasetError. Raises ValueError if `world` does not divide the plan's batch, DatasetError if the crop is
+    too large, and OutageError if the storage fails.
     """
     reader, pixels = dataset.reader("train"), dataset.manifest.pixels
     mean = np.array(pixels.mean)
 
     def requests() -> Iterator[Request]:
-        for first in range(steps.start, steps.stop, most):  # drawing for many steps at a time costs less
-            block = min(most, steps.stop - first)
+        for first in range(steps.start, steps.stop, steps_per_block):  # a draw for many steps costs less
+            block = min(steps_per_block, steps.stop - first)
             batch = plan.step_batch(first, rank, world, block)
             if crops_and_flips:
                 rows, mirror = reader.rows[batch.samples], batch.draws.mirror
@@ -103,13 +105,13 @@ def train_loader(
                 mirror.astype(np.int32),
             )
             for start in range(0, block * images, images):
-                part = slice(start, start + images)
-                yield batch.samples[part], tuple(argument[part] for argument in arguments)
+                step = slice(start, start + images)
+                yield batch.samples[step], tuple(argument[step] for argument in arguments)
 
     images = plan.images_per_rank(world)
-    most = max(1, BLOCK_IMAGES // images)
+    steps_per_block = max(1, BLOCK_IMAGES // images)
     options = graph_options(dataset.manifest, decoding, images)
-    checked = CheckedReader(reader, leave_out, replace=True)
+    checked = CheckedReader(reader, on_damage, replace=True)
     return iter(_Stream(train_pipeline, options, checked, requests, decoding.device))
 
 
@@ -122,14 +124,15 @@ def evaluation_loader(
     crops: int = 1,
     rank: int = 0,
     world: int = 1,
-    leave_out: LeaveOut | None = None,
-    kept: bool = False,
+    on_damage: OnDamage | None = None,
+    persistent: bool = False,
 ) -> Iterable[Batch]:
     """Load a rank's share of a split in order, each sample once; the last batch may be smaller.
 
-    crops: 1 (the centre) or 10; with ten, pixels are [n,10,3,crop,crop]. leave_out: called with each damaged
-    sample, which is then missing; if None, damage raises DatasetError. kept: keep DALI's memory and threads
-    between iterations, rather than create and end them with each.
+    batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].
+    on_damage: called with each damaged sample, which is then missing; if None, damage raises DatasetError.
+    persistent: keep DALI's memory and threads between iterations, instead of creating them for each. Raises
+    DatasetError if the crop is too large, OutageError if the storage fails, and ValueError for other crops.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)
@@ -140,12 +143,12 @@ def evaluation_loader(
 
     build = partial(evaluation_pipeline, mean=dataset.manifest.pixels.mean, crops=crops)
     options = graph_options(dataset.manifest, decoding, batch)
-    checked = CheckedReader(reader, leave_out, replace=False)
-    return _Stream(build, options, checked, requests, decoding.device, kept)
+    checked = CheckedReader(reader, on_damage, replace=False)
+    return _Stream(build, options, checked, requests, decoding.device, persistent)
 
 
 def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[Batch]:
-    """Yield the same random batch forever, to measure a model whose input costs nothing."""
+    """Yield the same random batch forever, to measure a model without the cost of its input."""
     generator = torch.Generator().manual_seed(0)
     side = decoding.crop
     pixels = torch.randint(-128, 128, (batch, side, side, 3), generator=generator).permute(0, 3, 1, 2)
@@ -175,7 +178,10 @@ def graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOp
 def _crop_positions(
     manifest: Manifest, rows: np.ndarray, uniform: np.ndarray, crop: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the crops' x and y as DALI expects them: 0 to 1 over the range of offsets, at whole pixels."""
+    """Return the crops' x and y as DALI expects them: 0 to 1 over the range of offsets, at whole pixels.
+
+    uniform: [n,2], draws in [0, 1) for x and y. crop: side in pixels.
+    """
     width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
     shorter = np.minimum(width, height)
     positions = []
@@ -188,8 +194,8 @@ def _crop_positions(
 class _Stream:
     """Feeds requests to a DALI pipeline and yields its batches.
 
-    build(source, options) makes the pipeline. requests() yields the requests of one iteration. kept: whether
-    the pipeline is kept after an iteration.
+    build(source, options) makes the pipeline. requests() yields the requests of one iteration. persistent:
+    whether the next iteration uses the same pipeline.
     """
 
     def __init__(
@@ -199,24 +205,26 @@ class _Stream:
         checked: CheckedReader,
         requests: Callable[[], Iterator[Request]],
         device: torch.device,
-        kept: bool = False,
+        persistent: bool = False,
     ):
-        self.build, self.options, self.device, self.kept = build, options, device, kept
+        self.build, self.options, self.device, self.persistent = build, options, device, persistent
         self.checked, self.reader = checked, checked.reader
         self.all_requests = requests
         self.failure: DatasetError | None = None
-        self.in_flight: deque[tuple[Request, Files]] = deque()  # requests that DALI has not answered yet
+        self.in_flight: deque[tuple[Request, JpegFiles]] = (
+            deque()
+        )  # given to DALI, which has not returned them
         # DALI does not copy its inputs, and on a GPU it reads them even after it has returned the batch.
         self.inputs: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)
         self.pipeline = build(self._source, options)
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.device
-        self.requests, self.failure = self._fetched_ahead(self.all_requests()), None
+        self.requests, self.failure = self._prefetched(self.all_requests()), None
         self.in_flight.clear()
-        self.checked.bad[:] = False  # samples that could not be read may be readable again
-        # The pipeline refers to self. If self held it while it runs, only the garbage collector would end its
-        # threads.
+        self.checked.excluded[:] = False  # samples that could not be read may be readable again
+        # The pipeline refers to self. If self also referred to a running pipeline, only the garbage collector
+        # would end its threads.
         pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
         while True:
             # On a GPU the outputs are ordered on torch's stream, so the host does not wait for them.
@@ -226,12 +234,12 @@ class _Stream:
             except StopIteration:
                 if self.failure is not None:
                     raise self.failure from None
-                if self.kept:
+                if self.persistent:
                     pipeline.reset()
                     self.pipeline = pipeline
                 return
             except RuntimeError as error:
-                self._leave_out_undecodable(error)
+                self._exclude_undecodable(error)
                 self.requests = chain([request for request, _ in self.in_flight], self.requests)
                 self.in_flight.clear()
                 pipeline = self.build(self._source, self.options)
@@ -241,16 +249,16 @@ class _Stream:
             # HWC in memory with a CHW shape is torch's channels_last format.
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
 
-    def _fetched_ahead(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Yield the requests, and have the kernel fetch the samples of the next ones from the disk meanwhile.
+    def _prefetched(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """Yield the requests, and have the kernel prefetch the samples of later ones meanwhile.
 
-        It does many reads at a time, where reading the samples would wait for one after another.
+        The kernel does many reads at a time, whereas this process waits for one read after another.
         """
         waiting: deque[Request] = deque()
-        samples, once = 0, self.reader.stays_in_memory
+        samples, once = 0, self.reader.fits_in_page_cache
         for request in requests:
             numbers = request[0]
-            self.reader.will_need(self.checked.unread(numbers) if once else numbers)
+            self.reader.prefetch(self.checked.unread(numbers) if once else numbers)
             waiting.append(request)
             samples += len(numbers)
             while samples - len(waiting[0][0]) >= LOOK_AHEAD:
@@ -272,15 +280,15 @@ class _Stream:
         self.inputs.append((jpeg_batch(files.jpegs), *arguments))
         return self.inputs[-1]
 
-    def _leave_out_undecodable(self, error: RuntimeError) -> None:
-        """Find the sample that DALI could not decode, which it does not name: try each one in flight."""
+    def _exclude_undecodable(self, error: RuntimeError) -> None:
+        """Exclude the samples in flight that DALI cannot decode, after it refused a batch with this error."""
         candidates = [
             (number, jpeg)
             for (samples, _), files in self.in_flight
             for number, jpeg in zip(samples.tolist(), files.jpegs, strict=True)
         ]
-        indices = undecodable([jpeg for _, jpeg in candidates], self.options)
+        indices = find_undecodable([jpeg for _, jpeg in candidates], self.options)
         if not indices:
             raise DatasetError(f"DALI cannot decode a batch: {error}") from error
         for index in indices:
-            self.checked.note_undecodable(candidates[index][0])
+            self.checked.exclude_undecodable(candidates[index][0])

@@ -1,7 +1,8 @@
-"""dataset.json: the description of a packed dataset, checked when it is opened.
+"""Read and write dataset.json, the manifest of a packed dataset.
 
 The packer writes it last, so a folder without it is not a dataset. It holds everything that a run needs to
-know about its data: lengths, classes, mean and PCA. Nothing is scanned, and nothing is a constant in code.
+know about its data (lengths, classes, mean and PCA), so that no run scans the data, and the code holds no
+constants of a particular dataset.
 """
 
 import json
@@ -20,13 +21,13 @@ from pydantic import (
 )
 
 from pipeline.files import atomic_write
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"
 MAX_BYTES = 1 << 28  # largest dataset.json that is read; a million shards take about as much
 MAX_SIDE = 65535  # largest side of an image, in pixels, that a JPEG and the index can hold
-HEAD_BYTES = 65536  # hashed when a shard is opened, to tell a replaced shard from the packed one
+HEAD_BYTES = 65536  # the part of a shard that is hashed when it is opened, to detect a replaced shard
 
 RGB = tuple[float, float, float]  # one value per channel
 Geometry = Literal["256", "short256", "original"]
@@ -36,15 +37,15 @@ class DatasetError(ValueError):
     """A dataset cannot be used; the message says what is wrong and what to do."""
 
 
-def _inside(name: str) -> str:
-    """Check a file name, which must not lead out of the dataset's folder."""
+def _check_inside_folder(name: str) -> str:
+    """Return the name. Raises ValueError if it leads out of the dataset's folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name:
         raise ValueError(f"{name} is not in the dataset's folder")
     return name
 
 
-Name = Annotated[str, AfterValidator(_inside)]
+FileName = Annotated[str, AfterValidator(_check_inside_folder)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
 
 
@@ -53,9 +54,9 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """A tar file. bytes, sha256: of the whole file. head_sha256: of its first 64 KiB."""
+    """A tar file. bytes, sha256: size and hash of the whole file. head_sha256: hash of its first 64 KiB."""
 
-    file: Name
+    file: FileName
     samples: PositiveInt
     bytes: PositiveInt
     sha256: str
@@ -63,10 +64,10 @@ class Shard(_Record):
 
 
 class Split(_Record):
-    """A split of the dataset. index: the file that holds the array with a row per sample."""
+    """A split of the dataset. index: the name of the file with a row for each sample (pipeline/shards.py)."""
 
     samples: PositiveInt
-    index: Name
+    index: FileName
     index_sha256: str
     shards: tuple[Shard, ...]
 
@@ -81,8 +82,8 @@ class Class(_Record):
 class Pixels(_Record):
     """Statistics of the training pixels, RGB on the 0–255 scale.
 
-    mean: [3]. eigenvalues: [3], variances along the principal components, largest first.
-    eigenvectors: [3,3], column j belongs to eigenvalue j (section 4.1 of the paper).
+    mean: [3]. eigenvalues: [3], the variances along the principal components, largest first. eigenvectors:
+    [3,3], whose column j belongs to eigenvalue j (section 4.1 of the paper).
     """
 
     mean: RGB
@@ -91,10 +92,13 @@ class Pixels(_Record):
 
 
 class Manifest(_Record):
-    """The content of dataset.json."""
+    """The content of dataset.json.
+
+    packed: the program and options that packed it. repaired, rejected: number of files by reason.
+    """
 
     format: Literal[1]  # FORMAT
-    in_place: bool = False  # the tars were only indexed, and may hold more than the index names
+    in_place: bool = False  # the tars were only indexed, and may hold files that are not in the index
     geometry: Geometry
     size: Side  # length of the shorter side after resizing, in pixels
     max_width: Side
@@ -108,7 +112,7 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that differ between any two different datasets."""
+        """The first 16 hex digits of a hash of the manifest, to tell datasets apart."""
         return sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
@@ -119,7 +123,7 @@ class Manifest(_Record):
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write dataset.json into `root` atomically."""
+    """Write dataset.json into `root` atomically. Raises OSError."""
     with atomic_write(root / MANIFEST_NAME) as file:
         file.write(json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
 
@@ -132,7 +136,7 @@ def read_manifest(root: Path) -> Manifest:
     """
     path = root / MANIFEST_NAME
     try:
-        text = read_patiently(path, MAX_BYTES + 1)
+        text = read_with_retries(path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         state = "has no dataset.json" if root.is_dir() else "does not exist"
         raise DatasetError(
@@ -154,7 +158,7 @@ def read_manifest(root: Path) -> Manifest:
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
+        field = ".".join(map(str, first["loc"])) or "content"
         raise DatasetError(
-            f"{path} is not a valid dataset.json: {where}: {first['msg']}. Pack the dataset again"
+            f"{path} is not a valid dataset.json: {field}: {first['msg']}. Pack the dataset again"
         ) from error

@@ -1,13 +1,13 @@
-"""The order of the images and their augmentation, as pure functions of (seed, epoch, position).
+"""Compute the order and the augmentation of images as pure functions of (seed, epoch, position).
 
 Training is one endless sequence of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which each of
-the N samples comes exactly once. Step k takes the positions k·B to (k+1)·B − 1, whatever epoch they fall in,
-and rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
+the N samples comes exactly once. Step k takes the B positions k·B to (k+1)·B − 1, whatever their epoch, and
+rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
 together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
 prefetching.
 
-Random numbers are words of Philox streams. NumPy keeps the streams of a bit generator the same from version
-to version, which it does not promise for `permutation` or `normal`.
+Random numbers are computed from the raw 64-bit words of Philox. NumPy promises that a bit generator gives the
+same words in every version, which it does not promise of `permutation` or `normal`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-_ORDER, _AUGMENT = 0, 1  # streams
-_WORDS = 8  # 64-bit words per position in the augmentation stream; each count of Philox gives 4
+_ORDER, _AUGMENT = 0, 1  # independent streams of an epoch
+_WORDS = 8  # 64-bit words per position in the augmentation stream; each counter value of Philox gives 4
 
 
 @lru_cache(maxsize=8)
@@ -30,32 +30,37 @@ def _philox(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:
-    """Turn words into uniform numbers in [0, 1), from their upper 53 bits."""
+    """Turn the upper 53 bits of words into uniform numbers in [0, 1)."""
     return (words >> np.uint64(11)) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int = 0) -> np.ndarray:
     """Return the epoch's permutation of all samples, int64 [sum(shard_samples)].
 
-    window: how many shards are shuffled together; 0 means all of them, a true global shuffle. With fewer,
-    the order of the shards is permuted, and samples are permuted within each window of shards, so data
-    larger than memory is read a few shards at a time.
+    window: number of shards that are shuffled together; 0 means all of them, a global shuffle. Otherwise the
+    shards are permuted, and then the samples within each window of shards, so that a dataset larger than
+    memory is read a few shards at a time.
     """
     shards, samples = len(shard_samples), int(np.sum(shard_samples))
     words = _philox(seed, epoch, _ORDER).random_raw(shards + samples)
     ends = np.cumsum(shard_samples)
     numbers = np.split(np.arange(samples), ends[:-1])  # the sample numbers of each shard
-    shuffled = np.argsort(words[:shards], kind="stable")
-    parts = []
+    shard_order = np.argsort(words[:shards], kind="stable")
+    windows = []
     for first in range(0, shards, window or shards):
-        together = np.concatenate([numbers[shard] for shard in np.sort(shuffled[first:][: window or shards])])
-        parts.append(together[np.argsort(words[shards + together], kind="stable")])
-    return np.concatenate(parts)
+        chosen = np.sort(shard_order[first:][: window or shards])
+        in_window = np.concatenate([numbers[shard] for shard in chosen])
+        windows.append(in_window[np.argsort(words[shards + in_window], kind="stable")])
+    return np.concatenate(windows)
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of n positions: uniform [n,2] for x and y, mirror [n], normal [n,3]."""
+    """The random numbers of n positions.
+
+    uniform: [n,2] in [0, 1), for the crop's x and y. mirror: bool [n]. normal: [n,3], standard normal, for
+    the colour offset.
+    """
 
     uniform: np.ndarray
     mirror: np.ndarray
@@ -63,10 +68,10 @@ class Draws:
 
 
 def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
-    """Draw the random numbers for the positions start to start+count−1 of an epoch."""
+    """Return the random numbers for the positions start to start + count − 1 within an epoch."""
     words = _philox(seed, epoch, _AUGMENT, start).random_raw(count * _WORDS).reshape(count, _WORDS)
     u = _uniform(words)
-    # Box–Muller, with 1 − u because log(0) is not finite. The fourth normal number is not needed.
+    # The Box–Muller transform, with 1 − u because log(0) is not finite. The fourth number is not needed.
     radius = np.sqrt(-2.0 * np.log1p(-u[:, 4:6]))
     angle = 2.0 * np.pi * u[:, 6:8]
     normal = np.concatenate((radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])), axis=1)
@@ -75,7 +80,10 @@ def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
 
 @dataclass(frozen=True)
 class RankBatch:
-    """One rank's share of one step. `epoch` [n] differs within a batch in which an epoch ends."""
+    """A rank's share of one step or of several: n images.
+
+    samples: int64 [n], sample numbers. epoch: [n], the epoch of each, as an epoch may end within a batch.
+    """
 
     samples: np.ndarray
     epoch: np.ndarray
@@ -86,8 +94,8 @@ class RankBatch:
 class Plan:
     """The order of a whole run.
 
-    shard_samples: number of samples in each shard. batch: images in a step over all ranks. window: as for
-    `epoch_order`. Raises ValueError if the batch is not positive.
+    shard_samples: number of samples in each shard. batch: number of images in a step over all ranks. window:
+    as for `epoch_order`. Raises ValueError if the batch is not positive.
     """
 
     seed: int
@@ -105,20 +113,20 @@ class Plan:
         return sum(self.shard_samples)
 
     def steps(self, epochs: int) -> int:
-        """Return the number of steps after which each sample has come `epochs` times.
+        """Return the number of steps in which each sample comes at least `epochs` times.
 
-        The last step is filled up from the next epoch, so some samples have come once more.
+        The last step is filled up with samples of the next epoch.
         """
         return -(-epochs * self.samples // self.batch)
 
     def images_per_rank(self, world: int) -> int:
-        """Return the images of a step on each of `world` ranks. Raises ValueError unless they are equal."""
+        """Return the images per step and rank. Raises ValueError unless `world` divides the batch."""
         if self.batch % world:
             raise ValueError(f"a batch of {self.batch} images cannot be divided among {world} processes")
         return self.batch // world
 
     def _spans(self, step: int, rank: int, world: int, steps: int = 1) -> list[tuple[int, int, int]]:
-        """Return the rank's share of some steps as spans: epoch, first position in it, and length."""
+        """Return the rank's share of steps as spans: epoch, first position within it, and length."""
         spans: list[tuple[int, int, int]] = []
         images = self.images_per_rank(world)
         for first in range(step, step + steps):
@@ -127,27 +135,30 @@ class Plan:
                 epoch, start = divmod(position, self.samples)
                 count = min(left, self.samples - start)
                 position, left = position + count, left - count
-                if spans and spans[-1][0] == epoch and sum(spans[-1][1:]) == start:  # it continues the last
+                if (
+                    spans and spans[-1][0] == epoch and sum(spans[-1][1:]) == start
+                ):  # it continues the last span
                     start, count = spans[-1][1], spans.pop()[2] + count
                 spans.append((epoch, start, count))
         return spans
 
     def step_samples(self, step: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Return only the samples of `step_batch`, at a fraction of its cost."""
+        """Return the sample numbers of `step_batch` without its random numbers, at a fraction of the cost."""
         return self._samples_in(self._spans(step, rank, world))
 
     def _samples_in(self, spans: Iterable[tuple[int, int, int]]) -> np.ndarray:
         return np.concatenate([_cached_order(self, e)[start : start + count] for e, start, count in spans])
 
     def step_batch(self, step: int, rank: int = 0, world: int = 1, steps: int = 1) -> RankBatch:
-        """Return the rank's share of a step, or of several steps from it on, one after the other.
+        """Return the rank's share of a step, or of several consecutive steps joined together.
 
         Raises ValueError unless `world` divides the batch.
         """
         spans = self._spans(step, rank, world, steps)
-        parts = [draws(self.seed, *span) for span in spans]
+        drawn = [draws(self.seed, *span) for span in spans]
         joined = (
-            np.concatenate([getattr(p, field) for p in parts]) for field in ("uniform", "mirror", "normal")
+            np.concatenate([getattr(span, field) for span in drawn])
+            for field in ("uniform", "mirror", "normal")
         )
         epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
         return RankBatch(self._samples_in(spans), epochs, Draws(*joined))
@@ -159,10 +170,14 @@ def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
 
 
 def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int) -> np.ndarray:
-    """Return integer offsets, uniform over 0 to extent − crop inclusive: 33 values for 224 out of 256 px."""
+    """Return integer offsets of crops in pixels, uniform over 0 to extent − crop inclusive.
+
+    uniform: draws in [0, 1). extent: the images' sides in pixels. A crop of 224 px from 256 px has 33
+    offsets, as in the 2012 code; the paper's text counts 32 (section 4.1).
+    """
     return np.floor(uniform * (extent - crop + 1)).astype(np.int64)
 
 
 def share(samples: int, rank: int, world: int) -> range:
-    """Return the rank's samples in an evaluation: contiguous, and with each sample on exactly one rank."""
+    """Return the rank's samples in an evaluation: a contiguous range; each sample is on exactly one rank."""
     return range(samples * rank // world, samples * (rank + 1) // world)

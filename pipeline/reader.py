@@ -1,4 +1,4 @@
-"""Read samples from the shards by number."""
+"""Read the JPEG files of samples from the shards, by sample number."""
 
 import os
 import resource
@@ -12,28 +12,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import close_quietly, naming
+from pipeline.files import close_quietly, path_in_errors
 from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
-from pipeline.retry import is_outage, patiently, say_on_stderr
+from pipeline.retry import is_outage, print_to_stderr, with_retries
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
-# A split is kept in memory if it takes a quarter of it or less: the page cache may hold the same bytes, and
+# A split is cached if it takes a quarter of the memory or less: the page cache may hold the same bytes, and
 # other programs need memory too.
-_SHARE_TO_KEEP = 4
+_CACHE_DIVISOR = 4
 
 
 class OutageError(DatasetError):
     """The storage cannot be read at present, though the samples may be undamaged."""
 
 
-class Files(NamedTuple):
-    """The bytes of n samples.
+class JpegFiles(NamedTuple):
+    """The JPEG files of n samples.
 
-    buffer: uint8, holds all of them. starts: int64 [n], the offset of each in the buffer. jpegs: a view of
-    the buffer for each. fresh: int64, the indices among the n of those that were just read; the others were
-    in memory. failures: why some could not be read, by their index among the n.
+    buffer: uint8, holds the bytes of all of them. starts: int64 [n], the offset of each in the buffer. jpegs:
+    a view of the buffer for each. fresh: int64, the indices, 0 to n − 1, of those that were just read; the
+    others were cached. failures: for those that could not be read, the reason by index.
     """
 
     buffer: np.ndarray
@@ -44,58 +44,59 @@ class Files(NamedTuple):
 
 
 class ShardReader:
-    """A split's samples by number.
+    """Reads a split's samples by number: their index in `rows`, an array [samples] of INDEX_DTYPE.
 
-    rows: [samples] of INDEX_DTYPE. Opening checks that each file exists, has the size that was packed and
-    begins with the bytes that were packed, and raises DatasetError, which names the first file that does not.
-    Checksums of whole files are left to tools/verify_shards.py, as they need everything to be read.
+    Opening checks that each shard exists, and has the size and the first bytes that were packed. It raises
+    DatasetError, which names the first shard that does not. Checksums of whole shards are left to
+    tools/verify_shards.py, because they require reading everything.
 
-    The files stay open, so one that is deleted or replaced is still read as it was. They are read and never
-    mapped: reading a truncated file returns, while touching a map of it would kill the process.
+    The shards stay open, so one that is deleted or replaced is still read as it was. They are read and never
+    mapped: reading a truncated file returns, whereas touching a map of it would kill the process.
 
-    Reads that fail are retried for some seconds: a short network failure must not change what is trained on.
+    Reads that fail are retried for some seconds, because a short network failure must not change what a net
+    is trained on.
 
-    A split that fits is kept in memory, each sample from when it is first read. processes: the number of
-    processes on this machine, each of which keeps its own copy.
+    A split that fits in memory is cached, each sample from when it is first read. processes: the number of
+    processes on this machine, each of which has its own cache.
     """
 
     def __init__(self, root: Path, manifest: Manifest, split: str, processes: int = 1):
         self.root = root
         self.split = manifest.split(split)
         self.rows = read_index(root, self.split, len(manifest.classes))
-        for side, most in (("width", manifest.max_width), ("height", manifest.max_height)):
-            if not 0 < self.rows[side].min() <= self.rows[side].max() <= most:
+        for side, limit in (("width", manifest.max_width), ("height", manifest.max_height)):
+            if not 0 < self.rows[side].min() <= self.rows[side].max() <= limit:
                 raise DatasetError(
                     f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
-                    f"{side} is from 1 to {most}: pack the dataset again"
+                    f"{side} is from 1 to {limit}: pack the dataset again"
                 )
         self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
-        self._kept = _allocate_kept(int(self._ends[-1]), processes)
-        self._is_kept = np.zeros(len(self.rows), bool)
+        self._cache = _allocate_cache(int(self._ends[-1]), processes)
+        self._is_cached = np.zeros(len(self.rows), bool)
         _allow_open_files(len(self.split.shards))
-        self._given_up: set[int] = set()  # shards with a sample that stayed unreadable
+        self._unreadable_shards: set[int] = set()  # those with a sample that stayed unreadable after retries
         self._files: list[int] = []
-        weakref.finalize(self, _close, self._files)
+        weakref.finalize(self, _close_all, self._files)
         for shard in self.split.shards:
             open_shard = partial(_open_shard, root / shard.file, shard)
-            self._files.append(patiently(open_shard, say_on_stderr))
+            self._files.append(with_retries(open_shard, print_to_stderr))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, numbers: np.ndarray) -> Files:
-        """Read the files of samples, in four microseconds each from the page cache.
+    def read(self, numbers: np.ndarray) -> JpegFiles:
+        """Read the files of samples by number, which takes four microseconds each from the page cache.
 
-        Threads would not be faster, as each read releases Python's global lock and has to acquire it again.
-        Raises OutageError if the storage cannot be read.
+        Threads would not be faster, because each read releases and acquires Python's global lock. Raises
+        OutageError if the storage cannot be read; lost bytes are reported as failures.
         """
         rows = self.rows[numbers]
-        if self._kept is None:
+        if self._cache is None:
             ends = np.cumsum(rows["size"], dtype=np.int64)
             buffer, fresh = np.empty(int(rows["size"].sum(dtype=np.int64)), np.uint8), np.arange(len(rows))
         else:
-            buffer, ends = self._kept, self._ends[numbers]
-            fresh = np.flatnonzero(~self._is_kept[numbers])
+            buffer, ends = self._cache, self._ends[numbers]
+            fresh = np.flatnonzero(~self._is_cached[numbers])
         starts, view = ends - rows["size"], memoryview(buffer.data)
         jpegs = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
         failures = {}
@@ -103,30 +104,31 @@ class ShardReader:
         for index, shard, offset in zip(fresh.tolist(), shards, offsets, strict=True):
             jpeg = jpegs[index]
             try:
-                whole = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
+                complete = os.preadv(self._files[shard], (jpeg,), offset) == len(jpeg)
             except OSError:
-                whole = False
-            if not whole and (failure := self._read_patiently(shard, jpeg, offset)):
+                complete = False
+            if not complete and (failure := self._read_with_retries(shard, jpeg, offset)):
                 failures[index] = failure
-        if self._kept is not None:
-            self._is_kept[numbers[fresh]] = True
-            self._is_kept[numbers[list(failures)]] = False
-        return Files(buffer, starts, jpegs, fresh, failures)
+        if self._cache is not None:
+            self._is_cached[numbers[fresh]] = True
+            self._is_cached[numbers[list(failures)]] = False
+        return JpegFiles(buffer, starts, jpegs, fresh, failures)
 
-    def forget(self, number: int) -> None:
-        """Read a sample again the next time, because its bytes in memory are damaged."""
-        self._is_kept[number] = False
+    def evict(self, number: int) -> None:
+        """Drop a sample from the cache, so that it is read again next time, because its bytes are damaged."""
+        self._is_cached[number] = False
 
-    def _read_patiently(self, shard: int, target: memoryview, offset: int) -> str | None:
+    def _read_with_retries(self, shard: int, target: memoryview, offset: int) -> str | None:
         """Fill `target` from a shard, with retries.
 
-        Returns what is wrong, as a predicate, if the bytes are lost, or None. Raises OutageError.
+        Returns None, or what is wrong, as a predicate, if the bytes are lost. Raises OutageError if the
+        storage cannot be read.
         """
         path = self.root / self.split.shards[shard].file
 
         def read() -> None:
             try:
-                with naming(path):
+                with path_in_errors(path):
                     _read_all(self._files[shard], target, offset)
             except OSError as error:
                 if is_outage(error):
@@ -137,22 +139,22 @@ class ShardReader:
             try:
                 read()
             except OSError as error:
-                if shard in self._given_up and not is_outage(error):
+                if shard in self._unreadable_shards and not is_outage(error):
                     raise  # without another retry: a lost shard would delay each step
-                patiently(read, say_on_stderr)
+                with_retries(read, print_to_stderr)
         except EOFError as error:
             return f"cannot be read: {error}"
         except OSError as error:
             if is_outage(error):
                 raise OutageError(
-                    f"{path} cannot be read: {error.strerror}. Run the same command again when it can be"
+                    f"{path} cannot be read: {error.strerror}. Run the same command again once it can be"
                 ) from error
-            self._given_up.add(shard)
+            self._unreadable_shards.add(shard)
             return f"cannot be read: {error.strerror}"
         return None
 
     def _reopen(self, shard: int) -> None:
-        """Open a shard again, if possible: a descriptor that went stale with its mount stays stale."""
+        """Open a shard again if possible, because a descriptor of a lost mount stays invalid."""
         with suppress(OSError, DatasetError):
             record = self.split.shards[shard]
             file = _open_shard(self.root / record.file, record)
@@ -160,24 +162,26 @@ class ShardReader:
             os.close(file)
 
     def jpegs(self, numbers: np.ndarray) -> list[memoryview]:
-        """Read only the files' bytes. Raises DatasetError, which names the first unreadable sample."""
+        """Return samples' files, by number. Raises DatasetError, which names the first unreadable sample."""
         files = self.read(numbers)
-        for index, why in files.failures.items():
-            raise DatasetError(f"the sample in {self.name(numbers[index])} {why}: copy the shard again")
+        if files.failures:
+            index, failure = next(iter(files.failures.items()))
+            location = self.location(numbers[index])
+            raise DatasetError(f"the sample in {location} {failure}: copy the shard again")
         return files.jpegs
 
     def jpeg(self, number: int) -> memoryview:
-        """Read one file's bytes. Raises DatasetError, as `jpegs` does."""
+        """Return one sample's file. Raises DatasetError as `jpegs` does."""
         return self.jpegs(np.array([number]))[0]
 
-    def will_need(self, numbers: np.ndarray) -> None:
-        """Have the kernel fetch those of these samples that are not in memory, without waiting for them."""
+    def prefetch(self, numbers: np.ndarray) -> None:
+        """Have the kernel read these samples into the page cache, without waiting for them."""
         for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order on the disk
             with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     @property
-    def stays_in_memory(self) -> bool:
+    def fits_in_page_cache(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""
         return 2 * sum(shard.bytes for shard in self.split.shards) < memory_bytes()
 
@@ -185,29 +189,31 @@ class ShardReader:
         """Read the sample's key from its tar header. Raises DatasetError if the header is damaged."""
         shard, offset, *_ = self.rows[number].tolist()
         block = bytearray(_BLOCK)
-        if failure := self._read_patiently(shard, memoryview(block), offset - _BLOCK):
-            raise DatasetError(f"the tar header before {self.name(number)} {failure}: copy the shard again")
+        if failure := self._read_with_retries(shard, memoryview(block), offset - _BLOCK):
+            raise DatasetError(
+                f"the tar header before {self.location(number)} {failure}: copy the shard again"
+            )
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise DatasetError(
-                f"there is no tar header before {self.name(number)}: copy the shard again"
+                f"there is no tar header before {self.location(number)}: copy the shard again"
             ) from None
         folder, slash, name = header.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
-    def name(self, number: int) -> str:
-        """Describe where a sample is, for messages."""
+    def location(self, number: int) -> str:
+        """Describe where a sample is, for messages: its shard, and the offset of its JPEG in bytes."""
         row = self.rows[number]
         return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
 
 
-def _allocate_kept(size: int, processes: int) -> np.ndarray | None:
-    """Allocate memory to keep a split in, or return None if memory is scarce.
+def _allocate_cache(size: int, processes: int) -> np.ndarray | None:
+    """Allocate a cache of `size` bytes, or return None if memory is scarce.
 
     The system provides the memory only as it is written to.
     """
-    if processes * size > memory_bytes() // _SHARE_TO_KEEP:
+    if processes * size > memory_bytes() // _CACHE_DIVISOR:
         return None
     try:
         return np.empty(size, np.uint8)
@@ -224,10 +230,10 @@ def _open_shard(path: Path, shard: Shard) -> int:
     try:
         with suppress(OSError):  # not supported
             # This must come before the first read, or the kernel reads ahead, and FUSE then drops most of
-            # what `will_need` asks for.
+            # what `prefetch` asks for.
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
         head = b""
-        with naming(path):
+        with path_in_errors(path):
             actual = os.fstat(file).st_size
             if actual != shard.bytes:
                 raise DatasetError(
@@ -243,13 +249,13 @@ def _open_shard(path: Path, shard: Shard) -> int:
     return file
 
 
-def _close(files: list[int]) -> None:
+def _close_all(files: list[int]) -> None:
     for file in files:
         close_quietly(file)
 
 
 def _read_all(file: int, target: memoryview, offset: int) -> None:
-    """Fill `target`, however few bytes come at once. Raises EOFError if the file ends early, or OSError."""
+    """Fill `target` from the file. Raises EOFError if the file ends too early, or OSError."""
     while target:
         count = os.preadv(file, (target,), offset)
         if not count:
@@ -258,7 +264,7 @@ def _read_all(file: int, target: memoryview, offset: int) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files, usually 1024: each shard stays open, and large sets have more."""
+    """Raise the soft limit on open files, often 1024: all shards stay open, and large datasets have more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:

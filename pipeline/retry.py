@@ -1,7 +1,7 @@
-"""Tell an outage of the storage or the process from an error of one file, and retry during an outage.
+"""Distinguish outages of the storage or the process from errors of a single file, and retry outages.
 
 While a mount is away, a server restarts or the process has no free descriptor, one file after another fails.
-If these counted as bad files, good ones would be left out because of a problem that passes.
+If these counted as damaged, intact files would be left out because of a temporary problem.
 """
 
 import errno
@@ -16,12 +16,13 @@ from pipeline.files import read_file
 
 T = TypeVar("T")
 
-PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each further attempt
-_EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried by itself
+PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each retry
+_EIO_PAUSES = PAUSES[:2]  # a bad sector unchanged bad, and the disk has already retried
 _LONGEST_WAIT = 30.0  # seconds, however long a server asks to wait
 
-# All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM, ETIMEDOUT and any that are unknown.
-_OF_A_FILE = {
+# Error numbers that concern a single file. All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM,
+# ETIMEDOUT and any that are unknown.
+_FILE_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -29,18 +30,18 @@ _OF_A_FILE = {
     errno.EPERM,
     errno.ELOOP,
     errno.ENAMETOOLONG,
-    errno.EILSEQ,  # in its name
+    errno.EILSEQ,  # its name is not valid in the file system
     errno.EFBIG,
     errno.EOVERFLOW,
-    errno.ENXIO,  # a socket or a pipe
+    errno.ENXIO,  # it is a socket or a pipe
     errno.ENODEV,
-    errno.EBADMSG,  # its checksum
-    errno.EUCLEAN,  # its metadata in the file system
+    errno.EBADMSG,  # its checksum is wrong
+    errno.EUCLEAN,  # its metadata in the file system is damaged
     errno.ENODATA,
     errno.EIO,
 }
 # fsspec raises these without an errno.
-_ERRORS_OF_A_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 class StorageError(OSError):
@@ -63,17 +64,17 @@ class StorageError(OSError):
 
 
 def is_outage(error: OSError) -> bool:
-    """Whether the storage or the process is in trouble, rather than just the requested file."""
+    """Return whether an error concerns the storage or the process, and not only the requested file."""
     if isinstance(error, StorageError):
         return error.passes
-    return not isinstance(error, _ERRORS_OF_A_FILE) and error.errno not in _OF_A_FILE
+    return not isinstance(error, _FILE_ERRORS) and error.errno not in _FILE_ERRNOS
 
 
-def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
+def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
     """Run the action and return its result; in an outage, retry with growing pauses for seven seconds.
 
-    EIO, which may be either an outage or an error of the file, is retried for half a second. say: called with
-    a message for people before the first pause. Raises the last OSError.
+    EIO, which may be either an outage or an error of the file, is retried for half a second. warn: called
+    with a message before the first pause. Raises the last OSError.
     """
     attempt = 0
     while True:
@@ -85,18 +86,19 @@ def patiently(action: Callable[[], T], say: Callable[[str], None]) -> T:
                 raise
             if attempt == 0:
                 what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-                say(f"{what}: retrying for {sum(pauses):.1f} seconds")
+                warn(f"{what}: retrying for {sum(pauses):.1f} seconds")
             wait = error.wait if isinstance(error, StorageError) else 0.0
             time.sleep(max(pauses[attempt], min(wait, _LONGEST_WAIT)))
             attempt += 1
 
 
-def read_patiently(path: Path, size: int | None = None) -> bytes:
-    """Read a small file, or its first `size` bytes, with retries. Raises OSError, which names the file."""
-    return patiently(partial(read_file, path, size=size), say_on_stderr)
+def read_with_retries(path: Path, size: int | None = None) -> bytes:
+    """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
+    return with_retries(partial(read_file, path, size=size), print_to_stderr)
 
 
-def say_on_stderr(text: str) -> None:
+def print_to_stderr(text: str) -> None:
+    """Print a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
-"""Shards: plain WebDataset tars with an index, written once.
+"""Write shards, which are plain WebDataset tars, and write and read the index of a split.
 
-A sample is `<key>.jpg` and `<key>.cls` (its label in decimal). Each tar comes with DALI's own index, and each
-split with one array that has a row per sample. Besides the JPEG bytes, this project reads only that array.
+A sample is `<key>.jpg` and `<key>.cls` (its label in decimal). Each tar has an .idx file for DALI's own
+WebDataset reader, and each split has an index: an array with a row for each sample. Training reads only that
+index and the JPEG bytes.
 """
 
 import io
@@ -13,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import atomic_write, naming, read_fully
+from pipeline.files import atomic_write, path_in_errors, read_fully
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 INDEX_DTYPE = np.dtype(
     [
@@ -28,12 +29,12 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 _BLOCK = 512  # bytes in a block of a tar
-_NPY_HEADER = 4096  # bytes that the header of an index takes at most
+_NPY_HEADER = 4096  # largest size of the header of an index file, in bytes
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample is in its tar: offsets and sizes in bytes."""
+    """Where the files of a sample are in its tar: offsets and sizes in bytes."""
 
     key: str
     jpeg_offset: int
@@ -43,7 +44,7 @@ class SampleLocation(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image to write to a shard: JPEG bytes, label, and size in pixels."""
+    """A sample to write to a shard. width, height: in pixels."""
 
     key: str
     jpeg: bytes
@@ -53,12 +54,13 @@ class Sample(NamedTuple):
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np.ndarray]:
-    """Write a tar and its DALI index; return its record and its index rows, with `shard` left 0.
+    """Write a tar and its DALI index; return its record for the manifest and its rows of the split's index.
 
-    The same samples give the same bytes: ustar headers without time, owner or host. Each file is written
-    atomically. Without samples, nothing is written and the record is None.
+    The column `shard` of the rows is 0. The same samples give the same bytes: ustar headers without time,
+    owner or host. Each file is written atomically. If there are no samples, no file is written and the record
+    is None. Raises OSError.
     """
-    rows, locations, summary = [], [], _Summary()
+    rows, locations, summary = [], [], _TarSummary()
     with atomic_write(path) as file:
         for key, jpeg, label, width, height in samples:
             text, start = str(label).encode(), summary.size + _BLOCK
@@ -77,8 +79,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard | None, np
     return summary.record(path.name, len(rows)), np.array(rows, INDEX_DTYPE)
 
 
-class _Summary:
-    """Computes a tar's record in dataset.json from its bytes, given in order."""
+class _TarSummary:
+    """Computes a tar's record in dataset.json from its bytes, added in order."""
 
     def __init__(self) -> None:
         self.digest, self.head, self.size = sha256(), b"", 0
@@ -102,7 +104,7 @@ class _Summary:
 
 
 def _member(name: str, data: bytes) -> bytes:
-    """Return a tar member as tarfile writes it, in a fifth of the time. name: at most 100 bytes."""
+    """Return the bytes of a tar member, as tarfile would, in a fifth of the time. name: at most 100 bytes."""
     header = bytearray(_HEADER)
     header[: len(name)] = name.encode("ascii")
     header[124:135] = b"%011o" % len(data)
@@ -112,16 +114,16 @@ def _member(name: str, data: bytes) -> bytes:
 
 
 def describe_shard(root: Path, file: str, samples: int) -> Shard:
-    """Read the whole of an existing tar and return its record. Raises OSError, which names the file."""
-    summary = _Summary()
-    with naming(root / file), open(root / file, "rb") as opened:
+    """Read an existing tar and return its record for the manifest. Raises OSError, which names the file."""
+    summary = _TarSummary()
+    with path_in_errors(root / file), open(root / file, "rb") as opened:
         while part := read_fully(opened, 1 << 20):
             summary.add(part)
     return summary.record(file, samples)
 
 
 def dali_index(locations: Sequence[SampleLocation]) -> bytes:
-    """Return the content of a tar's .idx file, by which DALI's own reader finds the samples."""
+    """Return the content of a tar's .idx file, from which DALI's own WebDataset reader finds the samples."""
     lines = (
         f"jpg {sample.jpeg_offset} {sample.jpeg_size} {sample.key}.jpg "
         f"cls {sample.label_offset} {sample.label_size} {sample.key}.cls\n"
@@ -131,7 +133,7 @@ def dali_index(locations: Sequence[SampleLocation]) -> bytes:
 
 
 def write_index(path: Path, rows: np.ndarray) -> str:
-    """Write a split's array of rows, and return the file's sha256."""
+    """Write a split's index atomically, and return the SHA-256 of the file. Raises OSError."""
     buffer = io.BytesIO()
     np.save(buffer, rows)
     with atomic_write(path) as file:
@@ -140,14 +142,17 @@ def write_index(path: Path, rows: np.ndarray) -> str:
 
 
 def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
-    """Read a split's rows, in the order of its shards.
+    """Read a split's index: an array [samples] of INDEX_DTYPE, in the order of the split's shards.
 
-    Raises DatasetError if they do not fit the split, and OSError, which names the file, if it cannot be read.
+    classes: number of classes of the dataset. Raises DatasetError if the index is missing or disagrees with
+    the manifest, and OSError, which names the file, if it cannot be read.
     """
     path = root / split.index
     expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
     try:
-        content = read_patiently(path, expected + 1)  # a larger file is not the index: do not read all of it
+        content = read_with_retries(
+            path, expected + 1
+        )  # a larger file is not the index: do not read all of it
     except FileNotFoundError:
         raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
     if sha256(content).hexdigest() != split.index_sha256:
@@ -156,15 +161,15 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
         )
     try:
         rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        fits = _fits(rows, split, classes)
+        consistent = _is_consistent(rows, split, classes)
     except (ValueError, OverflowError, MemoryError):
-        fits = False
-    if not fits:
+        consistent = False
+    if not consistent:
         raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
     return rows
 
 
-def _fits(rows: np.ndarray, split: Split, classes: int) -> bool:
+def _is_consistent(rows: np.ndarray, split: Split, classes: int) -> bool:
     samples = [shard.samples for shard in split.shards]
     if rows.dtype != INDEX_DTYPE or rows.shape != (split.samples,) or sum(samples) != split.samples:
         return False

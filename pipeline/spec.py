@@ -1,6 +1,7 @@
-"""net.json: everything needed to use a trained net, besides its weights.
+"""Read and write net.json, which holds everything that is needed to use a trained net, besides its weights.
 
-Each run folder and each export contains it, so neither needs the dataset or the training settings to be used.
+Each run folder and each export contains it, so using a net requires neither the dataset nor the settings of
+its training.
 """
 
 from pathlib import Path
@@ -10,21 +11,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import atomic_write
 from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 
 NET_NAME = "net.json"
 
 
 class SpecError(ValueError):
-    """The content is not a valid net.json; the message says where it was found."""
+    """The content of a net.json is not valid; the message names its source."""
 
 
 class NetSpec(BaseModel):
     """How an image becomes the net's input, and what its outputs mean.
 
-    The image is resized to a shorter side of `size` pixels; with geometry `256`, its central square is then
-    cropped. The input [N,3,crop,crop] is the central square of `crop` pixels of the result, in RGB on the
-    0–255 scale minus `mean`. Output n of [N,classes] is the logit of `classes[n]`.
+    The image is resized to a shorter side of `size` pixels; with geometry `256`, it is then cropped to its
+    central square. The input [N,3,crop,crop] is the central square of `crop` pixels of the result, in RGB on
+    the 0–255 scale minus `mean`. Column k of the output [N,classes] is the logit of `classes[k]`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -37,7 +38,7 @@ class NetSpec(BaseModel):
     classes: tuple[Class, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest, crop: int) -> "NetSpec":
+    def from_manifest(cls, manifest: Manifest, crop: int) -> "NetSpec":
         """Return the spec of a net that is trained on a dataset with crops of `crop` pixels."""
         return cls(
             geometry=manifest.geometry,
@@ -49,18 +50,18 @@ class NetSpec(BaseModel):
 
     @classmethod
     def parse(cls, content: str | bytes, source: object) -> "NetSpec":
-        """Parse a net.json found in `source`. Raises SpecError, which names the source, if it is invalid."""
+        """Parse the content of a net.json. source: named by the SpecError that is raised if it is invalid."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise SpecError(f"{source} has no valid {NET_NAME}: {where}: {first['msg']}") from None
+            field = ".".join(map(str, first["loc"])) or "content"
+            raise SpecError(f"{source} has no valid {NET_NAME}: {field}: {first['msg']}") from None
 
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":
-        """Read net.json from a folder. Raises SpecError, or OSError: FileNotFoundError if there is none."""
-        return cls.parse(read_patiently(folder / NET_NAME), folder)
+        """Read net.json from a folder. Raises SpecError, and OSError (FileNotFoundError if there is none)."""
+        return cls.parse(read_with_retries(folder / NET_NAME), folder)
 
     def write(self, folder: Path) -> None:
         """Write net.json into a folder atomically. Raises OSError."""

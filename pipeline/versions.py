@@ -1,10 +1,10 @@
-"""Which packages are installed."""
+"""Look up the versions of installed packages."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str) -> str:
-    """Return a package's version, or `not installed`, as for this project when run from a clone."""
+    """Return a package's version, or `not installed`, which is also true of this project in a plain clone."""
     try:
         return version(package)
     except PackageNotFoundError:

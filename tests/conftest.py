@@ -2,16 +2,20 @@
 
 import os
 
-# This must precede the import of torch, here and in the processes that tests start. The tests' small nets
-# gain nothing from several threads, which wait long for each other when other jobs share the machine.
+# Set before torch is imported, also for processes that tests start. The small nets of tests gain nothing from
+# several threads, which wait long for each other when other jobs share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,10 +25,9 @@ from PIL import Image
 
 import pipeline.reader
 from tests.helpers import REPO
-from tests.trees import TEST_DATA
+from tests.trees import TEST_DATA, pack_here
 from tools import verify_shards
 from tools.draw_pictures import class_names, draw
-from tools.make_shards import pack, parse_arguments
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
 # No deadlines, as other jobs may share the machine; the same examples on every machine.
@@ -79,14 +82,19 @@ def oblong(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The drawn pictures, packed at 80×80 px: 60 of train in three shards and 20 of val in one."""
     output = tmp_path_factory.mktemp("packed")
-    sizes = ["--size", "80", "--shard-samples", "25", "--workers", "1"]
-    pack(parse_arguments(["--input", str(pictures), "--out", str(output), *sizes]).packing)
+    pack_here("--input", pictures, "--out", output, "--size", "80", "--shard-samples", "25")
     return output
 
 
 @pytest.fixture
+def packed_copy(packed: Path, tmp_path: Path) -> Path:
+    """A copy of the packed pictures for one test, which may damage it."""
+    return Path(shutil.copytree(packed, tmp_path / "data"))
+
+
+@pytest.fixture
 def _larger_than_memory(monkeypatch):
-    """Make datasets seem too large to keep in memory, so each sample is read each time."""
+    """Make datasets seem too large to keep in memory, so that every sample is always read from its file."""
     monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: 0)
 
 
@@ -128,12 +136,15 @@ def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
 def make_shards() -> Callable[..., subprocess.CompletedProcess]:
     """make_shards(input, output, *arguments, **environment): run it as a process, by default with one worker.
 
-    It has its own process group, so signals to the whole group do not reach the tests.
+    It must end with the exit code `code`. It has its own process group, so signals to the whole group do not
+    reach the tests.
     """
 
-    def run(source: Path, output: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    def run(
+        source: Path, output: Path, *arguments: str, code: int | None = 0, **environment: str
+    ) -> subprocess.CompletedProcess:
         command = [sys.executable, "tools/make_shards.py", "--input", str(source), "--out", str(output)]
-        return subprocess.run(
+        done = subprocess.run(
             [*command, "--workers", "1", *arguments],
             cwd=REPO,
             env=os.environ | environment,
@@ -142,8 +153,20 @@ def make_shards() -> Callable[..., subprocess.CompletedProcess]:
             text=True,
             check=False,
         )
+        assert code in (None, done.returncode), done.stderr
+        return done
 
     return run
+
+
+@pytest.fixture
+def website(tmp_path: Path) -> Iterator[str]:
+    """The URL of a server of tmp_path, which lists folders as links and always sends whole files."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -175,7 +198,7 @@ def _one_process_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the verifier's checks in this process; commands that a test starts still have real workers."""
 
     @contextmanager
-    def here(*_: object) -> Iterator[SimpleNamespace]:
+    def pool(*_: object) -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(map=map)
 
-    monkeypatch.setattr(verify_shards, "pool", here)
+    monkeypatch.setattr(verify_shards, "pool", pool)

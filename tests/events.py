@@ -1,4 +1,4 @@
-"""Make a command do something, such as die, at a given event of its own, without depending on time.
+"""Make a command do something at one of its own events, such as die, independently of time.
 
 An event is a call by which the command, or a process that it has started, lists, opens, creates, renames or
 deletes something in certain folders. Events are counted from 1 over all these processes, and the statement
@@ -12,9 +12,9 @@ from pathlib import Path
 from tests.helpers import DEADLINE_SECONDS
 
 KILL_ALL = "signal_all(signal.SIGKILL)"  # the command and all processes that it has started
-INTERRUPT_ALL = "signal_all(signal.SIGINT); hold()"  # as Ctrl-C in a terminal does
+INTERRUPT_ALL = "signal_all(signal.SIGINT); hold()"  # like Ctrl-C in a terminal
 KILL_THIS = "os.kill(os.getpid(), signal.SIGKILL)"  # the one process that reaches the event
-HOLD = "hold()"  # it stops there and has to be killed
+HOLD = "hold()"  # wait there until killed
 
 KINDS = ("open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir")
 
@@ -86,5 +86,5 @@ def events(folder: Path) -> list[str]:
 
 
 def at_picture(number: int, statement: str, folder: Path, pictures: Path) -> dict[str, str]:
-    """Do as `at_event` does, counting the pictures that are opened in a folder of splits and classes."""
+    """Call `at_event` to count the pictures that are opened in a folder of splits and classes."""
     return at_event(number, statement, folder, *pictures.glob("*/*"), only="open ")

@@ -1,4 +1,4 @@
-"""Helpers that several test modules share: waiting with a deadline, ports, and running the trainer."""
+"""Helpers that several test modules share: waiting with a deadline, processes, the trainer, and batches."""
 
 import csv
 import os
@@ -6,13 +6,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.loader import Batch, train_loader
@@ -20,7 +23,7 @@ from pipeline.manifest import DatasetError
 from trainer import cli
 
 REPO = Path(__file__).resolve().parents[1]
-DEADLINE_SECONDS = 180.0  # far more than anything here takes unless the machine is overloaded
+DEADLINE_SECONDS = 180.0  # far more than any wait takes unless the machine is overloaded
 
 # On the `packed` fixture's 60 training images, this gives 5 steps per epoch, a row in metrics.csv for each
 # step, and checkpoints of 2 MB. The device and the precision are fixed, because numbers are compared bit for
@@ -109,19 +112,33 @@ def wait_for_rows(count: int, out: Path, process: subprocess.Popen) -> None:
     wait_until(lambda: len(rows(out / "metrics.csv")) >= count, process)
 
 
-def ranks_of(parent: int) -> dict[str, int]:
+def ranks_of(launcher: int) -> dict[str, int]:
     """Return the process IDs of the trainers that a launcher has started, by rank."""
     found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(status.read_text().rpartition(")")[2].split()[1]) != parent:
-                continue
-            variables = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has ended
-        ranks = [text[5:].decode() for text in variables if text.startswith(b"RANK=")]
-        found |= {rank: int(status.parent.name) for rank in ranks}
+    for child in psutil.Process(launcher).children():
+        with suppress(psutil.Error):  # it has ended
+            if rank := child.environ().get("RANK"):
+                found[rank] = child.pid
     return found
+
+
+def copies(loader: Iterable[Batch]) -> list[Batch]:
+    """Return all batches of a loader, copied before the loader reuses their memory."""
+    return [(pixels.clone(), labels.clone()) for pixels, labels in loader]
+
+
+def assert_same_batches(batches: list[Batch], expected: list[Batch]) -> None:
+    """Check that pixels and labels are equal bit for bit."""
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        assert all(map(torch.equal, batch, expected_batch))
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Return whether a process has ended, even if its parent has not asked for its exit code."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:

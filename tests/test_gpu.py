@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same graph, and the same loop, there."""
+"""The DALI graphs, training steps and gauges on a real GPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from trainer.train import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -36,9 +36,9 @@ def batches(packed):
     return on
 
 
-def test_the_gpu_graph_gives_the_cpus_pictures(batches, monkeypatch):
+def test_the_gpu_graph_gives_the_pictures_of_the_cpu_graph(batches, monkeypatch):
     on_gpu = batches(GPU)
-    # In one value of a hundred, libjpeg's interpolated chroma alone makes 14 to 20 levels.
+    # Libjpeg interpolates chroma, which alone makes 14 to 20 levels in one value of a hundred.
     monkeypatch.setattr(
         "pipeline.loader.jpeg_batch", lambda jpegs: jpeg_batch(map(with_nearest_chroma, jpegs))
     )
@@ -54,7 +54,7 @@ def test_the_gpu_graph_gives_the_cpus_pictures(batches, monkeypatch):
         assert difference.quantile(0.99) < 16.0
 
 
-def test_ten_crops_on_the_gpu(packed):
+def test_evaluation_takes_ten_crops_on_the_gpu(packed):
     pixels, labels = next(iter(evaluation_loader(Dataset(packed), "val", 4, Decoding(67, GPU), crops=10)))
     assert pixels.shape == (4, 10, 3, 67, 67)
     assert labels.device == GPU
@@ -82,12 +82,12 @@ def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, preci
     settings = load_settings(["--data", str(packed), *small, "--precision", precision])
     trainer = Trainer(settings, Run(tmp_path), World(0, 1, 0, GPU), Metrics(), port=None)
     batches = trainer.batches()
-    trainer.train_one(batches)  # which may wait for memory and libraries
+    trainer.train_step(batches)  # which may wait for memory and libraries
     trainer.log()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             trainer.log()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -95,10 +95,10 @@ def test_neither_a_step_nor_a_log_line_waits_for_the_gpu(packed, tmp_path, preci
     assert [int(row["step"]) for row in rows(tmp_path / "metrics.csv")] == [1, 2, 3, 4]
 
 
-def test_the_gpu_has_its_gauges():
+def test_the_gauges_of_the_gpu_have_plausible_values():
     metrics = Metrics()
     interval = Interval(1, 1, 1.0, 0.0, 1.0, wait_seconds=0.0, busy_seconds=1.0, ready=1)
-    metrics.harvested(interval, 0.01, 1.0, GPU)
+    metrics.record_interval(interval, 0.01, 1.0, GPU)
     for name in ("memory_used_ratio", "utilization_ratio"):
         assert 0 <= metrics.registry.get_sample_value(f"alexnet_gpu_{name}", {"gpu": "0"}) <= 1
     assert 0 <= metrics.registry.get_sample_value("alexnet_jpeg_engine_utilization_ratio", {"gpu": "0"}) <= 1

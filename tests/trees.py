@@ -7,15 +7,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from PIL import Image
 
 from pipeline.manifest import Manifest
 from pipeline.packing import executors
-from pipeline.packing.executors import Crew
+from pipeline.packing.executors import Executor
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import pack_shard
+from pipeline.packing.sources.find import SourceError, find_sources
 from tools.make_shards import pack, parse_arguments
 
 # Real photos, and odd and broken images with a manifest; not part of the repository. Set by .ci/run.
@@ -31,18 +34,35 @@ def write(path: Path, content: bytes | str) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def touch(root: Path, *paths: str) -> Path:
+    """Create empty files, and folders for paths that end with a slash; return the root."""
+    for path in paths:
+        if path.endswith("/"):
+            (root / path).mkdir(parents=True)
+        else:
+            write(root / path, b"")
+    return root
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the contents of all files at any depth in a folder, by their relative paths."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def tar_of(files: dict[str, bytes]) -> bytes:
-    """Return a tar archive of these files."""
+def encode(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    """Return an image in a file format, with options of Pillow's `save`."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tar_of(files: dict[str, bytes], form: int = tarfile.PAX_FORMAT, mtime: float = 0) -> bytes:
+    """Return a tar archive of these files. form: one of tarfile's formats."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
-            info.size = len(content)
+            info.size, info.mtime = len(content), mtime
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -84,11 +104,19 @@ def upload(root: Path, url: str) -> None:
         fs.pipe_file(f"{path}/{name}", content)
 
 
+def assert_refused(source: Path | str, message: str, val_fraction: float | None = None) -> None:
+    """Check that `find_sources` refuses a source in one line that names it. message: a regular expression."""
+    with pytest.raises(SourceError, match=message) as refusal:
+        find_sources(source, val_fraction, 0)
+    assert str(source) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 @contextmanager
-def threads(count: int) -> Iterator[Crew]:
+def threads(count: int) -> Iterator[Executor]:
     """Replace `executors.processes`, which take a second to start, by threads of this process."""
     with ThreadPoolExecutor(count) as pool:
-        yield Crew(lambda task: pool.submit(pack_shard, task), lambda: count)
+        yield Executor(lambda task: pool.submit(pack_shard, task), lambda: count)
 
 
 def pack_here(*arguments: object, progress: Progress | None = None) -> Manifest:

@@ -4,21 +4,21 @@
     alexnet-train bench all --data shards --input ILSVRC2012 --gates
     alexnet-train bench loader --data shards --sweep threads 1 2 4
 
-    read    read JPEG bytes from the shards in the plan's order; compared with DALI's own reader
-    loader  read, decode, crop, mirror and normalise; compared with DALI's own reader feeding the same graph
+    read    reading JPEG bytes from the shards in the plan's order; compared with DALI's own reader
+    loader  reading, decoding, cropping, mirroring, normalising; compared with DALI's reader in the same graph
     peers   the loader, compared with other loaders, installed in the environment of --loader-peers
     model   forward, backward and update on a ready batch; compared with the same net from torch's own layers
     forms   the model with the form of convolutions chosen on this machine; compared with the other forms
     train   the training loop; compared with the loader alone and the model alone
     start   seconds from starting the command to the end of the first training step
-    memory  GPU memory in GB that training has taken by the end of its first step
+    memory  GB of GPU memory that training has taken by the end of its first step
     save    seconds that a checkpoint delays training, and seconds until it is on the disk ($TMPDIR)
-    pack    pack the files of --input into shards, in one process and in all; compared with --pack-peers
+    pack    packing the files of --input into shards, in one process and in all; compared with --pack-peers
 
-On a CPU, loader and peers are measured at batch sizes 32 and 128 unless --batch is given. Contestants of a
-stage run by turns, after a warm-up run of each. A figure is the median of its runs, with the minimum and the
-maximum; a ratio is the median of the ratios of runs from the same round. A contestant that fails gets a line
-in the table, the others go on, and the exit code is 1. Any other option is a setting of `alexnet-train train`
+On a CPU, loader and peers are measured at batch sizes 32 and 128 unless --batch is given. The candidates of a
+stage run in turn, after a warm-up run of each. A figure is the median of its runs, with the minimum and the
+maximum; a ratio is the median of the ratios of runs from the same round. If a candidate fails, the table says
+so, the others continue, and the exit code is 1. Any other option is a setting of `alexnet-train train`
 (--batch, --recipe, --threads, …).
 
 A gate is the goal of a stage: a ratio or, on a GPU, an amount that an H200 should reach. A gate is passed if
@@ -61,14 +61,15 @@ UNITS = {"start": "s", "memory": "GB", "save": "s"}  # all other stages: images/
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
 BATCHES = dict.fromkeys(("loader", "peers"), (32, 128))  # on a CPU, unless --batch is given
 
-FAILURES = (RuntimeError, ValueError, OSError)  # of a contestant: out of memory, CUDA, a trainer, the disk
+FAILURES = (RuntimeError, ValueError, OSError)  # what a candidate raises if memory, CUDA or the disk fails
 
 
-def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figures, dict[str, str]]:
-    """Run each contestant once to warm up, then all by turns, so that a slow moment affects all of them.
+def in_turn(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figures, dict[str, str]]:
+    """Run each candidate once to warm up, then all in turn, so that a slow moment affects all of them.
 
-    Returns the figures, and the errors of contestants that failed. Those have no figures and are removed from
-    the stage, which frees what they held. limit: seconds within which every round but the first must end.
+    Returns the figures, and the errors of candidates that failed. Failed candidates have no figures and are
+    removed from the stage, which frees their memory. limit: seconds within which all rounds but the first
+    must end.
     """
     figures: Figures = {name: [] for name in stage}
     errors: dict[str, str] = {}
@@ -79,7 +80,7 @@ def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figure
             try:
                 figures[name].append(run())
             except FAILURES as error:
-                errors[name] = said(error)
+                errors[name] = one_line(error)
                 figures[name] = []
                 del stage[name]
         now = time.monotonic()
@@ -88,13 +89,13 @@ def by_turns(stage: "Stage", runs: int, limit: float = math.inf) -> tuple[Figure
     return {name: values[1:] for name, values in figures.items()}, errors
 
 
-def said(error: Exception) -> str:
-    """Return an error as one line; only the end of a long one."""
+def one_line(error: Exception) -> str:
+    """Return an error as one line; of a long error, only the end."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
 def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[str]:
-    """Yield a line for each contestant, with its ratio to the first."""
+    """Yield a line for each candidate, with its ratio to the first."""
     unit, first = UNITS.get(label, "images/s"), next(iter(figures.values()), [])
     digits = ",.3f" if unit == "s" else ",.1f"
     for name, error in errors.items():
@@ -123,14 +124,14 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         metavar="STAGE",
         help="one or more of the stages above, or all",
     )
-    add("--runs", type=count, default=5, metavar="N", help="measured runs of each contestant (default 5)")
+    add("--runs", type=count, default=5, metavar="N", help="measured runs of each candidate (default 5)")
     add("--seconds", type=positive, default=5.0, metavar="S", help="minimum length of a run (default 5)")
     add(
         "--limit",
         type=positive,
         default=math.inf,
         metavar="S",
-        help="stop a stage's rounds after so many seconds; its first round always ends (default none)",
+        help="stop a stage's rounds after this many seconds, but finish the first one (default: no limit)",
     )
     add("--input", type=Path, metavar="DIR", help="folder of images for the stage pack")
     add(
@@ -165,10 +166,10 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def possible(options: argparse.Namespace, device: str) -> list[str]:
+def chosen_stages(options: argparse.Namespace, device: str) -> list[str]:
     """Return the stages that were asked for; for `all`, those whose requirements are met.
 
-    The fastest form of convolutions is already known for CPUs.
+    `forms` is only for GPUs: the fastest form of convolutions is already known for CPUs.
     """
     needs = {"peers": options.loader_peers, "pack": options.input}
     needs |= dict.fromkeys(("memory", "forms"), device == "cuda")
@@ -177,7 +178,7 @@ def possible(options: argparse.Namespace, device: str) -> list[str]:
 
 
 def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield a label and the setting for each batch size of a stage. as_set: use only the configured one."""
+    """Yield a label and settings for each batch size of a stage. as_set: use only the configured size."""
     if as_set or stage not in BATCHES:
         yield stage, []
     else:
@@ -185,28 +186,28 @@ def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
 
 
 def swept(make: Callable[[list[str]], "Stages"], stage: str, sweep: list[str]) -> "Stage":
-    """Return the first contestant of a stage with each value of a setting."""
+    """Return the first candidate of a stage with each value of a setting."""
     name, *values = sweep
     stages = {f"{name} {value}": getattr(make([f"--{name}", value]), stage)() for value in values}
-    return {label: next(iter(contestants.values())) for label, contestants in stages.items()}
+    return {label: next(iter(candidates.values())) for label, candidates in stages.items()}
 
 
 def measured(
     stage: str,
     label: str,
-    contestants: Callable[[], "Stage"],
+    candidates: Callable[[], "Stage"],
     options: argparse.Namespace,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Measure a stage and print its lines; return its part of the record, under its label.
 
-    If the contestants cannot be created at all, the error is recorded for "all".
+    If the candidates cannot be created at all, the error is recorded for "all".
     """
     begun = time.monotonic()
     try:
-        figures, errors = by_turns(contestants(), options.runs, options.limit)
+        figures, errors = in_turn(candidates(), options.runs, options.limit)
     except RuntimeError as error:
-        figures, errors = {}, {"all": said(error)}
+        figures, errors = {}, {"all": one_line(error)}
     took = round(time.monotonic() - begun, 1)
     unit = UNITS.get(stage, "images/s")
     judged = [] if options.sweep else list(judge(stage, figures, about))
@@ -241,7 +242,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     about["environment"] = environment(stages.world.device_name)
     given = options.sweep or any(word.partition("=")[0] == "--batch" for word in rest)
     record = dict(about)
-    for stage in possible(options, about["device"]):
+    for stage in chosen_stages(options, about["device"]):
         for label, more in at_batches(stage, bool(given) or about["device"] != "cpu"):
             at = make(more) if more else stages
             sweep = partial(swept, make, stage, options.sweep)
@@ -256,15 +257,15 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         try:
             stages.trace(options.trace)
         except RuntimeError as error:
-            record["failed"] = record.get("failed", {}) | {"trace": {"all": said(error)}}
-            print(f"trace   failed: {said(error)}")
+            record["failed"] = record.get("failed", {}) | {"trace": {"all": one_line(error)}}
+            print(f"trace   failed: {one_line(error)}")
     return record
 
 
 def main() -> None:
     options, rest = parse_arguments()
     try:
-        for file in filter(None, (options.record, options.trace)):  # fail before the work, not after it
+        for file in filter(None, (options.record, options.trace)):  # fail before measuring, not after
             file.parent.mkdir(parents=True, exist_ok=True)
         record = measure(options, rest)
     except (SettingsError, DatasetError, OSError) as error:

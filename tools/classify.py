@@ -12,9 +12,9 @@ their mirror images, whose softmax outputs are averaged.
 
 A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
 
-Folders are searched at any depth for files with the extension of a picture or a video. A file named on the
-command line may have any extension; its content decides. A broken file is reported and the others are still
-classified, but the exit code is then 1.
+Folders are searched at any depth for files with the extension of a picture or a video. A picture named on the
+command line may have any extension, because its content decides. A broken file is reported and the others are
+still classified, but the exit code is then 1.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from PIL import Image
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import atomic_write, naming
+from pipeline.files import atomic_write, path_in_errors
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import InputError, Source, find, read, views
 from tools.options import count, positive, refuse_old_name
 
-Tell = Callable[[Result], None]
-AT_A_TIME = 32  # pictures in memory
-FORMS = {".jsonl": json_lines, ".csv": csv_rows}
+Write = Callable[[Result], None]
+CHUNK = 32  # pictures in memory
+FORMATS = {".jsonl": json_lines, ".csv": csv_rows}
 
 
 def main() -> None:
@@ -47,15 +47,15 @@ def main() -> None:
         sources, others = find(options.inputs)
         drawn = drawings(sources, options.overlay) if options.overlay else {}
         net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
-        with open_output(options.out) as tell:
-            failed = classify(net, sources, options, tell, drawn)
+        with open_output(options.out) as write:
+            failed = classify(net, sources, options, write, drawn)
     except (InputError, NetError) as error:
         sys.exit(f"classify: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out or 'the results'}: {error.strerror or error}"
         sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
-    passed = f"; {others} files of other kinds skipped" if others else ""
-    print(f"classify: {len(sources)} files, {failed} failed{passed}", file=sys.stderr)
+    skipped = f"; {others} other files skipped" if others else ""
+    print(f"classify: {len(sources)} files, {failed} failed{skipped}", file=sys.stderr)
     sys.exit(1 if failed else 0)
 
 
@@ -105,19 +105,19 @@ def parse_arguments() -> argparse.Namespace:
         help="write a copy of each picture and video with its classes drawn below it",
     )
     options = parser.parse_args()
-    if options.out and options.out.suffix not in FORMS:
-        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMS)}")
+    if options.out and options.out.suffix not in FORMATS:
+        parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMATS)}")
     return options
 
 
 @contextmanager
-def open_output(path: Path | None) -> Iterator[Tell]:
+def open_output(path: Path | None) -> Iterator[Write]:
     """Open the results: a file, or lines on standard output. Yields a function that writes one result."""
     if path is None:
         yield lambda result: print(result, flush=True)
         return
-    with naming(path), open(path, "w", encoding="utf-8", newline="") as file:
-        yield FORMS[path.suffix](file)
+    with path_in_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
+        yield FORMATS[path.suffix](file)
 
 
 def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
@@ -138,7 +138,7 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
 
 
 def classify(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> int:
     """Report and draw the results of all files; return how many files failed.
 
@@ -148,16 +148,16 @@ def classify(
     failed = 0
     for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
         chosen = [source for source in sources if source.is_video == of_videos]
-        for error in work(net, chosen, options, tell, drawn):
+        for error in work(net, chosen, options, write, drawn):
             print(f"classify: {error}", file=sys.stderr, flush=True)
             failed += 1
     return failed
 
 
 def classify_pictures(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Classify pictures in batches, yielding an error for each one that is broken."""
+    """Classify pictures in batches, yielding an error for each broken one."""
     if drawn:
         from tools.classifying.overlay import draw_bars, reduced, with_bars
 
@@ -169,35 +169,35 @@ def classify_pictures(
         return views(image, net.spec, options.crops), reduced(image) if drawn else None
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(sources), AT_A_TIME):
-            part = sources[start : start + AT_A_TIME]
+        for start in range(0, len(sources), CHUNK):
+            part = sources[start : start + CHUNK]
             prepared = list(zip(part, pool.map(prepare, part), strict=True))
             yield from (found for _, found in prepared if isinstance(found, InputError))
-            sound = [(source, *found) for source, found in prepared if not isinstance(found, InputError)]
-            if not sound:
+            valid = [(source, *found) for source, found in prepared if not isinstance(found, InputError)]
+            if not valid:
                 continue
-            probabilities = net.probabilities(np.stack([seen for _, seen, _ in sound]))
-            for (source, _, image), row in zip(sound, probabilities, strict=True):
+            probabilities = net.probabilities(np.stack([seen for _, seen, _ in valid]))
+            for (source, _, image), row in zip(valid, probabilities, strict=True):
                 result = Result(str(source.path), best(row, net.spec))
-                tell(result)
+                write(result)
                 if image:
                     drawn[source].parent.mkdir(parents=True, exist_ok=True)
                     bars = draw_bars(result.top, image.width)
-                    with naming(drawn[source]):
+                    with path_in_errors(drawn[source]):
                         with_bars(image, bars).save(drawn[source], quality=90)
 
 
 def classify_videos(
-    net: Net, sources: list[Source], options: argparse.Namespace, tell: Tell, drawn: dict[Source, Path]
+    net: Net, sources: list[Source], options: argparse.Namespace, write: Write, drawn: dict[Source, Path]
 ) -> Iterator[InputError]:
-    """Classify videos, yielding an error for each one that is broken, after the results of its sound part."""
+    """Classify videos, yielding an error for each broken one, after the results of its readable part."""
     if sources:
         from tools.classifying.video import annotate, classify_video
     for source in sources:
         results = []
         try:
             for result in classify_video(source.path, net, options.crops, options.window, options.every):
-                tell(result)
+                write(result)
                 results.append(result)
         except InputError as error:
             yield error

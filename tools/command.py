@@ -1,10 +1,10 @@
-"""The entry point `alexnet-train`: one name for every command of the project.
+"""The entry point `alexnet-train`, which runs every command of the project.
 
     alexnet-train --data shards --out runs/a      trains; so does alexnet-train train --data …
     alexnet-train make-shards --help
 
-A command's module is imported only once that command has been chosen, so that no help text waits for the
-imports of another command.
+A command's module is imported only when that command is chosen, so that no help text waits for the imports of
+another command.
 """
 
 import sys
@@ -35,8 +35,8 @@ COMMANDS = {
     ),
     "bench": Command("tools.bench", "measure the throughput of each stage on this machine"),
     "paper": Command("tools.paper", "repeat an experiment of the paper, or report on all of them"),
-    "compare-recipes": Command("tools.compare_recipes", "train recipes with several seeds, compare errors"),
-    "draw-pictures": Command("tools.draw_pictures", "draw a labelled set of pictures to try things on"),
+    "compare-recipes": Command("tools.compare_recipes", "compare the errors of recipes over several seeds"),
+    "draw-pictures": Command("tools.draw_pictures", "draw a small labelled dataset for trying things out"),
 }
 
 

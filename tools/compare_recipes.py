@@ -3,10 +3,10 @@
     alexnet-train compare-recipes fast code2012 --data shards --seeds 3 --within 1.0
 
 Errors are those of the last validation, in percent: the mean over the seeds, with the minimum and the
-maximum. With --within the exit code is 1 if the first recipe's mean top-1 error exceeds another's by more
-than so many percentage points. Recipes are names or TOML files; any other option is a setting of
-`alexnet-train train`, the same for all recipes. The same command again resumes interrupted runs and does not
-repeat finished ones.
+maximum. With --within POINTS the exit code is 1 if the first recipe's mean top-1 error exceeds another's by
+more than POINTS percentage points. Recipes are names or TOML files; any other option is a setting of
+`alexnet-train train`, the same for all recipes. Running the same command again resumes interrupted runs and
+does not repeat finished ones.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--within",
         type=float,
         metavar="POINTS",
-        help="exit with 1 if the first recipe is worse by more than this",
+        help="exit with 1 if the first recipe is worse than another by more than this many percentage points",
     )
     options, settings = parser.parse_known_args()
     if len({Path(recipe).stem for recipe in options.recipes}) < len(options.recipes):
@@ -82,7 +82,7 @@ def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Score
 
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:
-    """Yield a line for each recipe, with its mean top-1 error minus the first recipe's, in points."""
+    """Yield a line for each recipe; points are its mean top-1 error minus the first recipe's."""
     first = mean(next(iter(scores.values()))["top1_error"])
     for name, measured in scores.items():
         columns = (
@@ -100,7 +100,7 @@ def main() -> None:
             load_settings(["--recipe", recipe, *settings], command=program())
         scores = compare(options, settings)
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
-        sys.exit(f"compare_recipes: {error}")
+        sys.exit(f"compare-recipes: {error}")
     print(*table(scores), sep="\n")
     about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
     print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))

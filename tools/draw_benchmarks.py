@@ -3,7 +3,7 @@
     python tools/draw_benchmarks.py docs/benchmarks
 
 Reads every *.jsonl in the folder and writes stages.png (the newest record of each stage, with a bar for each
-contestant) and sweeps.png (the newest record of each swept setting). Bars and points are medians; the error
+candidate) and sweeps.png (the newest record of each swept setting). Bars and points are medians; the error
 bars reach from the slowest to the fastest run.
 """
 
@@ -17,15 +17,15 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only: there may be no screen
+matplotlib.use("Agg")  # writes files without a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-Figures = dict[str, list[float]]  # contestant → a figure for each run
+Figures = dict[str, list[float]]  # candidate → a figure for each run
 
 
 def read_records(folder: Path) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """Return the newest figures of each stage and of each swept `stage by setting`. Raises ValueError."""
+    """Return the newest figures of each stage, and of each sweep as `stage by setting`. Raises ValueError."""
     stages: dict[str, Figures] = {}
     sweeps: dict[str, Figures] = {}
     for file in sorted(folder.glob("*.jsonl")):  # file names begin with the date
@@ -36,7 +36,7 @@ def read_records(folder: Path) -> tuple[dict[str, Figures], dict[str, Figures]]:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}, line {number}, is not a record of alexnet-train bench") from None
             for stage, every in measured.items():
-                # A contestant without runs failed.
+                # A candidate without runs failed.
                 figures = {name: runs for name, runs in every.items() if runs}
                 if not figures:
                     continue
@@ -55,7 +55,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def draw_stage(panel: Axes, stage: str, figures: Figures) -> None:
-    names = list(figures)[::-1]  # the first contestant is drawn at the top
+    names = list(figures)[::-1]  # the first candidate is drawn at the top
     middles = [median(figures[name]) for name in names]
     errors = list(zip(*(spread(figures[name]) for name in names), strict=True))
     colours = ["tab:orange" if name == names[-1] else "tab:blue" for name in names]

@@ -3,8 +3,8 @@
     alexnet-train draw-pictures --out pictures
 
 There are ten classes: five shapes, each in a warm and in a cold colour. Position, size and a small rotation
-are random, and the background has stains of both colours. Neither the colour nor the shape alone determines
-the class, and no pixel is the same in all pictures.
+are random, and the background has blurred spots of both colours. Neither the colour nor the shape alone
+determines the class, and no pixel is the same in all pictures.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tools.options import count, natural, refuse_old_name
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
 SIDE = 144  # pixels
-_SCALE = 2  # drawn larger and then reduced, for smooth edges
+_SCALE = 2  # pictures are drawn larger and then reduced, for smooth edges
 
 
 def class_names() -> list[str]:

@@ -1,13 +1,12 @@
-"""Turn torchvision's AlexNet weights into a run that can be evaluated, used and exported like any other.
+"""Turn torchvision's AlexNet weights into a run that can be evaluated, used and exported like any other run.
 
     alexnet-train import-torchvision alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
     alexnet-train evaluate runs/torchvision
     alexnet-train export runs/torchvision --out alexnet.safetensors
 
-FILE is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs stand for the classes of
-the dataset in --data, in that order; ImageNet is packed in torchvision's own order. Without a dataset,
---classes names the classes. The weights are kept bit for bit, and the run subtracts torchvision's mean, not
-the dataset's.
+FILE is a state dict as torchvision publishes it, .pth or .safetensors. Its outputs are the classes of the
+dataset in --data, in the same order; ImageNet is packed in torchvision's own order. Without a dataset, use
+--classes. The weights are kept bit for bit, and the run subtracts torchvision's mean, not the dataset's.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.manifest import Class, DatasetError, read_manifest
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
@@ -39,10 +38,10 @@ def main() -> None:
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))
     except (SettingsError, DatasetError) as error:
-        sys.exit(f"import_torchvision: {error}")
+        sys.exit(f"import-torchvision: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"import_torchvision: {reason}. Fix the cause and run the same command again")
+        sys.exit(f"import-torchvision: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,13 +58,13 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         default=Path("shards"),
         metavar="DIR",
-        help="packed dataset whose classes the outputs are (default shards)",
+        help="packed dataset that has the classes of the outputs, in the same order (default shards)",
     )
     add(
         "--classes",
         type=Path,
         metavar="FILE",
-        help="text file with the id and name of a class on each line, in place of --data",
+        help="text file with the id and the name of a class on each line, to use instead of --data",
     )
     return parser.parse_args()
 
@@ -75,7 +74,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
     Raises SettingsError, DatasetError or OSError.
     """
-    # Imported here, where an error becomes one line: importing torch needs a folder for temporary files.
+    # Without a folder for temporary files this import fails, and main() reports it in one line.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
     from trainer import checkpoint
 
@@ -102,7 +101,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        with naming(path):
+        with path_in_errors(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(str(error).partition("\n")[0]) from None
@@ -126,7 +125,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_classes(path: Path) -> tuple[Class, ...]:
     """Read the ids and names of classes. Raises OSError, or SettingsError if a line has no name."""
-    lines = [line.split(maxsplit=1) for line in read_patiently(path).decode().splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_with_retries(path).decode().splitlines()]
     if any(len(line) != 2 for line in lines):
         raise SettingsError(f"{path}: each line must have an id, white space and a name")
     return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)

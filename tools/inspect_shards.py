@@ -22,10 +22,10 @@ import numpy as np
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.packing.workers import WorkersError, refused_threads
+from pipeline.packing.workers import WorkersError, translate_thread_errors
 from pipeline.reader import ShardReader
 from tools.options import natural, refuse_old_name
 
@@ -35,7 +35,7 @@ _PART = 256  # samples that a thread hashes at a time
 
 @dataclass(frozen=True)
 class OpenDataset:
-    """An open dataset. counts: samples of each class by split, [classes]."""
+    """An open dataset. counts: for each split, the number of samples of each class, [classes]."""
 
     manifest: Manifest
     readers: dict[str, ShardReader]
@@ -68,12 +68,12 @@ def open_dataset(root: Path) -> OpenDataset:
 def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
     """Find the groups of samples with the same bytes, in the order of their first samples.
 
-    Threads are enough, as hashing releases Python's global lock.
+    Threads suffice, because hashing releases Python's global interpreter lock.
     """
 
     def digests(part: tuple[ShardReader, range]) -> bytes:
         reader, numbers = part
-        reader.will_need(np.array(numbers))
+        reader.prefetch(np.array(numbers))
         jpegs = reader.jpegs(np.array(numbers))
         return b"".join(blake2b(jpeg, digest_size=16).digest() for jpeg in jpegs)
 
@@ -173,7 +173,7 @@ def _outcomes(manifest: Manifest) -> list[str]:
 
 
 def _extremes(dataset: OpenDataset) -> list[str]:
-    """The classes with the most and the fewest samples in the first split."""
+    """List the classes with the most and the fewest samples in the first split."""
     head, half = ("label", "class", *dataset.counts), LISTED // 2
     order = np.argsort(-next(iter(dataset.counts.values())), kind="stable").tolist()
     rows = [
@@ -206,7 +206,7 @@ def _duplicates(dataset: OpenDataset, groups: Groups) -> list[str]:
     conflicts = sum(len({copy.label for copy in group}) > 1 for group in groups)
     if conflicts:
         lines.append(f"- **Groups with different labels: {conflicts:,}**")
-    # The most harmful come first: shared by splits, then with different labels.
+    # The most harmful come first: groups in several splits, then groups with different labels.
     worst = sorted(groups, key=lambda group: [-len({copy[i] for copy in group}) for i in (0, 3)])
     rows = ((_names(dataset, group),) for group in worst[:LISTED])
     lines += ["", *_table(("identical images: split, key, class",), rows)]
@@ -230,7 +230,7 @@ def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
     dataset = open_dataset(data)
     groups = find_duplicates(dataset.readers, threads)
     output.mkdir(parents=True, exist_ok=True)
-    with naming(output):
+    with path_in_errors(output):
         _write(dataset, groups, data.resolve().name, output, seed)
     return groups
 
@@ -271,13 +271,13 @@ def main() -> None:
     add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
     options = parser.parse_args()
     try:
-        with refused_threads():
+        with translate_thread_errors():
             groups = inspect(options.data, options.out, options.seed, cpus())
     except (DatasetError, WorkersError) as error:
-        sys.exit(f"inspect_shards: {error}")
+        sys.exit(f"inspect-shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
-        sys.exit(f"inspect_shards: {reason}: fix the cause and run the same command again")
+        sys.exit(f"inspect-shards: {reason}: fix the cause and run the same command again")
     print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 
 

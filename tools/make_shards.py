@@ -7,8 +7,8 @@ folders.py and tables.py in pipeline/packing/sources describe. Files are judged 
 that cannot be used are counted by reason and listed in report.tsv; they never stop the run.
 
 The contents of each shard depend only on the sorted file names and the seed, and each shard is packed
-independently, so a rerun gives the same bytes with any number of workers. After a run was killed, the
-same command continues it.
+independently, so a rerun gives the same bytes with any number of workers. If a run is killed, the same
+command continues it.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from pipeline.packing.options import PackingOptions
 from pipeline.packing.pack import pack
 from pipeline.packing.progress import Progress
 from pipeline.packing.resume import REPORT
-from pipeline.packing.shard import DECODED, Check, PackingError
+from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
-from pipeline.packing.workers import WorkersError, end_at_sigterm, refused_threads
+from pipeline.packing.workers import WorkersError, exit_on_sigterm, translate_thread_errors
 from tools.options import fraction, refuse_old_name, within
 
 
@@ -56,7 +56,7 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
 
 
 def check_rejects(manifest: Manifest, limit: float) -> None:
-    """Raise DatasetError if a larger share of the files than `limit` was rejected."""
+    """Raise DatasetError if the fraction of rejected files exceeds `limit`."""
     rejected = sum(manifest.rejected.values())
     found = rejected + sum(split.samples for split in manifest.splits.values())
     if rejected > limit * found:
@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input where they are; images that are "
-        "not plain JPEGs are left out")
+        "not plain JPEGs are skipped")
     add("--geometry", choices=get_args(Geometry),
         help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
         "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quality", type=within(int, 1, 100), help="JPEG quality, from 1 to 100 (default %(default)s)")
     add("--check", choices=get_args(Check),
         help="how to check files that are kept unchanged: decode every file, or trust the headers and decode "
-        f"only one file in {DECODED}, to compute the pixel mean and principal components "
+        f"only one file in {DECODE_EVERY}, to compute the pixel mean and principal components "
         "(default %(default)s)")
     add("--val-fraction", type=fraction, metavar="F",
         help="fraction of each class to hold out for validation if --input has no validation images")
@@ -136,17 +136,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    end_at_sigterm()
+    exit_on_sigterm()
     start, progress = time.monotonic(), Progress()
     try:
-        with refused_threads(), _metrics(progress, options.metrics_port):
+        with translate_thread_errors(), _metrics(progress, options.metrics_port):
             manifest = pack(options.packing, progress)
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
     except (SourceError, DatasetError, PackingError, WorkersError) as error:
-        sys.exit(f"make_shards: {error}")
+        sys.exit(f"make-shards: {error}")
     except OSError as error:
-        sys.exit(f"make_shards: {_advice(error, options.output)}")
+        sys.exit(f"make-shards: {_advice(error, options.output)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,6 +1,6 @@
 """Argument types and helpers for argparse that the commands share.
 
-A value out of range is refused while the command line is read, before any work begins.
+A value that is out of range is refused when the command line is parsed, before any work begins.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 
-def count(text: str, least: int = 1) -> int:
-    """Parse a whole number of at least `least`, for argparse's `type`."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+def count(text: str, minimum: int = 1) -> int:
+    """Parse a whole number of at least `minimum`, for argparse's `type`."""
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {minimum}")
     return int(text)
 
 
-natural = partial(count, least=0)
+natural = partial(count, minimum=0)
 
 
 def positive(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Repeat an experiment of the paper on any packed dataset, or write a report of all that were run.
+"""Repeat an experiment of the paper on any packed dataset, or report on all experiments that were run.
 
     alexnet-train paper ablations --data shards --recipe small --seeds 3
     alexnet-train paper report
@@ -13,10 +13,10 @@
     figure4     the five most probable classes of validation images, and their nearest training images
     codes       image retrieval by short binary codes from an auto-encoder
     towers      the net on two devices, as in Fig. 2, compared with the same net on one
-    report      results.md: for each experiment that was run, the published and the measured numbers
+    report      writes results.md: the published and the measured numbers of all experiments that were run
 
-An experiment writes a record, pictures and its training runs to --out; the same command again resumes what
-was interrupted. `alexnet-train paper NAME --help` lists the options of one experiment.
+An experiment writes a record, pictures and its training runs to --out. Running the same command again resumes
+an interrupted experiment. `alexnet-train paper NAME --help` lists the options of one experiment.
 """
 
 import argparse

@@ -4,11 +4,11 @@
 
 Every file named in dataset.json is read. Checksums, the structure of each tar, labels, DALI's .idx files and
 the indices are compared with each other, and images are decoded. Each problem is reported with its shard, key
-and byte offset. Only where changed pixels still decode can the sample not be told, and the shard alone is
-named. The exit code is 0 if the dataset is sound and 1 if anything is wrong.
+and byte offset; if changed pixels still decode, the sample cannot be identified and only its shard is named.
+The exit code is 0 if the dataset is sound and 1 if anything is wrong.
 
---repair-index rewrites every .idx file and index that is missing or wrong, from tars whose checksums are
-those in dataset.json. If a tar has another checksum, nothing is written: copy that shard or pack it again.
+--repair-index rewrites every .idx file and index that is missing or wrong, using the tars. If the checksum of
+a tar differs from the one in dataset.json, nothing is written: copy that shard or pack it again.
 """
 
 import argparse
@@ -27,14 +27,14 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
-from pipeline.packing.workers import WorkersError, end_at_sigterm, pool
+from pipeline.packing.workers import WorkersError, exit_on_sigterm, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.options import within
 from tools.verifying.checks import SAMPLED, check_shard
-from tools.verifying.findings import Decode, Found, Problem, ShardCheck
+from tools.verifying.findings import Decode, Findings, Problem, ShardCheck
 
-SHOWN = 100  # problems that are printed; the others are only counted
+SHOWN = 100  # problems that are printed; the rest are only counted
 
 
 @dataclass
@@ -50,33 +50,33 @@ class SplitSummary:
 
 @dataclass
 class Verdict:
-    """The outcome for a dataset. damages: those that are listed, out of `count`."""
+    """The outcome for a dataset. problems: those that are listed, out of `count` in total."""
 
     splits: dict[str, SplitSummary] = field(default_factory=dict)
-    damages: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     count: int = 0
 
-    def add(self, damages: list[Problem], count: int | None = None) -> None:
-        self.damages += damages
-        self.count += len(damages) if count is None else count
+    def add(self, problems: list[Problem], count: int | None = None) -> None:
+        self.problems += problems
+        self.count += len(problems) if count is None else count
 
 
 def check_dataset(root: Path, manifest: Manifest) -> list[Problem]:
-    """Find what is wrong before any shard is opened: file names, totals, and files that no split names."""
-    damages = [] if manifest.splits else [Problem(MANIFEST_NAME, "names no split")]
+    """Find problems without opening a shard: wrong file names and totals, and files that no split names."""
+    problems = [] if manifest.splits else [Problem(MANIFEST_NAME, "names no split")]
     named: set[str] = set()
     for name, split in manifest.splits.items():
         tars = [shard.file for shard in split.shards]
         for file in (split.index, *tars):
             if not _is_below(file, manifest.in_place):
-                damages.append(Problem(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
+                problems.append(Problem(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
             elif file in named:
-                damages.append(Problem(MANIFEST_NAME, f"names {file} twice"))
+                problems.append(Problem(MANIFEST_NAME, f"names {file} twice"))
             named.add(file)
         named |= {f"{Path(tar).stem}.idx" for tar in tars}
         samples = sum(shard.samples for shard in split.shards)
         if samples != split.samples:
-            damages.append(
+            problems.append(
                 Problem(
                     MANIFEST_NAME,
                     f"says that {name} has {split.samples} samples, but its shards have {samples}",
@@ -84,38 +84,40 @@ def check_dataset(root: Path, manifest: Manifest) -> list[Problem]:
             )
     kinds = (".index.npy", ".partial") if manifest.in_place else (".tar", ".idx", ".index.npy", ".partial")
     strays = (path.name for path in root.iterdir() if path.name.endswith(kinds))
-    damages += [Problem(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
-    return damages
+    problems += [Problem(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
+    return problems
 
 
 def _is_below(file: str, folders: bool) -> bool:
-    """Whether the packer writes files of this name: in the dataset's folder or, if `folders`, below it."""
+    """Return whether the packer writes such a file: in the dataset's folder or, with `folders`, below it."""
     path = PurePosixPath(file)
     return (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
 
 
 def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Problem]]:
-    """Return the rows of a split, or None if they cannot be trusted. Raises OSError in an outage."""
+    """Return a split's rows, or None if they cannot be trusted, and problems. Raises OSError in an outage."""
     try:
         rows = read_index(root, split, len(manifest.classes))
     except (DatasetError, OSError) as error:
         if isinstance(error, OSError) and is_outage(error):
             raise
         return None, [Problem(split.index, str(error))]
-    damages = []
+    problems = []
     for side in ("width", "height"):
         limit = getattr(manifest, f"max_{side}")
         if (largest := rows[side].max()) > limit:
-            damages.append(
-                Problem(MANIFEST_NAME, f"says that no {side} exceeds {limit}; {split.index} has {largest}")
+            problems.append(
+                Problem(
+                    MANIFEST_NAME, f"says that no {side} exceeds {limit}, but {split.index} has {largest}"
+                )
             )
-    return rows, damages
+    return rows, problems
 
 
 def check_shards(
     root: Path, manifest: Manifest, rows: dict[str, np.ndarray | None], decode: Decode, workers: int
-) -> Iterator[tuple[str, Found]]:
-    """Yield each shard's split and findings, in the order of dataset.json."""
+) -> Iterator[tuple[str, Findings]]:
+    """Yield the split and the findings of each shard, in the order of dataset.json."""
     tasks = []
     for name, split in manifest.splits.items():
         ends = np.cumsum([shard.samples for shard in split.shards])
@@ -140,16 +142,16 @@ def verify(root: Path, decode: Decode, workers: int) -> Verdict:
     """Check the whole dataset. Raises DatasetError if there is no dataset.json to check against."""
     manifest, verdict = read_manifest(root), Verdict()
     verdict.add(check_dataset(root, manifest))
-    if any(damage.file == MANIFEST_NAME for damage in verdict.damages):
+    if any(problem.file == MANIFEST_NAME for problem in verdict.problems):
         return verdict
     rows = {}
     for name, split in manifest.splits.items():
-        rows[name], damages = check_index(root, split, manifest)
-        verdict.add(damages)
+        rows[name], problems = check_index(root, split, manifest)
+        verdict.add(problems)
         size = sum(shard.bytes for shard in split.shards)
         verdict.splits[name] = SplitSummary(len(split.shards), split.samples, size)
     for name, found in check_shards(root, manifest, rows, decode, workers):
-        verdict.add(found.damages, found.count)
+        verdict.add(found.problems, found.count)
         verdict.splits[name].decoded += found.decoded
         verdict.splits[name].damaged += found.count > 0
     return verdict
@@ -164,23 +166,23 @@ def repair(root: Path, workers: int) -> list[str]:
     if manifest.in_place:
         raise DatasetError(
             f"the tars in {root} were indexed in place: "
-            f"to index them again, run make_shards --input {root} --in-place --overwrite"
+            f"to index them again, run alexnet-train make-shards --input {root} --in-place --overwrite"
         )
-    damages = [damage for damage in check_dataset(root, manifest) if damage.file == MANIFEST_NAME]
+    problems = [problem for problem in check_dataset(root, manifest) if problem.file == MANIFEST_NAME]
     rows: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
     files: dict[str, bytes] = {}
     unknown = dict.fromkeys(manifest.splits)
-    for name, found in check_shards(root, manifest, unknown, "none", workers) if not damages else ():
+    for name, found in check_shards(root, manifest, unknown, "none", workers) if not problems else ():
         number = len(rows[name])
         tar = manifest.splits[name].shards[number].file
-        damages += [damage for damage in found.damages if damage.file == tar]
+        problems += [problem for problem in found.problems if problem.file == tar]
         found.rows["shard"] = number
         rows[name].append(found.rows)
         if found.index is not None:
             files[str(Path(tar).with_suffix(".idx"))] = found.index
-    if damages:
+    if problems:
         raise DatasetError(
-            "\n  ".join(["nothing can be repaired because of these problems:", *listed(damages)])
+            "\n  ".join(["nothing can be repaired because of these problems:", *listed(problems)])
         )
     for file, content in files.items():
         with atomic_write(root / file) as index:
@@ -198,10 +200,10 @@ def repair(root: Path, workers: int) -> list[str]:
     return written
 
 
-def listed(damages: list[Problem], count: int = 0) -> list[str]:
+def listed(problems: list[Problem], count: int = 0) -> list[str]:
     """Describe the first SHOWN problems, one per line, and say how many more there are."""
-    lines = [str(damage) for damage in damages[:SHOWN]]
-    more = max(count, len(damages)) - len(lines)
+    lines = [str(problem) for problem in problems[:SHOWN]]
+    more = max(count, len(problems)) - len(lines)
     return [*lines, f"and {more:,} more"] if more else lines
 
 
@@ -230,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    end_at_sigterm()
+    exit_on_sigterm()
     try:
         if options.repair_index:
             written = repair(options.data, options.workers)
@@ -238,23 +240,23 @@ def main() -> None:
             return
         verdict = verify(options.data, options.decode, options.workers)
     except (DatasetError, WorkersError, RecursionError) as error:  # the last for JSON nested too deeply
-        sys.exit(f"verify_shards: {error}")
+        sys.exit(f"verify-shards: {error}")
     except OSError as error:
         reason = f"{error.filename or options.data}: {error.strerror or error}"
         sys.exit(
-            f"verify_shards: {reason}: the check is incomplete: fix the cause and run the same command again"
+            f"verify-shards: {reason}: the check is incomplete: fix the cause and run the same command again"
         )
     except MemoryError:
-        sys.exit("verify_shards: out of memory: try fewer --workers")
+        sys.exit("verify-shards: out of memory: try fewer --workers")
     except KeyboardInterrupt:
         sys.exit(130)
     print(*table(verdict.splits), sep="\n")
     if not verdict.count:
         print("sound")
         return
-    print("", *listed(verdict.damages, verdict.count), "", sep="\n")
+    print("", *listed(verdict.problems, verdict.count), "", sep="\n")
     print(f"damaged; problems found: {verdict.count:,}")
-    if all(damage.file.endswith((".idx", ".index.npy")) for damage in verdict.damages):
+    if all(problem.file.endswith((".idx", ".index.npy")) for problem in verdict.problems):
         print("no tar is damaged: --repair-index rewrites the .idx files and indices")
     sys.exit(1)
 

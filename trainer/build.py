@@ -1,4 +1,4 @@
-"""Build the net and the decoding that settings describe, for both training and evaluation."""
+"""Build the net and the description of the decoding from settings, for both training and evaluation."""
 
 import os
 from dataclasses import fields
@@ -14,7 +14,11 @@ from trainer.settings import Settings
 
 
 def build_model(settings: Settings, classes: int, device: torch.device, form: str = "grouped") -> AlexNet:
-    """Build the net on the device, channels_last, with weights drawn from the seed. form: a key of FORMS."""
+    """Build the net on the device, in channels_last format, with initial weights drawn from the seed.
+
+    form: how to compute the convolutions, a key of model.forms.FORMS. Also seeds torch's global generator and
+    limits torch's threads to the CPUs that this process may use.
+    """
     torch.manual_seed(settings.seed)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch ignores CPU quotas
     if device.type == "cpu":
@@ -28,27 +32,27 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
-    """Describe how to decode images; by default, with this process's share of the CPUs as threads."""
-    threads = settings.threads or max(1, cpus() // processes_here())
-    share = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-    own = own_cores() if device.type == "cpu" else ()
+    """Return how to decode images. By default, there is a thread for each CPU in this process's share."""
+    threads = settings.threads or max(1, cpus() // local_world_size())
+    load = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
+    own = local_cores() if device.type == "cpu" else ()
     return Decoding(
-        settings.crop, device, threads, settings.prefetch, share, own if len(own) == threads else ()
+        settings.crop, device, threads, settings.prefetch, load, own if len(own) == threads else ()
     )
 
 
-def processes_here() -> int:
-    """Return the number of the run's processes on this machine, as set by the launcher."""
+def local_world_size() -> int:
+    """Return the number of processes of the run on this machine, which the launcher sets."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def own_cores() -> tuple[int, ...]:
-    """Return this process's share of the cores that it may run on.
+def local_cores() -> tuple[int, ...]:
+    """Return this process's share of the cores that the run may use on this machine.
 
-    Decoding threads are pinned to them. Otherwise the thread that feeds the decoder would push a decoding
-    thread onto the core of another, and the two would share it for some time while a core is idle.
+    Decoding threads are pinned to them. Otherwise, the thread that feeds the decoder would displace a
+    decoding thread to the core of another one, and the two would share that core while a third core is idle.
     """
     allowed = cores()
-    count = len(allowed) // processes_here()
+    count = len(allowed) // local_world_size()
     first = int(os.environ.get("LOCAL_RANK", "0")) * count
     return allowed[first : first + count]

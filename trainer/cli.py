@@ -1,6 +1,6 @@
 """The command `alexnet-train` with its subcommands train (the default), evaluate and demo.
 
-Help and the errors that it can find early appear before torch is imported.
+It prints help, and errors that it can find early, before it imports torch, which takes seconds.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
-from trainer.processes.launch import complain, launch, world_size
+from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
-from trainer.run import LostError, Run, RunError
+from trainer.run import PeerLostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
 DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
@@ -37,22 +37,22 @@ def main() -> None:
             raise SettingsError(f"unknown command '{command}': choose from {', '.join(commands)}")
         commands[command](arguments)
     except SettingsError as error:
-        _complain(error, 2)
-    except LostError as error:
-        _complain(error, EXIT_STALLED)
+        _fail(error, 2)
+    except PeerLostError as error:
+        _fail(error, EXIT_STALLED)
     except (DatasetError, RunError) as error:
-        _complain(error, 1)
+        _fail(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
+        _fail(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        os._exit(130)  # immediately: a thread may be writing a checkpoint, and a normal exit would abort
+        os._exit(130)  # at once: a normal exit would abort if a thread is writing a checkpoint
 
 
-def _complain(error: object, code: int) -> None:
-    complain(f"alexnet-train: {error}", code)
+def _fail(error: object, code: int) -> None:
+    report_error(f"alexnet-train: {error}", code)
     sys.exit(code)
 
 
@@ -64,7 +64,9 @@ def _train(arguments: Sequence[str]) -> None:
             f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
             f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
-    if "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file():  # the image sets it
+    if (
+        "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file()
+    ):  # docker/Dockerfile sets it
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
@@ -76,11 +78,11 @@ def _train(arguments: Sequence[str]) -> None:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
     if world > 1 and "WORLD_SIZE" not in os.environ:
-        close_quietly(run.begin(settings, manifest))  # errors appear before any process starts
+        close_quietly(run.begin(settings, manifest))  # reports errors before any process starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
-    first = os.environ.get("RANK", "0") == "0"
-    with held_open(run.begin(settings, manifest)) if first else nullcontext():
+    is_main = os.environ.get("RANK", "0") == "0"
+    with held_open(run.begin(settings, manifest)) if is_main else nullcontext():
         from trainer.train import train
 
         train(settings, run)
@@ -93,14 +95,21 @@ def _evaluate(arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="Folder of the run.")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="Dataset to use instead of the run's own.")
-    parser.add_argument("--split", default="val", metavar="NAME", help="Split of the dataset. (default: val)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="Dataset to use instead of the one that the run was trained on.",
+    )
+    parser.add_argument(
+        "--split", default="val", metavar="NAME", help="Split of the dataset to evaluate. (default: val)"
+    )
     parser.add_argument(
         "--crops",
         type=int,
         choices=(1, 10),
         default=1,
-        help="Evaluate the centre crop, or average over ten crops as in the paper. (default: 1)",
+        help="Evaluate the centre crop, or average predictions over ten crops as in the paper. (default: 1)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -123,7 +132,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 def _demo(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="alexnet-train demo",
-        description="Draw pictures, pack them, train on them and evaluate the net; no data is needed.",
+        description="Draw pictures, pack them, train on them and evaluate the net. This needs no data.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -131,7 +140,7 @@ def _demo(arguments: Sequence[str]) -> None:
         type=Path,
         metavar="DIR",
         default=Path("runs/demo"),
-        help="Folder for everything that the demo makes. (default: runs/demo)",
+        help="Folder for the pictures, the packed dataset and the run. (default: runs/demo)",
     )
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error over a split; each image counts once, whatever the number of processes."""
+"""Measure the top-1 and top-5 error of a net over a split; the processes together count each image once."""
 
 import math
 import time
@@ -14,21 +14,23 @@ from model.alexnet import AlexNet
 from pipeline.loader import Batch, Dataset, evaluation_loader
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
+from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.moment import Lead
 from trainer.precision import autocast, prepare, resolve_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
-PROTOCOLS = {1: "centre", 10: "ten"}
+PROTOCOLS = {1: "centre", 10: "ten"}  # names of the numbers of crops
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Errors are ratios from 0 to 1. The loss is the mean cross-entropy; with ten crops, it is that of the
-    mean probability."""
+    """The result of an evaluation: errors from 0 to 1, and the mean cross-entropy.
+
+    With ten crops, the cross-entropy is that of the mean of the predicted probabilities.
+    """
 
     top1_error: float
     top5_error: float
@@ -37,7 +39,10 @@ class Scores:
 
 
 def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
-    """Map [n,3,h,w] or [n,crops,3,h,w] to [n,classes], averaging the softmax over the crops (section 4.1)."""
+    """Map pixels [n,3,h,w] or [n,crops,3,h,w] to log-probabilities [n,classes].
+
+    The probabilities of an image are the mean of those of its crops (section 4.1).
+    """
     if pixels.dim() == 4:
         return F.log_softmax(model(pixels).float(), 1)
     crops = pixels.shape[1]
@@ -46,7 +51,10 @@ def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count the rows of [n,classes] whose label is not the top class, and not in the top five: [2]."""
+    """Count the top-1 and the top-5 errors: the result is [2].
+
+    scores: [n,classes]. labels: [n]. A top-k error is a row whose label is not among its k highest scores.
+    """
     best = scores.topk(min(5, scores.shape[1])).indices
     hits = best == labels[:, None]
     return torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()])
@@ -58,28 +66,27 @@ def evaluate(
 ) -> Scores:
     """Evaluate on this process's batches, and combine the results of all processes.
 
-    If there are no batches, the scores are NaN.
+    The model is in training mode afterwards. If there are no batches, the scores are NaN.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
-    lead = Lead(world.device)
-    waiting = time.monotonic()
-    begun = waiting
+    run_ahead = RunAheadLimit(world.device)
+    begun = time.monotonic()
     for pixels, labels in batches:
-        metrics.input_wait_seconds["eval"].observe(time.monotonic() - waiting)
-        lead.hold()
+        metrics.input_wait_seconds["eval"].observe(time.monotonic() - begun)
+        run_ahead.wait()
         with autocast(precision, world.device):
             scores = log_probabilities(model, prepare(pixels, precision))
         loss = F.nll_loss(scores, labels, reduction="sum")
         sums[:3] += torch.stack([*count_errors(scores, labels), loss])
         sums[3] += len(labels)
         metrics.images["eval"].inc(len(labels))
-        metrics.progress()
+        metrics.record_progress()
         now = time.monotonic()
         metrics.step_seconds["eval"].observe(now - begun)
-        waiting = begun = now
+        begun = now
     model.train()
-    sums = world.sum(sums)
+    sums = world.all_reduce(sums)
     top1, top5, loss = (sums[:3] / sums[3]).tolist()
     return Scores(top1, top5, loss, int(sums[3]))
 
@@ -90,11 +97,11 @@ class TrainedNet(NamedTuple):
     model: AlexNet
     settings: Settings
     dataset: Dataset
-    step: int
-    notes: list[str]  # about damaged checkpoints that were skipped
+    step: int  # number of steps that the net was trained for
+    notes: list[str]  # messages about damaged checkpoints that were skipped
 
     def batches(self, split: str, crops: int, world: World) -> Iterable[Batch]:
-        """Return a process's share of a split, in crops of the size that the model was trained on."""
+        """Return this process's share of a split, with `crops` crops of each image: 1 or 10."""
         return evaluation_loader(
             self.dataset,
             split,
@@ -107,10 +114,10 @@ class TrainedNet(NamedTuple):
 
 
 def load_trained(settings: Settings, run: Run, device: torch.device, best: bool = False) -> TrainedNet:
-    """Load the newest or the best checkpoint of a run, and open the dataset of the settings.
+    """Load the newest or the best checkpoint of a run, and open the dataset that the settings name.
 
-    Images of the dataset have the run's mean subtracted. Raises SettingsError if the dataset has other
-    classes than those that the run was trained on, and otherwise as `load_net` does.
+    The run's mean is subtracted from the images of the dataset. Raises SettingsError if its classes are
+    not those that the run was trained on, DatasetError if it cannot be read, and otherwise as `load_net`.
     """
     spec = run.net(settings)
     dataset = Dataset(settings.data, spec.mean)
@@ -134,14 +141,17 @@ def load_net(
     """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
-        raise SettingsError(f"no checkpoint in {run.checkpoints} yet: train first, an epoch for the best")
+        missing = "best checkpoint, which the first evaluation gives," if best else "checkpoint"
+        raise SettingsError(f"no {missing} in {run.checkpoints} yet: continue the run first")
     model = build_model(settings, len(state["model"]["fc8.bias"]), device)
     model.load_state_dict(state["model"])
     return model, state["step"], notes
 
 
 def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
-    """Evaluate the newest or the best checkpoint of a run. Returns the result as a line of text.
+    """Evaluate the newest or the best checkpoint of a run. Returns the result as text for the user.
+
+    The text has a line for each damaged checkpoint that was skipped, and a line with the errors and the loss.
 
     Raises as `load_trained` does.
     """

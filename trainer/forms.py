@@ -1,9 +1,9 @@
-"""Choose the form of a run's convolutions (model/forms.py): the fastest on the machine where it begins.
+"""Choose the form of a run's convolutions (model/forms.py): the fastest on the machine where the run begins.
 
 Forms differ in rounding, so a run keeps its form; otherwise it could not be continued bit for bit. On a GPU,
-the forms are measured when a run begins, and the best is remembered for other runs with the same work. On a
-CPU, the answer is known: nothing is faster than groups in bf16, or in the net of the paper's text, whose
-towers are joined for each normalisation.
+the forms are measured when a run begins, and the fastest is recorded in a cache for later runs with the same
+net, batch size and precision. On a CPU, the choice follows earlier measurements: grouped convolutions are the
+fastest in bf16, and in the net of the paper's text, whose towers are joined for each normalisation.
 """
 
 import gc
@@ -18,21 +18,21 @@ import torch
 from model.alexnet import Variant
 from model.forms import GROUPS
 from trainer.build import build_decoding
-from trainer.monitor.ceilings import model_work, rate
+from trainer.monitor.ceilings import measure_throughput, model_work
 from trainer.processes.distributed import World
 from trainer.run import Run, environment
 from trainer.settings import Settings
-from trainer.tuning import remembered
+from trainer.tuning import load_or_measure
 
-SECONDS = 1.0  # of measuring each form, after its first steps
-CLASSES = 1000  # of the net that is measured; fc8 is a small part of it
+SECONDS = 1.0  # how long to measure each form, after its first steps
+CLASSES = 1000  # number of classes of the measured net; it hardly affects the time of a step
 _NET = ("preset", "dropout", "crop", "compile", *(field.name for field in fields(Variant)))
 
 
-def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
+def resolve_run_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
     """Resolve the form of the convolutions. Returns the settings with it, and notes for the log.
 
-    The first process decides for all. settings: with the precision already resolved. Raises as
+    The first process decides for all. The precision of the settings must be resolved already. Raises as
     `Run.recorded_settings` does.
     """
     notes: list[str] = []
@@ -43,12 +43,12 @@ def settle_form(settings: Settings, run: Run, world: World) -> tuple[Settings, l
         return form
 
     form = run.keep_form(choose) if world.is_main else ""
-    form, notes = world.share((form, notes))
+    form, notes = world.broadcast((form, notes))
     return settings.model_copy(update={"convolutions": form}), notes
 
 
 def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
-    """Return the form that the settings name, or else the fastest one here, and notes for the log."""
+    """Return the form that the settings name, or else the fastest form here, and notes for the log."""
     if settings.convolutions != "auto":
         return settings.convolutions, []
     if settings.preset == "torchvision":
@@ -59,7 +59,7 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     def images_per_second(form: str) -> float:
         return measure(settings.model_copy(update={"convolutions": form}), world)
 
-    def find() -> dict[str, str]:
+    def measure_all() -> dict[str, str]:
         groups = GROUPS if settings.towers == 2 else GROUPS[:1]
         return {"form": fastest(groups, images_per_second)}
 
@@ -67,26 +67,31 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     machine = [about["device"], about["torch"], torch.backends.cudnn.version()]
     net = {name: getattr(settings, name) for name in _NET}
     key = json.dumps([machine, net, settings.batch // world.size, settings.precision])
-    found, notes = remembered("convolutions.json", key, find, world.is_main)
-    return found["form"], [f"computing convolutions as {found['form']}, the fastest form here", *notes]
+    found, notes = load_or_measure("convolutions.json", key, measure_all, world.is_main)
+    return found["form"], [
+        f"computing convolutions as {found['form']}, the fastest form on this machine",
+        *notes,
+    ]
 
 
 def fastest(groups: Iterable[str], images_per_second: Callable[[str], float]) -> str:
-    """Find the fastest form of the groups with conv1 unchanged, then the faster form of conv1 with it."""
+    """Return the fastest form: choose how to compute groups first, and then how to compute conv1."""
     measured = cache(images_per_second)
     best = max(groups, key=measured)
     return max((best, f"{best}-s2d"), key=measured)
 
 
 def measure(settings: Settings, world: World) -> float:
-    """Measure the images/s of this process's steps, without the exchange of gradients.
+    """Measure the images/s of this process's training steps, without the exchange of gradients.
 
-    Returns 0 for a form that fails here. Raises RuntimeError if `grouped` fails, since nothing can then be
-    trained here.
+    Returns 0 for a form that fails on this machine. Raises RuntimeError if `grouped` fails, since no form is
+    left to train with.
     """
     try:
         return _images_per_second(settings, world)
-    except RuntimeError as error:  # from memory, the compiler or a library
+    except (
+        RuntimeError
+    ) as error:  # raised by torch, its compiler or a library, for example if memory runs out
         if settings.form == "grouped":
             raise
         warnings.warn(f"cannot compute convolutions as {settings.convolutions}: {error}", stacklevel=2)
@@ -103,4 +108,4 @@ def _images_per_second(settings: Settings, world: World) -> float:
     work = model_work(settings, CLASSES, decoding, images, settings.precision)
     for _ in range(3):  # compile it, and let cuDNN find the fastest algorithms
         work()
-    return rate(work, SECONDS, world.device)
+    return measure_throughput(work, SECONDS, world.device)

@@ -1,7 +1,7 @@
-"""Log intervals. On a GPU, each is reported at the end of the next one.
+"""Report and check the log intervals of a run without making the host wait for a GPU.
 
-The device has finished the interval by then, so the host never waits for it. On a CPU there is nothing to
-wait for, and each interval is reported at its own end.
+On a GPU, each interval is reported at the end of the next one, when the device has certainly finished it. On
+a CPU there is nothing to wait for, and each interval is reported at its own end.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from trainer.step import Condition
 
 
 class Intervals:
-    """The log intervals of a run, which the meter measures, the journal reports and `Health` checks."""
+    """The log intervals of a run: `meter` measures them, `journal` reports them and `health` checks them."""
 
     def __init__(self, world: World, learner: Learner, journal: Journal, health: Health):
         self.world, self.learner, self.journal, self.health = world, learner, journal, health
@@ -24,7 +24,10 @@ class Intervals:
         self._unreported: Callable[[], None] | None = None
 
     def end(self, step: int, epoch: float, learning_rate: float) -> None:
-        """End an interval after `step` steps. Raises as `report` does, for this one or the last."""
+        """End an interval after `step` steps, and report each interval whose values are ready.
+
+        epoch: number of epochs done. Raises RunError as `report` does.
+        """
         self.report()
         read = self.meter.harvest(self.learner.step.take_condition())
         self._unreported = partial(self._report, step, epoch, learning_rate, read)
@@ -32,7 +35,7 @@ class Intervals:
             self.report()
 
     def report(self) -> None:
-        """Report the last interval if that has not been done. Raises RunError if the run cannot go on."""
+        """Report the last interval if it has not been reported. Raises RunError if the run cannot go on."""
         unreported, self._unreported = self._unreported, None
         if unreported is not None:
             unreported()
@@ -46,7 +49,6 @@ class Intervals:
     ) -> None:
         interval, values = read()
         condition = Condition.of(values)
-        self.journal.interval(step, epoch, learning_rate, condition.scale, interval)
-        self.health.check(interval, *condition)
-        for warning in self.health.assess(interval, condition.skips, epoch, step):
+        self.journal.record_interval(step, epoch, learning_rate, condition.scale, interval)
+        for warning in self.health.check(interval, condition, epoch, step):
             self.journal.display.say(warning)

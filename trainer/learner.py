@@ -1,4 +1,4 @@
-"""The net, its optimizer and the training step, together with their state in a checkpoint."""
+"""Hold the net, its optimizer and the training step, and save and restore their state."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from trainer.step import Step
 
 
 class Learner:
-    """The net of this process; after each step, its weights equal those of every other process."""
+    """The net of this process with its optimizer; after each step, all processes have equal weights."""
 
     def __init__(self, settings: Settings, classes: int, world: World):
         self.model = build_model(settings, classes, world.device, settings.form)
@@ -31,7 +31,7 @@ class Learner:
         self.precision = resolve_precision(settings.precision, world.device)
         trained: Callable[[Tensor], Tensor] = self.model
         if world.size > 1:
-            # The gradients are views of the buckets that are summed, which saves a copy.
+            # Gradients are views of the buckets that are summed over the processes, which saves a copy.
             trained = replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             if settings.gradients == "bf16":
                 replica.register_comm_hook(None, _sum_in_bf16)
@@ -40,19 +40,19 @@ class Learner:
         skip = settings.on_nan == "skip"
         self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
 
-    def begin_with(self, folder: Path, classes: Sequence[Class]) -> str:
-        """Load the weights of another run's net, and those of its fc8 only if the classes are the same.
+    def load_initial_weights(self, folder: Path, classes: Sequence[Class]) -> str:
+        """Load the newest weights of another run; those of its fc8 are used only if the classes are the same.
 
         Returns a note for the log. Raises SettingsError if there is no such run, or if a layer of its net
         has another shape.
         """
         run = Run(folder)
-        own_head = [c.id for c in run.net(run.settings()).classes] != [c.id for c in classes]
+        keep_fc8 = [c.id for c in run.net(run.settings()).classes] != [c.id for c in classes]
         state, _ = checkpoint.load(run.checkpoints, self.step.device)
         if state is None:
             raise SettingsError(f"--initial-weights {folder} has no checkpoint yet: train that run first")
         ours, theirs = self.model.state_dict(), state["model"]
-        if own_head:
+        if keep_fc8:
             theirs |= {name: weights for name, weights in ours.items() if name.startswith("fc8.")}
         shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
         if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
@@ -60,11 +60,11 @@ class Learner:
                 f"--initial-weights {folder} belongs to another net, which differs in {', '.join(differing)}"
             )
         self.model.load_state_dict(theirs)
-        new_head = ", with a new fc8" if own_head else ""
-        return f"starting from the weights of {folder} after step {state['step']}{new_head}"
+        new_fc8 = ", with a new fc8" if keep_fc8 else ""
+        return f"starting from the weights of {folder} after step {state['step']}{new_fc8}"
 
     def state(self) -> dict[str, Any]:
-        """Return the state for a checkpoint, as references, not copies."""
+        """Return the state for a checkpoint; its tensors are references, not copies."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -72,11 +72,12 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Restore the state from a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step.scaler.load_state_dict(state["scaler"])
 
 
 def _sum_in_bf16(state: None, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Call torch's own hook. Under its own name, torch refuses it with gloo, although gloo can sum bf16."""
+    """Call torch's own hook. Torch would reject that hook itself with gloo, which can sum bf16, too."""
     return bf16_compress_hook(None, bucket)  # type: ignore[arg-type]  # None means all processes

@@ -1,4 +1,4 @@
-"""Keep the memory that a step on a CPU frees with the process, for the next step to use.
+"""Let the process keep the memory that a step on a CPU frees, so that the next step can reuse it.
 
 By default, glibc returns every large block to the system when it is freed and requests it again in the next
 step; the kernel then has to zero each page on first use.
@@ -6,7 +6,7 @@ step; the kernel then has to zero each page on first use.
 
 import ctypes
 
-# From malloc.h: how many blocks to mmap, how much free space to keep, and how much extra to request.
+# Options from malloc.h: number of blocks to mmap, free bytes to keep, and extra bytes to request.
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
 _NEVER = 2**31 - 1  # bytes
 

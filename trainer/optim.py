@@ -1,4 +1,4 @@
-"""The paper's update rule and learning rate schedules: pure functions around torch's SGD.
+"""The paper's update rule and learning rate schedules, by means of torch's SGD.
 
 Section 5 of the paper:  v ← .9·v − .0005·ε·w − ε·g,  w ← w + v, with the learning rate ε inside v.
 `torch.optim.SGD` keeps u with v = −ε·u. The two are the same while ε is constant. When ε changes, u must be
@@ -15,13 +15,14 @@ from trainer.settings import Settings
 
 DROP = 0.1  # "divide the learning rate by 10 when the validation error stops improving"
 MAX_DROPS = 3  # "reduced three times prior to termination"
-_MIN_IMPROVEMENT = 0.001  # of the error; less is noise with 50,000 validation images
+_MIN_IMPROVEMENT = 0.001  # decrease of the error; less is noise with 50,000 validation images
 
 
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
-    """Group parameters for the optimizer, each group with its `scale` of the learning rate.
+    """Group the parameters for the optimizer by what their update depends on.
 
-    Weights and biases are in separate groups, and so are the first layer and each layer with its own rate.
+    Weights and biases are in separate groups, and so are the first layer and layers with their own learning
+    rate. Each group has a `scale`, by which the learning rate is multiplied, and a `freeze_epoch` or None.
     """
     rates = {str(layer): rate for layer, rate in settings.layer_learning_rates.items()}
     groups: dict[tuple[bool, bool, float], dict] = {}
@@ -41,40 +42,40 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """Make SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
+    """Make the optimizer, SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
     for parameter in model.parameters() if settings.momentum else ():
-        # The fused update would allocate u without initialising it. If it then skips the first step, as it
-        # may in fp16, later steps would use whatever was in that memory as u.
+        # Otherwise, the fused update would allocate u without initialising it. If it then skipped the first
+        # step, as it may in fp16, later steps would use uninitialised memory as u.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
-    """Set ε of every group to the learning rate times its scale, and leave the velocity v unchanged.
+    """Set ε of every group to the learning rate times its scale, and rescale u so that v is unchanged.
 
-    A group is frozen, with ε = 0, from its `freeze_epoch` on.
+    epoch: number of epochs done. From its `freeze_epoch` on, a group is frozen, with ε = 0.
     """
     for group in optimizer.param_groups:
         frozen = group.get("freeze_epoch") is not None and epoch >= group["freeze_epoch"]
         old, new = group["lr"], 0.0 if frozen else learning_rate * group.get("scale", 1.0)
         if old != new and old and new:
-            velocities = _velocities(optimizer, group["params"])
-            if velocities:
-                torch._foreach_mul_(velocities, old / new)
+            buffers = _momentum_buffers(optimizer, group["params"])
+            if buffers:
+                torch._foreach_mul_(buffers, old / new)
         group["lr"] = new
 
 
-def _velocities(optimizer: torch.optim.SGD, parameters: Iterable[Tensor]) -> list[Tensor]:
-    states = (optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in parameters)
-    return [velocity for velocity in states if velocity is not None]
+def _momentum_buffers(optimizer: torch.optim.SGD, parameters: Iterable[Tensor]) -> list[Tensor]:
+    buffers = (optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in parameters)
+    return [buffer for buffer in buffers if buffer is not None]
 
 
 def plateau_drops(errors: Sequence[float], patience: int) -> int:
-    """Count how often the learning rate has been divided after these validation errors, one per epoch.
+    """Return how often the learning rate has been divided by ten, given the validation error of each epoch.
 
-    It is divided when the lowest error has not fallen for `patience` epochs, at most three times.
+    It is divided when the lowest error has not fallen for `patience` epochs, at most MAX_DROPS times.
     """
     best, stale, drops = math.inf, 0, 0
     for error in errors:
@@ -88,7 +89,7 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
 
 
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
-    """Return ε for a step that ends at a fractional `epoch`, given the validation errors so far."""
+    """Return ε for a step that ends after `epoch` epochs, a fraction, given the validation errors so far."""
     rate = settings.learning_rate
     if epoch < settings.warmup_epochs:
         return rate * epoch / settings.warmup_epochs
@@ -96,5 +97,5 @@ def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> 
         return rate * DROP ** plateau_drops(errors, settings.patience)
     if settings.schedule == "steps":
         return rate * DROP ** sum(epoch >= drop for drop in settings.drop_epochs)
-    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
-    return rate * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    fraction = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
+    return rate * (1 + math.cos(math.pi * min(fraction, 1.0))) / 2

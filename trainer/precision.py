@@ -1,4 +1,4 @@
-"""The precision of a run: what `auto` resolves to on a device, and the check that a run keeps it."""
+"""Resolve the precision `auto` for a device, and make sure that a run keeps its precision."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -34,28 +34,29 @@ def _cpu_computes_bf16() -> bool:
     return in_hardware and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
-def settle_precision(settings: Settings, run: Run, world: World) -> Settings:
+def resolve_run_precision(settings: Settings, run: Run, world: World) -> Settings:
     """Return the settings with the precision resolved; the first process decides for all.
 
-    Raises SettingsError in all processes if the run began with another precision or device.
+    The first process records the precision and the device when the run begins, and compares them later.
+        Raises SettingsError in all processes if the run began with another precision or device.
     """
     precision, refusal = resolve_precision(settings.precision, world.device), None
     if world.is_main:
         try:
-            run.settle(settings, {"device": world.device.type, "precision": precision})
+            run.keep_resolved(settings, {"device": world.device.type, "precision": precision})
         except SettingsError as error:
             refusal = str(error)
-    precision, refusal = world.share((precision, refusal))
+    precision, refusal = world.broadcast((precision, refusal))
     if refusal is not None:
         raise SettingsError(refusal)
     return settings.model_copy(update={"precision": precision})
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Return the context for a forward pass in a precision."""
+    """Return a context for forward passes in a precision: `bf16`, `fp16` or `fp32`."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def prepare(pixels: Tensor, precision: str) -> Tensor:
-    """Convert pixels to what the model takes: fp32 needs a conversion, while autocast makes its own."""
+    """Convert pixels to fp32 if the model runs in fp32; under autocast, the model converts them itself."""
     return pixels.float() if precision == "fp32" else pixels

@@ -1,13 +1,13 @@
-"""The run folder, which holds one run and is never shared by two.
+"""Manage the run folder, which holds everything about one run, and nothing of any other run.
 
 settings.json      the settings, the dataset's fingerprint, and what `auto` resolved to when the run began
-net.json           everything needed to use the net, see pipeline/spec.py
-environment.json   versions, commit and machine of each start
+net.json           everything that is needed to use the net; see pipeline/spec.py
+environment.json   versions, commit and hardware of each start
 metrics.csv        one row per log interval
 evaluations.csv    one row per evaluation
 checkpoints/       see trainer/checkpoint.py
-report.md, *.png   written at the end
-.lock              locked by the process that trains; the lock is released however that process ends
+report.md, *.png   written at the end of the run
+.lock              locked by the process that trains; the system releases the lock when that process ends
 """
 
 import errno
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import atomic_write, held_open, sync_folder
 from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.retry import read_patiently
+from pipeline.retry import read_with_retries
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
 from trainer.settings import Resolved, Settings, SettingsError
@@ -36,20 +36,20 @@ from trainer.table import Table
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _RESOLVED = "resolved"  # in settings.json: what `auto` resolved to when the run began
-_ONCE = {"convolutions": "grouped"}  # not recorded by versions that had only this form
-# What a start that was killed early may leave behind.
+_ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
+# Files that a start which was killed early may leave behind.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
 _COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
-_HELD = {errno.EAGAIN, errno.EACCES}  # by another process; SMB servers report the latter
+_LOCKED = {errno.EAGAIN, errno.EACCES}  # by another process; SMB servers report the latter
 _PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
 class RunError(ValueError):
-    """A run that cannot go on. The message says why and what to do."""
+    """The run cannot go on. The message says why, and what to do."""
 
 
-class LostError(RunError):
-    """A run that lost another of its processes; it may succeed when started again."""
+class PeerLostError(RunError):
+    """Another process of the run has ended. The run may succeed when it is started again."""
 
 
 class _Recorded(BaseModel):
@@ -61,7 +61,10 @@ class _Recorded(BaseModel):
 
 
 class Run:
-    """A run folder, new or to be continued."""
+    """A run folder, which may not exist yet.
+
+    Its methods raise OSError, with the file's name, if a file cannot be read or written.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -70,25 +73,26 @@ class Run:
         self.checkpoints = folder / "checkpoints"
 
     def begin(self, settings: Settings, manifest: Manifest) -> TextIO:
-        """Create the folder, or check that it holds this run.
+        """Create and lock the folder, or lock it after a check that it holds this run.
 
         Returns the lock. No other process can begin the run until the lock is closed or this process has
-        ended. Raises SettingsError if the folder holds foreign files or another run, and says how that run
-        differs. Raises RunError if another process is training the run.
+        ended. Raises SettingsError if the folder holds another run or files that are not of a run.
+        Raises RunError if another process is training the run.
         """
         is_new = self.check_is_new(settings, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(self.folder)
-        if is_new and self.check_is_new(settings, manifest):  # another process may have begun it meanwhile
-            NetSpec.of(manifest, settings.crop).write(self.folder)
+        lock = _open_locked(self.folder)
+        if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
+            NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
             _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
         return lock
 
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
         """Create the folder of a run whose weights were trained elsewhere; the caller adds the checkpoint.
 
-        Such a run can be evaluated and used, but not continued, because its origin is recorded in place of
-        a dataset and so matches none. Raises SettingsError if the folder is not empty.
+        origin: where the weights are from. It is recorded in place of a dataset's fingerprint and matches no
+        dataset, so the run can be evaluated and used, but not continued. Raises SettingsError if the folder
+        is not empty.
         """
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise SettingsError(f"{self.folder} is not empty: choose another --out")
@@ -99,14 +103,14 @@ class Run:
     def check_is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Check that the folder is free or holds this run, and return whether it is free.
 
-        Raises SettingsError if it holds another run or foreign files, and otherwise as `recorded_settings`
-        does.
+        Raises SettingsError if it holds another run, naming the differences, or files that are not of a run,
+        and otherwise as `recorded_settings` does.
         """
         identity = _identity(settings, manifest.fingerprint)
         recorded = self._recorded()
         if recorded is not None:
-            # An earlier version began the run if settings are missing: there was then no choice of them.
-            held = json.loads(Settings.model_construct().model_dump_json()) | _ONCE | recorded
+            # If settings are missing, an earlier version began the run, which had only their defaults.
+            held = json.loads(Settings.model_construct().model_dump_json()) | _ONLY_FORM | recorded
             resolved = recorded.get(_RESOLVED, {})
             held |= {name: resolved[name] for name in ("precision", "convolutions") if name in resolved}
             differing = [
@@ -120,17 +124,17 @@ class Run:
                     "choose another --out, or use that run's settings to continue it"
                 )
             return False
-        if self.folder.is_dir() and {held.name for held in self.folder.iterdir()} - _BEFORE_SETTINGS:
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(
                 f"{self.folder} is not empty and has no {_SETTINGS}, so it is not a run: choose another --out"
             )
         return True
 
-    def settle(self, settings: Settings, resolved: Mapping[str, str]) -> None:
-        """Record what `auto` resolves to when the run begins, and check it at each later start.
+    def keep_resolved(self, settings: Settings, resolved: Mapping[str, str]) -> None:
+        """Record what `auto` resolved to when the run begins, and compare it at each later start.
 
-        resolved: the `device`, cpu or cuda, and the `precision`. The device may change if the settings name
-        it. Raises SettingsError if anything else would change without being asked for.
+        resolved: the `device`, cpu or cuda, and the `precision`. The device may differ if the settings name
+        it. Raises SettingsError if the device or the precision would change only because of `auto`.
         """
         held = self.recorded_settings()
         began = held.get(_RESOLVED)
@@ -141,22 +145,22 @@ class Run:
         if settings.device != "auto" and "device" in changed:
             changed.remove("device")
         if changed:
-            there = " and ".join(f"{name} {began[name]}" for name in changed)
-            here = " and ".join(resolved[name] for name in changed)
+            old = " and ".join(f"{name} {began[name]}" for name in changed)
+            new = " and ".join(resolved[name] for name in changed)
             keep = {"precision": began["precision"], "device": resolved["device"]}
             flags = " ".join(f"--{name} {keep[name]}" for name in changed)
             raise SettingsError(
-                f"{self.folder} began with {there}, and auto is {here} on this machine: "
+                f"{self.folder} began with {old}, and auto is {new} on this machine: "
                 f"add {flags} to continue it here, or choose another --out"
             )
 
     def keep_form(self, choose: Callable[[], str]) -> str:
-        """Return the recorded form of the net's convolutions; if there is none, record what `choose` returns.
+        """Return the form of the convolutions that is recorded, or else call `choose` and record its result.
 
         Raises as `recorded_settings` does.
         """
         held = self.recorded_settings()
-        began = held.get(_RESOLVED, {}) if "convolutions" in held else _ONCE
+        began = held.get(_RESOLVED, {}) if "convolutions" in held else _ONLY_FORM
         if "convolutions" in began:
             return began["convolutions"]
         form = choose()
@@ -165,11 +169,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has done its last step, after which the report is written."""
+        """Whether the run is complete, which means that its report has been written."""
         return (self.folder / REPORT).exists()
 
     def sync(self) -> None:
-        """Write all rows of the tables to the disk, before a checkpoint of a later step. Raises OSError."""
+        """Write all rows of the tables to the disk. Called before each checkpoint is written."""
         self.metrics.sync()
         self.evaluations.sync()
         sync_folder(self.folder)
@@ -184,7 +188,7 @@ class Run:
     def recorded_settings(self) -> dict[str, Any]:
         """Return the content of settings.json.
 
-        Raises SettingsError if there is no run, RunError if the file is damaged, and OSError.
+        Raises SettingsError if there is no run, and RunError if the file is damaged.
         """
         held = self._recorded()
         if held is None:
@@ -207,15 +211,15 @@ class Run:
         return held
 
     def net(self, settings: Settings) -> NetSpec:
-        """Return everything needed to use the net.
+        """Return everything that is needed to use the net.
 
-        For a run of an earlier version, it comes from the dataset of the settings. Raises RunError if that
-        is missing, or if the file is damaged.
+        It comes from net.json or, for a run of an earlier version, from the dataset that the settings name.
+        Raises RunError if net.json is damaged, or if that dataset cannot be read.
         """
         try:
             with suppress(FileNotFoundError):
                 return NetSpec.read(self.folder)
-            return NetSpec.of(read_manifest(settings.data), settings.crop)
+            return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
         except SpecError as error:
             raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
         except DatasetError as error:
@@ -224,31 +228,34 @@ class Run:
             ) from None
 
     def record_environment(self, device: str) -> dict[str, str]:
-        """Add this start to environment.json, and return what was added."""
+        """Add this start to environment.json, and return its entry. device: name of the device."""
         starts = [*self.starts(), environment(device)]
         _write_json(self.folder / _ENVIRONMENT, starts)
         return starts[-1]
 
     def starts(self) -> list[dict[str, str]]:
-        """Return the record of each start, latest last. Raises OSError, or RunError if it is damaged."""
+        """Return the entries of environment.json, oldest first. Raises RunError if the file is damaged."""
         return _read_json(self.folder / _ENVIRONMENT, "delete it") or []
 
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
-    """Return what identifies a run. dataset: its fingerprint. whole: include the settings that may change."""
+    """Return what identifies a run, as JSON values.
+
+    dataset: its fingerprint. whole: whether to include the settings that may change.
+    """
     chosen = json.loads(settings.model_dump_json()) if whole else settings.identity()
     return {"dataset": dataset, **chosen}
 
 
-def _locked(folder: Path) -> TextIO:
-    """Open and lock the folder's lock file. Raises RunError if another process holds the lock."""
+def _open_locked(folder: Path) -> TextIO:
+    """Open, lock and return the folder's lock file. Raises RunError if another process has locked it."""
     lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _HELD:
+        if error.errno in _LOCKED:
             with held_open(lock):
-                owner = _owner(lock)
+                owner = _lock_owner(lock)
             raise RunError(
                 f"{folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
             ) from None
@@ -257,14 +264,14 @@ def _locked(folder: Path) -> TextIO:
             f"alexnet-train: {folder} cannot be locked ({error.strerror}): make sure nothing else trains it",
             file=sys.stderr,
         )
-    with suppress(OSError):  # the owner's name only informs people
+    with suppress(OSError):  # the content is only for messages
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
 
 
-def _owner(lock: TextIO) -> str:
-    """Return the name that the owner of the lock has written into it."""
+def _lock_owner(lock: TextIO) -> str:
+    """Return what the process that holds the lock has written into it: its ID and its host."""
     with suppress(OSError):  # some file systems do not allow reading a locked file
         lock.seek(0)
         return lock.read().strip() or "another process"
@@ -272,7 +279,10 @@ def _owner(lock: TextIO) -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Return versions, commit and machine, to record with a run or a measurement."""
+    """Return versions, commit and hardware, to record with a run or a measurement.
+
+    device: name of the device.
+    """
     return {
         "device": device,
         "cpu": _cpu_model(),
@@ -293,7 +303,7 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str:
-    """Return the commit of this code, marked if it was modified; `unknown` outside a clone and an image."""
+    """Return the commit of this code, with -dirty if it was modified; `unknown` without git or an image."""
     if _COMMIT.exists():
         return _COMMIT.read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -305,9 +315,9 @@ def _git_commit() -> str:
 
 
 def _read_json(path: Path, remedy: str) -> Any:
-    """Return the content, or None if there is no such file. Raises OSError, or RunError if it is damaged."""
+    """Return the content of a JSON file, or None without one. Raises RunError if the file is damaged."""
     try:
-        return json.loads(read_patiently(path))
+        return json.loads(read_with_retries(path))
     except FileNotFoundError:
         return None
     except ValueError as error:

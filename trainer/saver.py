@@ -1,4 +1,4 @@
-"""Save checkpoints while training goes on: the state is copied, and a thread writes the copy."""
+"""Save checkpoints while training goes on: copy the state to host memory, and write the copy in a thread."""
 
 import math
 import threading
@@ -11,27 +11,27 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pipeline.files import naming
-from pipeline.retry import patiently
+from pipeline.files import path_in_errors
+from pipeline.retry import with_retries
 from trainer import checkpoint
 from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
 from trainer.settings import Settings
 
-RETRY_SECONDS = 300.0  # after a save that failed
+RETRY_SECONDS = 300.0  # time after which a failed save is tried again
 
 
 class Copier:
-    """Copies states into host memory, which is reused for the next state and page-locked for a GPU."""
+    """Copies states into host memory that is reused for each state, and page-locked if there is a GPU."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple, Tensor] = {}
 
     def copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], Callable[[], float]]:
-        """Begin to copy a state to the host.
+        """Begin to copy a state to host memory, overwriting the previous copy.
 
         Returns the copy, and a function that waits until it is complete and returns the seconds that the
-        device took. On a GPU, the copy is queued between the steps before it and those after it.
+        device took. On a GPU, the copy is queued after the steps so far and before later ones.
         """
         if not torch.cuda.is_initialized():
             return self._copied(state, ()), lambda: 0.0
@@ -61,7 +61,7 @@ class Copier:
 
 
 class _Unsaved(NamedTuple):
-    """A state that has not been written yet, in its own memory."""
+    """A copied state that has not been written to the disk yet."""
 
     state: dict[str, Any]
     best: bool
@@ -70,10 +70,10 @@ class _Unsaved(NamedTuple):
 class Saver:
     """Saves the states of a run, one at a time.
 
-    A save that fails is reported with `warn`, counted, and tried again after RETRY_SECONDS. If it was the
-    best state, it is kept until then and written before any other, because a run that resumes from a later
-    state relies on the best one being there. Leaving the context waits for a save in progress, except after
-    Ctrl-C.
+    A failed save is reported with `warn`, counted, and tried again after RETRY_SECONDS. The best state is
+    kept until it has been written, and is written before any other, because a run that resumes from a later
+    state relies on the best one being on the disk. Leaving the context waits for a save in progress, except
+    after Ctrl-C.
     """
 
     def __init__(self, run: Run, settings: Settings, metrics: Metrics, warn: Callable[[str], None]):
@@ -101,24 +101,24 @@ class Saver:
             self.warn(str(unsaved))
 
     def save(self, state: dict[str, Any], best: bool = False) -> None:
-        """Copy a state and begin to write it. best: whether to keep it until there is a better one.
+        """Copy a state and begin to write it, after waiting for any save that is still in progress.
 
-        Waits for the previous save if it is still in progress.
+        best: whether the state has the lowest validation error so far. Raises as `report_failures` does.
         """
         begun = time.monotonic()
         self._wait()
-        self.report()
+        self.report_failures()
         self._unsaved = [unsaved for unsaved in self._unsaved if unsaved.best and not best]
         if self._unsaved:
-            self._copier = Copier()  # the memory of the previous one holds the best state
+            self._copier = Copier()  # the old one's memory holds the unsaved best state
         started = time.monotonic()
-        copied, copying = self._copier.copy(state)
+        copied, wait_for_copy = self._copier.copy(state)
         self._unsaved.append(_Unsaved(copied, best))
         self._due = started + self._seconds
-        held = time.monotonic() - begun
+        paused = time.monotonic() - begun
 
         def write() -> None:
-            self.metrics.checkpoint_stall_seconds.observe(held + copying())
+            self.metrics.checkpoint_stall_seconds.observe(paused + wait_for_copy())
             self._write_unsaved(started)
 
         self._thread = threading.Thread(target=self._attempt, args=(write,), name="saver", daemon=True)
@@ -126,29 +126,29 @@ class Saver:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to save, by the clock or to retry a save that failed."""
+        """Whether it is time to save, because of --checkpoint-seconds or to retry a failed save."""
         return time.monotonic() >= self._due
 
-    def newest(self) -> Path | None:
-        """Return the newest checkpoint, after waiting for a save in progress.
+    def wait_for_newest(self) -> Path | None:
+        """Wait for a save in progress, and return the path of the newest checkpoint, if any.
 
-        Returns the folder of the checkpoints if it cannot be listed.
+        Returns the folder of the checkpoints instead if it cannot be listed.
         """
         self._wait()
         try:
-            return next(iter(checkpoint.saved(self.run.checkpoints, "step")), None)
+            return next(iter(checkpoint.list_checkpoints(self.run.checkpoints, "step")), None)
         except OSError:
             return self.run.checkpoints
 
     def drain(self) -> None:
-        """Wait for a save in progress, and try a failed one again, for some seconds if that may help.
+        """Wait for a save in progress, and retry a failed one, for some seconds if that may help.
 
-        Raises RunError, once, if it still fails.
+        Raises RunError if it still fails; a further call does not raise it again.
         """
         self._wait()
         if isinstance(self._failure, RunError):
             started = time.monotonic()
-            self._attempt(lambda: patiently(lambda: self._write_unsaved(started), self.warn))
+            self._attempt(lambda: with_retries(lambda: self._write_unsaved(started), self.warn))
         self._report_undeleted()
         failure, self._failure = self._failure, None
         if isinstance(failure, RunError):
@@ -164,8 +164,11 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def report(self) -> None:
-        """Warn of a failed save, once. Raises its error if the disk is not at fault."""
+    def report_failures(self) -> None:
+        """Warn once of each failed save and of each old file that cannot be deleted.
+
+        Raises an error of the saving thread that the storage did not cause.
+        """
         self._report_undeleted()
         if isinstance(self._failure, RunError):
             if not self._reported:
@@ -184,7 +187,7 @@ class Saver:
                 self._reported_undeleted.add(line)
 
     def _attempt(self, write: Callable[[], None]) -> None:
-        """Write, in the saving thread or at the end, and keep an error for the training thread."""
+        """Call `write`, and keep its error for the training thread."""
         try:
             write()
         except OSError as error:
@@ -202,12 +205,12 @@ class Saver:
             self._failure = None
 
     def _write_unsaved(self, started: float) -> None:
-        """Write all unsaved states. Raises OSError; states that were not written by then stay unsaved."""
+        """Write all unsaved states. Raises OSError if one cannot be written; it then stays unsaved."""
         self.run.sync()
         while self._unsaved:
             state, best = self._unsaved[0]
             folder, step = self.run.checkpoints, state["step"]
-            with naming(checkpoint.path_of(folder, step)):
+            with path_in_errors(checkpoint.path_of(folder, step)):
                 size, undeleted = checkpoint.write(folder, step, state, self.keep, best)
             self._undeleted += undeleted
             del self._unsaved[0]

@@ -1,8 +1,8 @@
-"""All settings of a run, which come from four sources. Later ones win:
+"""Resolve the settings of a run from four sources. Each overrides those before it:
 
     defaults < recipe (--recipe NAME or a TOML file) < environment (ALEXNET_EPOCHS=90) < command line
 
-An unknown name is an error that suggests the nearest known one. Nothing here imports torch or DALI, so
+An unknown name is an error that suggests the nearest known one. This module does not import torch or DALI, so
 --help and error messages appear at once.
 """
 
@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
 
 from trainer.setting_groups import (
-    FREE,
+    MAY_CHANGE,
     PAPER_ONLY,
     BatchesAndAugmentation,
     DataAndRun,
@@ -38,7 +38,7 @@ from trainer.setting_groups import (
 PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
 
-# What --help shows for the types that pydantic-settings would show by name.
+# What --help shows in place of the names of types that pydantic-settings would show.
 _METAVARS = {"int": "N", "Path": "DIR"}
 
 
@@ -46,7 +46,7 @@ class SettingsError(ValueError):
     """Settings that cannot be used. The message names the setting and says what to do."""
 
 
-# pydantic orders the fields from the last base to the first.
+# pydantic orders the fields from the last base class to the first.
 class Settings(
     Monitoring, Robustness, Hardware, Optimisation, BatchesAndAugmentation, Net, DataAndRun, BaseSettings
 ):
@@ -105,11 +105,12 @@ class Settings(
 
     @property
     def run_folder(self) -> Path:
+        """The folder of the run: --out or, without it, runs/RECIPE."""
         return self.out or Path("runs") / Path(self.recipe).stem
 
     def identity(self) -> dict[str, Any]:
-        """The settings that may not change when the run is continued, as JSON values."""
-        return json.loads(self.model_dump_json(exclude=set(_marked(FREE))))
+        """Return the settings that may not change when the run is continued, as JSON values."""
+        return json.loads(self.model_dump_json(exclude=set(_marked(MAY_CHANGE))))
 
 
 class Resolved(BaseModel):
@@ -119,7 +120,7 @@ class Resolved(BaseModel):
 
     device: Literal["cpu", "cuda"]
     precision: Literal["bf16", "fp16", "fp32"]
-    # It may be missing, but not null: it has not been chosen yet, or an earlier version began the run.
+    # It may be missing, but not null: until it is chosen, or if an earlier version began the run.
     convolutions: Form = None  # type: ignore[assignment]
 
 
@@ -133,7 +134,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _marked(mark: object) -> list[str]:
-    """The names of the settings with a mark, in their order."""
+    """Return the names of the settings with a mark, in the order of --help."""
     return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
 
 
@@ -142,6 +143,7 @@ def _flag(field: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a suggestion of the known name that is most similar, or an empty string."""
     close = get_close_matches(name.split("=", maxsplit=1)[0], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -149,7 +151,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def load_settings(
     arguments: Sequence[str], command: str = "alexnet-train", description: str = ""
 ) -> Settings:
-    """Resolve the settings of a command line.
+    """Resolve the settings from a command line, the environment and the recipe.
 
     Prints the help and exits if asked to. Raises SettingsError for an unknown or impossible setting.
     """
@@ -194,14 +196,15 @@ def load_settings(
 
 
 def _help(field: FieldInfo) -> str:
-    """Return the help of a setting: its description, and its default if it has one."""
+    """Return the help text of a setting: its description, and its default if it has one."""
     default = {True: "on", False: "off"}[field.default] if field.annotation is bool else field.default
     shown = f" (default: {default})" if default not in (None, (), {}) else ""
     return f"{field.description}{shown}".replace("%", "%%")
 
 
 def _explain(detail: Any) -> str:
-    if not detail["loc"]:  # several settings that do not go together
+    """Return a message for one of the errors that pydantic lists."""
+    if not detail["loc"]:  # the error concerns a combination of settings
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
@@ -210,7 +213,10 @@ def _explain(detail: Any) -> str:
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Read the settings of a recipe. Raises SettingsError if there is none of that name."""
+    """Read the settings of a recipe, given its name or the path of a TOML file.
+
+    Raises SettingsError if there is no such recipe, or if it is not valid TOML.
+    """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.toml"))

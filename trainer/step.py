@@ -1,4 +1,4 @@
-"""One training step: forward under autocast, loss, backward, update."""
+"""Do one training step: forward pass under autocast, loss, backward pass and update."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +13,14 @@ from trainer.precision import autocast, prepare
 
 
 class Skips(NamedTuple):
-    """Steps without an update: their number since the last check, and how many of them end it in a row."""
+    """Skipped updates: their number since the last check, and the length of the current row of them."""
 
     steps: int
-    in_a_row: int
+    consecutive: int
 
 
 class Condition(NamedTuple):
-    """Whether the weights are finite, the loss scale (1 except in fp16), and skips since the last check."""
+    """Whether the weights are finite, the loss scale (1 except in fp16), and the skipped updates."""
 
     weights_finite: bool
     scale: float
@@ -28,9 +28,9 @@ class Condition(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Make a condition from the values of `Step.take_condition`."""
-        weights_finite, scale, steps, in_a_row = values
-        return cls(bool(weights_finite), scale, Skips(int(steps), int(in_a_row)))
+        """Make a condition from the four values of `Step.take_condition`."""
+        weights_finite, scale, steps, consecutive = values
+        return cls(bool(weights_finite), scale, Skips(int(steps), int(consecutive)))
 
 
 @torch.no_grad()
@@ -38,8 +38,8 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Return whether every element is finite, as a bool [] on the device."""
     tensors = list(tensors)
     if tensors[0].is_cuda:
-        return get_total_norm(tensors, math.inf).isfinite()  # takes a few kernels for all tensors
-    # On a CPU, minima and maxima take one vectorised pass; a norm is not vectorised. Both propagate NaN.
+        return get_total_norm(tensors, math.inf).isfinite()  # launches only a few kernels for all tensors
+    # On a CPU, `aminmax` takes one vectorised pass, while a norm is not vectorised. Both propagate NaN.
     return torch.stack([extreme for tensor in tensors for extreme in torch.aminmax(tensor)]).isfinite().all()
 
 
@@ -47,10 +47,10 @@ class Step:
     """Trains a model batch by batch, without waiting for the device.
 
     model: maps pixels [n,3,crop,crop] to logits [n,classes]. precision: `bf16`, `fp16` or `fp32`.
-    In fp16, gradients are scaled, and a step whose gradients overflow is skipped (`GradScaler`).
-    skip_not_finite: skip steps whose gradients are not finite in the other precisions, too. The optimizer
-    must then be a fused one, which decides on the device whether to update. A loss that is not finite has
-    gradients that are not finite.
+    In fp16, gradients are scaled, and the update is skipped if they overflow (`GradScaler`).
+    skip_not_finite: whether to skip updates whose gradients are not finite in the other precisions, too. This
+    includes every step whose loss is not finite. The optimizer must then be a fused one, which decides on the
+    device whether to update.
     """
 
     def __init__(
@@ -65,19 +65,22 @@ class Step:
         self.model, self.optimizer = model, optimizer
         self.precision, self.device = precision, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.skips_itself = skip_not_finite and precision != "fp16"
-        assert not self.skips_itself or optimizer.defaults["fused"], "only a fused optimizer can skip"
+        self.skip_not_finite = skip_not_finite and precision != "fp16"
+        assert not self.skip_not_finite or optimizer.defaults["fused"], "only a fused optimizer can skip"
         self._skips = torch.zeros(2, device=device)  # the values of Skips
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Do one update. Returns the mean loss and the number of top-1 errors, on the device."""
-        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, which can reuse their memory
+        """Do one step on pixels [n,3,crop,crop] and labels [n].
+
+        Returns the mean cross-entropy [] and the number of top-1 errors [], both on the device.
+        """
+        self.optimizer.zero_grad(set_to_none=True)  # the forward pass can then reuse the gradients' memory
         with autocast(self.precision, self.device):
             logits = self.model(prepare(pixels, self.precision))
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         self.scaler.scale(loss).backward()
-        if self.skips_itself:
+        if self.skip_not_finite:
             self._skip_if_not_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -87,18 +90,19 @@ class Step:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def _skip_if_not_finite(self) -> None:
-        """Tell the optimizer to skip, as GradScaler does. All processes do, as their gradients are equal."""
+        """Tell the optimizer whether to skip, as GradScaler does. Gradients are equal in all processes."""
         skip = (~all_finite(p.grad for p in self._parameters() if p.grad is not None)).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        steps, in_a_row = self._skips
-        self._skips = torch.stack([steps + skip, (in_a_row + 1) * skip])
+        steps, consecutive = self._skips
+        self._skips = torch.stack([steps + skip, (consecutive + 1) * skip])
 
     def take_condition(self) -> Tensor:
         """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips.
 
-        Updates that fp16 skips are not counted here; they show in the loss scale.
+        Updates that GradScaler skips in fp16 are not counted; Metrics.record_interval derives their number
+        from the loss scale.
         """
         scale = self.scaler.scale(torch.ones((), device=self.device))
         condition = torch.stack([all_finite(self._parameters()), scale, *self._skips]).double()
-        self._skips[:1].zero_()  # assigning a number would copy it to the device and wait for that
+        self._skips[:1].zero_()  # assigning a number instead would wait for a copy to the device
         return condition

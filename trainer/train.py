@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: section 5 of the paper, with the loader, the net and the metrics."""
+"""Train a net as in section 5 of the paper: the loop over steps, evaluations and checkpoints."""
 
 import math
 import signal
@@ -17,20 +17,20 @@ from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint
-from trainer.build import build_decoding, processes_here
+from trainer.build import build_decoding, local_world_size
 from trainer.evaluate import evaluate
-from trainer.forms import settle_form
+from trainer.forms import resolve_run_form
 from trainer.intervals import Intervals
 from trainer.learner import Learner
 from trainer.monitor.ceilings import calibrate, loader_work, model_work
+from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.display import Display
 from trainer.monitor.health import Health
 from trainer.monitor.journal import Journal
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.moment import Lead
-from trainer.monitor.server import serve
+from trainer.monitor.server import start_server
 from trainer.optim import learning_rate, set_learning_rate
-from trainer.precision import settle_precision
+from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
 from trainer.processes.stop import Stopped, StopRequest
@@ -39,24 +39,24 @@ from trainer.run import Run
 from trainer.saver import Saver
 from trainer.settings import Settings
 from trainer.step import all_finite
-from trainer.tuning import tuned
+from trainer.tuning import tune
 
 
 def train(settings: Settings, run: Run) -> None:
-    """Train as the settings say, or continue the run in the folder, and write its report.
+    """Begin the run that the settings describe, or continue it, train to its end and write its report.
 
-    Raises SettingsError, DatasetError, RunError or OSError with a message for the user (LostError, a
-    RunError, if another process is gone), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
+    Raises SettingsError, DatasetError, RunError or OSError with a message for the user (PeerLostError, a
+    RunError, if another process has ended), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
     watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
     try:
-        with distributed.noticing_loss():
+        with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
                 world = distributed.join(settings.device)
-                settings = settle_precision(settings, run, world)
-                server = serve(metrics, settings, world)
-                settings, notes = settle_form(settings, run, world)
+                settings = resolve_run_precision(settings, run, world)
+                server = start_server(metrics, settings, world)
+                settings, notes = resolve_run_form(settings, run, world)
                 trainer = Trainer(settings, run, world, metrics, server.port if server else None, notes)
                 if settings.calibrate:
                     trainer.calibrate()
@@ -69,7 +69,10 @@ def train(settings: Settings, run: Run) -> None:
 
 
 class Trainer:
-    """The state of a run between two steps, and the loop that advances it."""
+    """The state of a run between two steps, and the loop that advances it.
+
+    port: port of the metrics server, if there is one. notes: lines for the log at the start.
+    """
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data, processes=processes_here())
+        self.dataset = Dataset(settings.data, processes=local_world_size())
         self.plan = Plan(
             seed=settings.seed,
             batch=settings.batch,
@@ -90,25 +93,25 @@ class Trainer:
             window=settings.shuffle_window,
         )
         for split in ("train", "val"):
-            self.dataset.reader(split)  # finds damage now, not in an hour
+            self.dataset.reader(split)  # finds a damaged dataset before training begins
         decoding = build_decoding(settings, world.device)
-        self.decoding, tuning_notes = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, tuning_notes = tune(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
-        self.errors: list[float] = []  # top-1 on the validation set, one per evaluation
-        self.evaluated = 0  # epochs done at the last evaluation
-        self.bad: set[str] = set()  # locations of samples that were left out
+        self.errors: list[float] = []  # top-1 errors on the validation set, one per evaluation
+        self.evaluated_epochs = 0  # number of epochs done at the last evaluation
+        self.damaged: set[str] = set()  # locations of the samples that were left out
         self.stop = StopRequest()
-        self.stopping = False  # agreed by all processes
+        self.stopping = False  # whether all processes have agreed to stop
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
-        self.lead = Lead(world.device)
+        self.run_ahead = RunAheadLimit(world.device)
         self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.journal = Journal(run, world, metrics, self.display)
         self.saver = Saver(run, settings, metrics, self.display.warn)
-        health = Health(settings, len(self.dataset.manifest.classes), self.saver.newest, metrics)
-        health.remember(self.journal.go_back_to(self.step))
+        health = Health(settings, len(self.dataset.manifest.classes), self.saver.wait_for_newest, metrics)
+        health.restore(self.journal.rewind_to(self.step))
         self.intervals = Intervals(world, self.learner, self.journal, health)
         self.meter = self.intervals.meter
 
@@ -118,24 +121,26 @@ class Trainer:
 
     @property
     def epochs_done(self) -> int:
+        """The number of complete epochs."""
         return self.step * self.plan.batch // self.plan.samples
 
     def calibrate(self) -> None:
-        """Measure the ceilings of the loader and the model, on a separate loader and a separate net."""
+        """Measure the throughput of the loader and of the model, with an additional loader and net."""
         classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
         model = model_work(self.settings, classes, self.decoding, share, self.learner.precision)
         works = {"loader": loader_work(self.batches()), "model": model}
         calibrate(works, self.metrics, self.world.device)
 
     def run_to_end(self) -> None:
+        """Train to the last step, and write the report. Raises as `train` does."""
         with self.display, self.stop, self.saver:
-            self.journal.introduce(
+            self.journal.log_start(
                 self.settings, self.dataset.manifest, self.learner.precision, self.port, self.notes
             )
             try:
                 self._train()
             except DatasetError:
-                # The last step is complete, and the next one has not begun.
+                # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
                 if self.step and not self.stopping and all_finite(self.learner.model.parameters()):
                     self._save()
@@ -144,7 +149,7 @@ class Trainer:
             if self.world.is_main:
                 from trainer.monitor.report import write_report
 
-                self.metrics.progress("report")
+                self.metrics.record_progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
 
     def _train(self) -> None:
@@ -158,31 +163,31 @@ class Trainer:
             if save_due or self.stopping:
                 self._save(best)
             if self.stopping:
-                self._leave()
+                self._raise_stopped()
             if self.step == self.steps:
                 break
             with self.metrics.activity("train"):
                 epochs = self.epochs_done
-                self.train_one(batches)
+                self.train_step(batches)
                 epoch_ends, every = self.epochs_done > epochs, self.settings.checkpoint_steps
                 save_due = epoch_ends or (every > 0 and self.step % every == 0)
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
-                # Several processes must stop at the same step, on which they agree when they log.
+                # Several processes must stop at the same step, so they agree on it at a step that is logged.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
                     self.log()
                     self.stopping = self.world.any(self.stop.is_made)
                     if self.world.is_main:  # only the main process saves
-                        self.saver.report()
+                        self.saver.report_failures()
                         save_due |= self.saver.is_due
                 if save_due or self.stopping:
-                    self.intervals.report()  # checks what is about to be saved, and writes its rows
+                    self.intervals.report()  # checks the state that will be saved, and writes its rows
 
     def _evaluation_is_due(self) -> bool:
         every = 1 if self.step == self.steps else self.settings.evaluate_epochs
-        return self.epochs_done // every > self.evaluated // every
+        return self.epochs_done // every > self.evaluated_epochs // every
 
     def batches(self) -> Iterator[Batch]:
-        """Return this process's share of each step from the current one on."""
+        """Return this process's share of the batch of each step, from the current step on."""
         return train_loader(
             self.dataset,
             self.plan,
@@ -193,12 +198,12 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out,
+            on_damage=self._count_damaged,
         )
 
     @cached_property
     def validation(self) -> Iterable[Batch]:
-        """This process's share of the validation set, once per iteration."""
+        """This process's share of the validation set; each iteration over it is one pass."""
         return evaluation_loader(
             self.dataset,
             "val",
@@ -206,21 +211,21 @@ class Trainer:
             self.decoding,
             rank=self.world.rank,
             world=self.world.size,
-            leave_out=self._leave_out,
-            kept=True,
+            on_damage=self._count_damaged,
+            persistent=True,
         )
 
-    def _leave_out(self, damage: Damage) -> None:
-        """Count a damaged sample that is left out. Too many end the run with a DatasetError.
+    def _count_damaged(self, damage: Damage) -> None:
+        """Count a damaged sample that is left out, and end the run with a DatasetError if there are too many.
 
-        With a single process, it is raised at once. With several, this one continues with the intact samples
-        until all stop together and the main process saves.
+        A single process raises the error at once. One of several continues with the intact samples until all
+        processes stop together and the main process has saved.
         """
         self.metrics.input_errors[damage.reason].inc()
-        if damage.location not in self.bad:
+        if damage.location not in self.damaged:
             self.display.warn(f"left out: {damage}")
-            self.bad.add(damage.location)
-        if len(self.bad) > self.settings.max_bad_samples:
+            self.damaged.add(damage.location)
+        if len(self.damaged) > self.settings.max_bad_samples:
             error = DatasetError(
                 f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "
                 "copy the shard again, or allow more with --max-bad-samples"
@@ -229,19 +234,19 @@ class Trainer:
                 raise error
             self.stop.error = error
 
-    def train_one(self, batches: Iterator[Batch]) -> None:
-        """Do one step: wait for the batch, set the learning rate, update."""
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """Do one step: wait for the batch, set the learning rate, and update the weights."""
         begun = time.monotonic()
-        self.lead.hold()
-        self.metrics.progress("input")
-        asked = time.monotonic()
+        self.run_ahead.wait()
+        self.metrics.record_progress("input")
+        requested = time.monotonic()
         pixels, labels = next(batches)
-        waited = time.monotonic() - asked
-        self.metrics.progress("step")
+        wait = time.monotonic() - requested
+        self.metrics.record_progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
         set_learning_rate(self.learner.optimizer, self.learning_rate, epoch)
-        # Dropout depends only on the seed, the step and the rank, so a resume has no random state to restore.
+        # Dropout depends only on the seed, the step and the rank, so checkpoints need no random state.
         sequence = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
@@ -250,8 +255,8 @@ class Trainer:
         self.meter.end_step(loss, wrong, len(labels))
         self.step += 1
 
-        self.meter.waited(waited)
-        self.metrics.input_wait_seconds["train"].observe(waited)
+        self.meter.add_wait(wait)
+        self.metrics.input_wait_seconds["train"].observe(wait)
         self.metrics.step_seconds["train"].observe(time.monotonic() - begun)
         self.metrics.images["train"].inc(len(labels))
         self.metrics.step.set(self.step)
@@ -259,14 +264,15 @@ class Trainer:
         self.metrics.progress_ratio.set(self.step / self.steps)
 
     def log(self) -> None:
-        """End a log interval. Raises RunError if the run cannot go on."""
-        self.metrics.progress("log")
+        """End a log interval, and report it. Raises RunError if the run cannot go on."""
+        self.metrics.record_progress("log")
         self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
 
     def _evaluate(self) -> bool:
-        """Evaluate the centre crop of the whole validation set, unless a process is asked to stop meanwhile.
+        """Evaluate the centre crops of the validation set, and report the result.
 
-        Returns whether the top-1 error is the lowest so far.
+        If a process is asked to stop meanwhile, the evaluation ends without a result. Returns whether the
+        top-1 error is the lowest so far.
         """
         with self.metrics.activity("eval"):
             batches = takewhile(lambda _: not self.stop.is_made, self.validation)
@@ -276,8 +282,8 @@ class Trainer:
             return False
         best = scores.top1_error < min(self.errors, default=math.inf)
         self.errors.append(scores.top1_error)
-        self.evaluated = self.epochs_done
-        self.journal.scores(self.step, self.epoch_at(self.step), scores)
+        self.evaluated_epochs = self.epochs_done
+        self.journal.record_evaluation(self.step, self.epoch_at(self.step), scores)
         self.meter.restart()
         return best
 
@@ -286,7 +292,7 @@ class Trainer:
         return {
             "step": self.step,
             "errors": self.errors,
-            "evaluated": self.evaluated,
+            "evaluated": self.evaluated_epochs,
             "time": time.time(),
             **self.learner.state(),
         }
@@ -297,25 +303,26 @@ class Trainer:
                 self.saver.save(self.state(), best)
         self.meter.restart()
 
-    def _leave(self) -> NoReturn:
-        """Stop as asked, once the checkpoint is saved: raises Stopped.
+    def _raise_stopped(self) -> NoReturn:
+        """Wait until the checkpoint is saved, and raise Stopped.
 
-        Raises RunError instead if it cannot be saved, and DatasetError if damaged samples are the cause.
+        Raises RunError instead if it cannot be saved, and DatasetError if damaged samples made the run stop.
         """
         self.saver.drain()
-        # All processes wait for each other here, because torchrun ends the others as soon as one is gone.
+        # The processes wait for each other, because torchrun ends the others as soon as one of them ends.
         damage = self.world.any(self.stop.error is not None)
-        by = self.stop.signal or signal.SIGTERM
-        why = "damaged samples" if damage else by.name
+        number = self.stop.signal or signal.SIGTERM
+        why = "damaged samples" if damage else number.name
         self.display.say(f"{why}: saved after step {self.step}; run the same command again to continue")
-        raise self.stop.error or Stopped(by)
+        raise self.stop.error or Stopped(number)
 
     def _resume(self) -> list[str]:
-        """Load the newest good checkpoint if there is one. Returns notes for the log."""
+        """Load the newest intact checkpoint, or else any initial weights. Returns notes for the log."""
         state, notes = checkpoint.load(self.run.checkpoints, self.world.device)
         if state is not None:
             self.learner.load_state(state)
-            self.step, self.errors, self.evaluated = state["step"], state["errors"], state["evaluated"]
+            self.step, self.errors = state["step"], state["errors"]
+            self.evaluated_epochs = state["evaluated"]
             if self.world.is_main:
                 self.metrics.checkpoint_timestamp.set(state["time"])
             notes.append(
@@ -323,5 +330,5 @@ class Trainer:
             )
         elif self.settings.initial_weights:
             classes = self.dataset.manifest.classes
-            notes.append(self.learner.begin_with(self.settings.initial_weights, classes))
+            notes.append(self.learner.load_initial_weights(self.settings.initial_weights, classes))
         return notes

@@ -1,7 +1,7 @@
-"""Find the number of threads and the share of the GPU's JPEG engine that decode a dataset fastest.
+"""Find the number of threads and the load of the GPU's JPEG engine that decode a dataset fastest.
 
-They are measured at the first start and remembered for the next ones. Without a GPU, nothing is measured:
-one thread per core was within noise of the best wherever it was swept (docs/benchmarks.md).
+They are measured at the first start and cached for later ones. Without a GPU, nothing is measured: one thread
+per core was within noise of the best in every sweep (docs/benchmarks.md).
 """
 
 import errno
@@ -17,22 +17,31 @@ from pipeline.checked import Damage
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
-from pipeline.retry import read_patiently
-from trainer.monitor.ceilings import loader_work, rate
+from pipeline.retry import read_with_retries
+from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
 from trainer.run import environment
 from trainer.settings import Settings
 
-ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)  # the threads and the GPU's cores decode the rest
-SECONDS = 0.5  # of measuring each candidate; less is too noisy
+ENGINE_SHARES = (
+    0.0,
+    0.2,
+    0.35,
+    0.5,
+    0.65,
+    0.8,
+    0.9,
+    1.0,
+)  # fractions of the images; threads and the GPU's cores decode the rest
+SECONDS = 0.5  # how long to measure each candidate; a shorter time is too noisy
 
 
-def tuned(
+def tune(
     decoding: Decoding, settings: Settings, dataset: Dataset, plan: Plan, world: World
 ) -> tuple[Decoding, list[str]]:
-    """Return the decoding with the values that are fastest here, and notes for the log.
+    """Return the decoding with the values that are fastest on this machine, and notes for the log.
 
-    Values that the settings fix are kept. Raises DatasetError, as the loader does.
+    Values that the settings give are kept. Raises DatasetError, as the loader does.
     """
     threads = [decoding.threads]
     if not settings.threads:
@@ -44,15 +53,17 @@ def tuned(
     def images_per_second(candidate: Decoding) -> float:
         return measure(candidate, dataset, plan, world)
 
-    def find() -> dict[str, Any]:
-        images_per_second(decoding)  # so that no measurement includes reading from the disk
+    def measure_all() -> dict[str, Any]:
+        images_per_second(decoding)  # reads the images from the disk, so that no measurement includes that
         best = fastest(decoding, shares, threads, images_per_second)
         return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
 
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
-    chosen, notes = remembered("decoding.json", json.dumps([machine, work]), find, world.local_rank == 0)
+    chosen, notes = load_or_measure(
+        "decoding.json", json.dumps([machine, work]), measure_all, world.local_rank == 0
+    )
     note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
     return replace(decoding, **chosen), [note, *notes]
 
@@ -63,28 +74,28 @@ def fastest(
     threads: Iterable[int],
     images_per_second: Callable[[Decoding], float],
 ) -> Decoding:
-    """Find the best share of the engine with the given threads, then the best number of threads with it."""
+    """Return the decoding with the best share of the engine, then with the best number of threads."""
     best = max((replace(decoding, hw_decoder_load=share) for share in shares), key=images_per_second)
     return max((replace(best, threads=count) for count in threads), key=images_per_second)
 
 
 def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
-    """Measure the images/s of this process's loader over the first steps of the run."""
+    """Measure the images/s that this process's loader delivers over the first steps of the run."""
     batches = train_loader(
-        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, leave_out=_ignore
+        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, on_damage=_ignore
     )
     work = loader_work(batches)
-    for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared before
+    for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared in advance
         work()
-    return rate(work, SECONDS, decoding.device)
+    return measure_throughput(work, SECONDS, decoding.device)
 
 
 def _ignore(_damage: Damage) -> None:
-    """Ignore damage, which training counts and reports."""
+    """Ignore a damaged sample, which training will count and report."""
 
 
 def cache_folder() -> Path:
-    """Return the folder of this machine's measurements. Raises FileNotFoundError if the user has no home."""
+    """Return the folder that caches measurements. Raises FileNotFoundError if the user has no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
     except RuntimeError:
@@ -93,34 +104,35 @@ def cache_folder() -> Path:
         ) from None
 
 
-def remembered(
-    name: str, key: str, find: Callable[[], dict[str, Any]], write: bool
+def load_or_measure(
+    name: str, key: str, measure: Callable[[], dict[str, Any]], write: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return what a file in the cache holds under a key, or else the result of `find`, and notes for the log.
+    """Return the cached result for a key, or else that of `measure`; and notes for the log.
 
-    write: whether to add a new result to the file, if it can be written.
+    name: name of a JSON file in the cache folder. write: whether to add a new result to the file. If the file
+    cannot be read or written, a note says so.
     """
     found: dict[str, Any] = {}
     try:
         path = cache_folder() / name
-        known = _known(path)
+        known = _read_cache(path)
         if key in known:
             return known[key], []
-        found = find()
+        found = measure()
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write(json.dumps({**known, key: found}, indent=1).encode())
     except OSError as error:
         notes = [f"this will be measured again at the next start: {error.filename}: {error.strerror}"]
-        return found or find(), notes * write
+        return found or measure(), notes * write
     return found, []
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """Return earlier results. Raises OSError if they cannot be read."""
+def _read_cache(path: Path) -> dict[str, Any]:
+    """Return the results in a file of the cache. Raises OSError if it cannot be read."""
     try:
-        known = json.loads(read_patiently(path))
+        known = json.loads(read_with_retries(path))
     except (FileNotFoundError, ValueError):
-        return {}  # there is no file yet, or it was cut short, and can be measured again
+        return {}  # there is no file yet, or it is damaged; both only cost another measurement
     return known if isinstance(known, dict) else {}

@@ -2,7 +2,7 @@
 
     python docker/grafana/make_dashboard.py
 
-Its first screen can be read from across the room; the rows below it explain why.
+Its first screen can be read from a distance; the rows below it give the reasons.
 """
 
 import json
@@ -37,7 +37,7 @@ ROWS = {
 VERDICTS = {"mixed": GREY, "compute-bound": GREEN, "input-bound": VERMILLION, "host gap": PURPLE}
 
 
-def across_the_room() -> list:
+def first_screen() -> list:
     verdict = figure_now(
         "What limits it",
         'job:alexnet_verdict{job="$job"}',
@@ -137,7 +137,7 @@ def build() -> model.Dashboard:
             .expr('time() - process_start_time_seconds{job="$job",instance=~"$instance"} < 120')
         )
     )
-    for panel in across_the_room():
+    for panel in first_screen():
         whole.with_panel(panel)
     for title, panels in ROWS.items():
         whole.with_row(dashboard.Row(title))

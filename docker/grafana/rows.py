@@ -1,4 +1,4 @@
-"""The dashboard's rows below its first screen: each panel, and what to conclude from it."""
+"""The dashboard's rows below its first screen: the panels, and what to conclude from each."""
 
 from panels import RATIO, buckets, curves, figure_now, labels_of, series_of, stacked
 
@@ -67,7 +67,8 @@ def bottleneck() -> list:
                 "Where the time went",
                 {name: spent % name for name in ("train", "checkpoint", "eval", "start-up")},
                 RATIO,
-                "Shares of wall-clock time. All but training is overhead; if saving shows, save less often.",
+                "Shares of wall-clock time. All except training is overhead. If saving takes a large share, "
+                "save less often.",
                 24,
             )
         ),
@@ -107,8 +108,8 @@ def learning() -> list:
             "Gradient scale",
             {"scale": 'max(alexnet_grad_scale{job="$job"} != 0)'},
             "none",
-            "Loss scale of fp16. It normally hovers; if it keeps falling, all gradients overflow. 1 in other "
-            "precisions.",
+            "Loss scale of fp16. It normally goes up and down; if it keeps falling, all gradients overflow. "
+            "It is 1 in other precisions.",
             log=True,
         ),
         curves(
@@ -205,13 +206,13 @@ def host() -> list:
             "Memory of the processes",
             {each: 'process_resident_memory_bytes{job="$job",instance=~"$instance"}'},
             "bytes",
-            "Includes the shards' pages, so it is level after an epoch. Growth after that is a leak.",
+            "Includes the shards' pages, so it is constant after an epoch. Growth after that is a leak.",
         ),
         curves(
             "Open files of the processes",
             {each: 'process_open_fds{job="$job",instance=~"$instance"}'},
             "none",
-            "Level after the start. Growth is a leak, which ends the run at the limit (ulimit -n).",
+            "Constant after the start. Growth is a leak, which ends the run at the limit (ulimit -n).",
         ),
     ]
 
@@ -247,7 +248,7 @@ def run() -> list:
             "Restarts",
             'max(changes(process_start_time_seconds{job="$job"}[$__range]))',
             "none",
-            "Within the time range shown. A crash costs the work since the last checkpoint; a stop, none.",
+            "Within the time range shown. A crash costs the work since the last checkpoint, a stop none.",
             6,
         ),
         figure_now(

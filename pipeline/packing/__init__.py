@@ -1,1 +1,1 @@
-"""Pack image files into shards: find the images, check and convert them, and write the dataset."""
+"""Pack image files into a dataset: find the images, check and convert them, and write the shards."""

@@ -1,4 +1,4 @@
-"""Recognise JPEG files that any decoder accepts by their segments, without decoding any pixels."""
+"""Recognise, without decoding any pixels, JPEG files that every decoder accepts."""
 
 from itertools import chain
 from typing import NamedTuple
@@ -9,20 +9,22 @@ _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 
 
 class Layout(NamedTuple):
-    """width, height: in pixels. scan: the end of the header of the first scan, in bytes.
+    """What the segments of a JPEG say.
 
-    metadata: the segments that can be removed without changing the image.
+    width, height: in pixels. baseline_rgb: whether the file is neither progressive nor gray. scan: the end of
+    the header of the first scan, in bytes. metadata: start and end, in bytes, of the segments that can be
+    removed without changing the image.
     """
 
     width: int
     height: int
-    baseline_rgb: bool  # neither progressive nor gray
+    baseline_rgb: bool
     scan: int
-    metadata: tuple[tuple[int, int], ...]  # start and end of each, in bytes
+    metadata: tuple[tuple[int, int], ...]
 
 
 def read_layout(content: bytes) -> Layout | None:
-    """Return the layout of a JPEG that any decoder accepts, or None if the file is not one.
+    """Return the layout of a JPEG that every decoder accepts, or None if the file is not one.
 
     Such a file has a single frame, which is baseline or progressive, gray or YCbCr, with 8-bit samples and
     tables, and nothing between its segments. Pillow tolerates more than DALI and nvJPEG do, and a file that
@@ -48,22 +50,22 @@ def read_layout(content: bytes) -> Layout | None:
 
 
 def _read_frame(marker: int, segment: bytes) -> tuple[int, int, bool] | None:
-    """Return the frame's width, height, and whether it is baseline RGB; None if a decoder may refuse it."""
-    names = segment[6::3]  # of the components
+    """Return a frame's width, height, and whether it is baseline RGB, or None if a decoder may refuse it."""
+    component_ids = segment[6::3]
     if marker not in (_BASELINE, _EXTENDED, _PROGRESSIVE) or segment[:1] != b"\x08":
         return None
-    if len(names) not in (1, 3) or names == b"RGB":
+    if len(component_ids) not in (1, 3) or component_ids == b"RGB":
         return None
     height, width = int.from_bytes(segment[1:3]), int.from_bytes(segment[3:5])
-    return width, height, marker == _BASELINE and len(names) == 3
+    return width, height, marker == _BASELINE and len(component_ids) == 3
 
 
 def _is_metadata(marker: int, segment: bytes) -> bool:
-    """Whether a segment is a comment or application data that does not tell decoders the colour space."""
-    tells_colours = (marker == 0xE0 and segment[:5] == b"JFIF\0") or (
+    """Return whether a segment is a comment, or application data that does not define the colour space."""
+    defines_colours = (marker == 0xE0 and segment[:5] == b"JFIF\0") or (
         marker == 0xEE and segment[:5] == b"Adobe"
     )
-    return marker == 0xFE or (0xE0 <= marker <= 0xEF and not tells_colours)
+    return marker == 0xFE or (0xE0 <= marker <= 0xEF and not defines_colours)
 
 
 def only_image(content: bytes, layout: Layout) -> bytes | None:

@@ -64,7 +64,7 @@ def _error_of_plugin(content: bytes) -> Exception | None:
 
 
 def _needs_another_decoder(content: bytes) -> bool:
-    """Whether no file of this kind can be decoded: a JPEG's process, or a TIFF's compression."""
+    """Return whether no file of this kind can be decoded: a JPEG's process, or a TIFF's compression."""
     if content.startswith(START):
         frames = {marker for marker, _, _ in segments(content) if marker in FRAMES}
         return bool(frames) and not frames & _JPEG_FRAMES

@@ -1,6 +1,6 @@
-"""Prometheus metrics of a packing run: the values of its `Progress`, in a separate registry.
+"""Export the progress of a packing run as Prometheus metrics.
 
-`rate(alexnet_pack_images_total[1m])` is images/s.
+The rate of packing in images/s is `rate(alexnet_pack_images_total[1m])`.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from pipeline.packing.shard import PackingError
 
 
 class _ProgressCollector(Collector):
-    """Reads the values when they are scraped, at no cost to packing."""
+    """Reads the values of a Progress only when they are scraped."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -40,7 +40,7 @@ class _ProgressCollector(Collector):
 
 @contextmanager
 def serve(progress: Progress, port: int) -> Iterator[None]:
-    """Serve /metrics while the block runs. Raises PackingError if the port cannot be used."""
+    """Serve the metrics at /metrics while the block runs. Raises PackingError if the port cannot be used."""
     registry = CollectorRegistry()
     registry.register(_ProgressCollector(progress))
     ProcessCollector(registry=registry)

@@ -20,8 +20,8 @@ from pipeline.packing.shard import ShardTask
 from pipeline.packing.sources.compressed import CompressedFile
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.sources.parquet import images_of, is_parquet
-from pipeline.packing.storage import UNFINISHED, Folder
-from pipeline.packing.workers import say
+from pipeline.packing.storage import STATE_FOLDER, Folder
+from pipeline.packing.workers import warn
 
 SUFFIX = ".contents"
 
@@ -32,17 +32,17 @@ def extract(tasks: Sequence[ShardTask], sealed: frozenset[str], output: Folder) 
     Files that an earlier run extracted stay. Raises SourceError if a file is damaged, or OSError.
     """
     files = sorted({source.file for task in tasks for source in task.sources} & sealed)
-    present = output.sizes(UNFINISHED) if files else {}
+    present = output.sizes(STATE_FOLDER) if files else {}
     missing = [file for file in files if f"{_name(file)}.npy" not in present]
     for number, file in enumerate(missing, 1):
-        say(f"extracting {file} ({number:,} of {len(missing):,})")
+        warn(f"extracting {file} ({number:,} of {len(missing):,})")
         _copy(file, output)
-    edges = {file: np.load(BytesIO(output.read(f"{UNFINISHED}/{_name(file)}.npy"))) for file in files}
+    edges = {file: np.load(BytesIO(output.read(f"{STATE_FOLDER}/{_name(file)}.npy"))) for file in files}
 
     def moved(source: SourceImage) -> SourceImage:
         if source.file not in edges:
             return source
-        copy = f"{output}/{UNFINISHED}/{_name(source.file)}"
+        copy = f"{output}/{STATE_FOLDER}/{_name(source.file)}"
         if source.size is not None:  # a member of a tar
             return replace(source, file=copy)
         start, end = edges[source.file][source.offset : source.offset + 2].tolist()
@@ -56,7 +56,7 @@ def _name(file: str) -> str:
 
 
 def _copy(file: str, output: Folder) -> None:
-    with output.staged(UNFINISHED) as folder:
+    with output.staged(STATE_FOLDER) as folder:
         edges = [0]
         with atomic_write(folder / _name(file)) as copy:
             for part in _parts(file):

@@ -1,4 +1,4 @@
-"""Complete a dataset from the results of all shards."""
+"""Complete a dataset from the results of all its shards: write the report, the indices and the manifest."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,17 +27,18 @@ def write_dataset(
     tasks: Mapping[str, Sequence[ShardTask]],
     results: Sequence[ShardResult],
 ) -> Manifest:
-    """Write the report, the indices and, last, the manifest.
+    """Write the report, the indices and, last, the manifest, which is returned.
 
-    Raises SourceError if none of a split's files can be used.
+    tasks: those of each split. results: of all tasks, in the same order. Raises SourceError if none of a
+    split's files can be used, and OSError.
     """
     output = Folder(options.output)
     counts = write_report(output, sources, results)
-    sums, rest = PixelSums(), iter(results)
-    parts = {split: [next(rest) for _ in planned] for split, planned in tasks.items()}
+    sums, remaining = PixelSums(), iter(results)
+    by_split = {split: [next(remaining) for _ in planned] for split, planned in tasks.items()}
     for result in results:
         sums.add(result.sums)
-    splits = {split: _write_split(output, split, part) for split, part in parts.items()}
+    splits = {split: _write_split(output, split, found) for split, found in by_split.items()}
     rows = np.concatenate([result.rows for result in results])
     manifest = Manifest(
         format=1,
@@ -59,14 +60,14 @@ def write_dataset(
 
 def _packed(options: PackingOptions) -> dict[str, str | int | float]:
     """Describe how the dataset was made."""
-    how: dict[str, str | int | float] = {
+    description: dict[str, str | int | float] = {
         "by": f"alexnet-train {versions()['alexnet-train']}",
         "pillow": PIL.__version__,
         "check": options.check,
     }
     if options.in_place:
-        return how
-    return how | {
+        return description
+    return description | {
         "quality": options.quality,
         "subsampling": SUBSAMPLING,
         "resampling": RESAMPLING.name.lower(),
@@ -99,7 +100,7 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
 def write_report(
     output: Folder, sources: Sources, results: Sequence[ShardResult]
 ) -> dict[str, dict[str, int]]:
-    """List the repaired and rejected files in the report; return their counts by outcome and reason."""
+    """Write the list of repaired and rejected files; return their counts by outcome and reason."""
     events = [(path, "rejected", "in no class") for path in sources.strays]
     events += [event for result in results for event in result.events]
     rows = (("file", "outcome", "reason"), *sorted(events))

@@ -1,8 +1,8 @@
-"""Turn a source file into a JPEG for a shard, or reject it with a reason.
+"""Turn an image file into a JPEG for a shard, or reject it with a reason.
 
 Files are judged by their content, never by their name. A file is **rejected** as
 
-    unreadable            the file cannot be read; one behind a URL is rejected as remote_errors.py says
+    unreadable            it cannot be read; one behind a URL is rejected as remote_errors.py says
     empty                 it has no bytes
     not an image          it is in none of FORMATS, or its header is broken
     this build has no …   Pillow was built without a library that the file needs
@@ -17,18 +17,17 @@ Files are judged by their content, never by their name. A file is **rejected** a
     corrupt               strict decoding fails
     too elongated         its longer side is more than MAX_ASPECT times the shorter
 
-Small images are scaled up, as section 2 of the paper scales all images. A file is **repaired** and kept if it
-was
+Small images are scaled up, as section 2 of the paper rescales all images. A file is **repaired** if it is
 
-    not a JPEG     it was in another of FORMATS, or had several images (MPO, GIF), of which the first is kept
-    not RGB        gray is repeated, CMYK and palettes are converted, 16 bits are scaled to 8, and transparent
-                   pixels become white
-    rotated        EXIF data said that it is to be rotated; a broken EXIF block is ignored
+    not a JPEG     it is in another of FORMATS, or holds several images (MPO, GIF), of which the first is used
+    not RGB        gray is repeated in three channels, CMYK and palettes are converted, 16 bits are scaled to
+                   8, and transparent images are put on white
+    rotated        its EXIF data asks for a rotation or reflection; a broken EXIF block is ignored
 
 Files that must stay unchanged cannot be repaired, so `check_image` rejects them for these reasons, except
 gray JPEGs, which decoders convert by themselves. It also rejects a file as
 
-    not plain      Pillow can decode it, but not every decoder can: see baseline_jpeg.py
+    not plain      Pillow can decode it, but not every decoder can (see baseline_jpeg.py)
 """
 
 import warnings
@@ -48,9 +47,9 @@ from pipeline.packing.pixels import is_measurement, is_preview, to_rgb
 
 MAX_PIXELS = 100_000_000  # with which no format and no mode takes more than 1.2 GB, besides the file itself
 MAX_WEBP_PIXELS = 50_000_000  # as libwebp's decoder and Pillow hold four copies
-MAX_ASPECT = 20
+MAX_ASPECT = 20  # largest ratio of the longer side to the shorter
 SUBSAMPLING = "4:2:0"
-RESAMPLING = Image.Resampling.BILINEAR  # antialiased, like the filter of the graph that resizes `original`
+RESAMPLING = Image.Resampling.BILINEAR  # antialiased, as in the DALI graph that resizes `original`
 _ORIENTATION = 0x0112  # EXIF tag
 _BROKEN = ("not an image", "truncated", "corrupt")
 _SPARE_BYTES = 1 << 26  # a process that cannot allocate these is short of memory, whatever the file is
@@ -63,9 +62,12 @@ class RejectedError(Exception):
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A JPEG for a shard. width, height: in pixels. pixels: the decoded image for statistics, or None if it
-    was not decoded. repairs: those of the repairs listed above that were made."""
+class PackedImage:
+    """A JPEG for a shard.
+
+    width, height: in pixels. pixels: the decoded image for statistics, or None if it was not decoded.
+    repairs: the names of the repairs that were made, as listed above.
+    """
 
     jpeg: bytes
     width: int
@@ -74,36 +76,39 @@ class Packed:
     repairs: tuple[str, ...]
 
 
-def pack_image(content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True) -> Packed:
+def pack_image(
+    content: bytes, geometry: Geometry, size: int, quality: int, decode: bool = True
+) -> PackedImage:
     """Check, orient, convert, resize and encode one file.
 
-    size: length of the shorter side in pixels after resizing (section 2 of the paper: 256). geometry: `256`
-    also crops the central square, `short256` does not, and `original` keeps the file's own bytes, without
-    metadata, if it is a baseline RGB JPEG that needs no repair. quality: JPEG quality, 1 to 100. decode: if
-    False, trust the headers of a file that is kept, provided that it ends as a JPEG does.
-
-    Raises RejectedError.
+    geometry: `256` resizes the image and crops its central square, `short256` only resizes it, and `original`
+    does neither, and keeps the file's own bytes without metadata if it is a baseline RGB JPEG that needs no
+    repair. size: the shorter side after resizing, in pixels (256 in section 2 of the paper). quality: JPEG
+    quality, 1 to 100. decode: if false, a file whose bytes are kept is accepted by its headers and its last
+    two bytes, without being decoded. Raises RejectedError.
     """
     with _judged(content):
-        if geometry == "original" and not decode and (packed := _by_header(content, stays=False)):
+        if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
             return packed
         image, repairs = _upright(_loaded(content))
         if geometry == "original":
             layout = None if repairs else read_layout(content)
             kept = only_image(content, layout) if layout and layout.baseline_rgb else None
-            return Packed(kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs)
-        image = fit(image, geometry, size)
-        return Packed(_encode(image, quality), *image.size, image, repairs)
+            return PackedImage(
+                kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+            )
+        image = resize_and_crop(image, geometry, size)
+        return PackedImage(_encode(image, quality), *image.size, image, repairs)
 
 
 def read_image(content: bytes) -> Image.Image:
-    """Decode a file as the packer does, to an upright RGB image. Raises RejectedError."""
+    """Decode a file to an upright RGB image, as the packer does. Raises RejectedError."""
     with _judged(content):
         return _upright(_loaded(content))[0]
 
 
-def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
-    """Resize an image to the given shorter side and, with geometry `256`, crop it to a square."""
+def resize_and_crop(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
+    """Resize an image to a shorter side of `size` pixels; with geometry `256`, crop its central square."""
     image = _resize_shorter(image, size)
     if geometry == "256":
         left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -111,10 +116,13 @@ def fit(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
     return image
 
 
-def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
-    """Check a file that is kept byte for byte, as `pack_image` does. Raises RejectedError."""
+def check_image(content: bytes, size: int, decode: bool = True) -> PackedImage:
+    """Check a file that is kept byte for byte.
+
+    size, decode: as for `pack_image`; the image is resized only for the statistics. Raises RejectedError.
+    """
     with _judged(content):
-        if not decode and (packed := _by_header(content, stays=True)):
+        if not decode and (packed := _by_header(content, unchanged=True)):
             return packed
         loaded = _loaded(content)
         gray = loaded.mode == "L"
@@ -122,16 +130,16 @@ def check_image(content: bytes, size: int, decode: bool = True) -> Packed:
         reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
         if reasons or read_layout(content) is None:
             raise RejectedError(reasons[0] if reasons else "not plain")
-        return Packed(content, *image.size, _resize_shorter(image, size), ())
+        return PackedImage(content, *image.size, _resize_shorter(image, size), ())
 
 
-def _by_header(content: bytes, stays: bool) -> Packed | None:
-    """Accept a file without decoding it if its headers and its end allow that, else return None.
+def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
+    """Return a file without decoding it, or None if its headers and its end do not suffice to accept it.
 
-    stays: whether the file stays unchanged, or may be stripped of its metadata.
+    unchanged: whether the file must stay as it is, or is stripped of its metadata.
     """
     layout = read_layout(content) if content.endswith(END) else None
-    if layout is None or not (stays or layout.baseline_rgb):
+    if layout is None or not (unchanged or layout.baseline_rgb):
         return None
     if layout.metadata:
         image = _open(content)
@@ -140,8 +148,8 @@ def _by_header(content: bytes, stays: bool) -> Packed | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    kept = content if stays else only_image(content, layout)
-    return Packed(kept, width, height, None, ()) if kept else None
+    kept = content if unchanged else only_image(content, layout)
+    return PackedImage(kept, width, height, None, ()) if kept else None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The options of packing a dataset."""
+"""Define the options of packing a dataset."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +12,15 @@ from pipeline.packing.shard import Check
 class PackingOptions:
     """The options of `pack`, which are also those of `make-shards`.
 
-    input: a folder, a table or a URL. output: a folder or a URL; with in_place it is the input.
-    in_place: whether the tars of the input are indexed where they are, and no shards are written.
-    geometry: how images are resized and cropped. size: of the shorter side, in pixels. quality: of the
-    JPEGs, from 1 to 100. check: whether files that are kept unchanged are decoded. val_fraction: the
-    share of each class that becomes the validation split, where the input has none. class_names: a file
-    with a class folder's name and a readable name on each line. shard_samples: the largest number of
-    images in a shard. seed: of the order of images. workers: the number of processes. scheduler: the
-    address of a Dask cluster, whose workers take the place of processes. overwrite: whether the dataset
-    that the output holds is replaced.
+    input: a folder or a table, on this machine or behind a URL. output: a folder or a URL; with in_place,
+    the input. in_place: index the tars of the input where they are, and write no shards. geometry: how images
+    are resized and cropped. size: the shorter side after resizing, in pixels. quality: JPEG quality, 1 to
+    100. check: `decode` to decode files that are kept unchanged, or `headers` to trust their headers.
+    val_fraction: the fraction of each class that becomes the validation split, if the input has none.
+    class_names: a file with a class id and a readable name on each line. shard_samples: the largest number of
+    images in a shard. seed: the seed of the order of the images and of the validation split. workers: number
+    of processes. scheduler: the address of a Dask scheduler, whose workers are used instead of processes.
+    overwrite: replace the dataset in the output, if there is one.
     """
 
     input: str

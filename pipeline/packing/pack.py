@@ -1,4 +1,4 @@
-"""Pack a dataset; this is the function behind `make-shards`."""
+"""Pack a dataset, or continue to pack one: the function behind the command make-shards."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,35 +13,39 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
-from pipeline.packing.storage import UNFINISHED, Folder, absolute, is_url
-from pipeline.packing.workers import say
+from pipeline.packing.storage import STATE_FOLDER, Folder, absolute, is_url
+from pipeline.packing.workers import warn
 
 
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
-    """Pack the whole dataset, or continue an earlier call with the same options that was stopped.
+    """Pack a dataset, or continue an earlier call with the same options that was stopped.
 
-    Raises SourceError, DatasetError, PackingError or OSError.
+    progress: shows what is done. Raises SourceError if the input or the output is unsuitable, PackingError if
+    the workers fail, and OSError if the storage fails.
     """
     _check_folders(options)
     sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
     tasks = plan_tasks(options, sources)
-    every = [task for split in tasks.values() for task in split]
+    all_tasks = [task for split in tasks.values() for task in split]
     output = Folder(options.output)
     with resume.locked(output):
-        if resume.begin(output, describe_plan(options, every), options.overwrite, options.in_place):
+        plan = describe_plan(options, all_tasks)
+        complete = resume.prepare(output, plan, options.overwrite, options.in_place)
+        if complete:
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
-            results = _results(options, every, sources.sealed, output, progress or Progress())
+            results = _results(options, all_tasks, sources.sealed, output, progress or Progress())
             manifest = write_dataset(options, sources, tasks, results)
         try:
-            resume.end(output)
+            resume.clean_up(output)
         except OSError as error:
-            left = error.filename or f"{output}/{UNFINISHED}"
-            say(f"the dataset is complete, but {left} cannot be removed: {error.strerror}")
+            leftover = error.filename or f"{output}/{STATE_FOLDER}"
+            warn(f"the dataset is complete, but {leftover} cannot be removed: {error.strerror}")
     return manifest
 
 
 def _check_folders(options: PackingOptions) -> None:
+    """Raise SourceError if the output would become one of the input's class folders."""
     if options.val_fraction is None or is_url(options.input) or is_url(options.output):
         return
     if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):
@@ -65,15 +69,15 @@ def _results(
         results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
     missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
     missing = extract(missing, sealed, output)
-    total, left = (sum(len(task.sources) for task in some) for some in (tasks, missing))
-    progress.begin(total, total - left)
+    total, remaining = (sum(len(task.sources) for task in some) for some in (tasks, missing))
+    progress.begin(total, total - remaining)
     if missing:
-        crew = (
+        executor = (
             executors.processes(min(options.workers, len(missing)))
             if options.scheduler is None
             else executors.dask(options.scheduler)
         )
-        with progress, crew as workers:
-            packed = iter(executors.run_tasks(missing, workers, progress.show))
+        with progress, executor as running:
+            packed = iter(executors.run_tasks(missing, running, progress.show))
         results = [next(packed) if result is None else result for result in results]
     return [result for result in results if result is not None]

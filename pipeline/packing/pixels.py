@@ -14,7 +14,7 @@ _UNSIGNED = {1, 4}  # 4: undefined, which writers mean as unsigned
 
 
 def is_measurement(image: Image.Image) -> bool:
-    """Whether the samples are floats, or signed or 32-bit integers, so that nothing says which is white."""
+    """Return whether the samples are floats, or signed or 32-bit integers: nothing says which is white."""
     if image.mode == "F":
         return True
     tags = _tags(image)
@@ -22,7 +22,7 @@ def is_measurement(image: Image.Image) -> bool:
 
 
 def is_preview(image: Image.Image, content: bytes) -> bool:
-    """Whether the first picture of a TIFF is only a preview, as in the RAW files of cameras."""
+    """Return whether the first picture of a TIFF is only a preview, as in the RAW files of cameras."""
     tags = _tags(image)
     is_reduced = _several(tags.get(_SUBFILE, 0))[0] & 1
     return bool(is_reduced) or _DNG_VERSION in tags or (bool(tags) and content[8:10] == b"CR")  # Canon's CR2

@@ -1,4 +1,4 @@
-"""Divide the images that were found into the tasks that pack them."""
+"""Divide the images that were found into tasks, each of which packs one shard."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,52 +9,52 @@ import numpy as np
 from pipeline.packing.images import RESAMPLING, SUBSAMPLING
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import Plan
-from pipeline.packing.shard import Recipe, ShardTask, versions
+from pipeline.packing.shard import ImageOptions, ShardTask, versions
 from pipeline.packing.sources.find import SourceError, SourceImage, Sources
 from pipeline.packing.storage import absolute
 
 
 def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[ShardTask]]:
-    """Return a task for each shard of each split.
+    """Return the tasks of each split, one for each shard.
 
-    Raises SourceError for files that are not in tars if the tars are to be indexed in place.
+    Raises SourceError if tars are to be indexed in place, and an image is not in a tar.
     """
     if options.in_place and sources.sealed:
         raise SourceError(f"--in-place needs plain tars, but {min(sources.sealed)} must be extracted first")
-    recipe = Recipe(options.geometry, options.size, options.quality, options.check, versions())
-    parts = _tars if options.in_place else _shards
+    image_options = ImageOptions(options.geometry, options.size, options.quality, options.check, versions())
+    divide = _by_tar if options.in_place else _by_shard
     return {
         split: [
             ShardTask(
                 output=absolute(options.output),
                 name=f"{split}-{number:06d}.tar",
                 first_key=first,
-                sources=tuple(part),
-                measured=split == "train",
-                recipe=recipe,
+                sources=tuple(images),
+                in_statistics=split == "train",
+                image_options=image_options,
                 tar=tar,
                 table=sources.table,
             )
-            for number, (first, part, tar) in enumerate(parts(options, files, split_index))
+            for number, (first, images, tar) in enumerate(divide(options, files, split_index))
         ]
         for split_index, (split, files) in enumerate(sources.splits.items())
     }
 
 
-Parts = Iterator[tuple[int, list[SourceImage], str | None]]  # first key, files, and the tar that holds them
+Shards = Iterator[tuple[int, list[SourceImage], str | None]]  # first key, images, and the tar that holds them
 
 
-def _shards(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
-    """Shuffle the files by the seed, and divide them into equal parts."""
+def _by_shard(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Shards:
+    """Shuffle the files by the seed, and divide them equally among the shards."""
     order = np.random.default_rng((options.seed, 2, split)).permutation(len(files))
     first = 0
-    for part in np.array_split(order, -(-len(files) // options.shard_samples)):
-        yield first, [files[i] for i in part], None
-        first += len(part)
+    for indices in np.array_split(order, -(-len(files) // options.shard_samples)):
+        yield first, [files[index] for index in indices], None
+        first += len(indices)
 
 
-def _tars(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Parts:
-    """Yield each tar, by its name in the output, with its images in the order of their offsets."""
+def _by_tar(options: PackingOptions, files: Sequence[SourceImage], split: int) -> Shards:
+    """Group the files by tar, in the order of their offsets. A tar is named relative to the output."""
     tars: dict[str, list[SourceImage]] = {}
     for source in files:
         if source.size is None:
@@ -65,7 +65,7 @@ def _tars(options: PackingOptions, files: Sequence[SourceImage], split: int) -> 
 
 
 def describe_plan(options: PackingOptions, tasks: Sequence[ShardTask]) -> Plan:
-    """Return everything that the shards depend on, under names that users know."""
+    """Return everything that the shards depend on, under the names of the options or in words."""
     files = sha256()
     for task in tasks:
         files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())

@@ -1,4 +1,4 @@
-"""Show the progress of a packing run: as a bar on a terminal, otherwise as a line now and then."""
+"""Show the progress of a packing run: as a bar on a terminal, and otherwise as a line every ten seconds."""
 
 import sys
 import time
@@ -17,12 +17,15 @@ _RATE_SECONDS = 30.0  # the window over which images/s is measured
 
 
 class Progress:
-    """The progress of a run over `total` images, `before` of which were done by earlier runs."""
+    """The progress of a run over `total` images, of which earlier runs processed `before`.
+
+    counts: what this run has done so far.
+    """
 
     def __init__(self) -> None:
         self.total = self.before = 0
         self.counts = Counts()
-        self._samples = deque([(time.monotonic(), 0)])  # times, and the number of images done by then
+        self._history = deque([(time.monotonic(), 0)])  # times, and the number of images processed by then
         self._line_due = time.monotonic() + _LINE_SECONDS
         self._bar = Bar(
             TextColumn("packing"),
@@ -40,16 +43,16 @@ class Progress:
         self._bar.stop()
 
     def begin(self, total: int, before: int) -> None:
-        """Set how much there is to do."""
+        """Set the number of images of the dataset, and how many of them earlier runs processed."""
         self.total, self.before = total, before
 
     def show(self, counts: Counts) -> None:
-        """Update the display with what this run has done so far."""
+        """Update the display. counts: what this run has done so far."""
         now = time.monotonic()
         self.counts = counts
-        self._samples.append((now, counts.images))
-        while now - self._samples[1][0] > _RATE_SECONDS:
-            self._samples.popleft()
+        self._history.append((now, counts.images))
+        while now - self._history[1][0] > _RATE_SECONDS:
+            self._history.popleft()
         self._bar.update(self._task, total=self.total, completed=self.done, description=str(self))
         if self._bar.disable and now >= self._line_due:
             self._line_due = now + _LINE_SECONDS
@@ -57,16 +60,18 @@ class Progress:
 
     @property
     def done(self) -> int:
+        """The number of images processed by this run and earlier ones."""
         return self.before + self.counts.images
 
     @property
     def images_per_second(self) -> float:
-        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        """The rate over the last half minute, or 0 until it is known."""
+        (start, first), (end, last) = self._history[0], self._history[-1]
         return (last - first) / (end - start) if end > start else 0.0
 
     @property
     def seconds_left(self) -> float:
-        """The estimated time left; infinite until a rate is known."""
+        """The estimated time left, which is infinite until the rate is known."""
         rate = self.images_per_second
         return (self.total - self.done) / rate if rate else float("inf")
 

@@ -18,9 +18,9 @@ from itertools import islice
 from pipeline.packing.images import RejectedError
 from pipeline.packing.remote_errors import HOST_NOT_FOUND, host_of, reason_of, shown
 from pipeline.packing.sources.find import SourceImage
-from pipeline.packing.storage import is_there, is_url, read, read_once
-from pipeline.packing.workers import say
-from pipeline.retry import StorageError, is_outage, patiently
+from pipeline.packing.storage import is_accessible, is_url, read, read_once
+from pipeline.packing.workers import warn
+from pipeline.retry import StorageError, is_outage, with_retries
 
 READ_AHEAD = 16  # files behind URLs that are requested at once, as each request mostly waits
 _FEW = 16  # files of a shard; as many from one host are never rejected for errors that may pass
@@ -28,7 +28,7 @@ _TRIED = 3  # files that are read to see whether a host is away
 
 
 class PackingError(RuntimeError):
-    """A run cannot go on; the message says why and what to do."""
+    """A packing run cannot continue; the message says why and what to do."""
 
 
 def contents(
@@ -103,7 +103,7 @@ def _can_read(source: SourceImage) -> bool:
 def _read(source: SourceImage, table: str | None) -> bytes:
     """Read a source. Raises RejectedError if the file is at fault, else OSError or PackingError."""
     try:
-        if not is_url(source.file) and not patiently(partial(_is_regular, source.file), say):
+        if not is_url(source.file) and not with_retries(partial(_is_regular, source.file), warn):
             raise RejectedError("unreadable")
         return read(source.file, source.offset, source.size)
     except OSError as error:
@@ -114,14 +114,14 @@ def _read(source: SourceImage, table: str | None) -> bytes:
 
 
 def _is_regular(file: str) -> bool:
-    """Whether a file is a regular one; reading a pipe, for example, might never end."""
+    """Return whether a file is a regular one; reading a pipe, for example, might never end."""
     return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path takes three times as long
 
 
 def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:
     """Raise PackingError if not only this file is missing, but also its folder or table, or its whole tar."""
     origin = table or source.file.rpartition("/")[0]
-    if not is_there(origin):
+    if not is_accessible(origin):
         why = f"{shown(origin)} cannot be read or is empty: is its storage still mounted?"
     elif source.size is not None and error.errno != errno.EIO:
         why = "it contains other images too."

@@ -72,7 +72,7 @@ def host_of(name: str) -> str:
 def as_os_error(name: str) -> Iterator[None]:
     """Turn the errors of each kind of storage into OSError.
 
-    FileNotFoundError stays what it is, as some files are optional. The others become StorageError.
+    FileNotFoundError unchanged what it is, as some files are optional. The others become StorageError.
     """
     try:
         yield

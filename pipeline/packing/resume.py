@@ -1,13 +1,13 @@
-"""Continue a packing run by the state in the output's folder `.packing`, kept until the dataset is complete.
+"""Keep the state of a packing run in the output's folder `.packing`, so that a stopped run can be continued.
 
     plan.json                    everything that the shards depend on
-    <split>-<number>.result.json the result of a finished shard
-    <digest>.contents            the contents of a file that had to be extracted
+    <shard>.result.json          the result of a finished shard
+    <digest>.contents            the contents of an input file that had to be extracted
     lock                         locked by the kernel while a run is active, so a crash releases it
     tmp…/                        files that are being written
 
-Behind a URL there is no lock: two runs of the same plan write the same bytes, and a run of another plan is
-refused.
+The folder exists until the dataset is complete. An output behind a URL has no lock: two runs of the same plan
+write the same bytes, and a run of another plan is refused.
 """
 
 import errno
@@ -21,17 +21,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from pipeline.files import atomic_write, close_quietly, held_open, naming
+from pipeline.files import atomic_write, close_quietly, held_open, path_in_errors
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources.find import SourceError
-from pipeline.packing.storage import UNFINISHED, Folder
-from pipeline.packing.workers import say
+from pipeline.packing.storage import STATE_FOLDER, Folder
+from pipeline.packing.workers import warn
 
 REPORT = "report.tsv"
 _PLAN = "plan.json"
 _LOCK = "lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-_ATTEMPTS = 10  # to lock a file before another run removes it
+_ATTEMPTS = 10  # attempts to lock a file that other runs remove when they end
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
 _OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(MANIFEST_NAME)}|{re.escape(REPORT)}")
 
@@ -40,27 +40,30 @@ Plan = Mapping[str, object]
 
 @contextmanager
 def locked(output: Folder) -> Iterator[None]:
-    """Lock a local output against other runs. Raises SourceError if another run is active, or OSError."""
+    """Lock a local output against other runs, and remove what killed runs left there.
+
+    Raises SourceError if another run is active, and OSError.
+    """
     if not output.is_local:
         yield
         return
-    folder = Path(output.path, UNFINISHED)
+    folder = Path(output.path, STATE_FOLDER)
     try:
         with held_open(_lock(folder, output)):
-            for left in folder.glob("tmp*"):  # left by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in folder.glob("tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             try:
                 yield
             finally:
                 if _is_absent(folder / _PLAN):
                     shutil.rmtree(folder, ignore_errors=True)
     finally:
-        with suppress(OSError):  # NFS and FUSE keep the removed lock file under another name until here
+        with suppress(OSError):  # until now, NFS and FUSE kept the removed lock file under another name
             folder.rmdir()
 
 
 def _is_absent(path: Path) -> bool:
-    """Whether a file is known not to exist; one whose status cannot be read may exist."""
+    """Return whether a file is known not to exist; one whose status cannot be read may exist."""
     try:
         path.stat()
     except OSError as error:
@@ -69,7 +72,7 @@ def _is_absent(path: Path) -> bool:
 
 
 def _lock(folder: Path, output: Folder) -> TextIO:
-    """Open the lock file, and lock it until it is closed if its storage supports locks."""
+    """Return the open lock file, which stays locked until it is closed, if its storage supports locks."""
     path = folder / _LOCK
     for attempt in range(_ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,11 +81,11 @@ def _lock(folder: Path, output: Folder) -> TextIO:
         except FileNotFoundError:  # the run that held it has just ended and removed the folder
             continue
         try:
-            with naming(path):
+            with path_in_errors(path):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                say(
+                warn(
                     f"{output} cannot be locked ({error.strerror}): make sure that no other run packs into it"
                 )
                 return lock
@@ -92,8 +95,8 @@ def _lock(folder: Path, output: Folder) -> TextIO:
                     f"another run is packing into {output}: wait for it, or choose another --out"
                 ) from None
             raise
-        # Some storage reports a new inode number at each call, so the file never seems to be the same.
-        if _is_at(path, lock) or attempt == _ATTEMPTS - 1:
+        # On storage that reports a new inode number at each call, the file never seems to be the same one.
+        if _still_has_name(path, lock) or attempt == _ATTEMPTS - 1:
             return lock
         close_quietly(lock)
     raise SourceError(
@@ -101,8 +104,8 @@ def _lock(folder: Path, output: Folder) -> TextIO:
     )
 
 
-def _is_at(path: Path, lock: TextIO) -> bool:
-    """Whether the open file still has that name; the run that held the lock may have removed it."""
+def _still_has_name(path: Path, lock: TextIO) -> bool:
+    """Return whether the open file is still at the path; another run may have removed it when it ended."""
     try:
         return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
     except OSError as error:
@@ -111,17 +114,18 @@ def _is_at(path: Path, lock: TextIO) -> bool:
         raise
 
 
-def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
+def prepare(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     """Prepare an output for a plan; return whether its dataset is already complete.
 
-    in_place: the tars in the output are the input, and are never removed. Raises SourceError if the output
-    holds shards or a dataset that must not be replaced.
+    Unless the output already holds the same plan, this records the plan, and removes a dataset that is to be
+    replaced. in_place: the tars in the output are the input, and are never removed. Raises SourceError if the
+    output holds shards or a dataset that must not be replaced, and OSError.
     """
     files, recorded = output.sizes(), _read_plan(output)
     if recorded == plan:
         return MANIFEST_NAME in files
     shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
-    if shards and not _packed_here(output, files, recorded):
+    if shards and not _written_by_packer(output, files, recorded):
         raise SourceError(
             f"{output} contains {shards[0]}, which this packer did not write: choose another --out"
         )
@@ -136,9 +140,8 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
             f"{output} already contains a dataset: choose another --out, or replace it with --overwrite"
         )
     if MANIFEST_NAME in files or recorded is not None:
-        _write_plan(
-            output, {"--in-place": in_place}
-        )  # if killed during this, the same command comes back here
+        # Any plan differs from this one, so after a kill in the next lines, the same command starts over.
+        _write_plan(output, {"--in-place": in_place})
         output.remove({MANIFEST_NAME} & files.keys())
         output.remove(
             [*shards, *(name for name in files if _OTHERS.fullmatch(name) and name != MANIFEST_NAME)]
@@ -148,8 +151,8 @@ def begin(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     return False
 
 
-def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
-    """Whether the packer wrote the shards in the output, rather than another program."""
+def _written_by_packer(output: Folder, files: Mapping[str, int], recorded: Plan | None) -> bool:
+    """Return whether this packer wrote the shards in the output, and not another program."""
     if recorded is not None:
         return not recorded.get("--in-place")
     try:
@@ -158,28 +161,28 @@ def _packed_here(output: Folder, files: Mapping[str, int], recorded: Plan | None
         return True
 
 
-def end(output: Folder) -> None:
-    """Remove what a complete dataset does not need.
+def clean_up(output: Folder) -> None:
+    """Remove the state of a run whose dataset is complete. Raises OSError.
 
-    The plan is removed last, so the same command completes this if it is killed here.
+    The plan is removed last, so that if this is interrupted, the same command completes it.
     """
     _remove_records(output)
-    output.remove([f"{UNFINISHED}/{_PLAN}"])
+    output.remove([f"{STATE_FOLDER}/{_PLAN}"])
 
 
 def _remove_records(output: Folder) -> None:
-    names = output.sizes(UNFINISHED).keys() - {_PLAN, _LOCK}
-    output.remove(f"{UNFINISHED}/{name}" for name in sorted(names))
+    names = output.sizes(STATE_FOLDER).keys() - {_PLAN, _LOCK}
+    output.remove(f"{STATE_FOLDER}/{name}" for name in sorted(names))
 
 
 def _write_plan(output: Folder, plan: Plan) -> None:
-    with output.staged(UNFINISHED) as folder, atomic_write(folder / _PLAN) as file:
+    with output.staged(STATE_FOLDER) as folder, atomic_write(folder / _PLAN) as file:
         file.write(json.dumps(plan, indent=1).encode() + b"\n")
 
 
 def _read_plan(output: Folder) -> Plan | None:
     try:
-        return json.loads(output.read(f"{UNFINISHED}/{_PLAN}"))
+        return json.loads(output.read(f"{STATE_FOLDER}/{_PLAN}"))
     except FileNotFoundError:
         return None
     except ValueError:  # damaged

@@ -1,4 +1,4 @@
-"""Pack one shard: the unit of work, which any process on any machine can do."""
+"""Pack one shard, which is the unit of work that any process on any machine can do."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from typing import Literal
 import numpy as np
 import PIL
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
-from pipeline.packing.images import Geometry, Packed, RejectedError, check_image, pack_image
+from pipeline.packing.images import Geometry, PackedImage, RejectedError, check_image, pack_image
 from pipeline.packing.reading import PackingError, contents
 from pipeline.packing.remote_errors import shown
 from pipeline.packing.shard_results import Event, ShardResult, save_result
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder
-from pipeline.packing.workers import say
-from pipeline.retry import patiently
+from pipeline.packing.workers import warn
+from pipeline.retry import with_retries
 from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
 from pipeline.versions import installed_version
 
-DECODED = 64  # where headers are trusted, one file in this many is decoded, for the pixel statistics
+DECODE_EVERY = 64  # if headers are trusted, one file in this many is decoded, for the pixel statistics
 
 Check = Literal["decode", "headers"]
 
@@ -38,8 +38,8 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How each image is packed. versions: those that every worker must have."""
+class ImageOptions:
+    """How each image is packed. versions: the software versions that every worker must have."""
 
     geometry: Geometry
     size: int
@@ -50,36 +50,44 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One output shard: a pure function of these fields and of the files that they name."""
+    """A shard to pack. Its bytes depend only on these fields and on the source files.
+
+    output: path or URL of the dataset's folder. name: the shard's file name. first_key: the key of the first
+    source, from which the others are numbered.
+    """
 
     output: str
     name: str
     first_key: int
     sources: tuple[SourceImage, ...]
-    measured: bool  # whether the pixels count for the mean and PCA, as those of the training split do
-    recipe: Recipe
-    tar: str | None = None  # a tar in the output that holds the sources and is only indexed
+    in_statistics: bool  # whether the pixels count towards the mean and PCA: only those of the training split
+    image_options: ImageOptions
+    tar: str | None = None  # the tar in the output that holds the sources, if it is only indexed
     table: str | None = None  # the table that names the sources; None if a folder was listed
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that are in the output when the task is done."""
+        """The names of the files that the task leaves in the output."""
         return (self.tar,) if self.tar else (self.name, f"{self.name.removesuffix('.tar')}.idx")
 
 
-Count = Callable[[int, int], None]  # called for each image with its packed bytes, and 1 if it was rejected
+Count = Callable[[int, int], None]  # called for each image with its packed bytes, and 1 if it is rejected
 
 
 def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> ShardResult:
-    """Pack one shard, or index one, and save its result. Raises OSError or PackingError."""
-    recipe, output = task.recipe, Folder(task.output)
-    if recipe.versions != versions():
+    """Pack or index one shard, save its result and return it.
+
+    count: called for each image. Raises OSError if the storage fails, and PackingError if the versions
+    differ, memory runs out or the input disappears.
+    """
+    image_options, output = task.image_options, Folder(task.output)
+    if image_options.versions != versions():
         raise PackingError(
-            f"a worker has {versions()}, but the run began with {recipe.versions}, which may give different "
-            "bytes: install the same versions everywhere"
+            f"a worker has {versions()}, but the run began with {image_options.versions}, which may give "
+            "different bytes: install the same versions everywhere"
         )
     sums, events = PixelSums(), list[Event]()
-    images = _accepted(task, sums, events, count)
+    images = _accepted_images(task, sums, events, count)
     if task.tar is None:
         samples = (
             Sample(f"{key:09d}", packed.jpeg, source.label, packed.width, packed.height)
@@ -96,25 +104,32 @@ def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> S
             INDEX_DTYPE,
         )
         describe = partial(describe_shard, Path(task.output), task.tar, len(rows))
-        shard = patiently(describe, say) if len(rows) else None
+        shard = with_retries(describe, warn) if len(rows) else None
     result = ShardResult(shard, rows, sums, events)
     save_result(output, task.name, result)
     return result
 
 
-def _accepted(
+def _accepted_images(
     task: ShardTask, sums: PixelSums, events: list[Event], count: Count
-) -> Iterator[tuple[int, SourceImage, Packed]]:
-    """Yield the images that are not rejected, with their keys."""
-    recipe, accepted = task.recipe, 0
+) -> Iterator[tuple[int, SourceImage, PackedImage]]:
+    """Yield the images that are not rejected, with their keys.
+
+    Adds pixels to `sums` and repaired and rejected files to `events`, and calls `count` for each image.
+    """
+    image_options, accepted = task.image_options, 0
     for key, (source, content) in enumerate(contents(task.sources, task.table), task.first_key):
-        decode, name = recipe.check == "decode" or accepted % DECODED == 0, shown(source.path)
+        decode, name = image_options.check == "decode" or accepted % DECODE_EVERY == 0, shown(source.path)
         try:
-            with naming(source.file):  # errors of this process, such as that it has no free descriptor
+            with path_in_errors(
+                source.file
+            ):  # errors of this process, such as that it has no free descriptor
                 if task.tar is None:
-                    packed = pack_image(content(), recipe.geometry, recipe.size, recipe.quality, decode)
+                    packed = pack_image(
+                        content(), image_options.geometry, image_options.size, image_options.quality, decode
+                    )
                 else:
-                    packed = check_image(content(), recipe.size, decode)
+                    packed = check_image(content(), image_options.size, decode)
         except MemoryError:
             raise PackingError(f"out of memory while packing {name}: try fewer --workers") from None
         except RejectedError as rejection:
@@ -123,7 +138,7 @@ def _accepted(
             continue
         count(len(packed.jpeg), 0)
         events.extend((name, "repaired", repair) for repair in packed.repairs)
-        if task.measured and packed.pixels is not None:
+        if task.in_statistics and packed.pixels is not None:
             sums.add_image(packed.pixels)
         accepted += 1
         yield key, source, packed

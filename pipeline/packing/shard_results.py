@@ -1,4 +1,4 @@
-"""The result of packing a shard, saved until the dataset is complete, so that a run can be continued."""
+"""Save and load the results of packed shards, from which a stopped run is continued."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,22 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.manifest import HEAD_BYTES, Shard
 from pipeline.packing.statistics import PixelSums
-from pipeline.packing.storage import UNFINISHED, Folder
+from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.shards import INDEX_DTYPE
 
 SUFFIX = ".result.json"
 
-Event = tuple[str, str, str]  # path, `repaired` or `rejected`, reason
+Event = tuple[str, str, str]  # the path of a file, `repaired` or `rejected`, and the reason
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The result of one task. shard: None if none of its images could be used. rows: of the index."""
+    """The result of a task.
+
+    shard: its record in the manifest, or None if none of its images can be used. rows: its part of the index,
+    [samples] of INDEX_DTYPE. sums: of the pixels that count towards the mean and PCA. events: the repaired
+    and the rejected files.
+    """
 
     shard: Shard | None
     rows: np.ndarray
@@ -34,7 +39,7 @@ class ShardResult:
 
 
 def save_result(output: Folder, name: str, result: ShardResult) -> None:
-    """Save the result of a finished shard."""
+    """Save the result of the shard `name` in the output. Raises OSError."""
     record = {
         "shard": result.shard and result.shard.model_dump(),
         "rows": result.rows.tolist(),
@@ -45,19 +50,20 @@ def save_result(output: Folder, name: str, result: ShardResult) -> None:
         },
         "events": result.events,
     }
-    with output.staged(UNFINISHED) as folder, atomic_write(folder / f"{name}{SUFFIX}") as file:
+    with output.staged(STATE_FOLDER) as folder, atomic_write(folder / f"{name}{SUFFIX}") as file:
         file.write(json.dumps(record).encode())
 
 
 def load_result(
     output: Folder, name: str, files: Sequence[str], sizes: Mapping[str, int]
 ) -> ShardResult | None:
-    """Load a shard's result, or return None if the shard or one of its files is missing or differs from it.
+    """Load a shard's result, or return None if it is missing, or does not match the shard in the output.
 
-    sizes: of the files in the output, in bytes, by name.
+    files: names of the files that belong to the shard. sizes: of the files in the output, in bytes, by name.
+    Raises OSError.
     """
     try:
-        record = json.loads(output.read(f"{UNFINISHED}/{name}{SUFFIX}"))
+        record = json.loads(output.read(f"{STATE_FOLDER}/{name}{SUFFIX}"))
         shard = record["shard"] and Shard.model_validate(record["shard"])
         result = ShardResult(
             shard=shard,
@@ -73,6 +79,7 @@ def load_result(
         return None
     if shard is None:
         return result
-    there = all(sizes.get(file) for file in files) and sizes.get(shard.file) == shard.bytes
-    same = there and sha256(output.read(shard.file, HEAD_BYTES)).hexdigest() == shard.head_sha256
+    if not all(sizes.get(file) for file in files) or sizes.get(shard.file) != shard.bytes:
+        return None
+    same = sha256(output.read(shard.file, HEAD_BYTES)).hexdigest() == shard.head_sha256
     return result if same else None

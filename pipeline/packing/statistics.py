@@ -1,4 +1,4 @@
-"""Compute the mean and the principal components of pixels from exact, streamed sums."""
+"""Compute the mean and the principal components of pixels from exact sums over all images."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,21 @@ from PIL import Image
 
 from pipeline.manifest import RGB, Pixels
 
-# Pixels in a dot product. 255² × 256 < 2²⁴, so float32 holds every such sum, and every partial sum, exactly,
-# in whatever order BLAS adds. For so few pixels, BLAS starts no threads in a worker process.
+# Pixels in a dot product. 255² × 256 < 2²⁴, so float32 holds each such sum and each partial sum exactly, in
+# whatever order BLAS adds. For so few pixels, BLAS starts no threads.
 _BLOCK = 256
-# Pairs of red, green, blue and the constant one. The last three products are the totals.
+# Pairs of red, green, blue and the constant 1. The products with the constant are the totals.
 _FACTORS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2), (0, 3), (1, 3), (2, 3))
 _PRODUCTS = np.array([[0, 1, 2], [1, 3, 4], [2, 4, 5]])  # the index in _FACTORS of each pair of channels
 
 
 @dataclass
 class PixelSums:
-    """Integer sums over RGB pixels on 0–255, so the result does not depend on the order of adding."""
+    """Integer sums over RGB pixels on 0–255, whose result does not depend on the order of adding.
+
+    count: number of pixels. total: [3], sums of the channels. products: [3,3], sums of the products of two
+    channels.
+    """
 
     count: int = 0
     total: np.ndarray = field(default_factory=lambda: np.zeros(3, np.int64))
@@ -44,16 +48,16 @@ class PixelSums:
         self.products += other.products
 
     def statistics(self) -> Pixels:
-        """Return the mean, and the covariance's eigenvalues and eigenvectors, largest first.
+        """Return the mean, and the eigenvalues and eigenvectors of the covariance, largest first.
 
-        The sign of an eigenvector is arbitrary; here its largest entry by magnitude is positive.
+        An eigenvector's sign is arbitrary: it is chosen so that the entry of largest magnitude is positive.
         """
         mean = self.total / self.count
         values, vectors = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))
         values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
         vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
 
-        # Rounding keeps the manifest the same with another BLAS, whose last digits may differ.
+        # Rounding makes the manifest independent of the BLAS, whose last digits may differ.
         def rounded(row: np.ndarray) -> RGB:
             red, green, blue = (round(float(value), 6) for value in row)
             return red, green, blue

@@ -1,4 +1,4 @@
-"""Access files on this machine and behind URLs (s3://, gs://, hf://, https://, …), by fsspec.
+"""Access files on this machine and, through fsspec, behind URLs (s3://, gs://, hf://, https://, …).
 
 Failed reads, and listings of this machine's file systems, are retried (pipeline/retry.py). For HTTP, each
 request has a time limit, and the proxies of the environment are used.
@@ -18,12 +18,12 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from pipeline.files import naming, read_file, sync_folder
+from pipeline.files import path_in_errors, read_file, sync_folder
 from pipeline.packing.remote_errors import as_os_error, shown
-from pipeline.packing.workers import say
-from pipeline.retry import StorageError, patiently
+from pipeline.packing.workers import warn
+from pipeline.retry import StorageError, with_retries
 
-UNFINISHED = ".packing"  # folder in the dataset's folder for what a run needs until the dataset is complete
+STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
 
 
 # Seconds to connect, between two parts of an answer, and for all of it.
@@ -31,23 +31,24 @@ _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 
 
 def is_url(name: str) -> bool:
+    """Return whether a name is a URL, and not a local path."""
     return "://" in name
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path or URL of a file or folder, valid in whatever folder a worker runs."""
-    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – it also collapses `..`
+    """Return the absolute path of a file or folder, which any worker can open. URLs are left unchanged."""
+    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – unlike Path.absolute, it also collapses `..`
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
-    return patiently(partial(read_once, file, offset, size), say)
+    return with_retries(partial(read_once, file, offset, size), warn)
 
 
 def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read a file as `read` does, but make a single attempt."""
     if not is_url(file):
-        return _read_here(file, offset, size)
+        return _read_local(file, offset, size)
     with as_os_error(file):
         fs, path = _file_system(file)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
@@ -58,15 +59,15 @@ def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
     return content
 
 
-def _read_here(file: str, offset: int, size: int | None) -> bytes:
+def _read_local(file: str, offset: int, size: int | None) -> bytes:
     try:
         return read_file(file, offset, size)
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
 
 
-def is_there(name: str) -> bool:
-    """Whether a file exists, or a folder that is not empty, as far as it can be accessed."""
+def is_accessible(name: str) -> bool:
+    """Return whether this is a file, or a folder that is not empty, that can be accessed."""
     try:
         if not is_url(name):
             if not stat.S_ISDIR(Path(name).stat().st_mode):
@@ -81,10 +82,7 @@ def is_there(name: str) -> bool:
 
 
 class Folder:
-    """A folder, local or behind a URL, to write a dataset to and read its files from.
-
-    Each method raises OSError.
-    """
+    """The folder of a dataset, local or behind a URL. Each method raises OSError."""
 
     def __init__(self, name: str | Path):
         self.name = absolute(str(name)).rstrip("/")
@@ -96,17 +94,17 @@ class Folder:
         return self.name
 
     @contextmanager
-    def staged(self, below: str = ".") -> Iterator[Path]:
-        """Provide an empty local folder whose files move here, or to the subfolder `below`, after the block.
+    def staged(self, subfolder: str = ".") -> Iterator[Path]:
+        """Provide an empty local folder whose files are moved to this one, or a subfolder, after the block.
 
-        Each file appears only once it is complete, and none does after an error in the block. Each call
+        Each file appears only once it is complete, and none appears after an error in the block. Each call
         makes a new folder, so two writers of the same file do not interfere.
         """
-        scratch = Path(self.path, UNFINISHED) if self.is_local else None
+        scratch = Path(self.path, STATE_FOLDER) if self.is_local else None
         staging = Path(tempfile.mkdtemp(dir=scratch))
         try:
             yield staging
-            target = os.path.normpath(f"{self.path}/{below}")
+            target = os.path.normpath(f"{self.path}/{subfolder}")
             for file in sorted({file for file in staging.iterdir() if not file.name.startswith(".")}):
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
@@ -116,18 +114,18 @@ class Folder:
             if self.is_local:
                 sync_folder(Path(target))
         finally:
-            # NFS and FUSE keep files for a moment that are removed while open; the next run removes the rest.
+            # NFS and FUSE keep files that are removed while open for a moment; the next run removes them.
             shutil.rmtree(staging, ignore_errors=True)
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """Read a file in the folder, or its first `size` bytes."""
         return read(f"{self.name}/{name}", 0, size)
 
-    def sizes(self, below: str = ".") -> dict[str, int]:
-        """Return the sizes in bytes of all files in the folder, or in a subfolder, by name."""
-        folder = os.path.normpath(f"{self.path}/{below}")
+    def sizes(self, subfolder: str = ".") -> dict[str, int]:
+        """Return the sizes of all files in the folder, or in a subfolder, in bytes and by name."""
+        folder = os.path.normpath(f"{self.path}/{subfolder}")
         if self.is_local:
-            return patiently(partial(_sizes_here, folder), say)
+            return with_retries(partial(_local_sizes, folder), warn)
         with as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
@@ -146,13 +144,13 @@ class Folder:
                 self.fs.rm(paths)
 
 
-def _sizes_here(folder: str) -> dict[str, int]:
+def _local_sizes(folder: str) -> dict[str, int]:
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:
         return {}
     sizes = {}
-    with naming(folder), entries:
+    with path_in_errors(folder), entries:
         for entry in entries:
             try:
                 if entry.is_file():
@@ -163,7 +161,7 @@ def _sizes_here(folder: str) -> dict[str, int]:
 
 
 def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    if not is_url(name):  # even if the path has a `::`, with which fsspec chains URLs
+    if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there, too
     if name.startswith(("http://", "https://")):

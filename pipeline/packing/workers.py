@@ -1,4 +1,4 @@
-"""Worker processes on this machine, with one BLAS thread each; their failures are reported in one line."""
+"""Run worker processes on this machine, with one BLAS thread each, and explain their failures in one line."""
 
 import multiprocessing
 import os
@@ -15,12 +15,12 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
-_EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread; EX_TEMPFAIL in sysexits.h
-_QUIET_SECONDS = 60.0  # minimum time between two lines of `say`
-# Without these, BLAS would start a thread per core in each worker, for products that are too small for it.
-_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+_EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread: EX_TEMPFAIL of sysexits.h
+_WARNING_SECONDS = 60.0  # shortest time between two warnings
+# Otherwise, BLAS would start a thread per core in each worker, for products that are too small for it.
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 _REFUSED = "the system allows no more processes or threads"
-_RAISE = "raise the limit (ulimit -u, --pids-limit, podPidsLimit)"
+_RAISE_LIMIT = "raise the limit (ulimit -u, --pids-limit, podPidsLimit)"
 
 
 class WorkersError(RuntimeError):
@@ -28,24 +28,24 @@ class WorkersError(RuntimeError):
 
 
 class _Worker(SpawnProcess):
-    """A worker that ignores Ctrl-C, which reaches all processes of a terminal: the command handles it."""
+    """A worker that ignores Ctrl-C, which reaches all processes of a terminal; the parent handles it."""
 
     def start(self) -> None:
-        added = [name for name in _THREADS if name not in os.environ]
-        os.environ.update(dict.fromkeys(added, "1"))  # read when the worker imports numpy
+        added = [name for name in _THREAD_VARIABLES if name not in os.environ]
+        os.environ.update(dict.fromkeys(added, "1"))  # the worker reads them when it imports NumPy
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the worker inherits the mask
         try:
             super().start()
         except OSError as error:
-            raise WorkersError(_refusal(error.strerror or str(error))) from None
+            raise WorkersError(_refusal_message(error.strerror or str(error))) from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for name in added:
                 del os.environ[name]
 
 
-class _Spawn(SpawnContext):
-    """Spawns processes, as this one has threads and must not fork; keeps them, to say how one ended."""
+class _SpawnContext(SpawnContext):
+    """Spawns processes, as forking is unsafe in a process with threads, and remembers those it started."""
 
     def __init__(self) -> None:
         self.started: list[_Worker] = []
@@ -55,6 +55,7 @@ class _Spawn(SpawnContext):
         return self.started[-1]
 
     def kill(self) -> None:
+        """Kill all processes that were started."""
         for process in self.started:
             if process.pid is not None:
                 process.kill()
@@ -64,19 +65,19 @@ class _Spawn(SpawnContext):
 def pool(
     count: int, initializer: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessPoolExecutor]:
-    """Start `count` processes, each of which first calls the initializer.
+    """Provide an executor with `count` processes, each of which first calls the initializer.
 
-    Raises WorkersError if the system refuses them, or if one dies.
+    Raises WorkersError if the system refuses to start a process or thread, or if a process dies.
     """
-    context, refused = _Spawn(), threading.Event()
-    with _interrupted_without_threads(refused):
+    context, refused = _SpawnContext(), threading.Event()
+    with _interrupt_if_threads_refused(refused):
         try:
-            first = (shared_array("d", 1), initializer, *arguments)
-            with ProcessPoolExecutor(count, context, _start, first) as executor:
+            start_arguments = (shared_array("d", 1), initializer, *arguments)
+            with ProcessPoolExecutor(count, context, _start_worker, start_arguments) as executor:
                 try:
                     yield executor
                 except BaseException as error:
-                    if _is_about_threads(error):
+                    if _is_thread_refusal(error):
                         refused.set()
                     if (
                         refused.is_set()
@@ -86,64 +87,67 @@ def pool(
                         context.kill()  # do not wait for them to finish their work
                     raise
         except BrokenProcessPool:  # the pool has shut down, so all exit codes are known
-            raise WorkersError(_end(context.started)) from None
+            raise WorkersError(_describe_death(context.started)) from None
         except (RuntimeError, KeyboardInterrupt):
             if not refused.is_set():
                 raise
-            raise WorkersError(_refusal("can't start new thread")) from None
+            raise WorkersError(_refusal_message("can't start new thread")) from None
 
 
 def shared_array(kind: str, length: int) -> Any:
-    """Make an array that all workers share, for a pool's initializer. Raises WorkersError like `pool`."""
+    """Return an array of C type `kind` to share with workers by the initializer of a pool.
+
+    Raises WorkersError if the system refuses to start a process.
+    """
     try:
         return multiprocessing.get_context("spawn").Array(kind, length)
-    except BlockingIOError as error:  # the first array starts a process that tracks shared resources
-        raise WorkersError(_refusal(error.strerror or str(error))) from None
+    except BlockingIOError as error:  # the first array starts Python's resource tracker, a process
+        raise WorkersError(_refusal_message(error.strerror or str(error))) from None
 
 
 @contextmanager
-def _interrupted_without_threads(refused: threading.Event) -> Iterator[None]:
-    """Interrupt the main thread if the pool cannot start a thread, as the pool would then never end."""
+def _interrupt_if_threads_refused(refused: threading.Event) -> Iterator[None]:
+    """Interrupt the main thread if the pool cannot start a thread, because the pool would then never end."""
 
     def interrupt(failure: threading.ExceptHookArgs) -> None:
-        if _is_about_threads(failure.exc_value):
+        if _is_thread_refusal(failure.exc_value):
             refused.set()
             interrupt_main()
         else:
-            before(failure)
+            original_hook(failure)
 
-    before, threading.excepthook = threading.excepthook, interrupt
+    original_hook, threading.excepthook = threading.excepthook, interrupt
     try:
         yield
     finally:
-        threading.excepthook = before
+        threading.excepthook = original_hook
 
 
 @contextmanager
-def refused_threads() -> Iterator[None]:
-    """Raise WorkersError if the system refuses this process a thread in the block."""
+def translate_thread_errors() -> Iterator[None]:
+    """Raise WorkersError instead of RuntimeError if the system refuses to start a thread in the block."""
     try:
         yield
     except RuntimeError as error:
-        if not _is_about_threads(error):
+        if not _is_thread_refusal(error):
             raise
-        raise WorkersError(f"{_REFUSED} ({error}): {_RAISE}") from None
+        raise WorkersError(f"{_REFUSED} ({error}): {_RAISE_LIMIT}") from None
 
 
-def _is_about_threads(error: BaseException | None) -> bool:
+def _is_thread_refusal(error: BaseException | None) -> bool:
     return type(error) is RuntimeError and "can't start new thread" in str(error)
 
 
-def _refusal(reason: str) -> str:
-    return f"{_REFUSED} ({reason}): try fewer --workers, or {_RAISE}"
+def _refusal_message(reason: str) -> str:
+    return f"{_REFUSED} ({reason}): try fewer --workers, or {_RAISE_LIMIT}"
 
 
-def _end(started: Sequence[SpawnProcess]) -> str:
-    """Describe how the first process to die ended; the pool ends the others by SIGTERM."""
+def _describe_death(started: Sequence[SpawnProcess]) -> str:
+    """Describe how the first process to die ended; the pool then ended the others by SIGTERM."""
     codes = [process.exitcode for process in started]
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), -signal.SIGTERM)
     if code == _EXIT_REFUSED:
-        return _refusal("a worker can't start a thread")
+        return _refusal_message("a worker can't start a thread")
     if code == -signal.SIGKILL:
         how = "was killed (SIGKILL), probably because memory ran out: try fewer --workers"
     else:
@@ -151,9 +155,9 @@ def _end(started: Sequence[SpawnProcess]) -> str:
     return f"a worker process {how}"
 
 
-def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
-    global _said
-    _said = said
+def _start_worker(last_warning: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
+    global _last_warning
+    _last_warning = last_warning
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     except RuntimeError:
@@ -163,34 +167,36 @@ def _start(said: Any, initializer: Callable[..., None] | None, *arguments: Any) 
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent ends, even if the parent was killed."""
+    """End this worker when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-class _Array(list):
-    """Stands in for a shared array in a process without a pool."""
+class _UnsharedArray(list):
+    """Has the interface of a shared array, for a process without a pool."""
 
     def get_lock(self) -> threading.Lock:
         return _lock
 
 
 _lock = threading.Lock()
-_said: Any = _Array([0.0])  # monotonic time of the last line of `say`; workers of a pool share it
+_last_warning: Any = _UnsharedArray(
+    [0.0]
+)  # monotonic time of the last line of `warn`; workers of a pool share it
 
 
-def say(text: str) -> None:
-    """Report a problem that may pass on stderr: at most one line per minute from all workers of a pool."""
-    with _said.get_lock():
+def warn(text: str) -> None:
+    """Warn on stderr of a temporary problem: at most one line per minute from all workers of a pool."""
+    with _last_warning.get_lock():
         now = time.monotonic()
-        if _said[0] and now - _said[0] < _QUIET_SECONDS:
+        if _last_warning[0] and now - _last_warning[0] < _WARNING_SECONDS:
             return
-        _said[0] = now
+        _last_warning[0] = now
     print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
 
 
-def end_at_sigterm() -> None:
-    """Exit with code 143 on SIGTERM, which a container's first process ignores unless it has a handler."""
+def exit_on_sigterm() -> None:
+    """Exit with code 143 on SIGTERM, which a container's first process would ignore without a handler."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -16,13 +16,13 @@ import pytest
 
 from tests.helpers import wait_until
 
-# Starting a container takes long where the image is not in memory yet; less than pytest's limit, which would
-# not say what was waited for.
+# Enough for starting a container whose image is not in memory yet, and less than pytest's limit, which would
+# not show what was waited for.
 DEADLINE_SECONDS = 500.0
 
 
 def run_docker(*arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run the client; both streams are captured, and a failure shows them."""
+    """Run Docker's client; a failure shows its output."""
     command = ["docker", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -46,17 +46,17 @@ class Container:
         return done.stdout + done.stderr
 
     def sh(self, script: str, *, user: str | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a shell inside, whatever it exits with."""
+        """Run a shell script in the container, with any exit code."""
         options = ["--user", user] if user else []
         return run_docker("exec", *options, self.id, "sh", "-c", script, check=False)
 
     def stop(self, seconds: int = 120) -> int:
-        """Ask it to end, as `docker stop` does; returns the exit code, 137 if it had to be killed."""
+        """Stop it; return the exit code, which is 137 if it had to be killed."""
         run_docker("stop", "--time", seconds, self.id)
         return self.state()["ExitCode"]
 
     def metric(self, sample: str) -> float | None:
-        """A sample such as `name{label="value"}` of the published /metrics; None before the port answers."""
+        """Return a sample such as `name{label="value"}` of /metrics; None before the port answers."""
         port = run_docker("port", self.id, "9410/tcp").stdout.split(":")[-1].strip()
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
@@ -67,7 +67,7 @@ class Container:
         return float(found[1]) if found else None
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Poll until the condition holds. Fails at the deadline, and once the container has ended."""
+        """Poll until the condition holds. Fails at the deadline or when the container has ended."""
 
         def holds() -> bool:
             found = bool(condition())
@@ -77,7 +77,7 @@ class Container:
         wait_until(holds, pause=0.2, seconds=DEADLINE_SECONDS)
 
     def wait_for_images(self, more_than: float = 0) -> float:
-        """Until it has trained on more images than that; returns how many."""
+        """Wait until it has trained on more images; return the number."""
         self.wait_until(lambda: (self.metric('alexnet_images_total{phase="train"}') or 0) > more_than)
         return self.metric('alexnet_images_total{phase="train"}') or 0
 
@@ -87,7 +87,7 @@ class Container:
 
 @pytest.fixture(scope="session")
 def image() -> str:
-    """The image's name."""
+    """The name of the image."""
     name = os.environ.get("TEST_IMAGE")
     if not name:
         pytest.skip("TEST_IMAGE is not set, which `make image-test` does")
@@ -97,13 +97,13 @@ def image() -> str:
 
 @pytest.fixture(scope="session")
 def docker(image: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the client where there is an image."""
+    """Run Docker's client, in tests that need the image."""
     return run_docker
 
 
 @pytest.fixture(scope="module")
 def start(image: str) -> Iterator[Callable[..., Container]]:
-    """Start containers, each with these arguments of `docker run`; they are removed after the module."""
+    """Start a container with arguments of `docker run`; it is removed after the module's tests."""
     containers: list[Container] = []
 
     def begin(*arguments: object) -> Container:

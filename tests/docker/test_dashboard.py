@@ -1,7 +1,7 @@
 """The dashboard, its provisioning, and that every query uses metrics that exist.
 
-Grafana itself was never run here: no package of it can be had. The JSON is checked against its schema,
-by the Python builders and the TypeScript types; test_prometheus.py runs the queries on a real Prometheus.
+Grafana itself is not run, as no package registry has it. The JSON is checked against its schema, with the
+Python builders and the TypeScript types, and test_prometheus.py runs the queries on a real Prometheus.
 """
 
 import json
@@ -25,7 +25,7 @@ from trainer.settings import Settings
 DOCKER = REPO / "docker"
 GRAFANA = "11.6"
 MODULES = REPO / ".npm/node_modules"
-# What the schema leaves to Prometheus's plugin, and what the builders write for variables of any type.
+# Fields that the schema leaves to Prometheus's plugin, or that the builders write for variables of any type.
 TYPES = """import type { AnnotationQuery, Dashboard, VariableModel } from "@grafana/schema";
 type Json<T> = T extends string ? `${T}` : T extends object ? { [K in keyof T]: Json<T[K]> } : T;
 type Annotation = AnnotationQuery & { expr?: string };
@@ -122,7 +122,7 @@ def test_the_dashboard_has_the_types_of_grafanas_schema(node_modules):
     assert done.returncode == 0, done.stdout
 
 
-def test_builders_types_and_image_have_the_same_grafana_version():
+def test_the_builders_the_types_and_the_image_have_one_grafana_version():
     assert version("grafana-foundation-sdk").endswith(f"!{GRAFANA}.0")
     assert f"@grafana/schema@{GRAFANA}." in (REPO / "Makefile").read_text()
     assert services()["grafana"]["image"].startswith(f"grafana/grafana:{GRAFANA}.")
@@ -136,7 +136,7 @@ def assert_exported(expr: str, known: dict[str, set[str]]) -> None:
         assert name in known, f"{name} is not exported"
         assert used <= known[name] | everywhere, f"{name} has not all labels of {used}"
     labels = everywhere.union(*(known[name] for name, _ in found))
-    assert grouping(expr) <= labels, f"{expr} is grouped by what its metrics lack"
+    assert grouping(expr) <= labels, f"{expr} is grouped by labels that its metrics lack"
 
 
 @pytest.mark.parametrize("expr", [pytest.param(expr, id=name) for name, expr in queries()])
@@ -153,7 +153,7 @@ def test_rules_use_exported_metrics(rule):
     assert used <= (grouping(rule["expr"]) if "by (" in rule["expr"] else carried)
 
 
-def test_the_parser_of_queries_finds_metrics_and_labels():
+def test_the_query_parser_finds_metrics_and_labels():
     expr = """sum by (job) (rate(a_total{x="1",y=~"b|c"}[5m] offset 10m)) / on (job) d:e{z!="f"} > bool 1e3
         or {__name__=~"g|h"} and i"""
     assert dict(series(expr)) == {"a_total": {"x", "y"}, "d:e": {"z"}, "g": set(), "h": set(), "i": set()}
@@ -168,12 +168,12 @@ def test_the_parser_of_queries_finds_metrics_and_labels():
         "sum by (part) (alexnet_images_total)",
     ],
 )
-def test_unknown_metrics_and_labels_are_found(expr):
+def test_unknown_metrics_and_labels_are_detected(expr):
     with pytest.raises(AssertionError):
         assert_exported(expr, exported())
 
 
-def test_every_panel_says_what_to_conclude_and_has_a_unit():
+def test_every_panel_has_a_description_and_a_unit():
     for panel in json.loads(PATH.read_text())["panels"]:
         if panel["type"] != "row":
             assert len(panel["description"]) > 20, panel["title"]

@@ -1,4 +1,4 @@
-"""The image: what it is built from and, in tests marked `image`, what it does on a real engine."""
+"""The image: its lock files and Dockerfile and, in tests marked `image`, its behaviour on a real engine."""
 
 import re
 import subprocess
@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda")}
 
-# As an orchestrator that trusts nobody runs it.
+# The restrictions of a strict orchestrator.
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 PUBLISHED = ("--publish", "127.0.0.1::9410")
-# The smallest net and a line each step; more epochs than any test waits for.
+# A small net that logs every step, for more epochs than any test waits.
 SMALL = [
     part
     for setting in ("RECIPE=demo", "CROP=67", "BATCH=12", "EPOCHS=10000", "LOG_EVERY=1")
@@ -65,7 +65,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
 
 
 @pytest.mark.image
-def test_without_a_dataset_it_exits_and_says_what_to_mount(docker, image):
+def test_without_a_dataset_the_container_exits_and_says_what_to_mount(docker, image):
     done = docker("run", "--rm", image, check=False)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -74,7 +74,7 @@ def test_without_a_dataset_it_exits_and_says_what_to_mount(docker, image):
 
 
 @pytest.mark.image
-def test_the_labels_are_right_and_the_user_is_not_root(docker, image):
+def test_the_image_has_the_projects_labels_and_a_user_other_than_root(docker, image):
     def inspect(what: str) -> str:
         return docker("image", "inspect", "--format", f"{{{{{what}}}}}", image).stdout.strip()
 
@@ -90,7 +90,7 @@ def test_the_labels_are_right_and_the_user_is_not_root(docker, image):
 
 
 @pytest.mark.image
-def test_it_decodes_with_pillow_simd_and_has_a_compiler_only_for_cuda(docker, image):
+def test_the_image_has_pillow_simd_and_a_compiler_only_for_cuda(docker, image):
     script = "import PIL, shutil, torch; print(PIL.__version__, shutil.which('gcc'), torch.version.cuda)"
     done = docker("run", "--rm", "--entrypoint", "python", image, "-c", script)
     pillow, compiler, cuda = done.stdout.split()
@@ -99,7 +99,7 @@ def test_it_decodes_with_pillow_simd_and_has_a_compiler_only_for_cuda(docker, im
 
 
 @pytest.mark.image
-def test_it_has_the_kernel_for_cpus(docker, image):
+def test_the_image_has_the_kernel_for_cpus(docker, image):
     docker("run", "--rm", "--entrypoint", "python", image, "-c", "import model.cpu_pool")
 
 
@@ -129,7 +129,7 @@ def test_a_stop_saves_and_the_next_start_resumes_as_any_user(image, data, start)
 
 
 @pytest.mark.image
-def test_a_stop_during_start_up_ends_it(image, data, start):
+def test_a_stop_during_start_up_ends_the_container(image, data, start):
     container = start(*SMALL, *data, image)
     assert container.stop() == 143
     assert "saved" not in container.logs()
@@ -185,7 +185,7 @@ def test_it_packs_each_format(docker, image, tmp_path):
 
 @pytest.fixture(scope="module")
 def demo(image, start):
-    """The demo, which trains without end and can only write to a volume."""
+    """The demo, which trains endlessly and can write only to a volume."""
     health = ("--health-interval", "1s", "--health-timeout", "2s", "--health-retries", "1")
     container = start(*HARDENED, *PUBLISHED, *SMALL, *health, "--volume", "/runs", image, "demo")
     container.wait_for_images()
@@ -193,7 +193,7 @@ def demo(image, start):
 
 
 @pytest.mark.image
-def test_the_metrics_are_published_and_grow(demo):
+def test_the_published_counter_of_images_grows(demo):
     demo.wait_for_images(more_than=demo.wait_for_images())
 
 
@@ -220,7 +220,7 @@ def test_the_root_file_system_is_read_only_even_for_root(demo):
 
 
 @pytest.mark.image
-def test_it_is_healthy_until_the_trainer_hangs(demo):
+def test_the_container_is_healthy_unless_the_trainer_hangs(demo):
     demo.wait_until(lambda: demo.health() == "healthy")
     assert demo.sh(f"kill -STOP {PROCESS}").returncode == 0
     demo.wait_until(lambda: demo.health() == "unhealthy")

@@ -1,6 +1,6 @@
-"""The manifests against Kubernetes' own schemas, the trainer's settings, the image, and each other.
+"""The manifests agree with the schemas of Kubernetes, the trainer's settings, the image, and each other.
 
-There is no cluster for tests, so nothing here is scheduled; that a run resumes is tested in tests/trainer.
+Nothing is scheduled, as tests have no cluster; tests/trainer tests that a run resumes.
 """
 
 import copy
@@ -51,7 +51,7 @@ def trainer(job: Manifest) -> Manifest:
 
 
 def torchrun() -> dict[str, str]:
-    """Return the flags of the command in the pods of several nodes."""
+    """Return torchrun's options in the pods of the Job with several nodes."""
     words = shlex.split(trainer(MULTI_NODE)["args"][0])
     flags = words[words.index("torchrun") + 1 : words.index("-m")]
     return dict(zip(flags[::2], flags[1::2], strict=True))
@@ -87,10 +87,10 @@ def checkpoint_bytes() -> int:
 def complaint(manifest: Manifest) -> str:
     """Return what Kubernetes, or Prometheus Operator for its own kind, finds wrong with a manifest."""
     if manifest["kind"] == "PodMonitor":
-        from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so here
+        from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so only if needed
 
-        understood = PodMonitor.model_validate(manifest)
-        again = understood.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        known = PodMonitor.model_validate(manifest)
+        again = known.model_dump(mode="json", by_alias=True, exclude_unset=True)
         return "" if again == manifest else f"only this is known of it: {again}"
     try:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
@@ -102,7 +102,7 @@ def complaint(manifest: Manifest) -> str:
 @pytest.mark.parametrize(
     "manifest", manifests(), ids=lambda each: f"{each['kind']} {each['metadata']['name']}"
 )
-def test_manifests_are_valid_and_misspelled_fields_would_not_be(manifest):
+def test_manifests_are_valid_and_misspelled_fields_are_detected(manifest):
     assert complaint(manifest) == ""
     misspelled = copy.deepcopy(manifest)
     misspelled["spec"]["selectors"] = {}
@@ -188,7 +188,7 @@ def test_a_pod_meets_the_restricted_standard_as_the_images_user_on_a_read_only_r
 
 
 @jobs
-def test_the_selectors_find_the_pods(job):
+def test_the_selectors_match_the_pods(job):
     selectors = [POD_MONITOR["spec"]["selector"]["matchLabels"]]
     if job is MULTI_NODE:
         selectors.append(SERVICE["spec"]["selector"])
@@ -197,7 +197,7 @@ def test_the_selectors_find_the_pods(job):
     assert labels(job)[POD_MONITOR["spec"]["jobLabel"]] == job["metadata"]["name"]
 
 
-def test_the_nodes_meet_at_the_first_pod_by_its_name_in_the_service():
+def test_the_nodes_meet_at_the_first_pod_by_its_service_name():
     name, spec, flags = MULTI_NODE["metadata"]["name"], MULTI_NODE["spec"], torchrun()
     assert spec["completionMode"] == "Indexed"
     assert int(flags["--nnodes"]) == spec["completions"] == spec["parallelism"]

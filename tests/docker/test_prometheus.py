@@ -1,4 +1,4 @@
-"""Configuration and rules, checked by promtool, and a real Prometheus that scrapes a real run."""
+"""The configuration and the rules pass promtool, and a real Prometheus scrapes a real run."""
 
 import json
 import os
@@ -12,22 +12,23 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from http import HTTPStatus
 from pathlib import Path
 
 import pytest
 import yaml
-from make_dashboard import PATH as DASHBOARD
 
+from tests.docker.test_dashboard import queries
 from tests.helpers import DEADLINE_SECONDS, REPO, command, free_port, missing, rows, wait_until
-from tools.make_shards import pack, parse_arguments
+from tests.trees import pack_here
 from trainer.monitor import meter
 
 PROMETHEUS = REPO / "docker/prometheus"
 JOB = "alexnet"
 BATCH, STEPS = 12, 100  # an epoch of 1,200 images
 EPOCHS = 100_000  # more than are trained while the tests run
-# Several an epoch on a fast machine, too.
+# Several scrapes per epoch, even on a fast machine.
 INTERVALS = {"scrape_interval": "100ms", "evaluation_interval": "500ms"}
 NO_DATA = {
     "alexnet_gpu_": "no GPU",
@@ -40,7 +41,7 @@ NO_DATA = {
 
 @pytest.fixture(scope="module")
 def binaries() -> dict[str, str]:
-    """The folder of promtool and prometheus."""
+    """The paths of promtool and prometheus."""
     found = {name: shutil.which(name) for name in ("promtool", "prometheus")}
     for name, path in found.items():
         if path is None:
@@ -49,14 +50,14 @@ def binaries() -> dict[str, str]:
 
 
 def promtool(binaries: dict[str, str], *arguments: object) -> str:
-    """Return what promtool prints; it must find nothing wrong."""
+    """Return what promtool prints. It must find nothing wrong."""
     command = [binaries["promtool"], *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_the_rules_judge_by_the_thresholds_of_the_verdict():
+def test_the_rules_use_the_thresholds_of_the_verdict():
     rules = (PROMETHEUS / "rules/recording.yml").read_text()
     busy, ready = (
         set(map(float, re.findall(rf"job:alexnet_{share}:ratio5m [<>]=? bool ([\d.]+)", rules)))
@@ -66,7 +67,7 @@ def test_the_rules_judge_by_the_thresholds_of_the_verdict():
     assert ready == {meter.INPUT_BOUND_READY, meter.HOST_GAP_READY}
 
 
-def test_the_configuration_its_targets_and_the_rules_are_valid(binaries, tmp_path):
+def test_the_configuration_the_targets_and_the_rules_are_valid(binaries, tmp_path):
     shutil.copytree(PROMETHEUS, tmp_path / "prometheus")
     targets = tmp_path / "prometheus/targets"
     for example in targets.glob("*.example"):
@@ -105,7 +106,7 @@ class Watched:
     metrics: Path
 
     def get(self, path: str, **parameters: object) -> dict:
-        """What the API answers; {} until it is ready."""
+        """Return the answer of the API; {} until it is ready."""
         query = urllib.parse.urlencode(parameters)
         try:
             with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
@@ -130,7 +131,7 @@ def many(pictures, tmp_path_factory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for copy in range(20 if "train" in folder.parts else 1):
             os.link(picture, folder / f"{copy}-{picture.name}")
-    pack(parse_arguments(["--input", str(source), "--out", str(output), "--size", "80", "--workers", "1"]))
+    pack_here("--input", source, "--out", output, "--size", "80")
     return output
 
 
@@ -169,23 +170,16 @@ def watched(binaries, many, tmp_path_factory) -> Iterator[Watched]:
                 process.wait(DEADLINE_SECONDS)
 
 
-def queries() -> list:
-    """Return the dashboard's queries, with values for its variables."""
-    shown = json.loads(DASHBOARD.read_text())
-    found = {
-        f"{panel['title']}, {target['refId']}": target["expr"]
-        for panel in shown["panels"]
-        for target in panel.get("targets", [])
-    }
-    found |= {annotation["name"]: annotation["expr"] for annotation in shown["annotations"]["list"]}
+def queries_with_values() -> Iterator:
+    """Yield the queries of panels and annotations, with values for the variables."""
     values = {"$job": JOB, "$instance": ".+", "$__rate_interval": "1m", "$__range": "1h"}
-    for variable, value in values.items():
-        found = {name: expr.replace(variable, value) for name, expr in found.items()}
-    return [pytest.param(expr, id=name) for name, expr in found.items()]
+    for name, expr in queries():
+        if not name.startswith("$"):
+            yield pytest.param(reduce(lambda text, pair: text.replace(*pair), values.items(), expr), id=name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expr", queries())
+@pytest.mark.parametrize("expr", [*queries_with_values()])
 def test_a_query_of_the_dashboard_finds_data_in_a_real_run(watched, expr):
     if any(metric in expr for metric in NO_DATA) and "vector" not in expr:
         assert not watched.query(expr)
@@ -216,7 +210,7 @@ def test_the_trainer_is_the_only_target_and_is_scraped_without_error(watched):
 
 @pytest.mark.slow
 def test_the_image_rate_matches_the_trainers_log(watched):
-    """Use the longest series of scrapes within an epoch, without evaluations or checkpoints in it."""
+    """The rate is that of the longest series of scrapes in an epoch, without evaluations or checkpoints."""
     (series,) = watched.query('alexnet_images_total{phase="train"}[1h]')
     took = {int(row["step"]): BATCH / float(row["images_per_second"]) for row in rows(watched.metrics)}
     epochs: dict[int, list[tuple[float, int]]] = defaultdict(list)
@@ -227,8 +221,8 @@ def test_the_image_rate_matches_the_trainers_log(watched):
     (begin, first), *_, (end, last) = max(epochs.values(), key=len)
     assert first < last
     logged = sum(took[step] for step in range(first + 1, last + 1))
-    # What a scrape finds holds for a moment between its beginning and its end. A step is counted while
-    # it is timed: its time ends after that and before the next one is counted.
+    # A scrape finds the state of some moment between its beginning and its end. A step is counted while it is
+    # timed; its time ends after that and before the next step is counted.
     (longest,) = watched.query("max_over_time(scrape_duration_seconds[1h])")
     scrape = float(longest["value"][1])
     assert logged < end - begin + scrape + took[first + 1] + took[last]

@@ -13,7 +13,7 @@ moments and the same command after each kill, until the run is complete:
     torchrun        the same on two processes, one of which is killed; torchrun restarts them
 
 Kills are aimed at any time, at start-up, at the writing of a checkpoint and at evaluation; the run folder
-then shows what each one hit. The exit code is 1 at the first difference, and that run's folder is kept. These
+shows what each of them hit. The exit code is 1 at the first difference, and that run's folder is kept. These
 count as differences: losses, weights and the best checkpoint, bit for bit if the number of processes stays
 the same; any image that the net was given; a checkpoint that disappeared; saved work that was done again;
 files or a lock left behind; a process that does not end. Any other option is a setting of `alexnet-train
@@ -55,28 +55,11 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add(
-        "--kills",
-        type=natural,
-        default=200,
-        metavar="N",
-        help="kills over the first four scenarios (default 200)",
-    )
-    add(
-        "--command-kills",
-        type=natural,
-        default=2,
-        metavar="N",
-        help="kills in each of the last two (default 2)",
-    )
+    add("--kills", type=natural, default=200, metavar="N", help="kills in the first four (default 200)")
+    add("--command-kills", type=natural, default=2, metavar="N", help="kills in each other (default 2)")
     add("--seed", type=natural, default=0, metavar="N", help="seed of the kills (default 0)")
-    add(
-        "--folder",
-        type=Path,
-        default=Path("runs/chaos"),
-        metavar="DIR",
-        help="folder for the runs (default runs/chaos)",
-    )
+    folder = Path("runs/chaos")
+    add("--folder", type=Path, default=folder, metavar="DIR", help="of the runs (default runs/chaos)")
     add("--record", type=Path, metavar="FILE", help="also append the last line to this file")
     return parser.parse_known_args()
 

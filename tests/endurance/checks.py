@@ -78,7 +78,7 @@ def check_saved(run: Run, durable: int) -> int:
     evaluations = len([row for row in read(run.evaluations.path) if int(row["step"]) <= step])
     if state and evaluations < len(state["errors"]):
         raise DifferenceError(f"after a kill, {run.evaluations.path} lacks rows up to the saved step {step}")
-    if state and state["errors"] and not checkpoint.saved(run.checkpoints, "best"):
+    if state and state["errors"] and not checkpoint.list_checkpoints(run.checkpoints, "best"):
         raise DifferenceError(f"after a kill at step {step} there is no best checkpoint")
     if len(left := unfinished(run.checkpoints)) > 1:
         raise DifferenceError(f"{len(left)} temporary files are left in {run.checkpoints}")

@@ -3,23 +3,12 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 from tests.endurance.checks import DifferenceError
 from tests.endurance.lives import CommandLife, Watch, last_step
 from tests.endurance.runs import DEADLINE_SECONDS, POLL_SECONDS, TORCHRUN, Chaos, Tally
+from tests.helpers import ranks_of
 from trainer.run import Run
-
-
-def ranks_of(torchrun: int) -> dict[int, int]:
-    """Return the process of each rank that a torchrun has started."""
-    ranks = {}
-    for children in Path(f"/proc/{torchrun}/task").glob("*/children"):
-        for pid in map(int, children.read_text().split()):
-            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    ranks[int(entry[5:])] = pid
-    return ranks
 
 
 def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
@@ -36,13 +25,13 @@ def kill_under_torchrun(chaos: Chaos, kills: int) -> Tally:
                 time.sleep(POLL_SECONDS)
             if life.is_over():
                 break
-            os.kill(ranks_of(life.process.pid)[int(chaos.rng.integers(2))], signal.SIGKILL)
+            os.kill(ranks_of(life.process.pid)[str(chaos.rng.integers(2))], signal.SIGKILL)
             tally.kills[watch.moment()] += 1
             tally.one_rank_kills += 1
             tally.lives += 1
             watch = Watch(run, chaos.batch, chaos.samples)
             wait_for_start(run, life)
-        chaos.ended_well(run, life.join())
+        chaos.check_codes(run, life.join())
     finally:
         if not life.is_over():
             life.process.terminate()  # torchrun passes the signal on

@@ -58,10 +58,10 @@ def draw_input(folder: Path, classes: int, train: int, val: int) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for name in class_names()[:classes]:
-            place = folder / "in" / split / name
-            place.mkdir(parents=True)
+            pictures = folder / "in" / split / name
+            pictures.mkdir(parents=True)
             for number in range(count):
-                draw(name, rng).save(place / f"{number}.jpg")
+                draw(name, rng).save(pictures / f"{number}.jpg")
 
 
 def packing(folder: Path) -> Packing:
@@ -131,21 +131,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "job",
-        choices=JOBS,
-        nargs="?",
-        default="packing",
-        help="job to disturb (default packing)",
+        "job", choices=JOBS, nargs="?", default="packing", help="job to disturb (default packing)"
     )
     parser.add_argument(
         "--seconds", type=positive, metavar="S", help="try random cases for this long (default: all cases)"
     )
     parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="seed of the cases' order (default 0)",
+        "--seed", type=natural, default=0, metavar="N", help="seed of the cases' order (default 0)"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -43,20 +43,9 @@ ERRORS = {
     "fadvise": ("ENOSYS", "EINVAL"),
     "flock": ("ENOLCK", "ENOSYS", "ENOTSUP", "EIO"),
 }
-_FUNCTIONS = {
-    "open": "open",
-    "stat": "stat",
-    "lstat": "stat",
-    "mkdir": "mkdir",
-    "replace": "replace",
-    "rename": "replace",
-    "link": "link",
-    "unlink": "unlink",
-    "remove": "unlink",
-    "rmdir": "rmdir",
-    "posix_fadvise": "fadvise",
-    "truncate": "truncate",
-}
+_FUNCTIONS = {call: call for call in ("open", "stat", "mkdir", "replace", "link", "unlink", "rmdir")}
+_FUNCTIONS |= {"lstat": "stat", "rename": "replace", "remove": "unlink"}
+_FUNCTIONS |= {"posix_fadvise": "fadvise", "truncate": "truncate"}
 _open, _fstat, _scandir, _pread, _preadv = open, os.fstat, os.scandir, os.pread, os.preadv
 _RANDOM = re.compile(r"(?<=/tmp)\w{8}(?=/|$)")  # in the names that tempfile generates
 
@@ -116,10 +105,10 @@ class Storage:
             return None
         call = Call(name, _RANDOM.sub("*", path))
         self.calls[call] += 1
-        fault = self.fault
+        fault, time = self.fault, self.calls[call]
         if fault is None or fault.call != call:
             return None
-        if self.calls[call] != fault.time and not (fault.lasting and self.calls[call] > fault.time):
+        if time < fault.time or (time > fault.time and not fault.lasting):
             return None
         self.hits += 1
         if fault.error in (SHORT, TWICE):
@@ -150,7 +139,7 @@ class Storage:
 
     def _fsync(self, file: Any) -> None:
         is_folder = stat.S_ISDIR(_fstat(file if isinstance(file, int) else file.fileno()).st_mode)
-        # Not executed: there is no power failure here.
+        # Not executed, as tests have no power failure.
         self.meet("fsync of a folder" if is_folder else "fsync", file)
 
     def _pread(self, file: int, size: int, offset: int) -> bytes:

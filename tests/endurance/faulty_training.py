@@ -44,14 +44,14 @@ def train_a_part(arguments: Sequence[str]) -> None:
     """Run alexnet-train in this process, and stop it with SIGTERM after STOPPED_AFTER steps."""
     from trainer.train import Trainer
 
-    step = Trainer.train_one
+    step = Trainer.train_step
 
-    def train_one(self: Trainer, batches: Iterator) -> None:
+    def train_step(self: Trainer, batches: Iterator) -> None:
         step(self, batches)
         if self.step == STOPPED_AFTER:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer.train_one = train_one  # type: ignore[method-assign]
+    Trainer.train_step = train_step  # type: ignore[method-assign]
     train(arguments)
 
 
@@ -105,10 +105,7 @@ class Training:
         return outcome, wrong
 
     def _judge(self, outcome: Outcome, fault: Fault, before: dict[str, Any]) -> Iterator[str]:
-        if outcome.code < 0:
-            yield f"ended by {signal.Signals(-outcome.code).name}: {outcome.text}"
-        if "Traceback" in outcome.text:
-            yield f"a traceback: {outcome.text}"
+        yield from outcome.crashes()
         for kind, saved in before.items():
             try:
                 now = self._saved(kind)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.endurance.faulty_storage import SHORT, TWICE, Call, Fault, Storage
+from tests.trees import contents
 
 DEADLINE_SECONDS = 60  # a job that takes longer counts as hanging
 _forkserver = multiprocessing.get_context("forkserver")
-_preloaded = ["tools.make_shards", "tools.verify_shards", "tests.endurance.faulty_storage"]
+_preloaded = ["tools.make_shards", "tools.verify_shards", "tests.trees", "tests.endurance.faulty_storage"]
 
 
 def preload(*modules: str) -> None:
@@ -41,16 +42,24 @@ class Outcome:
     calls: dict[Call, int]
     hits: int
 
+    def crashes(self) -> Iterator[str]:
+        """Yield the violations of any job: death by a signal and a traceback."""
+        if self.code < 0:
+            yield f"ended by {signal.Signals(-self.code).name}: {self.text}"
+        if "Traceback" in self.text:
+            yield f"a traceback: {self.text}"
+
 
 def live(job: Callable[..., None], arguments: Sequence[str], folder: Path, fault: Fault | None) -> Outcome:
     """Run a job on faulty storage, in its own process. folder: the folder whose calls are counted."""
     log = folder.with_suffix(".log")
-    here, there = _forkserver.Pipe(duplex=False)
-    process = _forkserver.Process(target=_live, args=(job, arguments, folder, fault, log, there), daemon=True)
+    result, sender = _forkserver.Pipe(duplex=False)
+    task = (job, arguments, folder, fault, log, sender)
+    process = _forkserver.Process(target=_live, args=task, daemon=True)
     process.start()
-    there.close()
+    sender.close()
     try:
-        calls, hits = here.recv()
+        calls, hits = result.recv()
     except EOFError:  # it was killed
         calls, hits = {}, 0
     process.join()
@@ -60,7 +69,7 @@ def live(job: Callable[..., None], arguments: Sequence[str], folder: Path, fault
     return Outcome(process.exitcode, text, calls, hits)
 
 
-def _live(job, arguments, folder, fault, log, answer) -> None:
+def _live(job, arguments, folder, fault, log, sender) -> None:
     signal.alarm(DEADLINE_SECONDS)
     written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
@@ -70,7 +79,7 @@ def _live(job, arguments, folder, fault, log, answer) -> None:
         with storage:
             job(arguments)
     finally:
-        answer.send((dict(storage.calls), storage.hits))
+        sender.send((dict(storage.calls), storage.hits))
 
 
 def pack(arguments: Sequence[str]) -> None:
@@ -87,7 +96,7 @@ def pack(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def _here(count: int) -> Iterator:
-    from pipeline.packing.executors import Crew
+    from pipeline.packing.executors import Executor
     from pipeline.packing.shard import pack_shard
 
     def submit(task):
@@ -98,7 +107,7 @@ def _here(count: int) -> Iterator:
             done.set_exception(error)
         return done
 
-    yield Crew(submit, lambda: count)
+    yield Executor(submit, lambda: count)
 
 
 class Packing:
@@ -111,12 +120,7 @@ class Packing:
         self.arguments += ["--shard-samples", "3", "--max-reject-ratio", "1"]
         undisturbed = live(pack, self.arguments, folder, None)
         assert undisturbed.code == 0, undisturbed.text
-        self.calls, self.whole = undisturbed.calls, self._content()
-
-    def _content(self) -> dict[str, bytes]:
-        return {
-            str(p.relative_to(self.output)): p.read_bytes() for p in self.output.rglob("*") if p.is_file()
-        }
+        self.calls, self.whole = undisturbed.calls, contents(self.output)
 
     def try_fault(self, fault: Fault) -> tuple[Outcome, list[str]]:
         """Run the job with a fault; return its outcome and the violations."""
@@ -125,22 +129,20 @@ class Packing:
         wrong = list(self._judge(outcome, fault))
         rejected = self._rejected()
         again = live(pack, self.arguments, self.folder, None)
+        is_refused = "already contains a dataset" in again.text
         if rejected:  # the dataset lacks a rejected file, and keeps lacking it
-            if "already contains a dataset" not in again.text:
+            if not is_refused:
                 wrong.append(f"the same command after a rejection: code {again.code}: {again.text}")
-        elif (again.code and "already contains a dataset" not in again.text) or self._content() != self.whole:
+        elif (again.code and not is_refused) or contents(self.output) != self.whole:
             wrong.append(f"the same command again gives another result: code {again.code}: {again.text}")
         return outcome, wrong
 
     def _judge(self, outcome: Outcome, fault: Fault) -> Iterator[str]:
-        if outcome.code < 0:
-            yield f"ended by {signal.Signals(-outcome.code).name}: {outcome.text}"
-        if "Traceback" in outcome.text:
-            yield f"a traceback: {outcome.text}"
+        yield from outcome.crashes()
         if (self.output / "dataset.json").exists():
             yield from self._judge_dataset(fault)
         if outcome.code == 0 and not self._rejected():
-            left = {name for name in self._content() if not name.startswith(".packing/")}
+            left = {name for name in contents(self.output) if not name.startswith(".packing/")}
             if left != self.whole.keys():
                 yield f"code 0 with {sorted(left ^ self.whole.keys())} added or missing"
         if outcome.code > 0:
@@ -149,8 +151,8 @@ class Packing:
     def _judge_dataset(self, fault: Fault) -> Iterator[str]:
         from tools.verify_shards import verify
 
-        if damages := verify(self.output, "all", 1).damages:
-            yield f"a dataset that does not verify: {damages[0]}"
+        if problems := verify(self.output, "all", 1).problems:
+            yield f"a dataset that does not verify: {problems[0]}"
         for name in self._rejected():
             if not fault.call.path.endswith(name):
                 yield f"{name} was rejected"

@@ -42,7 +42,7 @@ class Life(Protocol):
 
 def warm_up() -> None:
     """Let the fork server import what the lives need, so that the first one does not wait for it."""
-    first = _forkserver.Process(target=_free_port)
+    first = _forkserver.Process(target=free_port)
     first.start()
     first.join()
 
@@ -55,7 +55,7 @@ class ForkedLife:
 
     def __init__(self, arguments: Sequence[str], world: int, images: Path, log: Path):
         self.world = world
-        port = _free_port()
+        port = free_port()
         self.processes = [
             _forkserver.Process(
                 target=_live,
@@ -110,21 +110,19 @@ class CommandLife:
         return [self.process.wait(seconds)]
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     """Return the variables that torchrun would set for a process; none for a single process."""
     if world == 1:
         return {}
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-    return {name: str(value) for name, value in names.items()} | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()}
 
 
 def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, log: Path) -> None:
@@ -140,7 +138,7 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
     from trainer.processes import watchdog
 
     torch.set_num_threads(1)  # as torchrun does for several processes
-    watchdog.START_SECONDS = SILENCE_SECONDS
+    watchdog.START_UP_SECONDS = SILENCE_SECONDS
     train.train_loader = recorded(train.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
     cli.main()

@@ -13,23 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from tests.endurance.checks import (
-    Images,
-    begun_steps,
-    check_end,
-    check_images,
-    check_saved,
-    read_images,
-)
-from tests.endurance.lives import (
-    CommandLife,
-    DifferenceError,
-    ForkedLife,
-    Life,
-    Watch,
-    last_step,
-    warm_up,
-)
+from tests.endurance.checks import Images, begun_steps, check_end, check_images, check_saved, read_images
+from tests.endurance.lives import CommandLife, DifferenceError, ForkedLife, Life, Watch, last_step, warm_up
 from trainer.run import Run
 from trainer.settings import Settings
 
@@ -136,7 +121,7 @@ class Chaos:
             while not last_step(run.metrics.path) and not life.is_over():
                 time.sleep(POLL_SECONDS)
             start_seconds = (time.monotonic() - begun) / world  # the processes share the machine
-            self.ended_well(run, life.join())
+            self.check_codes(run, life.join())
             self.references[key] = Reference(run, read_images(records(run), self.batch)[0], start_seconds)
         return self.references[key]
 
@@ -152,7 +137,7 @@ class Chaos:
         launcher = _TORCHRUN if scenario is TORCHRUN else ()
         return CommandLife([*launcher, "-m", "trainer.cli", *arguments], log(run))
 
-    def ended_well(self, run: Run, codes: list[int]) -> None:
+    def check_codes(self, run: Run, codes: list[int]) -> None:
         if any(codes):
             raise DifferenceError(f"{run.folder} ended by itself with exit codes {codes}: see {log(run)}")
 
@@ -160,19 +145,17 @@ class Chaos:
         """Kill one run at most `kills` times, and compare it when it is complete."""
         run = self.run(f"{scenario.name.replace(',', '').replace(' ', '-')}-{tally.runs}")
         tally.runs += 1
-        worlds, saved, killed = cycle(scenario.continued), 0, True
+        worlds, saved = cycle(scenario.continued), 0
         for number in range(kills + 1):
             world = next(worlds) if saved else scenario.begun
             watch = Watch(run, self.batch, self.samples)
             strike = self.draw(world)
             life = self.start(scenario, run, number, world)
             tally.lives += 1
-            if number < kills:
-                killed = self.strike(strike, life, watch, reference.start_seconds * world, tally)
-            else:
-                killed = False
+            start_seconds = reference.start_seconds * world
+            killed = number < kills and self.strike(strike, life, watch, start_seconds, tally)
             if not killed:
-                self.ended_well(run, life.join())
+                self.check_codes(run, life.join())
             first, last = begun_steps(records(run), life_name(number, world))
             tally.steps_on[world] += last - first
             if last and first != saved:
@@ -225,7 +208,7 @@ class Chaos:
         if not any(codes):
             return False
         if unasked := [codes[rank] for rank in ranks if codes[rank] not in (0, -signal.SIGKILL)]:
-            self.ended_well(watch.run, unasked)
+            self.check_codes(watch.run, unasked)
         if strike.rank is not None:
             tally.one_rank_kills += 1
             tally.longest_end_seconds = max(tally.longest_end_seconds, time.monotonic() - killed)

@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -33,10 +32,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.manifest import DatasetError, read_manifest
+from tests.endurance.lives import free_port
 from tools.options import count, positive
 from trainer.run import Run
 from trainer.settings import SettingsError, load_settings
@@ -54,29 +56,22 @@ class SoakError(RuntimeError):
     """A soak without a result; the message is one line."""
 
 
-def processes(pid: int) -> Iterator[int]:
-    """Yield a process and all its descendants that are still running."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            yield from processes(int(child))
-
-
 def sample(pid: int) -> dict[str, float]:
-    """Sample SERIES for a process and all its descendants. Raises OSError if it has ended."""
-    figures, tree = dict.fromkeys(SERIES, 0.0), set(processes(pid))
-    for number in tree:
-        process = Path(f"/proc/{number}")
+    """Sample SERIES for a process and all its descendants. Raises OSError or psutil.Error if it has ended."""
+    figures, parent = dict.fromkeys(SERIES, 0.0), psutil.Process(pid)
+    tree = {process.pid: process for process in (parent, *parent.children(recursive=True))}
+    for process in tree.values():
         try:
-            lines = (process / "smaps_rollup").read_text().splitlines()[1:]
+            # psutil does not distinguish anonymous memory from shared memory.
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
             kilobytes = dict(line.split()[:2] for line in lines)
             figures["resident_bytes"] += 1024 * int(kilobytes["Rss:"])
             figures["anonymous_bytes"] += 1024 * int(kilobytes["Pss_Anon:"])
             figures["shared_bytes"] += 1024 * int(kilobytes["Pss_Shmem:"])
-            figures["open_files"] += len(list((process / "fd").iterdir()))
-            figures["threads"] += len(list((process / "task").iterdir()))
-        except OSError:
-            if number == pid:
+            figures["open_files"] += process.num_fds()
+            figures["threads"] += process.num_threads()
+        except (OSError, psutil.Error):
+            if process is parent:
                 raise
     for segment in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
         _, _, _, size, creator, *_ = map(int, segment.split())
@@ -111,7 +106,7 @@ def watch(command: list[str], port: int, steps: int, seconds: float, log: Path) 
                 step = step_of(port)
                 if step and step < steps:  # after the last step it draws its report
                     taken = {"step": step, "seconds": round(time.monotonic() - begun, 1)}
-                    with suppress(OSError):  # it has just ended
+                    with suppress(OSError, psutil.Error):  # it has just ended
                         for name, value in (taken | sample(process.pid)).items():
                             samples[name].append(value)
                 time.sleep(seconds)
@@ -146,6 +141,7 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
 
 
 def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
+    """Yield a line for each series: its medians, its growth and whether that exceeds the limit."""
     for name, figures in grown.items():
         verdict = "flat" if figures["percent"] <= limit else "GREW"
         medians = f"{figures['before']:>14,.0f} to {figures['after']:>14,.0f}"
@@ -185,16 +181,14 @@ def prepare(out: Path) -> Path:
     return shards
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    """The record, and what grew by how much. Raises SoakError, SettingsError, DatasetError or OSError."""
+    """Run a soak; return its record and the growth of each series.
+
+    Raises SoakError, SettingsError, DatasetError or OSError.
+    """
     run, port = options.out / "run", free_port()
     if run.exists():
-        raise SoakError(f"{run} is there already: choose another --out, or delete it")
+        raise SoakError(f"{run} already exists: choose another --out, or delete it")
     options.out.mkdir(parents=True, exist_ok=True)
     data = options.data or prepare(options.out)
     given = ["--data", str(data), "--out", str(run), "--address", "127.0.0.1", "--port", str(port)]
@@ -214,7 +208,7 @@ def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], 
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    """Also the settings that are left."""
+    """Return the options, and the remaining arguments, which are settings of the trainer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

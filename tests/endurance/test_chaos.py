@@ -1,6 +1,6 @@
-"""The kill matrix in short, and that it fails where something was lost or came out otherwise.
+"""A short run of the kill matrix, and its failure if anything is lost or differs.
 
-python tests/endurance/chaos.py --data shards --kills 200 is the long version.
+The long version is `python tests/endurance/chaos.py --data shards --kills 200`.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ PRECISION = ("--precision", "fp32")
 
 @pytest.mark.slow
 def test_runs_killed_at_any_moment_give_the_undisturbed_result(packed, tmp_path, monkeypatch, call):
-    """All aims occur equally often. What a kill hits depends on the machine: a write takes milliseconds."""
+    """All aims occur equally often; what a kill hits depends on the speed of the machine."""
     aims, draw = cycle(runs.AIMS), runs.Chaos.draw
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: draw(self, world)._replace(aim=next(aims)))
     folder = tmp_path / "runs"
@@ -54,12 +54,12 @@ def test_a_weight_that_differs_from_the_saved_one_is_found(packed, tmp_path, mon
     monkeypatch.setattr(runs.Chaos, "draw", lambda self, world: third_write)
     monkeypatch.setattr(runs, "check_saved", altered)
     folder = tmp_path / "runs"
-    # Enough epochs that steps follow, even where most writes come and go between two looks.
+    # Enough epochs that steps follow, even on a machine where most writes are too fast to be noticed.
     arguments = ("--kills", "1", "--command-kills", "0", "--epochs", "6", *PRECISION)
     done = call(chaos.main, "--data", packed, "--folder", folder, *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith("chaos: loss of step ")
-    assert (folder / "1-0" / "metrics.csv").exists()  # to look into
+    assert (folder / "1-0" / "metrics.csv").exists()  # kept for inspection
 
 
 @pytest.fixture
@@ -98,23 +98,20 @@ def test_the_moment_of_a_kill_is_read_from_the_files(tmp_path):
     assert first.moment() == "checkpoint write"
 
     second = Watch(run, batch=4, samples=8)
-    assert second.moment() == "start-up"  # what the life before left behind is no write of this one
+    assert second.moment() == "start-up"  # the partial file is from the life before
     checkpoint.write(run.checkpoints, 2, {"step": 2}, keep=2)
     assert second.durable == 0
     assert (second.moment(), second.durable) == ("start-up", 2)
     assert Watch(run, batch=4, samples=8).moment() == "resume"
 
 
-def test_a_checkpoint_lost_in_a_kill_is_found(killed):
+def test_a_lost_or_damaged_checkpoint_is_found(killed):
     assert checks.check_saved(killed, durable=4) == 4
     with pytest.raises(DifferenceError, match="newest checkpoint is of step 4, but there was one of step 5"):
         checks.check_saved(killed, durable=5)
     (killed.checkpoints / "best-000000004.pt").unlink()
     with pytest.raises(DifferenceError, match="no best checkpoint"):
         checks.check_saved(killed, durable=4)
-
-
-def test_a_damaged_checkpoint_after_a_kill_is_found(killed):
     newest = killed.checkpoints / "step-000000004.pt"
     newest.write_bytes(newest.read_bytes()[:-1])
     with pytest.raises(DifferenceError, match=r"step-000000004\.pt is damaged"):
@@ -122,7 +119,7 @@ def test_a_damaged_checkpoint_after_a_kill_is_found(killed):
 
 
 @pytest.mark.parametrize("table", ["metrics", "evaluations"])
-def test_rows_missing_before_a_checkpoint_are_found(killed, table):
+def test_missing_rows_before_a_checkpoint_are_found(killed, table):
     getattr(killed, table).truncate(3)
     with pytest.raises(DifferenceError, match=f"{table}.csv lacks rows up to the saved step 4"):
         checks.check_saved(killed, durable=4)
@@ -140,7 +137,7 @@ def test_files_and_a_lock_left_behind_by_a_kill_are_found(killed):
             checks.check_saved(killed, durable=4)
 
 
-def test_images_are_compared_in_the_order_of_the_whole_batch(tmp_path):
+def test_images_are_compared_in_the_order_of_the_batch(tmp_path):
     """Steps have four images, on one process and then on two, which repeat step 1."""
     records = tmp_path / "records"
     records.mkdir()

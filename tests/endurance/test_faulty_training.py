@@ -1,4 +1,4 @@
-"""Training on storage that fails: what the harness reports, and a sample of its cases."""
+"""Training on storage that fails: the reports of the harness and a sample of its cases."""
 
 import re
 import shutil
@@ -36,10 +36,10 @@ def violations(packed, tmp_path, monkeypatch):
     assert main(monkeypatch, command(packed, whole, "--checkpoint-steps", "2")) == 0
     job = Stub(whole, tmp_path)
 
-    def judged(code: int, text: str, harm=lambda folder: None) -> str:
+    def judge(code: int, text: str, change=lambda folder: None) -> str:
         def live(*_: object) -> Outcome:
             if not lives:
-                harm(job.run.folder)
+                change(job.run.folder)
             lives.append(Outcome(code if not lives else 0, text if not lives else "", {}, 1))
             return lives[-1]
 
@@ -47,7 +47,7 @@ def violations(packed, tmp_path, monkeypatch):
         monkeypatch.setattr(faulty_training, "live", live)
         return "; ".join(job.try_fault(FAULT)[1])
 
-    return judged
+    return judge
 
 
 def test_a_run_that_succeeds_or_explains_its_failure_passes(violations):
@@ -72,7 +72,7 @@ def test_lost_work_and_unexplained_failures_are_violations(violations):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["training", "continuing"])
-def test_a_sample_of_all_calls_and_errors_of_a_training(job):
+def test_training_survives_a_sample_of_all_faults(job):
     command = [sys.executable, "tests/endurance/faults.py", job, "--seconds", "50", "--seed", "2012"]
     run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

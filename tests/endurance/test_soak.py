@@ -14,13 +14,7 @@ from tests.endurance import soak
 from tests.events import at_event
 from tests.helpers import free_port
 
-FLAT = {
-    "resident_bytes": 5e8,
-    "anonymous_bytes": 2e8,
-    "shared_bytes": 0.0,
-    "open_files": 10.0,
-    "threads": 9.0,
-}
+FLAT = dict(zip(soak.SERIES, (5e8, 2e8, 0.0, 10.0, 9.0), strict=True))
 STEPS = 1000
 
 HOLDS = """
@@ -58,7 +52,7 @@ def main(monkeypatch, *arguments: object) -> object:
     ("changed", "grew"),
     [
         ({}, []),
-        ({"threads": lambda step: 9 + 6 * (step % 50 == 0)}, []),  # those that save
+        ({"threads": lambda step: 9 + 6 * (step % 50 == 0)}, []),  # threads that save
         ({"resident_bytes": lambda step: 5e8 * min(1, 0.5 + step / 300)}, []),  # the warm-up
         ({"resident_bytes": lambda step: 5e8 - 1e4 * step}, []),
         ({"anonymous_bytes": lambda step: 2e8 + 1e4 * step}, ["anonymous_bytes"]),
@@ -67,7 +61,7 @@ def main(monkeypatch, *arguments: object) -> object:
         ({"shared_bytes": lambda step: 4096.0 * (step > 800)}, ["shared_bytes"]),
     ],
 )  # fmt: skip
-def test_growth_is_named_and_fails(changed, grew, monkeypatch, tmp_path, capsys):
+def test_a_series_that_grows_is_named_and_fails_the_soak(changed, grew, monkeypatch, tmp_path, capsys):
     grown = soak.growth(samples(**changed), STEPS)
     monkeypatch.setattr(soak, "soak", lambda options, rest: ({}, grown))
     code = main(monkeypatch, "--out", tmp_path)
@@ -77,12 +71,12 @@ def test_growth_is_named_and_fails(changed, grew, monkeypatch, tmp_path, capsys)
     assert len(lines) == len(FLAT)
 
 
-def test_growth_is_in_percent_of_the_median_after_the_warm_up():
+def test_growth_is_a_percentage_of_the_median_after_the_warm_up():
     grown = soak.growth(samples(threads=lambda step: 100 + step / 10), STEPS)["threads"]
     assert grown == {"before": 124.5, "after": 194.5, "percent": pytest.approx(100 * 70 / 124.5)}
 
 
-def test_too_few_samples_are_an_error():
+def test_too_few_samples_in_a_window_are_an_error():
     thin = {name: values[::4] for name, values in samples().items()}
     with pytest.raises(soak.SoakError, match="fewer than 5 samples in a tenth"):
         soak.growth(thin, STEPS)
@@ -93,12 +87,10 @@ def test_a_sample_covers_a_process_and_its_children():
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout.readline() == b"ready\n"
-            numbers = list(soak.processes(process.pid))
             figures = soak.sample(process.pid)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-    assert len(numbers) == 2
-    assert figures["threads"] == 1 + 4
+    assert figures["threads"] == 1 + 4  # of the process and of its child
     assert 20 < figures["open_files"] < 40
     assert figures["shared_bytes"] == 8 << 20
     assert 64 << 20 < figures["anonymous_bytes"] < 100 << 20
@@ -113,10 +105,10 @@ def test_a_failing_trainer_is_reported_with_its_last_line(tmp_path):
 
 @pytest.fixture
 def _sampled_steps(monkeypatch, tmp_path) -> None:
-    """The trainer waits at steps 30 and 100 until they have been sampled, however busy the machine is.
+    """Make the trainer wait at steps 30 and 100 until they have been sampled, on any machine.
 
-    That is in both of the tenths whose medians are compared, when the 4th and the 13th row of metrics are to
-    be written: a row is due each ten steps, and each fifteen, when an epoch ends.
+    These steps are in the two tenths whose medians are compared. The 4th and the 13th row of metrics follow
+    them, since a row is written every ten steps and, at the end of an epoch, every fifteen.
     """
     hold = f"hold({str(tmp_path / 'step-')!r} + {{4: '30', 13: '100'}}[number])"
     rows = tmp_path / "run/metrics.csv"
@@ -140,7 +132,7 @@ def _sampled_steps(monkeypatch, tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_sampled_steps")
 def test_a_short_soak_writes_a_record_and_a_plot(packed, monkeypatch, tmp_path):
-    monkeypatch.setattr(soak, "LEAST", 1)  # sample, for it is over in seconds
+    monkeypatch.setattr(soak, "LEAST", 1)  # as the run takes only seconds
     arguments = ("--out", tmp_path, "--data", packed, "--batch", 4, "--steps", 100, "--seconds", 0.02)
     arguments += ("--limit", 1000, "--device", "cpu", "--precision", "fp32")
     assert main(monkeypatch, *arguments) == 0
@@ -157,4 +149,4 @@ def test_a_short_soak_writes_a_record_and_a_plot(packed, monkeypatch, tmp_path):
     assert Image.open(tmp_path / "soak.png").width == 1100
     (checkpoint,) = Path(tmp_path / "run/checkpoints").glob("step-000000105.pt")
     assert checkpoint.stat().st_size < 1_000_000  # of the narrow net
-    assert "is there already" in str(main(monkeypatch, *arguments))
+    assert "already exists" in str(main(monkeypatch, *arguments))

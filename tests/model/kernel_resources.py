@@ -31,7 +31,7 @@ TYPES = {
     int: "i32",
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# The module, channels, side, towers, and whether the ReLU comes first.
+# Module, channels, side, towers, and whether the ReLU comes first.
 STAGES = {
     "paper-1": (triton_pool, 96, 55, 1, True),
     "paper-2": (triton_pool, 256, 27, 1, True),

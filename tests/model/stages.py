@@ -1,4 +1,4 @@
-"""Inputs for the stages of ReLU, normalisation and pooling, and what an implementation makes of them."""
+"""Inputs for the stages of ReLU, normalisation and pooling, and the results of an implementation."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ ALPHA = 1e-3  # larger than the paper's, so that the normalisation has an effect
 
 
 def activations(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Normal values whose squares contribute as much as k, channels_last."""
+    """Return normal values, in channels_last, whose squares contribute as much as k."""
     drawn = torch.promote_types(dtype, torch.float32)
     x = 30 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=drawn)
     return x.to(device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()

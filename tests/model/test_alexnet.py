@@ -35,7 +35,7 @@ POOLED = {"conv2": (96, 27, 27), "conv3": (256, 13, 13)}  # inputs of these laye
 VARIANTS = {
     "tanh": Variant(activation="tanh"),
     "no LRN": Variant(lrn=False),
-    "pooling that does not overlap": Variant(overlapping_pooling=False),
+    "non-overlapping pooling": Variant(overlapping_pooling=False),
     "one tower": Variant(towers=1),
     "CNN*": Variant(conv6=True),
     **{f"without {name}": Variant(without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
@@ -44,13 +44,13 @@ BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
 
 def meta_net(**options) -> AlexNet:
-    """A net on the meta device, which has only shapes and costs nothing."""
+    """Return a net on the meta device, which has shapes but no values."""
     with torch.device("meta"):
         return AlexNet(**options)
 
 
 def some_pixels(count: int, crop: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Smooth images of random colours from 0 to 255, minus 127.5, channels_last."""
+    """Return smooth images of random colours from 0 to 255, minus 127.5, in channels_last."""
     coarse = 255 * torch.rand(count, 3, 7, 7, generator=torch.Generator().manual_seed(1)) - 127.5
     pixels = F.interpolate(coarse, crop, mode="bilinear").to(dtype)
     return pixels.contiguous(memory_format=torch.channels_last)
@@ -73,15 +73,15 @@ def recorded(net: nn.Module, *names: str) -> Iterator[dict[str, list[tuple[Tenso
 
 @pytest.fixture(scope="module", params=PRESETS)
 def net(request: pytest.FixtureRequest) -> AlexNet:
-    """The whole net before training, without dropout."""
+    """The net at full width before training, without dropout."""
     torch.manual_seed(0)
     return AlexNet(preset=request.param, dropout="off").to(memory_format=torch.channels_last)
 
 
 def net_of_96_px(preset: str, variant: Variant) -> AlexNet:
-    """Return a net in fp64 for tests, with 2×2 values in each map of pool5, so their order into fc6 matters.
+    """Return a net in fp64 whose maps of pool5 have 2×2 values, so that their order into fc6 matters.
 
-    A crop of 96 px needs padding of 3, as 224 does, and pooling leaves no value of any map out.
+    A crop of 96 px needs a padding of 3, as 224 px does, and the pooling windows cover every map completely.
     """
     torch.manual_seed(0)
     net = AlexNet(10, preset, crop=96, variant=variant)
@@ -93,13 +93,13 @@ def small(request: pytest.FixtureRequest) -> AlexNet:
     return net_of_96_px(request.param, Variant(width=0.25))
 
 
-def test_parameters(net):
+def test_each_layer_has_the_published_number_of_parameters(net):
     layers = {name: count_parameters(layer) for name, layer in net.named_children()}
     assert {name: count for name, count in layers.items() if count} == PARAMETERS
     assert count_parameters(net) == sum(PARAMETERS.values()) == 60_965_224
 
 
-def test_multiply_accumulates(net):
+def test_multiply_accumulates_are_counted_without_side_effects(net):
     state = torch.random.get_rng_state()
     assert count_macs(net) == 724_406_816
     assert net.conv1.weight.device.type == "cpu"
@@ -108,7 +108,7 @@ def test_multiply_accumulates(net):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_map_sizes(preset):
+def test_maps_have_the_published_sizes(preset):
     net = meta_net(preset=preset)
     with recorded(net, *MAPS, "fc6") as seen:
         assert net(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
@@ -144,14 +144,14 @@ def test_any_width_makes_a_net_that_learns(width, towers):
 
 
 @pytest.mark.parametrize("name", ["conv2", "conv3", "conv4", "conv5"])
-def test_a_convolution_that_is_left_out_is_absent(name):
+def test_an_omitted_convolution_is_absent(name):
     net = meta_net(variant=Variant(without=name))
     assert not hasattr(net, name)
     assert count_macs(net) < count_macs(meta_net())
 
 
 @pytest.mark.parametrize("crop", [64, 67, 96, 112, 128, 160, 224, 227])
-def test_other_crops(crop):
+def test_other_crops_give_logits(crop):
     assert meta_net(classes=16, crop=crop)(torch.empty(2, 3, crop, crop, device="meta")).shape == (2, 16)
 
 
@@ -195,7 +195,7 @@ def test_initial_weights_are_normal(net, request):
         assert (layer.bias == float(name in BIAS_ONE)).all(), name
 
 
-def test_initial_logits_tell_images_apart(net, request):
+def test_initial_logits_differ_between_images(net, request):
     with torch.inference_mode():
         spread = net(some_pixels(8, 224, torch.float32)).std(0).mean().item()
     if request.node.callspec.params["net"] == "code2012":
@@ -248,29 +248,22 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     return F.linear(x, net.fc8.weight, net.fc8.bias)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_forward_pass(preset):
-    assert_forward_pass(preset, Variant())
+NARROW = {name: dataclasses.replace(variant, width=0.25) for name, variant in VARIANTS.items()}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_forward_pass_of_a_variant(variant, preset):
-    assert_forward_pass(preset, dataclasses.replace(variant, width=0.25))
-
-
-def assert_forward_pass(preset: str, variant: Variant) -> None:
-    """Check that the net's logits are those of the reference."""
+@pytest.mark.parametrize("variant", [Variant(), *NARROW.values()], ids=["as published", *NARROW])
+def test_logits_equal_those_of_torchs_own_layers_in_two_towers(variant, preset):
     net, x = net_of_96_px(preset, variant), some_pixels(2, 96)
     with torch.inference_mode():
         torch.testing.assert_close(net(x), reference_logits(net, x, preset), rtol=1e-9, atol=1e-9)
 
 
-def test_nothing_else_changes_if_kernels_add_the_biases(small, monkeypatch):
+def test_the_result_is_the_same_if_kernels_add_the_biases(small, monkeypatch):
     x = some_pixels(2, 96)
     expected = small(x)
     expected_gradients = torch.autograd.grad(expected.square().sum(), list(small.parameters()))
-    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    monkeypatch.setattr("model.alexnet.fuses_bias", lambda *options: True)
     with recorded(small, "conv1", "conv2") as seen:
         logits = small(x)
     assert not seen  # no layer was called with its own bias

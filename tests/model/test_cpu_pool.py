@@ -10,7 +10,7 @@ import torch
 import model
 from model import cpu_pool
 from model.alexnet import AlexNet
-from model.fused import normalise_and_pool, plain_normalise_and_pool
+from model.fused import normalise_and_pool, reference_normalise_and_pool
 from tests.model import stages
 from tests.model.stages import ALPHA
 
@@ -21,11 +21,11 @@ STAGES = [
     pytest.param({"towers": 1, "relu_first": True}, id="paper"),
     pytest.param({"towers": 2, "relu_first": False}, id="code2012-1"),
     pytest.param({"towers": 2, "relu_first": True, "spatial_norm": True}, id="code2012-2"),
-    pytest.param({"towers": 1, "relu_first": False, "spatial_norm": True}, id="all-else"),
+    pytest.param({"towers": 1, "relu_first": False, "spatial_norm": True}, id="other"),
 ]
-# Both round once.
+# Kernel and plain implementation each round once.
 TYPES = [pytest.param(torch.float32, 1e-6, id="fp32"), pytest.param(torch.bfloat16, 2**-7, id="bf16")]
-# One channel per tower, one more than a vector, odd sides, the smallest, and those of the net.
+# One channel per tower, one more than a vector, odd sides, the smallest maps, and the maps of the net.
 SHAPES = [(2, 2, 7, 5), (1, 34, 4, 9), (3, 6, 3, 3), (1, 32, 12, 3), (2, 96, 55, 55), (1, 256, 27, 27)]
 
 
@@ -35,7 +35,7 @@ SHAPES = [(2, 2, 7, 5), (1, 34, 4, 9), (3, 6, 3, 3), (1, 32, 12, 3), (2, 96, 55,
 def test_the_kernel_equals_the_plain_implementation(options, dtype, tolerance, shape):
     x = activations(*shape, dtype=dtype)
     output, gradient = result_and_gradient(normalise_and_pool, x, **options)
-    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, x, **options)
+    expected, expected_gradient = result_and_gradient(reference_normalise_and_pool, x, **options)
     assert output.dtype == gradient.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def test_the_gradient_equals_that_of_the_plain_implementation_in_fp64(options):
     x = activations(2, 32, 27, 27)
     _, gradient = result_and_gradient(normalise_and_pool, x, **options)
     _, expected = result_and_gradient(
-        plain_normalise_and_pool, x.detach().double().requires_grad_(), **options
+        reference_normalise_and_pool, x.detach().double().requires_grad_(), **options
     )
     assert (gradient - expected).norm() < 1e-6 * expected.norm()
 
@@ -68,7 +68,7 @@ def test_the_result_is_bitwise_the_same_with_any_number_of_threads(options, dtyp
         assert torch.equal(gradient, results[0][1])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only there a library has code for several processors")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux is there code for several processors")
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_result_is_bitwise_the_same_on_every_processor(options, dtype, plainest, monkeypatch):
@@ -86,7 +86,7 @@ def plainest(tmp_path_factory):
     source = cpu_pool.__file__.removesuffix(".py") + ".c"
     flags = ["-O1", "-ffp-contract=off", "-U__gnu_linux__", "-shared", "-fPIC"]
     subprocess.run(["cc", *flags, "-o", library, source], check=True)
-    return cpu_pool.opened(str(library))
+    return cpu_pool.open_library(str(library))
 
 
 def test_the_first_of_equal_values_gets_the_gradient_and_the_relu_has_none_at_zero():
@@ -111,11 +111,11 @@ def test_values_that_are_not_finite_propagate_as_in_the_plain_implementation(opt
     with torch.no_grad():
         x[0, 3, 2, 2] = value
     output, _ = result_and_gradient(normalise_and_pool, x, **options)
-    expected, _ = result_and_gradient(plain_normalise_and_pool, x, **options)
+    expected, _ = result_and_gradient(reference_normalise_and_pool, x, **options)
     torch.testing.assert_close(output, expected, rtol=2**-7, atol=2**-3, equal_nan=True)
 
 
-def test_only_the_input_and_a_byte_per_output_are_kept():
+def test_only_the_input_and_a_byte_per_output_are_saved_for_the_backward_pass():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         output = normalise_and_pool(x, ALPHA)

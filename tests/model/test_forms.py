@@ -1,4 +1,4 @@
-"""Each form of the convolutions computes the same as the layers as written, forward and backward."""
+"""Each form of the convolutions computes the same as the grouped layers, forward and backward."""
 
 from dataclasses import replace
 
@@ -12,8 +12,8 @@ from model.forms import FORMS
 
 OTHERS = [form for form in FORMS if form != "grouped"]
 VARIANTS = {
-    "a quarter": Variant(width=0.25),
-    "a kernel a tower": Variant(width=1e-9),
+    "a quarter of the width": Variant(width=0.25),
+    "one kernel per tower": Variant(width=1e-9),
     "an odd number of kernels": Variant(width=0.065),
     "no LRN": Variant(width=0.25, lrn=False),
     "CNN*": Variant(width=0.25, conv6=True),
@@ -58,7 +58,7 @@ def test_forms_are_equal_forward_and_backward(variant, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_forms_are_equal_if_kernels_add_the_biases(preset, monkeypatch):
     expected = passed("grouped", preset, Variant(width=0.25))
-    monkeypatch.setattr("model.alexnet.adds_bias", lambda *options: True)
+    monkeypatch.setattr("model.alexnet.fuses_bias", lambda *options: True)
     for form in FORMS:
         assert_equal(passed(form, preset, Variant(width=0.25)), expected)
 
@@ -102,7 +102,7 @@ def convolutions(monkeypatch) -> list[tuple[Tensor, Tensor, int]]:
         ("towers", "paper", [(24, 11, 1)] + [(32, 5, 1)] * 2 + [(48, 3, 1)] * 4 + [(32, 3, 1)] * 2),
     ],
 )
-def test_a_form_computes_the_convolutions_that_its_name_says(form, preset, kernels, convolutions):
+def test_a_form_computes_the_convolutions_of_its_name(form, preset, kernels, convolutions):
     net(form, preset, Variant(width=0.25))(torch.zeros(2, 3, 96, 96, dtype=torch.float64))
     assert [(len(weight), weight.shape[-1], groups) for _, weight, groups in convolutions] == kernels
 

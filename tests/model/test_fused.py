@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import fused
-from model.fused import normalise_and_pool, plain_normalise_and_pool
+from model.fused import normalise_and_pool, reference_normalise_and_pool
 from tests.model import stages
 from tests.model.stages import result_and_gradient
 
@@ -36,7 +36,7 @@ def test_slices_of_a_batch_give_the_same_result_as_the_whole(options, images, dt
     x = activations(8, 12, 9, 8, dtype=dtype)
     monkeypatch.setattr(fused, "SLICE_BYTES", images * x[0].numel() * x.element_size())
     output, gradient = result_and_gradient(normalise_and_pool, x, **options)
-    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, x, **options)
+    expected, expected_gradient = result_and_gradient(reference_normalise_and_pool, x, **options)
     assert output.dtype == dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
@@ -59,12 +59,12 @@ def test_a_bias_is_added_first(options):
         lambda bias, **o: normalise_and_pool(x, bias=bias, **o), bias, **options
     )
     sums = x + bias[:, None, None]
-    expected, expected_gradient = result_and_gradient(plain_normalise_and_pool, sums, **options)
+    expected, expected_gradient = result_and_gradient(reference_normalise_and_pool, sums, **options)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradient, expected_gradient.sum((0, 2, 3)))
 
 
-def test_only_the_input_is_kept():
+def test_only_the_input_is_saved_for_the_backward_pass():
     x, kept = activations(2, 8, 9, 9), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
         normalise_and_pool(x, alpha=1e-3)
@@ -72,7 +72,7 @@ def test_only_the_input_is_kept():
 
 
 @pytest.mark.filterwarnings("ignore:no fused GPU kernels")
-def test_a_compiler_that_looks_beneath_the_cache_takes_the_presence_of_kernels_for_a_constant():
+def test_a_compiler_that_bypasses_the_cache_treats_the_presence_of_kernels_as_a_constant():
     def negated(x: Tensor) -> Tensor:
         return -x if fused._has_gpu_kernels.__wrapped__() else x
 

@@ -9,7 +9,7 @@ from model.lrn import local_response_norm, spatial_response_norm
 
 
 def images(*shape: int, scale: float = 30.0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal values, large enough for the sum of squares to contribute as much as k."""
+    """Return normal values, large enough for the sum of squares to contribute as much as k."""
     generator = torch.Generator().manual_seed(sum(shape))
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
@@ -54,7 +54,7 @@ def test_defaults_are_those_of_the_paper():
     np.testing.assert_allclose(local_response_norm(x), expected, rtol=1e-12)
 
 
-def test_alpha_multiplies_the_sum_where_torch_averages():
+def test_alpha_multiplies_the_sum_whereas_torch_averages():
     x = images(2, 96, 5, 5)
     ours = local_response_norm(x, alpha=1e-4)
     torch.testing.assert_close(
@@ -73,7 +73,7 @@ def test_code2012_is_torchs_layer_on_each_tower():
     )
 
 
-def test_the_towers_only_affect_channels_46_to_49_of_96():
+def test_towers_change_only_channels_46_to_49_of_96():
     x = images(2, 96, 5, 5)
     differs = (local_response_norm(x, towers=1) != local_response_norm(x, towers=2)).any(0).any(-1).any(-1)
     assert differs.nonzero().flatten().tolist() == [46, 47, 48, 49]  # their windows cross channel 48

@@ -1,4 +1,4 @@
-"""torchvision's net compared with its forward pass in torch's own layers, and its state dict."""
+"""torchvision's net compared with a forward pass in torch's own layers, and its state dict."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from model.torchvision_alexnet import (
 
 
 class Theirs(nn.Module):
-    """The net of "One weird trick" as torchvision publishes weights for it."""
+    """The net of "One weird trick" for which torchvision publishes weights."""
 
     def __init__(self, classes: int):
         super().__init__()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from model.alexnet import AlexNet, Variant, count_parameters
 from model.towers import Link, Tower, merge, split
 
-CROP, CLASSES, IMAGES = 96, 10, 3  # pool5's maps are 2×2: their order into fc6 matters
-WIDTH = 0.25  # of most nets here, for speed; what the towers exchange is proportional to it
+CROP, CLASSES, IMAGES = 96, 10, 3  # pool5's maps are 2×2, so their order into fc6 matters
+WIDTH = 0.25  # of most nets in these tests, for speed; the exchanged data are proportional to it
 
 
 class Case(NamedTuple):
@@ -24,12 +24,12 @@ class Case(NamedTuple):
     variant: Variant = Variant(width=WIDTH)
 
 
-OTHERWISE = Variant("tanh", lrn=False, overlapping_pooling=False, width=WIDTH)
+OTHER = Variant("tanh", lrn=False, overlapping_pooling=False, width=WIDTH)
 CASES = {
     "paper in fp64": Case("paper", torch.float64),
     "code2012 in fp64": Case("code2012", torch.float64),
     "paper in fp32, as wide as published": Case("paper", torch.float32, Variant()),
-    "variants": Case("paper", torch.float64, OTHERWISE),
+    "variants": Case("paper", torch.float64, OTHER),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the largest value
 EXCHANGES = {"paper in fp64": 6, "code2012 in fp64": 4}  # conv3, fc6, fc7, fc8, and two LRN borders
@@ -83,9 +83,9 @@ def masked(net: nn.Module, case: Case) -> dict[str, Tensor]:
 
 
 def run_tower(rank: int, folder: Path) -> None:
-    """Write what a tower computes in each case to a file."""
+    """Write the results of a tower in each case to a file."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         tower = Tower(grouped_net(case), rank).eval()  # in evaluation, dropout halves all units
@@ -131,7 +131,7 @@ def test_two_towers_equal_the_grouped_net_forward_and_backward(name, towers):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_leaving_out_any_exchange_changes_the_logits(name, towers):
+def test_omitting_any_exchange_changes_the_logits(name, towers):
     first = towers[0][name]
     assert len(first["deaf"]) == EXCHANGES[name]
     for logits in first["deaf"]:
@@ -142,7 +142,7 @@ def test_leaving_out_any_exchange_changes_the_logits(name, towers):
 @pytest.mark.parametrize(
     ("name", "border"), [("paper in fp64", 2 * 23**2 + 2 * 11**2), ("code2012 in fp64", 0)]
 )
-def test_only_what_fig_2_and_the_joint_normalisation_need_is_sent(name, border, towers):
+def test_only_the_data_that_fig_2_and_the_joint_normalisation_need_are_sent(name, border, towers):
     """Maps are 23, 11, 5 and 2 px wide. Half of fc7 is sent in one direction only, and its gradient back."""
     maps, units = WIDTH * 128 * (5**2 + 2**2), WIDTH * 2048
     values = 2 * (border + maps + units) + units
@@ -155,7 +155,7 @@ def test_each_tower_applies_dropout_to_its_own_half(towers):
     masks = {name: torch.cat([first[name], second[name]], 1) for name in ("drop6", "drop7")}
     net = grouped_net(CASES["paper in fp64"])
     for name, mask in masks.items():
-        assert 0.4 < mask.mean() < 0.8  # units that are zero in any case count as kept
+        assert 0.4 < mask.mean() < 0.8  # units that are zero anyway count as kept
 
         def drop(_layer: nn.Module, inputs: tuple[Tensor], _output: Tensor, mask: Tensor = mask) -> Tensor:
             return inputs[0] * mask

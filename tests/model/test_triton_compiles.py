@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for the GPU, which does not need a GPU."""
+"""The resources of the Triton kernels, compiled for a GPU on any machine."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Instructions of all warps and bytes of all tensors for a 16-bit image; improvements lower these limits.
 # The bytes are those of a stage's input and gradient, once or more, the pooled maps and the indices.
-MOST = {
+LIMITS = {
     "paper-1": {"instructions": 700_000, "bytes": 2_200_000},
     "paper-2": {"instructions": 360_000, "bytes": 1_400_000},
     "code2012-1": {"instructions": 520_000, "bytes": 2_200_000},
@@ -27,7 +27,7 @@ def has_compiler() -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="Triton is not installed, or came without ptxas")
+@pytest.mark.skipif(not has_compiler(), reason="Triton or its ptxas is not installed")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_kernels_compile_for_the_h200_within_their_resource_limits(dtype, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -40,12 +40,12 @@ def test_kernels_compile_for_the_h200_within_their_resource_limits(dtype, tmp_pa
     for stage_name, stage in stages.items():
         for name, used in stage.items():
             assert used["spilled_bytes"] == 0, name
-            # Of 65,536 registers: leaves ten warps, with kilobytes in flight each, to hide memory latency.
+            # Leaves room for ten warps in 65,536 registers, whose loads in flight hide memory latency.
             assert used["registers"] <= 200, name
             assert used["shared_bytes"] <= 8192, name
             # A thread loads its values in one or two loads, not one by one.
             assert used["loads"] <= 64, name
             assert used["fp64"] == 0, name
         if dtype != "fp32":
-            for resource, most in MOST[stage_name].items():
-                assert sum(used[resource] for used in stage.values()) <= most, (stage_name, resource)
+            for resource, limit in LIMITS[stage_name].items():
+                assert sum(used[resource] for used in stage.values()) <= limit, (stage_name, resource)

@@ -42,9 +42,9 @@ STAGES = [
 ]
 on_gpu = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not GPU, reason="in Triton's interpreter bf16 is cut, not rounded"),
+    pytest.mark.skipif(not GPU, reason="Triton's interpreter truncates bf16 instead of rounding"),
 ]
-# Both round once; in fp32, the kernel has approximate roots and another order of sums.
+# Both round once; in fp32, the kernel uses approximate roots and another order of sums.
 TOLERANCES = [
     pytest.param(torch.float32, 1e-5, id="fp32"),
     pytest.param(torch.float16, 2**-10, id="fp16"),
@@ -61,7 +61,7 @@ def assert_same(x: Tensor, tolerance: float, **options) -> None:
     bias = 30 * torch.randn(x.shape[1], generator=torch.Generator().manual_seed(0))
     bias = bias.round().to(x.device).requires_grad_()
     output = kernel(x, bias, **options)
-    expected = fused.plain_normalise_and_pool(x, ALPHA, bias=bias, **options)
+    expected = fused.reference_normalise_and_pool(x, ALPHA, bias=bias, **options)
     assert output.dtype == x.dtype
     assert output.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
@@ -77,7 +77,7 @@ def assert_same(x: Tensor, tolerance: float, **options) -> None:
 
 @pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-# Towers of part of a group and of whole groups; more rows than a block; more channels than a warp.
+# Towers of less than a group and of whole groups; more rows than a block; more channels than a warp.
 @pytest.mark.parametrize("shape", [(1, 12, 5, 12), (1, 48, 30, 4), (1, 528, 3, 4)])
 def test_kernels_equal_the_plain_implementation(options, shape, dtype, tolerance):
     assert_same(activations(*shape, dtype=dtype), tolerance, **options)
@@ -99,12 +99,12 @@ def test_nan_propagates():
     x = activations(1, 8, 5, 5).detach()
     x[0, 3, 2, 2] = torch.nan
     for options in ({"relu_first": True}, {"relu_first": False}, {"relu_first": True, "spatial_norm": True}):
-        expected = fused.plain_normalise_and_pool(x, ALPHA, **options)
+        expected = fused.reference_normalise_and_pool(x, ALPHA, **options)
         assert torch.equal(kernel(x, torch.zeros(8, device=DEVICE), 1, **options).isnan(), expected.isnan())
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU here")
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second is CUDA graphs
 @pytest.mark.parametrize("spatial_norm", [False, True])
 def test_a_compiled_step_equals_the_eager_one(mode, spatial_norm):

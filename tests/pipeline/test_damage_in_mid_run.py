@@ -1,10 +1,9 @@
-"""Shards that are cut, written over, lost or unreadable while a loader reads them."""
+"""Shards that are truncated, overwritten, deleted or unreadable while a loader reads them."""
 
 import dataclasses
 import errno
 import io
 import os
-import shutil
 import weakref
 from collections.abc import Callable
 from itertools import islice
@@ -21,19 +20,20 @@ from pipeline.jpeg import size_offset
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
+from tests.helpers import assert_same_batches, copies
 
 pytestmark = pytest.mark.usefixtures("_larger_than_memory")
 
 DECODING = Decoding(crop=64)
 SHARD = 1  # of three, with samples 20 to 39
 LOST = range(20, 40)
-STEPS, HARMED_AFTER, SURE = 15, 3, 8  # five steps an epoch; from SURE on nothing is from before the harm
+STEPS, DAMAGED_AFTER = 15, 3  # five steps per epoch
+SURE = 8  # the first step of which nothing was read before the damage
 
 
 @pytest.fixture
-def dataset(packed: Path, tmp_path: Path) -> Dataset:
-    """A copy to damage once it is open."""
-    dataset = Dataset(Path(shutil.copytree(packed, tmp_path / "data")))
+def dataset(packed_copy: Path) -> Dataset:
+    dataset = Dataset(packed_copy)
     assert [shard.samples for shard in dataset.reader("train").split.shards] == [20, 20, 20]
     return dataset
 
@@ -42,10 +42,10 @@ def path_of(dataset: Dataset) -> Path:
     return dataset.root / dataset.reader("train").split.shards[SHARD].file
 
 
-def write_over(path: Path) -> None:
-    """In place: whoever has the file open sees it."""
+def overwrite(path: Path, content: bytes | None = None) -> None:
+    """Overwrite a file in place, by default with zeros; wherever it is open, the change is visible."""
     with open(path, "r+b") as file:
-        file.write(bytes(path.stat().st_size))
+        file.write(content or bytes(path.stat().st_size))
 
 
 def replace(path: Path) -> None:
@@ -55,7 +55,7 @@ def replace(path: Path) -> None:
 
 
 def fail_with_eio(path: Path) -> None:
-    """The kernel refuses to read the lowest addresses of a process, through its `mem`, with EIO."""
+    """Let reads fail with EIO, as the kernel lets reads of the lowest addresses in /proc/self/mem."""
     memory = os.open("/proc/self/mem", os.O_RDONLY)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         os.pread(memory, 1, 512)
@@ -66,37 +66,35 @@ def fail_with_eio(path: Path) -> None:
 
 
 def claim_another_size(path: Path) -> None:
-    """As a flipped bit might: the headers of all pictures."""
+    """Flip one bit in the height that each JPEG header gives."""
     content = bytearray(path.read_bytes())
-    place = content.find(b"\xff\xd8\xff")
-    while place >= 0:
-        at = place + (size_offset(bytes(content[place : place + 4096])) or 0)
+    start = content.find(b"\xff\xd8\xff")
+    while start >= 0:
+        at = start + (size_offset(bytes(content[start : start + 4096])) or 0)
         content[at] ^= 0x80  # 80 rows become 32,848
-        place = content.find(b"\xff\xd8\xff", place + 2)
-    with open(path, "r+b") as file:
-        file.write(content)
+        start = content.find(b"\xff\xd8\xff", start + 2)
+    overwrite(path, content)
 
 
 def put_junk_in_the_header(path: Path) -> None:
-    """In all pictures the first segment ends two bytes early: DALI refuses it and Pillow does not."""
+    """Let the first segment of each JPEG end two bytes early, which DALI refuses and Pillow accepts."""
     content = bytearray(path.read_bytes())
     head = b"\xff\xd8\xff\xe0\x00"
-    place = content.find(head)
-    while place >= 0:
-        content[place + len(head)] -= 2
-        place = content.find(head, place + 1)
-    with open(path, "r+b") as file:
-        file.write(content)
+    start = content.find(head)
+    while start >= 0:
+        content[start + len(head)] -= 2
+        start = content.find(head, start + 1)
+    overwrite(path, content)
 
 
-HARMS: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "cut short": (
-        lambda path: os.truncate(path, 0),
-        "unreadable",
-        "cannot be read: the shard has become shorter",
-    ),
-    "an I/O error": (fail_with_eio, "unreadable", "cannot be read: Input/output error"),
-    "written over": (write_over, "undecodable", "does not begin like a JPEG"),
+def truncate(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "truncated": (truncate, "unreadable", "cannot be read: the shard has become shorter"),
+    "I/O error": (fail_with_eio, "unreadable", "cannot be read: Input/output error"),
+    "overwritten": (overwrite, "undecodable", "does not begin like a JPEG"),
     "other sizes": (claim_another_size, "undecodable", "claims 80×32848 px, but the index says 80×80"),
 }
 
@@ -105,24 +103,23 @@ def plan_of(dataset: Dataset) -> Plan:
     return Plan(seed=7, batch=12, shard_samples=(20, 20, 20))
 
 
-def train(dataset: Dataset, harm: Callable[[Path], None] | None = None, **options) -> list[Batch]:
-    """Three epochs, in the first of which something happens to a shard."""
+def train(dataset: Dataset, damage: Callable[[Path], None] | None = None, **options) -> list[Batch]:
+    """Return the batches of three epochs; a shard is damaged during the first."""
     loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, colour="paper", **options)
-    batches = list(islice(loader, HARMED_AFTER))
-    if harm is not None:
-        harm(path_of(dataset))
-    return [(pixels.clone(), labels.clone()) for pixels, labels in [*batches, *loader]]
+    batches = list(islice(loader, DAMAGED_AFTER))
+    if damage is not None:
+        damage(path_of(dataset))
+    return copies([*batches, *loader])
 
 
-@pytest.mark.parametrize("name", HARMS)
-def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
-    packed, dataset, name, monkeypatch
+@pytest.mark.parametrize(("damage", "reason", "what"), DAMAGES.values(), ids=DAMAGES)
+def test_each_lost_sample_is_reported_once_and_replaced_by_the_next_one(
+    packed, dataset, damage, reason, what, monkeypatch
 ):
-    harm, reason, what = HARMS[name]
     damages: list[Damage] = []
-    ours = train(dataset, harm, leave_out=damages.append)
+    ours = train(dataset, damage, on_damage=damages.append)
     reader = dataset.reader("train")
-    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.location, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {(reason, what)}
 
     step_batch = Plan.step_batch
@@ -135,33 +132,28 @@ def test_each_lost_sample_is_named_once_with_its_cause_and_the_next_one_trains(
     monkeypatch.setattr(Plan, "step_batch", without_the_shard)
     expected = train(Dataset(packed))
     assert len(ours) == len(expected) == STEPS
-    for (pixels, labels), (right_pixels, right_labels) in zip(ours[SURE:], expected[SURE:], strict=True):
-        assert torch.equal(pixels, right_pixels)
-        assert torch.equal(labels, right_labels)
+    assert_same_batches(ours[SURE:], expected[SURE:])
 
 
-def test_what_the_decoder_alone_refuses_is_found_by_the_decoder(dataset):
+def test_a_picture_that_only_the_decoder_refuses_is_left_out(dataset):
     damages: list[Damage] = []
-    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, leave_out=damages.append)
-    batches = list(islice(loader, 5))  # an epoch, after which all have been read once and looked sound
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, on_damage=damages.append)
+    batches = list(islice(loader, 5))  # an epoch, in which all samples are read and look sound
     put_junk_in_the_header(path_of(dataset))
     assert sum(len(labels) for _, labels in [*batches, *loader]) == STEPS * 12
     reader = dataset.reader("train")
-    assert sorted(damage.location for damage in damages) == sorted(map(reader.name, LOST))
+    assert sorted(damage.location for damage in damages) == sorted(map(reader.location, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {("undecodable", "cannot be decoded")}
     Image.open(io.BytesIO(reader.jpeg(LOST.start))).load()  # Pillow does not refuse it
 
 
-@pytest.mark.parametrize("harm", [Path.unlink, replace])
-def test_a_shard_that_is_deleted_or_has_another_in_its_place_is_read_on(packed, dataset, harm):
-    ours, expected = train(dataset, harm), train(Dataset(packed))
-    for (pixels, labels), (right_pixels, right_labels) in zip(ours, expected, strict=True):
-        assert torch.equal(pixels, right_pixels)
-        assert torch.equal(labels, right_labels)
+@pytest.mark.parametrize("damage", [Path.unlink, replace])
+def test_a_deleted_or_replaced_shard_can_still_be_read(packed, dataset, damage):
+    assert_same_batches(train(dataset, damage), train(Dataset(packed)))
     assert not path_of(dataset).is_file() or path_of(dataset).read_bytes() == b"another file"
 
 
-def test_a_sample_cut_in_the_middle_is_lost_and_the_one_before_it_is_not(dataset):
+def test_only_samples_that_a_truncation_reaches_are_lost(dataset):
     reader = dataset.reader("train")
     row = reader.rows[30]
     os.truncate(path_of(dataset), int(row["offset"] + row["size"]) - 1)
@@ -170,53 +162,56 @@ def test_a_sample_cut_in_the_middle_is_lost_and_the_one_before_it_is_not(dataset
     assert bytes(files.jpegs[0]).endswith(b"\xff\xd9")
 
 
-def test_reads_that_bring_little_at_a_time_bring_it_all(packed, monkeypatch):
-    reader, preadv = Dataset(packed).reader("train"), os.preadv
-    numbers = np.arange(len(reader))
-    whole = list(map(bytes, reader.jpegs(numbers)))
+def test_short_reads_are_completed(packed, monkeypatch):
+    def read() -> list[bytes]:
+        reader = Dataset(packed).reader("train")
+        return list(map(bytes, reader.jpegs(np.arange(60))))
+
+    whole, pread, preadv = read(), os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 1000), offset))
     monkeypatch.setattr(os, "preadv", lambda file, rooms, offset: preadv(file, [rooms[0][:1000]], offset))
-    assert list(map(bytes, reader.jpegs(numbers))) == whole
+    assert read() == whole
 
 
-def test_beyond_the_budget_the_loader_ends_after_the_batches_before(dataset):
+def test_an_exceeded_budget_of_damage_ends_the_loader_after_earlier_batches(dataset):
     left_out: list[Damage] = []
 
-    def leave_out(damage: Damage) -> None:
+    def on_damage(damage: Damage) -> None:
         left_out.append(damage)
         if len(left_out) > 5:
             raise DatasetError(f"enough: {damage}")
 
-    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, leave_out=leave_out)
-    batches = list(islice(loader, HARMED_AFTER))
-    os.truncate(path_of(dataset), 0)
+    loader = train_loader(dataset, plan_of(dataset), range(STEPS), DECODING, on_damage=on_damage)
+    batches = list(islice(loader, DAMAGED_AFTER))
+    truncate(path_of(dataset))
     with pytest.raises(DatasetError, match=f"enough: the sample in {path_of(dataset)} at byte"):
         batches.extend(loader)
-    assert HARMED_AFTER <= len(batches) < SURE
+    assert DAMAGED_AFTER <= len(batches) < SURE
     assert len(left_out) == 6
 
 
 def test_a_damaged_sample_is_missing_from_an_evaluation(dataset):
     damages: list[Damage] = []
-    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append)
+    loader = evaluation_loader(dataset, "train", 12, DECODING, on_damage=damages.append)
     fail_with_eio(path_of(dataset))
     labels = torch.cat([labels for _, labels in loader])
     assert labels.tolist() == np.delete(dataset.reader("train").rows["label"], LOST).tolist()
     assert len(damages) == len(LOST)
 
 
-def test_what_is_whole_again_is_in_the_next_evaluation(dataset):
+def test_a_restored_sample_is_in_the_next_evaluation(dataset):
     damages: list[Damage] = []
-    loader = evaluation_loader(dataset, "train", 12, DECODING, leave_out=damages.append, kept=True)
+    loader = evaluation_loader(dataset, "train", 12, DECODING, on_damage=damages.append, persistent=True)
     seen = []
     for _ in range(3):
-        claim_another_size(path_of(dataset))  # and back
+        claim_another_size(path_of(dataset))  # or the right size again
         seen.append(sum(len(labels) for _, labels in loader))
     assert seen == [40, 60, 40]
     assert len(damages) == 2 * len(LOST)
 
 
-def test_tools_are_told_which_sample_cannot_be_read(dataset):
-    os.truncate(path_of(dataset), 0)
+def test_reading_one_sample_names_it_if_it_cannot_be_read(dataset):
+    truncate(path_of(dataset))
     reader = dataset.reader("train")
     with pytest.raises(DatasetError, match=f"{path_of(dataset)} at byte .* cannot be read: .* shorter: copy"):
         reader.jpeg(20)
@@ -224,8 +219,8 @@ def test_tools_are_told_which_sample_cannot_be_read(dataset):
         reader.key(20)
 
 
-def test_a_batch_for_dali_keeps_the_bytes_that_it_points_to(packed):
-    """The loader keeps the batch until DALI is done with it."""
+def test_a_batch_for_dali_keeps_its_bytes_alive(packed):
+    """The loader keeps the batch until DALI no longer needs it."""
     files = Dataset(packed).reader("train").read(np.array([5, 6]))
     buffer, batch = weakref.ref(files.buffer), jpeg_batch(files.jpegs)
     del files
@@ -234,28 +229,26 @@ def test_a_batch_for_dali_keeps_the_bytes_that_it_points_to(packed):
     assert buffer() is None
 
 
-def test_a_readers_files_are_closed_with_it(packed, tmp_path):
-    root = Path(shutil.copytree(packed, tmp_path / "data"))
-
+def test_deleting_a_reader_closes_its_files(packed_copy):
     def open_files() -> int:
-        """Of this folder, which no other test has open."""
-        return sum(root in file.resolve().parents for file in Path("/proc/self/fd").iterdir())
+        """Return the number of open files of the copy, which no other test uses."""
+        return sum(packed_copy in file.resolve().parents for file in Path("/proc/self/fd").iterdir())
 
-    reader = Dataset(root).reader("train")
+    reader = Dataset(packed_copy).reader("train")
     assert open_files() == len(reader.split.shards) == 3
     del reader
     assert open_files() == 0
 
 
-def test_a_picture_without_a_size_is_left_out(dataset):
+def test_a_jpeg_without_a_size_is_left_out(dataset):
     path, reader = path_of(dataset), dataset.reader("train")
-    place = int(reader.rows["offset"][25])
+    start = int(reader.rows["offset"][25])
     with open(path, "r+b") as file:
-        file.seek(place + 2)
+        file.seek(start + 2)
         file.write(b"\xff\xda")  # a scan before any frame
     damages: list[Damage] = []
     samples, files = CheckedReader(reader, damages.append, replace=False).read(np.array([24, 25, 26]))
     assert samples.tolist() == [24, 26]
     assert len(files.jpegs) == 2
     [damage] = damages
-    assert str(damage) == f"the sample in {path} at byte {place} does not give the size of its image"
+    assert str(damage) == f"the sample in {path} at byte {start} does not give the size of its image"

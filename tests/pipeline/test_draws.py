@@ -1,7 +1,7 @@
 """The distributions of crop, mirror and colour draws.
 
-The seed is fixed; a bound is five standard errors of the statistic, or for a chi-square its
-quantile of 1 − 1e-6, so fewer than one in a thousand seeds of a sound generator would fail.
+The seed is fixed. Bounds are five standard errors of a statistic or, for chi-square, its quantile of
+1 − 1e-6, so a sound generator would fail with fewer than one seed in a thousand.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ def many():
 
 
 def chi_square_quantile(freedom: int) -> float:
-    """Of 1 − 1e-6, after Wilson and Hilferty."""
+    """Return the quantile of 1 − 1e-6, by the approximation of Wilson and Hilferty."""
     return freedom * (1 - 2 / (9 * freedom) + MILLIONTH * np.sqrt(2 / (9 * freedom))) ** 3
 
 
@@ -28,7 +28,7 @@ def chi_square(counts: np.ndarray) -> float:
     return ((counts - expected) ** 2 / expected).sum()
 
 
-def test_uniform_fills_the_unit_square(many):
+def test_uniform_draws_fill_the_unit_square(many):
     assert many.uniform.shape == (N, 2)
     assert many.uniform.min() >= 0
     assert many.uniform.max() < 1
@@ -52,17 +52,17 @@ def test_normals_are_standard_and_independent(many):
     assert (abs((many.normal**4).mean(0) - 3) < 5 * np.sqrt(96 / N)).all()  # E n⁸ − 9 = 96
 
 
-def test_no_draw_goes_with_another(many):
+def test_draws_are_uncorrelated(many):
     columns = np.column_stack((many.uniform - 0.5, many.mirror - 0.5, many.normal, many.normal**2))
     correlation = np.corrcoef(columns.T)
     same = np.eye(9, dtype=bool)
     same[3:6, 6:9] = same[6:9, 3:6] = np.eye(3)  # a normal with its own square
     assert abs(correlation[~same]).max() < 5 / np.sqrt(N)
-    following = np.corrcoef(columns[:-1].T, columns[1:].T)[:9, 9:]  # with those of the next position
+    following = np.corrcoef(columns[:-1].T, columns[1:].T)[:9, 9:]  # with the next position's draws
     assert abs(following).max() < 5 / np.sqrt(N)
 
 
-def test_crops_reach_all_33_places_on_each_axis_evenly(many):
+def test_crops_are_uniform_over_all_33_offsets_of_each_axis(many):
     places = [crop_offsets(many.uniform[:, axis], np.full(N, 256), 224) for axis in (0, 1)]
     for offsets in places:
         assert set(offsets.tolist()) == set(range(33))
@@ -72,7 +72,7 @@ def test_crops_reach_all_33_places_on_each_axis_evenly(many):
     assert chi_square(counts) < chi_square_quantile(33**2 - 1)
 
 
-def test_crops_have_the_room_of_their_own_image():
+def test_crops_reach_the_edges_of_images_of_any_size():
     extents = np.arange(224, 2000)
     below_one = np.full(len(extents), np.nextafter(1, 0))
     np.testing.assert_array_equal(crop_offsets(below_one, extents, 224), extents - 224)

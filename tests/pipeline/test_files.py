@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on storage that answers otherwise than a local disk."""
+"""Files are complete or absent, even on storage that behaves differently from a local disk."""
 
 import errno
 import io
@@ -8,25 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_write, held_open, naming, read_file, sync, sync_folder
+from pipeline.files import atomic_write, held_open, path_in_errors, read_file, sync, sync_folder
 
-NICETIES = [
-    "EINVAL",
-    "EBADF",
-    "EACCES",
-    "EPERM",
-    "EISDIR",
-    "EROFS",
-    "ENOSYS",
-    "ENOTTY",
-    "ENOTSUP",
-    "EOPNOTSUPP",
-]
+# Errors by which storage says that it cannot sync, and errors by which a sync fails.
+UNSUPPORTED = ["EINVAL", "EBADF", "EACCES", "EPERM", "EISDIR", "EROFS"]
+UNSUPPORTED += ["ENOSYS", "ENOTTY", "ENOTSUP", "EOPNOTSUPP"]
 FAILURES = ["EIO", "ENOSPC", "EDQUOT", "ESTALE", "ENOTCONN", "ETIMEDOUT"]
 
 
 def failing(monkeypatch, function: str, name: str, folders: bool) -> None:
-    """Have a function of os fail for folders, or for files."""
+    """Make a function of os fail for folders, or for files."""
     real = getattr(os, function)
 
     def fail(what, *arguments):
@@ -42,24 +33,17 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@pytest.mark.parametrize("name", NICETIES)
-@pytest.mark.parametrize("function", ["fsync", "open"])
-def test_a_folder_that_cannot_be_synced_has_its_files(tmp_path, monkeypatch, function, name):
-    failing(monkeypatch, function, name, folders=True)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize(("function", "folders"), [("fsync", True), ("open", True), ("fsync", False)])
+def test_a_file_is_written_to_storage_that_cannot_sync(tmp_path, monkeypatch, function, folders, name):
+    failing(monkeypatch, function, name, folders)
     write(tmp_path / "a", b"whole")
     assert (tmp_path / "a").read_bytes() == b"whole"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("name", NICETIES)
-def test_storage_without_fsync_of_files_has_them_too(tmp_path, monkeypatch, name):
-    failing(monkeypatch, "fsync", name, folders=False)
-    write(tmp_path / "a", b"whole")
-    assert (tmp_path / "a").read_bytes() == b"whole"
-
-
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_folder_that_fails_to_be_synced_is_named(tmp_path, monkeypatch, name):
+def test_a_failed_sync_of_a_folder_names_it(tmp_path, monkeypatch, name):
     failing(monkeypatch, "fsync", name, folders=True)
     with pytest.raises(OSError, match=str(tmp_path)) as error:
         sync_folder(tmp_path)
@@ -67,7 +51,7 @@ def test_a_folder_that_fails_to_be_synced_is_named(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failed_write_is_named_and_leaves_what_was_there(tmp_path, monkeypatch, name):
+def test_a_failed_write_names_the_file_and_leaves_its_old_content(tmp_path, monkeypatch, name):
     write(tmp_path / "a", b"before")
     failing(monkeypatch, "fsync", name, folders=False)
     with pytest.raises(OSError, match=str(tmp_path / "a")) as error:
@@ -77,7 +61,7 @@ def test_a_failed_write_is_named_and_leaves_what_was_there(tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_the_first_error_is_told_when_the_rest_cannot_be_removed_either(tmp_path, monkeypatch):
+def test_the_first_error_is_raised_even_if_the_partial_file_cannot_be_removed(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ESTALE, "stale")
 
@@ -94,15 +78,15 @@ def test_a_file_opened_for_reading_need_not_be_synced(tmp_path, monkeypatch):
         sync(file.fileno(), tmp_path / "a")
 
 
-def test_a_name_is_given_only_to_what_has_none(tmp_path):
-    with pytest.raises(OSError, match="other"), naming(tmp_path / "a"):
+def test_an_error_keeps_the_file_name_or_the_words_that_it_has(tmp_path):
+    with pytest.raises(OSError, match="other"), path_in_errors(tmp_path / "a"):
         raise OSError(errno.EIO, "bad", "other")
-    with pytest.raises(OSError, match=r"^in words$"), naming(tmp_path / "a"):
+    with pytest.raises(OSError, match=r"^in words$"), path_in_errors(tmp_path / "a"):
         raise OSError("in words")
 
 
-def test_a_file_takes_its_name_once_it_is_on_the_disk_and_then_the_name_is_put_there(tmp_path, monkeypatch):
-    """A crash between any two of these leaves the old content or all of the new."""
+def test_a_file_is_synced_then_renamed_and_then_its_folder_is_synced(tmp_path, monkeypatch):
+    """So a crash between any two steps leaves the old content or all of the new."""
     path, content = tmp_path / "name", b"new" * 1000
     path.write_bytes(b"old")
     calls = []
@@ -137,7 +121,7 @@ CONTENT = bytes(range(256)) * 10
     [(0, None), (0, 100), (100, None), (100, 100), (2500, 100), (9000, 5), (9000, None), (0, 0)],
 )
 @pytest.mark.parametrize("most", [1, 37, 1 << 20])
-def test_a_file_is_read_however_little_comes_at_a_time(tmp_path, monkeypatch, offset, size, most):
+def test_short_reads_of_a_file_are_completed(tmp_path, monkeypatch, offset, size, most):
     (tmp_path / "a").write_bytes(CONTENT)
     real = io.FileIO.read
     monkeypatch.setattr(
@@ -156,7 +140,7 @@ class Raw(io.FileIO):
 
 
 @pytest.mark.parametrize("size", [None, 1000])
-def test_what_would_block_is_no_end(tmp_path, monkeypatch, size):
+def test_a_read_that_would_block_is_an_error_and_not_the_end(tmp_path, monkeypatch, size):
     (tmp_path / "a").write_bytes(CONTENT)
     parts = iter([b"some", None])
     monkeypatch.setattr("builtins.open", lambda path, *_, **__: Raw(path, lambda *_: next(parts)))
@@ -171,7 +155,7 @@ def test_a_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
-def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
+def test_a_failed_read_names_the_file(tmp_path, monkeypatch, error):
     def fail(*_):
         raise OSError(error, os.strerror(error))
 
@@ -181,14 +165,14 @@ def test_a_failed_read_is_named(tmp_path, monkeypatch, error):
         read_file(tmp_path / "a")
 
 
-def test_an_error_in_closing_a_lock_does_not_hide_the_one_before(tmp_path):
+def test_an_error_in_closing_a_lock_does_not_hide_an_earlier_one(tmp_path):
     lock = open(tmp_path / "lock", "w")  # noqa: SIM115
     os.close(lock.fileno())  # so that closing it is an error
     with pytest.raises(ValueError, match="the reason"), held_open(lock):
         raise ValueError("the reason")
 
 
-def test_a_lock_is_open_in_the_block_and_closed_after_it(tmp_path):
+def test_a_lock_is_open_within_its_block_and_closed_after_it(tmp_path):
     lock = open(tmp_path / "lock", "w")  # noqa: SIM115
     with held_open(lock):
         assert not lock.closed

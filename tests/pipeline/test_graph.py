@@ -1,4 +1,4 @@
-"""The DALI graphs against Pillow and numpy: decode, resize, crop, mirror, subtract, divide."""
+"""The DALI graphs decode, resize, crop, mirror, subtract and divide as Pillow and numpy do."""
 
 from io import BytesIO
 from pathlib import Path
@@ -18,18 +18,18 @@ from pipeline.graph import (
     reserved_size,
     train_pipeline,
 )
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tests.helpers import with_nearest_chroma
-from tools.make_shards import pack, parse_arguments
+from tests.trees import pack_here
 
 GEOMETRIES = ("256", "short256", "original")
-SIZE, CROP = 100, 88  # of `oblong`; less than the paper's, to be quick
+SIZE, CROP = 100, 88  # smaller than the paper's, to be quick
 
 
 @pytest.fixture(scope="module")
 def some_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real photos of each of 16 classes to train on, and one to validate on."""
+    """Two real photos of each of 16 classes for training, and one for validation."""
     root = tmp_path_factory.mktemp("some_photos")
     for split, count in (("train", 2), ("val", 1)):
         for folder in sorted((photos / split).iterdir()):
@@ -40,15 +40,12 @@ def some_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Packed:
-    """A packed folder, and what its pictures look like to Pillow."""
+    """A packed dataset, and its pictures as Pillow decodes them."""
 
     def __init__(self, source: Path, output: Path, geometry: str, whole: bool):
-        """whole: the longer sides come to whole pixels."""
+        """whole: whether the longer sides are resized to a whole number of pixels."""
         self.whole = whole
-        options = ["--geometry", geometry, "--size", str(SIZE), "--workers", "1"]
-        self.manifest: Manifest = pack(
-            parse_arguments(["--input", str(source), "--out", str(output), *options]).packing
-        )
+        self.manifest = pack_here("--input", source, "--out", output, "--geometry", geometry, "--size", SIZE)
         self.train = ShardReader(output, self.manifest, "train")
         self.val = ShardReader(output, self.manifest, "val")
         self.options = GraphOptions(
@@ -60,7 +57,7 @@ class Packed:
         )
 
     def shown(self, jpeg: np.ndarray) -> np.ndarray:
-        """The picture [h,w,3] of which a crop is taken."""
+        """Return the picture, [h,w,3], that is cropped."""
         image = Image.open(BytesIO(jpeg.tobytes()))
         if self.manifest.geometry == "original":
             size = [int(side * SIZE / min(image.size) + 0.5) for side in image.size]
@@ -68,10 +65,10 @@ class Packed:
         return np.asarray(image).astype(np.float64)
 
     def assert_close(self, ours: np.ndarray, expected: np.ndarray) -> None:
-        """In levels of 255.
+        """Check that pictures with levels from 0 to 255 agree within rounding.
 
-        Both decode with libjpeg-turbo, whose builds may round one level apart. Resizing rounds once
-        in DALI and twice in Pillow, which beside sharp edges is some levels on a few pixels.
+        Both decode with libjpeg-turbo, whose builds may round one level apart. When resizing, DALI rounds
+        once and Pillow twice, which makes several levels in a few pixels beside sharp edges.
         """
         difference = abs(ours.astype(np.float64) - expected)
         if self.manifest.geometry != "original":
@@ -100,7 +97,7 @@ def crop(image: np.ndarray, left: int, top: int, mirror: bool) -> np.ndarray:
     return image[top : top + CROP, left : left + CROP][:, :: -1 if mirror else 1]
 
 
-def test_training_graph(packed_as):
+def test_the_training_graph_crops_mirrors_and_normalises_as_told(packed_as):
     reader, rng = packed_as.train, np.random.default_rng(0)
     jpegs = [reader.jpeg(number) for number in range(len(reader))]
     shown = [packed_as.shown(jpeg) for jpeg in jpegs]
@@ -123,7 +120,7 @@ def test_training_graph(packed_as):
 
 
 @pytest.mark.parametrize("crops", [1, 10])
-def test_evaluation_graph(packed_as, crops):
+def test_the_evaluation_graph_takes_the_central_crop_or_ten(packed_as, crops):
     reader, mean = packed_as.val, (120.5, 110.25, 99.0)
     jpegs = [reader.jpeg(number) for number in range(len(reader))]
     [pixels] = evaluation_pipeline(lambda: (jpegs,), packed_as.options, mean, crops).run()
@@ -137,7 +134,7 @@ def test_evaluation_graph(packed_as, crops):
         packed_as.assert_close(np.array(pixels[n]), expected - mean)
 
 
-def test_both_upright_and_broad_pictures_are_among_them(packed_as):
+def test_the_pictures_include_portrait_and_landscape(packed_as):
     shapes = {packed_as.shown(packed_as.train.jpeg(n)).shape[:2] for n in range(len(packed_as.train))}
     if packed_as.manifest.geometry == "256":
         assert shapes == {(SIZE, SIZE)}
@@ -165,7 +162,7 @@ def test_memory_is_reserved_for_the_largest_image(size):
 
 
 @pytest.mark.parametrize("size", [(9331, 6589), (6589, 9331), (65_500, 65_500), (65_500, 1)])
-def test_a_few_large_images_reserve_no_more_than_a_gpu_has_for_them(size):
+def test_the_memory_reserved_for_large_images_is_bounded(size):
     width, height = reserved_size(options_of(*size, batch=2**16))
     assert 1 <= width < size[0]
     assert height >= 1
@@ -174,8 +171,8 @@ def test_a_few_large_images_reserve_no_more_than_a_gpu_has_for_them(size):
         assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
-def test_on_a_gpu_no_thread_is_bound_to_a_core():
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # a GPU's is only to be made beside a GPU
+def test_no_thread_of_a_gpu_graph_is_bound_to_a_core():
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # another ID needs a GPU
     def graph():
         jpeg = fn.external_source(source=lambda: None)
         return augment(jpeg, options_of(256, 256), mean=0, scale=1, x=0, y=0, mirror=0)
@@ -185,8 +182,8 @@ def test_on_a_gpu_no_thread_is_bound_to_a_core():
     assert b"affine\x12\x04bool0\x00" in serialized
 
 
-def test_nearest_chroma_is_that_of_the_file(packed):
-    """What tests/test_gpu.py compares with, beside another decoder's planes."""
+def test_nearest_chroma_is_the_chroma_stored_in_the_file(packed):
+    """Compare the helper of tests/test_gpu.py with the planes that another decoder gives."""
     av = pytest.importorskip("av", reason="the extra `video` is not installed")
     reader = ShardReader(packed, read_manifest(packed), "train")
     for number in range(len(reader)):

@@ -1,9 +1,8 @@
-"""Loaders: the plan's batches as torch tensors, whatever the ranks, the threads and the prefetching."""
+"""Loaders give the batches of the plan as tensors, for any number of ranks, threads and prefetched ones."""
 
 import dataclasses
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Callable
 from hashlib import sha256
@@ -25,11 +24,12 @@ from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthet
 from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
-from tools.make_shards import pack, parse_arguments
+from tests.helpers import assert_same_batches, copies
+from tests.trees import pack_here
 
 CROP = 64
 DECODING = Decoding(crop=CROP)
-Outputs = tuple[Any, Any]  # of a run of DALI
+Outputs = tuple[Any, Any]  # of one run of a DALI pipeline
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,8 @@ def plan_of(dataset: Dataset, batch: int = 12) -> Plan:
 
 
 def train(dataset: Dataset, steps: range, decoding: Decoding = DECODING, **options) -> list[Batch]:
-    """Batches of code2012's colours, copied as they come."""
-    loader = train_loader(dataset, plan_of(dataset), steps, decoding, colour="code2012", **options)
-    return [(pixels.clone(), labels.clone()) for pixels, labels in loader]
-
-
-def assert_equal(ours: list[Batch], expected: list[Batch]) -> None:
-    """Bit for bit."""
-    assert len(ours) == len(expected)
-    for (pixels, labels), (expected_pixels, expected_labels) in zip(ours, expected, strict=True):
-        assert torch.equal(pixels, expected_pixels)
-        assert torch.equal(labels, expected_labels)
+    """Return copies of batches with the colours of code2012."""
+    return copies(train_loader(dataset, plan_of(dataset), steps, decoding, colour="code2012", **options))
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +58,14 @@ def reference(dataset: Dataset) -> list[Batch]:
 def any_geometry(
     request: pytest.FixtureRequest, oblong: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Dataset:
-    """Ten images to train on; but for `256` upright and broad ones."""
+    """Ten training images; portrait and landscape, except for `256`."""
     output = tmp_path_factory.mktemp("shards")
-    options = ["--geometry", request.param, "--size", "100", "--workers", "1"]
-    pack(parse_arguments(["--input", str(oblong), "--out", str(output), *options]).packing)
+    pack_here("--input", oblong, "--out", output, "--geometry", request.param, "--size", "100")
     return Dataset(output)
 
 
 def shown(jpeg: np.ndarray, shorter: int) -> np.ndarray:
-    """The picture [h,w,3] of which a crop is taken."""
+    """Return the picture, [h,w,3], that is cropped."""
     image = Image.open(BytesIO(jpeg.tobytes()))
     size = [round(side * shorter / min(image.size)) for side in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
@@ -95,26 +85,22 @@ def test_training_batches_are_what_the_plan_says(any_geometry):
             left, top = np.floor(draws.uniform[n] * (room + 1)).astype(int)
             expected = image[top : top + CROP, left : left + CROP][:, :: -1 if draws.mirror[n] else 1]
             expected = (expected - statistics.mean + offsets[n]) / 1.1
-            # Builds of libjpeg-turbo may round one level apart; DALI and Pillow, another in resizing.
+            # Decoding may round one level apart, and resizing in DALI and in Pillow another.
             difference = abs(pixels[n].permute(1, 2, 0).numpy() - expected)
             assert difference.max() < 2.001
             assert difference.mean() < 0.5
 
 
-def test_a_start_within_a_block_of_draws_gives_what_the_start_of_all_gives(any_geometry, monkeypatch):
+def test_batches_do_not_depend_on_where_a_block_of_draws_begins(any_geometry, monkeypatch):
     plan = plan_of(any_geometry)
     monkeypatch.setattr("pipeline.loader.BLOCK_IMAGES", 3 * plan.batch)
-    every = [
-        pixels.clone() for pixels, _ in train_loader(any_geometry, plan, range(8), DECODING, colour="paper")
-    ]
+    batches = copies(train_loader(any_geometry, plan, range(8), DECODING, colour="paper"))
     for first, end in ((1, 8), (4, 7), (6, 8)):
-        loader = train_loader(any_geometry, plan, range(first, end), DECODING, colour="paper")
-        later = [pixels.clone() for pixels, _ in loader]
-        assert len(later) == end - first
-        assert all(torch.equal(*pair) for pair in zip(later, every[first:end], strict=True))
+        later = copies(train_loader(any_geometry, plan, range(first, end), DECODING, colour="paper"))
+        assert_same_batches(later, batches[first:end])
 
 
-def test_without_crops_and_flips_it_trains_on_what_is_evaluated(any_geometry):
+def test_training_without_crops_and_flips_uses_the_evaluation_crop(any_geometry):
     centres = torch.cat([pixels for pixels, _ in evaluation_loader(any_geometry, "train", 4, DECODING)])
     plan = plan_of(any_geometry)
     loader = train_loader(any_geometry, plan, range(4), DECODING, crops_and_flips=False)
@@ -122,7 +108,7 @@ def test_without_crops_and_flips_it_trains_on_what_is_evaluated(any_geometry):
         assert torch.equal(pixels, centres[plan.step_samples(step)])
 
 
-def test_shapes_and_types(reference):
+def test_batches_have_the_documented_shapes_and_types(reference):
     for pixels, labels in reference:
         assert (pixels.shape, pixels.dtype) == ((12, 3, CROP, CROP), torch.float32)
         assert (labels.shape, labels.dtype) == ((12,), torch.int64)
@@ -130,7 +116,7 @@ def test_shapes_and_types(reference):
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
-    """What DALI hands out; the inputs of each batch must live until then, for DALI reads them in place."""
+    """The outputs of DALI, which reads its inputs in place, so they must live until their batch is out."""
     inputs, outputs = [], []
 
     def watched_pipeline(source: Callable, options: GraphOptions) -> object:
@@ -153,7 +139,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
-def test_tensors_are_dalis_own_memory_in_channels_last(dataset, watched, prefetch):
+def test_tensors_share_dalis_memory_in_channels_last_format(dataset, watched, prefetch):
     decoding = Decoding(crop=CROP, prefetch=prefetch)
     batches = list(train_loader(dataset, plan_of(dataset), range(8), decoding))
     assert len(watched) == 8
@@ -162,32 +148,32 @@ def test_tensors_are_dalis_own_memory_in_channels_last(dataset, watched, prefetc
         assert batch[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_that_are_held_stay_as_they_are(dataset, reference):
+def test_batches_that_are_kept_do_not_change(dataset, reference):
     held = list(train_loader(dataset, plan_of(dataset), range(8), DECODING, colour="code2012"))
-    assert_equal(held, reference)
+    assert_same_batches(held, reference)
 
 
 @pytest.mark.parametrize("world", [2, 3, 12])
-def test_ranks_see_together_what_one_alone_sees(dataset, reference, world):
+def test_all_ranks_together_get_the_batches_of_one_process(dataset, reference, world):
     ranks = [train(dataset, range(8), rank=rank, world=world) for rank in range(world)]
     together = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)]
-    assert_equal(together, reference)
+    assert_same_batches(together, reference)
 
 
 @pytest.mark.parametrize("start", [1, 4, 7])
 def test_a_run_may_begin_at_any_step(dataset, reference, start):
-    assert_equal(train(dataset, range(start, 8)), reference[start:])
+    assert_same_batches(train(dataset, range(start, 8)), reference[start:])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_neither_threads_nor_prefetching_change_anything(dataset, reference, threads, prefetch):
     decoding = Decoding(crop=CROP, threads=threads, prefetch=prefetch)
-    assert_equal(train(dataset, range(8), decoding), reference)
+    assert_same_batches(train(dataset, range(8), decoding), reference)
 
 
 def test_colour_ends_with_the_epoch_within_a_batch(dataset):
-    plan = plan_of(dataset, batch=16)  # of step 3, 12 images are of the first epoch and 4 of the second
+    plan = plan_of(dataset, batch=16)  # step 3 has 12 images of the first epoch and 4 of the second
     runs = {}
     for colour, epochs in (("code2012", 1), ("code2012", None), ("off", None)):
         loader = train_loader(dataset, plan, range(5), DECODING, colour=colour, colour_epochs=epochs)
@@ -204,25 +190,23 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_at_once(dataset):
 
 
 @pytest.fixture(params=["its beginning", "its second half"])
-def damaged(packed: Path, tmp_path: Path, request) -> tuple[Dataset, int, str]:
-    """A dataset with part of a sample overwritten, where opening does not look; its number and place."""
-    root = tmp_path / "data"
-    shutil.copytree(packed, root)
-    rows = Dataset(root).reader("train").rows
-    number = int(np.flatnonzero(rows["offset"] > 65536)[0])  # of the first shard: 40 samples and more follow
-    path, offset, size = root / "train-000000.tar", int(rows["offset"][number]), int(rows["size"][number])
+def damaged(packed_copy: Path, request) -> tuple[Dataset, int, str]:
+    """A dataset with a partly overwritten sample, which opening does not read; its number and location."""
+    path, rows = packed_copy / "train-000000.tar", Dataset(packed_copy).reader("train").rows
+    number = int(np.flatnonzero(rows["offset"] > 65536)[0])  # in the first shard; at least 40 samples follow
+    offset, size = int(rows["offset"][number]), int(rows["size"][number])
     content = bytearray(path.read_bytes())
     if request.param == "its beginning":
         content[offset : offset + 200] = bytes(200)
     else:
         content[offset + size // 2 : offset + size] = b"\xff" * (size - size // 2)
     path.write_bytes(content)
-    return Dataset(root), number, f"{path} at byte {offset}"
+    return Dataset(packed_copy), number, f"{path} at byte {offset}"
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
 @pytest.mark.parametrize("batch", [1, 5, 60])
-def test_a_damaged_sample_is_named_after_the_batches_before_it(damaged, batch, prefetch):
+def test_a_damaged_sample_is_named_after_the_preceding_batches(damaged, batch, prefetch):
     dataset, number, place = damaged
     loader = iter(evaluation_loader(dataset, "train", batch, Decoding(crop=CROP, prefetch=prefetch)))
     assert sum(len(labels) for _, labels in islice(loader, number // batch)) == number // batch * batch
@@ -238,14 +222,14 @@ def test_a_damaged_sample_ends_training(damaged):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("prefetch", [1, 4])
-def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
+def test_a_sample_that_is_left_out_is_replaced_by_the_next_one(
     dataset, damaged, world, prefetch, monkeypatch
 ):
     broken, number, place = damaged
     decoding = Decoding(crop=CROP, prefetch=prefetch)
     left_out: list[list[Damage]] = [[] for _ in range(world)]
     ours = [
-        train(broken, range(8), decoding, rank=rank, world=world, leave_out=left_out[rank].append)
+        train(broken, range(8), decoding, rank=rank, world=world, on_damage=left_out[rank].append)
         for rank in range(world)
     ]
     step_batch = Plan.step_batch
@@ -257,9 +241,9 @@ def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
 
     monkeypatch.setattr(Plan, "step_batch", of_the_next)
     for rank in range(world):
-        assert_equal(ours[rank], train(dataset, range(8), rank=rank, world=world))
+        assert_same_batches(ours[rank], train(dataset, range(8), rank=rank, world=world))
     places = [[damage.location for damage in damages] for damages in left_out]
-    assert [place] in places  # once, though it comes in both epochs
+    assert [place] in places  # once, although both epochs have it
     assert all(found in ([], [place]) for found in places)
 
 
@@ -267,23 +251,16 @@ def test_the_next_sample_trains_in_place_of_one_that_is_left_out(
 def test_a_sample_that_is_left_out_is_missing_from_an_evaluation(dataset, damaged, batch):
     broken, number, place = damaged
     left_out: list[Damage] = []
-    ours = [
-        (pixels.clone(), labels.clone())
-        for pixels, labels in evaluation_loader(broken, "train", batch, DECODING, leave_out=left_out.append)
-    ]
-    whole = [
-        (pixels.clone(), labels.clone())
-        for pixels, labels in evaluation_loader(dataset, "train", batch, DECODING)
-    ]
+    ours = copies(evaluation_loader(broken, "train", batch, DECODING, on_damage=left_out.append))
+    whole = copies(evaluation_loader(dataset, "train", batch, DECODING))
     others = [n for n in range(60) if n != number]
-    assert torch.equal(torch.cat([pixels for pixels, _ in ours]), torch.cat([p for p, _ in whole])[others])
-    assert torch.equal(torch.cat([labels for _, labels in ours]), torch.cat([n for _, n in whole])[others])
+    for part, expected in zip(zip(*ours, strict=True), zip(*whole, strict=True), strict=True):
+        assert torch.equal(torch.cat(part), torch.cat(expected)[others])
     assert [damage.location for damage in left_out] == [place]
 
 
-def test_a_dataset_of_which_nothing_can_be_decoded_is_an_error(packed, tmp_path):
-    root = Path(shutil.copytree(packed, tmp_path / "data"))
-    reader = Dataset(root).reader("val")
+def test_a_dataset_without_a_sound_sample_is_an_error(packed_copy):
+    root, reader = packed_copy, Dataset(packed_copy).reader("val")
     (shard,) = reader.split.shards
     with open(root / shard.file, "r+b") as file:
         for offset in reader.rows["offset"].tolist():
@@ -294,7 +271,7 @@ def test_a_dataset_of_which_nothing_can_be_decoded_is_an_error(packed, tmp_path)
     manifest["splits"]["val"]["shards"][0]["head_sha256"] = sha256(head).hexdigest()
     (root / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(DatasetError, match="does not begin like a JPEG"):
-        list(evaluation_loader(Dataset(root), "val", 4, DECODING, leave_out=lambda damage: None))
+        list(evaluation_loader(Dataset(root), "val", 4, DECODING, on_damage=lambda damage: None))
 
 
 def test_too_large_a_crop_is_refused_at_once(dataset):
@@ -310,7 +287,7 @@ def test_too_large_a_crop_is_refused_at_once(dataset):
             load(Decoding(crop=81))
 
 
-def test_a_synthetic_batch_is_like_a_real_one(reference):
+def test_a_synthetic_batch_has_the_form_of_a_real_one(reference):
     first, second = islice(synthetic_loader(12, 10, DECODING), 2)
     assert [t.data_ptr() for t in first] == [t.data_ptr() for t in second]
     for ours, real in zip(first, reference[0], strict=True):
@@ -323,11 +300,11 @@ def test_a_synthetic_batch_is_like_a_real_one(reference):
 @pytest.mark.parametrize("stays", [True, False])
 @pytest.mark.parametrize("batch", [12, 24, 60])
 def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypatch):
-    """Each the first time it comes, or each time if the dataset does not stay in memory."""
+    """Each is fetched before its first use, or before each use if the dataset does not stay in memory."""
     fetched: list[int] = []
     monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 20)
-    monkeypatch.setattr(ShardReader, "stays_in_memory", stays)
-    monkeypatch.setattr(ShardReader, "will_need", lambda self, numbers: fetched.extend(numbers.tolist()))
+    monkeypatch.setattr(ShardReader, "fits_in_page_cache", stays)
+    monkeypatch.setattr(ShardReader, "prefetch", lambda self, numbers: fetched.extend(numbers.tolist()))
     plan = plan_of(dataset, batch)
     used = 0
     for _, labels in train_loader(dataset, plan, range(120 // batch), DECODING):
@@ -340,7 +317,7 @@ def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypat
 
 
 def threads_of_dali() -> dict[str, set[int]]:
-    """Where the threads that decode may run, by their number."""
+    """Return the cores on which each decoding thread may run, by the ID of the thread."""
     return {
         task.name: os.sched_getaffinity(int(task.name))
         for task in Path("/proc/self/task").iterdir()
@@ -348,14 +325,14 @@ def threads_of_dali() -> dict[str, set[int]]:
     }
 
 
-@pytest.mark.parametrize("is_kept", [True, False])
-def test_each_thread_that_decodes_stays_on_its_core(packed, is_kept):
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_each_decoding_thread_stays_on_its_core(packed, is_bound):
     before, dataset = threads_of_dali(), Dataset(packed)
     allowed = os.sched_getaffinity(0)
     cores = tuple(sorted(allowed)[:2])
-    decoding = Decoding(crop=64, threads=len(cores), cores=cores if is_kept else ())
+    decoding = Decoding(crop=64, threads=len(cores), cores=cores if is_bound else ())
     loader = train_loader(dataset, plan_of(dataset), range(2), decoding)
     next(loader)
     found = [where for thread, where in threads_of_dali().items() if thread not in before]
-    expected = [{core} for core in cores] if is_kept else [allowed] * len(cores)
+    expected = [{core} for core in cores] if is_bound else [allowed] * len(cores)
     assert sorted(found, key=sorted) == expected

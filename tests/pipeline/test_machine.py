@@ -1,4 +1,4 @@
-"""CPUs and memory as containers and groups allow them, in trees like /proc and /sys, and for real."""
+"""CPUs and memory are limited by control groups, in trees like /proc and /sys and on the real system."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.machine import cores, cpus, memory_bytes
+from tests.trees import write
 
 GROUPS = Path("/sys/fs/cgroup/cpu")
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -19,12 +20,16 @@ def _many_cores(monkeypatch):
 
 
 def tree(root: Path, groups: str, files: dict[str, str]) -> Path:
-    """A root whose process is in these groups, with these limits."""
-    for name, content in {"proc/self/cgroup": groups, **files}.items():
-        path = root / (name if name.startswith("proc") else f"sys/fs/cgroup/{name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content + "\n")
+    """Write a root folder whose process is in these control groups, with these limits."""
+    write(root / "proc/self/cgroup", f"{groups}\n")
+    for name, content in files.items():
+        write(root / "sys/fs/cgroup" / name, f"{content}\n")
     return root
+
+
+def version_1(group: str, quota: str, period: str) -> dict[str, str]:
+    """Return the files of a control group of version 1."""
+    return {f"{group}/cpu.cfs_quota_us": quota, f"{group}/cpu.cfs_period_us": period}
 
 
 POD = "0::/kubepods/pod1/container"
@@ -32,48 +37,36 @@ V1 = "5:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n1:name=systemd:/docker/ab
 CPUS = {
     "no groups at all": ("", {}, 32),
     "no limit": ("0::/", {"cpu.max": "max 100000"}, 32),
-    "two": ("0::/", {"cpu.max": "200000 100000"}, 2),
+    "two CPUs": ("0::/", {"cpu.max": "200000 100000"}, 2),
     "another period": ("0::/", {"cpu.max": "100000 25000"}, 4),
     "without a period": ("0::/", {"cpu.max": "300000"}, 3),
-    "one and a half": ("0::/", {"cpu.max": "150000 100000"}, 2),
-    "a fifth": ("0::/", {"cpu.max": "20000 100000"}, 1),
+    "one and a half CPUs": ("0::/", {"cpu.max": "150000 100000"}, 2),
+    "a fifth of a CPU": ("0::/", {"cpu.max": "20000 100000"}, 1),
     "more than there are": ("0::/", {"cpu.max": "9000000 100000"}, 32),
-    "own group": (POD, {"kubepods/pod1/container/cpu.max": "200000 100000"}, 2),
-    "a group around it": (POD, {"kubepods/pod1/cpu.max": "200000 100000"}, 2),
-    "the least of all": (
-        POD,
-        {"kubepods/cpu.max": "300000 100000", "kubepods/pod1/container/cpu.max": "800000 100000"},
-        3,
-    ),
+    "the own group": (POD, {"kubepods/pod1/container/cpu.max": "200000 100000"}, 2),
+    "an outer group": (POD, {"kubepods/pod1/cpu.max": "200000 100000"}, 2),
+    "the least of all": (POD, {"kubepods/cpu.max": "300000", "kubepods/pod1/container/cpu.max": "800000"}, 3),
     "a container that sees its own group as the root": (POD, {"cpu.max": "200000 100000"}, 2),
     "a group outside of the container's": ("0::/../other", {"cpu.max": "200000 100000"}, 2),
     "another's group": (POD, {"kubepods/pod2/cpu.max": "200000 100000"}, 32),
     "version 2 beside version 1": ("0::/a\n" + V1, {"unified/a/cpu.max": "200000 100000"}, 2),
-    "version 1": (
-        V1,
-        {"cpu/docker/abc/cpu.cfs_quota_us": "200000", "cpu/docker/abc/cpu.cfs_period_us": "100000"},
-        2,
-    ),
+    "version 1": (V1, version_1("cpu/docker/abc", "200000", "100000"), 2),
     "version 1 under both names": (V1, {"cpu,cpuacct/docker/abc/cpu.cfs_quota_us": "200000"}, 2),
-    "version 1 with another period": (
-        V1,
-        {"cpu/docker/cpu.cfs_quota_us": "200000", "cpu/docker/cpu.cfs_period_us": "50000"},
-        4,
-    ),
+    "version 1 with another period": (V1, version_1("cpu/docker", "200000", "50000"), 4),
     "version 1 in a container": (V1, {"cpu/cpu.cfs_quota_us": "50000"}, 1),
     "version 1 without a quota": (V1, {"cpu/docker/abc/cpu.cfs_quota_us": "-1"}, 32),
     "nonsense": ("0::/\n:::\nx", {"cpu.max": "many 0"}, 32),
     "an empty file": ("0::/", {"cpu.max": ""}, 32),
-    "a period of nothing": ("0::/", {"cpu.max": "200000 0"}, 2),
+    "a period of zero": ("0::/", {"cpu.max": "200000 0"}, 2),
 }
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), CPUS.values(), ids=CPUS)
-def test_cpus(tmp_path, groups, files, expected):
+def test_the_number_of_cpus_is_limited_by_the_quota(tmp_path, groups, files, expected):
     assert cpus(tree(tmp_path, groups, files)) == expected
 
 
-def test_fewer_cpus_than_the_quota(tmp_path, monkeypatch):
+def test_the_number_of_cpus_is_limited_by_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert cpus(tree(tmp_path, "0::/", {"cpu.max": "200000 100000"})) == 1
 
@@ -83,7 +76,7 @@ LIMITS = {
     "no groups at all": ("", {}, MEMORY),
     "no limit": ("0::/", {"memory.max": "max"}, MEMORY),
     "one": ("0::/", {"memory.max": f"{GIB}"}, GIB),
-    "a group around it": (POD, {"kubepods/memory.max": f"{GIB}", f"{POD[4:]}/memory.max": "max"}, GIB),
+    "an outer group": (POD, {"kubepods/memory.max": f"{GIB}", f"{POD[4:]}/memory.max": "max"}, GIB),
     "version 1": (V1, {"memory/docker/abc/memory.limit_in_bytes": f"{GIB}"}, GIB),
     "version 1 without one": (V1, {"memory/memory.limit_in_bytes": "9223372036854771712"}, MEMORY),
     "version 1 in a container": (V1, {"memory/memory.limit_in_bytes": f"{GIB}"}, GIB),
@@ -91,32 +84,30 @@ LIMITS = {
 
 
 @pytest.mark.parametrize(("groups", "files", "expected"), LIMITS.values(), ids=LIMITS)
-def test_memory(tmp_path, groups, files, expected):
+def test_the_memory_is_limited_by_the_control_group(tmp_path, groups, files, expected):
     assert memory_bytes(tree(tmp_path, groups, files)) == expected
 
 
 @pytest.fixture
 def half_a_cpu():
-    """A real group with a quota, nested, of version 1."""
+    """A real control group of version 1 within one that has a quota of half a CPU."""
     outer, inner = GROUPS / f"test-{os.getpid()}", GROUPS / f"test-{os.getpid()}/inner"
     try:
         inner.mkdir(parents=True)
         (outer / "cpu.cfs_quota_us").write_text("50000")
     except OSError as error:
-        pytest.skip(f"no group can be made here: {error}")
+        pytest.skip(f"this system lets no control group be made: {error}")
     yield inner
     inner.rmdir()
     outer.rmdir()
 
 
-def test_a_real_group(half_a_cpu):
-    code = (
-        f"open('{half_a_cpu}/cgroup.procs', 'w').write('0')\nfrom pipeline.machine import cpus\nprint(cpus())"
-    )
+def test_the_quota_of_a_real_control_group_is_found(half_a_cpu):
+    code = f"open('{half_a_cpu}/cgroup.procs', 'w').write('0'); import pipeline.machine as m; print(m.cpus())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1\n"
 
 
 @pytest.mark.parametrize(("quota", "expected"), [("max", (3, 8, 20)), ("300000", (3, 8, 20)), ("200000", ())])
-def test_cores_have_numbers_unless_a_quota_is_less(tmp_path, monkeypatch, quota, expected):
+def test_cores_are_numbered_unless_the_quota_is_smaller(tmp_path, monkeypatch, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 3, 8})
     assert cores(tree(tmp_path, "0::/", {"cpu.max": f"{quota} 100000"})) == expected

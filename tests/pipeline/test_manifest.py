@@ -1,4 +1,4 @@
-"""dataset.json: written whole, read back equal, and refused with advice where it cannot be used."""
+"""dataset.json is written whole, read back equal, and refused with advice if it cannot be used."""
 
 import json
 import re
@@ -49,22 +49,18 @@ def refusal(root: Path) -> str:
     return str(caught.value)
 
 
-def test_what_is_written_is_read_back(manifest, tmp_path):
+def test_a_manifest_is_read_back_equal_and_rewritten_byte_for_byte(manifest, tmp_path):
     write_manifest(tmp_path, manifest)
     again = read_manifest(tmp_path)
     assert again == manifest
     assert again.fingerprint == manifest.fingerprint
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
-
-
-def test_the_same_manifest_gives_the_same_bytes(manifest, tmp_path):
-    write_manifest(tmp_path, manifest)
     first = (tmp_path / "dataset.json").read_bytes()
-    write_manifest(tmp_path, read_manifest(tmp_path))
+    write_manifest(tmp_path, again)
     assert (tmp_path / "dataset.json").read_bytes() == first
 
 
-def test_fields_of_later_versions_are_left_alone(manifest, tmp_path):
+def test_unknown_fields_of_later_versions_are_ignored(manifest, tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(manifest.model_dump() | {"licence": "CC0"}))
     assert read_manifest(tmp_path) == manifest
 
@@ -75,19 +71,14 @@ def test_splits_are_found_by_name(manifest):
         manifest.split("test")
 
 
-def test_an_absent_folder(tmp_path):
-    message = refusal(tmp_path / "none")
-    assert f"no dataset at {tmp_path / 'none'}: the folder does not exist" in message
-    assert f"alexnet-train make-shards --input IMAGES --out {tmp_path / 'none'}" in message
+@pytest.mark.parametrize(("name", "reason"), [("none", "does not exist"), (".", "has no dataset.json")])
+def test_the_command_that_packs_is_named_if_there_is_no_dataset(tmp_path, name, reason):
+    message = refusal(tmp_path / name)
+    assert f"no dataset at {tmp_path / name}: the folder {reason}" in message
+    assert f"alexnet-train make-shards --input IMAGES --out {tmp_path / name}" in message
 
 
-def test_a_folder_without_a_manifest(tmp_path):
-    message = refusal(tmp_path)
-    assert f"no dataset at {tmp_path}: the folder has no dataset.json" in message
-    assert f"alexnet-train make-shards --input IMAGES --out {tmp_path}" in message
-
-
-def test_a_newer_format(manifest, tmp_path):
+def test_a_newer_format_asks_for_an_upgrade(manifest, tmp_path):
     content = manifest.model_dump() | {"format": 2, "size": "of another kind"}
     (tmp_path / "dataset.json").write_text(json.dumps(content))
     message = refusal(tmp_path)
@@ -95,25 +86,21 @@ def test_a_newer_format(manifest, tmp_path):
     assert "upgrade alexnet-train" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"<html>", b'"\xff"', b'{"format": 1, '])
-def test_what_is_not_json(content, tmp_path):
+NOT_JSON = dict.fromkeys([b"", b"{", b"<html>", b'"\xff"', b'{"format": 1, '], "valid JSON")
+OTHER_JSON = dict.fromkeys([b"[]", b"3", b"null", b"{}"], "a valid dataset.json")
+
+
+@pytest.mark.parametrize(("content", "expected"), (NOT_JSON | OTHER_JSON).items())
+def test_other_content_is_refused_with_advice_to_pack_again(content, expected, tmp_path):
     (tmp_path / "dataset.json").write_bytes(content)
     message = refusal(tmp_path)
-    assert f"{tmp_path / 'dataset.json'} is not valid JSON" in message
+    assert f"{tmp_path / 'dataset.json'} is not {expected}" in message
     assert "Pack the dataset again" in message
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "null", "{}"])
-def test_json_of_something_else(content, tmp_path):
-    (tmp_path / "dataset.json").write_text(content)
-    message = refusal(tmp_path)
-    assert f"{tmp_path / 'dataset.json'} is not a valid dataset.json" in message
-    assert "Pack the dataset again" in message
-
-
-def test_a_file_that_would_fill_the_memory(tmp_path):
+def test_a_huge_file_is_refused(tmp_path):
     with open(tmp_path / "dataset.json", "wb") as file:
-        file.truncate(MAX_BYTES + 1)  # a hole, which takes no disk
+        file.truncate(MAX_BYTES + 1)  # sparse, so it takes no disk space
     assert "so it is not a dataset.json" in refusal(tmp_path)
 
 
@@ -150,20 +137,20 @@ def test_a_wrong_field_is_named(field, manifest, tmp_path):
 
 
 def changed_leaves(value: Any, key: str = "") -> Iterator[Any]:
-    """The value with one leaf changed at a time to another that is valid in its place."""
+    """Yield the value with one leaf at a time replaced by another valid one."""
     if isinstance(value, dict):
         for k, inner in value.items():
             yield from (value | {k: other} for other in changed_leaves(inner, k))
     elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from ([*value[:place], other, *value[place + 1 :]] for other in changed_leaves(inner))
+        for n, inner in enumerate(value):
+            yield from ([*value[:n], other, *value[n + 1 :]] for other in changed_leaves(inner))
     elif key == "geometry":
         yield "original"
-    elif key != "format":  # of which there is but one
+    elif key != "format":  # which has only one valid value
         yield value + "x" if isinstance(value, str) else value + 1
 
 
-def test_any_difference_is_another_fingerprint(manifest):
+def test_every_change_of_a_manifest_changes_its_fingerprint(manifest):
     content = json.loads(json.dumps(manifest.model_dump()))
     fingerprints = [Manifest.model_validate(other).fingerprint for other in changed_leaves(content)]
     assert len(fingerprints) > 30

@@ -1,4 +1,4 @@
-"""The order of samples: each once an epoch, whatever the ranks, the windows and where a run resumes."""
+"""Each sample comes once per epoch, with any number of ranks, any window, and wherever a run resumes."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def joined(batches: list[RankBatch]) -> dict[str, np.ndarray]:
-    """The fields of batches in a row."""
+    """Return the fields of consecutive batches, concatenated."""
     fields = {"samples": [b.samples for b in batches], "epoch": [b.epoch for b in batches]}
     for name in ("uniform", "mirror", "normal"):
         fields[name] = [getattr(b.draws, name) for b in batches]
@@ -30,30 +30,32 @@ def joined(batches: list[RankBatch]) -> dict[str, np.ndarray]:
 
 
 def assert_equal(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Bit for bit."""
     for name, values in expected.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
 @given(plans(), st.integers(1, 3))
-def test_each_sample_comes_once_an_epoch(plan, epochs):
+def test_each_sample_comes_once_an_epoch_with_the_order_and_draws_of_that_epoch(plan, epochs):
     run = joined([plan.step_batch(step) for step in range(plan.steps(epochs))])
     for epoch in range(epochs):
         part = slice(epoch * plan.samples, (epoch + 1) * plan.samples)
         assert (run["epoch"][part] == epoch).all()
         assert sorted(run["samples"][part]) == list(range(plan.samples))
+        order = epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
+        expected = {"samples": order, **vars(draws(plan.seed, epoch, 0, plan.samples))}
+        assert_equal({name: run[name][part] for name in expected}, expected)
     assert (run["epoch"][epochs * plan.samples :] >= epochs).all()
 
 
 @given(plans(), st.integers(0, 5))
-def test_steps_are_as_few_as_cover_the_epochs(plan, epochs):
+def test_a_plan_has_the_fewest_steps_that_cover_its_epochs(plan, epochs):
     steps, images = plan.steps(epochs), epochs * plan.samples
     assert steps * plan.batch >= images
     assert (steps - 1) * plan.batch < images
 
 
 @given(st.data(), plans(), st.integers(0, 20))
-def test_ranks_take_the_parts_of_what_one_alone_takes(data, plan, step):
+def test_ranks_divide_the_batch_of_a_single_process(data, plan, step):
     world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
     parts = [plan.step_batch(step, rank, world) for rank in range(world)]
     assert {len(part.samples) for part in parts} == {plan.batch // world}
@@ -61,7 +63,7 @@ def test_ranks_take_the_parts_of_what_one_alone_takes(data, plan, step):
 
 
 @given(st.data(), plans(), st.integers(0, 20), st.integers(1, 5))
-def test_several_steps_at_a_time_are_those_steps_one_after_the_other(data, plan, step, steps):
+def test_several_steps_at_once_equal_the_single_steps(data, plan, step, steps):
     world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
     for rank in range(world):
         singles = [plan.step_batch(single, rank, world) for single in range(step, step + steps)]
@@ -76,28 +78,18 @@ def test_a_world_that_does_not_divide_the_batch_is_refused(plan, world):
 
 
 @pytest.mark.parametrize("batch", [0, -8])
-def test_a_batch_of_nothing_is_refused(batch):
+def test_a_batch_without_images_is_refused(batch):
     with pytest.raises(ValueError, match=f"the batch must have 1 image or more, not {batch}$"):
         Plan(seed=0, batch=batch, shard_samples=(3,))
 
 
-@given(plans(), st.integers(1, 3))
-def test_an_epoch_has_an_order_and_draws_of_its_own(plan, epochs):
-    run = joined([plan.step_batch(step) for step in range(plan.steps(epochs))])
-    for epoch in range(epochs):
-        part = slice(epoch * plan.samples, (epoch + 1) * plan.samples)
-        order = epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
-        expected = {"samples": order, **vars(draws(plan.seed, epoch, 0, plan.samples))}
-        assert_equal({name: run[name][part] for name in expected}, expected)
-
-
 @given(plans(), st.lists(st.integers(0, 5), min_size=8, max_size=12))
-def test_a_step_does_not_depend_on_those_before_it(plan, steps):
+def test_a_step_does_not_depend_on_earlier_steps(plan, steps):
     forwards = {step: joined([plan.step_batch(step)]) for step in range(6)}
     for step in steps:
         batch = plan.step_batch(step)
         assert_equal(joined([batch]), forwards[step])
-        batch.samples[:] = -1  # a caller's own: the next to ask gets the plan's numbers
+        batch.samples[:] = -1  # which must not change the plan
 
 
 @given(plans(), st.integers(0, 30))
@@ -109,7 +101,7 @@ def test_a_position_has_the_same_image_and_draws_in_batches_of_any_size(plan, st
 
 
 @given(seeds, st.integers(0, 9), st.integers(0, 99), st.integers(1, 20))
-def test_draws_from_the_middle_are_those_of_the_whole_epoch(seed, epoch, start, count):
+def test_draws_of_a_part_equal_those_of_the_whole_epoch(seed, epoch, start, count):
     part, whole = draws(seed, epoch, start, count), draws(seed, epoch, 0, 120)
     for name in ("uniform", "mirror", "normal"):
         np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[start : start + count])
@@ -126,25 +118,11 @@ def test_seeds_and_epochs_differ(seed, epoch, window):
         assert (draws(seed, epoch, 0, 5).normal != draws(*numbers, 0, 5).normal).all()
 
 
-@given(seeds, layouts, st.integers(1, 9))
-def test_samples_mix_within_windows_of_shards_alone(seed, layout, window):
-    order = epoch_order(seed, 0, layout, window)
-    shard = np.repeat(range(len(layout)), layout)[order]
-    in_order_of_appearance = list(dict.fromkeys(shard.tolist()))
-    start = 0
-    for first in range(0, len(layout), window):
-        together = in_order_of_appearance[first : first + window]
-        end = start + sum(layout[number] for number in together)
-        assert set(shard[start:end]) == set(together)
-        start = end
-    assert sorted(order) == list(range(sum(layout)))
-
-
 def test_both_shards_and_samples_are_shuffled_in_windows():
     layout, window, samples = [50] * 8, 2, 100
     orders = np.array([epoch_order(0, epoch, layout, window) for epoch in range(40)])
     first = orders[:, :samples] // 50
-    # Two of the eight shards open an epoch; that one never does in 40 has a chance below 8 · .75^40 < 1e-4.
+    # Two of eight shards begin an epoch; the chance that any never does so in 40 is below 8 · .75^40 < 1e-4.
     assert set(first.ravel()) == set(range(8))
     # In a window, 50 of 99 neighbours come from different shards, within five standard errors.
     changes = (first[:, 1:] != first[:, :-1]).mean()
@@ -152,8 +130,8 @@ def test_both_shards_and_samples_are_shuffled_in_windows():
 
 
 @given(seeds, st.integers(0, 9), layouts, st.integers(0, 9))
-def test_the_order_is_that_of_random_words_within_windows(seed, epoch, layout, window):
-    """One for each shard, then one for each sample: windows go by the former, their order by the latter."""
+def test_samples_are_sorted_by_random_words_within_windows_of_shards(seed, epoch, layout, window):
+    """The first words are those of the shards, which form the windows; each sample follows with its own."""
     key = np.random.SeedSequence((seed, epoch, 0)).generate_state(2, np.uint64)
     words = np.random.Philox(key=key).random_raw(len(layout) + sum(layout)).tolist()
     by_word = sorted(range(len(layout)), key=lambda shard: words[shard])
@@ -165,14 +143,7 @@ def test_the_order_is_that_of_random_words_within_windows(seed, epoch, layout, w
     assert epoch_order(seed, epoch, layout, window).tolist() == expected
 
 
-@given(seeds, layouts, st.integers(0, 5))
-def test_a_window_of_all_shards_is_a_global_shuffle(seed, layout, more):
-    everything = epoch_order(seed, 0, layout, 0)
-    np.testing.assert_array_equal(epoch_order(seed, 0, layout, len(layout) + more), everything)
-    assert sorted(everything) == list(range(sum(layout)))
-
-
-def test_a_global_shuffle_brings_each_sample_anywhere():
+def test_a_global_shuffle_is_uniform():
     samples, epochs = 20, 4000
     places = np.argsort([epoch_order(1, epoch, [5, 1, 14]) for epoch in range(epochs)], axis=1)
     counts = np.array([np.bincount(places[:, sample], minlength=samples) for sample in range(samples)])

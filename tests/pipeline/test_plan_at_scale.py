@@ -1,4 +1,4 @@
-"""The plan of a run on 512 GPUs over ImageNet's train set: who reads what, without any of them."""
+"""The plan of a run on 512 GPUs over ImageNet's training set, which needs no GPU."""
 
 import numpy as np
 import pytest
@@ -7,18 +7,18 @@ from pipeline.plan import Plan
 
 SAMPLES, SHARDS, WORLD = 1_281_167, 1_282, 512
 WHOLE, REST = divmod(SAMPLES, SHARDS)
-LAYOUT = (WHOLE + 1,) * REST + (WHOLE,) * (SHARDS - REST)  # as equal as they can be, of 1,000 at most
+LAYOUT = (WHOLE + 1,) * REST + (WHOLE,) * (SHARDS - REST)  # equal parts of at most 1,000 samples
 SHARD_OF = np.repeat(np.arange(SHARDS), LAYOUT)
 WINDOW = 16  # shards
 
 
 def parts(plan: Plan, step: int, world: int) -> list[np.ndarray]:
-    """What each rank takes in a step."""
+    """Return the samples of each rank in a step."""
     return [plan.step_samples(step, rank, world) for rank in range(world)]
 
 
 @pytest.mark.parametrize("window", [0, WINDOW])
-def test_512_ranks_take_each_sample_once_an_epoch_and_equally_many_in_each_step(window):
+def test_512_ranks_share_each_step_equally_and_take_each_sample_once_an_epoch(window):
     plan = Plan(seed=0, batch=32_768, shard_samples=LAYOUT, window=window)
     steps = [parts(plan, step, WORLD) for step in range(plan.steps(epochs=1))]
     assert {len(part) for step in steps for part in step} == {32_768 // WORLD}
@@ -28,16 +28,16 @@ def test_512_ranks_take_each_sample_once_an_epoch_and_equally_many_in_each_step(
 
 @pytest.mark.parametrize("window", [0, WINDOW])
 @pytest.mark.parametrize("batch", [1_024, 32_768])
-def test_512_ranks_go_through_the_order_of_1_and_of_8(batch, window):
+def test_512_ranks_follow_the_order_of_1_rank_and_of_8(batch, window):
     plan = Plan(seed=0, batch=batch, shard_samples=LAYOUT, window=window)
-    last = plan.steps(epochs=1) - 1  # goes on into the next epoch
+    last = plan.steps(epochs=1) - 1  # which continues into the next epoch
     for step in (0, 1, last // 2, last):
         [alone] = parts(plan, step, 1)
         np.testing.assert_array_equal(np.concatenate(parts(plan, step, 8)), alone)
         np.testing.assert_array_equal(np.concatenate(parts(plan, step, WORLD)), alone)
 
 
-def test_1024_images_a_step_on_512_ranks_still_cover_the_epoch():
+def test_512_ranks_with_2_images_each_cover_the_epoch():
     plan = Plan(seed=0, batch=1_024, shard_samples=LAYOUT)
     taken = np.concatenate([plan.step_samples(step) for step in range(plan.steps(epochs=1))])
     assert (np.bincount(taken[:SAMPLES], minlength=SAMPLES) == 1).all()
@@ -47,7 +47,7 @@ def test_1024_images_a_step_on_512_ranks_still_cover_the_epoch():
 def test_a_window_bounds_the_shards_that_a_rank_reads_in_a_step():
     plan = Plan(seed=0, batch=32_768, shard_samples=LAYOUT, window=WINDOW)
     shards = [len(np.unique(SHARD_OF[part])) for part in parts(plan, 0, WORLD)]
-    assert max(shards) <= 2 * WINDOW  # where a window ends within the rank's images
+    assert max(shards) <= 2 * WINDOW  # if a window ends within the rank's images
     everywhere = Plan(seed=0, batch=32_768, shard_samples=LAYOUT)
     spread = [len(np.unique(SHARD_OF[part])) for part in parts(everywhere, 0, WORLD)]
-    assert min(spread) > 2 * WINDOW  # 64 images of 1,282 shards: 62 or so
+    assert min(spread) > 2 * WINDOW  # about 62 for 64 images of 1,282 shards

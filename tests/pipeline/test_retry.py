@@ -1,4 +1,4 @@
-"""Which errors are a file's own and which are tried again, for how long."""
+"""Errors that concern one file are raised; errors of the storage or the process are retried for a while."""
 
 import errno
 import os
@@ -6,42 +6,13 @@ import time
 
 import pytest
 
-from pipeline.retry import PAUSES, is_outage, patiently
+from pipeline.retry import PAUSES, is_outage, with_retries
 
-FILE = [
-    "ENOENT",
-    "ENOTDIR",
-    "EISDIR",
-    "EACCES",
-    "EPERM",
-    "ELOOP",
-    "ENAMETOOLONG",
-    "EIO",
-    "EUCLEAN",
-    "EBADMSG",
-]
-OUTAGES = [
-    "ESTALE",
-    "ENOTCONN",
-    "EMFILE",
-    "ENFILE",
-    "ENOMEM",
-    "ETIMEDOUT",
-    "EHOSTDOWN",
-    "EHOSTUNREACH",
-    "EAGAIN",
-]
-OUTAGES += [
-    "EINTR",
-    "ENETUNREACH",
-    "ENETDOWN",
-    "ECONNRESET",
-    "ECONNABORTED",
-    "ECONNREFUSED",
-    "EBUSY",
-    "ESHUTDOWN",
-]
-OUTAGES += ["EREMOTEIO", "ENOLINK", "EPIPE", "EDQUOT", "ENOSPC", "EINVAL", "EBADF"]
+OF_A_FILE = ["ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG"]
+OF_A_FILE += ["EIO", "EUCLEAN", "EBADMSG"]
+OUTAGES = ["ESTALE", "ENOTCONN", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH"]
+OUTAGES += ["EAGAIN", "EINTR", "ENETUNREACH", "ENETDOWN", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED"]
+OUTAGES += ["EBUSY", "ESHUTDOWN", "EREMOTEIO", "ENOLINK", "EPIPE", "EDQUOT", "ENOSPC", "EINVAL", "EBADF"]
 
 
 def failure(name: str) -> OSError:
@@ -49,7 +20,7 @@ def failure(name: str) -> OSError:
 
 
 class Storage:
-    """Fails so many times. said: what people were told. slept: seconds."""
+    """A file whose first reads fail. said: the reported lines. slept: the pauses in seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: OSError, failures: int):
         self.error, self.failures = error, failures
@@ -65,42 +36,37 @@ class Storage:
         return b"content"
 
 
-@pytest.mark.parametrize("name", FILE)
-def test_errors_of_a_file(name):
-    assert not is_outage(failure(name))
+@pytest.mark.parametrize("name", OF_A_FILE + OUTAGES)
+def test_only_errors_of_the_storage_or_the_process_are_outages(name):
+    assert is_outage(failure(name)) == (name in OUTAGES)
 
 
-@pytest.mark.parametrize("name", OUTAGES)
-def test_errors_of_the_storage_or_the_process(name):
-    assert is_outage(failure(name))
-
-
-def test_errors_of_urls_have_no_number():
+def test_errors_of_urls_are_classified_by_their_type():
     assert not is_outage(FileNotFoundError("s3://bucket/file"))
     assert not is_outage(PermissionError("Access Denied"))
     assert is_outage(OSError("the server went away"))
 
 
 @pytest.mark.parametrize("name", OUTAGES)
-def test_what_passes_is_waited_for_and_said_once(monkeypatch, name):
+def test_a_passing_error_is_retried_and_reported_once(monkeypatch, name):
     storage = Storage(monkeypatch, failure(name), failures=3)
-    assert patiently(storage.read, storage.said.append) == b"content"
+    assert with_retries(storage.read, storage.said.append) == b"content"
     assert storage.slept == list(PAUSES[:3])
     (line,) = storage.said
     assert line.startswith(f"/mnt/file: {os.strerror(getattr(errno, name))}: retrying for")
 
 
-def test_what_stays_is_raised_after_all_pauses(monkeypatch):
+def test_a_lasting_error_is_raised_after_all_pauses(monkeypatch):
     storage = Storage(monkeypatch, failure("ESTALE"), failures=100)
     with pytest.raises(OSError, match="/mnt/file"):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert storage.slept == list(PAUSES)
 
 
-def test_an_input_error_is_given_less_time(monkeypatch):
+def test_an_input_error_is_retried_for_less_time(monkeypatch):
     storage = Storage(monkeypatch, failure("EIO"), failures=100)
     with pytest.raises(OSError, match="/mnt/file"):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert storage.attempts == 3
     assert sum(storage.slept) < 1
 
@@ -109,8 +75,8 @@ def test_an_input_error_is_given_less_time(monkeypatch):
     "error",
     [failure("ENOENT"), failure("EACCES"), OSError("a library has tried"), FileNotFoundError("s3://a")],
 )
-def test_what_does_not_pass_is_raised_at_once(monkeypatch, error):
+def test_an_error_that_cannot_pass_is_raised_at_once(monkeypatch, error):
     storage = Storage(monkeypatch, error, failures=100)
     with pytest.raises(type(error)):
-        patiently(storage.read, storage.said.append)
+        with_retries(storage.read, storage.said.append)
     assert (storage.attempts, storage.slept, storage.said) == (1, [], [])

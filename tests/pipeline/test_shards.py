@@ -1,4 +1,4 @@
-"""Shards: plain tars that tarfile, webdataset and DALI read, and that are refused when damaged."""
+"""Shards are plain tars that tarfile, webdataset and DALI read, and are refused if they are damaged."""
 
 import hashlib
 import os
@@ -16,12 +16,11 @@ from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read
 from pipeline.reader import ShardReader
 from pipeline.shards import INDEX_DTYPE, Sample, write_index, write_shard
 from tests.helpers import wait_until
-
-SPLITS = ("train", "val")
+from tests.trees import contents
 
 
 def noise(seed: int, count: int) -> list[Sample]:
-    """Samples of 8 kB: a dozen are more than the 64 KiB that are hashed at opening."""
+    """Return samples of 8 kB; a dozen exceed the 64 KiB that are hashed at opening."""
     rng = np.random.default_rng(seed)
     return [
         Sample(f"{key:09d}", rng.bytes(8000 + 37 * key), int(rng.integers(10)), 80 + key, 80)
@@ -30,7 +29,7 @@ def noise(seed: int, count: int) -> list[Sample]:
 
 
 def written(root: Path, *parts: list[Sample]) -> Manifest:
-    """A dataset of one split whose shards are the parts."""
+    """Write a dataset of one split, with a shard for each part."""
     shards, rows = [], []
     for number, part in enumerate(parts):
         shard, part_rows = write_shard(root / f"train-{number:06d}.tar", part)
@@ -61,11 +60,11 @@ def with_index(root: Path, shards: list, rows: np.ndarray) -> Manifest:
 
 
 def everything_in(reader: ShardReader) -> list[tuple[bytes, int]]:
-    """JPEG bytes and label of each sample, in order."""
+    """Return the JPEG bytes and label of each sample, in order."""
     return [(reader.jpeg(n).tobytes(), int(reader.rows["label"][n])) for n in range(len(reader))]
 
 
-def test_samples_come_back_as_they_were_written(tmp_path):
+def test_samples_are_read_as_they_were_written(tmp_path):
     parts = [noise(0, 3), noise(1, 1), noise(2, 12)]
     reader = ShardReader(tmp_path, written(tmp_path, *parts), "train")
     everything = [(shard, sample) for shard, part in enumerate(parts) for sample in part]
@@ -75,11 +74,11 @@ def test_samples_come_back_as_they_were_written(tmp_path):
         assert jpeg.tobytes() == sample.jpeg
         assert (row["label"], row["width"], row["height"]) == (sample.label, sample.width, sample.height)
         path = tmp_path / f"train-{shard:06d}.tar"
-        assert reader.name(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
+        assert reader.location(number) == f"{path} at byte {path.read_bytes().index(sample.jpeg)}"
         assert reader.key(number) == sample.key
 
 
-def test_the_record_describes_the_file(tmp_path):
+def test_the_manifests_entry_describes_the_shard(tmp_path):
     samples = noise(0, 12)
     shard, rows = write_shard(tmp_path / "train-000000.tar", samples)
     content = (tmp_path / "train-000000.tar").read_bytes()
@@ -90,17 +89,16 @@ def test_the_record_describes_the_file(tmp_path):
 
 
 def test_the_same_samples_give_the_same_bytes(tmp_path):
-    contents = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         written(tmp_path / name, noise(0, 3), noise(1, 2))
-        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert contents[0] == contents[1]
+    files = contents(tmp_path / "first")
+    assert contents(tmp_path / "second") == files
     tars = {f"train-00000{n}.{kind}" for n in (0, 1) for kind in ("tar", "idx")}
-    assert set(contents[0]) == tars | {"train.index.npy"}  # and nothing under a partial name
+    assert files.keys() == tars | {"train.index.npy"}  # and no partial file
 
 
-def test_no_samples_make_no_shard(tmp_path):
+def test_without_samples_no_shard_is_written(tmp_path):
     shard, rows = write_shard(tmp_path / "train-000000.tar", [])
     assert shard is None
     assert rows.dtype == INDEX_DTYPE
@@ -108,7 +106,7 @@ def test_no_samples_make_no_shard(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_on_the_way_leaves_nothing(tmp_path):
+def test_an_error_among_the_samples_leaves_no_file(tmp_path):
     def samples() -> Iterator[Sample]:
         yield from noise(0, 2)
         raise OSError("the third cannot be had")
@@ -118,9 +116,13 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_tarfile_reads_it(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+@pytest.fixture(params=["train", "val"])
+def reader(packed: Path, request: pytest.FixtureRequest) -> ShardReader:
+    """A reader of each split of the packed pictures."""
+    return ShardReader(packed, read_manifest(packed), request.param)
+
+
+def test_tarfile_reads_shards(packed, reader):
     found = []
     for shard in reader.split.shards:
         with tarfile.open(packed / shard.file) as tar:
@@ -135,30 +137,26 @@ def test_tarfile_reads_it(packed, split):
     assert found == everything_in(reader)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_webdataset_reads_it(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+def test_webdataset_reads_shards(packed, reader):
     urls = [str(packed / shard.file) for shard in reader.split.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [(sample["jpg"], int(sample["cls"])) for sample in samples] == everything_in(reader)
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(len(samples))]
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_dali_reads_it_with_our_index(packed, split):
-    reader = ShardReader(packed, read_manifest(packed), split)
+def test_dali_reads_shards_with_our_index(packed, reader):
     tars = [packed / shard.file for shard in reader.split.shards]
 
     @pipeline_def(batch_size=len(reader), num_threads=1, device_id=None)
     def graph() -> tuple:
-        jpegs, labels = fn.readers.webdataset(
+        outputs = fn.readers.webdataset(
             paths=list(map(str, tars)),
             index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
             ext=["jpg", "cls"],
             dtypes=[types.UINT8, types.UINT8],
             missing_component_behavior="error",
         )
-        return jpegs, labels
+        return tuple(outputs)
 
     jpegs, labels = ([np.array(item) for item in output] for output in graph().run())
     found = [(jpeg.tobytes(), int(label.tobytes())) for jpeg, label in zip(jpegs, labels, strict=True)]
@@ -172,25 +170,18 @@ def change_one_byte(path: Path) -> None:
 
 
 DAMAGES = {
-    "absent": (Path.unlink, "is missing"),
-    "cut short": (
-        lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        "has 20479 bytes, but .* says 20480",
-    ),
-    "longer": (
-        lambda path: path.write_bytes(path.read_bytes() + b"\0"),
-        "has 20481 bytes, but .* says 20480",
-    ),
-    "empty": (lambda path: path.write_bytes(b""), "has 0 bytes"),
-    "another": (change_one_byte, "is not the one that was packed"),
+    "missing": (Path.unlink, "is missing"),
+    "truncated": (lambda path: os.truncate(path, 20479), "has 20479 bytes, but .* says 20480"),
+    "longer": (lambda path: os.truncate(path, 20481), "has 20481 bytes, but .* says 20480"),
+    "empty": (lambda path: os.truncate(path, 0), "has 0 bytes"),
+    "changed": (change_one_byte, "is not the one that was packed"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_named(damage, tmp_path):
+@pytest.mark.parametrize(("change", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_shard_is_named(change, reason, tmp_path):
     manifest = written(tmp_path, noise(0, 2), noise(1, 2))
     path = tmp_path / "train-000001.tar"
-    change, reason = DAMAGES[damage]
     change(path)
     with pytest.raises(DatasetError, match=f"the shard {path} {reason}.*: copy it again"):
         ShardReader(tmp_path, manifest, "train")
@@ -200,7 +191,7 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
     ("change", "reason"),
     [(Path.unlink, "is missing"), (change_one_byte, "does not match its checksum in dataset.json")],
 )
-def test_an_absent_or_another_index_is_named(change, reason, tmp_path):
+def test_a_missing_or_changed_index_is_named(change, reason, tmp_path):
     manifest = written(tmp_path, noise(0, 4))
     path = tmp_path / "train.index.npy"
     change(path)
@@ -209,6 +200,8 @@ def test_an_absent_or_another_index_is_named(change, reason, tmp_path):
 
 
 def with_value(field: str, value: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a change of the last row of an index."""
+
     def change(rows: np.ndarray) -> np.ndarray:
         rows[field][-1] = value
         return rows
@@ -217,40 +210,34 @@ def with_value(field: str, value: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 MISMATCHES = {
-    "wider than any": with_value("width", 100),
-    "higher than any": with_value("height", 81),
-    "without a width": with_value("width", 0),
-    "of no bytes": with_value("size", 0),
-    "a row less": lambda rows: rows[:-1],
-    "a row more": lambda rows: np.concatenate((rows, rows[:1])),
+    "a width above the maximum": with_value("width", 100),
+    "a height above the maximum": with_value("height", 81),
+    "no width": with_value("width", 0),
+    "no bytes": with_value("size", 0),
+    "a missing row": lambda rows: rows[:-1],
+    "an extra row": lambda rows: np.concatenate((rows, rows[:1])),
+    "rows not in the order of shards": lambda rows: rows[[0, 2, 1, 3]],
     "another type": lambda rows: rows.astype([(name, "<i8") for name in rows.dtype.names]),
-    "no such shard": with_value("shard", 1),
-    "no array": lambda rows: np.array([]),
+    "no such shard": with_value("shard", 2),
+    "an empty array": lambda rows: np.array([]),
     "several dimensions": lambda rows: rows[:, None],
     "no such class": with_value("label", 10),
-    "beyond the end": with_value("offset", 40000),
+    "an offset beyond the end": with_value("offset", 40000),
     "longer than the file": with_value("size", 2**32 - 1),
 }
 
 
 @pytest.mark.parametrize("mismatch", MISMATCHES)
 def test_an_index_that_does_not_fit_is_refused(mismatch, tmp_path):
-    shard, rows = write_shard(tmp_path / "train-000000.tar", noise(0, 4))
-    ShardReader(tmp_path, with_index(tmp_path, [shard], rows), "train")  # accepts the right one
-    manifest = with_index(tmp_path, [shard], MISMATCHES[mismatch](rows))
+    manifest = written(tmp_path, noise(0, 2), noise(1, 2))
+    ShardReader(tmp_path, manifest, "train")  # accepts the right index
+    rows = np.load(tmp_path / "train.index.npy")
+    manifest = with_index(tmp_path, list(manifest.split("train").shards), MISMATCHES[mismatch](rows))
     with pytest.raises(DatasetError, match=f"the index {tmp_path / 'train.index.npy'} disagrees .*: pack"):
         ShardReader(tmp_path, manifest, "train")
 
 
-def test_rows_stand_in_the_order_of_their_shards(tmp_path):
-    manifest = written(tmp_path, noise(0, 2), noise(1, 2))
-    rows = np.load(tmp_path / "train.index.npy")
-    wrong = with_index(tmp_path, list(manifest.split("train").shards), rows[[0, 2, 1, 3]])
-    with pytest.raises(DatasetError, match="disagrees"):
-        ShardReader(tmp_path, wrong, "train")
-
-
-def test_an_index_that_is_no_array_is_refused(tmp_path):
+def test_an_index_that_is_not_an_array_is_refused(tmp_path):
     manifest = written(tmp_path, noise(0, 2))
     (tmp_path / "train.index.npy").write_bytes(b"no array")
     digest = hashlib.sha256(b"no array").hexdigest()
@@ -259,21 +246,21 @@ def test_an_index_that_is_no_array_is_refused(tmp_path):
         ShardReader(tmp_path, manifest.model_copy(update={"splits": {"train": split}}), "train")
 
 
-def test_a_key_cannot_be_had_from_a_damaged_header(tmp_path):
-    """Behind the 64 KiB that opening looks at."""
+def test_a_damaged_tar_header_is_named_instead_of_giving_a_key(tmp_path):
+    """The damage is behind the 64 KiB that opening reads."""
     manifest = written(tmp_path, noise(0, 12))
     path = tmp_path / "train-000000.tar"
     content = bytearray(path.read_bytes())
-    place = content.index(b"000000010.jpg")
-    content[place] ^= 1
+    header = content.index(b"000000010.jpg")
+    content[header] ^= 1
     path.write_bytes(content)
     reader = ShardReader(tmp_path, manifest, "train")
     assert reader.key(11) == "000000011"
-    with pytest.raises(DatasetError, match=f"no tar header before {path} at byte {place + 512}: copy"):
+    with pytest.raises(DatasetError, match=f"no tar header before {path} at byte {header + 512}: copy"):
         reader.key(10)
 
 
-def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
+def test_samples_that_will_be_needed_are_fetched_from_the_disk(tmp_path):
     reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12), noise(1, 12)), "train")
     paths = [tmp_path / shard.file for shard in reader.split.shards]
 
@@ -296,7 +283,7 @@ def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
     if not forgotten:
         pytest.skip("this file system keeps what it is told to forget")
 
-    reader.will_need(np.array(forgotten[-1:]))
+    reader.prefetch(np.array(forgotten[-1:]))
     wait_until(lambda: in_memory(forgotten[-1]))
 
 
@@ -304,4 +291,4 @@ def test_what_will_be_needed_is_fetched_from_the_disk(tmp_path):
 def test_a_split_larger_than_half_of_the_memory_does_not_stay(memory, stays, tmp_path, monkeypatch):
     reader = ShardReader(tmp_path, written(tmp_path, noise(0, 12)), "train")  # 100 kB
     monkeypatch.setattr(pipeline.reader, "memory_bytes", lambda: memory)
-    assert reader.stays_in_memory == stays
+    assert reader.fits_in_page_cache == stays

@@ -115,7 +115,7 @@ def test_descriptors_form_a_grid_at_each_scale_large_enough_for_a_patch():
 
 
 def test_a_mirrored_picture_has_its_descriptors_mirrored():
-    """This shows that patches are at their positions, to the pixel."""
+    """This holds only if each patch is at its position to the pixel."""
     image = cv2.GaussianBlur(np.random.default_rng(1).integers(0, 255, (33, 33), np.uint8), (0, 0), 2)
     there, back = (
         dense_sift(picture, step=8, scales=1)[0].reshape(3, 3, 4, 4, 8)
@@ -126,13 +126,13 @@ def test_a_mirrored_picture_has_its_descriptors_mirrored():
 
 
 @pytest.mark.slow
-def test_both_classify_drawn_pictures_and_resume_after_a_kill(packed, tmp_path, monkeypatch, capsys):
+def test_both_systems_classify_drawn_pictures_and_resume_after_a_kill(packed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "CHUNK", 16)
     out = tmp_path / "out"
     record = run(packed, out)
     assert [row.system for row in record.rows] == ["sparse coding", "SIFT + Fisher vectors"]
     for row in record.rows:
-        # By chance 90 and 50. Who sees no colour, but every shape, has 50 and 0.
+        # Chance level is 90 and 50; knowing the shape but not the colour gives 50 and 0.
         assert row.measured["top-1 error (%)"][0] < 80
         assert row.measured["top-5 error (%)"][0] < 35
     whole = {path: path.read_bytes() for path in out.rglob("*.npy")}
@@ -146,8 +146,8 @@ def test_both_classify_drawn_pictures_and_resume_after_a_kill(packed, tmp_path, 
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.npy")} == whole
     capsys.readouterr()
     run(packed, out)
-    assert not capsys.readouterr().out  # nothing is done again
-    with pytest.raises(SettingsError, match=r"differ in step \(4 there, 8 here\): choose another --out"):
+    assert not capsys.readouterr().out  # nothing was computed again
+    with pytest.raises(SettingsError, match=r"with another step \(4, not 8\): choose another --out"):
         run(packed, out, "--step", "8")
 
 

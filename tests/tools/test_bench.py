@@ -1,4 +1,4 @@
-"""The benchmark: its arithmetic, and that each stage runs and ends in JSON."""
+"""The benchmark: its arithmetic, its records, and a real run of each stage."""
 
 import dataclasses
 import itertools
@@ -14,20 +14,20 @@ from tests.helpers import REPO
 from tools import bench
 
 
-def test_contestants_run_by_turns_after_a_warm_up():
+def test_candidates_run_in_turn_after_a_warm_up():
     order = []
 
-    def contestant(name: str):
+    def candidate(name: str):
         return lambda: order.append(name) or float(len(order))
 
-    rates, errors = bench.by_turns({"a": contestant("a"), "b": contestant("b")}, runs=2)
+    rates, errors = bench.in_turn({"a": candidate("a"), "b": candidate("b")}, runs=2)
     assert order == ["a", "b", "a", "b", "a", "b"]
     assert rates == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert errors == {}
 
 
 def failing(turn: int, error: Exception):
-    """A contestant that fails in the given turn, counted from 1, and returns 1.0 before."""
+    """Return a candidate that fails in the given turn, counted from 1, and returns 1.0 before it."""
     turns = itertools.count(1)
 
     def run() -> float:
@@ -40,19 +40,19 @@ def failing(turn: int, error: Exception):
 
 @pytest.mark.parametrize("turn", [1, 2, 3])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory\nleft"), ValueError("x"), OSError("x")])
-def test_a_contestant_that_fails_has_no_figures_and_the_others_continue(turn, error):
+def test_a_candidate_that_fails_has_no_figures_and_the_others_continue(turn, error):
     stage = {"a": failing(0, error), "b": failing(turn, error), "c": failing(0, error)}
-    figures, errors = bench.by_turns(stage, runs=3)
+    figures, errors = bench.in_turn(stage, runs=3)
     assert figures == {"a": [1.0] * 3, "b": [], "c": [1.0] * 3}
     assert list(errors) == ["b"]
-    assert list(stage) == ["a", "c"]  # what it held can be freed
+    assert list(stage) == ["a", "c"]  # so its memory can be freed
     failed, first, third = bench.table("model", figures, errors)
     assert failed.endswith(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
     assert first.startswith("model             a ")
     assert "a is 1.00 × this" in third
 
 
-def test_without_the_first_contestant_there_are_figures_but_no_ratios():
+def test_without_the_first_candidate_there_are_figures_but_no_ratios():
     figures = {"ours": [], "theirs": [5.0]}
     [line] = bench.table("model", figures, {})
     assert "5.0 images/s" in line
@@ -63,13 +63,13 @@ def test_without_the_first_contestant_there_are_figures_but_no_ratios():
 def test_a_limit_stops_whole_rounds_after_the_first(limit, runs, monkeypatch):
     now = 0.0
 
-    def contestant() -> float:
+    def candidate() -> float:
         nonlocal now
         now += 5.0
         return now
 
     monkeypatch.setattr("tools.bench.time.monotonic", lambda: now)
-    figures, _ = bench.by_turns({"a": contestant, "b": contestant}, 9, limit)
+    figures, _ = bench.in_turn({"a": candidate, "b": candidate}, 9, limit)
     assert {name: len(values) for name, values in figures.items()} == {"a": runs, "b": runs}
 
 
@@ -82,7 +82,7 @@ def test_table_has_medians_and_ratios_of_neighbouring_runs():
 
 
 QUICK = ("--runs", "1", "--seconds", "0.1")
-# A narrow net on the CPU: checkpoints have 2 MB where the paper's net has 100 times as much.
+# A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 SETTINGS = ("--crop", "67", "--batch", "4", "--recipe", "demo")
 SETTINGS += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
@@ -120,7 +120,7 @@ def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """The second contestant of `read` and all of `loader` run out of memory."""
+    """The second candidate of `read` and all of `loader` run out of memory."""
     from tools.benchmarks.stages import Stages
 
     read = Stages.read
@@ -174,13 +174,13 @@ def test_decoding_is_tuned_once_for_all_values_of_a_sweep(packed, call, monkeypa
 
     measured = []
 
-    def tuned(decoding, settings, *_):
+    def tune(decoding, settings, *_):
         if not settings.threads or settings.hw_decoder_load is None:
             measured.append(settings.batch)
             decoding = dataclasses.replace(decoding, threads=3, hw_decoder_load=0.25)
         return decoding, []
 
-    monkeypatch.setattr(stages, "tuned", tuned)
+    monkeypatch.setattr(stages, "tune", tune)
     found = []
     monkeypatch.setattr(
         stages.Stages, "loader", lambda self: {"": lambda: found.append(self.decoding) or 1.0}
@@ -218,7 +218,7 @@ def test_the_form_of_convolutions_is_chosen_once_when_needed_and_recorded(
 
 @pytest.fixture
 def loaders(monkeypatch):
-    """`loader` has three runs whose figures depend on the batch size; its other contestant gives 1.0."""
+    """`loader` has three runs whose figures depend on the batch size; its other candidate gives 1.0."""
     from tools.benchmarks.stages import Stages
 
     figures = {4: (2.0, 2.0, 2.0), 32: (0.7, 0.8, 0.9), 128: (0.9, 0.95, 1.05)}

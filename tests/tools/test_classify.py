@@ -20,7 +20,7 @@ from pipeline.spec import NetSpec
 from tools import classify
 from tools.classifying import nets
 from tools.classifying.nets import Net
-from tools.classifying.output import Guess
+from tools.classifying.output import Prediction
 from tools.classifying.overlay import draw_bars
 from tools.classifying.pictures import read, views
 from tools.classifying.video import frames
@@ -110,14 +110,14 @@ def test_the_top_five_match_the_evaluation(crops, trained, packed, tmp_path, run
     batches = evaluation_loader(dataset, "val", 8, Decoding(crop=64), crops=crops)
     with torch.inference_mode():
         expected = torch.cat([log_probabilities(model.eval(), pixels).exp() for pixels, _ in batches])
-    assert expected.max(1).values.mean() > 0.15  # not as good as uniform
+    assert expected.max(1).values.mean() > 0.15  # far from uniform
     ids = [c.id for c in dataset.manifest.classes]
     for row, probabilities in zip(rows, expected, strict=True):
-        found = {guess["class"]: guess["probability"] for guess in row["top"]}
+        found = {top["class"]: top["probability"] for top in row["top"]}
         assert len(found) == 5
         own = torch.tensor([found.get(name, torch.nan) for name in ids])
         among = ~own.isnan()
-        # The decoders differ by a level of 256 here and there.
+        # A few pixels of the two decoders differ by one of 256 levels.
         torch.testing.assert_close(own[among], probabilities[among], rtol=0, atol=0.005)
         assert probabilities[among].min() > probabilities[~among].max() - 0.005
         assert [g["probability"] for g in row["top"]] == sorted(found.values(), reverse=True)
@@ -129,7 +129,10 @@ def test_pictures_of_any_shape_are_cropped_as_in_the_evaluation(geometry, crops,
     arguments = ["--input", str(oblong), "--out", str(tmp_path), "--geometry", geometry]
     pack(parse_arguments([*arguments, "--size", "100", "--workers", "1"]).packing)
     dataset = Dataset(tmp_path)
-    spec, reader = NetSpec.of(dataset.manifest, 67), dataset.reader("val")  # rooms of odd sizes
+    spec, reader = (
+        NetSpec.from_manifest(dataset.manifest, 67),
+        dataset.reader("val"),
+    )  # an odd number of spare pixels
     [(pixels, _)] = evaluation_loader(dataset, "val", 10, Decoding(crop=67), crops=crops)
     for number, expected in enumerate(pixels.unflatten(0, (-1, 1)) if crops == 1 else pixels):
         with Image.open(BytesIO(reader.jpeg(number).tobytes())) as image:
@@ -141,7 +144,7 @@ def test_pictures_of_any_shape_are_cropped_as_in_the_evaluation(geometry, crops,
 
 def test_pictures_are_judged_by_content_and_rotated(tmp_path, run_classify):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees
     plain("blue", (64, 192)).save(tmp_path / "turned.jpg", exif=exif)
     assert read(tmp_path / "turned.jpg").size == (192, 64)
     plain("red").convert("CMYK").save(tmp_path / "cmyk.jpg")
@@ -155,7 +158,7 @@ def test_pictures_are_judged_by_content_and_rotated(tmp_path, run_classify):
 
 
 def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify, monkeypatch):
-    monkeypatch.setattr(classify, "AT_A_TIME", 2)
+    monkeypatch.setattr(classify, "CHUNK", 2)
     folder = tmp_path / "in"
     folder.mkdir()
     for number, colour in enumerate(("red", "lime", "blue", "red")):
@@ -165,9 +168,9 @@ def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify
     whole = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "movie.mp4").write_bytes(b"\0" * 1000)
-    (folder / "notes.txt").write_text("not looked at")
+    (folder / "notes.txt").write_text("ignored")
     output, text = tmp_path / "top.csv", tmp_path / "notes.txt"
-    text.write_text("looked at, as it was asked for")
+    text.write_text("read, because it was given by name")
     code, out, errors = run_classify(folder, text, "--out", output)
     assert (code, out) == (1, "")
     assert errors.splitlines() == [
@@ -175,7 +178,7 @@ def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify
         f"classify: {text}: not an image: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, "
         "and its extension is not that of a video",
         f"classify: {folder}/movie.mp4: not a video: Invalid data found when processing input",
-        "classify: 6 files, 3 failed; 1 files of other kinds skipped",
+        "classify: 6 files, 3 failed; 1 other files skipped",
     ]
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -222,10 +225,10 @@ def test_a_windows_classes_are_the_mean_over_its_frames(tmp_path, run_classify):
         (1, 2, 10),
         (2, 3, 5),
     ]
-    red, mixed, green = ({guess["class"]: guess["probability"] for guess in row["top"]} for row in rows)
+    red, mixed, green = ({top["class"]: top["probability"] for top in row["top"]} for row in rows)
     assert red["n0"] > 0.95
     assert green["n1"] > 0.95
-    # Each frame is sure of its colour, so that the mean of the softmax is a half and not of a mixed colour.
+    # The net is sure of each frame's colour, so the mean of the softmax is a half for two colours.
     assert mixed["n1"] == pytest.approx(0.5, abs=0.04)
     assert mixed["n2"] == pytest.approx(0.5, abs=0.04)
     assert run_classify(video, "--out", output, "--every", "5", "--window", "10")[0] == 0
@@ -245,7 +248,7 @@ def test_results_before_a_videos_damage_are_kept(tmp_path, run_classify):
     assert "of 3.0 s" in errors
 
 
-def test_a_telephones_video_is_rotated_upright(tmp_path):
+def test_a_video_is_rotated_upright_as_its_metadata_say(tmp_path):
     picture = plain("blue", (80, 48))
     picture.paste("red", (0, 0, 40, 48))  # the left half
     path = write_video(tmp_path / "film.mp4", [picture] * 3)
@@ -256,7 +259,7 @@ def test_a_telephones_video_is_rotated_upright(tmp_path):
     _, upright = next(frames(path))
     assert upright.size == (48, 80)
     pixels = np.asarray(upright).astype(int)
-    assert (pixels[:35, :, 0] > pixels[:35, :, 2] + 100).all()  # red above, as the left went up
+    assert (pixels[:35, :, 0] > pixels[:35, :, 2] + 100).all()  # red is above, because left has become up
     assert (pixels[45:, :, 2] > pixels[45:, :, 0] + 100).all()
 
 
@@ -285,8 +288,8 @@ def test_overlays_show_pictures_and_videos_above_their_classes(tmp_path, run_cla
 
 
 def test_a_bar_is_as_long_as_its_class_is_probable():
-    guesses = [Guess("n0", "red, ruby", 0.5), Guess("n1", "w" * 200, 0.25)]
-    bars = np.asarray(draw_bars(guesses, 400)).astype(int)
+    predictions = [Prediction("n0", "red, ruby", 0.5), Prediction("n1", "w" * 200, 0.25)]
+    bars = np.asarray(draw_bars(predictions, 400)).astype(int)
     lengths = [(bars[row].min(1) < 250).sum() for row in (9 + 3, 9 + 26 + 3)]  # above the letters
     assert lengths[0] == pytest.approx(2 * lengths[1], abs=3)
     assert (bars[:, 330:340] > 250).all()  # a long name is cut off before the percentages

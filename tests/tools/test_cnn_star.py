@@ -13,18 +13,18 @@ from trainer.settings import Settings, load_settings
 
 @pytest.fixture
 def trainings(monkeypatch) -> list[list[Training]]:
-    """The groups of runs that were requested; the n-th run has a top-1 error of n/100."""
-    asked: list[list[Training]] = []
+    """The groups of runs that were requested; the nth run has a top-1 error of n/100."""
+    requested: list[list[Training]] = []
 
     def train_all(batch: list[Training], _jobs: int) -> list[dict[str, float]]:
-        before = sum(map(len, asked))
-        asked.append(batch)
+        before = sum(map(len, requested))
+        requested.append(batch)
         return [{"top1_error": (before + n) / 100, "top5_error": 0.0} for n in range(len(batch))]
 
     monkeypatch.setattr(cnn_star, "train_all", train_all)
     monkeypatch.setattr(cnn_star, "describe", str)
     monkeypatch.setattr(cnn_star, "about", lambda _: {"data": "", "command": "", "environment": {}})
-    return asked
+    return requested
 
 
 def settings_of(training: Training) -> Settings:
@@ -35,16 +35,8 @@ def test_fine_tuning_follows_its_seeds_pre_training_at_small_learning_rates(trai
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     cnn_star.add_arguments(parser)
-    given = [
-        "--out",
-        str(tmp_path),
-        "--pretrain",
-        "large",
-        "--pretrain-settings",
-        "--epochs 5",
-        "--seeds",
-        "2",
-    ]
+    given = ["--out", str(tmp_path), "--pretrain", "large", "--seeds", "2"]
+    given += ["--pretrain-settings", "--epochs 5"]
     record = cnn_star.run(
         parser.parse_args(given), ["--data", "small", "--learning-rate", "0.02", "--epochs", "9"]
     )

@@ -44,7 +44,7 @@ def test_codes_of_points_in_a_cluster_are_similar(learn):
     points, own = clusters()
     codes = encode(learn(points, 32, 0), [points.half().numpy()], CPU)
     found = np.stack([nearest_codes(code, codes, 6) for code in codes])
-    assert same_class(found, own, own) > 85  # by chance 5
+    assert same_class(found, own, own) > 85  # chance level is 5
 
 
 def test_an_auto_encoders_code_is_binary_and_still_learns():

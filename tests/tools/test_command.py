@@ -36,7 +36,7 @@ def alexnet_train(monkeypatch, capsys):
 
 @pytest.fixture
 def started(monkeypatch) -> list[tuple[str, list[str]]]:
-    """The module that a command line started and the sys.argv it was given; nothing really runs."""
+    """The modules that were started, each with its sys.argv; nothing really runs."""
     found: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(
         command,
@@ -135,7 +135,7 @@ def test_help_of_every_command_comes_without_heavy_imports(name):
 
 
 @pytest.mark.parametrize("name", ["make-shards", "classify", "paper"])
-def test_started_as_a_script_a_command_goes_by_the_scripts_name(name):
+def test_the_help_of_a_script_shows_the_scripts_name(name):
     script = Path("tools", f"{name.replace('-', '_')}.py")
     done = subprocess.run(
         [sys.executable, script, "--help"], cwd=REPO, capture_output=True, text=True, check=True

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import REPO
 from tools import compare_recipes
 
-# A narrow net on the CPU: checkpoints have 2 MB where the paper's net has 100 times as much.
+# A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 COMMON = ("--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
 COMMON += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
@@ -55,7 +55,7 @@ def test_recipes_are_trained_with_each_seed_and_compared(packed, tmp_path, call)
         (["fast", "--epoch", "1"], "unknown setting --epoch"),
         (["fast", "--seeds", "0"], "--seeds: 0 is not a whole number of at least 1"),
         (["fast", "--seeds", "1", "--data", "nowhere"], "no dataset at nowhere"),
-        # What the default recipe's schedule does not bear, and these recipes' do.
+        # The schedules of these recipes allow this setting, although that of the default recipe does not.
         (["fast", "code2012", "--evaluate-epochs", "10", "--data", "nowhere"], "no dataset at nowhere"),
         (["code2012", "fast", "--epochs", "3"], "--warmup-epochs 5.0 must be less than --epochs 3"),
     ],

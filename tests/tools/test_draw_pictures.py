@@ -17,7 +17,7 @@ def pixels(name: str, seed: int) -> np.ndarray:
 
 
 def silhouette(shape: str, seed: int) -> np.ndarray:
-    """Return where the shape is: only there do the two hues of a drawing differ."""
+    """Return the pixels of the shape, which are those where the two hues of a drawing differ."""
     return np.abs(pixels(f"warm_{shape}", seed) - pixels(f"cold_{shape}", seed)).max(2) > 40
 
 
@@ -38,7 +38,7 @@ def test_the_command_draws_each_class_of_each_split_from_the_seed(tmp_path, monk
     counts = {name: len(list((tmp_path / "a").glob(f"{name}/*"))) for name in ("train/*", "val/*")}
     assert counts == {"train/*": 20, "val/*": 10}
     assert {Path(name).parts[1] for name in first} == set(class_names())
-    assert len(set(first.values())) == 30  # no picture twice, above all none in both splits
+    assert len(set(first.values())) == 30  # no picture occurs twice, not even once in each split
     for path in (tmp_path / "a").rglob("*.JPEG"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIDE, SIDE))
@@ -77,11 +77,11 @@ def test_the_mean_colour_does_not_determine_the_class():
     centres = mean_colours(range(20)).mean(1)
     distances = np.linalg.norm(mean_colours(range(20, 40))[:, :, None] - centres, axis=-1)
     error = (distances.argmin(-1) != np.arange(10)[:, None]).mean()
-    assert error > 0.65  # by chance .9; .8 for one that sees the hue and nothing else
+    assert error > 0.65  # chance level is .9; the hue alone gives .8
 
 
 def test_no_pixel_is_the_same_in_all_pictures():
     pictures = np.stack([pixels(name, seed) for seed, name in enumerate(class_names() * 4)])
     assert pictures.std(0).min() > 8
     corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners.std(0).min() > 8  # nor is the frame
+    assert corners.std(0).min() > 8  # the corners vary, too

@@ -1,4 +1,4 @@
-"""Averages of nets, and ten crops, compared with numpy."""
+"""Averages of nets compared with numpy."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ LABELS = np.array([0, 1, 2, 3, 4, 5, 6, 0])
 
 
 def some_scores(nets: int) -> list[np.ndarray]:
-    """Probabilities of seven classes for eight images, float32."""
+    """Return each net's probabilities of seven classes for eight images, float32."""
     generator = np.random.default_rng(0)
     return list(generator.dirichlet(np.ones(7), (nets, len(LABELS))).astype(np.float32))
 
@@ -32,7 +32,7 @@ def test_a_mean_may_be_weighted():
     np.testing.assert_allclose(average([a, b, c], [1, 1, 2]), (a + b + 2 * c) / 4, rtol=1e-6)
 
 
-def test_the_rows_of_the_papers_seven_nets():
+def test_seven_nets_give_the_rows_of_the_papers_table_2():
     scores, stars = some_scores(7), [False] * 5 + [True] * 2
     single, star, five, seven, weighted = rows(scores, stars, LABELS, [1, 1, 1, 1, 1, 2, 2])
     assert [row.system for row in (single, star, five, seven)] == [ONE, ONE_STAR, "5 CNNs", "7 CNNs*"]

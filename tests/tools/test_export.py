@@ -11,6 +11,7 @@ from pipeline.manifest import read_manifest
 from pipeline.spec import NetSpec
 from tools import export, import_torchvision
 from tools.classifying.nets import open_export, open_run
+from tools.exporting import formats
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.cli import main as alexnet_train
@@ -19,8 +20,8 @@ from trainer.settings import Settings, SettingsError
 
 CPU = torch.device("cpu")
 FORMS = (".pt2", ".onnx")
-# Between them every kind of layer, in each state that evaluation knows. What paper has, code2012 has too, but
-# in another order.
+# Together these nets have every kind of layer, in each state that matters to evaluation. code2012 has all
+# layers of paper, in another order.
 NETS = {
     "paper": {"preset": "paper", "dropout": "inverted"},
     "code2012": {"preset": "code2012"},
@@ -31,7 +32,7 @@ NETS = {
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a tool; returns its output, or the message it exits with."""
+    """Run a command; return its output, or the message with which it exits."""
 
     def run(main, *arguments: object) -> str:
         monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
@@ -81,14 +82,14 @@ def test_an_export_computes_what_the_checkpoint_does_for_any_number_of_images(ne
 
 def test_an_export_that_computes_something_else_is_deleted(packed, tmp_path, command, monkeypatch):
     run = untrained(packed, tmp_path / "run", lrn=False)
-    traced = export.traced
+    traced = formats.traced
 
     def wrong(trained):
         other = deepcopy(trained.model)
         other.fc8.bias.data[0] += 1
         return traced(trained._replace(model=other))
 
-    monkeypatch.setattr(export, "traced", wrong)
+    monkeypatch.setattr(formats, "traced", wrong)
     assert "differ by" in command(export.main, run.folder, "--out", tmp_path / "net.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -117,12 +118,14 @@ def test_torchvisions_weights_are_imported_and_exported_unchanged(theirs, packed
     for name, value in before.items():
         assert all(torch.equal(state[name], value) for state in after)
     refused = command(alexnet_train, "--data", packed, "--out", out, "--preset", "torchvision", "--crop", 80)
-    assert refused == "2"  # its dataset is torchvision's
+    assert refused == "2"  # such a run cannot be trained
 
 
 def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, tmp_path, command):
     run = untrained(packed, tmp_path / "run", lrn=False)
-    assert "another net than preset paper" in command(export.main, run.folder, "--out", tmp_path / "net.pth")
+    assert "preset paper is not torchvision's" in command(
+        export.main, run.folder, "--out", tmp_path / "net.pth"
+    )
     text = tmp_path / "text.pth"
     text.write_text("weights")
     message = command(import_torchvision.main, text, "--out", tmp_path / "b", "--data", packed)

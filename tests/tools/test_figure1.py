@@ -98,17 +98,17 @@ def test_a_run_that_diverges_ends(tmp_path):
 
 def test_learning_rates_that_cannot_win_are_given_up(tmp_path, monkeypatch):
     falls = {0.1: [math.nan], 0.03: [0.6, 0.4, 0.3, 0.2], 0.01: [0.7, 0.5, 0.2], 0.003: [0.8] * 9}
-    asked = []
+    requested = []
 
     def learn(_images, trial, _folder, _batch, _target, epochs):
-        asked.append((trial.rate, epochs))
+        requested.append((trial.rate, epochs))
         return falls[trial.rate][:epochs]
 
     monkeypatch.setattr(four_layers, "train", learn)
     options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128, seeds=1)
     sweep = Sweep(options, None, tmp_path)
     assert sweep.fastest_rate("relu") == 0.01
-    assert asked == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
+    assert requested == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
 
 
 def test_the_ratio_compares_runs_with_the_same_seed():
@@ -118,13 +118,14 @@ def test_the_ratio_compares_runs_with_the_same_seed():
     assert found["ReLU"] == pytest.approx([5, 10])
     assert found["tanh over ReLU"] == pytest.approx([4, 2])
     assert remarks(curves, {"relu": 0.1, "tanh": 1.0}, options) == [
-        "tanh was fastest at 1, an end of the range tried: a rate beyond it may be faster."
+        "tanh was fastest at 1, an end of the range of learning rates tried: a rate beyond it may be faster."
     ]
     curves["tanh"][1] = [0.5, 0.4]
     assert [row.system for row in rows(curves, 25.0, steps=10)] == ["ReLU"]
-    # ReLU came to it after half an epoch and one.
-    assert "tanh did not reach 25 % within 4 epochs on 1 of 2 seeds, 5.3 times what ReLU took." in remarks(
-        curves, {"relu": 0.1, "tanh": 0.1}, options
+    # ReLU reached it after half an epoch and after one.
+    assert (
+        "tanh did not reach 25 % within 4 epochs on 1 of 2 seeds, 5.3 times as many as ReLU needed."
+        in remarks(curves, {"relu": 0.1, "tanh": 0.1}, options)
     )
 
 
@@ -134,7 +135,7 @@ def test_figure_1_of_a_packed_dataset(packed, tmp_path):
     given = ["--data", str(packed), "--classes", "2", "--epochs", "1", "--seeds", "1", "--rates", "0.01"]
     options = parser.parse_args([*given, "--device", "cpu"], argparse.Namespace(out=tmp_path))
     record = figure1.run(options, [])
-    assert "the first 2 classes 12 training images" in record.data
+    assert "12 training images of the first 2 classes" in record.data
     assert [figure.file for figure in record.figures] == ["figure1.png"]
     with Image.open(tmp_path / "figure1.png") as image:
         image.load()

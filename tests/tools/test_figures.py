@@ -1,7 +1,6 @@
-"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search that they rely on."""
+"""Fig. 3 and Fig. 4 of a net with its initial weights, and the search on which they rely."""
 
 import argparse
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from pipeline.manifest import read_manifest, write_manifest
 from tools import paper
 from tools.experiments import codes, fc7, figure3, figure4
-from tools.experiments.fc7 import features, kept_features, nearest, take
+from tools.experiments.fc7 import cached_features, features, nearest, take
 from tools.experiments.figure3 import COLUMNS, GAP, SCALE, TOWER_GAP, by_tower, colour_shares, draw
 from tools.experiments.finished import Finished, open_run
 from trainer import checkpoint
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def begin_run(folder: Path, data: Path) -> Path:
-    """A run saved before its first step."""
+    """Begin a run and save it before its first step."""
     settings = load_settings(["--data", str(data), "--recipe", "demo", "--crop", "64", "--precision", "fp32"])
     manifest = read_manifest(data)
     run = Run(folder)
@@ -59,7 +58,7 @@ def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path
     with Image.open(tmp_path / "out" / record.figures[0].file) as image:
         sheet = np.asarray(image).astype(float)
     side = 11 * SCALE + GAP
-    for number, kernel in enumerate(weights):  # of the first 48, each 16 are a row; so of the other 48, below
+    for number, kernel in enumerate(weights):  # rows of 16: the first 48 above, the other 48 below
         row, column = divmod(number, COLUMNS)
         top = row * side + (TOWER_GAP - GAP if number >= 48 else 0)
         # The middle of each weight's square of pixels.
@@ -77,7 +76,7 @@ def test_a_gray_kernel_has_no_colour_and_a_single_channel_two_thirds():
     assert draw(by_tower(np.zeros((2, 3, 11, 11)), 2)).getpixel((0, 0)) == (128, 128, 128)
 
 
-@pytest.mark.parametrize("values", ["real", "few"])  # of few values, many distances are the same
+@pytest.mark.parametrize("values", ["real", "few"])  # with few values, many distances are equal
 def test_neighbours_match_a_naive_search(values, monkeypatch):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((90, 8)) * 20 if values == "real" else rng.integers(0, 2, (90, 8))
@@ -97,7 +96,7 @@ def test_neighbours_match_a_naive_search(values, monkeypatch):
 
 def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(fc7, "PART", 25)
-    parts = kept_features(opened, "train", tmp_path)
+    parts = cached_features(opened, "train", tmp_path)
     assert [part.shape for part in parts] == [(20, 4096)] * 3
     some = np.array([0, 19, 20, 59])
     expected = np.concatenate([features(opened, opened.pixels("train", number)) for number in some])
@@ -108,7 +107,7 @@ def test_features_are_kept_in_the_order_of_the_images_and_computed_once(opened, 
     lost.unlink()
     computed = []
     monkeypatch.setattr(fc7, "features", lambda *given: computed.append(1) or features(*given))
-    again = kept_features(opened, "train", tmp_path)
+    again = cached_features(opened, "train", tmp_path)
     assert len(computed) == 1
     np.testing.assert_array_equal(np.concatenate(again), np.concatenate(parts))
 
@@ -127,21 +126,19 @@ def test_activations_that_fp16_cannot_hold_are_refused(opened):
         features(opened, torch.full((1, 3, 64, 64), torch.nan))
 
 
-def test_figure_4_is_a_picture_and_a_self_contained_page(opened, finished_run, tmp_path):
+def test_figure_4_shows_the_nearest_training_images(opened, finished_run, tmp_path):
     out = tmp_path / "out"
     record = figure4.run(options(figure4, out, finished_run, "--queries", 3, 19, "--images", 0, 5, 7), [])
     with Image.open(out / record.figures[0].file) as image:
         image.load()
-    page = (out / "figure4.html").read_text()
-    assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 3 + 2 * 7
-    assert not re.search(r"https?:|<script|<link|@import|url\(", page)
-    # The first neighbour of each on the page is the nearest of all.
-    index = np.concatenate(kept_features(opened, "train", out)).astype(float)
-    firsts = [re.search(r"train ([\d,]+)<", row)[1] for row in page.split("<small>val ")[-2:]]
-    for query, first in zip((3, 19), firsts, strict=True):
-        own = features(opened, opened.pixels("val", query)).astype(float)
-        assert int(first) == np.sqrt(((index - own) ** 2).sum(1)).argmin()
-    assert "of the 12 nearest training images" in record.remarks[0]
+    assert "of the 3 images" in record.remarks[0]
+    assert "the 12 nearest training images" in record.remarks[0]
+    index = np.concatenate(cached_features(opened, "train", out)).astype(float)
+    for shown in figure4.retrieve(opened, [3, 19], out):
+        own = features(opened, opened.pixels("val", shown.query.number)).astype(float)
+        distances = np.sqrt(((index - own) ** 2).sum(1))
+        assert [picture.number for picture, _ in shown.nearest] == distances.argsort()[:6].tolist()
+        np.testing.assert_allclose([d for _, d in shown.nearest], np.sort(distances)[:6], rtol=1e-6)
 
 
 def test_an_images_classes_are_the_nets_largest_outputs(opened):
@@ -157,14 +154,14 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
     few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
     record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
     exact, *coded = record.rows
-    assert exact.system == "exact L2 in fp64, 8,192 bytes an image"
+    assert exact.system == "exact L2 in fp64, 8,192 bytes per image"
     assert [row.than for row in coded if row.system.startswith("auto")] == [
         "signs of principal components, 8 bits",
         "signs of principal components, 32 bits",
     ]
     assert {len(values) for row in coded for values in row.measured.values()} == {2}
-    # A hundred are sought among sixty: all are found.
-    assert all(row.measured["the 6 nearest among 100 found (%)"] == [100, 100] for row in coded)
+    # A hundred results from sixty images contain all of them.
+    assert all(row.measured["recall of the 6 nearest in 100 results (%)"] == [100, 100] for row in coded)
     with Image.open(tmp_path / "out" / "codes.png") as image:
         image.load()
 

@@ -1,4 +1,4 @@
-"""Goals of the benchmarks, judged on invented runs with medians and intervals computed by hand."""
+"""The gates of the benchmark, judged on invented runs whose medians and intervals were computed by hand."""
 
 import random
 
@@ -32,11 +32,11 @@ def test_a_gate_compares_runs_of_the_same_round():
     ("ours", "verdict", "of"),
     [
         ([1.2, 0.9, 1.1], "passed", "1.100 (95 %: 0.900 to 1.200)"),
-        ([1.0, 0.9, 1.1], "passed", "1.000 (95 %: 0.900 to 1.100)"),  # it reaches the goal
+        ([1.0, 0.9, 1.1], "passed", "1.000 (95 %: 0.900 to 1.100)"),  # equal to the goal
         ([0.99, 0.9, 1.1], "undecided", "0.990 (95 %: 0.900 to 1.100)"),
         ([0.95, 1.0], "undecided", "0.975 (95 %: 0.950 to 1.000)"),
         ([0.98, 0.99, 0.97], "missed", "0.980 (95 %: 0.970 to 0.990)"),
-        ([0.999], "missed", "0.999 (95 %: 0.999 to 0.999)"),  # there was a tolerance of a tenth
+        ([0.999], "missed", "0.999 (95 %: 0.999 to 0.999)"),  # there is no tolerance
     ],
 )
 def test_a_gate_is_passed_undecided_or_missed_and_its_line_says_so(ours, verdict, of):
@@ -64,21 +64,23 @@ def test_some_gates_are_upper_limits(seconds, verdict):
 
 @pytest.mark.parametrize(("runs", "interval"), [(5, (1.0, 5.0)), (9, (2.0, 8.0)), (13, (4.0, 10.0))])
 def test_the_interval_is_the_range_of_five_runs_and_narrower_for_more(runs, interval):
-    """The median of n resampled runs is one of the k least where at least (n + 1)/2 of n draws are of these:
-    with 5.8 % for the least of 5; .1 and 3.0 % for one and two of 9; 1.6 and 7.1 % for three and four of 13.
-    2.5 % lies at the first k that exceeds it."""
+    """The median of n resampled runs is among the k lowest runs if at least (n + 1)/2 of n draws are.
+
+    The probability is 5.8 % for the lowest of 5; .1 and 3.0 % for the one and two lowest of 9; 1.6 and 7.1 %
+    for the three and four lowest of 13. The interval begins at the first k whose probability exceeds 2.5 %.
+    """
     shuffled = [float(1 + 2 * number % runs) for number in range(runs)]
     assert judged(Gate("x", 1.0), ours=shuffled).interval == interval
 
 
 def test_the_interval_does_not_depend_on_earlier_random_draws(monkeypatch):
-    monkeypatch.setattr(gates, "RESAMPLES", 50)  # of which the percentiles depend on each draw
+    monkeypatch.setattr(gates, "RESAMPLES", 50)  # so few that the percentiles depend on each draw
     runs = random.Random(0)
     ours = [runs.random() for _ in range(20)]
     assert len({judged(Gate("x", 1.0), ours=ours).interval for _ in range(10)}) == 1
 
 
-def test_unmeasured_contestants_are_named_but_not_compared():
+def test_unmeasured_candidates_are_named_but_not_compared():
     gate = Gate("x", 1.1, ("ffcv", "dali", "other"))
     judgement = judged(gate, ours=[2.0], ffcv=[], dali=[1.0], other=[0.5])
     assert judgement.record() == {
@@ -93,7 +95,7 @@ def test_unmeasured_contestants_are_named_but_not_compared():
 
 
 @pytest.mark.parametrize("figures", [{}, {"ours": [], "theirs": [1.0]}, {"ours": [1.0], "theirs": []}])
-def test_without_our_figures_or_any_others_there_is_no_judgement(figures):
+def test_nothing_is_judged_without_figures_of_both_sides(figures):
     assert list(judge("x", figures, CPU, [Gate("x", 1.0, ("theirs",))])) == []
 
 

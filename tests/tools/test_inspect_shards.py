@@ -1,4 +1,4 @@
-"""inspect_shards: the report on a dataset whose content is known."""
+"""inspect-shards: the report on a dataset whose content is known."""
 
 import csv
 import io
@@ -145,7 +145,7 @@ def test_duplicates_are_named_by_shard_and_key(tmp_path, threads):
     assert "- **Samples of val that are also in train: 2 (40.00%)**" in text
     assert "- **Groups with different labels: 1**" in text
     lines = [line for line in text.splitlines() if line.startswith(("| train p", "| val p"))]
-    assert lines == [  # what harms most first
+    assert lines == [  # the most harmful first
         "| train p002 (c0 zero); val p001 (c1 one) |",
         "| train p003 (c0 zero); val p003 (c0 zero) |",
         "| train p001 (c0 zero); train p004 (c0 zero) |",
@@ -179,10 +179,10 @@ def test_the_contact_sheet_shows_each_class_at_its_position(tmp_path):
     assert sheet.shape == (4, 10, 3)
     for row, colour in zip(sheet, COLOURS, strict=True):
         assert np.abs(row[:3] - colour).max() < 12
-        assert (row[3:] == 255).all()  # there are but three of each
+        assert (row[3:] == 255).all()  # there are only three of each class
 
 
-def test_of_too_many_classes_a_random_choice_is_shown(tmp_path):
+def test_a_random_choice_of_too_many_classes_is_shown(tmp_path):
     count = TILES + 40
     items = [(n, plain((n, 255 - n, 100))) for n in range(count)]
     root = dataset(tmp_path / "shards", ["name"] * count, train=items)
@@ -191,7 +191,7 @@ def test_of_too_many_classes_a_random_choice_is_shown(tmp_path):
         inspect(root, tmp_path / "report", seed, 1)
         colours = tiles(tmp_path / "report/samples.png", 10).reshape(-1, 3)
         assert len(colours) == TILES
-        assert (np.diff(colours[:, 0]) >= -2).all()  # in the order of their labels, but for JPEG's error
+        assert (np.diff(colours[:, 0]) >= -2).all()  # in the order of their labels, apart from JPEG's error
         shown.append((tmp_path / "report/samples.png").read_bytes())
     assert shown[0] == shown[2] != shown[1]
 
@@ -221,6 +221,6 @@ def test_a_damaged_dataset_is_refused_in_one_line(tmp_path, call):
     (root / "train-000000.tar").unlink()
     done = call(main, "--data", root, "--out", tmp_path / "report")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"inspect_shards: the shard {root / 'train-000000.tar'} is missing")
+    assert done.stderr.startswith(f"inspect-shards: the shard {root / 'train-000000.tar'} is missing")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "report").exists()

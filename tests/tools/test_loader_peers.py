@@ -1,4 +1,4 @@
-"""Other input pipelines: the protocol of turns, what they deliver, and their errors."""
+"""Other input pipelines: how they take turns, what they deliver, and their errors."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import REPO, wait_until
-from tools.benchmarks.loader_peers import Contestant, PeerError, rate
+from tools.benchmarks.loader_peers import Peer, PeerError, rate
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 
@@ -27,7 +27,7 @@ def job(packed, tmp_path) -> Job:
 
 def python_of(peer: str) -> Path:
     if peer != "dali" and not PEERS_PYTHON.exists():
-        pytest.skip("their environment is not here: make .loader-peers")
+        pytest.skip("their environment does not exist: make .loader-peers")
     return Path(sys.executable) if peer == "dali" else PEERS_PYTHON
 
 
@@ -46,19 +46,19 @@ def refusal(*arguments: str, **environment: str) -> str:
     return done.stderr
 
 
-def test_images_prefetched_before_a_turn_do_not_count(monkeypatch):
+def test_images_prefetched_before_a_turn_are_not_counted(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def batches():
         for number in itertools.count():
-            now[0] += 0.0 if number < 50 else 0.25  # fifty lie ready, then four a second come
+            now[0] += 0.0 if number < 50 else 0.25  # fifty are ready, then four arrive per second
             yield None, [0] * 10
 
     assert rate(batches(), seconds=5.0) == 40.0
 
 
-def test_work_on_a_gpu_counts_when_it_is_finished(monkeypatch):
+def test_work_on_a_gpu_is_timed_until_it_has_finished(monkeypatch):
     now = [0.0]
 
     def finish():
@@ -72,7 +72,7 @@ def test_work_on_a_gpu_counts_when_it_is_finished(monkeypatch):
             now[0] += 0.25
             yield None, [0] * 10
 
-    assert rate(batches(), seconds=5.0, device="cuda") == 20.0  # 200 asked for in 5 s, done in 10
+    assert rate(batches(), seconds=5.0, device="cuda") == 20.0  # 200 images requested in 5 s, finished in 10
 
 
 def test_samples_and_files_match_the_train_shards(job):
@@ -111,22 +111,22 @@ def states(group: int) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_contestant_starts_once_and_is_stopped_between_turns(peer, job):
-    contestant = Contestant(python_of(peer), peer, job, seconds=0.2)
+def test_a_peer_starts_once_and_is_stopped_between_turns(peer, job):
+    started = Peer(python_of(peer), peer, job, seconds=0.2)
     try:
-        assert contestant.versions["torch"]
-        assert contestant.measure() > 0
-        assert contestant.measure() > 0
-        # The signal stops a process that has no core just then only once it has one.
-        wait_until(lambda: states(contestant.process.pid) <= {"T", "Z"}, contestant.process)
+        assert started.versions["torch"]
+        assert started.measure() > 0
+        assert started.measure() > 0
+        # The signal stops a process that is waiting for a core only once it gets one.
+        wait_until(lambda: states(started.process.pid) <= {"T", "Z"}, started.process)
     finally:
-        contestant.close()
-    assert contestant.process.returncode == 0
+        started.close()
+    assert started.process.returncode == 0
 
 
 def test_a_missing_package_is_reported_in_one_line(packed, tmp_path):
     missing = "raise ModuleNotFoundError(\"No module named 'torchvision'\")\n"
-    (tmp_path / "torchvision.py").write_text(missing)  # found before one that is installed
+    (tmp_path / "torchvision.py").write_text(missing)  # found before an installed one
     line = refusal("pytorch", "--data", str(packed), "--crop", "67", PYTHONPATH=str(tmp_path))
     assert line.startswith("loader_peers: pytorch is not installed in ")
     assert "torchvision" in line
@@ -139,16 +139,16 @@ def test_a_folder_without_a_dataset_is_refused_in_one_line(tmp_path):
 
 
 def test_a_crop_larger_than_the_packed_images_is_refused(packed):
-    """The reason is the line that refuses a folder without a dataset."""
+    """The message is printed like that of a folder without a dataset."""
     with pytest.raises(ValueError, match=r"^a crop of 90 px does not fit in images of 80 px$"):
         Job(packed, batch=2, crop=90, threads=1).check()
 
 
-def test_a_contestant_that_cannot_run_gives_its_reason(tmp_path):
+def test_a_peer_that_cannot_run_gives_its_reason(tmp_path):
     job = Job(tmp_path, batch=2, crop=67, threads=1)
     with pytest.raises(
         PeerError, match=f"^dali: no packed dataset in {tmp_path}: pack one with alexnet-train make-shards$"
     ):
-        Contestant(Path(sys.executable), "dali", job, seconds=0.1)
+        Peer(Path(sys.executable), "dali", job, seconds=0.1)
     with pytest.raises(PeerError, match=r"^/nowhere/python does not run: No such file or directory$"):
-        Contestant(Path("/nowhere/python"), "dali", job, seconds=0.1)
+        Peer(Path("/nowhere/python"), "dali", job, seconds=0.1)

@@ -1,4 +1,4 @@
-"""tools/paper.py: a small grid that is really trained, and the arithmetic and text of records."""
+"""alexnet-train paper: a small grid that is really trained, and the arithmetic and text of records."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.helpers import REPO
 from tools.experiments.record import Record, RecordError, Row, differences, spread, verdict
 from tools.paper import main
 
-# A narrow net on the CPU: checkpoints have 2 MB where the paper's net has 100 times as much.
+# A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 QUICK = ("--recipe", "demo", "--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
 QUICK += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
@@ -20,7 +20,7 @@ def record(*rows: Row) -> Record:
         title="Ablations",
         source="section 3",
         data="drawn pictures",
-        command="python tools/paper.py ablations",
+        command="alexnet-train paper ablations",
         environment={"torch": "2"},
         rows=list(rows),
     )
@@ -38,7 +38,7 @@ def test_differences_are_between_runs_of_the_same_seed():
     whole = Row(system="AlexNet", measured={"error": [40.0, 50.0]})
     less = Row(system="no LRN", measured={"error": [41.0, 53.0]}, than="AlexNet", published={"error": 1.4})
     assert differences(less, whole, "error") == [1.0, 3.0]
-    cells = "+1.4 to AlexNet | 47.00 (41.00 to 53.00) | +2.00 (+1.00 to +3.00) | as published"
+    cells = "+1.4 vs. AlexNet | 47.00 (41.00 to 53.00) | +2.00 (+1.00 to +3.00) | as published"
     assert f"| no LRN | error | {cells} |" in str(record(whole, less))
     assert spread([2.0]) == "2.00"
 
@@ -55,12 +55,12 @@ def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
 @pytest.mark.slow
 def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
     out = tmp_path / "paper"
-    grid = ("ablations", "--data", packed, "--out", out, "--seeds", "2", "--only", "one GPU's net", *QUICK)
+    grid = ("ablations", "--data", packed, "--out", out, "--seeds", "2", "--only", "one-GPU net", *QUICK)
     command = [sys.executable, "tools/paper.py", *map(str, grid), "--jobs", "2"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     whole, half = Record.read(out / "ablations.json").rows
-    assert (whole.system, half.system, half.than) == ("AlexNet", "one GPU's net", "AlexNet")
+    assert (whole.system, half.system, half.than) == ("AlexNet", "one-GPU net", "AlexNet")
     assert [len(values) for row in (whole, half) for values in row.measured.values()] == [2] * 4
     logs = {path: path.read_text() for path in (out / "ablations").glob("*.log")}
     assert len(logs) == 4
@@ -68,7 +68,7 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
     assert {path: path.read_text() for path in logs} == logs  # nothing was trained again
     assert call(main, "report", "--out", out).stdout.strip() == str(out / "results.md")
     assert (
-        "| one GPU's net (section 3.2) | top-1 error (%) | +1.7 to AlexNet |"
+        "| one-GPU net (section 3.2) | top-1 error (%) | +1.7 vs. AlexNet |"
         in (out / "results.md").read_text()
     )
 

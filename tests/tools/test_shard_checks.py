@@ -36,8 +36,8 @@ def task_of(folder: Path, decode: Decode = "sampled") -> ShardCheck:
 
 def named(task: ShardCheck) -> list[str]:
     found = check_shard(task)
-    assert found.count == len(found.damages)
-    return [str(damage) for damage in found.damages]
+    assert found.count == len(found.problems)
+    return [str(problem) for problem in found.problems]
 
 
 def found_in(folder: Path, decode: Decode = "sampled") -> list[str]:
@@ -71,7 +71,7 @@ def test_a_flipped_byte_in_a_header_is_found_and_hides_nothing_else(folder):
         f"{TAR}, byte {header}: no valid member header",
         f"{TAR}, 000000023.cls, byte {jpeg_at(folder, 4) - 1024}: does not follow the .jpg of the same key",
         f"{TAR}, 000000027.jpg, byte {other}: is not a JPEG",
-        f"{TAR}, byte {header + 512}: no sample here, where the index has one, nor at 0 more offsets",
+        f"{TAR}, byte {header + 512}: the sample that the index has at this offset is missing",
         f"{TAR}: its sha256 differs from the one in dataset.json",
         f"{TAR}: has 19 samples, but dataset.json says 20",
     ]
@@ -82,9 +82,7 @@ def test_a_page_of_zeros_is_located(folder):
     edit(folder / TAR, place, bytes(1024))
     found = found_in(folder)
     assert found[0] == f"{TAR}, byte {place}: zeros where a member's header is expected"
-    assert (
-        f"{TAR}, byte {place + 512}: no sample here, where the index has one, nor at 0 more offsets" in found
-    )
+    assert f"{TAR}, byte {place + 512}: the sample that the index has at this offset is missing" in found
 
 
 def test_a_truncated_tar_names_the_member_it_ends_in(folder):
@@ -94,7 +92,7 @@ def test_a_truncated_tar_names_the_member_it_ends_in(folder):
     assert found_in(folder) == [
         f"{TAR}, byte {place - 512}: no valid member header",
         f"{TAR}, byte {place + 100}: ends without the zeros that end a tar",
-        f"{TAR}, byte {place}: no sample here, where the index has one, nor at 4 more offsets",
+        f"{TAR}, byte {place}: the sample that the index has at this offset is missing, and 4 more after it",
         f"{TAR}: has {place + 100} bytes, but dataset.json says {size}",
         f"{TAR}: has 15 samples, but dataset.json says 20",
     ]
@@ -152,7 +150,7 @@ def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray],
     return [line.removeprefix("new.tar, ") for line in named(ShardCheck(folder, shard, rows, 10, "sampled"))]
 
 
-def test_a_picture_is_what_the_packer_promises(tmp_path):
+def test_pictures_that_differ_from_their_index_are_named(tmp_path):
     samples = [
         Sample("0", jpeg(), 0, 16, 16),
         Sample("1", b"no picture", 1, 16, 16),
@@ -218,7 +216,7 @@ def test_an_index_that_disagrees_with_the_tar_is_named_by_sample(tmp_path):
         f"1.jpg, byte {offsets[1]}: its label is 1, but the index says 2",
         f"2.jpg, byte {offsets[2]}: its size is {size}, but the index says {size - 1}",
         f"3.jpg, byte {offsets[3]}: is not in the index",
-        f"byte {offsets[3] + 512}: no sample here, where the index has one, nor at 0 more offsets",
+        f"byte {offsets[3] + 512}: the sample that the index has at this offset is missing",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The contestants of the benchmarks' stages: which they are, what they do, and that they are closed."""
+"""The candidates of the benchmarks' stages: which they are, what they do, and that they are closed."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ BATCH = ("--batch", "4")
 def test_training_logs_as_in_a_run(packed, monkeypatch, call):
     logged = []
     monkeypatch.setattr(
-        "trainer.monitor.journal.Journal.interval", lambda self, step, *_: logged.append(step)
+        "trainer.monitor.journal.Journal.record_interval", lambda self, step, *_: logged.append(step)
     )
     done = call(bench.main, "train", "--data", packed, *QUICK, *BATCH, "--log-every", "2")
     assert done.returncode == 0
@@ -54,7 +54,7 @@ def test_processes_of_one_batch_size_end_before_the_next(packed, call, monkeypat
 
     events = []
 
-    class Contestant:
+    class Peer:
         def __init__(self, python, name, job, seconds):
             self.batch = job.batch
             events.append(("started", job.batch))
@@ -65,7 +65,7 @@ def test_processes_of_one_batch_size_end_before_the_next(packed, call, monkeypat
         def close(self):
             events.append(("ended", self.batch))
 
-    monkeypatch.setattr(loader_peers, "Contestant", Contestant)
+    monkeypatch.setattr(loader_peers, "Peer", Peer)
     monkeypatch.setattr(loader_peers, "rate", lambda *_: 1.0)
     monkeypatch.setattr(peer_pipelines, "PEERS", {"dali": None})
     arguments = ("peers", "--loader-peers", sys.executable, "--data", packed)

@@ -1,4 +1,4 @@
-"""The stock net of the stage `model` computes what ours does, and its step trains."""
+"""The stock net of the stage `model` computes the same as ours, and its step trains."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from model.alexnet import AlexNet
 from tools.benchmarks.stock import LAYOUTS, stock_alexnet, stock_work
 
 
-def test_stock_net_equals_ours_with_fc6s_inputs_permuted():
+def test_the_stock_net_equals_ours_if_the_inputs_of_fc6_are_permuted():
     torch.manual_seed(0)
     ours, stock = AlexNet(10, "paper", "inverted").eval(), stock_alexnet(10).eval()
     state = [parameter.detach() for parameter in ours.parameters()]
@@ -19,13 +19,8 @@ def test_stock_net_equals_ours_with_fc6s_inputs_permuted():
         torch.testing.assert_close(stock(x), ours(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stock_step_counts_its_images(layout):
-    work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, layout, "fp32")
-    assert work() == 2
-
-
-@pytest.mark.slow
-def test_compiled_stock_step_counts_its_images():
-    work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, "channels_last", "fp32", True)
+def test_a_step_of_the_stock_net_counts_its_images(layout, compiled):
+    work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, layout, "fp32", compiled)
     assert work() == 2

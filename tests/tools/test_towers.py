@@ -1,4 +1,4 @@
-"""tools/paper.py towers: both nets are really trained, in three processes; bad settings are refused."""
+"""alexnet-train paper towers: both nets are really trained, in three processes; bad settings are refused."""
 
 from argparse import Namespace
 
@@ -24,7 +24,7 @@ def test_two_towers_train_like_the_net_on_one_device(packed, tmp_path):
     # Forward and back: conv3 sees 3×3 maps, fc6 single values and fc7 units. fc7's half goes one way.
     # At an eighth of its width, a tower has 16 maps there and 256 units.
     sent = 4 * (2 * (16 * 9 + 16 + 256) + 256)
-    assert two["sent by each tower for an image (kB)"] == [sent / 1000]
+    assert two["sent by each tower per image (kB)"] == [sent / 1000]
 
 
 def test_dropout_and_compilation_are_off_and_precision_defaults_to_fp32():

@@ -1,4 +1,4 @@
-"""A clone works if its dependencies are installed but it is not."""
+"""A clone works if only its dependencies are installed."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ COMMANDS = sorted(
     "command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"]], ids=" ".join
 )
 def test_help_works_in_a_clone(command):
-    """-S ignores the .pth files by which site-packages points to the clone."""
+    """Use -S, which ignores the .pth files by which site-packages may point to the clone."""
     packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
     environment = {**os.environ, "PYTHONPATH": packages}
     command = [sys.executable, "-S", *command, "--help"]

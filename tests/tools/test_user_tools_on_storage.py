@@ -17,7 +17,7 @@ from tools.classifying import nets
 from tools.classifying.output import Result
 from tools.classifying.pictures import InputError, find, read
 
-# What tempfile does if it finds no writable folder.
+# Fail as tempfile does if it finds no writable folder.
 WITHOUT_TEMPORARY_FOLDER = """
 import runpy, sys, tempfile
 
@@ -59,7 +59,7 @@ def test_a_missing_temporary_folder_is_reported_in_one_line(tmp_path, command):
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(Path(command[0]).stem + ": ")
+    assert done.stderr.startswith(Path(command[0]).stem.replace("_", "-") + ": ")
 
 
 def fail_reads(monkeypatch: pytest.MonkeyPatch, code: int, times: int) -> None:
@@ -119,8 +119,8 @@ def test_an_error_writing_results_names_the_file(tmp_path, monkeypatch):
         raise failure(errno.ENOSPC)
 
     monkeypatch.setattr("builtins.print", full)
-    with pytest.raises(OSError, match="No space left") as error, open_output(path) as tell:
-        tell(Result("a.jpg", []))
+    with pytest.raises(OSError, match="No space left") as error, open_output(path) as write:
+        write(Result("a.jpg", []))
     assert error.value.filename == str(path)
 
 

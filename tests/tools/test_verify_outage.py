@@ -57,8 +57,8 @@ def test_an_outage_ends_verification_and_is_not_damage(dataset, file, name, erro
 @pytest.mark.parametrize("file", [TAR, IDX])
 def test_a_file_that_stays_unreadable_is_damage(dataset, file, name, error):
     with Storage(dataset, fault(name, file, error)):
-        (damage,) = verify(dataset, "sampled", 1).damages
-    assert str(damage) == f"{file}: cannot be read: {os.strerror(getattr(errno, error))}"
+        (problem,) = verify(dataset, "sampled", 1).problems
+    assert str(problem) == f"{file}: cannot be read: {os.strerror(getattr(errno, error))}"
 
 
 def test_a_dataset_that_disappears_is_not_reported_as_missing_shards(dataset, monkeypatch):
@@ -86,10 +86,10 @@ def test_a_correct_second_read_does_not_hide_a_wrong_first_one(dataset, monkeypa
 
     readings: list[Flaky] = []
     monkeypatch.setattr(checks, "_Hashed", Flaky)
-    (damage,) = verify(dataset, decode, 1).damages
-    assert damage.file == TAR
-    assert "its sha256 differs from the one in dataset.json" in damage.what
-    assert ("gave different bytes when read twice" in damage.what) == (decode == "sampled")
+    (problem,) = verify(dataset, decode, 1).problems
+    assert problem.file == TAR
+    assert "its sha256 differs from the one in dataset.json" in problem.what
+    assert ("gave different bytes when read twice" in problem.what) == (decode == "sampled")
 
 
 def test_running_out_of_memory_is_not_damage(dataset, monkeypatch):
@@ -112,10 +112,10 @@ def test_the_command_reports_an_outage_in_one_line(dataset, monkeypatch, error):
         verify_shards.main()
     if isinstance(error, OSError):
         assert end.value.code.startswith(
-            "verify_shards: /mnt/a.tar: Stale file handle: the check is incomplete"
+            "verify-shards: /mnt/a.tar: Stale file handle: the check is incomplete"
         )
     else:
-        assert end.value.code == "verify_shards: out of memory: try fewer --workers"
+        assert end.value.code == "verify-shards: out of memory: try fewer --workers"
 
 
 @pytest.mark.parametrize("error", ["EIO", "ESTALE"])
@@ -139,5 +139,5 @@ def test_inspecting_names_the_file_and_what_to_do(dataset, monkeypatch, name, fi
     place = root / file if name == "read" else root / "report"
     reason = os.strerror(errno.EIO)
     assert (
-        end.value.code == f"inspect_shards: {place}: {reason}: fix the cause and run the same command again"
+        end.value.code == f"inspect-shards: {place}: {reason}: fix the cause and run the same command again"
     )

@@ -1,4 +1,4 @@
-"""verify_shards: all damage is found and named, and nothing else."""
+"""verify-shards: all damage is found and named, and sound files are not."""
 
 import json
 import shutil
@@ -36,8 +36,8 @@ def dataset(packed: Path, tmp_path: Path) -> Path:
 
 def found_in(root: Path, decode: str = "sampled") -> list[str]:
     verdict = verify(root, decode, 1)
-    assert verdict.count == len(verdict.damages)
-    return [str(damage) for damage in verdict.damages]
+    assert verdict.count == len(verdict.problems)
+    return [str(problem) for problem in verdict.problems]
 
 
 def test_a_sound_dataset_passes(packed):
@@ -73,7 +73,7 @@ def test_pictures_larger_than_dataset_json_says_are_named(dataset):
     with_manifest(dataset, lambda content: content.update(max_width=79))
     indices = ("train.index.npy", "val.index.npy")
     assert found_in(dataset) == [
-        f"dataset.json: says that no width exceeds 79; {index} has 80" for index in indices
+        f"dataset.json: says that no width exceeds 79, but {index} has 80" for index in indices
     ]
 
 
@@ -106,7 +106,7 @@ def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
 
 
 def named(dataset: Path, name: str) -> Iterator[None]:
-    """Yield the dataset with this name for its index, and then for a shard."""
+    """Yield twice: once with the index of train under this name, and once with a shard."""
     for change in (
         lambda split: split.update(index=name),
         lambda split: split["shards"][0].update(file=name),
@@ -149,14 +149,14 @@ def test_garbage_in_dataset_json_is_reported_in_one_line(dataset, content, run):
     (dataset / "dataset.json").write_bytes(content)
     done = run(dataset)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("verify_shards: ")
+    assert done.stderr.startswith("verify-shards: ")
     assert done.stderr.count("\n") == 1
 
 
 def test_a_missing_dataset_is_reported_in_one_line(tmp_path, run):
     done = run(tmp_path / "none")
     assert done.returncode == 1
-    assert done.stderr == f"verify_shards: {error_of(tmp_path / 'none')}\n"
+    assert done.stderr == f"verify-shards: {error_of(tmp_path / 'none')}\n"
 
 
 def error_of(root: Path) -> str:
@@ -184,7 +184,7 @@ def test_findings_are_printed_up_to_a_limit_and_counted(dataset, run):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
-    """dataset.json has no checksum of its own, so for it only the second half of this applies."""
+    """Changes to dataset.json need not be found, because it has no checksum of its own."""
     rng = np.random.default_rng(seed)
     for path in sorted(packed.iterdir()):
         if path.name == "report.tsv":
@@ -252,12 +252,12 @@ def test_repair_refuses_a_damaged_tar(dataset, run):
     before = contents(dataset)
     done = run(dataset, "--repair-index")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("verify_shards: nothing can be repaired because of these problems:\n  ")
+    assert done.stderr.startswith("verify-shards: nothing can be repaired because of these problems:\n  ")
     assert f"{TAR}: its sha256 differs from the one in dataset.json" in done.stderr
     assert contents(dataset) == before
 
 
-def test_the_command_says_that_indices_can_be_repaired(dataset, run):
+def test_the_command_suggests_and_performs_the_repair_of_indices(dataset, run):
     (dataset / "train-000000.idx").unlink()
     (dataset / "train.index.npy").unlink()
     done = run(dataset)

@@ -1,4 +1,4 @@
-"""What is built from settings."""
+"""The net and the decoding that are built from settings."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_the_net_is_the_published_one_unless_settings_change_it():
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine of eight cores, or with a quota of CPUs, seen by one of several processes."""
+    """Pretend to be one of several processes on a machine of eight cores, or with a quota of CPUs."""
 
     def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
         monkeypatch.setattr(build, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
@@ -32,28 +32,24 @@ def machine(monkeypatch):
     return of
 
 
-def kept_on(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
+def pinned_to(*arguments: str, device: torch.device = CPU) -> tuple[int, ...]:
     return build_decoding(load_settings([*arguments]), device).cores
 
 
 def test_each_thread_is_pinned_to_a_core_and_processes_use_different_cores(machine):
     machine()
-    assert kept_on() == (1, 3, 5, 7, 9, 11, 13, 15)
+    assert pinned_to() == (1, 3, 5, 7, 9, 11, 13, 15)
     machine(rank=0, processes=2)
-    assert kept_on() == (1, 3, 5, 7)
+    assert pinned_to() == (1, 3, 5, 7)
     machine(rank=1, processes=2)
-    assert kept_on() == (9, 11, 13, 15)
+    assert pinned_to() == (9, 11, 13, 15)
 
 
-def test_threads_are_not_pinned_unless_there_is_one_per_core(machine):
+def test_threads_are_not_pinned_on_a_gpu_or_unless_there_is_one_per_core(machine):
     machine()
-    assert kept_on("--threads", "3") == ()
+    assert pinned_to(device=torch.device("cuda", 0)) == ()
+    assert pinned_to("--threads", "3") == ()
     machine(quota=3)
-    assert kept_on() == ()
+    assert pinned_to() == ()
     machine(processes=16)
-    assert kept_on() == ()
-
-
-def test_threads_are_not_pinned_on_a_gpu(machine):
-    machine()
-    assert kept_on(device=torch.device("cuda", 0)) == ()
+    assert pinned_to() == ()

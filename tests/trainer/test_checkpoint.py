@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.checkpoint import load, saved, write
+from trainer.checkpoint import list_checkpoints, load, write
 from trainer.run import RunError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def state(step: int) -> dict:
 
 
 def steps(folder: Path) -> list[int]:
-    return sorted(int(path.stem.removeprefix("step-")) for path in saved(folder, "step"))
+    return sorted(int(path.stem.removeprefix("step-")) for path in list_checkpoints(folder, "step"))
 
 
 def test_the_newest_checkpoints_are_kept_and_the_last_is_loaded(tmp_path):
@@ -59,7 +59,7 @@ def test_the_best_checkpoint_is_kept_until_there_is_a_better_one(tmp_path, monke
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, damage):
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
-    newest = saved(tmp_path)[0]
+    newest = list_checkpoints(tmp_path)[0]
     content = newest.read_bytes()
     place = content.index(state(2)["model"]["weight"].numpy().tobytes()) + 100
     newest.write_bytes(
@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     """This includes headers, padding and the checksum, which the archive's own checksums do not cover."""
     write(tmp_path, 1, {"step": 1, "weight": torch.ones(3)}, keep=1)
-    (path,) = saved(tmp_path)
+    (path,) = list_checkpoints(tmp_path)
     content = path.read_bytes()
     for place in range(len(content)):
         flipped = bytearray(content)
@@ -92,9 +92,9 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     assert load(tmp_path, CPU)[0]["step"] == 1
 
 
-def test_only_damaged_checkpoints_are_an_error(tmp_path):
+def test_having_only_damaged_checkpoints_is_an_error(tmp_path):
     write(tmp_path, 1, state(1), keep=2, best=True)
-    for path in saved(tmp_path):
+    for path in list_checkpoints(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(RunError, match=r"step-000000001.pt is damaged.*best-000000001.pt is damaged.*delete"):
         load(tmp_path, CPU)
@@ -103,14 +103,14 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
 def test_a_run_that_went_back_keeps_new_checkpoints_and_deletes_damaged_ones(tmp_path):
     for step in (1, 20, 30):
         write(tmp_path, step, state(step), keep=3)
-    for path in saved(tmp_path)[:2]:
+    for path in list_checkpoints(tmp_path)[:2]:
         path.write_bytes(b"")
     assert load(tmp_path, CPU)[0]["step"] == 1
     write(tmp_path, 2, state(2), keep=2)
     assert steps(tmp_path) == [1, 2]
 
 
-def test_loading_runs_no_code(tmp_path):
+def test_loading_a_checkpoint_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):
             return (tmp_path.joinpath("ran").touch, ())
@@ -126,12 +126,12 @@ def disk(tmp_path) -> Iterator[Path]:
     """A disk with 64 KiB of space."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a disk can be mounted by root alone")
+        pytest.skip("only root can mount a disk")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def saves_nothing_and_loses_nothing(folder: Path, code: int, big: dict) -> None:
+def assert_nothing_is_saved_or_lost(folder: Path, code: int, big: dict) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(OSError, match=os.strerror(code)) as failed:
         write(folder, 2, big, keep=1, best=True)
@@ -140,29 +140,29 @@ def saves_nothing_and_loses_nothing(folder: Path, code: int, big: dict) -> None:
     assert load(folder, CPU)[0]["step"] == 1
 
 
-def test_a_full_disk(disk):
+def test_a_full_disk_loses_no_checkpoint(disk):
     write(disk, 1, state(1), keep=1)
-    saves_nothing_and_loses_nothing(disk, errno.ENOSPC, state(2) | {"more": torch.zeros(20_000)})
+    assert_nothing_is_saved_or_lost(disk, errno.ENOSPC, state(2) | {"more": torch.zeros(20_000)})
 
 
-def test_a_folder_that_is_read_only(disk):
+def test_a_read_only_folder_loses_no_checkpoint(disk):
     write(disk, 1, state(1), keep=1)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    saves_nothing_and_loses_nothing(disk, errno.EROFS, state(2))
+    assert_nothing_is_saved_or_lost(disk, errno.EROFS, state(2))
 
 
-def test_a_limit_on_the_size_of_files(tmp_path):
+def test_a_limit_on_the_size_of_files_loses_no_checkpoint(tmp_path):
     write(tmp_path, 1, state(1), keep=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # the write fails in the middle of the file
     try:
-        saves_nothing_and_loses_nothing(tmp_path, errno.EFBIG, state(2))
+        assert_nothing_is_saved_or_lost(tmp_path, errno.EFBIG, state(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_disk_that_fails(tmp_path, monkeypatch, call):
+def test_a_failing_disk_loses_no_checkpoint(tmp_path, monkeypatch, call):
     write(tmp_path, 1, state(1), keep=1)
 
     def fail(*_: object) -> None:
@@ -178,10 +178,10 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, call):
         monkeypatch.setattr("pipeline.files.open", failing_open, raising=False)
     else:
         monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fail)
-    saves_nothing_and_loses_nothing(tmp_path, errno.EIO, state(2))
+    assert_nothing_is_saved_or_lost(tmp_path, errno.EIO, state(2))
 
 
-def test_a_disk_that_reads_back_other_content(tmp_path, monkeypatch):
+def test_content_that_reads_back_differently_is_noticed(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
 
     def forget(descriptor: int, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Bad input: one line says what is wrong and what to do, and nothing is lost."""
+"""Bad input is refused in one line that says what to do, and nothing is lost."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ ONE_EPOCH = [*TINY, "--epochs", "1", "--port", "0"]
 
 @pytest.fixture
 def fail(monkeypatch, capsys):
-    """Run the command, which must fail, and return its one-line error."""
+    """Run the command, which must fail; return its one-line error."""
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["alexnet-train", *map(str, arguments)])
@@ -43,14 +44,14 @@ def data(packed, tmp_path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "data"))
 
 
-def test_no_dataset(fail, tmp_path):
+def test_a_missing_dataset_is_refused_with_the_command_that_packs_one(fail, tmp_path):
     assert "does not exist" in fail("--data", tmp_path / "none", "--out", tmp_path / "run")
     assert "has no dataset.json" in fail("--data", tmp_path, "--out", tmp_path / "run")
     assert "alexnet-train make-shards" in fail("--data", tmp_path, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_container_without_a_dataset_says_what_to_mount(fail, tmp_path, monkeypatch):
+def test_in_a_container_the_error_says_what_to_mount(fail, tmp_path, monkeypatch):
     monkeypatch.setenv("container", "oci")
     monkeypatch.setenv("ALEXNET_DATA", str(tmp_path / "data"))
     message = fail()
@@ -58,10 +59,23 @@ def test_a_container_without_a_dataset_says_what_to_mount(fail, tmp_path, monkey
     assert "docker run alexnet-train demo" in message
 
 
-def test_a_dataset_of_a_newer_format(fail, data, tmp_path):
+def edit_manifest(data: Path, change: Callable[[dict], object]) -> None:
     manifest = json.loads((data / "dataset.json").read_text())
-    (data / "dataset.json").write_text(json.dumps({**manifest, "format": 2, "new": "thing"}))
-    assert "upgrade alexnet-train" in fail("--data", data, "--out", tmp_path / "run")
+    change(manifest)
+    (data / "dataset.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest.update(format=2, new="thing"), "upgrade alexnet-train"),
+        (lambda manifest: manifest["splits"].pop("val"), "no split 'val'"),
+    ],
+    ids=["newer format", "no validation split"],
+)
+def test_an_unsuitable_dataset_is_refused(fail, data, tmp_path, change, message):
+    edit_manifest(data, change)
+    assert message in fail("--data", data, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "replaced", "index"])
@@ -83,13 +97,6 @@ def test_a_damaged_dataset_is_refused_and_the_file_is_named(fail, data, tmp_path
     assert content(data) == before
 
 
-def test_a_dataset_without_validation(fail, data, tmp_path):
-    manifest = json.loads((data / "dataset.json").read_text())
-    del manifest["splits"]["val"]
-    (data / "dataset.json").write_text(json.dumps(manifest))
-    assert "no split 'val'" in fail("--data", data, "--out", tmp_path / "run", *ONE_EPOCH)
-
-
 def test_an_output_folder_of_another_run_is_not_changed(fail, packed, whole):
     before = content(whole)
     message = fail("--data", packed, "--out", whole, *TINY, "--seed", 5, "--batch", "6")
@@ -105,9 +112,7 @@ def test_an_output_folder_with_other_files_is_not_changed(fail, packed, tmp_path
 
 
 def test_a_run_cannot_be_continued_on_other_data(fail, data, whole):
-    manifest = json.loads((data / "dataset.json").read_text())
-    manifest["classes"][0]["name"] = "another"
-    (data / "dataset.json").write_text(json.dumps(manifest))
+    edit_manifest(data, lambda manifest: manifest["classes"][0].update(name="another"))
     assert "dataset (" in fail("--data", data, "--out", whole, *TINY)
 
 
@@ -126,16 +131,16 @@ def test_a_run_cannot_be_continued_where_auto_is_another_precision(fail, packed,
     assert main(monkeypatch, command(packed, out, *arguments, "--precision", "fp32")) == 0
 
 
-def test_a_batch_that_is_not_divisible_by_the_number_of_processes(fail, packed, tmp_path, monkeypatch):
+def test_an_indivisible_batch_is_refused_with_the_nearest_sizes(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert "use 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
 
 
-def test_a_crop_larger_than_the_images(fail, packed, tmp_path):
+def test_a_crop_larger_than_the_images_is_refused(fail, packed, tmp_path):
     assert "--crop 224" in fail("--data", packed, "--out", tmp_path / "run", "--recipe", "paper")
 
 
-def test_a_port_in_use(fail, packed, tmp_path):
+def test_a_port_in_use_is_refused_with_the_option_to_change(fail, packed, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -146,7 +151,7 @@ def test_a_port_in_use(fail, packed, tmp_path):
     assert "--port" in message
 
 
-def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_named(fail, packed, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -155,17 +160,17 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due(fail, packed, tmp_path, mo
     assert re.search(r"step-0000000\d\d.pt cannot be written: No space left.*same command again", message)
 
 
-def test_a_missing_gpu(fail, packed, tmp_path, monkeypatch):
+def test_a_missing_gpu_is_reported(fail, packed, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH, "--device", "cuda")
     assert "--device cuda: torch finds no GPU here" in message
 
 
-def test_unknown_settings(fail):
+def test_unknown_settings_and_commands_are_refused_with_suggestions(fail):
     assert "did you mean --epochs?" in fail("--epocs", 3)
     assert "did you mean code2012?" in fail("--recipe", "code2013")
     assert "train, evaluate, demo" in fail("trian")
 
 
-def test_evaluating_a_folder_without_a_run(fail, tmp_path):
+def test_evaluating_a_folder_without_a_run_is_refused(fail, tmp_path):
     assert "no run in" in fail("evaluate", tmp_path)

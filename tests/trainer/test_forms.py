@@ -13,7 +13,7 @@ from model.forms import FORMS, GROUPS
 from pipeline.manifest import read_manifest
 from trainer import forms
 from trainer.build import build_model
-from trainer.forms import fastest, fastest_form, measure, settle_form
+from trainer.forms import fastest, fastest_form, measure, resolve_run_form
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Form, Settings, load_settings
@@ -48,7 +48,7 @@ def test_a_form_is_measured_with_whole_training_steps(monkeypatch):
         made.append(build_model(*arguments))
         return made[-1]
 
-    def rate(work: Callable[[], int], seconds: float, device: torch.device) -> float:
+    def measure_throughput(work: Callable[[], int], seconds: float, device: torch.device) -> float:
         assert seconds >= 0.5
         before = made[0].conv2.weight.clone()
         images = work()
@@ -56,7 +56,7 @@ def test_a_form_is_measured_with_whole_training_steps(monkeypatch):
         return images / 2
 
     monkeypatch.setattr("trainer.monitor.ceilings.build_model", build)
-    monkeypatch.setattr(forms, "rate", rate)
+    monkeypatch.setattr(forms, "measure_throughput", measure_throughput)
     assert measure(Settings(**NARROW, convolutions="towers-s2d"), World(0, 2, 0, ALONE.device)) == 1.0
     assert [net.form for net in made] == [FORMS["towers-s2d"]]
 
@@ -68,7 +68,7 @@ def test_a_form_that_fails_is_skipped(monkeypatch):
     monkeypatch.setattr(forms, "model_work", too_large)
     with pytest.warns(UserWarning, match="cannot compute convolutions as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
-    with pytest.raises(torch.OutOfMemoryError):  # training would fail, too
+    with pytest.raises(torch.OutOfMemoryError):  # because training would fail as well
         measure(Settings(**NARROW, convolutions="grouped"), ALONE)
 
 
@@ -89,7 +89,7 @@ def measured(monkeypatch, tmp_path) -> list[Settings]:
     return tried
 
 
-SAID = "computing convolutions as towers-s2d, the fastest form here"
+SAID = "computing convolutions as towers-s2d, the fastest form on this machine"
 
 
 def test_the_fastest_form_is_remembered(measured, tmp_path):
@@ -107,7 +107,7 @@ def test_the_fastest_form_is_remembered(measured, tmp_path):
     [{"preset": "code2012"}, {"width": 0.25}, {"crop": 64}, {"batch": 8}, {"precision": "bf16"},
      {"compile": True}, {"dropout": "off"}, {"lrn": False}],
 )  # fmt: skip
-def test_other_work_is_measured_again(measured, changed):
+def test_another_net_or_batch_is_measured_again(measured, changed):
     settings = Settings(**NARROW)
     fastest_form(settings, GPU)
     fastest_form(settings.model_copy(update=changed), GPU)
@@ -133,7 +133,7 @@ def test_each_of_several_processes_has_its_share_of_the_batch(measured):
     assert len(measured) == 4
 
 
-def test_nothing_is_measured_where_there_is_nothing_to_choose(measured):
+def test_nothing_is_measured_if_there_is_nothing_to_choose(measured):
     assert fastest_form(Settings(convolutions="towers"), GPU) == ("towers", [])
     assert fastest_form(Settings(preset="torchvision"), GPU) == ("grouped", [])
     assert fastest_form(Settings(preset="code2012", precision="bf16"), ALONE) == ("grouped", [])
@@ -168,10 +168,10 @@ def begun(packed, tmp_path):
     def begin(monkeypatch: pytest.MonkeyPatch, fastest: str, *arguments: str) -> str:
         run, settings = Run(tmp_path / "run"), load_settings(list(arguments))
         run.begin(settings, manifest).close()
-        run.settle(settings, {"device": "cpu", "precision": "fp32"})
+        run.keep_resolved(settings, {"device": "cpu", "precision": "fp32"})
         found = settings.convolutions if settings.convolutions != "auto" else fastest
         monkeypatch.setattr(forms, "fastest_form", lambda *_: (found, ["found"]))
-        settled, _ = settle_form(settings, run, ALONE)
+        settled, _ = resolve_run_form(settings, run, ALONE)
         assert settled.form == settled.convolutions
         return settled.form
 
@@ -197,7 +197,7 @@ def test_asking_for_another_form_is_refused_as_another_run(begun, monkeypatch):
         begun(monkeypatch, "towers", "--convolutions", "grouped")
 
 
-@pytest.mark.parametrize("lacks", ["convolutions", "all that auto was"])
+@pytest.mark.parametrize("lacks", ["convolutions", "everything that auto resolved to"])
 def test_a_run_of_an_earlier_version_continues_in_the_form_of_that_version(
     begun, monkeypatch, tmp_path, lacks
 ):
@@ -213,13 +213,13 @@ def test_a_run_of_an_earlier_version_continues_in_the_form_of_that_version(
 
 
 def test_the_first_process_decides_for_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(World, "share", lambda self, value: ("towers", ["as the first says"]))
-    settled, notes = settle_form(Settings(), Run(tmp_path), World(1, 2, 1, ALONE.device))
+    monkeypatch.setattr(World, "broadcast", lambda self, value: ("towers", ["as the first says"]))
+    settled, notes = resolve_run_form(Settings(), Run(tmp_path), World(1, 2, 1, ALONE.device))
     assert (settled.form, notes) == ("towers", ["as the first says"])
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 @pytest.mark.parametrize("preset", ["paper", "code2012"])
 def test_a_gpu_computes_the_same_in_each_form_and_finds_the_fastest(preset, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Training that starts from another run's weights."""
+"""Training that starts from the weights of another run."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def four_classes(pictures, tmp_path_factory) -> Path:
 
 def test_with_the_same_classes_all_weights_are_loaded(trained, packed):
     begun = learner(10)
-    said = begun.begin_with(trained, read_manifest(packed).classes)
+    said = begun.load_initial_weights(trained, read_manifest(packed).classes)
     assert said == f"starting from the weights of {trained} after step 7"
     expected = learner(10, seed=1).model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in begun.model.state_dict().items())
@@ -55,19 +55,20 @@ def test_with_the_same_classes_all_weights_are_loaded(trained, packed):
 
 def test_with_other_classes_the_last_layer_keeps_its_initial_weights(trained, four_classes):
     begun, own, theirs = learner(4), learner(4).model.state_dict(), learner(10, seed=1).model.state_dict()
-    assert begun.begin_with(trained, read_manifest(four_classes).classes).endswith(", with a new fc8")
+    said = begun.load_initial_weights(trained, read_manifest(four_classes).classes)
+    assert said.endswith(", with a new fc8")
     for name, value in begun.model.state_dict().items():
         assert torch.equal(value, (own if name.startswith("fc8.") else theirs)[name]), name
 
 
 def test_another_net_is_refused_with_the_layers_that_differ(trained, packed):
     with pytest.raises(SettingsError, match=r"which differs in conv6\.bias, conv6\.weight$"):
-        learner(10, conv6=True).begin_with(trained, read_manifest(packed).classes)
+        learner(10, conv6=True).load_initial_weights(trained, read_manifest(packed).classes)
 
 
 def test_a_run_without_a_checkpoint_is_refused(packed, tmp_path):
     with pytest.raises(SettingsError, match="no run in"):
-        learner(10).begin_with(tmp_path, read_manifest(packed).classes)
+        learner(10).load_initial_weights(tmp_path, read_manifest(packed).classes)
     Run(tmp_path).begin(Settings(data=packed), read_manifest(packed)).close()
     with pytest.raises(SettingsError, match="has no checkpoint yet"):
-        learner(10).begin_with(tmp_path, read_manifest(packed).classes)
+        learner(10).load_initial_weights(tmp_path, read_manifest(packed).classes)

@@ -21,13 +21,13 @@ def asynchronous(monkeypatch):
     monkeypatch.setattr(World, "is_asynchronous", True)
 
 
-def test_an_interval_read_later_has_the_values_of_its_own_time():
+def test_an_interval_that_is_read_later_keeps_its_values():
     meter = Meter(World(0, 1, 0, torch.device("cpu")))
 
     def step(loss: float, wrong: int) -> None:
         meter.begin_step()
         meter.end_step(torch.tensor(loss), torch.tensor(wrong), images=4)
-        meter.waited(0.5)
+        meter.add_wait(0.5)
 
     step(2.0, 3)
     step(4.0, 1)
@@ -46,17 +46,17 @@ def test_an_interval_read_later_has_the_values_of_its_own_time():
 def test_an_interval_is_reported_with_the_next_one_and_before_a_checkpoint(
     packed, tmp_path, asynchronous, monkeypatch
 ):
-    told = []
+    reported = []
 
     def loader(*arguments, **options):
         for batch in train_loader(*arguments, **options):
-            told.append(len(rows(tmp_path / "run" / "metrics.csv")))
+            reported.append(len(rows(tmp_path / "run" / "metrics.csv")))
             yield batch
 
     monkeypatch.setattr("trainer.train.train_loader", loader)
     arguments = command(packed, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "3")
     assert main(monkeypatch, arguments) == 0
-    assert told == [0, 0, 1, 3, 3]  # the index is the number of steps done
+    assert reported == [0, 0, 1, 3, 3]  # the index is the number of steps done
     assert [int(row["step"]) for row in rows(tmp_path / "run" / "metrics.csv")] == [1, 2, 3, 4, 5]
 
 
@@ -86,9 +86,9 @@ def test_no_step_and_no_interval_waits_for_the_device(packed, tmp_path, asynchro
     trainer = Trainer(settings, Run(tmp_path / "run"), alone, Metrics(), port=None)
     trainer.run.folder.mkdir()
     batches = trainer.batches()
-    trainer.train_one(batches)
+    trainer.train_step(batches)
     with NoWait():
         for _ in range(3):
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             trainer.log()
             assert not alone.any(False)

@@ -1,4 +1,4 @@
-"""The net of one of several processes: its gradients, and how they are exchanged."""
+"""The gradients of a process among several, and how they are exchanged."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def sent(monkeypatch) -> list[Tensor]:
-    """Record what is summed over processes. There is one process here, so the sum is what was sent."""
+    """Record what is summed over processes. With a single process, the sum is what was sent."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     tensors, all_reduce = [], dist.all_reduce
 

@@ -18,7 +18,7 @@ def step():
     return [torch.ones(10 << 20) for _ in range(2)]  # 40 MB each, which glibc would return at once
 
 for _ in range(40):
-    step()  # the heap may grow for some twenty steps, until freed neighbours are large enough to be reused
+    step()  # the heap may grow for some twenty steps, until free blocks are large enough to reuse
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(3):
     step()
@@ -26,11 +26,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 def test_memory_of_the_previous_step_is_reused():
     def faults(how: str) -> int:
         command = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("given back") > 30_000  # pages, out of 3 × 2 × 10,240
+    assert faults("returned") > 30_000  # pages, out of 3 × 2 × 10,240
     assert faults("kept") < 1_000

@@ -22,8 +22,8 @@ class Layers(nn.Module):
         self.double()
 
 
-def test_update_is_the_papers_across_changes_of_the_learning_rate():
-    """v ← .9v − .0005·ε·w − ε·g, w ← w + v, in plain floats; torch's own rule fails this."""
+def test_the_update_is_the_papers_across_changes_of_the_learning_rate():
+    """Compare with v ← .9v − .0005·ε·w − ε·g, w ← w + v in plain floats; torch's own rule differs."""
     torch.manual_seed(0)
     model = Layers()
     optimizer = make_optimizer(model, settings(bias_learning_rate=2.0, bias_decay=False))
@@ -44,7 +44,7 @@ def test_update_is_the_papers_across_changes_of_the_learning_rate():
         assert parameter.item() == pytest.approx(expected[name][0], abs=1e-14), name
 
 
-def test_first_layer_is_frozen_from_its_epoch_on():
+def test_the_first_layer_is_frozen_from_its_epoch_on():
     model = Layers()
     optimizer = make_optimizer(model, settings(freeze_conv1_epoch=72))
     for epoch, frozen in ((71.9, False), (72.0, True), (80.0, True)):
@@ -64,7 +64,7 @@ def test_a_layer_can_have_its_own_learning_rate():
     assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of each layer
 
 
-def test_plateau_divides_when_the_error_stops_falling_and_three_times_at_most():
+def test_the_rate_drops_when_the_error_stops_falling_but_at_most_three_times():
     falling = [0.9 - 0.05 * epoch for epoch in range(10)]
     assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
     stuck = [*falling, *[0.45] * 20]
@@ -80,14 +80,14 @@ def test_a_lower_error_resets_the_patience():
     assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 3) == 1
 
 
-def test_plateau_schedule_gives_the_papers_rates():
-    """Initialised at .01 and reduced three times by ten (section 5)."""
+def test_the_plateau_schedule_gives_the_papers_rates():
+    """Section 5: initialised at .01 and reduced three times by ten."""
     run = settings(schedule="plateau", patience=1)
     rates = [learning_rate(run, 50.0, [0.5] * n) for n in range(8)]
     assert rates == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5])
 
 
-def test_steps_schedule_follows_the_log_of_2012():
+def test_the_steps_schedule_follows_the_log_of_2012():
     run = settings(schedule="steps", drop_epochs=(25, 51, 79))
     epochs = (0.5, 24.9, 25, 50.9, 51, 78.9, 79, 91)
     expected = (1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5)

@@ -1,4 +1,4 @@
-"""What `auto` resolves to on different hardware, and that a run keeps the precision it began with."""
+"""What `auto` resolves to on different hardware, and that a run keeps its first precision."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.manifest import read_manifest
-from trainer.precision import resolve_precision, settle_precision
+from trainer.precision import resolve_precision, resolve_run_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError, load_settings
@@ -27,9 +27,7 @@ ALONE = World(0, 1, 0, CPU)
         ("DEFAULT", False, False, "fp32"),
     ],
 )
-def test_auto_on_a_cpu_is_bf16_where_it_is_in_the_hardware(
-    monkeypatch, capability, avx512_bf16, amx, expected
-):
+def test_auto_on_a_cpu_is_bf16_if_the_hardware_has_it(monkeypatch, capability, avx512_bf16, amx, expected):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
@@ -52,7 +50,7 @@ def begun(packed, tmp_path):
         run, settings = Run(tmp_path / "run"), load_settings(list(arguments))
         run.begin(settings, manifest).close()
         resolved = precision if settings.precision == "auto" else settings.precision
-        run.settle(settings, {"device": device, "precision": resolved})
+        run.keep_resolved(settings, {"device": device, "precision": resolved})
         return run
 
     return begin
@@ -69,7 +67,7 @@ def test_the_resolution_of_auto_is_recorded_and_kept(begun):
 
 
 @pytest.mark.parametrize(
-    ("began", "goes_on", "message"),
+    ("began", "continued", "message"),
     [
         (("cuda", "bf16"), ("cuda", "fp16"), "began with precision bf16, and auto is fp16 on this machine: "
          "add --precision bf16 to continue it here"),
@@ -80,14 +78,14 @@ def test_the_resolution_of_auto_is_recorded_and_kept(begun):
          "fp32 on this machine: add --device cpu --precision bf16 to continue it here"),
     ],
 )  # fmt: skip
-def test_a_change_on_continuation_is_refused_and_the_suggested_flags_work(begun, began, goes_on, message):
+def test_a_change_on_continuation_is_refused_and_the_suggested_flags_work(begun, began, continued, message):
     begun(*began)
     with pytest.raises(SettingsError) as refused:
-        begun(*goes_on)
+        begun(*continued)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     flags = str(refused.value).partition("add ")[2].partition(" to continue")[0].split()
-    assert recorded(begun(*goes_on, *flags)) == dict(zip(("device", "precision"), began, strict=True))
+    assert recorded(begun(*continued, *flags)) == dict(zip(("device", "precision"), began, strict=True))
 
 
 def test_asking_for_another_precision_is_refused_as_another_run(begun):
@@ -108,9 +106,9 @@ def test_a_run_of_an_earlier_version_records_auto_when_it_is_continued(begun):
 
 def test_the_first_process_decides_for_all(tmp_path: Path, monkeypatch):
     second = World(1, 2, 1, CPU)
-    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", None))
-    assert settle_precision(Settings(), Run(tmp_path), second).precision == "fp16"
-    monkeypatch.setattr(World, "share", lambda self, value: ("fp16", "it began with another"))
+    monkeypatch.setattr(World, "broadcast", lambda self, value: ("fp16", None))
+    assert resolve_run_precision(Settings(), Run(tmp_path), second).precision == "fp16"
+    monkeypatch.setattr(World, "broadcast", lambda self, value: ("fp16", "it began with another"))
     with pytest.raises(SettingsError, match="it began with another"):
-        settle_precision(Settings(), Run(tmp_path), second)
+        resolve_run_precision(Settings(), Run(tmp_path), second)
     assert not list(tmp_path.iterdir())  # only the first process writes

@@ -88,7 +88,7 @@ def test_damaged_settings_are_reported_in_one_line_that_says_what_to_do(packed, 
     path.write_text(json.dumps(json.loads(path.read_text()) | content if content else content))
     for use in (
         lambda: run.begin(settings, manifest),
-        lambda: run.settle(settings, {"device": "cpu", "precision": "fp32"}),
+        lambda: run.keep_resolved(settings, {"device": "cpu", "precision": "fp32"}),
         lambda: run.keep_form(lambda: "grouped"),
         run.settings,
     ):
@@ -107,7 +107,7 @@ def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
     run = Run(tmp_path / "run")
     run.begin(settings, manifest).close()
     net = run.net(settings)
-    assert net == NetSpec.of(manifest, 64)
+    assert net == NetSpec.from_manifest(manifest, 64)
     assert (net.classes, net.mean, net.size) == (manifest.classes, manifest.pixels.mean, 80)
     path = tmp_path / "run" / NET_NAME
     path.write_text("{}")

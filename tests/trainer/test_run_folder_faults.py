@@ -1,4 +1,4 @@
-"""The run folder on failing storage: rows are written whole and once, messages name files, locks hold."""
+"""The run folder on failing storage: rows are written completely and once, errors name files, locks hold."""
 
 import builtins
 import errno
@@ -230,7 +230,7 @@ def test_a_lock_whose_owner_cannot_be_read_still_holds(packed, tmp_path, monkeyp
 
 
 def test_a_lock_that_cannot_be_closed_does_not_fail_a_finished_run(packed, tmp_path, monkeypatch):
-    """As on a mount that has been lost since."""
+    """This is what happens on a mount that was lost during the run."""
     out = tmp_path / "run"
     with Storage(tmp_path, Fault(Call("close", "run/.lock"), 1, "ENOTCONN", lasting=True)) as storage:
         assert main(monkeypatch, command(packed, out)) == 0

@@ -1,4 +1,4 @@
-"""Saving during training: what is saved, one state at a time, and what happens when the disk fails."""
+"""Saving during training: which state is saved, in which order, and what happens when the disk fails."""
 
 import errno
 import os
@@ -20,24 +20,24 @@ from trainer.settings import Settings
 CPU = torch.device("cpu")
 
 
-class Fixture:
-    """A saver of a run in a folder, with the warnings that it gave."""
+class Setup:
+    """A saver of a run in a folder, with its metrics and its warnings."""
 
     def __init__(self, folder, **settings):
-        self.metrics, self.said = Metrics(), []
+        self.metrics, self.warnings = Metrics(), []
         self.run = Run(folder)
-        self.saver = Saver(self.run, Settings(**settings), self.metrics, self.said.append)
+        self.saver = Saver(self.run, Settings(**settings), self.metrics, self.warnings.append)
 
     def sample(self, name: str) -> float:
         return self.metrics.registry.get_sample_value(f"alexnet_checkpoint_{name}")
 
     def steps(self) -> list[int]:
-        return [int(path.stem[5:]) for path in checkpoint.saved(self.run.checkpoints, "step")]
+        return [int(path.stem[5:]) for path in checkpoint.list_checkpoints(self.run.checkpoints, "step")]
 
 
 @pytest.fixture
-def made(tmp_path) -> Callable[..., Fixture]:
-    return lambda **settings: Fixture(tmp_path, **settings)
+def made(tmp_path) -> Callable[..., Setup]:
+    return lambda **settings: Setup(tmp_path, **settings)
 
 
 def state(step: int, value: float = 0.0) -> dict:
@@ -52,25 +52,25 @@ def full(*_: object) -> None:
 def test_the_saved_state_is_that_of_the_time_of_saving(made, monkeypatch):
     """Training continues in the same memory before the thread has begun to write, twice."""
     may_write, write = threading.Semaphore(0), checkpoint.write
-    it = made(keep_checkpoints=2)
+    setup = made(keep_checkpoints=2)
 
     def when_told(*given):
-        assert may_write.acquire(timeout=30), it.said  # released once per save
+        assert may_write.acquire(timeout=30), setup.warnings  # released once per save
         return write(*given)
 
     monkeypatch.setattr(checkpoint, "write", when_told)
     for step in (1, 2):
         training = state(step, value=step)
-        it.saver.save(training)
+        setup.saver.save(training)
         training["model"]["weight"].zero_()
         training["errors"].append(0.1)
         may_write.release()
-        it.saver.drain()
-    for path in checkpoint.saved(it.run.checkpoints):
+        setup.saver.drain()
+    for path in checkpoint.list_checkpoints(setup.run.checkpoints):
         loaded = torch.load(path, weights_only=True)
         assert loaded["model"]["weight"].unique().tolist() == [loaded["step"]]
         assert loaded["errors"] == [0.5]
-    assert it.steps() == [2, 1]
+    assert setup.steps() == [2, 1]
 
 
 def test_a_save_waits_for_the_previous_one_and_that_counts_as_a_stall(made, monkeypatch):
@@ -85,52 +85,53 @@ def test_a_save_waits_for_the_previous_one_and_that_counts_as_a_stall(made, monk
         return size
 
     monkeypatch.setattr(checkpoint, "write", one_at_a_time)
-    it = made(keep_checkpoints=3)
+    setup = made(keep_checkpoints=3)
     for step in (1, 2, 3):
-        it.saver.save(state(step))
-    it.saver.drain()
-    assert it.steps() == [3, 2, 1]
-    assert it.sample("stall_seconds_count") == it.sample("seconds_count") == 3
-    assert it.sample("stall_seconds_sum") >= 0.4
-    assert it.sample("timestamp_seconds") == 1e9 + 3
-    assert it.sample("bytes") == checkpoint.path_of(it.run.checkpoints, 3).stat().st_size
+        setup.saver.save(state(step))
+    setup.saver.drain()
+    assert setup.steps() == [3, 2, 1]
+    assert setup.sample("stall_seconds_count") == setup.sample("seconds_count") == 3
+    assert setup.sample("stall_seconds_sum") >= 0.4
+    assert setup.sample("timestamp_seconds") == 1e9 + 3
+    assert setup.sample("bytes") == checkpoint.path_of(setup.run.checkpoints, 3).stat().st_size
 
 
 def test_a_failed_save_is_reported_once_counted_and_retried(made, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("trainer.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
-    it = made()
-    it.saver.save(state(1))
-    it.saver._wait()
+    setup = made()
+    setup.saver.save(state(1))
+    setup.saver._wait()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", full)
-        it.saver.save(state(2))
-        it.saver._wait()
-    it.saver.report()
-    it.saver.report()
-    assert not it.saver.is_due
-    (warning,) = it.said
+        setup.saver.save(state(2))
+        setup.saver._wait()
+    setup.saver.report_failures()
+    setup.saver.report_failures()
+    assert not setup.saver.is_due
+    (warning,) = setup.warnings
     assert (
-        f"{checkpoint.path_of(it.run.checkpoints, 2)} cannot be written: No space left on device" in warning
+        f"{checkpoint.path_of(setup.run.checkpoints, 2)} cannot be written: No space left on device"
+        in warning
     )
     assert "training goes on" in warning
-    assert it.sample("failures_total") == 1
-    assert it.sample("timestamp_seconds") == 1e9 + 1
+    assert setup.sample("failures_total") == 1
+    assert setup.sample("timestamp_seconds") == 1e9 + 1
     now[0] = RETRY_SECONDS
-    assert it.saver.is_due
-    it.saver.save(state(3))
-    it.saver.drain()
-    assert not it.saver.is_due
-    assert it.steps() == [3, 1]
+    assert setup.saver.is_due
+    setup.saver.save(state(3))
+    setup.saver.drain()
+    assert not setup.saver.is_due
+    assert setup.steps() == [3, 1]
 
 
 def test_a_run_whose_last_save_failed_ends_with_an_error(made, monkeypatch):
     monkeypatch.setattr(checkpoint, "write", full)
-    it = made()
-    it.saver.save(state(2))
+    setup = made()
+    setup.saver.save(state(2))
     with pytest.raises(RunError, match=r"step-000000002.pt cannot be written: No space.*same command again"):
-        it.saver.drain()
-    with it.saver:
+        setup.saver.drain()
+    with setup.saver:
         pass  # the error is not raised again
 
 
@@ -141,45 +142,45 @@ def leave(saver: Saver, step: int, error: type[BaseException]) -> None:
 
 
 def test_after_an_error_in_training_the_save_is_finished(made, monkeypatch):
-    it = made()
+    setup = made()
     with pytest.raises(ZeroDivisionError):
-        leave(it.saver, 1, ZeroDivisionError)
-    assert it.steps() == [1]
+        leave(setup.saver, 1, ZeroDivisionError)
+    assert setup.steps() == [1]
     monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(ZeroDivisionError):
-        leave(it.saver, 2, ZeroDivisionError)
-    assert "step-000000002.pt cannot be written" in it.said[-1]
+        leave(setup.saver, 2, ZeroDivisionError)
+    assert "step-000000002.pt cannot be written" in setup.warnings[-1]
 
 
 def test_ctrl_c_does_not_wait_for_a_disk_that_hangs(made, monkeypatch):
     hangs = threading.Event()
     monkeypatch.setattr(checkpoint, "write", lambda *_: hangs.wait())
-    it = made()
+    setup = made()
     with pytest.raises(KeyboardInterrupt):
-        leave(it.saver, 1, KeyboardInterrupt)
+        leave(setup.saver, 1, KeyboardInterrupt)
     hangs.set()
 
 
 def test_saves_are_due_by_the_clock(made, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("trainer.saver.time", SimpleNamespace(monotonic=lambda: now[0]))
-    it, never = made(checkpoint_seconds=600), made()
+    setup, never = made(checkpoint_seconds=600), made()
     due = []
     for now[0] in (599.0, 600.0, 1199.0, 1201.0):
-        due.append(it.saver.is_due)
+        due.append(setup.saver.is_due)
         if due[-1]:
-            it.saver.save(state(int(now[0])))
+            setup.saver.save(state(int(now[0])))
         assert not never.saver.is_due
     assert due == [False, True, False, True]
-    it.saver.drain()
+    setup.saver.drain()
 
 
-def test_an_error_that_is_not_the_disks_fault_ends_the_training(made):
-    it = made()
-    it.saver.save(state(1) | {"model": {"weight": lambda: None}})
-    it.saver._wait()
+def test_an_error_that_the_disk_did_not_cause_ends_the_training(made):
+    setup = made()
+    setup.saver.save(state(1) | {"model": {"weight": lambda: None}})
+    setup.saver._wait()
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        it.saver.report()
+        setup.saver.report_failures()
 
 
 def test_rows_wait_until_the_disk_has_room(tmp_path):
@@ -202,15 +203,15 @@ def test_rows_wait_until_the_disk_has_room(tmp_path):
 
 
 def test_a_checkpoint_is_saved_after_the_rows_up_to_it(made, monkeypatch):
-    it = made()
+    setup = made()
     with monkeypatch.context() as patch:
         patch.setattr(Table, "_write", full)
-        it.run.metrics.append({"step": 1, "loss": 0.5})
-        it.saver.save(state(1))
+        setup.run.metrics.append({"step": 1, "loss": 0.5})
+        setup.saver.save(state(1))
         with pytest.raises(RunError, match="No space left"):
-            it.saver.drain()
-    assert it.steps() == []
-    it.saver.save(state(1))
-    it.saver.drain()
-    assert [row["step"] for row in it.run.metrics.rows()] == [1]
-    assert it.steps() == [1]
+            setup.saver.drain()
+    assert setup.steps() == []
+    setup.saver.save(state(1))
+    setup.saver.drain()
+    assert [row["step"] for row in setup.run.metrics.rows()] == [1]
+    assert setup.steps() == [1]

@@ -1,4 +1,4 @@
-"""Settings: which source wins, what --help shows, and that unknown or impossible settings are refused."""
+"""Settings: which source takes precedence, what --help shows, and what is refused."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def _no_settings_in_the_environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
-def test_the_command_line_wins_over_the_environment_the_recipe_and_defaults(monkeypatch):
+def test_the_command_line_overrides_the_environment_the_recipe_and_defaults(monkeypatch):
     assert load_settings([]).epochs == 90
     assert load_settings(["--recipe", "code2012"]).epochs == 91
     monkeypatch.setenv("ALEXNET_EPOCHS", "7")
@@ -29,12 +29,12 @@ def test_the_command_line_wins_over_the_environment_the_recipe_and_defaults(monk
     assert load_settings(["--recipe", "code2012", "--epochs=3"]).drop_epochs == (25, 51, 79)
 
 
-def test_the_recipe_may_come_from_the_environment_too(monkeypatch):
+def test_the_environment_can_choose_the_recipe(monkeypatch):
     monkeypatch.setenv("ALEXNET_RECIPE", "code2012")
     assert load_settings([]).preset == "code2012"
 
 
-def test_boolean_flags_lists_and_the_run_folder():
+def test_boolean_flags_lists_and_the_run_folder_are_parsed():
     settings = load_settings(["--recipe", "fast", "--no-compile", "--drop-epochs", "3,5.5", "--data", "d"])
     assert settings.compile is False
     assert settings.drop_epochs == (3.0, 5.5)
@@ -50,7 +50,7 @@ def test_every_recipe_is_valid():
         load_settings(["--recipe", name])
 
 
-def test_a_recipe_from_a_file(tmp_path):
+def test_a_recipe_can_be_a_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("epochs = 5\nlearning_rate = 0.3\n")
     settings = load_settings(["--recipe", str(path)])
@@ -77,7 +77,7 @@ def test_a_recipe_from_a_file(tmp_path):
         (["stray"], "stray"),
     ],
 )
-def test_an_error_names_what_cannot_be_used(arguments, message):
+def test_an_error_names_the_invalid_argument(arguments, message):
     with pytest.raises(SettingsError) as error:
         load_settings(arguments)
     assert message in str(error.value)
@@ -101,7 +101,7 @@ def test_help_lists_every_setting_in_groups_and_says_what_to_type(capsys, monkey
     assert not re.findall(r"--[a-z-]+ (?:int|float|str|bool|Path|tuple|dict)\b.*", shown)
 
 
-def test_the_settings_of_the_papers_net_are_its_variant_and_its_convolutions():
+def test_the_settings_for_the_papers_net_alone_are_its_variant_and_its_convolutions():
     marked = {name for name, field in Settings.model_fields.items() if PAPER_ONLY in field.metadata}
     assert marked == {field.name for field in fields(Variant)} | {"convolutions"}
 

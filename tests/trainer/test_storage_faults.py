@@ -12,7 +12,7 @@ import torch
 
 from tests.endurance.faulty_storage import Call, Fault, Storage
 from trainer import checkpoint
-from trainer.checkpoint import load, saved, write
+from trainer.checkpoint import list_checkpoints, load, write
 from trainer.monitor.metrics import Metrics
 from trainer.run import Run, RunError
 from trainer.saver import Saver
@@ -93,8 +93,8 @@ def test_a_checkpoint_that_is_briefly_unreadable_is_still_loaded(tmp_path, faili
     for step in (1, 2):
         write(tmp_path, step, state(step), keep=2)
     failed = failing(checkpoint, "read_file", "step-000000002", code, times=2)
-    loaded, passed_over = load(tmp_path, CPU)
-    assert (loaded["step"], passed_over, len(failed)) == (2, [], 2)
+    loaded, skipped = load(tmp_path, CPU)
+    assert (loaded["step"], skipped, len(failed)) == (2, [], 2)
     assert capsys.readouterr().err.count("step-000000002.pt: " + os.strerror(code)) == 1
 
 
@@ -115,8 +115,8 @@ def test_a_brief_read_error_is_not_taken_for_damage(tmp_path, error, number):
         write(tmp_path, step, state(step), keep=2)
     fault = Fault(Call("read", "step-000000002.pt"), number, error, lasting=False)
     with Storage(tmp_path, fault) as storage:
-        loaded, passed_over = load(tmp_path, CPU)
-    assert (loaded["step"], passed_over, storage.hits) == (2, [], 1)
+        loaded, skipped = load(tmp_path, CPU)
+    assert (loaded["step"], skipped, storage.hits) == (2, [], 1)
 
 
 def test_an_error_while_reading_names_the_file(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_good_checkpoint_is_not_deleted_by_a_run_that_resumed_before_it(tmp_pa
 def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing):
     for step in (1, 9):
         write(tmp_path, step, state(step), keep=2)
-    saved(tmp_path)[0].write_bytes(b"")
+    list_checkpoints(tmp_path)[0].write_bytes(b"")
     failing(checkpoint, "open", "step-000000009", errno.EIO)
     write(tmp_path, 2, state(2), keep=1)
     assert names(tmp_path) == ["step-000000002.pt", "step-000000009.pt"]
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_kept_while_it_cannot_be_read(tmp_path, failing)
 
 def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_the_next(tmp_path, monkeypatch):
     write(tmp_path, 1, state(1), keep=1)
-    loaded, calls = checkpoint._loaded, []
+    loaded, calls = checkpoint._load_file, []
 
     def saved_meanwhile(path: Path, device: torch.device) -> dict[str, Any]:
         if not calls:
@@ -159,7 +159,7 @@ def test_a_checkpoint_deleted_by_the_trainer_before_it_is_read_is_replaced_by_th
         calls.append(path)
         return loaded(path, device)
 
-    monkeypatch.setattr(checkpoint, "_loaded", saved_meanwhile)
+    monkeypatch.setattr(checkpoint, "_load_file", saved_meanwhile)
     assert load(tmp_path, CPU)[0]["step"] == 2
     assert len(calls) == 2
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_saved_even_if_its_folder_cannot_be_listed_afterwards(tm
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "saved", unlisted)
+        patch.setattr(checkpoint, "list_checkpoints", unlisted)
         _, left = write(tmp_path, 2, state(2), keep=1)
     assert left == [f"{tmp_path} cannot be listed to delete old checkpoints: Input/output error"]
     assert load(tmp_path, CPU)[0]["step"] == 2
@@ -198,15 +198,17 @@ def test_a_checkpoint_is_saved_even_if_fadvise_is_not_supported(tmp_path, monkey
 
 
 class Saving:
-    """A saver whose writes fail while `broken`. It records its warnings, and the steps that it has written
-    with whether each is the best."""
+    """A saver whose writes fail while `broken`.
+
+    It records its warnings, and the steps that it has written, each with whether it is the best.
+    """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.said: list[str] = []
+        self.warnings: list[str] = []
         self.written: list[tuple[int, bool]] = []
         self.broken, self.write = True, checkpoint.write
         self.folder = folder / "checkpoints"
-        self.saver = Saver(Run(folder), Settings(keep_checkpoints=9), Metrics(), self.said.append)
+        self.saver = Saver(Run(folder), Settings(keep_checkpoints=9), Metrics(), self.warnings.append)
         monkeypatch.setattr(checkpoint, "write", self)
 
     def __call__(self, folder: Path, step: int, state: dict[str, Any], keep: int, best: bool) -> Any:
@@ -228,7 +230,7 @@ def saving(tmp_path, monkeypatch) -> Saving:
     return Saving(tmp_path, monkeypatch)
 
 
-def test_the_best_that_could_not_be_saved_is_saved_before_the_next(saving):
+def test_a_best_state_that_could_not_be_saved_is_saved_before_the_next(saving):
     saving.save(1, best=True)
     saving.save(2)
     saving.broken = False
@@ -240,7 +242,7 @@ def test_the_best_that_could_not_be_saved_is_saved_before_the_next(saving):
         assert model["weight"].unique().tolist() == [step]
 
 
-def test_a_better_state_replaces_the_best_that_could_not_be_saved(saving):
+def test_a_better_state_replaces_a_best_state_that_could_not_be_saved(saving):
     saving.save(1, best=True)
     saving.save(2)
     saving.broken = False
@@ -249,7 +251,7 @@ def test_a_better_state_replaces_the_best_that_could_not_be_saved(saving):
     assert saving.written == [(3, True)]
 
 
-def test_no_later_state_is_saved_before_the_best(saving):
+def test_no_later_state_is_saved_before_a_best_state_that_failed(saving):
     saving.save(1, best=True)
     saving.broken, write = False, saving.write
 
@@ -262,7 +264,7 @@ def test_no_later_state_is_saved_before_the_best(saving):
     saving.save(2)
     with pytest.raises(RunError, match=r"step-000000001.pt cannot be written: Input/output error"):
         saving.saver.drain()
-    assert saved(saving.folder) == []
+    assert list_checkpoints(saving.folder) == []
 
 
 def test_the_last_save_of_a_run_is_retried_before_it_ends(saving, monkeypatch):
@@ -279,15 +281,15 @@ def test_a_file_that_cannot_be_deleted_is_reported_once_and_is_not_a_failure(sav
     for step in (1, 2, 3):
         saving.save(step)
     saving.saver.drain()
-    assert [line.partition(" cannot")[0][-len("step-000000001.pt") :] for line in saving.said] == [
+    assert [line.partition(" cannot")[0][-len("step-000000001.pt") :] for line in saving.warnings] == [
         "step-000000001.pt",
         "step-000000002.pt",
     ]
-    assert saving.saver.newest().name == "step-000000003.pt"
+    assert saving.saver.wait_for_newest().name == "step-000000003.pt"
 
 
 def test_the_newest_checkpoint_is_given_by_its_folder_if_that_cannot_be_listed(saving, failing):
     saving.broken = False
     saving.save(1)
     failing(Path, "iterdir", "checkpoints", errno.EACCES, FOR_EVER)
-    assert saving.saver.newest() == saving.folder
+    assert saving.saver.wait_for_newest() == saving.folder

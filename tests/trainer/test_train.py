@@ -1,4 +1,4 @@
-"""Training within the test process: what interrupts a run, what it leaves, and how it continues."""
+"""Training in the test process: interruptions, what they leave, and how the run continues."""
 
 import errno
 import json
@@ -62,22 +62,22 @@ def test_a_run_continues_bit_for_bit_in_its_form_even_if_another_is_faster_now(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    through, out = tmp_path / "through", tmp_path / "run"
+    uninterrupted, out = tmp_path / "uninterrupted", tmp_path / "run"
     monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("towers-s2d", ["two towers"]))
-    assert main(monkeypatch, command(packed, through)) == 0
+    assert main(monkeypatch, command(packed, uninterrupted)) == 0
     with monkeypatch.context() as patch:
         patch.setattr("trainer.train.train_loader", stopped)
         assert main(patch, command(packed, out)) == 143
     assert "two towers" in capsys.readouterr().out
     monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("grouped", []))
     assert main(monkeypatch, command(packed, out)) == 0
-    assert exact(out / "metrics.csv") == exact(through / "metrics.csv")
-    assert rows(out / "evaluations.csv") == rows(through / "evaluations.csv")
+    assert exact(out / "metrics.csv") == exact(uninterrupted / "metrics.csv")
+    assert rows(out / "evaluations.csv") == rows(uninterrupted / "evaluations.csv")
     assert exact(out / "metrics.csv") != exact(whole / "metrics.csv")  # grouped, with other rounding
     assert "- convolutions: towers-s2d" in (out / "report.md").read_text()
 
 
-def test_training_goes_on_while_the_disk_is_full_and_saves_as_soon_as_it_can(
+def test_training_continues_while_the_disk_is_full_and_saves_as_soon_as_it_can(
     packed, whole, tmp_path, monkeypatch, capsys
 ):
     write, saved = checkpoint.write, []
@@ -155,13 +155,13 @@ def test_evaluate_reproduces_the_error_of_the_best_epoch(whole, monkeypatch, cap
     assert said in capsys.readouterr().out
 
 
-def harmed_after(steps: int, shard: Path, harm: Callable[[Path], None]) -> Callable:
-    """A training loader during which something happens once to a shard."""
+def damaged_after(steps: int, shard: Path, damage: Callable[[Path], None]) -> Callable:
+    """Return a training loader that damages a shard after a number of steps."""
 
     def loader(*arguments, **options):
         batches = train_loader(*arguments, **options)
         yield from islice(batches, steps)
-        harm(shard)
+        damage(shard)
         yield from batches
 
     return loader
@@ -175,7 +175,7 @@ def test_a_shard_truncated_during_a_run_ends_it_with_a_checkpoint_and_a_new_copy
     shard = data / "train-000001.tar"
     content = shard.read_bytes()
     with monkeypatch.context() as patch:
-        cut = harmed_after(7, shard, lambda path: os.truncate(path, 0))
+        cut = damaged_after(7, shard, lambda path: os.truncate(path, 0))
         patch.setattr("trainer.train.train_loader", cut)
         assert main(patch, command(data, out, "--max-bad-samples", "5")) == 1
     output = capsys.readouterr()
@@ -196,7 +196,7 @@ def test_a_shard_truncated_during_a_run_ends_it_with_a_checkpoint_and_a_new_copy
 
 @pytest.mark.usefixtures("_larger_than_memory")
 def test_a_shard_that_becomes_unreadable_is_left_out_within_the_limit(packed, tmp_path, monkeypatch, capsys):
-    """The kernel fails with EIO to read the lowest addresses of a process through its `mem` file."""
+    """Reading the lowest addresses of a process through its `mem` file fails with EIO."""
     data, out = Path(shutil.copytree(packed, tmp_path / "data")), tmp_path / "run"
     shard = data / "train-000001.tar"
 
@@ -209,7 +209,7 @@ def test_a_shard_that_becomes_unreadable_is_left_out_within_the_limit(packed, tm
 
     metrics = Metrics()
     monkeypatch.setattr("trainer.train.Metrics", lambda: metrics)
-    monkeypatch.setattr("trainer.train.train_loader", harmed_after(2, shard, fail))
+    monkeypatch.setattr("trainer.train.train_loader", damaged_after(2, shard, fail))
     assert main(monkeypatch, command(data, out)) == 0
     counted = metrics.registry.get_sample_value("alexnet_input_errors_total", {"reason": "unreadable"})
     output = capsys.readouterr().out

@@ -15,7 +15,7 @@ from tests.helpers import command, exact, free_port, rows, run, wait_until
 pytestmark = pytest.mark.slow
 
 
-# Runs alexnet-train and sends it a signal when it requests a batch after a given number of steps.
+# Run alexnet-train and send it a signal when it requests a batch after a given number of steps.
 SIGNALLED = """
 import os, signal, sys
 from trainer import cli, train
@@ -40,7 +40,7 @@ def signalled(name: str, steps: int, arguments: list[str]) -> subprocess.Complet
 
 
 def test_a_run_that_is_killed_twice_has_the_losses_of_an_uninterrupted_one(packed, tmp_path, monkeypatch):
-    """This also holds with several threads, which runs outside these tests have."""
+    """Use several threads, as runs outside these tests do."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     whole, out = tmp_path / "whole", tmp_path / "run"
     run(*command(packed, whole))

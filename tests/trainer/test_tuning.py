@@ -1,4 +1,4 @@
-"""The fastest decoding is found once. The search is tested here; its result needs a GPU."""
+"""The search for the fastest decoding, whose real result needs a GPU, and its cache."""
 
 import errno
 import json
@@ -39,12 +39,12 @@ def test_threads_are_tuned_with_the_best_share_of_the_engine():
 
 
 def test_a_loader_is_measured_for_long_enough_on_separate_batches(dataset, plan, monkeypatch):
-    def rate(work, seconds: float, device) -> float:
+    def measure_throughput(work, seconds: float, device) -> float:
         assert seconds >= 0.5
         assert device == Decoding.device
         return float(sum(work() for _ in range(6)))  # more than an epoch, which has five batches
 
-    monkeypatch.setattr(tuning, "rate", rate)
+    monkeypatch.setattr(tuning, "measure_throughput", measure_throughput)
     world = distributed.World(0, 1, 0, Decoding.device)
     assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 72.0
 
@@ -56,7 +56,7 @@ def test_the_first_share_of_the_engine_is_zero():
 def test_without_a_gpu_nothing_is_measured(dataset, plan, monkeypatch):
     monkeypatch.setattr(tuning, "measure", None)
     world = distributed.join("cpu")
-    assert tuning.tuned(Decoding(67), Settings(), dataset, plan, world) == (Decoding(67), [])
+    assert tuning.tune(Decoding(67), Settings(), dataset, plan, world) == (Decoding(67), [])
 
 
 @pytest.fixture
@@ -81,24 +81,24 @@ def cuda(local_rank: int = 0):
 
 def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset, plan):
     world, decoding = cuda()
-    first = tuning.tuned(decoding, Settings(), dataset, plan, world)
+    first = tuning.tune(decoding, Settings(), dataset, plan, world)
     assert first == (
         replace(decoding, threads=6, hw_decoder_load=0.9),
         ["decoding with 6 threads and 90% on the JPEG engine"],
     )
     measured = len(on_gpu)
-    assert tuning.tuned(decoding, Settings(), dataset, plan, world) == first
+    assert tuning.tune(decoding, Settings(), dataset, plan, world) == first
     assert len(on_gpu) == measured
-    tuning.tuned(decoding, Settings(), dataset, replace(plan, batch=6), world)
+    tuning.tune(decoding, Settings(), dataset, replace(plan, batch=6), world)
     assert len(on_gpu) > measured
 
 
 def test_fixed_settings_are_not_tuned(on_gpu, dataset, plan):
     world, decoding = cuda()
     settings = Settings(threads=8, hw_decoder_load=0.65)
-    assert tuning.tuned(decoding, settings, dataset, plan, world) == (decoding, [])
+    assert tuning.tune(decoding, settings, dataset, plan, world) == (decoding, [])
     settings = Settings(hw_decoder_load=0.65)
-    chosen, _ = tuning.tuned(decoding, settings, dataset, plan, world)
+    chosen, _ = tuning.tune(decoding, settings, dataset, plan, world)
     assert (chosen.threads, chosen.hw_decoder_load) == (6, 0.65)
 
 
@@ -107,17 +107,17 @@ def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, data
     path.parent.mkdir()
     path.write_text('{"cut')
     world, decoding = cuda(local_rank=1)
-    assert tuning.tuned(decoding, Settings(), dataset, plan, world)[0].threads == 6
+    assert tuning.tune(decoding, Settings(), dataset, plan, world)[0].threads == 6
     assert path.read_text() == '{"cut'
     world, decoding = cuda()
-    tuning.tuned(decoding, Settings(), dataset, plan, world)
+    tuning.tune(decoding, Settings(), dataset, plan, world)
     assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
 
 
 def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, plan, tmp_path):
     (tmp_path / "alexnet-train").write_text("in the way")
     world, decoding = cuda()
-    chosen, notes = tuning.tuned(decoding, Settings(), dataset, plan, world)
+    chosen, notes = tuning.tune(decoding, Settings(), dataset, plan, world)
     assert chosen.threads == 6
     assert notes[1].startswith("this will be measured again at the next start: ")
 
@@ -128,7 +128,7 @@ def test_a_user_without_a_home_directory_is_told_and_can_train(on_gpu, dataset, 
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
+    chosen, notes = tuning.tune(cuda()[1], Settings(), dataset, plan, cuda()[0])
     assert chosen.threads == 6
     assert "this user has no home directory: set XDG_CACHE_HOME" in notes[1]
 
@@ -143,7 +143,7 @@ def test_an_unreadable_cache_is_not_replaced(on_gpu, dataset, plan, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.files.read_fully", stale)
-        chosen, notes = tuning.tuned(cuda()[1], Settings(), dataset, plan, cuda()[0])
+        chosen, notes = tuning.tune(cuda()[1], Settings(), dataset, plan, cuda()[0])
     assert chosen.threads == 6
     assert f"{path}: Stale file handle" in notes[1]
     assert path.read_text() == '{"another": {}}'

@@ -1,4 +1,4 @@
-"""The same work done by DALI's own reader, for `alexnet-train bench` to compare with."""
+"""The same work done by DALI's own reader, with which `alexnet-train bench` compares."""
 
 from collections import deque
 from collections.abc import Callable
@@ -23,8 +23,8 @@ def _reader(dataset: Dataset, mapped: bool = True) -> tuple[Any, Any]:
 def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:
     """Return JPEG bytes and label text from DALI's own WebDataset reader, shuffled in its buffer.
 
-    mapped: map files, DALI's default, which reads nothing until the bytes are used and crashes on a truncated
-    shard.
+    mapped: map the files, as DALI does by default; nothing is then read until the bytes are used, and a
+    truncated shard crashes the process.
     """
     indices = [Path(tar).with_suffix(".idx") for tar in tars]
     return fn.readers.webdataset(  # type: ignore[return-value]
@@ -40,7 +40,7 @@ def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:
 
 
 def dali_reader_bytes(dataset: Dataset, options: GraphOptions, mapped: bool) -> Callable[[], int]:
-    """Only read, with DALI's reader. Each call takes a batch and returns its number of images."""
+    """Read with DALI's reader, without decoding. Each call takes a batch and returns its number of images."""
 
     @pipeline_def
     def graph() -> tuple:
@@ -53,7 +53,7 @@ def dali_reader_bytes(dataset: Dataset, options: GraphOptions, mapped: bool) -> 
 def external_source_bytes(
     reader: ShardReader, batches: Callable[[], Any], options: GraphOptions
 ) -> Callable[[], int]:
-    """Only read, in the plan's order, with labels. `batches()` returns sample indices."""
+    """Read in the plan's order, with labels, without decoding. `batches()` returns sample indices."""
     checked = CheckedReader(reader, None, replace=False)
     kept: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)  # as the loader does
 

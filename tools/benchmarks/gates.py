@@ -7,22 +7,22 @@ from functools import cached_property
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-Figures = dict[str, list[float]]  # contestant → a figure for each run
+Figures = dict[str, list[float]]  # candidate → a figure for each run
 
 RESAMPLES = 10_000
 
 
 class Gate(NamedTuple):
-    """The goal of a stage's first contestant: a multiple of others' figures, or an amount."""
+    """The goal of a stage's first candidate: a multiple of other candidates' figures, or an amount."""
 
     stage: str
     goal: float
     others: tuple[str, ...] = ()
-    pick: Callable[..., float] = max  # chooses which of several others counts, in each run
+    pick: Callable[..., float] = max  # chooses the figure of several others that counts, in each run
     where: Mapping[str, object] = {}  # values of Stages.describe() for which the gate applies
     at_most: bool = False
 
-    def stands(self, about: Mapping[str, object]) -> bool:
+    def applies(self, about: Mapping[str, object]) -> bool:
         return all(about[name] == value for name, value in self.where.items())
 
 
@@ -30,8 +30,8 @@ class Gate(NamedTuple):
 class Judgement:
     """A gate and its result.
 
-    over: which of the others were measured. reached: for each run, the ratio to them in the same round, or
-    the figure itself.
+    over: the other candidates that were measured. reached: for each run, the ratio to them in the same round
+    or, if there are none, the figure itself.
     """
 
     gate: Gate
@@ -92,7 +92,7 @@ GATES = (
     Gate("loader", 15_000, where=GPU | {"geometry": "original"}),
     Gate("peers", 2.0, ("pytorch", "timm", "webdataset", "spdl", "litdata", "streaming")),
     Gate("peers", 1.1, ("ffcv", "dali"), where=CPU),
-    Gate("peers", 2.0, ("ffcv",), where=GPU),  # it decodes on the CPU there as well
+    Gate("peers", 2.0, ("ffcv",), where=GPU),  # which decodes on the CPU even if there is a GPU
     Gate("model", 1.9, STOCK, where=CPU | {"precision": "fp32"}),
     Gate("model", 3.3, STOCK, where=CPU | {"precision": "bf16", "amx": True}),
     Gate("model", 1.5, STOCK, where=GPU),
@@ -111,7 +111,7 @@ def judge(
     """Yield a judgement for each gate of the stage that applies and was measured."""
     ours = next(iter(figures.values()), [])
     for gate in gates:
-        if gate.stage != stage or not ours or not gate.stands(about):
+        if gate.stage != stage or not ours or not gate.applies(about):
             continue
         over = [name for name in gate.others if figures.get(name)]
         if over or not gate.others:

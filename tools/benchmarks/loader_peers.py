@@ -4,8 +4,8 @@
 
 This script runs in its own environment (`make .loader-peers`); `dali` runs in the project's. After the first
 batch it prints a line with versions. From then on it answers each line of stdin with one measurement,
-{"images_per_second": …}, until stdin ends. All contestants can be started once and measured by turns, because
-each is stopped in between (see `Contestant`).
+{"images_per_second": …}, until stdin ends. So each peer is started only once, and all can be measured in turn
+(see `Peer`).
 """
 
 import argparse
@@ -29,13 +29,13 @@ from tools.benchmarks.peer_pipelines import PEERS
 from tools.options import count, positive
 
 REPO = Path(__file__).resolve().parents[2]
-LEAD_SECONDS = 1.0
+LEAD_SECONDS = 1.0  # before each measurement
 
 
 def rate(batches: Iterator[Any], seconds: float, device: str = "cpu") -> float:
-    """Measure images/s over at least `seconds` of batches `(images, labels)`, from one arrival to another.
+    """Measure the images/s of batches `(images, labels)` for at least `seconds`, between two arrivals.
 
-    Batches that were prefetched earlier are used up during LEAD_SECONDS, which do not count. On a GPU
+    Batches that were prefetched earlier are used up during LEAD_SECONDS, which are not measured. On a GPU
     ("cuda") a batch has arrived when the device has finished all its work.
     """
     finish = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -51,13 +51,13 @@ def rate(batches: Iterator[Any], seconds: float, device: str = "cpu") -> float:
 
 
 class PeerError(RuntimeError):
-    """A contestant that cannot run; the message is one line."""
+    """A peer that cannot run; the message is one line."""
 
 
-class Contestant:
+class Peer:
     """One of PEERS, in its own process group, run by the Python of its environment.
 
-    It is stopped except during `measure()`; otherwise it would fill its queues during the next contestant's
+    It is stopped except during `measure()`; otherwise it would fill its queues during the next candidate's
     turn. Raises PeerError.
     """
 
@@ -107,7 +107,7 @@ class Contestant:
         raise PeerError(f"{self.name}: {last[0].removeprefix('loader_peers: ')}")
 
     def close(self) -> None:
-        """Let the process end by itself, with its workers and files."""
+        """Let the process end normally, so that it ends its workers and deletes its files."""
         self._signal(signal.SIGCONT)
         self.process.communicate()
         self.errors.close()

@@ -1,4 +1,4 @@
-"""Packing with other tools, for `alexnet-train bench pack` to compare with.
+"""Packing with other packages, with which `alexnet-train bench pack` compares.
 
     .pack-peers/bin/python tools/benchmarks/pack_peers.py copy --input FOLDER --out FOLDER --workers 2
 
@@ -6,8 +6,8 @@ This script runs in its own environment (`make .pack-peers`), because Pillow and
 as PIL. The last word it prints is the number of packed images.
 
     shardwriter  the obvious script: Pillow in a pool of processes, and webdataset's ShardWriter
-    copy         ShardWriter alone, with the files' own bytes, not decoded
-    img2dataset  from file:// URLs, resized by its own OpenCV code
+    copy         ShardWriter alone, which copies the files' own bytes without decoding them
+    img2dataset  img2dataset reading file:// URLs, with its own resizing by OpenCV
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The job that `loader_peers.py` gives to other loaders, and the packed photos in formats that they read."""
+"""The job that `loader_peers.py` gives to other loaders, and the packed images in formats that they read."""
 
 import json
 import tarfile

@@ -1,18 +1,18 @@
 """The pipelines of `loader_peers.py`, each set up as its own documentation recommends, using all cores.
 
-All do the same work: decode a JPEG, take a random crop, mirror it or not, and normalise it to float32 on the
-job's device, in endless batches in random order. On a GPU each does there what its documentation does there:
-all of them copy from pinned memory, DALI decodes, and timm, DALI, SPDL and FFCV normalise. The datasets to
-measure on are small, so an epoch is made long wherever its end would empty the queues. A pipeline that cannot
-read tars gets files or its own format, prepared in advance and not measured.
+All do the same work: they decode a JPEG, take a random crop, mirror it with probability ½, and normalise it
+to float32 on the job's device, in endless batches in random order. Each uses a GPU as its documentation
+shows: all copy from pinned memory, DALI decodes on it, and timm, DALI, SPDL and FFCV normalise on it. The
+datasets measured are small, so epochs are made long wherever the end of one would empty the queues. If a
+pipeline cannot read tars, it gets files or its own format, prepared in advance and not measured.
 
     pytorch     DataLoader with processes, torchvision's ImageFolder and transforms, as in PyTorch's examples
-    timm        create_loader, which takes the same crop when area and aspect ratio are fixed
+    timm        create_loader, which takes the same crop if area and aspect ratio are fixed
     webdataset  resampled shards, shuffled in a buffer, decoded by Pillow, batched in WebLoader's processes
     dali        readers.webdataset and DALIGenericIterator, decoding only the crop, in threads
     spdl        a pipeline of threads, one batch each, decoding with FFmpeg
     litdata     StreamingDataset over chunks of the same JPEG bytes
-    streaming   MosaicML's, over MDS shards of the same JPEG bytes
+    streaming   MosaicML's StreamingDataset over MDS shards of the same JPEG bytes
     ffcv        a .beton of JPEGs, recompressed at quality 90 because FFCV cannot take bytes, in threads
 """
 
@@ -277,7 +277,7 @@ def ffcv(job: Job) -> Batches:
     yield from _endless(loader)
 
 
-# Each pipeline with the packages that its figures depend on.
+# Each pipeline, with the packages on which its figures depend.
 PEERS: dict[str, tuple[Callable[[Job], Any], tuple[str, ...]]] = {
     "pytorch": (pytorch, ("torch", "torchvision", "pillow")),
     "timm": (timm, ("timm", "torch", "torchvision", "pillow")),

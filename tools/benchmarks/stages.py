@@ -1,4 +1,4 @@
-"""The contestants of each stage of `alexnet-train bench`."""
+"""The candidates that each stage of `alexnet-train bench` measures."""
 
 import argparse
 import json
@@ -21,16 +21,16 @@ from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, tra
 from pipeline.plan import Plan
 from trainer.build import build_decoding
 from trainer.forms import fastest_form
-from trainer.monitor.ceilings import Work, loader_work, model_work, rate
+from trainer.monitor.ceilings import Work, loader_work, measure_throughput, model_work
 from trainer.monitor.metrics import Metrics
 from trainer.precision import resolve_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 from trainer.train import Trainer
-from trainer.tuning import tuned
+from trainer.tuning import tune
 
-Stage = dict[str, Callable[[], float]]  # contestants: each call does one run and returns its figure
+Stage = dict[str, Callable[[], float]]  # by candidate: each call does one run and returns its figure
 
 TRACED = 10  # steps
 
@@ -58,11 +58,11 @@ class Stages:
         shards = self.dataset.manifest.split("train").shards
         self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
         decoding = build_decoding(settings, self.device)
-        self.decoding, _ = tuned(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, _ = tune(decoding, settings, self.dataset, self.plan, world)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, Any]:
-        """Return what the figures depend on, other than the machine."""
+        """Return what the figures depend on, apart from the machine."""
         return {
             "device": self.device.type,
             "amx": torch.cpu._is_amx_tile_supported(),
@@ -76,13 +76,13 @@ class Stages:
 
     @property
     def convolutions(self) -> str:
-        """The chosen form, or `auto` while no stage has trained."""
+        """The chosen form, or `auto` until a stage has trained."""
         return vars(self).get("_settled", self.settings).convolutions
 
     def _run(self, make: Callable[[], Work]) -> Callable[[], float]:
-        """Return a run of work that its first call creates: work that never runs is never created."""
+        """Return a run whose first call creates the work, so that work which never runs is never created."""
         make = cache(make)
-        return lambda: rate(make(), self.seconds, self.device)
+        return lambda: measure_throughput(make(), self.seconds, self.device)
 
     def _train_loader(self) -> Iterator[Batch]:
         endless = range(sys.maxsize)
@@ -93,7 +93,7 @@ class Stages:
 
     @cached_property
     def _settled(self) -> Settings:
-        """The settings with `auto` resolved as for a run that starts on this machine."""
+        """The settings, with `auto` resolved as for a run that starts on this machine."""
         precision = resolve_precision(self.settings.precision, self.device)
         settings = self.settings.model_copy(update={"precision": precision})
         if self.first and settings.convolutions == "auto":
@@ -115,7 +115,7 @@ class Stages:
         batches = trainer.batches()
 
         def work() -> int:
-            trainer.train_one(batches)
+            trainer.train_step(batches)
             if trainer.step % settings.log_every == 0:
                 trainer.log()
             return settings.batch
@@ -161,12 +161,12 @@ class Stages:
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers
             try:
-                contestant = loader_peers.Contestant(python, name, job, self.seconds)
+                peer = loader_peers.Peer(python, name, job, self.seconds)
             except loader_peers.PeerError as error:
                 print(f"peers   not measured: {error}", file=sys.stderr)
                 continue
-            stage[name] = contestant.measure
-            self.closing.callback(contestant.close)
+            stage[name] = peer.measure
+            self.closing.callback(peer.close)
         return stage
 
     def model(self) -> Stage:
@@ -222,7 +222,7 @@ class Stages:
         return {"memory": lambda: self._first_step(None)[1] / 1e9}
 
     def _taken(self) -> int:
-        """Return the bytes of GPU memory that all processes use."""
+        """Return the bytes of GPU memory in use by all processes."""
         if self.device.type != "cuda":
             return 0
         free, total = torch.cuda.mem_get_info(self.device)
@@ -253,14 +253,14 @@ class Stages:
         """Measure seconds that saving delays training, and seconds until the checkpoint is on the disk."""
         folder = Path(tempfile.mkdtemp(prefix="alexnet-bench-"))
         trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
-        trainer.train_one(trainer.batches())  # creates the momentum to save
+        trainer.train_step(trainer.batches())  # creates the momentum to save
 
-        def background(held_up: bool) -> float:
+        def background(only_delay: bool) -> float:
             start = time.perf_counter()
             trainer.saver.save(trainer.state())
             stall = time.perf_counter() - start
             trainer.saver.drain()
-            return stall if held_up else time.perf_counter() - start
+            return stall if only_delay else time.perf_counter() - start
 
         def in_line() -> float:
             start = time.perf_counter()

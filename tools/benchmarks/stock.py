@@ -1,6 +1,7 @@
-"""The paper's AlexNet from torch's own layers, for `alexnet-train bench model` to compare with.
+"""The paper's AlexNet built from torch's own layers, with which `alexnet-train bench model` compares.
 
-It computes the same as the preset `paper`, up to rounding; flattening in CHW order permutes fc6's inputs.
+It computes the same as the preset `paper`, up to rounding, but flattens in CHW order, so fc6's inputs are
+permuted.
 """
 
 from collections.abc import Callable

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 
 BATCH = 32  # inputs per forward pass
 
 
 class NetError(ValueError):
-    """A net that cannot be used; the message names it and says what to do."""
+    """A net that cannot be used or exported; the message says why and what to do."""
 
 
 class Net(NamedTuple):
@@ -75,7 +75,7 @@ def open_pt2(path: Path) -> Net:
 
     extra = {NET_NAME: ""}
     try:
-        with naming(path), open(path, "rb") as file:
+        with path_in_errors(path), open(path, "rb") as file:
             module = torch.export.load(file, extra_files=extra).module()
     except OSError:
         raise

@@ -12,7 +12,7 @@ from pipeline.spec import NetSpec
 COLUMNS = ("file", "start_seconds", "end_seconds", "frames", "rank", "class", "name", "probability")
 
 
-class Guess(NamedTuple):
+class Prediction(NamedTuple):
     """A class and its probability (0 to 1)."""
 
     id: str
@@ -32,19 +32,19 @@ class Result(NamedTuple):
     """A file or window with its classes. top: the best classes, best first. window: None for a picture."""
 
     file: str
-    top: list[Guess]
+    top: list[Prediction]
     window: Window | None = None
 
     def __str__(self) -> str:
         when = f" {self.window.start_seconds:g}–{self.window.end_seconds:g} s" if self.window else ""
-        guesses = (f"{short(guess.name)} {guess.probability:.1%}" for guess in self.top)
-        return f"{self.file}{when}: {', '.join(guesses)}"
+        predictions = (f"{short(name)} {probability:.1%}" for _, name, probability in self.top)
+        return f"{self.file}{when}: {', '.join(predictions)}"
 
 
-def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Guess]:
+def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Prediction]:
     """Return the `count` most probable classes of probabilities [classes], or all if there are fewer."""
     ranked = np.argsort(-probabilities, kind="stable")[:count]
-    return [Guess(spec.classes[n].id, spec.classes[n].name, float(probabilities[n])) for n in ranked]
+    return [Prediction(spec.classes[n].id, spec.classes[n].name, float(probabilities[n])) for n in ranked]
 
 
 def short(name: str) -> str:
@@ -65,14 +65,14 @@ def json_lines(file: TextIO) -> Callable[[Result], None]:
 
 
 def csv_rows(file: TextIO) -> Callable[[Result], None]:
-    """Write the header COLUMNS; return a function that writes a row for each guess of a result."""
+    """Write the header COLUMNS; return a function that writes a row for each prediction of a result."""
     writer = csv.writer(file)
     writer.writerow(COLUMNS)
 
     def write(result: Result) -> None:
         window = result.window or ("", "", "")
-        for rank, guess in enumerate(result.top, 1):
-            writer.writerow([result.file, *window, rank, guess.id, guess.name, f"{guess.probability:.6f}"])
+        for rank, (id_, name, probability) in enumerate(result.top, 1):
+            writer.writerow([result.file, *window, rank, id_, name, f"{probability:.6f}"])
         file.flush()
 
     return write

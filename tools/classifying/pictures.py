@@ -1,4 +1,4 @@
-"""From image files to the net's input, as the packer and the evaluation do it, with Pillow and numpy."""
+"""Turning image files into the net's input as packing and evaluation do, with Pillow and numpy."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -8,21 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.packing.images import FORMATS, RejectedError, fit, read_image
-from pipeline.retry import is_outage, read_patiently
+from pipeline.packing.images import FORMATS, RejectedError, read_image, resize_and_crop
+from pipeline.retry import is_outage, read_with_retries
 from pipeline.spec import NetSpec
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".ogv", ".wmv"}
 VIDEOS |= {".flv", ".3gp"}
+# Crop offsets in x and y, as fractions of the free space.
 CENTRE = ((0.5, 0.5),)
-FIVE = (
-    (0.0, 0.0),
-    (1.0, 0.0),
-    (0.0, 1.0),
-    (1.0, 1.0),
-    *CENTRE,
-)  # crop offsets in x and y, as fractions of the free space
+FIVE = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), *CENTRE)
 
 
 class InputError(ValueError):
@@ -64,7 +59,7 @@ def find(inputs: Iterable[Path]) -> tuple[list[Source], int]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """Yield all files at any depth. Raises OSError for a folder that cannot be listed; `rglob` skips it."""
+    """Yield all files at any depth. Raises OSError for a folder that cannot be listed, unlike `rglob`."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -79,7 +74,7 @@ def read(path: Path) -> Image.Image:
     Raises InputError for a broken picture, and OSError if the storage is unavailable.
     """
     try:
-        return read_image(read_patiently(path))
+        return read_image(read_with_retries(path))
     except OSError as error:
         if is_outage(error):
             raise
@@ -96,7 +91,8 @@ def views(image: Image.Image, spec: NetSpec, crops: int) -> np.ndarray:
 
     One crop is the centre; ten are the corners and the centre with their mirror images.
     """
-    pixels = np.asarray(fit(image, spec.geometry, spec.size), np.float32) - np.array(spec.mean, np.float32)
+    resized = resize_and_crop(image, spec.geometry, spec.size)
+    pixels = np.asarray(resized, np.float32) - np.array(spec.mean, np.float32)
     cut = [_cut(pixels, x, y, spec.crop) for x, y in (FIVE if crops == 10 else CENTRE)]
     if crops == 10:
         cut += [view[:, ::-1] for view in cut]

@@ -17,7 +17,7 @@ from tools.classifying.output import Result, Window, best
 from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import InputError, views
 
-WHOLE = 0.9  # least fraction of the duration that must have frames; sound may last longer than the pictures
+WHOLE = 0.9  # minimum fraction of the duration that must have frames: audio may outlast them
 TICK = Fraction(1, 90000)  # seconds: the time base of the annotated copy
 
 _ROUNDING = 1e-6
@@ -28,7 +28,7 @@ Frame = tuple[float, Image.Image]  # seconds from the first one, and RGB
 def frames(path: Path, every: int = 1) -> Iterator[Frame]:
     """Yield every `every`th frame, rotated upright.
 
-    Raises InputError if there is no frame or PyAV is missing; for damage, after the sound frames before it.
+    Raises InputError if there is no frame or PyAV is missing, and for damage, after the readable frames.
     """
     try:
         import av
@@ -63,24 +63,24 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
 
 
 def _upright(image: Image.Image, degrees: int) -> Image.Image:
-    """Rotate a frame counterclockwise by the angle that a telephone records when it is held upright."""
+    """Rotate a frame counterclockwise by the angle that its metadata give, as telephones record it."""
     return image.rotate(degrees, expand=True) if degrees else image
 
 
 def classify_video(path: Path, net: Net, crops: int, window: float, every: int) -> Iterator[Result]:
     """Yield a result for each window of `window` seconds: the mean softmax over its frames.
 
-    Raises InputError; for damage, after the results of the sound part.
+    Raises InputError, for damage after the results of the readable part.
     """
     damage = []
 
-    def sound() -> Iterator[Frame]:
+    def readable() -> Iterator[Frame]:
         try:
             yield from frames(path, every)
         except InputError as error:
             damage.append(error)
 
-    for number, group in groupby(sound(), lambda frame: floor(frame[0] / window + _ROUNDING)):
+    for number, group in groupby(readable(), lambda frame: floor(frame[0] / window + _ROUNDING)):
         total, count = np.zeros(len(net.spec.classes)), 0
         while part := [views(image, net.spec, crops) for _, image in islice(group, BATCH)]:
             total += net.probabilities(np.stack(part)).sum(0)
@@ -92,12 +92,12 @@ def classify_video(path: Path, net: Net, crops: int, window: float, every: int) 
 
 
 def annotate(path: Path, results: Sequence[Result], file: BinaryIO) -> None:
-    """Write a copy as MP4, without sound, with the classes of its window below each frame."""
+    """Write a copy as MP4 without audio, with the classes of its window below each frame."""
     import av
 
     starts = [result.window.start_seconds for result in results if result.window]
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    bars: dict[int, Image.Image] = {}  # of the current window, by its index
+    bars: dict[int, Image.Image] = {}  # those of the current window, by its index
     stream = None
     with av.open(file, "w", format="mp4") as container:
         with suppress(InputError):  # damage was already reported with the results

@@ -31,9 +31,9 @@ class Ablation(NamedTuple):
 
 ABLATIONS = {
     "no LRN": Ablation(("--no-lrn",), "section 3.3", 1.4, 1.2),
-    "pooling that does not overlap": Ablation(("--no-overlapping-pooling",), "section 3.4", 0.4, 0.3),
-    "one GPU's net": Ablation(("--towers", "1"), "section 3.2", 1.7, 1.2),
-    "no colour augmentation": Ablation(("--colour", "off"), "section 4.1: over 1", 1.0),
+    "non-overlapping pooling": Ablation(("--no-overlapping-pooling",), "section 3.4", 0.4, 0.3),
+    "one-GPU net": Ablation(("--towers", "1"), "section 3.2", 1.7, 1.2),
+    "no colour augmentation": Ablation(("--colour", "off"), "section 4.1: more than 1", 1.0),
     "no crops or flips": Ablation(("--no-crops-and-flips",), "section 4.1: overfits substantially"),
     "no dropout": Ablation(("--dropout", "off"), "section 4.2: overfits substantially"),
     "tanh": Ablation(("--activation", "tanh"), "section 3.1: several times slower"),
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train what is not finished of the grid; return the record. Raises SettingsError or TrainingError."""
+    """Train the runs that are not finished; return the record. Raises SettingsError or TrainingError."""
     chosen = {WHOLE: Ablation((), "")} | {
         name: ablation for name, ablation in ABLATIONS.items() if not options.only or name in options.only
     }
@@ -66,8 +66,8 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
     for name, ablation in chosen.items():
         if name != WHOLE and load_settings([*settings, *ablation.settings]) == whole:
             raise SettingsError(
-                f"'{name}' changes nothing with these settings: choose a recipe with the part it removes, "
-                "or select the other ablations with --only"
+                f"'{name}' changes nothing with these settings: choose a recipe that has the part which it "
+                "removes, or select the other ablations with --only"
             )
     trainings = [
         Training(

@@ -37,7 +37,7 @@ _PACKAGES = ("scikit-learn", "scikit-image", "opencv-python-headless")
 
 
 class System(NamedTuple):
-    """A row of the table: its name, published errors on ILSVRC-2010's test set, and differences from ours."""
+    """A row of the table: its name, its published errors on ILSVRC-2010's test set, and how it differs."""
 
     name: str
     top1: float
@@ -46,12 +46,12 @@ class System(NamedTuple):
 
 
 SYSTEMS = {
-    "sparse": System("sparse coding", 47.1, 28.2, "table 1, there six models on different features"),
+    "sparse": System("sparse coding", 47.1, 28.2, "table 1; the paper averages six models"),
     "fisher": System(
         "SIFT + Fisher vectors",
         45.7,
         25.7,
-        "table 1, there two kinds of descriptors; 2012: several, 26.2 of five guesses",
+        "table 1; the paper averages two kinds of descriptors",
     ),
 }
 
@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Encode, train and evaluate what is not finished; return the record.
+    """Encode, train and evaluate whatever is not finished; return the record.
 
     Raises SettingsError, DatasetError or TrainingError.
     """
@@ -119,7 +119,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         raise SettingsError(f"{options.data} has only one class, so there is nothing to classify")
     if manifest.size <= PATCH:
         raise SettingsError(
-            f"{options.data} has pictures of {manifest.size} px, SIFT needs over {PATCH}: pack larger ones"
+            f"{options.data} has pictures of {manifest.size} px, but SIFT needs more than {PATCH} px: "
+            "pack larger pictures"
         )
     folder = options.out / "baselines"
     _claim(folder, options)
@@ -158,8 +159,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         environment=environment("cpu") | _versions(),
         rows=rows,
         remarks=[
-            "The published systems average classifiers on several kinds of descriptors, colour among them; "
-            "these have SIFT of grey values alone."
+            "The published systems average classifiers on several kinds of descriptors, including colour; "
+            "these use only SIFT of grey values."
         ],
     )
 
@@ -187,13 +188,11 @@ def _claim(folder: Path, options: argparse.Namespace) -> None:
     path = folder / "settings.json"
     if path.exists():
         held = json.loads(path.read_text())
-        differing = [
-            f"{key} ({held.get(key)} there, {own[key]} here)" for key in own if held.get(key) != own[key]
-        ]
+        differing = [f"{key} ({held.get(key)}, not {own[key]})" for key in own if held.get(key) != own[key]]
         if differing:
             raise SettingsError(
-                f"{folder} already holds other features, which differ in {', '.join(differing)}: choose "
-                "another --out, or use those settings to continue"
+                f"{folder} already holds features with another {', '.join(differing)}: choose another --out, "
+                "or use those settings to continue"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train the four nets, as far as they are not finished. Raises SettingsError or TrainingError."""
+    """Train those of the four nets that are not finished. Raises SettingsError or TrainingError."""
     rate = load_settings(settings).learning_rate
     seeds, folder = range(options.seeds), options.out / "cnn-star"
 
@@ -71,6 +71,9 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
             ),
             Row(system="1 CNN*", measured=measured(after), published={TOP1: -1.7, TOP5: -1.6}, than="1 CNN"),
         ],
-        remarks=[f"Pre-trained on {describe(options.pretrain)}. Centre crop; the published ones have ten."],
+        remarks=[
+            f"Pre-trained on {describe(options.pretrain)}. Measured on the centre crop; the published errors "
+            "are those of ten crops."
+        ],
         **about([*one, *star]),
     )

@@ -1,4 +1,4 @@
-"""Retrieve images by short binary codes, which the paper proposes in section 6.1 but did not try.
+"""Retrieve images by short binary codes, as section 6.1 of the paper proposes without trying it.
 
     alexnet-train paper codes runs/a
 
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 TAKES_SETTINGS = False
 NEAREST = 10  # neighbours found by the exact search in L2
 FOUND = 100  # images that a search by codes returns, for a finer search to choose from
-RECALL = f"the {NEAREST} nearest among {NEAREST} found (%)"
-CLASS = "of 6 found, those of the query's class (%)"
-SPEED = "search (ms a query)"
-TOGETHER = "search of all at once (ms a query)"  # reads the activations once for all queries
+RECALL = f"recall of the {NEAREST} nearest in {NEAREST} results (%)"
+CLASS = "first 6 results of the query's class (%)"
+SPEED = "search time per query (ms)"
+TOGETHER = "search time per query, all at once (ms)"  # reads the activations once for all queries
+CAPTION = "Retrieval by binary codes. Each point is one seed, and the lines join the means."
 AUTO, PCA, RANDOM = "auto-encoder", "signs of principal components", "random hyperplanes"
 Systems = dict[tuple[str, int], Measures]  # by method and bits
 
@@ -75,7 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Learn codes, search by them and draw codes.png. Raises SettingsError and what `kept_features` does."""
+    """Learn codes, search by them and draw codes.png.
+
+    Raises SettingsError and what `cached_features` raises.
+    """
     for bits in options.bits:
         if bits % 8:
             raise SettingsError(f"--bits {bits}: codes are whole bytes, choose a multiple of 8")
@@ -88,38 +92,39 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
             f"there are {min(options.learn, len(labels))} to learn from: use fewer bits or a larger --learn"
         )
 
-    from tools.experiments.fc7 import kept_features, nearest, take
+    from tools.experiments.fc7 import cached_features, nearest, take
 
-    index, val = (kept_features(opened, split, options.out) for split in ("train", "val"))
-    queries = drawn(len(val_labels), options.queries, seed=0)
-    asked, wanted = take(val, queries), val_labels[queries]
+    index, val = (cached_features(opened, split, options.out) for split in ("train", "val"))
+    chosen = drawn(len(val_labels), options.queries, seed=0)
+    queries, query_labels = take(val, chosen), val_labels[chosen]
     begun = time.perf_counter()
-    _, exact = nearest(asked, index, NEAREST, device)
-    together = (time.perf_counter() - begun) / len(asked)
+    _, exact = nearest(queries, index, NEAREST, device)
+    together = (time.perf_counter() - begun) / len(queries)
     seconds = []
-    for query in asked[:3]:
+    for query in queries[:3]:
         begun = time.perf_counter()
         nearest(query[None], index, NEAREST, device)
         seconds.append(time.perf_counter() - begun)
 
     def judge(found: np.ndarray) -> dict[str, float]:
-        return recalls(found, exact) | {CLASS: same_class(found, labels, wanted)}
+        return recalls(found, exact) | {CLASS: same_class(found, labels, query_labels)}
 
-    systems = measure(options, index, asked, device, judge)
-    best = same_class(exact, labels, wanted)
+    systems = measure(options, index, queries, device, judge)
+    best = same_class(exact, labels, query_labels)
     plot(options.out / "codes.png", systems, best)
     measured = {CLASS: [best], SPEED: [1000 * median(seconds)], TOGETHER: [1000 * together]}
-    exactly = f"exact L2 in fp64, {2 * asked.shape[1]:,} bytes an image"
+    exact_name = f"exact L2 in fp64, {2 * queries.shape[1]:,} bytes per image"
     return Record(
         experiment="codes",
         title="Retrieval by short binary codes",
-        source="section 6.1, which proposes them without having tried",
-        rows=[Row(system=exactly, measured=measured), *rows(systems)],
+        source="section 6.1, which proposes it as future work",
+        rows=[Row(system=exact_name, measured=measured), *rows(systems)],
         remarks=[
-            f"{len(asked):,} validation images were sought among {len(labels):,} training images. Of those "
-            "at the same Hamming distance, many at few bits, the first of the dataset are taken."
+            f"{len(queries):,} validation images were queries against {len(labels):,} training images. Among "
+            "images at the same Hamming distance, of which short codes have many, the first in the dataset "
+            "are taken."
         ],
-        figures=[Figure(file="codes.png", caption="Retrieval by codes of so many bits; a point a seed.")],
+        figures=[Figure(file="codes.png", caption=CAPTION)],
         **opened.about(),
     )
 
@@ -138,24 +143,24 @@ def recalls(found: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
     return {
         RECALL: recall(NEAREST, NEAREST),
-        "the 6 nearest among 6 found (%)": recall(6, 6),
-        f"the 6 nearest among {FOUND} found (%)": recall(6, FOUND),
+        "recall of the 6 nearest in 6 results (%)": recall(6, 6),
+        f"recall of the 6 nearest in {FOUND} results (%)": recall(6, FOUND),
     }
 
 
-def same_class(found: np.ndarray, labels: np.ndarray, wanted: np.ndarray) -> float:
-    """How many of the first six images found [queries,n] are of the class that is wanted [queries], in %."""
-    return float(100 * (labels[found[:, :6]] == wanted[:, None]).mean())
+def same_class(found: np.ndarray, labels: np.ndarray, query_labels: np.ndarray) -> float:
+    """Return the percentage of the first six results [queries,n] that have the query's class [queries]."""
+    return float(100 * (labels[found[:, :6]] == query_labels[:, None]).mean())
 
 
 def measure(
     options: argparse.Namespace,
     index: list[np.ndarray],
-    asked: np.ndarray,
+    queries: np.ndarray,
     device: "torch.device",
     judge: Callable[[np.ndarray], dict[str, float]],
 ) -> Systems:
-    """Every method at every number of bits, seed by seed. judge: scores of the numbers found."""
+    """Measure every method at every number of bits, seed by seed. judge: maps found indices to scores."""
     import torch
 
     from tools.experiments import binary_codes
@@ -173,7 +178,7 @@ def measure(
         for bits, (name, learn) in product(options.bits, methods.items()):
             encoder = learn(sample, bits, seed)
             codes = binary_codes.encode(encoder, index, device)
-            found, seconds = search(codes, binary_codes.encode(encoder, [asked], device))
+            found, seconds = search(codes, binary_codes.encode(encoder, [queries], device))
             for what, value in (judge(found) | {SPEED: 1000 * seconds}).items():
                 systems.setdefault((name, bits), {}).setdefault(what, []).append(value)
             recall = systems[name, bits][RECALL][-1]
@@ -181,12 +186,12 @@ def measure(
     return systems
 
 
-def search(codes: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, float]:
+def search(codes: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the indices [queries,FOUND] of the codes nearest to each query, and the median seconds."""
     from tools.experiments.binary_codes import nearest_codes
 
     found, seconds = [], []
-    for query in asked:
+    for query in queries:
         begun = time.perf_counter()
         found.append(nearest_codes(query, codes, FOUND))
         seconds.append(time.perf_counter() - begun)
@@ -206,10 +211,10 @@ def rows(systems: Systems) -> list[Row]:
 
 
 def plot(path: Path, systems: Systems, best: float) -> None:
-    """Draw recall and the share of the right class over the bits. best: the share of the exact search."""
+    """Draw recall and the share of the correct class by number of bits. best: the exact search's share."""
     import matplotlib
 
-    matplotlib.use("Agg")  # files only: there may be no screen
+    matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Evaluate each run both ways. Raises what `open_run` and `probabilities` do."""
+    """Evaluate each run both ways. Raises what `open_run` and `probabilities` raise."""
     opened = finished.open_runs(options)
     from tools.experiments.predictions import errors, probabilities, transposed
 

@@ -18,8 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 PATCH = 16  # px of a descriptor's patch at its scale: four by four histograms of 4 px
-COMPONENTS = 64  # of the PCA before the Gaussians; also the least number of descriptors to learn from
-_LEAST_VARIANCE = 1e-5  # of a Gaussian: all patches without a gradient have the same descriptor
+COMPONENTS = 64  # of the PCA before the Gaussians; also the minimum number of descriptors to learn from
+_MIN_VARIANCE = 1e-5  # of a Gaussian: all patches without a gradient have the same descriptor
 _PENALTY = 0.15  # L1 penalty while learning the atoms
 _LEARN_FROM = 8192  # descriptors to learn atoms from; each costs milliseconds
 _NONZERO = 5  # atoms in a code
@@ -80,7 +80,7 @@ class Fisher:
     def fit(cls, descriptors: np.ndarray, words: int, seed: int) -> Self:
         pca = PCA(COMPONENTS, random_state=seed).fit(descriptors)
         mixture = GaussianMixture(
-            words, covariance_type="diag", reg_covar=_LEAST_VARIANCE, max_iter=50, random_state=seed
+            words, covariance_type="diag", reg_covar=_MIN_VARIANCE, max_iter=50, random_state=seed
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the last of 50 rounds changes little

@@ -2,9 +2,9 @@
 
     alexnet-train paper ensembles runs/a-0 runs/a-1 runs/a-2 runs/star-0 --weights 1 1 1 2
 
-Runs with a sixth convolution (--conv6) count as CNNs*. Each net is evaluated on ten crops, as published;
---crops 1 takes the centre crop. An average is compared with each single net, and is called better or worse
-only if it is so for all of them.
+Runs with a sixth convolution (--conv6) count as CNNs*. Each net is evaluated on ten crops, as published, or
+with --crops 1 on the centre crop. An average is compared with each single net, and is called better or worse
+only if this holds for all of them.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def average(probabilities: Sequence[np.ndarray], weights: Sequence[float] | None
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Evaluate the nets and their averages.
 
-    Raises SettingsError for a wrong number of weights, and what `open_run` and `probabilities` do.
+    Raises SettingsError for a wrong number of weights, and what `open_run` and `probabilities` raise.
     """
     if len(options.runs) < 2:
         raise SettingsError("an ensemble needs at least two runs")
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         title="Ensembles",
         source="section 6, table 2",
         rows=rows(scores, stars, labels, options.weights),
-        remarks=[f"{options.crops} crop{'s' * (options.crops > 1)} each."],
+        remarks=[f"Each net is evaluated on {'ten crops' if options.crops == 10 else 'the centre crop'}."],
         **opened[0].about(*opened[1:]),
     )
 

@@ -1,7 +1,7 @@
-"""Features from a trained net's last hidden layer, computed once for every image, kept and searched.
+"""Features from a trained net's last hidden layer: computed once for each image, cached and searched.
 
-Features are kept in fp16, 8 KB per image (10.5 GB for ImageNet's training set), in memory-mapped files of up
-to PART images. The name of their folder covers everything they depend on, so another checkpoint or dataset
+Features are cached in fp16, 8 KB per image (10.5 GB for ImageNet's training set), in memory-mapped files of
+up to PART images. The name of their folder covers everything they depend on, so another checkpoint or dataset
 gets another folder. An interrupted computation continues with the next part.
 
 The search is exact, by brute force over all images. A library of approximate indexes (Faiss, hnswlib) would
@@ -23,12 +23,12 @@ from tools.experiments.finished import Finished
 from trainer.precision import autocast, prepare
 from trainer.run import RunError
 
-PART = 8192  # most images in a file
+PART = 8192  # maximum number of images in a file
 MEMORY = 256 << 20  # bytes that a search uses in addition to its queries
 Parts = list[np.ndarray]  # the features of a split, each part fp16 [n,4096]
 
 
-def kept_features(opened: Finished, split: str, out: Path) -> Parts:
+def cached_features(opened: Finished, split: str, out: Path) -> Parts:
     """Return the features of a split in the order of its shards, mapped from files under `out`.
 
     Missing features are computed on the centre crop. Raises DatasetError for damaged data, RunError if the
@@ -95,18 +95,18 @@ def nearest(
     fp16 values are exact. Uses MEMORY bytes, and 8 bytes for each value of the queries.
     """
     rows = max(1, MEMORY // (10 * queries.shape[1] + 40 * len(queries)))  # as fp16 and fp64, and to sort
-    asked = torch.from_numpy(np.asarray(queries)).to(device, torch.float64)
-    best = torch.full((len(asked), 0), torch.inf, dtype=torch.float64, device=device)
-    numbers = torch.empty((len(asked), 0), dtype=torch.int64, device=device)
+    points = torch.from_numpy(np.asarray(queries)).to(device, torch.float64)
+    best = torch.full((len(points), 0), torch.inf, dtype=torch.float64, device=device)
+    numbers = torch.empty((len(points), 0), dtype=torch.int64, device=device)
     first = 0
     for part in parts:
         for start in range(0, len(part), rows):
             chunk = torch.from_numpy(part[start : start + rows].copy()).to(device).double()
-            squares = (chunk * chunk).sum(1) - 2 * (asked @ chunk.T)
+            squares = (chunk * chunk).sum(1) - 2 * (points @ chunk.T)
             found = torch.arange(first + start, first + start + len(chunk), device=device)
             squares, order = torch.cat([best, squares], 1).sort(dim=1, stable=True)
-            numbers = torch.cat([numbers, found.expand(len(asked), -1)], 1).gather(1, order)[:, :count]
+            numbers = torch.cat([numbers, found.expand(len(points), -1)], 1).gather(1, order)[:, :count]
             best = squares[:, :count]
         first += len(part)
-    squares = best + (asked * asked).sum(1, keepdim=True)
+    squares = best + (points * points).sum(1, keepdim=True)
     return squares.clamp(min=0).sqrt().cpu().numpy(), numbers.cpu().numpy()

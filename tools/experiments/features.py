@@ -1,7 +1,7 @@
 """The baselines' features on disk: learned encoders, and pictures encoded in chunks, which can be resumed.
 
 Each encoder has a folder with encoder.npz and <split>-<number>.npy, float16 [pictures,length]. Files are
-written atomically, so those that exist need not be made again. A picture's features depend only on the
+written atomically, so those that exist are complete and are reused. A picture's features depend only on the
 picture and the encoder, not on the workers.
 """
 
@@ -28,7 +28,7 @@ from trainer.settings import SettingsError
 
 CHUNK = 256  # pictures in a file
 ENCODERS: dict[str, type[Encoder]] = {"fisher": Fisher, "sparse": Sparse}
-_FROM_A_PICTURE = 64  # least number of descriptors that learning takes from each picture
+_FROM_A_PICTURE = 64  # minimum number of descriptors that learning takes from each picture
 _LINE_SECONDS = 10.0
 
 
@@ -78,7 +78,7 @@ def _grey(reader: ShardReader, number: int, side: int) -> np.ndarray:
     except cv2.error:
         image = None
     if image is None:
-        raise DatasetError(f"the sample in {reader.name(number)} cannot be decoded: copy the shard again")
+        raise DatasetError(f"the sample in {reader.location(number)} cannot be decoded: copy the shard again")
     height, width = image.shape
     if min(height, width) != side:
         ratio = side / min(height, width)
@@ -194,7 +194,7 @@ def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stor
     """Write a chunk's files; return its number of pictures."""
     encoders = [load_encoder(store) for store in stores]
     features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
-    _reader(pictures.data, split).will_need(chunk)
+    _reader(pictures.data, split).prefetch(chunk)
     with threadpool_limits(1):
         for place, sample in enumerate(chunk):
             descriptors, places = pictures.descriptors(split, sample)

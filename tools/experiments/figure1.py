@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=count,
         default=10,
         metavar="N",
-        help="use the first N classes (default 10, as CIFAR-10)",
+        help="use the first N classes (default 10, as in CIFAR-10)",
     )
     add(
         "--images",
         type=count,
         default=50_000,
         metavar="N",
-        help="use at most N images (default 50,000, as CIFAR-10)",
+        help="use at most N images (default 50,000, as in CIFAR-10)",
     )
     add(
         "--rates",
@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="learning rates to try, in this order (default 0.01 0.03 0.1 0.003)",
     )
     add_seeds(parser)
-    add("--epochs", type=count, default=60, metavar="N", help="most epochs of a run (default 60)")
+    add(
+        "--epochs", type=count, default=60, metavar="N", help="maximum number of epochs of a run (default 60)"
+    )
     add("--batch", type=count, default=128, metavar="N", help="batch size (default 128)")
     add(
         "--target",
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Train what is not finished and draw figure1.png. Raises DatasetError or SettingsError."""
+    """Train the runs that are not finished and draw figure1.png. Raises DatasetError or SettingsError."""
     manifest = read_manifest(options.data)
     reader = ShardReader(options.data, manifest, "train")
     numbers = chosen(reader.rows["label"], options.classes, options.images)
@@ -95,9 +97,9 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         experiment="figure1",
         title="Fig. 1: ReLU against tanh",
         source="Fig. 1 and section 3.1, on CIFAR-10",
-        data=f"{describe(options.data)}; of the first {images.classes} classes {len(images):,} training "
-        f"images at 32 px, batch {options.batch}, {options.seeds} seeds, of the learning rates "
-        f"{', '.join(f'{rate:g}' for rate in options.rates)} the one that was fastest for each net",
+        data=f"{describe(options.data)}; {len(images):,} training images of the first {images.classes} "
+        f"classes at 32 px, batch {options.batch}, {options.seeds} seeds; for each net the fastest of the "
+        f"learning rates {', '.join(f'{rate:g}' for rate in options.rates)}",
         command=command_line(),
         environment=environment(world.device_name),
         rows=rows(curves, options.target, steps),
@@ -153,7 +155,7 @@ class Sweep:
 
 
 def rows(curves: Curves, target: float, steps: int) -> list[Row]:
-    """Return iterations to the target, and tanh's divided by ReLU's seed by seed, if all seeds reached it."""
+    """Return the iterations to the target and, if all seeds reached it, tanh's divided by ReLU's per seed."""
     from tools.experiments.four_layers import epochs_to
 
     taken = {a: [steps * epochs_to(errors, target / 100) for errors in curves[a]] for a in curves}
@@ -182,7 +184,7 @@ def remarks(curves: Curves, rates: dict[str, float], options: argparse.Namespace
     for activation, epochs in taken.items():
         short = epochs.count(math.inf)
         times = options.epochs / mean(taken[fastest])
-        than = f", {times:.1f} times what {LABELS[fastest]} took" if times else ""
+        than = f", {times:.1f} times as many as {LABELS[fastest]} needed" if times else ""
         if short:
             found.append(
                 f"{LABELS[activation]} did not reach {options.target:g} % within {options.epochs} epochs "
@@ -190,8 +192,8 @@ def remarks(curves: Curves, rates: dict[str, float], options: argparse.Namespace
             )
         if len(options.rates) > 1 and rates[activation] in (min(options.rates), max(options.rates)):
             found.append(
-                f"{LABELS[activation]} was fastest at {rates[activation]:g}, an end of the range tried: "
-                "a rate beyond it may be faster."
+                f"{LABELS[activation]} was fastest at {rates[activation]:g}, an end of the range of learning "
+                "rates tried: a rate beyond it may be faster."
             )
     return found
 
@@ -205,7 +207,7 @@ def plot(path: Path, curves: Curves, target: float) -> None:
     """Draw the training error over epochs, solid for ReLU and dashed for tanh as in the paper."""
     import matplotlib
 
-    matplotlib.use("Agg")  # files only: there may be no screen
+    matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

@@ -3,9 +3,9 @@
     alexnet-train paper figure3 runs/a
 
 The first tower's kernels are on top and the second's below, 16 in a row, as in the paper. Each kernel is
-scaled by its own largest weight, which is drawn at full contrast; 0 is gray. How colourful a kernel is, is
-measured as the share of its energy (the sum of its squared weights) that is lost when it is converted to
-gray: 0 % for a kernel that ignores colour, 67 % for independent weights.
+scaled by its own largest weight, which is drawn at full contrast; 0 is gray. The colour share of a kernel is
+the share of its energy (the sum of its squared weights) that is lost when it is converted to gray: 0 % for a
+kernel that ignores colour, 67 % for independent weights.
 """
 
 import argparse
@@ -21,8 +21,8 @@ COLUMNS = 16
 SCALE = 4  # pixels of the picture per weight
 GAP = 4  # pixels between kernels
 TOWER_GAP = 16  # pixels between towers
-COLOUR = "colour's share of a kernel's energy, mean (%)"
-COLOURFUL = "kernels with a colour's share over 33 % (%)"
+COLOUR = "mean colour share of a kernel's energy (%)"
+COLOURFUL = "kernels with a colour share above 33 % (%)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Draw figure3.png. Raises what `open_run` does."""
+    """Draw figure3.png. Raises what `open_run` raises."""
     opened = finished.open_run(options)
     model = opened.trained.model
     towers = by_tower(model.conv1.weight.detach().float().cpu().numpy(), model.variant.towers)
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         "colour-specific, in every run",
         rows=rows,
         remarks=[
-            "Independent weights, as a net begins with, have a colour's share of 67 %: what is left of them "
-            "after few epochs is in these numbers."
+            "The independent weights with which training begins have a colour share of 67 %. After few "
+            "epochs, part of that remains in these numbers."
         ],
         figures=[Figure(file="figure3.png", caption=_caption(len(towers)))],
         **opened.about(),
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
 
 
 def _caption(towers: int) -> str:
-    order = "the first tower's above, the second's below" if towers == 2 else "one tower's"
-    return f"The kernels of 11×11×3 weights, {order}; the contrast is each kernel's own."
+    order = ", the first tower's above and the second's below" if towers == 2 else ""
+    return f"The kernels of 11×11×3 weights{order}. Each kernel is stretched to its own contrast."
 
 
 def by_tower(weights: np.ndarray, towers: int) -> np.ndarray:

@@ -3,9 +3,9 @@
     alexnet-train paper figure4 runs/a
 
 Shows eight validation images with their five most probable classes, and five others with the six training
-images whose 4096 activations of the last hidden layer are nearest in L2. Writes figure4.png and figure4.html,
-a self-contained page. The activations of the training images are computed once and kept in --out. Images are
-given by their index in the split, from 0, or chosen at random with --seed.
+images whose 4096 activations of the last hidden layer are nearest in L2. The activations of the training
+images are computed once and kept in --out. Images are given by their index in the split, from 0, or chosen at
+random with --seed.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Write figure4.png and figure4.html.
+    """Draw figure4.png.
 
-    Raises SettingsError for an index out of range, and what `open_run` and `kept_features` do.
+    Raises SettingsError for an index out of range, and what `open_run` and `cached_features` raise.
     """
     opened = finished.open_run(options, "train", "val")
     total = opened.trained.dataset.manifest.split("val").samples
@@ -60,18 +60,17 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     images = _checked("--images", options.images or drawn[:IMAGES], total)
     queries = _checked("--queries", options.queries or drawn[-QUERIES:], total)
 
-    from tools.experiments.figure4_drawing import CAPTION, draw, write_page
+    from tools.experiments.figure4_drawing import CAPTION, draw
 
     classified = [classify(opened, number) for number in images]
     retrieved = retrieve(opened, queries, options.out)
     draw(options.out / "figure4.png", classified, retrieved)
-    write_page(options.out / "figure4.html", classified, retrieved)
     return Record(
         experiment="figure4",
         title="Fig. 4: five most probable classes, and nearest training images",
         source="Fig. 4 and section 6.1",
         rows=[],
-        remarks=[*counts(classified, retrieved), "The same as a page: [figure4.html](figure4.html)."],
+        remarks=[counts(classified, retrieved)],
         figures=[Figure(file="figure4.png", caption=CAPTION)],
         **opened.about(),
     )
@@ -106,12 +105,12 @@ def classify(opened: Finished, number: int) -> "Classified":
 
 def retrieve(opened: Finished, queries: list[int], out: Path) -> "list[Retrieved]":
     """Find the training images nearest to each of some validation images."""
-    from tools.experiments.fc7 import features, kept_features, nearest
+    from tools.experiments.fc7 import cached_features, features, nearest
     from tools.experiments.figure4_drawing import Retrieved
 
-    asked = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
-    index = kept_features(opened, "train", out)
-    distances, numbers = nearest(asked, index, NEIGHBOURS, opened.world.device)
+    points = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
+    index = cached_features(opened, "train", out)
+    distances, numbers = nearest(points, index, NEIGHBOURS, opened.world.device)
     dataset = opened.trained.dataset
     return [
         Retrieved(
@@ -130,13 +129,13 @@ def picture(dataset: "Dataset", split: str, number: int) -> "Picture":
     return Picture(number, label, dataset.manifest.classes[label].name, thumbnail(reader, number))
 
 
-def counts(classified: "list[Classified]", retrieved: "list[Retrieved]") -> list[str]:
-    """Say how many of the shown classes and neighbours are right."""
+def counts(classified: "list[Classified]", retrieved: "list[Retrieved]") -> str:
+    """Say how many of the images shown are classified correctly, and how many neighbours share the class."""
     first = sum(shown.picture.label == shown.top[0][0] for shown in classified)
     among = sum(shown.picture.label in (label for label, *_ in shown.top) for shown in classified)
     alike = [near.label == shown.query.label for shown in retrieved for near, _ in shown.nearest]
-    return [
-        f"Of the {len(classified)} images, {first} have their class first and {among} among the "
-        f"{len(classified[0].top)} most probable; of the {len(alike)} nearest training images, {sum(alike)} "
-        "are of the class of the image that they are near to."
-    ]
+    return (
+        f"The net's most probable class is correct for {first} of the {len(classified)} images, and the "
+        f"correct class is among the {len(classified[0].top)} most probable for {among}. Of the {len(alike)} "
+        f"nearest training images, {sum(alike)} have the class of their query."
+    )

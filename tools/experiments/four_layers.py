@@ -59,7 +59,7 @@ def small_images(reader: ShardReader, numbers: np.ndarray) -> np.ndarray:
                 image.draft("RGB", (SIDE, SIDE))  # lets the decoder reduce it, to an eighth at most
                 images[place] = _central_square(image.convert("RGB"))
         except (OSError, SyntaxError):
-            name = reader.name(number)
+            name = reader.location(number)
             raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again") from None
     return images.transpose(0, 3, 1, 2)
 

@@ -17,7 +17,7 @@ class RecordError(ValueError):
 
 
 class Row(BaseModel):
-    """One system. published: the paper's values or, if `than` names another row, the differences from it."""
+    """One system. published: the paper's values or, if `than` names a row, differences from that row."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -103,7 +103,7 @@ class Record(BaseModel):
         if published is None:
             return ["", measured, spread(found, sign=True), ""]
         return [
-            f"{published:+g} to {row.than}",
+            f"{published:+g} vs. {row.than}",
             measured,
             spread(found, sign=True),
             verdict(found, published),

@@ -14,7 +14,7 @@ TAKES_SETTINGS = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: --out is all this command takes."""
+    """Add nothing: this command takes only --out."""
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Path:
@@ -29,6 +29,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Path:
             f"no records in {options.out}: run an experiment first, see alexnet-train paper --help"
         )
     path = options.out / "results.md"
-    head = "# The paper's results, measured\n\nOf several seeds: the mean, with the least and the greatest."
-    path.write_text("\n\n".join([head, *map(str, records)]) + "\n", encoding="utf-8")
+    title = "# The paper's results, measured"
+    legend = "A value from several seeds is their mean, with the minimum and maximum."
+    path.write_text("\n\n".join([title, legend, *map(str, records)]) + "\n", encoding="utf-8")
     return path

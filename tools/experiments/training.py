@@ -62,7 +62,7 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
     left = [training for training, evaluation in zip(trainings, found, strict=True) if evaluation is None]
     begun, done = time.monotonic(), 0
 
-    def train_one(training: Training) -> dict[str, float]:
+    def train_step(training: Training) -> dict[str, float]:
         nonlocal done
         evaluation = train(training)
         done += 1
@@ -75,7 +75,7 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
         return evaluation
 
     with ThreadPoolExecutor(jobs) as pool:
-        trained = pool.map(train_one, left)
+        trained = pool.map(train_step, left)
         return [evaluation or next(trained) for evaluation in found]
 
 

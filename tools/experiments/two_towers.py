@@ -3,13 +3,13 @@
     alexnet-train paper towers --data shards --steps 100 --batch 128
 
 The two towers run in two processes, and the grouped net in one. Both train from the same weights on the same
-batches. The record says how far their losses and weights are apart, how much data the towers exchanged, and
-how fast each net was. As a yardstick the grouped net trains again with the images of each batch reversed,
-which only changes the order of sums. The half net, with which the paper compared, is timed too; its accuracy
-is one of the ablations. With two GPUs each tower has one; otherwise two processes share the CPU.
+batches. The record says how far apart their losses and weights are, how much data the towers exchanged, and
+how fast each net was. As a yardstick, the grouped net is trained again with the images of each batch in
+reverse order, which only changes the order of sums. The half net with which the paper compares is timed too;
+its accuracy is one of the ablations. With two GPUs each tower has one; otherwise two processes share the CPU.
 
-Dropout is off (two processes would draw other masks than one), no net is compiled, and `auto` precision means
-fp32. Any other option is a setting of `alexnet-train train`.
+Dropout is off (two processes would draw other masks than one does), no net is compiled, and `auto` precision
+means fp32. Any other option is a setting of `alexnet-train train`.
 """
 
 import argparse
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 TAKES_SETTINGS = True
 ONE, TWO, HALF = "AlexNet on one device", "AlexNet as two towers", "half net on one device"
 REVERSED = f"{ONE}, batches reversed"
-LOSS = "largest difference of a step's loss to one device's (millionths)"
-WEIGHT = "largest difference of a weight to one device's (millionths of the largest change of one)"
+LOSS = "largest difference of a step's loss from one device's (millionths)"
+WEIGHT = "largest difference of a weight from one device's (millionths of its largest change in training)"
 
 
 class Trained(NamedTuple):
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
     Raises SettingsError for a net without two towers, DatasetError, and TrainingError if a tower fails.
     """
     if options.steps < 2:
-        raise SettingsError("--steps must be at least 2: the first step of a net is not timed")
+        raise SettingsError("--steps must be at least 2, because the first step of a net is not timed")
     settings = comparable(load_settings(arguments))
     manifest = read_manifest(settings.data)
     manifest.split("train")
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
         return {LOSS: [1e6 * loss], WEIGHT: [1e6 * _largest(weights, others) / change]}
 
     sent = towers[0].sent_bytes / options.steps / settings.batch / 1000
-    sent_measure: Measures = {"sent by each tower for an image (kB)": [sent]}
+    sent_measure: Measures = {"sent by each tower per image (kB)": [sent]}
     return Record(
         experiment="towers",
         title="Two GPUs",
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
             Row(
                 system=TWO,
                 measured=_measures(*towers) | sent_measure | away(towers[0], merge(*parts)),
-                note="5 to 6 days on two GTX 580, or 208 to 250 images/s",
+                note="published: 5 to 6 days on two GTX 580s, which is 208 to 250 images/s",
             ),
             Row(system=REVERSED, measured=away(reverse, reverse_weights)),
             Row(system=HALF, measured=_measures(half)),
@@ -136,7 +136,7 @@ def shared_device(settings: Settings, gpus: int) -> str:
     if settings.device.startswith("cuda") and (gpus < 2 or ":" in settings.device):
         raise SettingsError(
             f"--device {settings.device}: this needs the first two GPUs, and torch finds {gpus}; without "
-            "--device it uses two GPUs if there are, and otherwise the CPU"
+            "--device it uses two GPUs if there are two, and otherwise the CPU"
         )
     return "cuda" if settings.device != "cpu" and gpus > 1 else "cpu"
 
@@ -255,20 +255,20 @@ def _remarks(settings: Settings, ratio: float) -> list[str]:
         published = [count_parameters(AlexNet(variant=Variant(towers=number))) for number in (2, 1)]
     where = "two GPUs" if settings.device == "cuda" else "two processes that share one CPU, not two devices,"
     border = (
-        "With them go the two channels at either side of the towers' border, which the text's normalisation "
-        "over all channels needs and Fig. 2 does not draw. "
+        "They also exchange the two channels on either side of the border between them, which the text's "
+        "normalisation over all channels needs and Fig. 2 does not show. "
         if settings.preset == "paper" and settings.lrn
         else ""
     )
     return [
-        "Two towers and reversed batches should both differ from one device in the order of sums alone. Such "
-        "rounding grows as training goes on, and by leaps where it moves a value across a ReLU's zero: the "
-        "distances of both are to be small, not the same.",
-        "The towers give each other their maps before conv3 and fc6 and their units before fc7; the second "
-        f"gives its half of fc7 to the first, which has fc8. {border}The gradients, which go back the same "
-        "ways, are counted too.",
-        "The paper: 1.7 and 1.2 points less top-1 and top-5 error than the half net (see the ablations), and "
-        f"slightly less time. On {where} the towers had {ratio:.2f} times the images/s of the half net on "
-        f"one. For 1000 classes at 224 px the net has {published[0]:,} parameters, the half net "
-        f"{published[1]:,}.",
+        "The two towers and the reversed batches should differ from one device only in the order of sums. "
+        "Such rounding grows during training, and jumps where it moves a value across a ReLU's zero, so both "
+        "differences should be small but need not be equal.",
+        "The towers exchange their maps before conv3 and fc6 and their units before fc7, and the second "
+        f"sends its half of fc7 to the first, which has fc8. {border}The gradients, which take the same "
+        "paths back, are counted as well.",
+        "The paper reports 1.7 and 1.2 points less top-1 and top-5 error than the half net has (see the "
+        f"ablations), and slightly less time. On {where} the towers processed {ratio:.2f} times as many "
+        f"images/s as the half net on one. For 1000 classes at 224 px, the net has {published[0]:,} "
+        f"parameters and the half net {published[1]:,}.",
     ]

@@ -1,1 +1,1 @@
-"""Parts of inspect_shards.py."""
+"""The parts of tools/inspect_shards.py."""

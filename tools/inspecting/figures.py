@@ -1,4 +1,4 @@
-"""The figures of inspect_shards.py."""
+"""The figures of the report that tools/inspect_shards.py writes."""
 
 import warnings
 from io import BytesIO
@@ -13,17 +13,19 @@ from PIL import Image
 
 from pipeline.reader import ShardReader
 
-TILES = 100  # on the contact sheet, at most
+TILES = 100  # maximum on the contact sheet
 TILE = 128  # pixels
 _CAPTION = 20  # pixels below a tile
 _GAP = 6  # pixels
-_NAMED = 40  # most classes to draw as bars with names; more are drawn as a curve
+_NAMED = 40  # maximum number of classes drawn as bars with names; more are drawn as a curve
 _DPI = 100
 
 
 def draw_classes(path: Path, names: list[str], counts: dict[str, np.ndarray]) -> None:
-    """Draw the samples per class, one panel per split: as bars in the order of the first split, or as a
-    falling curve if there are too many classes for bars."""
+    """Draw the samples per class, one panel per split.
+
+    They are bars in the order of the first split or, if there are more than _NAMED classes, a falling curve.
+    """
     order = np.argsort(-next(iter(counts.values())), kind="stable")
     named = len(names) <= _NAMED
     size = (9, 1.2 + 0.22 * len(names) if named else 3.6)  # inches
@@ -107,7 +109,7 @@ def draw_samples(path: Path, names: list[str], reader: ShardReader, seed: int) -
 def _tile(jpeg: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(jpeg)).convert("RGB")
-    except Exception:  # damaged; verify_shards.py says how
+    except Exception:  # damaged: `alexnet-train verify-shards` says how
         return Image.new("RGB", (TILE, TILE), "red")
     image.thumbnail((TILE, TILE))
     return image
@@ -120,6 +122,6 @@ def _short(name: str, length: int) -> str:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about letters in names that the font lacks
+        warnings.simplefilter("ignore")  # for letters in names that the font lacks
         figure.savefig(path, dpi=_DPI)
     plt.close(figure)

@@ -1,1 +1,1 @@
-"""Parts of verify_shards.py."""
+"""The parts of tools/verify_shards.py: checking a shard, and describing what was found."""

@@ -19,33 +19,33 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.files import naming, read_fully
+from pipeline.files import path_in_errors, read_fully
 from pipeline.manifest import HEAD_BYTES
-from pipeline.packing.storage import is_there, read
-from pipeline.packing.workers import say
-from pipeline.retry import is_outage, patiently
+from pipeline.packing.storage import is_accessible, read
+from pipeline.packing.workers import warn
+from pipeline.retry import is_outage, with_retries
 from pipeline.shards import INDEX_DTYPE, SampleLocation, dali_index
-from tools.verifying.findings import Found, ShardCheck
+from tools.verifying.findings import Findings, ShardCheck
 
 SAMPLED = 16  # images per shard
 _BLOCK = tarfile.BLOCKSIZE
 
 
-def check_shard(task: ShardCheck) -> Found:
+def check_shard(task: ShardCheck) -> Findings:
     """Check one shard and its .idx. This runs in the worker processes.
 
     If the checksum is wrong, `sampled` decodes every image, which may identify the damaged sample. Raises
-    OSError if the storage or this process is in trouble, which is not damage.
+    OSError for a failure of the storage or of this process, which is not damage to the shard.
     """
     found, locations, same = _check_tar(task)
     if not same and task.decode == "sampled":
-        first = found.damages[0].what
+        first = found.problems[0].what
         found, locations, same = _check_tar(replace(task, decode="all"))
         if same:
             found.add(
                 task.shard.file,
-                f"gave different bytes when read twice (at first: {first}; then it was right): do not trust "
-                "its storage or this machine's memory",
+                f"gave different bytes when read twice (first: {first}; then none): its storage or this "
+                "machine's memory cannot be trusted",
             )
     if task.in_place:
         return found
@@ -55,50 +55,50 @@ def check_shard(task: ShardCheck) -> Found:
         index = read(str(path))
     except OSError as error:
         _add_unreadable(found, task, path.name, error)
-    if same:  # otherwise the tar is to blame for a difference
-        wanted = dali_index(locations)
-        if index != wanted:
-            found.index = wanted
-        if index is not None and index != wanted:
-            found.add(path.name, _first_difference(index, wanted))
+    if same:  # otherwise the damaged tar explains a difference
+        expected = dali_index(locations)
+        if index != expected:
+            found.index = expected
+            if index is not None:
+                found.add(path.name, _first_difference(index, expected))
     return found
 
 
-def _add_unreadable(found: Found, task: ShardCheck, file: str, error: OSError) -> None:
-    if is_outage(error) or not is_there(str(task.root)):
+def _add_unreadable(found: Findings, task: ShardCheck, file: str, error: OSError) -> None:
+    if is_outage(error) or not is_accessible(str(task.root)):
         raise error
     missing = isinstance(error, FileNotFoundError)
     found.add(file, "is missing" if missing else f"cannot be read: {error.strerror}")
 
 
-def _first_difference(index: bytes, wanted: bytes) -> str:
-    lines = zip_longest(index.split(b"\n"), wanted.split(b"\n"), fillvalue=b"(nothing)")
-    number, (line, right) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
-    return f"line {number} is {str(line[:80])[1:]}, but for this tar it must be {str(right)[1:]}"
+def _first_difference(index: bytes, expected: bytes) -> str:
+    lines = zip_longest(index.split(b"\n"), expected.split(b"\n"), fillvalue=b"(nothing)")
+    number, (line, correct) = next((n, pair) for n, pair in enumerate(lines, 1) if pair[0] != pair[1])
+    return f"line {number} is {str(line[:80])[1:]}, but for this tar it must be {str(correct)[1:]}"
 
 
-def _check_tar(task: ShardCheck) -> tuple[Found, list[SampleLocation], bool]:
+def _check_tar(task: ShardCheck) -> tuple[Findings, list[SampleLocation], bool]:
     """Return the findings, the samples' locations, and whether the tar has the bytes that were packed."""
-    found = Found()
+    found = Findings()
 
     def read_tar() -> tuple[list[SampleLocation], bool]:
         nonlocal found
-        found = Found()
+        found = Findings()
         return _read_tar(task, found)
 
     try:
-        locations, same = patiently(read_tar, say)
+        locations, same = with_retries(read_tar, warn)
     except OSError as error:
         _add_unreadable(found, task, task.shard.file, error)
         return found, [], False
     return found, locations, same
 
 
-def _read_tar(task: ShardCheck, found: Found) -> tuple[list[SampleLocation], bool]:
+def _read_tar(task: ShardCheck, found: Findings) -> tuple[list[SampleLocation], bool]:
     shard, samples = task.shard, _Samples(task, found)
     path = task.root / shard.file
-    with naming(path), open(path, "rb") as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about metadata in images
+    with path_in_errors(path), open(path, "rb") as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for metadata in images
         size = os.fstat(opened.fileno()).st_size
         head = sha256(read_fully(opened, HEAD_BYTES)).hexdigest()
         opened.seek(0)
@@ -124,7 +124,7 @@ def _read_tar(task: ShardCheck, found: Found) -> tuple[list[SampleLocation], boo
 
 
 class _Hashed:
-    """A file that is read forwards and hashed on the way."""
+    """A file that is read sequentially and hashed on the way."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.position, self.digest = file, 0, sha256()
@@ -142,10 +142,10 @@ class _Member(NamedTuple):
     content: bytes
 
 
-def _members(file: _Hashed, size: int, name: str, found: Found) -> Iterator[_Member]:
+def _members(file: _Hashed, size: int, name: str, found: Findings) -> Iterator[_Member]:
     """Yield the valid members of a tar of `size` bytes; anything else in it is damage. Reads to the end."""
     lost = False  # after a broken header, until a valid one follows
-    end = None  # where the zeros at the end of the tar began, if they have
+    end = None  # where the zeros at the end of the tar begin, once they have begun
     while len(block := file.read(_BLOCK)) == _BLOCK:
         start = file.position - _BLOCK
         if not any(block):
@@ -177,7 +177,7 @@ def _members(file: _Hashed, size: int, name: str, found: Found) -> Iterator[_Mem
 
 
 def _indexed(file: _Hashed, rows: np.ndarray | None) -> Iterator[tuple[_Member, np.ndarray]]:
-    """Yield the members that the rows name, with their rows. Reads to the end."""
+    """Yield the members to which the rows point, with their rows. Reads to the end."""
     for row in () if rows is None else np.sort(rows, order="offset"):
         before = file.read(int(row["offset"]) - file.position)
         name = before[-_BLOCK:][:100].rstrip(b"\0").decode("utf-8", "surrogateescape")
@@ -189,7 +189,7 @@ def _indexed(file: _Hashed, rows: np.ndarray | None) -> Iterator[tuple[_Member, 
 class _Samples:
     """Pairs the members into samples and compares each with its row of the index."""
 
-    def __init__(self, task: ShardCheck, found: Found):
+    def __init__(self, task: ShardCheck, found: Findings):
         self.task, self.found = task, found
         self.locations: list[SampleLocation] = []
         self.rows: list[tuple[int, ...]] = []
@@ -206,7 +206,7 @@ class _Samples:
             self._jpeg = None
             self._sample(key, jpeg, member)
         else:
-            self._damage("does not follow the .jpg of the same key", member)
+            self._report("does not follow the .jpg of the same key", member)
 
     def take_indexed(self, jpeg: _Member, row: np.ndarray) -> None:
         """Take the image of an in-place sample, whose label only the index gives."""
@@ -220,15 +220,16 @@ class _Samples:
         self._unlabelled()
         if self._expected:
             first, *others = sorted(self._expected)
-            what = f"no sample here, where the index has one, nor at {len(others)} more offsets"
+            more = f", and {len(others)} more after it" if others else ""
+            what = f"the sample that the index has at this offset is missing{more}"
             self.found.add(self.task.shard.file, what, first)
 
-    def _damage(self, what: str, member: _Member) -> None:
+    def _report(self, what: str, member: _Member) -> None:
         self.found.add(self.task.shard.file, what, member.offset, member.name)
 
     def _unlabelled(self) -> None:
         if self._jpeg is not None:
-            self._damage("is not followed by its .cls", self._jpeg)
+            self._report("is not followed by its .cls", self._jpeg)
 
     def _sample(self, key: str, jpeg: _Member, cls: _Member) -> None:
         ordinal = len(self.locations)
@@ -238,7 +239,7 @@ class _Samples:
         if self._expected is not None:
             row = self._expected.pop(jpeg.offset, None)
             if row is None:
-                self._damage("is not in the index", jpeg)
+                self._report("is not in the index", jpeg)
         label = self._label(cls)
         image = self._open(jpeg)
         if image is None or label is None:
@@ -251,11 +252,11 @@ class _Samples:
         if self._stride and ordinal % self._stride == 0 and not differs:
             self._decode(jpeg, image)
 
-    def _compare(self, jpeg: _Member, row: np.ndarray, here: tuple[int, ...]) -> bool:
+    def _compare(self, jpeg: _Member, row: np.ndarray, found: tuple[int, ...]) -> bool:
         differs = False
-        for name, value in zip(("size", "label", "width", "height"), here[2:], strict=True):
+        for name, value in zip(("size", "label", "width", "height"), found[2:], strict=True):
             if row[name] != value:
-                self._damage(f"its {name} is {value}, but the index says {row[name]}", jpeg)
+                self._report(f"its {name} is {value}, but the index says {row[name]}", jpeg)
                 differs = True
         return differs
 
@@ -265,10 +266,10 @@ class _Samples:
         except MemoryError:
             raise
         except Exception:  # damaged bytes may break the decoder in any way
-            self._damage("is not a JPEG", jpeg)
+            self._report("is not a JPEG", jpeg)
             return None
         if image.mode != "RGB" and not (self.task.in_place and image.mode == "L"):
-            self._damage(f"is {image.mode}, not RGB", jpeg)
+            self._report(f"is {image.mode}, not RGB", jpeg)
         return image
 
     def _decode(self, jpeg: _Member, image: Image.Image) -> None:
@@ -278,14 +279,14 @@ class _Samples:
         except MemoryError:
             raise
         except Exception as error:
-            self._damage(f"cannot be decoded: {error}", jpeg)
+            self._report(f"cannot be decoded: {error}", jpeg)
 
     def _label(self, cls: _Member) -> int | None:
         text, classes = cls.content, self.task.classes
         if not (text.isdigit() and len(text) < 10):
-            self._damage(f"is {text[:20].decode('latin-1')!a}, which is not a label", cls)
+            self._report(f"is {text[:20].decode('latin-1')!a}, which is not a label", cls)
         elif int(text) >= classes:
-            self._damage(f"its label is {int(text)}, but there are only {classes} classes", cls)
+            self._report(f"its label is {int(text)}, but there are only {classes} classes", cls)
         else:
             return int(text)
         return None

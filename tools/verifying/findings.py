@@ -1,4 +1,4 @@
-"""What to check in a shard, and what was found."""
+"""A check of one shard, and its findings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +10,11 @@ from pipeline.manifest import Shard
 from pipeline.shards import INDEX_DTYPE
 
 Decode = Literal["all", "sampled", "none"]
-KEPT = 20  # problems per shard that are listed; the others are only counted
+KEPT = 20  # problems per shard that are listed; the rest are only counted
 
 
 class Problem(NamedTuple):
-    """What is wrong, and where: the file, and where known the byte offset in it and the member of the tar."""
+    """What is wrong, and where: the file and, if known, the byte offset in it and the member of the tar."""
 
     file: str
     what: str
@@ -43,17 +43,20 @@ class ShardCheck:
 
 
 @dataclass
-class Found:
-    """What was found in a shard. damages: the first KEPT out of `count`. rows: the rows that the index must
-    have for it, with `shard` left 0. index: the content that its .idx must have, or None if it is right."""
+class Findings:
+    """The findings in a shard.
 
-    damages: list[Problem] = field(default_factory=list)
+    problems: the first KEPT out of `count`. rows: the rows that the index must have for the shard, with
+    `shard` left 0. index: the content that its .idx must have, or None if it is correct.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
     count: int = 0
     decoded: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))
     index: bytes | None = None
 
-    def add(self, *damage) -> None:
+    def add(self, *problem) -> None:
         self.count += 1
         if self.count <= KEPT:
-            self.damages.append(Problem(*damage))
+            self.problems.append(Problem(*problem))

@@ -1,1 +1,1 @@
-"""How a run is monitored: metrics, the live page, the terminal display and the report."""
+"""Monitoring of a run: metrics, the live page, the terminal display, checks of numbers, and the report."""

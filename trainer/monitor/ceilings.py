@@ -1,4 +1,4 @@
-"""The throughput of the loader and of the model on their own; the slower one is the ceiling of training."""
+"""Measure the throughput of the loader and of the model separately; training cannot exceed the slower one."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,39 +7,42 @@ import torch
 
 from pipeline.loader import Batch, Decoding, synthetic_loader
 from trainer.build import build_model
+from trainer.monitor.device_events import DeviceEvent
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.moment import Moment
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
 from trainer.step import Step
 
-Work = Callable[[], int]  # processes a batch, and returns its number of images
+Work = Callable[[], int]  # processes one batch, and returns its number of images
 
-CALIBRATION_SECONDS = 5.0  # of measuring each ceiling
+CALIBRATION_SECONDS = 5.0  # how long to measure each ceiling
 
 
-def rate(work: Work, seconds: float, device: torch.device) -> float:
-    """Measure the images/s of `work` for at least `seconds`, by the device's clock, queued work included."""
-    first, images = Moment(device), 0
+def measure_throughput(work: Work, seconds: float, device: torch.device) -> float:
+    """Repeat `work` for at least `seconds`, and return the images/s by the device's clock.
+
+    The time includes that of work which is still queued on the device when the last call returns.
+    """
+    first, images = DeviceEvent(device), 0
     first.wait()
     start = time.monotonic()
     while time.monotonic() - start < seconds:
         images += work()
-    last = Moment(device)
+    last = DeviceEvent(device)
     last.wait()
     return images / last.seconds_since(first)
 
 
 def calibrate(works: Mapping[str, Work], metrics: Metrics, device: torch.device) -> None:
-    """Measure the ceiling of each work, and record it in the metrics."""
-    for path, work in works.items():
+    """Measure the throughput of each work, and record it in the metrics under the work's name."""
+    for name, work in works.items():
         work()  # warm-up
-        metrics.ceiling(path, rate(work, CALIBRATION_SECONDS, device))
-        metrics.progress()
+        metrics.record_ceiling(name, measure_throughput(work, CALIBRATION_SECONDS, device))
+        metrics.record_progress()
 
 
 def loader_work(batches: Iterator[Batch]) -> Work:
-    """Return work that takes the next batch, and does nothing else."""
+    """Return work that only takes the next batch from a loader."""
     return lambda: len(next(batches)[1])
 
 
@@ -51,9 +54,10 @@ def model_work(
     precision: str,
     mode: str | None = None,
 ) -> Work:
-    """Return work that does a training step of a new net on a ready batch of `images` images.
+    """Return work that trains a new net for one step on a random batch that is already on the device.
 
-    mode: the mode of torch.compile, if the settings ask for compilation.
+    images: size of the batch. precision: `bf16`, `fp16` or `fp32`. mode: the mode of torch.compile, if the
+    settings ask for compilation.
     """
     model = build_model(settings, classes, decoding.device, settings.form)
     optimizer = make_optimizer(model, settings)

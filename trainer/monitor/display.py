@@ -1,4 +1,4 @@
-"""The output of a run: a live progress bar on a terminal, plain lines elsewhere."""
+"""Print the progress of a run: as a progress bar on a terminal, and as plain lines elsewhere."""
 
 import sys
 from types import TracebackType
@@ -8,13 +8,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pipeline.duration import duration
 
-if TYPE_CHECKING:  # they import torch, but pipeline/packing/progress.py does not
+if TYPE_CHECKING:  # these modules import torch, which takes seconds
     from trainer.evaluate import Scores
     from trainer.monitor.meter import Interval
 
 
 class Display:
-    """Shows the progress of a run of `steps` steps, of which `done` are done. All ranks but 0 are silent."""
+    """Shows the progress of a run.
+
+    steps: number of steps of the whole run. done: number of steps done so far. silent: whether only warnings
+    are printed, as in all processes but the first.
+    """
 
     def __init__(self, steps: int, done: int, silent: bool = False):
         self.steps, self.silent = steps, silent
@@ -38,18 +42,19 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line, unless this rank is silent."""
+        """Print a line, unless the display is silent."""
         if not self.silent:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Print a line, from any rank."""
+        """Print a line, even if the display is silent."""
         if self._progress.disable:
             print(text, flush=True)
         else:
             self._progress.console.print(text, highlight=False, markup=False)
 
-    def interval(self, step: int, epoch: float, learning_rate: float, interval: "Interval") -> None:
+    def show_interval(self, step: int, epoch: float, learning_rate: float, interval: "Interval") -> None:
+        """Show a log interval that ended after `step` steps and `epoch` epochs."""
         text = (
             f"loss {interval.loss:.3f}  error {interval.error:.1%}  "
             f"{interval.images_per_second:,.1f} images/s  input wait {interval.wait_ratio:.1%}"
@@ -61,7 +66,8 @@ class Display:
                 f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
             )
 
-    def scores(self, epoch: float, scores: "Scores") -> None:
+    def show_evaluation(self, epoch: float, scores: "Scores") -> None:
+        """Show the result of an evaluation after `epoch` epochs."""
         self.say(
             f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, "
             f"top-5 error {scores.top5_error:.1%}, loss {scores.loss:.3f} over {scores.images:,} images"

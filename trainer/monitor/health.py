@@ -1,10 +1,12 @@
-"""Numerical checks of a run, on values that each log interval fetches anyway, so no step waits for them.
+"""Check after each log interval that the loss, the weights and the gradients of a run are sound.
 
-A loss or weights that are not finite end the run with `--on-nan stop`. With `--on-nan skip`, a step whose
-gradients are not finite skips its update (trainer/step.py), and the run ends only if MAX_SKIPS steps in a row
-do so, or if the weights become non-finite nevertheless. An fp16 loss scale below MIN_SCALE ends the run in
-either case, since it began at 65,536 and every step has overflowed. A loss that stays at chance level gives a
-warning: AlexNet is known not to start learning if its initial weights are too small.
+The values to check are copied from the device once per interval, so no step waits for a check.
+
+With `--on-nan stop`, a loss or weights that are not finite end the run. With `--on-nan skip`, a step whose
+gradients are not finite skips its update (trainer/step.py), and the run ends only after MAX_SKIPS consecutive
+skips, or if the weights become non-finite nevertheless. An fp16 loss scale below MIN_SCALE ends the run in
+either case: the scale began at 65,536 and was halved at each overflow. A loss that stays at chance level
+causes a warning, because AlexNet may not start learning if its initial weights are too small.
 
 Every checkpoint is saved after a check at the same step, so none contains weights that are not finite.
 """
@@ -18,18 +20,18 @@ from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.run import RunError
 from trainer.settings import Settings
-from trainer.step import Skips
+from trainer.step import Condition
 
 MIN_SCALE = 1.0
-MAX_SKIPS = 100  # in a row
-CHANCE_SHARE = 0.02  # of ln(classes); a loss within this distance of it is at chance level
-CHANCE_EPOCHS, CHANCE_STEPS = 3.0, 1000  # at chance level before a warning; both must be exceeded
+MAX_SKIPS = 100  # consecutive steps
+CHANCE_TOLERANCE = 0.02  # a loss within this fraction of ln(classes) is at chance level
+CHANCE_EPOCHS, CHANCE_STEPS = 3.0, 1000  # a warning is given after both of these at chance level
 
 
 class Health:
-    """Checks the intervals of a run in their order, and counts the unsound ones.
+    """Checks the log intervals of a run in their order, and counts the unsound ones.
 
-    newest_checkpoint: returns the newest checkpoint, if any, to name it in error messages.
+    newest_checkpoint: returns the path of the newest checkpoint, if any, to name it in error messages.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class Health:
         self._chance_since: tuple[float, int] | None = None  # epoch and step
         self._warned = False
 
-    def check(self, interval: Interval, weights_finite: bool, scale: float, skips: Skips) -> None:
-        """Check an interval that has just ended.
+    def check(self, interval: Interval, condition: Condition, epoch: float, step: int) -> list[str]:
+        """Check an interval that has just ended, and count it if it is unsound. Returns warnings for the log.
 
-        scale: the loss scale in fp16, otherwise 1. Raises RunError, which names the last good checkpoint, if
-        the run cannot go on. All processes see the same values, and so end together.
+        epoch, step: number of epochs and steps done at its end. Raises RunError, which names the last good
+        checkpoint, if the run cannot go on. All processes see the same values, and so end together.
         """
+        weights_finite, scale, skips = condition
         self.metrics.skipped_steps.inc(skips.steps)
         may_skip = ", or continue this one with --on-nan skip" if self.settings.on_nan == "stop" else ""
         loss_finite = math.isfinite(interval.loss)
@@ -59,39 +62,36 @@ class Health:
             self._end("the weights are no longer finite", may_skip)
         if not loss_finite and self.settings.on_nan == "stop":
             self._end(f"the loss of the last {interval.steps} steps is not finite", may_skip)
-        if skips.in_a_row >= MAX_SKIPS:
-            self._end(f"the gradients of {skips.in_a_row} steps in a row are not finite")
+        if skips.consecutive >= MAX_SKIPS:
+            self._end(f"the gradients of {skips.consecutive} consecutive steps are not finite")
         if scale < MIN_SCALE:
             self.metrics.unsound["overflow"].inc()
             self._end(f"the fp16 loss scale fell to {scale:g}, and gradients still overflow")
+        chance_warnings = self._track_chance(interval.loss, epoch, step)
+        if self._chance_since:
+            self.metrics.unsound["chance"].inc()
+        skipped = f"skipped {skips.steps} of the last {interval.steps} updates: gradients were not finite"
+        return [skipped] * (skips.steps > 0) + chance_warnings
 
-    def _end(self, what: str, or_else: str = "") -> NoReturn:
+    def _end(self, problem: str, alternative: str = "") -> NoReturn:
         saved = self.newest_checkpoint()
         last = f"The last good checkpoint is {saved}" if saved else "No checkpoint has been saved yet"
         raise RunError(
-            f"{what}. {last}. Start a new run with a lower --learning-rate, a longer --warmup-epochs or "
-            f"--precision bf16{or_else}"
+            f"{problem}. {last}. Start a new run with a lower --learning-rate, a longer --warmup-epochs or "
+            f"--precision bf16{alternative}"
         )
 
-    def remember(self, intervals: Iterable[Mapping[str, float]]) -> None:
-        """Restore the time at chance level from the rows of metrics.csv before a resume."""
+    def restore(self, intervals: Iterable[Mapping[str, float]]) -> None:
+        """Restore, when a run is continued, the time spent at chance level from the rows of metrics.csv."""
         for row in intervals:
             self._track_chance(row["loss"], row["epoch"], int(row["step"]))
 
-    def assess(self, interval: Interval, skips: Skips, epoch: float, step: int) -> list[str]:
-        """Count what is wrong with an interval without ending the run. Returns warnings for the log.
-
-        epoch, step: those done at its end.
-        """
-        skipped = f"skipped {skips.steps} of the last {interval.steps} updates: gradients were not finite"
-        chance = self._track_chance(interval.loss, epoch, step)
-        if self._chance_since:
-            self.metrics.unsound["chance"].inc()
-        return [skipped] * (skips.steps > 0) + chance
-
     def _track_chance(self, loss: float, epoch: float, step: int) -> list[str]:
-        """Follow how long the loss has been at chance level since the warm-up, and warn once if too long."""
-        near = abs(loss - self.chance) <= CHANCE_SHARE * self.chance
+        """Track how long the loss has been at chance level since the warm-up.
+
+        Returns a warning once, when it has been there for too long.
+        """
+        near = abs(loss - self.chance) <= CHANCE_TOLERANCE * self.chance
         if not near or epoch < self.settings.warmup_epochs:
             self._chance_since = None
             return []

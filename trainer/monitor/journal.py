@@ -1,4 +1,4 @@
-"""Reporting of a run: the same numbers go to the log, to Prometheus and to the tables of the run folder.
+"""Report each log interval and evaluation to the log, to Prometheus and to the tables of the run folder.
 
 Every process has its own metrics; only the main process writes the log and the tables.
 """
@@ -17,19 +17,22 @@ from trainer.settings import Settings
 
 
 class Journal:
-    """Reports what happens in one run."""
+    """Reports the start, the log intervals and the evaluations of one run."""
 
     def __init__(self, run: Run, world: World, metrics: Metrics, display: Display):
         self.run, self.world, self.metrics, self.display = run, world, metrics, display
 
-    def introduce(
+    def log_start(
         self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
     ) -> None:
-        """Log what is trained, and on what. port: that of the metrics server, if there is one."""
+        """Log what is trained, on which data and hardware, and record it as the run's environment.
+
+        port: that of the metrics server, if there is one. notes: further lines for the log.
+        """
         name = self.world.device_name
         if self.world.is_main:
-            about = {"run": str(self.run.folder), "recipe": settings.recipe, "precision": precision}
-            self.metrics.describe(about | self.run.record_environment(name))
+            description = {"run": str(self.run.folder), "recipe": settings.recipe, "precision": precision}
+            self.metrics.describe(description | self.run.record_environment(name))
         train, val = (manifest.split(split).samples for split in ("train", "val"))
         self.display.say(
             f"{self.run.folder}: recipe {settings.recipe}, {train:,} training and {val:,} validation "
@@ -40,33 +43,36 @@ class Journal:
         for note in notes:
             self.display.say(note)
 
-    def go_back_to(self, step: int) -> list[dict[str, float]]:
-        """Drop the tables' rows of later steps, which will be done again. Returns the remaining intervals."""
+    def rewind_to(self, step: int) -> list[dict[str, float]]:
+        """Drop the rows of steps after `step` from the tables, because these steps will be repeated.
+
+        Returns the remaining rows of metrics.csv, or an empty list in all processes but the main one.
+        """
         if not self.world.is_main:
             return []
         self.run.metrics.truncate(step)
         self.run.evaluations.truncate(step)
         for row in self.run.evaluations.rows()[-1:]:
             scores = {name: row[name] for name in ("loss", "top1_error", "top5_error")}
-            self.metrics.evaluated(PROTOCOLS[1], **scores)
+            self.metrics.record_evaluation(PROTOCOLS[1], **scores)
         return self.run.metrics.rows()
 
-    def interval(
+    def record_interval(
         self, step: int, epoch: float, learning_rate: float, scale: float, interval: Interval
     ) -> None:
-        """Report a training interval that ended after `step` steps. scale: the fp16 loss scale, or 1."""
-        self.metrics.harvested(interval, learning_rate, scale, self.world.device)
+        """Report a log interval that ended after `step` steps. scale: the loss scale in fp16, otherwise 1."""
+        self.metrics.record_interval(interval, learning_rate, scale, self.world.device)
         if self.world.is_main:
             row = {"step": step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
             row |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
             self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
-        self.display.interval(step, epoch, learning_rate, interval)
+        self.display.show_interval(step, epoch, learning_rate, interval)
 
-    def scores(self, step: int, epoch: float, scores: Scores) -> None:
-        """Report an evaluation after `step` steps."""
-        self.metrics.evaluated(
+    def record_evaluation(self, step: int, epoch: float, scores: Scores) -> None:
+        """Report an evaluation on the validation set after `step` steps."""
+        self.metrics.record_evaluation(
             PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
         )
         if self.world.is_main:
             self.run.evaluations.append({"step": step, "epoch": epoch, **asdict(scores)})
-        self.display.scores(epoch, scores)
+        self.display.show_evaluation(epoch, scores)

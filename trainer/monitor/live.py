@@ -1,7 +1,7 @@
-"""The live page of a process at /: its metrics for a person who has nothing but a browser.
+"""The live page that the metrics server of a process serves at /: the process's metrics in a browser.
 
 One response holds the whole page, including its style and script; the script requests it again every two
-seconds. The page shows what /metrics shows, and curves of the last intervals.
+seconds. The page shows the most important values of /metrics, and curves over the latest log intervals.
 """
 
 import math
@@ -21,7 +21,7 @@ _ABOUT = ("run", "recipe", "device", "precision")
 
 
 def live_page(metrics: Metrics) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML. A value that does not exist yet is shown as a dash."""
     history, about = list(metrics.history), metrics.about
     last = history[-1] if history else None
     step, progress = metrics.value("step"), metrics.value("progress_ratio")
@@ -31,24 +31,26 @@ def live_page(metrics: Metrics) -> str:
         verdict=last.verdict if last else "starting",
         percent=f"{progress:.1%}",
         position=f"epoch {metrics.value('epoch'):.2f} · step {step:,.0f} · {progress:.1%}",
-        left=_left(step, progress, history),
-        figures="\n".join(
-            f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(metrics, last).items()
+        left=_time_left(step, progress, history),
+        tiles="\n".join(
+            f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _tiles(metrics, last).items()
         ),
         rates=_curve([interval.images_per_second for interval in history]),
         losses=_curve([interval.loss for interval in history]),
     )
 
 
-def _left(step: float, progress: float, history: Sequence[Interval]) -> str:
+def _time_left(step: float, progress: float, history: Sequence[Interval]) -> str:
+    """Estimate the remaining time from the mean duration of a step in the history."""
     if not history or not progress:
         return ""
     seconds = sum(interval.seconds for interval in history) / sum(interval.steps for interval in history)
     return f"{duration((step / progress - step) * seconds)} left"
 
 
-def _figures(metrics: Metrics, last: Interval | None) -> dict[str, str]:
-    figures = {
+def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
+    """Return the name and the value that each tile shows; a value that is not known yet is a dash."""
+    tiles = {
         "loss": f"{last.loss:.3f}" if last else "–",
         "training error": f"{last.error:.1%}" if last else "–",
         "input wait": f"{last.wait_ratio:.1%}" if last else "–",
@@ -56,24 +58,25 @@ def _figures(metrics: Metrics, last: Interval | None) -> dict[str, str]:
     }
     for k in (1, 5):
         error = metrics.value("eval_error_ratio", k=str(k), protocol="centre")
-        figures[f"validation top-{k} error"] = "–" if math.isnan(error) else f"{error:.1%}"
+        tiles[f"validation top-{k} error"] = "–" if math.isnan(error) else f"{error:.1%}"
     loss, saved = metrics.value("loss", phase="eval"), metrics.value("checkpoint_timestamp_seconds")
-    figures["validation loss"] = f"{loss:.3f}" if loss else "–"
-    figures["last checkpoint"] = duration(time.time() - saved) + " ago" if saved else "–"
-    return figures
+    tiles["validation loss"] = f"{loss:.3f}" if loss else "–"
+    tiles["last checkpoint"] = duration(time.time() - saved) + " ago" if saved else "–"
+    return tiles
 
 
 def _curve(values: Sequence[float]) -> str:
-    """Draw the finite values as an SVG curve from 0 to their maximum, and label the maximum."""
+    """Draw the finite values as an SVG curve from 0 to their maximum, which a label gives."""
     points = [(n, value) for n, value in enumerate(values) if 0 <= value < float("inf")]
     if len(points) < 2:
         return "<p>not enough data yet</p>"
     highest = max(value for _, value in points) or 1.0
+    label = f"{highest:,.0f}" if highest >= 100 else f"{highest:.3g}"
     coordinates = " ".join(
         f"{n * _WIDTH / (len(values) - 1):.1f},{_HEIGHT * (1 - value / highest):.1f}" for n, value in points
     )
     return (
         f'<svg viewBox="0 -2 {_WIDTH} {_HEIGHT + 4}" preserveAspectRatio="none" role="img">'
-        f'<polyline points="{coordinates}"/></svg><p><span>0 to {highest:,.3g}</span>'
+        f'<polyline points="{coordinates}"/></svg><p><span>0 to {label}</span>'
         f"<span>last {len(values)} intervals</span></p>"
     )

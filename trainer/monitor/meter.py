@@ -1,4 +1,4 @@
-"""Measurement of log intervals, which never makes the host wait for the device."""
+"""Measure log intervals: losses, errors and times of their steps, without making the host wait for a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,22 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.monitor.moment import Moment
+from trainer.monitor.device_events import DeviceEvent
 from trainer.processes.distributed import World
 
-READY_SECONDS = 0.001  # a batch counts as ready if waiting for it took no longer
+READY_SECONDS = 0.001  # a batch counts as ready if the wait for it was at most this long
 # Thresholds of the verdict; docker/prometheus/rules/recording.yml has the same ones.
-COMPUTE_BOUND_BUSY = 0.95  # share of the time in which the device is busy
-INPUT_BOUND_READY = 0.5  # share of the batches that were ready, below which the input is the limit
-HOST_GAP_READY = 0.95  # share of the batches that were ready, from which the input is not the limit
+COMPUTE_BOUND_BUSY = 0.95  # the device is the limit if it is busy for at least this fraction of the time
+INPUT_BOUND_READY = 0.5  # the input is the limit if a smaller fraction of the batches was ready
+HOST_GAP_READY = 0.95  # the input is not the limit if at least this fraction of the batches was ready
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A log interval: means and totals over all processes, and three values of this process alone.
+    """The measurements of a log interval.
 
-    These are busy_seconds, the device time spent in steps; wait_seconds, the host time blocked on the loader;
-    and ready, the number of batches that were ready when requested.
+    steps: number of steps. images: number of images, over all processes. loss: mean cross-entropy over these
+    images. error: fraction of them whose top-1 prediction is wrong. seconds: duration by the device's clock.
+
+    The other values are of this process alone. wait_seconds: host time blocked on the loader. busy_seconds:
+    device time spent in steps. ready: number of batches that were ready when requested.
     """
 
     steps: int
@@ -43,7 +46,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """What limits the run. docker/prometheus/rules/recording.yml judges a longer time in the same way."""
+        """What limits the run. docker/prometheus/rules/recording.yml applies the same rules to minutes."""
         if self.busy_seconds >= COMPUTE_BOUND_BUSY * self.seconds:
             return "compute-bound"
         if self.ready < INPUT_BOUND_READY * self.steps:
@@ -52,7 +55,7 @@ class Interval:
 
 
 class Meter:
-    """Sums losses and errors on the device; `harvest` copies all of them to the host at once."""
+    """Sums losses and errors on the device; `harvest` copies the sums to the host once per interval."""
 
     def __init__(self, world: World):
         self.world = world
@@ -60,41 +63,47 @@ class Meter:
         self._reset()
 
     def restart(self) -> None:
-        """Exclude the time since the last harvest, during which there was no training."""
-        self._start = Moment(self.world.device)
+        """Restart the clock of the interval, to exclude a pause in training such as an evaluation."""
+        self._start = DeviceEvent(self.world.device)
 
     def _reset(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self._steps = self._images = self._ready = 0
-        self._waited = 0.0
-        self._busy: list[tuple[Moment, Moment]] = []
+        self._wait_seconds = 0.0
+        self._busy: list[tuple[DeviceEvent, DeviceEvent]] = []
 
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
+    def add_wait(self, seconds: float) -> None:
+        """Add the time that the host waited for one batch."""
+        self._wait_seconds += seconds
         self._ready += seconds <= READY_SECONDS
 
     def begin_step(self) -> None:
-        """Note that the batch has arrived."""
-        self._begun = Moment(self.world.device)
+        """Mark the start of a step, once its batch has arrived."""
+        self._begun = DeviceEvent(self.world.device)
 
     def end_step(self, loss: Tensor, wrong: Tensor, images: int) -> None:
-        """Note that the update is done or, on a GPU, queued. loss: mean over the `images` of this process."""
-        self._busy.append((self._begun, Moment(self.world.device)))
+        """Mark the end of a step, once its update is done or, on a GPU, queued.
+
+        loss: mean cross-entropy [] over the batch of this process, which has `images` images. wrong: number
+        of its top-1 errors []. Both are on the device.
+        """
+        self._busy.append((self._begun, DeviceEvent(self.world.device)))
         self._sums += torch.stack([loss * images, wrong])
         self._steps += 1
         self._images += images
 
-    def harvest(self, more: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
-        """End the interval and begin the next one. more: values to fetch with it, float64 [n] on the device.
+    def harvest(self, extra: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
+        """End the interval and begin the next one. All processes must call this at the same step.
 
-        Returns a function that waits until the device has reached this point, and returns the interval and
-        those values.
+        extra: further values to copy to the host, float64 [n] on the device. Returns a function that waits
+        until the device has reached this point, and then returns the interval and those values.
         """
-        values = torch.cat([self.world.sum(self._sums), more])
+        values = torch.cat([self.world.all_reduce(self._sums), extra])
         fetched = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
         fetched.copy_(values, non_blocking=True)
-        start, end, busy = self._start, Moment(self.world.device), self._busy
-        steps, images, waited, ready = self._steps, self._images * self.world.size, self._waited, self._ready
+        start, end, busy = self._start, DeviceEvent(self.world.device), self._busy
+        steps, images = self._steps, self._images * self.world.size
+        wait_seconds, ready = self._wait_seconds, self._ready
 
         def read() -> tuple[Interval, list[float]]:
             end.wait()
@@ -105,7 +114,7 @@ class Meter:
                 loss=loss / images,
                 error=wrong / images,
                 seconds=end.seconds_since(start),
-                wait_seconds=waited,
+                wait_seconds=wait_seconds,
                 busy_seconds=sum(done.seconds_since(begun) for begun, done in busy),
                 ready=ready,
             )

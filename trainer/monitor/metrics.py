@@ -1,6 +1,6 @@
-"""Every Prometheus metric of a run; the only importer of prometheus_client.
+"""Define every Prometheus metric of a run. In the trainer, only this module imports prometheus_client.
 
-Counters are exported, not rates: `rate(alexnet_images_total{phase="train"}[1m])` is images/s.
+Counters are exported instead of rates: `rate(alexnet_images_total{phase="train"}[1m])` is images/s.
 """
 
 import math
@@ -28,9 +28,9 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from trainer.monitor.meter import READY_SECONDS, Interval
 
 PHASES = ("train", "eval")
-disable_created_metrics()  # these are a second gauge per counter, which nothing here uses
+disable_created_metrics()  # they would add a gauge with the time of creation to each counter
 _SECONDS = (READY_SECONDS, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_LEAST_SCALE = 2.0**-149  # the smallest positive fp32 value
+_MIN_SCALE = 2.0**-149  # the smallest positive fp32 value
 _HISTORY = 240  # number of intervals that the live page draws
 _SAVE_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -52,7 +52,7 @@ class Metrics:
         def histogram(name: str, help_: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"alexnet_{name}", help_, labels, buckets=buckets, registry=registry)
 
-        def by_phase(family):
+        def by_phase(family: Any) -> dict[str, Any]:
             return {phase: family.labels(phase) for phase in PHASES}
 
         self.images = by_phase(counter("images", "Images processed by this process.", "phase"))
@@ -94,7 +94,7 @@ class Metrics:
         )
         self.checkpoint_bytes = gauge("checkpoint_bytes", "Size of the last good checkpoint.")
         self.checkpoint_failures = counter("checkpoint_failures", "Checkpoints that could not be written.")
-        # The label keeps them absent where there is no GPU.
+        # Because they have a label, these gauges are not exported until they are set, which takes a GPU.
         self._gpu = {
             "memory_peak": gauge("gpu_memory_peak_bytes", "Peak GPU memory allocated by torch.", "gpu"),
             "memory_used": gauge(
@@ -114,34 +114,34 @@ class Metrics:
         self.about: dict[str, str] = {}  # the labels of alexnet_run_info
         ProcessCollector(registry=registry)
         self.history: deque[Interval] = deque(maxlen=_HISTORY)
-        self.doing = "start-up"
+        self.current_activity = "start-up"
         self._last_progress = time.monotonic()
         self._grad_scale: float | None = None
 
-    def progress(self, now: str | None = None) -> None:
-        """Note that the run has made progress. now: what it does next, if that changes."""
+    def record_progress(self, activity: str | None = None) -> None:
+        """Record that the run has made progress. activity: what it does next, if that changes."""
         self._last_progress = time.monotonic()
-        self.doing = now or self.doing
+        self.current_activity = activity or self.current_activity
 
-    def harvested(
+    def record_interval(
         self, interval: Interval, learning_rate: float, grad_scale: float, device: torch.device
     ) -> None:
-        """Record a training interval."""
+        """Record a log interval of training. grad_scale: the loss scale in fp16, otherwise 1."""
         self.history.append(interval)
         self.loss["train"].set(interval.loss)
         self.learning_rate.set(learning_rate)
         self.images_per_second.set(interval.images_per_second)
         self.busy_seconds.inc(interval.busy_seconds)
         if self._grad_scale is not None and grad_scale < self._grad_scale:
-            halvings = math.log2(self._grad_scale / max(grad_scale, _LEAST_SCALE))
-            self.skipped_steps.inc(round(halvings))  # one skipped step each
+            halvings = math.log2(self._grad_scale / max(grad_scale, _MIN_SCALE))
+            self.skipped_steps.inc(round(halvings))  # each skipped step halves the scale
         self._grad_scale = grad_scale
         self.grad_scale.set(grad_scale)
         if device.type == "cuda":
-            self._look_at_gpu(device)
+            self._update_gpu_gauges(device)
 
-    def _look_at_gpu(self, device: torch.device) -> None:
-        """Update the GPU's gauges. What NVML cannot report, for MIG or without its library, has no gauge."""
+    def _update_gpu_gauges(self, device: torch.device) -> None:
+        """Update the GPU's gauges, and remove those that NVML cannot report, as with MIG or without NVML."""
         gpu = str(device.index)
         self._gpu["memory_peak"].labels(gpu).set(torch.cuda.max_memory_allocated(device))
         for name, ratio in _NVML_RATIOS.items():
@@ -152,18 +152,18 @@ class Metrics:
             else:
                 self._gpu[name].labels(gpu).set(value)
 
-    def evaluated(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
-        """Record an evaluation."""
+    def record_evaluation(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
+        """Record an evaluation. protocol: `centre` or `ten` crops. The errors are ratios from 0 to 1."""
         self.loss["eval"].set(loss)
         self.eval_error_ratio.labels(protocol, "1").set(top1_error)
         self.eval_error_ratio.labels(protocol, "5").set(top5_error)
 
-    def ceiling(self, path: str, images_per_second: float) -> None:
+    def record_ceiling(self, path: str, images_per_second: float) -> None:
         """Record the throughput of the `loader` or the `model` on its own."""
         self._ceiling.labels(path).set(images_per_second)
 
     def describe(self, about: Mapping[str, str]) -> None:
-        """Record a description of the run as labels."""
+        """Record a description of the run, as the labels of alexnet_run_info."""
         self.about = {name.replace("-", "_"): value for name, value in about.items()}
         self._run_info.info(self.about)
 
@@ -182,8 +182,8 @@ class Metrics:
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to an activity."""
-        self.progress(name)
+        """Add the duration of the `with` block to the time that is counted for an activity."""
+        self.record_progress(name)
         start = time.monotonic()
         try:
             yield

@@ -1,13 +1,13 @@
-"""The report of a run, report.md with its curves, made from the files in the run folder."""
+"""Write the report of a run, report.md with PNG curves, from the files in the run folder."""
 
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # writes files only, as there may be no display
+matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 
-from pipeline.files import atomic_write, naming
+from pipeline.files import atomic_write, path_in_errors
 from pipeline.manifest import Manifest
 from trainer.run import REPORT, Run, RunError
 
@@ -55,7 +55,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
     axes.set(xlabel="epoch", ylabel=label, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with naming(path):
+    with path_in_errors(path):
         figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -63,7 +63,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = run.recorded_settings()
     resolved = settings.pop("resolved", {})
-    environment = (run.starts() or [{}])[-1]  # {} if its file is missing
+    environment = (run.starts() or [{}])[-1]  # empty if environment.json is missing
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)
     last = evaluations[-1]

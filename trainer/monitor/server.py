@@ -1,7 +1,7 @@
-"""The HTTP server of a process: /metrics for Prometheus, /healthz for supervisors, / for people.
+"""The HTTP server of a process: /metrics for Prometheus, /healthz for supervisors, and / for a browser.
 
-It reads only the request line and headers from a client, at most HEAD_BYTES within HEAD_SECONDS, and uses
-only the method and the path. It serves up to MAX_CLIENTS at a time, and closes other connections.
+It reads only the head of a request (request line and headers), at most HEAD_BYTES within HEAD_SECONDS, and
+uses only the method and the path. It serves up to MAX_CLIENTS at a time, and closes further connections.
 """
 
 import errno
@@ -15,12 +15,12 @@ from io import BytesIO
 from trainer.monitor.live import live_page
 from trainer.monitor.metrics import Metrics
 from trainer.processes.distributed import World
-from trainer.processes.watchdog import UNHEALTHY_SHARE, allowed_seconds
+from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
 from trainer.settings import Settings, SettingsError
 
 HEAD_BYTES = 16384
 HEAD_SECONDS = 5.0
-ANSWER_SECONDS = 30.0  # for the client to receive the response
+RESPONSE_SECONDS = 30.0  # time limit for sending the response to a client
 MAX_CLIENTS = 32
 # The live page contains its own style and script, and sends requests to this server only.
 _POLICY = (
@@ -28,21 +28,25 @@ _POLICY = (
     "connect-src 'self'; img-src data:"
 )
 _PLAIN = "text/plain; charset=utf-8"
-_Answer = tuple[int, str, str]  # status, content type, text
+_Response = tuple[int, str, str]  # status, content type, text
 
 
 class MetricsServer:
-    """Serves from a thread until closed. Raises OSError if the port is in use.
+    """Serves from its own thread until it is closed. Raises OSError if the port is in use.
 
-    stall_seconds: that of the watchdog; /healthz reports 503 after UNHEALTHY_SHARE of the time it allows.
+    port: port to bind to; 0 lets the system choose one. stall_seconds: time limit of the watchdog; after
+    UNHEALTHY_FRACTION of the time that the watchdog allows without progress, /healthz responds with 503.
     """
 
     def __init__(self, metrics: Metrics, address: str, port: int, stall_seconds: float):
-        def health() -> _Answer:
+        def health() -> _Response:
             stalled = metrics.stalled_seconds()
-            if stalled < UNHEALTHY_SHARE * allowed_seconds(metrics, stall_seconds):
+            if stalled < UNHEALTHY_FRACTION * allowed_seconds(metrics, stall_seconds):
                 return 200, _PLAIN, "ok\n"
             return 503, _PLAIN, f"no progress for {stalled:.0f} seconds\n"
+
+        def not_found() -> _Response:
+            return 404, _PLAIN, f"not found; try {', '.join(pages)}\n"
 
         pages = {
             "/": lambda: (200, "text/html; charset=utf-8", live_page(metrics)),
@@ -54,14 +58,14 @@ class MetricsServer:
             def setup(self) -> None:
                 super().setup()
                 self.rfile = BytesIO(_read_head(self.connection))
-                self.connection.settimeout(ANSWER_SECONDS)
+                self.connection.settimeout(RESPONSE_SECONDS)
 
             def do_GET(self) -> None:
-                page = pages.get(self.path)
-                status, kind, text = page() if page else (404, _PLAIN, f"not found; try {', '.join(pages)}\n")
+                page = pages.get(self.path, not_found)
+                status, content_type, text = page()
                 body = text.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", kind)
+                self.send_header("Content-Type", content_type)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Content-Security-Policy", _POLICY)
                 self.send_header("X-Content-Type-Options", "nosniff")
@@ -72,7 +76,7 @@ class MetricsServer:
             do_HEAD = do_GET  # noqa: N815 – http.server's name
 
             def version_string(self) -> str:
-                return "alexnet-train"  # without any versions
+                return "alexnet-train"  # hides the versions of Python and its server
 
             def log_message(self, *_: object) -> None:
                 """Do not log requests: Prometheus sends one every few seconds."""
@@ -87,10 +91,10 @@ class MetricsServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """An HTTP server with one thread per client, and at most MAX_CLIENTS clients."""
+    """An HTTP server with one thread per client, which closes connections beyond MAX_CLIENTS."""
 
     daemon_threads = True
-    allow_reuse_address = True  # of a port in TIME_WAIT, not of one in use
+    allow_reuse_address = True  # allows a port in the state TIME_WAIT, but not one that is in use
 
     def server_activate(self) -> None:
         self._free = threading.BoundedSemaphore(MAX_CLIENTS)
@@ -109,13 +113,16 @@ class _Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request, client_address) -> None:
-        """Ignore errors of clients that are slow or gone."""
+        """Ignore the errors of connections to clients that are slow or have gone."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def _read_head(connection: socket.socket) -> bytes:
-    """Read the request line and headers, or what arrives of them. Raises TimeoutError if they are slow."""
+    """Return the request line and the headers, or as much as the client sent or HEAD_BYTES allows.
+
+    Raises TimeoutError if they have not arrived within HEAD_SECONDS.
+    """
     head, end = b"", time.monotonic() + HEAD_SECONDS
     while b"\r\n\r\n" not in head and b"\n\n" not in head and len(head) < HEAD_BYTES:
         connection.settimeout(max(end - time.monotonic(), 0.001))  # the limit is for the whole head
@@ -126,8 +133,8 @@ def _read_head(connection: socket.socket) -> bytes:
     return head
 
 
-def serve(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
-    """Start the metrics server, unless the port is 0. Raises SettingsError if its port is in use."""
+def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
+    """Start the metrics server, unless the port is 0. Raises SettingsError if it cannot use its port."""
     if settings.port == 0:
         return None
     port = settings.port + world.local_rank

@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, find each other, are watched and stop."""
+"""The processes of a run: launching, communication, watchdog and stopping."""

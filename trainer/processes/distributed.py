@@ -1,4 +1,4 @@
-"""The process group of a run, set up by torchrun or trainer/processes/launch.py, or a single process."""
+"""Join the processes of a run, which torchrun or trainer/processes/launch.py started, and communicate."""
 
 import os
 from collections.abc import Iterator
@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.run import LostError
+from trainer.run import PeerLostError
 from trainer.settings import SettingsError
 
 
 @dataclass(frozen=True)
 class World:
-    """This process and its place among those of the run. local_rank: its rank on this machine."""
+    """The place of this process among the processes of the run, and its device.
+
+    rank: index of this process in the run. size: number of processes. local_rank: index of this process among
+    those on this machine.
+    """
 
     rank: int
     size: int
@@ -25,27 +29,28 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the first process, which alone writes the run folder."""
         return self.rank == 0
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether the device works asynchronously, while the host goes on."""
+        """Whether the device executes work after the host has queued it, as a GPU does."""
         return self.device.type == "cuda"
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum values over all processes, in place."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum values over all processes, in place, and return them. All processes must call this."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process. Several processes wait for their devices."""
+        """Return whether the flag is set in any process. All must call this; it waits for their devices."""
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device)))
 
-    def share(self, value: Any) -> Any:
-        """Return the first process's value in all processes."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the first process's value, which can be pickled. All processes must call this."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, device=self.device)
@@ -53,16 +58,19 @@ class World:
 
     @property
     def device_name(self) -> str:
+        """The name of the GPU model, or `CPU`."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
 def rank() -> int:
-    """Return the rank of this process, even before it has joined."""
+    """Return the rank of this process, which is known even before `join` is called."""
     return int(os.environ.get("RANK", "0"))
 
 
 def join(device: str) -> World:
-    """Join the run's processes. device: `auto`, `cuda`, `cuda:N` or `cpu`.
+    """Join the process group of the run, if it has several processes, and select this process's device.
+
+    device: `auto`, `cuda`, `cuda:N` or `cpu`.
 
     Raises SettingsError if there is no such GPU.
     """
@@ -72,36 +80,37 @@ def join(device: str) -> World:
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    where = torch.device("cuda", _gpu(device, local_rank)) if on_gpu else torch.device("cpu")
+    own = torch.device("cuda", _gpu_index(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(where)
+        torch.cuda.set_device(own)
     if size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=where if on_gpu else None)
-    return World(rank(), size, local_rank, where)
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own if on_gpu else None)
+    return World(rank(), size, local_rank, own)
 
 
-def _gpu(device: str, local_rank: int) -> int:
+def _gpu_index(device: str, local_rank: int) -> int:
     """Return the index of this process's GPU. Raises SettingsError if there is no such GPU."""
-    number, gpus = int(device.partition(":")[2] or local_rank), torch.cuda.device_count()
-    if number >= gpus:
-        raise SettingsError(f"--device {device}: there is no GPU {number}, only {gpus}, numbered from 0")
-    return number
+    index, gpus = int(device.partition(":")[2] or local_rank), torch.cuda.device_count()
+    if index >= gpus:
+        raise SettingsError(f"--device {device}: there is no GPU {index}, only {gpus}, numbered from 0")
+    return index
 
 
 @contextmanager
-def noticing_loss() -> Iterator[None]:
-    """Turn the errors that torch raises when another process of the run is gone into LostError."""
+def raising_peer_lost() -> Iterator[None]:
+    """Replace the errors that torch raises when another process of the run has ended by PeerLostError."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
-        raise LostError(
+        raise PeerLostError(
             f"rank {rank()} has lost another process of the run, whose own error may say why. "
             "Run the same command again to continue from the last checkpoint"
         ) from error
 
 
 def leave() -> None:
+    """Leave the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,12 +1,12 @@
-"""Start several processes on one machine from the command itself, one for each GPU.
+"""Start the processes of a run on one machine, one for each GPU.
 
-They find their ranks in the environment, as if torchrun had started them. Unlike torchrun, the command exits
-with the run's own exit code, prints an error once instead of once per process, and restarts the processes
-only if that may help: after one was killed, crashed or stalled. One that rejected a setting or its data would
+They find their ranks in the environment, as if torchrun had started them. Unlike torchrun, `launch` returns
+the run's own exit code, prints an error once instead of once per process, and restarts the processes only if
+that may help: after one was killed, crashed or stalled. A process that rejected a setting or its data would
 do so again.
 
-Each process has its own process group, so that Ctrl-C reaches it only once, from here. It is killed when this
-process ends, however that happens, so no training continues unnoticed.
+Each process has its own process group. Ctrl-C therefore reaches only the launching process, which passes it
+on once. When the launching process ends, for whatever reason, the kernel kills the others.
 """
 
 import ctypes
@@ -25,18 +25,18 @@ from trainer.processes.stop import StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
-GRACE_SECONDS = 30.0  # for the other processes once one has failed; they may be saving a checkpoint
+GRACE_SECONDS = 30.0  # time for the others to end after one has failed; they may be saving a checkpoint
 _POLL_SECONDS = 0.1
-_ASKED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a process that was asked to stop
-_COMPLAINTS = "COMPLAINTS_FD"  # environment variable: the file descriptor for a process's error messages
+_STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a process that was asked to stop
+_ERRORS_FD = "ERRORS_FD"  # environment variable: the file descriptor for a process's error messages
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None)
 
 
 def world_size(settings: Settings) -> int:
-    """Return the number of the run's processes: those started by torchrun, or those to start on this machine.
+    """Return the number of processes of the run: as started by torchrun, or as to be started on this machine.
 
-    Raises SettingsError if that number is impossible.
+    Raises SettingsError if the settings do not allow that number.
     """
     wanted, one_gpu = settings.processes, ":" in settings.device
     if "WORLD_SIZE" in os.environ:
@@ -49,7 +49,7 @@ def world_size(settings: Settings) -> int:
                 "use --device cuda"
             )
         return int(os.environ["WORLD_SIZE"])
-    gpus = 0 if settings.device == "cpu" else 1 if one_gpu else visible_gpus()
+    gpus = 0 if settings.device == "cpu" else 1 if one_gpu else count_gpus()
     if gpus and wanted and wanted > gpus:
         raise SettingsError(
             f"--processes {wanted}: each process needs a GPU; with --device {settings.device}, use {gpus}"
@@ -57,8 +57,8 @@ def world_size(settings: Settings) -> int:
     return wanted or gpus or 1
 
 
-def visible_gpus() -> int:
-    """Count the GPUs in CUDA_VISIBLE_DEVICES through CUDA's driver, which uses none of their memory."""
+def count_gpus() -> int:
+    """Count the GPUs that CUDA_VISIBLE_DEVICES leaves. Only the driver is used, to take no GPU memory."""
     count = ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -68,10 +68,13 @@ def visible_gpus() -> int:
     return 0 if failed else count.value
 
 
-def complain(text: str, code: int) -> None:
-    """Print the error that ends this process with an exit code, or pass it to `launch`, which prints it."""
-    if _COMPLAINTS in os.environ:
-        os.write(int(os.environ[_COMPLAINTS]), f"{code} {text}\n".encode())
+def report_error(text: str, code: int) -> None:
+    """Print the error that ends this process, or pass it to `launch`, which prints it once for all processes.
+
+    code: exit code with which this process is about to end.
+    """
+    if _ERRORS_FD in os.environ:
+        os.write(int(os.environ[_ERRORS_FD]), f"{code} {text}\n".encode())
     else:
         print(text, file=sys.stderr)
 
@@ -79,7 +82,7 @@ def complain(text: str, code: int) -> None:
 def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     """Run a command in several processes, each with its rank in the environment. Returns the exit code.
 
-    restarts: how often to restart all of them after one was lost. SIGTERM and SIGINT are passed on; a second
+    restarts: how often to restart all of them if that may help. SIGTERM and SIGINT are passed on; a second
     signal of the same kind ends this process, and the others with it.
     """
     with StopRequest() as stop:
@@ -87,8 +90,8 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
             group = _Group(command, processes)
             group.wait(stop)
             code = group.outcome()
-            again = is_lost(code) and not stop.is_made and restart <= restarts
-            group.say(code, f"restart {restart} of {restarts}" if again else "")
+            again = may_restart(code) and not stop.is_made and restart <= restarts
+            group.report(code, f"restart {restart} of {restarts}" if again else "")
             if not again:
                 break
     return code
@@ -98,7 +101,7 @@ class _Group:
     """A group of processes that were started together."""
 
     def __init__(self, command: Sequence[str], size: int):
-        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 – open as long as the group
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 – stays open as long as the group
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]  # if it is taken meanwhile, the processes fail and are restarted
         self.processes = [
@@ -106,17 +109,17 @@ class _Group:
                 command,
                 env=self._environment(rank, size, port),
                 stdin=subprocess.DEVNULL,
-                pass_fds=[self.complaints.fileno()],
+                pass_fds=[self.errors.fileno()],
                 process_group=0,
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 – this process has no threads
             )
             for rank in range(size)
         ]
-        self.killed: set[int] = set()  # ranks that we killed
+        self.killed: set[int] = set()  # ranks of the processes that `wait` killed
 
     def _environment(self, rank: int, size: int, port: int) -> dict[str, str]:
         world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        world |= {"MASTER_PORT": port, _COMPLAINTS: self.complaints.fileno()}
+        world |= {"MASTER_PORT": port, _ERRORS_FD: self.errors.fileno()}
         threads = max(1, cpus() // size)
         return {
             "OMP_NUM_THREADS": str(threads),
@@ -126,16 +129,16 @@ class _Group:
         }
 
     def wait(self, stop: StopRequest) -> None:
-        """Wait until all have ended: because they are done, one has failed, or they were asked to stop."""
-        passed_on, end = None, math.inf
+        """Wait until all processes have ended. Pass on a request to stop; if one fails, end the others."""
+        passed_on, deadline = None, math.inf
         while None in (codes := [process.poll() for process in self.processes]):
             if stop.signal is not None and stop.signal != passed_on:
                 self._send(stop.signal)
                 passed_on = stop.signal
-            if end == math.inf and not {None, 0, *_ASKED}.issuperset(codes):
+            if deadline == math.inf and not {None, 0, *_STOPPED}.issuperset(codes):
                 self._send(signal.SIGTERM)
-                end = time.monotonic() + GRACE_SECONDS
-            if time.monotonic() > end:
+                deadline = time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
                 self.killed |= {rank for rank, code in enumerate(codes) if code is None}
                 self._send(signal.SIGKILL)
             time.sleep(_POLL_SECONDS)
@@ -147,35 +150,38 @@ class _Group:
     def outcome(self) -> int:
         """Return the exit code that explains how the group ended, with 128 + N for signal N as in a shell.
 
-        Processes that we killed do not count, since they were only waiting for another one.
+        Processes that `wait` killed do not count, since they were only waiting for another one.
         """
         codes = [p.returncode for rank, p in enumerate(self.processes) if rank not in self.killed]
-        return worst([code if code >= 0 else 128 - code for code in codes])
+        return decisive_exit_code([code if code >= 0 else 128 - code for code in codes])
 
-    def say(self, code: int, restart: str) -> None:
-        """Print why the processes ended, each message once, and what happens next."""
-        self.complaints.seek(0)
-        lines = [line.split(" ", 1) for line in self.complaints.read().decode().splitlines()]
+    def report(self, code: int, restart: str) -> None:
+        """Print why the processes ended, each message once, and what happens next.
+
+        code: exit code of the group. restart: which restart follows, if any.
+        """
+        self.errors.seek(0)
+        lines = [line.split(" ", 1) for line in self.errors.read().decode().splitlines()]
         for text in dict.fromkeys(text for number, text in lines if int(number) == code):
             print(text, file=sys.stderr)
         for rank, process in enumerate(self.processes):
-            if process.returncode < 0 and 128 - process.returncode == code and code not in _ASKED:
+            if process.returncode < 0 and 128 - process.returncode == code and code not in _STOPPED:
                 name = signal.Signals(-process.returncode).name
                 print(f"alexnet-train: the process of rank {rank} was ended by {name}", file=sys.stderr)
-        if is_lost(code):
+        if may_restart(code):
             again = f"restarting all processes from the last checkpoint, {restart}" if restart else ""
             print(f"alexnet-train: {again or 'run the same command again to continue'}", file=sys.stderr)
 
 
-def worst(codes: Iterable[int]) -> int:
+def decisive_exit_code(codes: Iterable[int]) -> int:
     """Return the exit code that explains the others.
 
-    In this order: a process that was killed or crashed, one that reported an error (1 and 2), one that
-    stalled or lost the others, one that was asked to stop, and 0.
+    Codes explain others in this order: a process that was killed or crashed, one that reported an error
+    (1 and 2), one that stalled or lost another process, one that was asked to stop, and 0.
     """
 
     def weight(code: int) -> int:
-        if code in _ASKED:
+        if code in _STOPPED:
             return 1
         if code == EXIT_STALLED:
             return 2
@@ -184,10 +190,11 @@ def worst(codes: Iterable[int]) -> int:
     return max(codes, key=weight)
 
 
-def is_lost(code: int) -> bool:
-    """Return whether a restart may help: the process was killed, crashed or stalled."""
-    return code == EXIT_STALLED or (code > 128 and code not in _ASKED)
+def may_restart(code: int) -> bool:
+    """Return whether a restart may help, because a process was killed, crashed or stalled."""
+    return code == EXIT_STALLED or (code > 128 and code not in _STOPPED)
 
 
 def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

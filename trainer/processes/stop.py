@@ -1,4 +1,4 @@
-"""Stop a run on request: a signal is noted, and the loop saves and leaves at the end of the current step."""
+"""Record requests to stop a run; the training loop then saves a checkpoint and stops after a step."""
 
 import signal
 from types import FrameType, TracebackType
@@ -16,28 +16,29 @@ class Stopped(Exception):  # noqa: N818 – not an error
 
 
 class StopRequest:
-    """Notes the first SIGTERM and the first SIGINT while entered; a second of the same kind acts as usual.
+    """A context that records the first SIGTERM and the first SIGINT instead of letting them end the process.
 
-    The kinds are counted separately because torchrun responds to Ctrl-C, which also reaches its processes,
-    by sending them SIGTERM.
+    A second signal of the same kind has its usual effect. The kinds are counted separately because Ctrl-C
+    sends SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.error: Exception | None = None  # another reason to stop, set by the code that finds it
+        self.error: Exception | None = None  # another reason to stop, set by the code that detects it
 
     @property
     def is_made(self) -> bool:
+        """Whether a signal has arrived or an error has been set."""
         return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._record) for number in _SIGNALS}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, self._before[self.signal])
+        signal.signal(number, self._previous[self.signal])

@@ -1,12 +1,13 @@
 """End a process that makes no progress, so that a supervisor can restart the run.
 
-One form of hang stops all Python code: a call into C that never returns and holds the interpreter's lock, for
-example into a device's driver. Hence there are two watchdogs. A thread checks the time since the last
-progress; after a stall, it prints what stalled and the stacks of all threads, and ends the process with
-EXIT_STALLED. At each check, it also postpones faulthandler's timer, which runs in C and does not need the
-lock: if the thread itself is blocked, that timer prints the stacks and ends the process with exit code 1.
+There are two watchdogs. The first is a thread that checks the time since the last progress; after a stall, it
+prints what stalled and the stacks of all threads, and ends the process with EXIT_STALLED. That thread cannot
+run while a call into C, for example into a device's driver, holds the interpreter's lock. The second watchdog
+is therefore the timer of `faulthandler`, which runs in C and needs no lock. The thread postpones it at each
+check; if the thread is blocked, the timer prints the stacks and ends the process with exit code 1.
 
-A rank that hangs blocks the others in their next collective, where each is ended by its own watchdog.
+A process that hangs blocks the others in their next collective operation, where each is ended by its own
+watchdog.
 """
 
 import faulthandler
@@ -15,25 +16,29 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # this module imports torch, which takes seconds
     from trainer.monitor.metrics import Metrics
 
 EXIT_STALLED = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure; a retry may succeed
-START_SECONDS = 1800.0  # minimum until the first interval is logged, for tuning, calibration and compilation
-UNHEALTHY_SHARE = 2 / 3  # of the allowed time, after which /healthz reports the stall
-GRACE_SECONDS = 10.0  # by which faulthandler's timer fires later
-_STDERR = 2  # the file descriptor; sys.stderr may be locked by the thread that hangs
+START_UP_SECONDS = 1800.0  # minimum limit until the first log interval: tuning and compilation take time
+UNHEALTHY_FRACTION = 2 / 3  # fraction of the time limit after which /healthz reports a stall
+GRACE_SECONDS = 10.0  # how much later than the thread the timer of faulthandler acts
+_STDERR = 2  # file descriptor; sys.stderr may be locked by the thread that hangs
 
 
 def allowed_seconds(metrics: "Metrics", stall_seconds: float) -> float:
-    """Return how long the run may currently go without progress; infinite with stall_seconds=0."""
+    """Return the current limit on the time without progress in seconds; it is infinite if stall_seconds=0."""
     if not stall_seconds:
         return math.inf
-    return stall_seconds if metrics.history else max(stall_seconds, START_SECONDS)
+    return stall_seconds if metrics.history else max(stall_seconds, START_UP_SECONDS)
 
 
 class Watchdog:
-    """Watches from a thread until closed. rank: that of this process, for its messages."""
+    """Watches this process from a thread until it is closed.
+
+    stall_seconds: time limit without progress; 0 disables the watchdog. rank: rank of this process, for its
+    message.
+    """
 
     def __init__(self, metrics: "Metrics", stall_seconds: float, rank: int):
         self.metrics, self.stall_seconds, self.rank = metrics, stall_seconds, rank
@@ -44,26 +49,27 @@ class Watchdog:
             self._thread.start()
 
     def close(self) -> None:
+        """Stop watching."""
         self._closed.set()
         if self.stall_seconds:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        left = self._left()
-        while left > 0:
-            faulthandler.dump_traceback_later(left + GRACE_SECONDS, exit=True, file=_STDERR)
-            if self._closed.wait(min(left, self.stall_seconds / 10)):
+        remaining = self._remaining()
+        while remaining > 0:
+            faulthandler.dump_traceback_later(remaining + GRACE_SECONDS, exit=True, file=_STDERR)
+            if self._closed.wait(min(remaining, self.stall_seconds / 10)):
                 return
-            left = self._left()
-        stalled, doing = self.metrics.stalled_seconds(), self.metrics.doing
+            remaining = self._remaining()
+        stalled, activity = self.metrics.stalled_seconds(), self.metrics.current_activity
         line = (
-            f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s during {doing}. It "
+            f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s during {activity}. It "
             "ends now: run the same command again to continue from the last checkpoint. All its threads:\n"
         )
         os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_STALLED)
 
-    def _left(self) -> float:
+    def _remaining(self) -> float:
         return allowed_seconds(self.metrics, self.stall_seconds) - self.metrics.stalled_seconds()

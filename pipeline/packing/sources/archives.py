@@ -1,8 +1,8 @@
-"""Read images from tars without extracting them, including the ILSVRC tars as downloaded.
+"""Find images in tars without extracting them, including the ILSVRC tars as downloaded.
 
-A class tar is stored uncompressed in the tar of all classes, so each image has an offset in the outer file.
-Only headers are read to find it, and each is checked: Python's tarfile would take a damaged header for the
-end of the tar.
+ILSVRC's training tar contains an uncompressed tar for each class, so each image has an offset in the outer
+file. Only the headers are read to find it, and each of them is checked: Python's tarfile would take a damaged
+header for the end of the tar.
 """
 
 import posixpath
@@ -19,14 +19,14 @@ from typing import NamedTuple, TypeVar
 from pipeline.packing import storage
 from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_compressed
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.splits import splits_named
 
 _BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_CONNECTIONS = 32  # each header behind a URL takes a request, which mostly waits
-_AHEAD = 8192  # bytes
+_CONNECTIONS = 32  # requests to a URL at once: each header takes one, which mostly waits
+_READ_AHEAD_BYTES = 8192
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ Read = Callable[[str, int, int], bytes]  # of file, offset and size, like storag
 
 
 class Member(NamedTuple):
-    """A file in a tar. offset: of its first byte in the outermost file. size: in bytes."""
+    """A file in a tar. offset: of its first byte in the outermost file, in bytes. size: in bytes."""
 
     name: str
     offset: int
@@ -44,7 +44,10 @@ class Member(NamedTuple):
 
 
 class ReadAhead:
-    """Reads like storage.read, but fetches more at a time: small members come together with their headers."""
+    """Reads like storage.read, but at least 8 KiB at a time, so small members come with their headers.
+
+    end: the size of the file, in bytes.
+    """
 
     def __init__(self, end: int):
         self.end, self.start, self.content = end, 0, b""
@@ -52,7 +55,7 @@ class ReadAhead:
     def __call__(self, file: str, offset: int, size: int) -> bytes:
         if not self.start <= offset <= offset + size <= self.start + len(self.content):
             self.start = offset
-            self.content = storage.read(file, offset, min(max(size, _AHEAD), self.end - offset))
+            self.content = storage.read(file, offset, min(max(size, _READ_AHEAD_BYTES), self.end - offset))
         return self.content[offset - self.start :][:size]
 
 
@@ -69,7 +72,10 @@ def opened_tar(folder: InputFolder, name: str) -> Iterator[tuple[Read, int, bool
 
 
 def members(file: str, start: int, end: int, read: Read = storage.read) -> Iterator[Member]:
-    """Yield the files of the tar between two offsets of a file. Raises SourceError if it is damaged."""
+    """Yield the files in the tar that is between two byte offsets of a file.
+
+    Raises SourceError if the tar is damaged or has links, and OSError.
+    """
     position, extensions = start, b""
     while True:
         if position + _BLOCK > end:
@@ -80,7 +86,7 @@ def members(file: str, start: int, end: int, read: Read = storage.read) -> Itera
         try:
             info = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
             if extensions and info.type not in _EXTENSIONS:
-                # A long name, for example, comes before its header; tarfile joins them.
+                # A long name, for example, is in an extension before the header; tarfile joins the two.
                 info = tarfile.TarFile(fileobj=BytesIO(extensions + header)).next() or info
         except tarfile.TarError as error:
             raise SourceError(f"{file} is damaged: no valid header at byte {position} ({error})") from None
@@ -98,21 +104,21 @@ def members(file: str, start: int, end: int, read: Read = storage.read) -> Itera
             yield Member(posixpath.normpath(info.name), offset, info.size)
         elif not info.isdir():
             raise SourceError(
-                f"{file} stores {info.name} as a link or in pieces at byte {offset}: extract the tar"
+                f"{file} stores {info.name} at byte {offset} as a link or in pieces: extract the tar"
             )
 
 
 def read_each(path: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `read` of each item in order; if the path is a URL, many are read at once."""
+    """Yield `read(item)` for each item, in order; many are read at once if the path is a URL."""
     with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(path) else 1) as pool:
         yield from pool.map(read, items)
 
 
 def class_tars(folder: InputFolder, name: str) -> SplitFiles:
-    """Find the training images in a tar of class tars. Raises SourceError if there are no class tars."""
+    """Find the training images in a tar of class tars. Raises SourceError if there are none, and OSError."""
     file = folder.locate(name)
     outer = list(members(file, 0, folder.size(name)))
-    # If two members have the same name, the later one counts, as when they are extracted.
+    # If two members have the same name, the later one counts, as it would after extraction.
     tars = {PurePosixPath(tar.name).stem: tar for tar in outer if tar.name.endswith(".tar")}
     if not tars:
         raise SourceError(f"{file} contains no class tars (<class>.tar)")
@@ -120,15 +126,17 @@ def class_tars(folder: InputFolder, name: str) -> SplitFiles:
     return SplitFiles(file, list(tars), _images(file, tars), strays)
 
 
-def _images(file: str, tars: dict[str, Member]) -> Iterator[Labelled]:
+def _images(file: str, tars: dict[str, Member]) -> Iterator[LabelledImage]:
     for images in read_each(file, partial(_class_images, file), tars.items()):
         yield from images
 
 
-def _class_images(file: str, class_tar: tuple[str, Member]) -> list[Labelled]:
+def _class_images(file: str, class_tar: tuple[str, Member]) -> list[LabelledImage]:
     class_id, tar = class_tar
     found = {member.name: member for member in members(file, tar.offset, tar.offset + tar.size)}
-    return [Labelled(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()]
+    return [
+        LabelledImage(f"train/{class_id}/{name}", class_id, file, *where) for name, *where in found.values()
+    ]
 
 
 def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
@@ -145,14 +153,14 @@ def is_folder_of_class_tars(folder: InputFolder, below: str) -> bool:
 def folder_of_class_tars(folder: InputFolder, below: str, split: str) -> SplitFiles:
     """Find the images in a folder of class tars, each named <class>.tar, and perhaps compressed."""
     tars = _tars_by_class(folder, below)
-    images: list[Labelled] = []
+    images: list[LabelledImage] = []
     sealed = set()
     for class_id, tar in tars.items():
         file = folder.locate(tar)
         with opened_tar(folder, tar) as (read, end, is_compressed):
             found = {member.name: member for member in members(file, 0, end, read)}
         path = f"{split}/{class_id}" if split else class_id
-        images += [Labelled(f"{path}/{name}", class_id, file, *where) for name, *where in found.values()]
+        images += [LabelledImage(f"{path}/{name}", class_id, file, *where) for name, *where in found.values()]
         if is_compressed:
             sealed.add(file)
     used = {PurePosixPath(tar).name for tar in tars.values()}
@@ -170,13 +178,18 @@ def _tars_by_class(folder: InputFolder, below: str) -> dict[str, str]:
 
 
 def flat_tar(folder: InputFolder, tar: str, annotations: Annotations) -> SplitFiles:
-    """Find the images in a tar of validation images, whose labels come from the annotations."""
+    """Find the validation images in a tar, whose labels come from the annotations.
+
+    Raises SourceError if the tar is damaged, and OSError; iterating over the images may raise the same.
+    """
     file = folder.locate(tar)
     found = {PurePosixPath(member.name).name: member for member in members(file, 0, folder.size(tar))}
     strays = sorted(f"val/{name}" for name in found if not is_image(name))
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         for name, class_id in annotations.classes(sorted(filter(is_image, found))).items():
-            yield Labelled(f"val/{class_id}/{name}", class_id, file, found[name].offset, found[name].size)
+            yield LabelledImage(
+                f"val/{class_id}/{name}", class_id, file, found[name].offset, found[name].size
+            )
 
     return SplitFiles(file, [], images(), strays)

@@ -4,11 +4,11 @@ The forms:
 
     train/<class>/…, val/<class>/…         class folders; val may be flat if there are labels for it
     [ILSVRC/]Data/CLS-LOC/{train,val}      Kaggle's download, with a flat val
-    train/<class>.tar, val/…               the tars of classes, extracted from ILSVRC's tar of them
+    train/<class>.tar, val/…               class tars, as ILSVRC's tar of training images contains them
     ILSVRC2012_img_{train,val}.tar         not extracted; a folder train or val is preferred to its tar
     <class>/…                              with --val-fraction
-    *.tar                                  WebDataset tars at any depth, if none of the forms above is found
-    *.parquet                              files of images, as on Hugging Face, at any depth, likewise
+    *.tar                                  WebDataset tars at any depth, if there is none of the forms above
+    *.parquet                              Hugging Face's files of images at any depth, likewise
 """
 
 import re
@@ -23,7 +23,7 @@ from pipeline.packing.sources.archives import (
     is_folder_of_class_tars,
 )
 from pipeline.packing.sources.labels import Annotations, is_image
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
 
@@ -32,12 +32,13 @@ _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train an
 _TAR = re.compile(r"ILSVRC20\d\d_(?:img|images)_(train|val)\.tar")
 
 
-def find_parts(
+def find_splits(
     folder: InputFolder, val_fraction: float | None
 ) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
-    """Find the splits of the input, and a function that returns the names of classes by class id.
+    """Find the files of each split, and a function that returns the readable names of classes by class id.
 
-    If there is only train, val must still be held out from it.
+    With val_fraction there is only train, from which val is still to be held out. Raises SourceError if the
+    form of the input is unclear, and OSError.
     """
     base = next((base for base in _BASES if "train" in folder.entries(base)[0]), "")
     folders: dict[str, str] = {
@@ -50,8 +51,8 @@ def find_parts(
         if shards := find_tars(folder, folders.get("train", "")):
             return webdataset_tars(folder, shards, val_fraction), annotations.names
         if not folders and (files := find_parquet(folder)):
-            parts, names = parquet_images(folder.locate("").rstrip("/"), files, val_fraction)
-            return parts, lambda: names
+            splits, names = parquet_images(folder.locate("").rstrip("/"), files, val_fraction)
+            return splits, lambda: names
     _check_splits(folder, folders, tars, val_fraction)
     classes = folder_of_class_tars if has_class_tars else class_folders
     if val_fraction is not None:
@@ -74,7 +75,7 @@ def find_parts(
 def _check_splits(
     folder: InputFolder, folders: dict[str, str], tars: dict[str, str], val_fraction: float | None
 ) -> None:
-    """Refuse an input if it is unclear which images are for validation."""
+    """Raise SourceError if it is unclear which images are for validation."""
     found = folders.keys() | tars.keys()
     if found >= {"train", "val"} and val_fraction is not None:
         raise SourceError(f"{folder.name} already has a validation split (val): omit --val-fraction")
@@ -94,32 +95,35 @@ def _check_splits(
         )
 
 
-def class_folders(folder: InputFolder, below: str, split: str) -> SplitFiles:
-    """Find the images in class folders: every file in them counts, at any depth and whatever its name."""
-    classes, strays = folder.entries(below)
+def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:
+    """Find the images in class folders: every file in them, at any depth and with any name.
 
-    def images() -> Iterator[Labelled]:
+    Raises OSError; iterating over the images may also raise it.
+    """
+    classes, strays = folder.entries(subfolder)
+
+    def images() -> Iterator[LabelledImage]:
         for class_id in classes:
-            class_folder = _join(below, class_id)
+            class_folder = _join(subfolder, class_id)
             for name in folder.files(class_folder):
                 path = _join(split, f"{class_id}/{name}")
-                yield Labelled(path, class_id, folder.locate(f"{class_folder}/{name}"))
+                yield LabelledImage(path, class_id, folder.locate(f"{class_folder}/{name}"))
 
-    location = folder.locate(below) if below else folder.name
+    location = folder.locate(subfolder) if subfolder else folder.name
     return SplitFiles(location, classes, images(), [_join(split, name) for name in strays])
 
 
-def flat_folder(folder: InputFolder, below: str, annotations: Annotations) -> SplitFiles:
-    """Find the images in a folder of validation images, whose labels come from the annotations."""
-    files = folder.entries(below)[1]
+def flat_folder(folder: InputFolder, subfolder: str, annotations: Annotations) -> SplitFiles:
+    """Find the validation images in a folder without class folders; the annotations have their labels."""
+    files = folder.entries(subfolder)[1]
 
-    def images() -> Iterator[Labelled]:
+    def images() -> Iterator[LabelledImage]:
         names = list(filter(is_image, files))
         for name, class_id in annotations.classes(names).items() if names else ():
-            yield Labelled(f"val/{class_id}/{name}", class_id, folder.locate(f"{below}/{name}"))
+            yield LabelledImage(f"val/{class_id}/{name}", class_id, folder.locate(f"{subfolder}/{name}"))
 
     strays = [f"val/{name}" for name in files if not is_image(name)]
-    return SplitFiles(folder.locate(below), [], images(), strays)
+    return SplitFiles(folder.locate(subfolder), [], images(), strays)
 
 
 def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
@@ -133,7 +137,7 @@ def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
 
 
 def _parent(folder: InputFolder) -> str:
-    """Return the input's parent folder, which has Kaggle's tables if the input is its folder ILSVRC."""
+    """Return the input's parent folder, which holds Kaggle's tables if the input is its folder ILSVRC."""
     if storage.is_url(folder.name):
         return folder.name.rpartition("/")[0]
     return str(Path(folder.name).absolute().parent)

@@ -1,16 +1,16 @@
-"""Read annotation files: the labels of ILSVRC's validation images, and the names of classes.
+"""Read annotation files: the labels of the ILSVRC validation images, and the names of classes.
 
 Labels come from the first of these files that exists:
 
     LOC_val_solution.csv                   Kaggle's labels
-    val.txt, synset_labels.txt             each line has a file and its class id, or only a class id, in the
-    or imagenet_2012_validation_synset_labels.txt   order of the files' names
+    val.txt, synset_labels.txt or          each line has a file and its class id, or only a class id, in the
+    imagenet_2012_validation_synset_labels.txt   order of the files' names
     ILSVRC2012_validation_ground_truth.txt the devkit's labels: each line has the devkit's number of a class,
-                                           which map_clsloc.txt (lines of class ids in the devkit's order, as
-                                           in later devkits) or the devkit's meta.mat translates
+                                           which is looked up in map_clsloc.txt (class ids in the devkit's
+                                           order, from later devkits) or in the devkit's meta.mat
 
 Names come from LOC_synset_mapping.txt, synset_words.txt or meta.mat. The files are in the input folder, in
-its folder `data`, or in the devkit, extracted or not. Those of ILSVRC2010 are read in the same way.
+its folder `data`, or in the devkit, which may be extracted or not. Those of ILSVRC2010 are read, too.
 """
 
 import csv
@@ -32,8 +32,8 @@ _CLASS_LIST, _META = "map_clsloc.txt", "meta.mat"
 _NAMES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
-class _Found(NamedTuple):
-    """An annotation file."""
+class _AnnotationFile(NamedTuple):
+    """An annotation file: its path, for messages, and its content."""
 
     path: str
     content: bytes
@@ -46,10 +46,10 @@ class _Found(NamedTuple):
 
 
 class Annotations:
-    """The annotation files of an input folder."""
+    """The annotation files of an input folder, which are read only when they are needed."""
 
     def __init__(self, folder: InputFolder, others: tuple[str, ...] = ()):
-        """others: more folders to search."""
+        """Look for the folders to search. others: further ones. Raises OSError."""
         folders, files = folder.entries()
         devkits = [name for name in folders if "devkit" in name]
         inside = ("data", *devkits, *(f"{name}/data" for name in devkits))
@@ -59,16 +59,16 @@ class Annotations:
         ]
 
     def classes(self, names: list[str]) -> dict[str, str]:
-        """Return the class id of each validation image. names: of all of them, sorted.
+        """Return the class id of each validation image by its name. names: of all of them, sorted.
 
-        Raises SourceError if the labels are missing or do not fit the images.
+        Raises SourceError if the labels are missing or do not fit the images, and OSError.
         """
         if found := self._first("LOC_val_solution.csv"):
-            classes = _of_kaggle(found)
+            classes = _parse_kaggle(found)
         elif found := self._first(*_LISTS):
-            classes = _of_list(found, names)
+            classes = _parse_list(found, names)
         elif found := self._first(*_GROUND_TRUTHS):
-            classes = self._of_numbers(found, names)
+            classes = self._parse_ground_truth(found, names)
         else:
             raise SourceError(
                 f"{self.folders[0]} has no labels for the validation images: put the devkit "
@@ -83,15 +83,15 @@ class Annotations:
         return {name: classes[Path(name).stem] for name in names}
 
     def names(self) -> dict[str, str]:
-        """Return the names of classes by class id, as far as a file has them."""
+        """Return the readable names of classes by class id, or none if no file has them."""
         if found := self._first(*_NAMES):
             return parse_class_names(found.lines())
         return dict(self._meta.values()) if self._first(_META) else {}
 
-    def _of_numbers(self, truth: _Found, names: list[str]) -> dict[str, str]:
-        """Read the devkit's labels: the n-th line has the number of the n-th image's class."""
+    def _parse_ground_truth(self, truth: _AnnotationFile, names: list[str]) -> dict[str, str]:
+        """Return class ids from the devkit's labels: line n has the number of the class of the n-th image."""
         if found := self._first(_CLASS_LIST):
-            ids = dict(enumerate(_in_order(found), 1))
+            ids = dict(enumerate(_devkit_order(found), 1))
         elif found := self._first(_META):
             ids = {number: class_id for number, (class_id, _) in self._meta.items()}
         else:
@@ -106,13 +106,13 @@ class Annotations:
                     f"{truth.path}, line {number}: {line!r} is not the number of a class in {found.path}"
                 )
             classes.append(ids[int(line)])
-        return _in_turn(truth, names, classes)
+        return _by_position(truth, names, classes)
 
-    def _first(self, *names: str) -> _Found | None:
+    def _first(self, *names: str) -> _AnnotationFile | None:
         for name in names:
             for folder in self.folders:
                 try:
-                    return _Found(f"{folder}/{name}", storage.read(f"{folder}/{name}"))
+                    return _AnnotationFile(f"{folder}/{name}", storage.read(f"{folder}/{name}"))
                 except (FileNotFoundError, NotADirectoryError):
                     continue
             if name in self._devkit:
@@ -120,8 +120,8 @@ class Annotations:
         return None
 
     @cached_property
-    def _devkit(self) -> dict[str, _Found]:
-        """The files of a devkit that is not extracted, by the last part of their names."""
+    def _devkit(self) -> dict[str, _AnnotationFile]:
+        """The annotation files in a devkit that is not extracted, by file name."""
         found = {}
         for archive in self.archives:
             content = BytesIO(storage.read(archive))
@@ -130,7 +130,7 @@ class Annotations:
                     for member in tar:
                         name, file = Path(member.name).name, tar.extractfile(member)
                         if file and name in (*_GROUND_TRUTHS, _CLASS_LIST, _META):
-                            found[name] = _Found(f"{archive}/{member.name}", file.read())
+                            found[name] = _AnnotationFile(f"{archive}/{member.name}", file.read())
             except (tarfile.TarError, EOFError, OSError, zlib.error):
                 raise SourceError(f"{archive} is damaged or not a tar.gz: download it again") from None
         return found
@@ -158,18 +158,18 @@ class Annotations:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file among the validation images needs a label; there may also be scripts, for example."""
+    """Return whether a file among the validation images is an image, by its name, and so needs a label."""
     return name.lower().endswith((".jpeg", ".jpg", ".png"))
 
 
 def parse_class_names(lines: list[str]) -> dict[str, str]:
-    """Parse lines of a class id, white space and a name, which a tab may end; return the names by id."""
+    """Return names by class id from lines of a class id, white space and a name. A tab ends the name."""
     pairs = (line.split(maxsplit=1) for line in lines)
     return {pair[0]: pair[1].split("\t")[0].strip() for pair in pairs if len(pair) == 2}
 
 
 def read_class_names(path: Path | None) -> dict[str, str]:
-    """Read the file of --class-names. Raises SourceError."""
+    """Read the file of --class-names. Raises SourceError if it cannot be read."""
     if path is None:
         return {}
     try:
@@ -178,7 +178,7 @@ def read_class_names(path: Path | None) -> dict[str, str]:
         raise SourceError(f"--class-names {path} cannot be read: {error}") from None
 
 
-def _of_kaggle(found: _Found) -> dict[str, str]:
+def _parse_kaggle(found: _AnnotationFile) -> dict[str, str]:
     rows = csv.DictReader(StringIO("\n".join(found.lines())))
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
@@ -188,19 +188,19 @@ def _of_kaggle(found: _Found) -> dict[str, str]:
         ) from None
 
 
-def _of_list(found: _Found, names: list[str]) -> dict[str, str]:
+def _parse_list(found: _AnnotationFile, names: list[str]) -> dict[str, str]:
     rows = [line.rsplit(maxsplit=1) for line in found.lines() if line.strip()]
     if all(len(row) == 1 for row in rows):
-        return _in_turn(found, names, [row[0] for row in rows])
+        return _by_position(found, names, [row[0] for row in rows])
     if all(len(row) == 2 for row in rows):
         return {Path(file).stem: class_id for file, class_id in rows}
     raise SourceError(
-        f"{found.path} mixes lines of one word with others: each line must have a file and a class id, or "
-        "each only a class id"
+        f"{found.path} mixes two forms of lines: either each line must have a file and a class id, or each "
+        "line only a class id"
     )
 
 
-def _in_turn(found: _Found, names: list[str], classes: list[str]) -> dict[str, str]:
+def _by_position(found: _AnnotationFile, names: list[str], classes: list[str]) -> dict[str, str]:
     if len(names) != len(classes):
         raise SourceError(
             f"{found.path} has {len(classes):,} labels, but there are {len(names):,} validation images: they "
@@ -209,8 +209,8 @@ def _in_turn(found: _Found, names: list[str], classes: list[str]) -> dict[str, s
     return {Path(name).stem: class_id for name, class_id in zip(names, classes, strict=True)}
 
 
-def _in_order(found: _Found) -> list[str]:
-    """Read class ids in the devkit's order from lines of an id, perhaps its number, and more words."""
+def _devkit_order(found: _AnnotationFile) -> list[str]:
+    """Return class ids in the devkit's order. Each line has an id, and may have its number and more words."""
     rows = [line.split() for line in found.lines() if line.strip()]
     for number, row in enumerate(rows, 1):
         if len(row) > 1 and row[1].isdecimal() and int(row[1]) != number:
@@ -218,6 +218,6 @@ def _in_order(found: _Found) -> list[str]:
     ids = [row[0] for row in rows]
     if len(ids) == 1000 and ids == sorted(ids):
         raise SourceError(
-            f"{found.path} is in alphabetical order, but the devkit's order of classes is another"
+            f"{found.path} is in alphabetical order, which is not the devkit's order of classes"
         )
     return ids

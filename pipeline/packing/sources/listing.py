@@ -1,4 +1,4 @@
-"""List the files below --input, in a local folder or behind a URL."""
+"""List the files of an input folder, which is local or behind a URL."""
 
 import errno
 import os
@@ -14,18 +14,18 @@ from typing import BinaryIO, NamedTuple
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.workers import say
-from pipeline.retry import is_outage, patiently
+from pipeline.packing.workers import warn
+from pipeline.retry import is_outage, with_retries
 
 
 class SourceError(ValueError):
     """The input cannot be packed; the message says what is wrong and what to do."""
 
 
-class Labelled(NamedTuple):
-    """An image and its class. path: its name in the report. file, offset, size: arguments of storage.read."""
+class LabelledImage(NamedTuple):
+    """An image and its class. The other fields are those of find.SourceImage."""
 
     path: str
     class_id: str
@@ -38,66 +38,67 @@ class Labelled(NamedTuple):
 class SplitFiles:
     """The files found for a split.
 
-    location: where they are, for messages. classes: class ids, including classes without images. strays:
-    files that belong to no class. sealed: the files, such as compressed tars, that can only be read from
-    front to end, so their images are extracted first; the offset of an image in them is that of its
-    decompressed bytes or, in a Parquet file, its row.
+    location: where they are, for messages. classes: class ids, including those without images. strays: files
+    that belong to no class. sealed: files that can only be read from front to end, such as compressed tars;
+    their images are extracted before packing. The offset of an image in one of these counts decompressed
+    bytes or, in a Parquet file, rows.
     """
 
     location: str
     classes: list[str]
-    images: Iterable[Labelled]
+    images: Iterable[LabelledImage]
     strays: list[str] = field(default_factory=list)
     sealed: frozenset[str] = frozenset()
 
 
 class LocalFolder:
-    """A local folder. Folders that cannot be listed raise OSError, as they may not be empty."""
+    """A local input folder. If a folder cannot be listed, this raises OSError: it may not be empty."""
 
     def __init__(self, root: str):
         self.name = root
         self.root = Path(storage.absolute(root))
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        """Return the folders and the other files in a folder, sorted; none if there is no such folder."""
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        """Return the names of the folders and files in a subfolder, sorted, or none if it does not exist."""
         try:
-            return _listed(f"{self.root}/{below}")
+            return _list_folder(f"{self.root}/{subfolder}")
         except (FileNotFoundError, NotADirectoryError):
-            if not below:
+            if not subfolder:
                 raise
             return [], []
 
-    def files(self, below: str) -> list[str]:
-        """Return all files at any depth below a folder, relative to it and sorted."""
-        folder = f"{self.root}/{below}"
+    def files(self, subfolder: str) -> list[str]:
+        """Return the paths of all files at any depth in a subfolder, relative to it and sorted."""
+        folder = f"{self.root}/{subfolder}"
         found: list[str] = []
-        seen, waiting = {_real(folder)}, [""]
+        seen, waiting = {_real_path(folder)}, [""]
         while waiting:
             prefix = waiting.pop()
-            folders, names = _listed(f"{folder}/{prefix}")
+            folders, names = _list_folder(f"{folder}/{prefix}")
             found.extend(f"{prefix}{name}" for name in names)
-            # Of several links to one folder, always the same one counts, and links cannot form a cycle.
-            real = {_real(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
+            # Of several links to a folder, only the first by name is followed. Cycles of links end at `seen`.
+            real = {_real_path(f"{folder}/{prefix}{name}"): name for name in reversed(folders)}
             waiting += sorted((f"{prefix}{real[path]}/" for path in real.keys() - seen), reverse=True)
             seen.update(real)
         return sorted(found)
 
     def locate(self, name: str) -> str:
-        """Return the path that storage.read opens."""
+        """Return the full path of a file."""
         return f"{self.root}/{name}"  # pathlib would keep every file name in memory
 
     def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
         return (self.root / name).stat().st_size
 
 
-def _listed(folder: str) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the other files in a folder, sorted and without duplicates."""
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the files in a folder, sorted and without duplicates."""
 
-    def look() -> dict[str, bool]:
-        with naming(folder), os.scandir(folder) as entries:
+    def scan() -> dict[str, bool]:
+        with path_in_errors(folder), os.scandir(folder) as entries:
             return {entry.name: _is_folder(entry) for entry in entries}
 
-    found = sorted(patiently(look, say).items())
+    found = sorted(with_retries(scan, warn).items())
     return [name for name, is_folder in found if is_folder], [n for n, is_folder in found if not is_folder]
 
 
@@ -107,15 +108,18 @@ def _is_folder(entry: os.DirEntry) -> bool:
     except OSError as error:
         if is_outage(error) or error.errno == errno.EIO:
             raise
-        return False  # a broken link: reading it reports the reason
+        return False  # a broken link, which is reported when it is read
 
 
-def _real(path: str) -> str:
-    return patiently(partial(os.path.realpath, path, strict=True), say)
+def _real_path(path: str) -> str:
+    return with_retries(partial(os.path.realpath, path, strict=True), warn)
 
 
 class RemoteFolder:
-    """A folder behind a URL, like LocalFolder. It is listed once, and has no links and no empty folders."""
+    """An input folder behind a URL, with the methods of LocalFolder.
+
+    It is listed once, at the start. Links and empty folders do not exist there.
+    """
 
     def __init__(self, url: str):
         self.name = url.rstrip("/")
@@ -126,16 +130,16 @@ class RemoteFolder:
             self._names = sorted({name[start:] for name in _find(self._fs, self._root) if name[-1] != "/"})
         if not self._names:
             with suppress(FileNotFoundError), _as_source_error(url):
-                self._fs.ls(self._root)  # raises the error, if any, that `find` ignores
+                self._fs.ls(self._root)  # raises the error, if any, that fsspec's `find` ignores
             raise SourceError(f"--input {url} is not a folder, or it is empty")
 
-    def entries(self, below: str = "") -> tuple[list[str], list[str]]:
-        names = self.files(below)
+    def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
+        names = self.files(subfolder)
         folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         return list(folders), [name for name in names if "/" not in name]
 
-    def files(self, below: str) -> list[str]:
-        prefix = f"{below}/" if below else ""
+    def files(self, subfolder: str) -> list[str]:
+        prefix = f"{subfolder}/" if subfolder else ""
         first, last = (bisect_left(self._names, edge) for edge in (prefix, f"{prefix}\U0010ffff"))
         return [name[len(prefix) :] for name in self._names[first:last]]
 
@@ -148,16 +152,16 @@ class RemoteFolder:
 
 
 def _find(fs: AbstractFileSystem, root: str) -> list[str]:
-    """Return all files below a folder. Raises the error of any folder that cannot be listed."""
+    """Return the paths of all files at any depth in a folder. Raises an error if one cannot be listed."""
     is_async = isinstance(fs, AsyncFileSystem)
-    own = (
+    overridden = (
         type(fs)._find is not AsyncFileSystem._find
         if is_async
         else type(fs).find is not AbstractFileSystem.find
     )
-    if own:
+    if overridden:
         return fs.find(root)
-    found, waiting, seen = [], [root], {root}  # fsspec's own `find` leaves out folders that fail
+    found, waiting, seen = [], [root], {root}  # fsspec's generic `find` skips folders it cannot list
     while waiting:
         folder = waiting.pop()
         try:
@@ -177,28 +181,28 @@ InputFolder = LocalFolder | RemoteFolder
 
 
 def open_folder(name: str) -> InputFolder:
-    """Open an input folder. Raises SourceError if there is none, and OSError."""
+    """Open an input folder, given by path or URL. Raises SourceError if there is none, and OSError."""
     if storage.is_url(name):
         return RemoteFolder(name)
     with suppress(FileNotFoundError, NotADirectoryError):
-        if stat.S_ISDIR(patiently(Path(name).stat, say).st_mode):
+        if stat.S_ISDIR(with_retries(Path(name).stat, warn).st_mode):
             return LocalFolder(name)
     raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
 
 
 def open_file(name: str) -> BinaryIO:
-    """Open a file for reading. Raises SourceError or OSError if it cannot be opened."""
+    """Open a file, given by path or URL, for reading. Raises SourceError or OSError if that fails."""
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
     with _as_source_error(name):
-        where = storage.Folder(folder)
-        return where.fs.open(f"{where.path.rstrip('/')}/{file}", "rb")
+        opened = storage.Folder(folder)
+        return opened.fs.open(f"{opened.path.rstrip('/')}/{file}", "rb")
 
 
 @contextmanager
 def _as_source_error(name: str) -> Iterator[None]:
-    """Turn the errors of each kind of storage, except FileNotFoundError, into SourceError."""
+    """Turn the errors that the various kinds of storage raise into SourceError, except FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.splits import by_split, check_splits
 
 if TYPE_CHECKING:
@@ -45,29 +45,29 @@ def parquet_images(
 ) -> tuple[dict[str, SplitFiles], dict[str, str]]:
     """Return the images of each split and the names of classes by class id.
 
-    location: the folder of the files. If there is only train, val must still be held out from it. Raises
-    SourceError if a row has no label, or if the files do not agree about the classes.
+    location: the folder of the files. With val_fraction there is only train, from which val is still to be
+    held out. Raises SourceError if a row has no label, or if the files do not agree about the classes.
     """
     splits, unused = by_split(location, files)
     check_splits(location, splits, "Parquet file", val_fraction)
     if val_fraction is not None:
         del splits["val"]
-    parts: dict[str, SplitFiles] = {}
+    found: dict[str, SplitFiles] = {}
     names: dict[str, list[str]] = {}
     for split, members in splits.items():
-        images: list[Labelled] = []
+        images: list[LabelledImage] = []
         paths = [f"{location}/{name}" for name in members]
         for path in paths:
-            names[path], found = _read(path, split)
-            images += found
+            names[path], in_file = _read(path, split)
+            images += in_file
         classes = list(dict.fromkeys(image.class_id for image in images))
         strays = unused if split == "train" else []
-        parts[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths))
+        found[split] = SplitFiles(f"{location} ({split})", classes, images, strays, frozenset(paths))
     first, *others = names
     for path in others:
         if names[path] != names[first]:
             raise SourceError(f"{path} and {first} have different names of classes")
-    return parts, {str(number): name for number, name in enumerate(names[first])}
+    return found, {str(number): name for number, name in enumerate(names[first])}
 
 
 def has_images(file: str) -> bool:
@@ -89,10 +89,10 @@ def images_of(file: str) -> Iterator[bytes]:
                 yield content.as_py() or b""
 
 
-def _read(file: str, split: str) -> tuple[list[str], list[Labelled]]:
+def _read(file: str, split: str) -> tuple[list[str], list[LabelledImage]]:
     """Return the names of classes and the images, without reading these; an image's offset is its row."""
     stem = file.rpartition("/")[2].removesuffix(".parquet")
-    images: list[Labelled] = []
+    images: list[LabelledImage] = []
     with opened_parquet(file) as table:
         columns = _columns(table.schema_arrow, file)
         leaves = [f"{columns.image}.path", columns.label]
@@ -108,7 +108,7 @@ def _read(file: str, split: str) -> tuple[list[str], list[Labelled]]:
                         f"{len(columns.names)} names of classes"
                     )
                 name = path or f"{stem}-{row:06d}"
-                images.append(Labelled(f"{split}/{label}/{name}", str(label), file, row))
+                images.append(LabelledImage(f"{split}/{label}/{name}", str(label), file, row))
     return columns.names, images
 
 

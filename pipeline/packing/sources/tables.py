@@ -9,33 +9,35 @@ from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from typing import Any
 
-from pipeline.files import naming
+from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.sources.listing import Labelled, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles, open_file
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def is_table(name: str) -> bool:
+    """Return whether a path or URL has the name of a table."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def read_table(
     name: str, val_fraction: float | None
 ) -> tuple[dict[str, SplitFiles], Callable[[], dict[str, str]]]:
-    """Read the splits of a table, and a function that returns the names of classes by class id.
+    """Read the splits of a table; return them and a function that returns names of classes by class id.
 
-    name: an absolute path or a URL. If there is only train, val must still be held out from it.
+    name: an absolute path or a URL. With val_fraction there is only train, from which val is still to be held
+    out. Raises SourceError if the table is not valid, and OSError.
     """
     folder, _, file = name.rpartition("/")
     if is_parquet(name) and has_images(name):
-        parts, names = parquet_images(folder, [file], val_fraction)
-        return parts, lambda: names
-    images: dict[str, list[Labelled]] = {"train": [], "val": []}
+        splits, names = parquet_images(folder, [file], val_fraction)
+        return splits, lambda: names
+    images: dict[str, list[LabelledImage]] = {"train": [], "val": []}
     seen: dict[str, int] = {}
     rows = _parquet_rows if is_parquet(name) else _text_rows
-    with naming(name):
+    with path_in_errors(name):
         for number, (path, label, *rest) in rows(name, val_fraction):
             split = rest[0] if rest else "train"
             if not (isinstance(path, str) and path) or label in (None, "") or split not in images:
@@ -46,7 +48,7 @@ def read_table(
             if seen.setdefault(path, number) != number:
                 raise SourceError(f"{name}, row {number}: {path} is already in row {seen[path]}")
             file = path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
-            images[split].append(Labelled(path, str(label), file))
+            images[split].append(LabelledImage(path, str(label), file))
     if not images["train"]:
         raise SourceError(f"{name} has no rows for the split 'train'")
     if val_fraction is not None:
@@ -58,6 +60,7 @@ def read_table(
 
 
 def _columns(name: str, found: list[str], val_fraction: float | None) -> list[str]:
+    """Return the names of the columns to read. Raises SourceError if they are not as expected."""
     missing = [column for column in ("path", "label") if column not in found]
     if missing:
         raise SourceError(

@@ -1,20 +1,20 @@
-"""Find the images in WebDataset tars, with the labels in the samples' .cls members.
+"""Find the images in WebDataset tars whose labels are in the samples' .cls members.
 
     imagenet1k-train-0000.tar, …, imagenet1k-validation-00.tar, …
     train/00000.tar, …, val/00000.tar, …
 
-A word in the path of a tar below the input names its split: train or training; val, valid or validation. If
-no path has such a word, all tars belong to train. If some have one, tars without one (test, for example) are
-left out and listed in the report. Only files whose names end in .tar, or as those of compressed tars do
-(.tar.gz, .tgz, .tar.xz, …), are considered.
+A word in the path of a tar, relative to the input, names its split: train or training; val, valid or
+validation. If no path has such a word, all tars belong to train. If some have one, tars without one (test,
+for example) are left out and listed in the report. Only files whose names end in .tar, or in the suffix of a
+compressed tar (.tar.gz, .tgz, .tar.xz, …), are considered.
 
-Consecutive members with the same key form a sample; the key is the name up to the first dot in its last part.
-The rest of the name says what a member is: jpg, png, … is the image, and cls is the label, a decimal number.
-Others (json, seg.png) are not used. Samples with neither an image nor a label, and members without a key, are
-listed in the report.
+Consecutive members with the same key form a sample; the key is the path up to the first dot in the file name.
+The rest of the name is the member's type: jpg, png, … for the image, and cls for the label, a decimal number.
+Other types (json, seg.png) are not used. Samples with neither an image nor a label, and members without a
+key, are listed in the report.
 
 The number is the class id. As for every form of input, the packed label is the index of the class among the
-classes of train, which is the number itself unless train lacks a smaller one.
+classes of train, which is the number itself unless train lacks a class with a smaller number.
 """
 
 import re
@@ -25,9 +25,9 @@ from functools import partial
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.packing.sources import compressed
 from pipeline.packing.sources.archives import Member, Read, members, opened_tar, read_each
-from pipeline.packing.sources.listing import InputFolder, Labelled, SourceError, SplitFiles
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.splits import by_split, check_splits
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)", re.DOTALL)
@@ -42,17 +42,17 @@ class _Sample:
 
 
 def find_tars(folder: InputFolder, classes: str) -> list[str]:
-    """Return all tars below the input, except those of datasets packed there, such as this run's own output.
+    """Return the paths of all tars in the input, except those of packed datasets, such as this run's output.
 
-    There are none if the input's folder `classes` has class folders with images.
+    Returns none if the input's subfolder `classes` has class folders with images.
     """
     for name in folder.entries(classes)[0]:
         files = folder.files(f"{classes}/{name}" if classes else name)
         if any(file.lower().rpartition(".")[2] in _IMAGES for file in files):
             return []
     names = folder.files("")
-    marks = (f"/{MANIFEST_NAME}", f"/{UNFINISHED}/plan.json")
-    packed = {name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)}
+    markers = (f"/{MANIFEST_NAME}", f"/{STATE_FOLDER}/plan.json")
+    packed = {name.removesuffix(marker) for name in names for marker in markers if name.endswith(marker)}
     endings = (".tar", *compressed.SUFFIXES)
     return [name for name in names if name.endswith(endings) and name.rpartition("/")[0] not in packed]
 
@@ -60,38 +60,41 @@ def find_tars(folder: InputFolder, classes: str) -> list[str]:
 def webdataset_tars(
     folder: InputFolder, tars: list[str], val_fraction: float | None
 ) -> dict[str, SplitFiles]:
-    """Read the splits of the tars; if there is only train, val must still be held out from it."""
+    """Read the splits of the tars.
+
+    With val_fraction there is only train, from which val is still to be held out. Raises SourceError if a tar
+    or sample is not as expected, and OSError.
+    """
     splits, unused = by_split(folder.name, tars)
     check_splits(folder.name, splits, "tar", val_fraction)
-    parts = {"train": _part(folder, "train", splits["train"], unused)}
+    found = {"train": _split_files(folder, "train", splits["train"], unused)}
     if val_fraction is None:
-        parts["val"] = _part(folder, "val", splits["val"], [])
-    return parts
+        found["val"] = _split_files(folder, "val", splits["val"], [])
+    return found
 
 
-def _part(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
+def _split_files(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
     location, images, strays, sealed = f"{folder.name} (tars of {split})", [], unused.copy(), set()
-    for tar, (found, others, is_sealed) in zip(
-        tars, read_each(folder.name, partial(_read_tar, folder), tars), strict=True
-    ):
-        images += found
-        strays += others
-        if is_sealed:
+    contents = read_each(folder.name, partial(_read_tar, folder), tars)
+    for tar, (in_tar, strays_in_tar, is_compressed) in zip(tars, contents, strict=True):
+        images += in_tar
+        strays += strays_in_tar
+        if is_compressed:
             sealed.add(folder.locate(tar))
     if not images:
         raise SourceError(f"{location} has no sample with an image (.jpg, …) and its label (.cls)")
     return SplitFiles(location, list({image.class_id for image in images}), images, strays, frozenset(sealed))
 
 
-def _read_tar(folder: InputFolder, tar: str) -> tuple[list[Labelled], list[str], bool]:
+def _read_tar(folder: InputFolder, tar: str) -> tuple[list[LabelledImage], list[str], bool]:
     """Return the images of a tar, the paths of samples with neither an image nor a label, and whether it is
     compressed."""
     file, images, strays = folder.locate(tar), [], []
     with opened_tar(folder, tar) as (read, end, is_compressed):
         for sample in _samples(file, read, end):
             if sample.images or sample.labels:
-                image, class_id = _check(sample, file)
-                images.append(Labelled(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
+                image, class_id = _image_and_label(sample, file)
+                images.append(LabelledImage(f"{tar}/{image.name}", class_id, file, image.offset, image.size))
             else:
                 strays.append(f"{tar}/{sample.key}")
     return images, strays, is_compressed
@@ -101,7 +104,7 @@ def _samples(file: str, read: Read, end: int) -> Iterator[_Sample]:
     sample = _Sample("")
     for member in members(file, 0, end, read):
         match = _NAME.fullmatch(member.name)
-        if not match:  # WebDataset's readers also skip such a member within a sample
+        if not match:  # it has no key; WebDataset's readers also skip it within a sample
             yield _Sample(member.name)
             continue
         key, extension = match[1], match[2].lower()
@@ -117,16 +120,16 @@ def _samples(file: str, read: Read, end: int) -> Iterator[_Sample]:
         yield sample
 
 
-def _check(sample: _Sample, file: str) -> tuple[Member, str]:
-    """Return the sample's image and class id. Raises SourceError if it has not exactly one of each."""
+def _image_and_label(sample: _Sample, file: str) -> tuple[Member, str]:
+    """Return the sample's image and class id. Raises SourceError unless it has exactly one of each."""
     name = f"{file}, sample {sample.key}:"
     if len(sample.images) > 1:
-        raise SourceError(f"{name} it has two images, {sample.images[0].name} and {sample.images[1].name}")
+        raise SourceError(f"{name} there are two images, {sample.images[0].name} and {sample.images[1].name}")
     if not sample.images:
-        raise SourceError(f"{name} it has a label (.cls) but no image, which is expected next to it")
+        raise SourceError(f"{name} there is a label (.cls), but no image next to it")
     if not sample.labels:
         raise SourceError(
-            f"{name} it has an image but no label: add a .cls with a decimal number next to the image, or "
+            f"{name} there is an image but no label: add a .cls with a decimal number next to the image, or "
             "extract the images and pass a table (CSV) of them as --input"
         )
     label = _LABEL.fullmatch(sample.labels[0])

@@ -1,4 +1,4 @@
-"""Classes whose names look the same and are not: é as one character, and as e with an accent (macOS)."""
+"""Class names that look alike but differ: é as one character, and as e with a combining accent (macOS)."""
 
 import unicodedata
 from pathlib import Path
@@ -6,16 +6,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.packing.sources.find import SourceError, find_sources
+from tests.trees import touch
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
 def tree(root: Path, train: list[str], val: list[str]) -> Path:
-    for split, names in (("train", train), ("val", val)):
-        for name in names:
-            (root / split / name).mkdir(parents=True)
-            (root / split / name / "1.jpg").touch()
-    return root
+    return touch(root, *(f"train/{name}/1.jpg" for name in train), *(f"val/{name}/1.jpg" for name in val))
 
 
 @pytest.mark.parametrize(
@@ -28,18 +25,18 @@ def tree(root: Path, train: list[str], val: list[str]) -> Path:
         (["Å"], ["\N{ANGSTROM SIGN}"]),
     ],
 )
-def test_they_are_refused_with_the_reason(tmp_path, train, val):
+def test_classes_that_look_alike_are_refused_with_the_reason(tmp_path, train, val):
     with pytest.raises(SourceError, match=r"look alike.*\(NFC, and NFD.*rename one") as error:
         find_sources(tree(tmp_path, train, val), None, 0)
-    assert str(error.value).count("\\") >= 1  # by which they can be told apart
+    assert str(error.value).count("\\") >= 1  # the escape sequences that distinguish them
 
 
 @pytest.mark.parametrize("name", [COMPOSED, DECOMPOSED])
-def test_one_of_them_is_as_good_as_the_other(tmp_path, name):
+def test_either_form_alone_is_accepted(tmp_path, name):
     assert find_sources(tree(tmp_path, [name], [name]), None, 0).classes == [name]
 
 
-def test_other_classes_that_differ_are_none_of_these(tmp_path):
+def test_classes_that_merely_differ_are_not_said_to_look_alike(tmp_path):
     with pytest.raises(SourceError, match=r"the class b is in .* but not in"):
         find_sources(tree(tmp_path, ["a"], ["b"]), None, 0)
 

@@ -1,10 +1,10 @@
-"""Thousands of JPEGs broken where it hurts, in child processes: no crash, no hang, no unlisted outcome.
+"""Thousands of broken JPEGs, in child processes: no crash, no hang, no outcome that is not documented.
 
-test_odd_images.py changes bytes anywhere. Here a file is taken apart into its segments and its scan, and
-markers, lengths, tables, frame, EXIF and entropy-coded data are each broken by what they mean. What is
-packed must come out of DALI as the picture that Pillow sees, since training reads it there.
+test_odd_images.py changes arbitrary bytes. This test takes a file apart into its segments and its scan, and
+breaks markers, lengths, tables, frame, EXIF and entropy-coded data in ways that suit their meaning. DALI must
+decode what is packed to the picture that Pillow shows, since training uses DALI.
 
-A file is a pure function of its number, and one by itself is run again by
+A file is a pure function of its number. One file is repeated by
 
     python -m tests.pipeline.packing.test_fuzz_images drawn 123 124
 """
@@ -26,7 +26,7 @@ from PIL import Image
 from pipeline.packing import images
 from pipeline.packing.images import RejectedError, check_image, pack_image
 from tests.helpers import REPO
-from tests.trees import ODD
+from tests.trees import ODD, encode
 
 COUNT = 2000
 SECONDS = 60  # for one file; most take milliseconds
@@ -34,14 +34,8 @@ SIZE = 48  # of the shorter side in pixels
 GEOMETRIES = ("original", "256", "in place")
 
 
-def encode(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def drawn() -> list[bytes]:
-    """One JPEG of each structure that Pillow writes."""
+    """Return a JPEG of each structure that Pillow writes."""
     coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     picture = Image.fromarray(coarse).resize((90, 60))
     exif = Image.Exif()
@@ -67,7 +61,7 @@ def drawn() -> list[bytes]:
 
 
 def odd() -> list[bytes]:
-    """Those real odd files that are JPEGs and small enough to decode hundreds of times."""
+    """Return the odd files that are JPEGs and small enough to be decoded hundreds of times."""
     contents = (path.read_bytes() for path in sorted((ODD / "files").iterdir()))
     return [content for content in contents if content[:2] == b"\xff\xd8" and len(content) < 60_000]
 
@@ -76,18 +70,18 @@ FILES = {"drawn": drawn, "odd": odd}
 
 
 class Parts:
-    """A JPEG taken apart: segments as [marker, length, content], and all from the first scan's data on."""
+    """The segments of a JPEG, as [marker, length, content], and all data after the first scan's header."""
 
     def __init__(self, content: bytes):
         self.segments: list[list] = []
-        place = 2
-        while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
-            marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
-            self.segments.append([marker, length, content[place + 4 : place + 2 + length]])
-            place += 2 + max(length, 2)
+        position = 2
+        while content[position : position + 1] == b"\xff" and position + 4 <= len(content):
+            marker, length = content[position + 1], int.from_bytes(content[position + 2 : position + 4])
+            self.segments.append([marker, length, content[position + 4 : position + 2 + length]])
+            position += 2 + max(length, 2)
             if marker == 0xDA:
                 break
-        self.scan = content[place:]
+        self.scan = content[position:]
 
     def content(self) -> bytes:
         segments = (
@@ -105,53 +99,53 @@ Rng = np.random.Generator
 
 
 def replaced(data: bytes, rng: Rng, count: int = 1) -> bytes:
-    """Some bytes, or single bits of them, of all there are."""
+    """Return data with `count` random bytes, or single bits of them, changed."""
     changed = bytearray(data)
-    for place in rng.integers(len(data), size=count) if data else ():
+    for position in rng.integers(len(data), size=count) if data else ():
         kind = rng.integers(3)
         value = rng.choice(EDGES) if kind == 0 else rng.integers(256)
-        changed[place] = changed[place] ^ (1 << int(rng.integers(8))) if kind == 1 else int(value)
+        changed[position] = changed[position] ^ (1 << int(rng.integers(8))) if kind == 1 else int(value)
     return bytes(changed)
 
 
-def any_of(items: list, rng: Rng):
+def choice_of(items: list, rng: Rng):
     return items[rng.integers(len(items))] if items else None
 
 
 def marker(parts: Parts, rng: Rng, _) -> None:
-    segment = any_of(parts.segments, rng)
+    segment = choice_of(parts.segments, rng)
     segment[0] = int(rng.choice([*range(0xC0, 0x100), 0, 1, 0x4F]))
 
 
 def length(parts: Parts, rng: Rng, _) -> None:
-    segment = any_of(parts.segments, rng)
+    segment = choice_of(parts.segments, rng)
     edges = [0, 1, 2, 3, 0x7FFF, 0xFFFF, segment[1] - 1, segment[1] + 1, segment[1] * 2]
     segment[1] = int(rng.choice(edges)) & 0xFFFF
 
 
 def tables(parts: Parts, rng: Rng, _) -> None:
-    """Quantisation, Huffman and restart interval."""
-    if (segment := any_of(parts.of(0xDB, 0xC4, 0xDD), rng)) is not None:
-        # The first bytes say which table and how long the codes are.
+    """Change a quantisation table, a Huffman table or the restart interval."""
+    if (segment := choice_of(parts.of(0xDB, 0xC4, 0xDD), rng)) is not None:
+        # The first bytes give the number of the table and the lengths of its codes.
         head = int(rng.integers(1, 18)) if rng.random() < 0.6 else len(segment[2])
         segment[2] = replaced(segment[2][:head], rng, int(rng.integers(1, 5))) + segment[2][head:]
 
 
 def frame(parts: Parts, rng: Rng, _) -> None:
-    """Precision, height, width, components and their sampling; or which of these the scan has."""
-    if (segment := any_of(parts.of(*range(0xC0, 0xC4), 0xDA), rng)) is not None:
+    """Change precision, height, width, components or their sampling; or the components of the scan."""
+    if (segment := choice_of(parts.of(*range(0xC0, 0xC4), 0xDA), rng)) is not None:
         segment[2] = replaced(segment[2], rng, int(rng.integers(1, 3)))
 
 
 def exif(parts: Parts, rng: Rng, _) -> None:
-    """Fields, offsets that lead in circles, orientations that are none; and MPF's, ICC's and Adobe's."""
-    if (segment := any_of(parts.of(0xE1, 0xE2, 0xEE), rng)) is not None:
+    """Change fields and offsets of EXIF, or bytes of the segments of MPF, ICC and Adobe."""
+    if (segment := choice_of(parts.of(0xE1, 0xE2, 0xEE), rng)) is not None:
         head = min(len(segment[2]), 120)
         segment[2] = replaced(segment[2][:head], rng, int(rng.integers(1, 9))) + segment[2][head:]
 
 
 def orientation(parts: Parts, rng: Rng, _) -> None:
-    """A block of its own, in either byte order, with any type, count and value, before or behind others."""
+    """Insert an EXIF segment with an orientation of any byte order, type, count and value."""
     order = rng.choice(["<", ">"])
     tiff = (b"II" if order == "<" else b"MM") + struct.pack(
         f"{order}HI", 42, int(rng.choice([8, 8, 8, 0, 10]))
@@ -169,8 +163,8 @@ def orientation(parts: Parts, rng: Rng, _) -> None:
 
 
 def scan(parts: Parts, rng: Rng, _) -> None:
-    """Bits flipped, spans lost or repeated, markers in the midst of it."""
-    first, second = sorted(int(place) for place in rng.integers(len(parts.scan) + 1, size=2))
+    """Flip bits of the scan, remove or repeat a part of it, or insert a marker."""
+    first, second = sorted(int(position) for position in rng.integers(len(parts.scan) + 1, size=2))
     span = slice(first, min(second, first + 40))
     before, inside, after = parts.scan[:first], parts.scan[span], parts.scan[span.stop :]
     code = bytes([0xFF, int(rng.choice([0xD0, 0xD7, 0xD8, 0xD9, 0xDA, 0xDC, 0xC0, 0xC4, 0xFE, 0xFF, 0x00]))])
@@ -184,33 +178,33 @@ def scan(parts: Parts, rng: Rng, _) -> None:
 
 
 def order(parts: Parts, rng: Rng, _) -> None:
-    """Segments lost, repeated or swapped."""
-    places = rng.integers(len(parts.segments), size=2)
-    first, second = (parts.segments[place] for place in places)
+    """Remove, repeat or swap segments."""
+    positions = rng.integers(len(parts.segments), size=2)
+    first, second = (parts.segments[position] for position in positions)
     kind = rng.integers(3)
     if kind == 0 and len(parts.segments) > 1:
-        del parts.segments[places[0]]
+        del parts.segments[positions[0]]
     elif kind == 1:
-        parts.segments.insert(int(places[0]), list(second))
+        parts.segments.insert(int(positions[0]), list(second))
     else:
-        parts.segments[places[0]], parts.segments[places[1]] = second, first
+        parts.segments[positions[0]], parts.segments[positions[1]] = second, first
 
 
 def splice(parts: Parts, rng: Rng, others: list[bytes]) -> None:
-    """A segment, or the scan, of another file."""
-    other = Parts(any_of(others, rng))
+    """Take a segment, or the scan, from another file."""
+    other = Parts(choice_of(others, rng))
     if rng.random() < 0.3 or not other.segments:
         parts.scan = other.scan
     else:
-        place = int(rng.integers(len(parts.segments)))
-        parts.segments[place] = any_of(other.segments, rng)
+        position = int(rng.integers(len(parts.segments)))
+        parts.segments[position] = choice_of(other.segments, rng)
 
 
 def junk(parts: Parts, rng: Rng, _) -> None:
-    """Bytes that belong to no segment, fill bytes among them."""
-    segment = any_of(parts.segments, rng)
+    """Insert bytes that belong to no segment, which may be fill bytes."""
+    segment = choice_of(parts.segments, rng)
     data = b"\xff" * int(rng.integers(1, 9)) if rng.random() < 0.3 else rng.bytes(int(rng.integers(1, 40)))
-    segment[2] += data  # behind the length, which stays
+    segment[2] += data  # while the length stays the same
 
 
 def cut(parts: Parts, rng: Rng, _) -> None:
@@ -221,7 +215,7 @@ MUTATIONS = (marker, length, tables, frame, exif, orientation, scan, scan, order
 
 
 def mutant(files: list[bytes], number: int) -> tuple[bytes, str]:
-    """The file of that number, and how it was made."""
+    """Return the file with this number, and a description of its changes."""
     rng = np.random.default_rng(number)
     which = int(rng.integers(len(files)))
     parts, made = Parts(files[which]), []
@@ -233,7 +227,7 @@ def mutant(files: list[bytes], number: int) -> tuple[bytes, str]:
 
 
 class Dali:
-    """The decoder of the training graph, a file at a time."""
+    """The decoder of the training graph, for one file at a time."""
 
     def __init__(self):
         from nvidia.dali import fn, pipeline_def, types
@@ -256,7 +250,7 @@ class Dali:
 
 
 def outcome(content: bytes, geometry: str, dali: Dali) -> str:
-    """`packed` or `kept`, or the reason against it."""
+    """Pack a file; return `packed`, `kept` or the reason for its rejection."""
     pack = partial(pack_image, geometry=geometry, size=SIZE, quality=90)
     if geometry == "in place":
         pack = partial(check_image, size=SIZE)
@@ -271,19 +265,19 @@ def outcome(content: bytes, geometry: str, dali: Dali) -> str:
     decoded = dali.decode(packed.jpeg)
     assert expected.shape == (packed.height, packed.width, 3)
     assert decoded.shape == expected.shape, f"DALI sees {decoded.shape} and Pillow {expected.shape}"
-    rows = slice(None, None, 1 + expected.size // 10**6)  # a few of a huge one
+    rows = slice(None, None, 1 + expected.size // 10**6)  # only some rows of a huge picture
     difference = np.abs(decoded[rows].astype(int) - expected[rows]).mean()
     assert difference < 3, f"DALI's picture differs by {difference:.1f} levels from Pillow's"
     return "kept" if packed.jpeg == content else "packed"
 
 
 def child(kind: str, first: int, last: int) -> None:
-    """Print the number of each file before it is packed, then what came of it."""
+    """Print the number of each file before it is packed, and then its outcomes."""
     files, dali = FILES[kind](), Dali()
     for number in range(first, last):
         content, made = mutant(files, number)
         print(number, made, end="\t", flush=True)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)  # also out of C code
+        faulthandler.dump_traceback_later(SECONDS, exit=True)  # even within C code
         print(*(outcome(content, geometry, dali) for geometry in GEOMETRIES), sep="\t", flush=True)
     faulthandler.cancel_dump_traceback_later()
 
@@ -291,27 +285,12 @@ def child(kind: str, first: int, last: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", FILES)
-def test_broken_jpegs_are_packed_or_rejected_for_a_listed_reason(kind):
+def test_broken_jpegs_are_packed_or_rejected_for_a_documented_reason(kind):
     if kind == "odd" and not ODD.is_dir():
         pytest.skip("TEST_DATA has no odd images")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-X",
-            "faulthandler",
-            "-m",
-            "tests.pipeline.packing.test_fuzz_images",
-            kind,
-            "0",
-            str(COUNT),
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-W", "ignore", "-X", "faulthandler"]
+    command += ["-m", "tests.pipeline.packing.test_fuzz_images", kind, "0", str(COUNT)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     last = lines[-1] if lines else "before the first file"
     assert done.returncode == 0, f"{kind} {last}, ended with {done.returncode}:\n{done.stderr[-4000:]}"
@@ -320,7 +299,8 @@ def test_broken_jpegs_are_packed_or_rejected_for_a_listed_reason(kind):
     assert counts.total() == len(GEOMETRIES) * COUNT
     for reason in counts.keys() - {"packed", "kept"}:
         assert re.search(rf"^ {{4}}{reason}  ", images.__doc__, re.M), f"{reason} is not listed"
-    assert {"packed", "kept", "truncated", "corrupt"} <= counts.keys(), counts  # else the files are too tame
+    # Otherwise too little is broken.
+    assert {"packed", "kept", "truncated", "corrupt"} <= counts.keys(), counts
 
 
 if __name__ == "__main__":

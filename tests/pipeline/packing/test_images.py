@@ -1,4 +1,4 @@
-"""What comes out of `pack_image` for sound files: pixels, geometry, repairs, metadata."""
+"""Pixels, geometry, repairs and metadata of sound files that `pack_image` has packed."""
 
 from io import BytesIO
 
@@ -7,16 +7,11 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from pipeline.packing.images import RejectedError, check_image, pack_image
+from tests.trees import encode
 
 ORIENTATION = 0x0112
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 QUADRANTS = ((RED, GREEN), (BLUE, WHITE))
-
-
-def encode(image: Image.Image, kind: str, **settings) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **settings)
-    return buffer.getvalue()
 
 
 def decode(jpeg: bytes) -> Image.Image:
@@ -26,7 +21,7 @@ def decode(jpeg: bytes) -> Image.Image:
 
 
 def quadrants(height: int = 32, width: int = 64) -> np.ndarray:
-    """A picture whose four quarters tell every way of holding it from every other."""
+    """Return a picture whose quarters distinguish all its orientations."""
     return np.array(QUADRANTS, np.uint8).repeat(height // 2, 0).repeat(width // 2, 1)
 
 
@@ -36,17 +31,17 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 def blocks(values: list, side: int = 16) -> np.ndarray:
-    """A row of squares, a value each."""
+    """Return a row of squares, one for each value."""
     return np.array([values]).repeat(side, 0).repeat(side, 1)
 
 
 def shown(content: bytes, side: int = 16) -> np.ndarray:
-    """The colours at the centres of the squares of `blocks`, as packed without any resizing."""
+    """Return the colours at the centres of the squares of `blocks`, packed without resizing."""
     packed = pack_image(content, "original", side, 100)
     return np.asarray(packed.pixels, int)[side // 2, side // 2 :: side]
 
 
-# EXIF 2.3, tag 0x0112: where the stored row 0 and the stored column 0 are to be seen.
+# EXIF 2.3, tag 0x0112: the sides of the upright picture that show the stored row 0 and column 0.
 STORED = {
     1: lambda upright: upright,  # top, left
     2: lambda upright: upright[:, ::-1],  # top, right
@@ -61,7 +56,7 @@ STORED = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_held_as_exif_says(orientation, kind):
+def test_pictures_are_rotated_as_exif_says(orientation, kind):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](quadrants())))
@@ -76,7 +71,7 @@ def test_pictures_are_held_as_exif_says(orientation, kind):
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_an_orientation_that_does_not_exist_is_ignored(orientation):
+def test_an_undefined_orientation_is_ignored(orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     content = encode(Image.fromarray(quadrants()), "JPEG", exif=exif)
@@ -94,7 +89,7 @@ def test_cmyk_is_not_inverted():
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_gray_is_repeated(kind):
+def test_gray_is_repeated_in_all_three_channels(kind):
     values = [0, 60, 128, 255]
     content = encode(Image.fromarray(blocks(values).astype(np.uint8)), kind)
     np.testing.assert_allclose(shown(content), [[value] * 3 for value in values], atol=1)
@@ -112,7 +107,7 @@ def test_sixteen_bits_are_scaled_to_eight(kind):
     assert shown(content)[-1].tolist() == [255, 255, 255]
 
 
-def test_what_is_transparent_becomes_white():
+def test_transparent_pixels_become_white():
     rgba = [(*RED, 255), (*RED, 0), (0, 0, 0, 128), (0, 0, 0, 0)]
     image = Image.fromarray(blocks(rgba).astype(np.uint8))
     np.testing.assert_allclose(shown(encode(image, "PNG")), [RED, WHITE, (127,) * 3, WHITE], atol=1)
@@ -123,34 +118,26 @@ def test_what_is_transparent_becomes_white():
         assert shown(encode(palette, kind, transparency=1)).tolist() == [[*RED], [*WHITE], [*BLUE]]
     gray = Image.fromarray(blocks([0, 90]).astype(np.uint8))
     assert shown(encode(gray, "PNG", transparency=90)).tolist() == [[0] * 3, [255] * 3]
-
-
-def test_a_transparent_colour_of_an_rgb_png_becomes_white():
-    image = Image.fromarray(blocks([RED, BLUE]).astype(np.uint8))
-    assert shown(encode(image, "PNG", transparency=RED)).tolist() == [[*WHITE], [*BLUE]]
+    rgb = Image.fromarray(blocks([RED, BLUE]).astype(np.uint8))
+    assert shown(encode(rgb, "PNG", transparency=RED)).tolist() == [[*WHITE], [*BLUE]]
 
 
 @pytest.mark.parametrize("kind", ["MPO", "GIF", "TIFF", "PNG", "WEBP"])
-def test_of_several_pictures_the_first_is_taken(kind):
+def test_the_first_of_several_pictures_is_packed(kind):
     first, second = (Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE))
     content = encode(first, kind, save_all=True, append_images=[second])
     np.testing.assert_allclose(shown(content), [RED], atol=4)
     assert "not a JPEG" in pack_image(content, "256", 16, 90).repairs
 
 
-# The shorter side becomes 32; the numbers are exact, so that no rounding is in question.
-GEOMETRIES = {
-    (96, 64): (48, 32),
-    (64, 128): (32, 64),
-    (33, 33): (32, 32),
-    (8, 16): (32, 64),
-    (1, 1): (32, 32),
-}
+# Sizes whose shorter side becomes 32 without rounding.
+GEOMETRIES = [((96, 64), (48, 32)), ((64, 128), (32, 64)), ((33, 33), (32, 32))]
+GEOMETRIES += [((8, 16), (32, 64)), ((1, 1), (32, 32))]
 
 
 @pytest.mark.parametrize("geometry", ["256", "short256", "original"])
-@pytest.mark.parametrize(("before", "after"), GEOMETRIES.items())
-def test_the_shorter_side_is_resized_and_only_256_is_cut(before, after, geometry):
+@pytest.mark.parametrize(("before", "after"), GEOMETRIES)
+def test_the_shorter_side_is_resized_and_only_256_is_cropped(before, after, geometry):
     image = noise(*before)
     expected = image.resize(after, Image.Resampling.BILINEAR)
     if geometry == "256":
@@ -163,7 +150,7 @@ def test_the_shorter_side_is_resized_and_only_256_is_cut(before, after, geometry
 
 
 @pytest.mark.parametrize("before", [(301, 200), (200, 301), (257, 256), (320, 20), (20, 400)])
-def test_short256_keeps_the_aspect(before):
+def test_short256_keeps_the_aspect_ratio(before):
     packed = pack_image(encode(noise(*before), "PNG"), "short256", 64, 90)
     assert min(packed.width, packed.height) == 64
     scale = 64 / min(before)
@@ -171,7 +158,7 @@ def test_short256_keeps_the_aspect(before):
 
 
 @pytest.mark.parametrize(("longer", "fits"), [(160, True), (200, True), (201, False), (210, False)])
-def test_up_to_20_to_1_is_packed_and_more_is_too_elongated(longer, fits):
+def test_pictures_longer_than_20_to_1_are_too_elongated(longer, fits):
     for size in ((longer, 10), (10, longer)):
         for geometry in ("256", "original"):
             content = encode(Image.new("RGB", size), "JPEG")
@@ -182,7 +169,7 @@ def test_up_to_20_to_1_is_packed_and_more_is_too_elongated(longer, fits):
                     pack_image(content, geometry, 16, 90)
 
 
-def test_the_jpeg_shows_the_pixels_at_the_quality_asked_for():
+def test_the_jpeg_has_the_pixels_and_the_requested_quality():
     smooth = Image.fromarray(
         np.linspace((0, 60, 250), (250, 130, 0), 64).astype(np.uint8)[None].repeat(64, 0)
     )
@@ -206,7 +193,7 @@ METADATA = {
 @pytest.mark.parametrize("progressive", [False, True])
 def test_reencoded_jpegs_are_baseline_without_metadata(progressive):
     content = encode(noise(64, 48), "JPEG", progressive=progressive, dpi=(300, 300), **METADATA)
-    assert set(METADATA) <= set(decode(content).info)  # it did have them
+    assert set(METADATA) <= set(decode(content).info)  # the input has them
     for geometry in ("256", "short256", "original") if progressive else ("256", "short256"):
         image = decode(pack_image(content, geometry, 32, 90).jpeg)
         assert {name for name, _ in image.applist} == {"APP0"}  # JFIF's own
@@ -214,44 +201,44 @@ def test_reencoded_jpegs_are_baseline_without_metadata(progressive):
         assert image.getexif() == {}
 
 
-@pytest.mark.parametrize("decode_it", [True, False])
-def test_original_keeps_a_plain_jpeg_but_not_its_metadata(decode_it):
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_original_keeps_a_plain_jpeg_but_not_its_metadata(is_decoded):
     image = noise(40, 48)
     kept = encode(image, "JPEG", quality=77)
-    assert pack_image(kept, "original", 32, 90, decode_it).jpeg is kept
+    assert pack_image(kept, "original", 32, 90, is_decoded).jpeg is kept
     for metadata in (METADATA, {"exif": METADATA["exif"]}, {"comment": b"a comment"}):
         content = encode(image, "JPEG", quality=77, **metadata)
         assert content != kept
-        assert pack_image(content, "original", 32, 90, decode_it).jpeg == kept
+        assert pack_image(content, "original", 32, 90, is_decoded).jpeg == kept
 
 
 def adobe(transform: int) -> bytes:
     return b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
 
 
-def test_what_tells_the_colours_is_no_metadata():
+def test_adobes_colour_segment_is_kept():
     plain = encode(noise(16, 16), "JPEG")
     content = plain[:20] + adobe(1) + plain[20:]
     assert pack_image(content, "original", 16, 90).jpeg is content
 
 
 def other_jpegs(image: Image.Image) -> list[bytes]:
-    """Pillow takes them, but not each decoder of JPEG."""
+    """Return JPEGs that Pillow accepts but other decoders may refuse."""
     plain = encode(image, "JPEG")
-    coarse = encode(image, "JPEG", qtables=[[300] * 64] * 2)  # 16 bits, so SOF1 in the place of SOF0
+    coarse = encode(image, "JPEG", qtables=[[300] * 64] * 2)  # tables of 16 bits, so SOF1 instead of SOF0
     assert b"\xff\xc1" in coarse
     return [
         coarse,
         coarse.replace(b"\xff\xc1", b"\xff\xc0"),  # baseline in name only
         encode(image, "JPEG", keep_rgb=True),  # not YCbCr inside
-        plain[:20] + adobe(0) + plain[20:],  # nor this one, as it says
+        plain[:20] + adobe(0) + plain[20:],  # nor this one, according to Adobe's segment
         plain[:20] + b"junk!" + plain[20:],  # after the JFIF segment: Pillow skips it, DALI refuses it
         plain[:20] + b"\xff\xd0" + plain[20:],  # a restart marker before the scan
     ]
 
 
-@pytest.mark.parametrize("decode_it", [True, False])
-def test_original_keeps_nothing_but_plain_jpegs(decode_it):
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_original_reencodes_everything_but_plain_jpegs(is_decoded):
     image = noise(40, 48)
     others = [
         *other_jpegs(image),
@@ -262,7 +249,7 @@ def test_original_keeps_nothing_but_plain_jpegs(decode_it):
         encode(image, "PNG"),
     ]
     for content in others:
-        packed = pack_image(content, "original", 32, 90, decode_it)
+        packed = pack_image(content, "original", 32, 90, is_decoded)
         assert packed.jpeg != content
         assert packed.pixels is not None
         jpeg = decode(packed.jpeg)
@@ -270,16 +257,16 @@ def test_original_keeps_nothing_but_plain_jpegs(decode_it):
         assert "progressive" not in jpeg.info
 
 
-@pytest.mark.parametrize("decode_it", [True, False])
-def test_what_cannot_be_repaired_is_kept_if_any_decoder_takes_it(decode_it):
+@pytest.mark.parametrize("is_decoded", [True, False])
+def test_check_image_keeps_files_that_any_decoder_accepts_and_rejects_others(is_decoded):
     image, rotated = noise(40, 48), Image.Exif()
     rotated[ORIENTATION] = 6
     for settings in ({}, METADATA, {"progressive": True}):
         for content in (encode(picture, "JPEG", **settings) for picture in (image, image.convert("L"))):
-            kept = check_image(content, 32, decode_it)
+            kept = check_image(content, 32, is_decoded)
             assert kept.jpeg is content
             assert (kept.width, kept.height, kept.repairs) == (40, 48, ())
-            assert (kept.pixels is None) == (not decode_it)
+            assert (kept.pixels is None) == (not is_decoded)
     reasons = {
         "not a JPEG": encode(image, "PNG"),
         "not RGB": encode(image.convert("CMYK"), "JPEG"),
@@ -290,10 +277,10 @@ def test_what_cannot_be_repaired_is_kept_if_any_decoder_takes_it(decode_it):
     }
     for reason, content in [*reasons.items(), *(("not plain", other) for other in other_jpegs(image))]:
         with pytest.raises(RejectedError, match=f"^{reason}$"):
-            check_image(content, 32, decode_it)
+            check_image(content, 32, is_decoded)
 
 
-def test_headers_are_believed_only_of_files_that_end_as_jpegs_do():
+def test_headers_are_trusted_only_if_the_file_ends_like_a_jpeg():
     content = bytearray(encode(noise(64, 64), "JPEG"))
     content[-400:-2] = bytes(398)  # the headers are sound, and the picture is not
     assert pack_image(bytes(content), "original", 64, 90, decode=False).pixels is None

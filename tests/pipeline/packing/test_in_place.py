@@ -1,9 +1,10 @@
-"""Tars that somebody else packed, indexed where they lie: `make_shards.py --in-place` and what reads them."""
+"""Tars that somebody else packed are indexed by `make_shards.py --in-place`, and can then be read."""
 
 import json
 import shutil
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.packing import pack as pack_module
 from pipeline.packing import resume
 from pipeline.packing.progress import Progress
-from pipeline.packing.shard import DECODED
+from pipeline.packing.shard import DECODE_EVERY
 from pipeline.packing.sources.find import SourceError
-from tests.trees import pack_here
+from tests.trees import contents, encode, pack_here
 from tools import inspect_shards
 from tools.make_shards import parse_arguments
 from tools.verify_shards import repair, verify
@@ -26,23 +27,17 @@ KEPT = {"gray": {}, "progressive": {"progressive": True}, "with metadata": {"com
 LEFT_OUT = ("not a JPEG", "rotated", "truncated", "not plain")
 
 
-def jpeg(image: Image.Image, kind: str = "JPEG", **settings) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **settings)
-    return buffer.getvalue()
-
-
 def kept(image: Image.Image) -> list[bytes]:
-    """What stays as it is although a packer of `original` would write it anew."""
-    return [jpeg(image.convert("L") if name == "gray" else image, **how) for name, how in KEPT.items()]
+    """Return files that are kept, although packing with `original` would encode them again."""
+    return [encode(image.convert("L") if name == "gray" else image, **how) for name, how in KEPT.items()]
 
 
 def left_out(image: Image.Image) -> list[bytes]:
-    """A file for each reason of LEFT_OUT."""
+    """Return a file for each reason of LEFT_OUT."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    good = jpeg(image)
-    return [jpeg(image, "PNG"), jpeg(image, exif=exif), good[:-100], good[:20] + b"junk!" + good[20:]]
+    good = encode(image)
+    return [encode(image, "PNG"), encode(image, exif=exif), good[:-100], good[:20] + b"junk!" + good[20:]]
 
 
 def write(folder: Path, name: str, files: list[tuple[bytes, int]], limit: int) -> None:
@@ -61,7 +56,7 @@ def labelled(split: Path) -> list[tuple[bytes, int]]:
 
 @pytest.fixture(scope="module")
 def foreign(pictures, tmp_path_factory) -> Path:
-    """The drawn pictures as Hugging Face's tars are named, and files of every kind among them."""
+    """The drawn pictures and files of every kind, in tars named as at Hugging Face."""
     folder = tmp_path_factory.mktemp("foreign")
     train, val = (labelled(pictures / split) for split in ("train", "val"))
     image = Image.open(BytesIO(train[0][0]))
@@ -71,9 +66,12 @@ def foreign(pictures, tmp_path_factory) -> Path:
     return folder
 
 
+IN_PLACE = ("--in-place", "--size", "80")
+
+
 def run(folder: Path, *arguments: str) -> Progress:
     progress = Progress()
-    pack_here("--input", folder, "--in-place", "--size", "80", *arguments, progress=progress)
+    pack_here("--input", folder, *IN_PLACE, *arguments, progress=progress)
     return progress
 
 
@@ -81,8 +79,10 @@ def tars(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*.tar")}
 
 
-def stop(*_) -> None:
-    raise KeyboardInterrupt
+def interrupt(owner: object, function: str, *arguments: object) -> None:
+    """Pack with `pack_here`, interrupted where it calls a function."""
+    with patch.object(owner, function, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        pack_here(*arguments)
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def indexed(foreign, tmp_path) -> Path:
     return folder
 
 
-def test_nothing_of_the_tars_is_changed_and_nothing_but_the_index_is_added(foreign, indexed):
+def test_the_tars_stay_unchanged_and_only_the_index_is_added(foreign, indexed):
     assert tars(indexed) == tars(foreign)
     added = {path.name for path in indexed.iterdir()} - tars(foreign).keys()
     assert added == {MANIFEST_NAME, "report.tsv", "train.index.npy", "val.index.npy"}
@@ -114,7 +114,7 @@ def test_each_sound_image_is_read_with_its_label(pictures, indexed):
     assert [entry.id for entry in dataset.manifest.classes] == [str(label) for label in range(10)]
 
 
-def test_what_does_not_fit_is_left_out_and_listed(indexed):
+def test_unsuitable_images_are_left_out_and_listed(indexed):
     _, *rows = (indexed / "report.tsv").read_text().splitlines()
     assert sorted(row.split("\t")[2] for row in rows) == sorted(LEFT_OUT)
     assert all(row.startswith("imagenet1k-train-000") and "\trejected\t" in row for row in rows)
@@ -125,7 +125,7 @@ def test_mean_and_components_are_those_of_packing_the_same_images(foreign, index
     settings = ("--geometry", "original", "--size", "80")
     packed = pack_here("--input", foreign, "--out", tmp_path / "new", *settings)
     ours = read_manifest(indexed)
-    # The packer repairs what has to be left out here: a handful of images among sixty.
+    # Packing repairs some of the 60 images that indexing in place must leave out.
     np.testing.assert_allclose(ours.pixels.mean, packed.pixels.mean, atol=4)
     assert ours.splits["val"].samples == packed.splits["val"].samples
 
@@ -133,7 +133,7 @@ def test_mean_and_components_are_those_of_packing_the_same_images(foreign, index
 def images(sizes: list[tuple[int, int]]) -> list[tuple[bytes, int]]:
     rng = np.random.default_rng(2)
     pixels = (rng.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes)
-    return [(jpeg(Image.fromarray(image)), label % 2) for label, image in enumerate(pixels)]
+    return [(encode(Image.fromarray(image)), label % 2) for label, image in enumerate(pixels)]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def images(sizes: list[tuple[int, int]]) -> list[tuple[bytes, int]]:
         ([(64, 64)] * 4, "original"),
     ],
 )
-def test_the_geometry_is_what_all_images_have_in_common(sizes, geometry, tmp_path):
+def test_the_geometry_is_the_one_that_all_images_have(sizes, geometry, tmp_path):
     write(tmp_path / "train", "some", images(sizes), 2)
     write(tmp_path / "val", "some", images(sizes), 2)
     run(tmp_path)
@@ -158,35 +158,28 @@ def test_the_geometry_is_what_all_images_have_in_common(sizes, geometry, tmp_pat
     assert verify(tmp_path, "all", 1).count == 0
 
 
-def test_where_headers_are_believed_the_same_is_indexed_but_for_what_only_decoding_finds(indexed):
+def test_checking_only_headers_gives_the_same_index(indexed):
     whole, rows = read_manifest(indexed), np.load(indexed / "train.index.npy")
     run(indexed, "--overwrite", "--check", "headers")
     manifest = read_manifest(indexed)
     assert manifest.rejected == whole.rejected
     np.testing.assert_array_equal(np.load(indexed / "train.index.npy"), rows)
-    assert len(rows) < DECODED * 4  # of each of four tars only the first was decoded
+    assert len(rows) < DECODE_EVERY * 4  # so not all samples of the four tars were decoded
     assert manifest.pixels != whole.pixels
     assert manifest.packed["check"] == "headers"
 
 
-def test_an_interrupted_run_continues(indexed, monkeypatch):
-    whole = {path.name: path.read_bytes() for path in indexed.iterdir()}
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "write_dataset", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(indexed, "--overwrite")
+def test_an_interrupted_run_continues(indexed):
+    whole = contents(indexed)
+    interrupt(pack_module, "write_dataset", *IN_PLACE, "--input", indexed, "--overwrite")
     assert not (indexed / MANIFEST_NAME).exists()
     progress = run(indexed)
     assert (progress.before, progress.counts.images) == (progress.total, 0)
-    assert {path.name: path.read_bytes() for path in indexed.iterdir()} == whole
+    assert contents(indexed) == whole
 
 
-def test_a_tar_that_changed_meanwhile_is_another_plan(indexed, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "write_dataset", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(indexed, "--overwrite")
+def test_an_interrupted_run_does_not_continue_with_a_changed_tar(indexed, tmp_path):
+    interrupt(pack_module, "write_dataset", *IN_PLACE, "--input", indexed, "--overwrite")
     tar = indexed / "imagenet1k-train-0001.tar"
     write(tmp_path, "new", images([(90, 90)] * 3), 3)
     shutil.copy(tmp_path / "new-0000.tar", tar)
@@ -197,22 +190,17 @@ def test_a_tar_that_changed_meanwhile_is_another_plan(indexed, monkeypatch, tmp_
 @pytest.mark.parametrize(
     "stopped_at", [None, "nothing", (pack_module, "write_dataset"), (resume, "_remove_records")]
 )
-def test_packing_never_replaces_tars_that_were_not_packed_there(
-    stopped_at, foreign, pictures, tmp_path, monkeypatch
-):
+def test_packing_never_replaces_tars_that_it_did_not_write(stopped_at, foreign, pictures, tmp_path):
     folder = tmp_path / "foreign"
     folder.mkdir()
-    for number, tar in enumerate(sorted(foreign.glob("*.tar"))):  # bearing the very names of a packing
+    for number, tar in enumerate(sorted(foreign.glob("*.tar"))):  # with the names that packing gives
         split = "train" if "train" in tar.name else "val"
         shutil.copy(tar, folder / f"{split}-{number:06d}.tar")
     before = tars(folder)
     if stopped_at:
         run(folder)
     if stopped_at and stopped_at != "nothing":
-        with monkeypatch.context() as patch:
-            patch.setattr(*stopped_at, stop)
-            with pytest.raises(KeyboardInterrupt):
-                run(folder, "--overwrite")
+        interrupt(*stopped_at, *IN_PLACE, "--input", folder, "--overwrite")
     for overwrite in ((), ("--overwrite",)):
         with pytest.raises(SourceError, match=r"contains train-000000.tar, which this packer did not write"):
             pack_here("--input", pictures, "--out", folder, *overwrite)
@@ -228,24 +216,24 @@ def test_damage_is_named_with_the_shard_and_the_member(indexed):
     content[start : start + 4] = b"none"
     tar.write_bytes(content)
     (indexed / reader.split.shards[0].file).unlink()
-    damages = [str(damage) for damage in verify(indexed, "sampled", 1).damages]
-    assert damages == [
+    problems = [str(problem) for problem in verify(indexed, "sampled", 1).problems]
+    assert problems == [
         "imagenet1k-train-0000.tar: is missing",
         f"{tar.name}, {key}.jpg, byte {start}: is not a JPEG",
         f"{tar.name}: its sha256 differs from the one in dataset.json",
     ]
 
 
-def test_indices_are_made_again_by_the_command_that_made_them(indexed):
+def test_a_lost_index_is_made_again_by_the_same_command(indexed):
     (indexed / "train.index.npy").unlink()
-    assert [damage.file for damage in verify(indexed, "none", 1).damages] == ["train.index.npy"]
-    with pytest.raises(DatasetError, match=f"make_shards --input {indexed} --in-place --overwrite"):
+    assert [problem.file for problem in verify(indexed, "none", 1).problems] == ["train.index.npy"]
+    with pytest.raises(DatasetError, match=f"make-shards --input {indexed} --in-place --overwrite"):
         repair(indexed, 1)
     run(indexed, "--overwrite")
     assert verify(indexed, "none", 1).count == 0
 
 
-def test_names_that_lead_out_of_the_folder_are_not_followed(indexed):
+def test_shard_names_outside_the_folder_are_refused(indexed):
     content = json.loads((indexed / MANIFEST_NAME).read_text())
     for name in ("../other.tar", "/other.tar", "a/../../other.tar", "./x.tar"):
         content["splits"]["val"]["shards"][0]["file"] = name
@@ -254,7 +242,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(indexed):
             verify(indexed, "none", 1)
 
 
-def test_what_is_in_it_can_be_inspected(indexed, tmp_path):
+def test_an_indexed_folder_can_be_inspected(indexed, tmp_path):
     inspect_shards.inspect(indexed, tmp_path / "report", 0, 1)
     assert "10 classes" in (tmp_path / "report/report.md").read_text()
 
@@ -269,21 +257,16 @@ def test_what_is_in_it_can_be_inspected(indexed, tmp_path):
         (("--out", "out", "--check", "headers"), "--check headers needs --geometry original"),
     ],
 )
-def test_what_does_not_go_together_is_refused(arguments, message, capsys):
+def test_options_that_exclude_each_other_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_arguments(["--input", "in", *arguments])
     assert message in capsys.readouterr().err
 
 
-def test_packing_below_the_input_continues_without_taking_its_own_shards_for_input(
-    foreign, tmp_path, monkeypatch
-):
+def test_packing_below_the_input_does_not_read_its_own_shards_when_it_continues(foreign, tmp_path):
     source = Path(shutil.copytree(foreign, tmp_path / "source"))
     arguments = ("--input", source, "--out", source / "packed", "--size", "32")
-    with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "write_dataset", stop)
-        with pytest.raises(KeyboardInterrupt):
-            pack_here(*arguments)
+    interrupt(pack_module, "write_dataset", *arguments)
     progress = Progress()
     pack_here(*arguments, progress=progress)
     assert progress.counts.images == 0

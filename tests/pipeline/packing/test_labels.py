@@ -1,8 +1,8 @@
-"""Labels of flat validation images and names of classes, from the files that people have."""
+"""Labels of validation images in one folder, and names of classes, from the files that people have."""
 
+import gzip
 import io
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,17 @@ from scipy.io import savemat
 from pipeline.packing.sources.find import find_sources
 from pipeline.packing.sources.labels import Annotations, read_class_names
 from pipeline.packing.sources.listing import SourceError, open_folder
+from tests.trees import assert_refused, tar_of, touch, write
 
 # In the order of the devkit's numbers, which is not the alphabet's.
 CLASSES = {"n03": "kit fox, Vulpes macrotis", "n01": "tench", "n02": "crane"}
-# What the files say of four images; the numbers in ground truths begin at 1.
+# The labels that all forms give four images; the numbers in ground truths begin at 1.
 LABELS = {"x_1.JPEG": "n01", "x_2.JPEG": "n03", "x_3.JPEG": "n01", "x_4.JPEG": "n02"}
 NUMBERS = "2\n1\n2\n3\n"
 
 
 def meta(year: int = 2012) -> bytes:
-    """As in the devkit: classes, then a node of the tree above them."""
+    """Return the devkit's meta.mat: the classes, and then a node of the tree above them."""
     rows = [(n, wnid, words) for n, (wnid, words) in enumerate(CLASSES.items(), 1)]
     rows.append((4, "n99", "animal"))
     synsets = np.array(rows, [(f"ILSVRC{year}_ID", object), ("WNID", object), ("words", object)])
@@ -31,16 +32,9 @@ def meta(year: int = 2012) -> bytes:
 
 
 def devkit(year: int = 2012) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in (
-            (f"ILSVRC{year}_validation_ground_truth.txt", NUMBERS.encode()),
-            ("meta.mat", meta(year)),
-        ):
-            info = tarfile.TarInfo(f"ILSVRC{year}_devkit/data/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+    files = {f"ILSVRC{year}_validation_ground_truth.txt": NUMBERS.encode(), "meta.mat": meta(year)}
+    tar = tar_of({f"ILSVRC{year}_devkit/data/{name}": content for name, content in files.items()})
+    return gzip.compress(tar)
 
 
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -65,66 +59,55 @@ FORMS = {
 
 def fill(root: Path, files: dict) -> Annotations:
     for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        made = content() if callable(content) else content
-        (root / name).write_bytes(made if isinstance(made, bytes) else made.encode())
+        write(root / name, content() if callable(content) else content)
     return Annotations(open_folder(str(root)))
 
 
 @pytest.mark.parametrize("files", FORMS.values(), ids=FORMS)
-def test_each_form_gives_the_same_labels(tmp_path, files):
+def test_every_form_gives_the_same_labels(tmp_path, files):
     assert fill(tmp_path, files).classes(sorted(LABELS)) == LABELS
 
 
 ERRORS = {
     "nothing": ({}, "has no labels for the validation images.*devkit"),
     "numbers alone": ({TRUTH: NUMBERS}, "put the devkit's meta.mat next to it, or map_clsloc.txt"),
-    "a number too great": (
+    "a number above the maximum": (
         {TRUTH: "2\n1\n2\n4\n", "map_clsloc.txt": MAP},
         "line 4: '4' is not the number of",
     ),
     "zero": ({TRUTH: "2\n1\n0\n3\n", "map_clsloc.txt": MAP}, "line 3: '0' is not the number of a class"),
-    "a word": (
-        {TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP},
-        "line 3: 'n01' is not the number of",
-    ),
+    "a word": ({TRUTH: "2\n1\nn01\n3\n", "map_clsloc.txt": MAP}, "line 3: 'n01' is not the number of"),
     "too few": ({TRUTH: "2\n1\n", "map_clsloc.txt": MAP}, "has 2 labels, but there are 4 validation images"),
     "too few ids": ({"val.txt": "n01\nn02\n"}, "has 2 labels, but there are 4"),
-    "an image unnamed": (
-        {"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"},
-        "lacks labels for 2 images.* x_2.JPEG",
-    ),
-    "mixed": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes lines of"),
+    "missing labels": ({"val.txt": "x_1.JPEG n01\nx_3.JPEG n01\n"}, "lacks labels for 2 images.* x_2.JPEG"),
+    "mixed lines": ({"val.txt": "x_1.JPEG n01\nn01\n"}, "val.txt mixes two forms of lines"),
     "not text": ({"val.txt": b"\xff\n"}, "val.txt is not UTF-8 text"),
-    "other columns": (
-        {"LOC_val_solution.csv": "a,b\n1,2\n"},
-        "solution.csv, line 2: there is no ImageId",
-    ),
+    "other columns": ({"LOC_val_solution.csv": "a,b\n1,2\n"}, "solution.csv, line 2: there is no ImageId"),
     "an empty prediction": (
         {"LOC_val_solution.csv": "ImageId,PredictionString\nx_1,\n"},
         "line 2: there is no",
     ),
     "a short row": ({"LOC_val_solution.csv": "ImageId,PredictionString\nx_1\n"}, "line 2: there is no"),
     "numbers out of order": ({TRUTH: NUMBERS, "map_clsloc.txt": "n03 1\nn01 3\n"}, "line 2: the number is 3"),
-    "a class list by the alphabet": (
+    "a class list in alphabetical order": (
         {TRUTH: NUMBERS, "map_clsloc.txt": "".join(f"n{n:08d}\n" for n in range(1000))},
         "alphabetical order",
     ),
-    "a devkit cut short": ({"ILSVRC2012_devkit_t12.tar.gz": lambda: devkit()[:200]}, "devkit.* is damaged"),
-    "a devkit that is none": ({"ILSVRC2012_devkit_t12.tar.gz": b"<html>"}, "devkit.* is damaged"),
+    "a truncated devkit": ({"ILSVRC2012_devkit_t12.tar.gz": lambda: devkit()[:200]}, "devkit.* is damaged"),
+    "a devkit that is not a tar": ({"ILSVRC2012_devkit_t12.tar.gz": b"<html>"}, "devkit.* is damaged"),
     "a broken meta.mat": ({TRUTH: NUMBERS, "meta.mat": b"MATLAB" * 99}, "meta.mat is not the devkit's"),
 }
 
 
 @pytest.mark.parametrize(("files", "message"), ERRORS.values(), ids=ERRORS)
-def test_labels_that_cannot_be_relied_on_are_refused(tmp_path, files, message):
+def test_unreliable_labels_are_refused(tmp_path, files, message):
     with pytest.raises(SourceError, match=message) as refusal:
         fill(tmp_path, files).classes(sorted(LABELS))
     assert str(tmp_path) in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_without_scipy_the_message_names_both_ways_out(tmp_path, monkeypatch):
+def test_without_scipy_the_message_names_both_solutions(tmp_path, monkeypatch):
     annotations = fill(tmp_path, FORMS["devkit's data"])
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(SourceError, match=r"\[imagenet\].* map_clsloc.txt for the labels and --class-names"):
@@ -140,11 +123,8 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_picked_up_unless_others_are_given(tmp_path, name):
-    for split in ("train", "val"):
-        for wnid in CLASSES:
-            (tmp_path / split / wnid).mkdir(parents=True)
-            (tmp_path / split / wnid / "1.JPEG").touch()
+def test_class_names_are_found_unless_others_are_given(tmp_path, name):
+    touch(tmp_path, *(f"{split}/{wnid}/1.JPEG" for split in ("train", "val") for wnid in CLASSES))
     assert find_sources(tmp_path, None, 0).names == {}
     fill(tmp_path, {name: NAMES[name]})
     names = find_sources(tmp_path, None, 0).names
@@ -153,17 +133,13 @@ def test_names_are_picked_up_unless_others_are_given(tmp_path, name):
     assert find_sources(tmp_path, None, 0, tmp_path / "mine").names == {"n01": "mine"}
 
 
-def test_a_class_of_the_list_that_is_not_trained_on_is_refused(tmp_path):
-    (tmp_path / "train/n01").mkdir(parents=True)
-    (tmp_path / "train/n01/1.JPEG").touch()
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val/x_1.JPEG").touch()
-    (tmp_path / "val.txt").write_text("x_1.JPEG 65\n")  # Caffe's numbers are no class ids
-    with pytest.raises(SourceError, match=r"class 65 is in .*val but not in"):
-        find_sources(tmp_path, None, 0)
+def test_a_validation_class_without_training_images_is_refused(tmp_path):
+    touch(tmp_path, "train/n01/1.JPEG", "val/x_1.JPEG")
+    (tmp_path / "val.txt").write_text("x_1.JPEG 65\n")  # Caffe's numbers are not class ids
+    assert_refused(tmp_path, "class 65 is in .*val but not in")
 
 
-def test_class_names_of_imagenets_synset_words(tmp_path):
+def test_class_names_are_read_from_imagenets_synset_words(tmp_path):
     path = tmp_path / "synset_words.txt"
     path.write_text("n02691156 airliner, plane\nn02123045 tabby, tabby cat\n\nn00000000\n")
     assert read_class_names(path) == {"n02691156": "airliner, plane", "n02123045": "tabby, tabby cat"}

@@ -1,4 +1,4 @@
-"""An unfinished output: it is continued by the same command, and kept from any other."""
+"""An unfinished output is continued by the same command and protected from any other."""
 
 import json
 import os
@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import pytest
+from PIL import Image
 
 from pipeline.manifest import MANIFEST_NAME, read_manifest
 from pipeline.packing import executors, resume
@@ -15,25 +18,23 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
 from pipeline.packing.shard_results import SUFFIX
 from pipeline.packing.sources.find import SourceError
-from pipeline.packing.storage import UNFINISHED
+from pipeline.packing.storage import STATE_FOLDER
 from tests.events import HOLD, at_picture, events
-from tests.helpers import REPO, wait_until
-from tests.trees import contents, pack_here
+from tests.helpers import REPO, has_ended, wait_until
+from tests.trees import contents, encode, pack_here
 from tools.make_shards import pack, parse_arguments
 
 SETTINGS = ("--size", "32", "--shard-samples", "10", "--max-reject-ratio", "1")
-SHARDS = 8  # 60 images to train on, 20 to validate on
+SHARDS = 8  # for 60 training and 20 validation images
 
 
 @pytest.fixture(scope="module")
 def source(pictures, tmp_path_factory) -> Path:
-    """With a file to repair and one to reject, so that records have events."""
+    """The drawn pictures, with a file to repair and one to reject, so that records have events."""
     root = shutil.copytree(pictures, tmp_path_factory.mktemp("source") / "in")
     first, second, *_ = sorted(root.glob("train/*/*"))
     first.write_bytes(b"no image")
-    second.write_bytes(
-        bytes.fromhex("47494638396101000100800000000000ffffff2c00000000010001000002024401003b")
-    )
+    second.write_bytes(encode(Image.new("L", (1, 1)), "GIF"))
     return root
 
 
@@ -45,33 +46,28 @@ def run(source: Path, output: Path, *arguments: str) -> Progress:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory) -> dict[str, bytes]:
-    """What a run makes that nothing interrupts."""
+    """The files of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
     assert run(source, output).before == 0
     return contents(output)
 
 
 @pytest.fixture
-def unfinished(source, tmp_path, monkeypatch) -> Path:
-    """An output with all shards and records, left when the index was to be written."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
+def unfinished(source, tmp_path) -> Path:
+    """An output with all shards and records, whose run was interrupted before it wrote the index."""
     output = tmp_path / "unfinished"
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.packing.pack.write_dataset", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(source, output)
-    assert len(list((output / UNFINISHED).glob(f"*{SUFFIX}"))) == SHARDS
+    interrupted = patch("pipeline.packing.pack.write_dataset", side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt):
+        run(source, output)
+    assert len(list((output / STATE_FOLDER).glob(f"*{SUFFIX}"))) == SHARDS
     return output
 
 
 def record(output: Path, name: str) -> Path:
-    return output / UNFINISHED / f"{name}{SUFFIX}"
+    return output / STATE_FOLDER / f"{name}{SUFFIX}"
 
 
-def test_what_is_whole_is_not_packed_again(source, whole, unfinished):
+def test_finished_shards_are_not_packed_again(source, whole, unfinished):
     before = {path.name: path.stat().st_mtime_ns for path in unfinished.glob("*.tar")}
     progress = run(source, unfinished)
     assert (progress.before, progress.counts.images) == (80, 0)
@@ -84,26 +80,26 @@ DAMAGES = {
     "no shard": lambda output: (output / "train-000001.tar").unlink(),
     "no index": lambda output: (output / "train-000001.idx").unlink(),
     "an empty index": lambda output: (output / "train-000001.idx").write_bytes(b""),
-    "a shard cut short": lambda output: (output / "train-000001.tar").write_bytes(b"short"),
-    "another shard in its place": lambda output: (output / "train-000001.tar").write_bytes(
+    "a truncated shard": lambda output: (output / "train-000001.tar").write_bytes(b"short"),
+    "a shard of zeros": lambda output: (output / "train-000001.tar").write_bytes(
         bytes((output / "train-000001.tar").stat().st_size)
     ),
     "a broken record": lambda output: record(output, "train-000001.tar").write_text('{"shard": '),
-    "a record of something else": lambda output: record(output, "train-000001.tar").write_text("[1]"),
+    "a record of another form": lambda output: record(output, "train-000001.tar").write_text("[1]"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_what_is_not_whole_is_packed_again(source, whole, unfinished, damage):
+def test_a_damaged_shard_or_record_is_packed_again(source, whole, unfinished, damage):
     damage(unfinished)
     progress = run(source, unfinished)
     assert (progress.before, progress.counts.images) == (70, 10)
     assert contents(unfinished) == whole
 
 
-def test_what_a_killed_worker_was_writing_is_removed(source, whole, unfinished):
-    (unfinished / UNFINISHED / "tmpabc").mkdir()
-    (unfinished / UNFINISHED / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
+def test_partial_files_of_a_killed_worker_are_removed(source, whole, unfinished):
+    (unfinished / STATE_FOLDER / "tmpabc").mkdir()
+    (unfinished / STATE_FOLDER / "tmpabc/.train-000001.tar.partial").write_bytes(b"half")
     run(source, unfinished)
     assert contents(unfinished) == whole
 
@@ -118,7 +114,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("name", "arguments"), OTHERS.items())
-def test_another_plan_is_refused_by_what_differs(source, unfinished, name, arguments):
+def test_other_settings_are_refused_by_name(source, unfinished, name, arguments):
     before = contents(unfinished)
     with pytest.raises(SourceError, match=rf"differs from it in {name}.*: .*--overwrite"):
         run(source, unfinished, *arguments)
@@ -127,10 +123,10 @@ def test_another_plan_is_refused_by_what_differs(source, unfinished, name, argum
     manifest = read_manifest(unfinished)
     shards = {shard.file for split in manifest.splits.values() for shard in split.shards}
     assert {path.name for path in unfinished.glob("*.tar")} == shards
-    assert not (unfinished / UNFINISHED).exists()
+    assert not (unfinished / STATE_FOLDER).exists()
 
 
-def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_path, monkeypatch):
+def test_other_files_and_other_versions_are_refused(source, unfinished, tmp_path, monkeypatch):
     more = shutil.copytree(source, tmp_path / "more")
     with pytest.raises(SourceError, match="differs from it in --input, the files found:"):
         run(more, unfinished)
@@ -139,7 +135,7 @@ def test_other_files_and_other_versions_are_other_plans(source, unfinished, tmp_
         run(source, unfinished)
 
 
-def test_more_workers_may_continue(source, whole, unfinished):
+def test_more_workers_can_continue(source, whole, unfinished):
     record(unfinished, "train-000001.tar").unlink()
     record(unfinished, "val-000001.tar").unlink()
     options = ("--input", str(source), "--out", str(unfinished), *SETTINGS, "--workers", "2")
@@ -147,44 +143,41 @@ def test_more_workers_may_continue(source, whole, unfinished):
     assert contents(unfinished) == whole
 
 
-def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path, monkeypatch):
-    """Killed in `end`: some records may be gone, the plan goes last."""
-    with monkeypatch.context() as patch:
-        patch.setattr(resume, "end", lambda output: None)
+def test_a_run_stopped_after_its_manifest_only_tidies_up(source, whole, tmp_path):
+    """A kill in `end` may leave some of the records, and always leaves the plan."""
+    with patch.object(resume, "clean_up"):
         run(source, tmp_path)
     record(tmp_path, "train-000001.tar").unlink()
     assert run(source, tmp_path).counts.images == 0
     assert contents(tmp_path) == whole
 
 
-def test_overwriting_that_is_stopped_leaves_nothing_of_the_old_behind(source, whole, tmp_path, monkeypatch):
+def test_interrupted_overwriting_leaves_nothing_of_the_old_dataset(source, whole, tmp_path):
     run(source, tmp_path, "--shard-samples", "5")
-    with monkeypatch.context() as patch:
-        patch.setattr(resume, "_remove_records", lambda output: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(source, tmp_path, "--overwrite")
+    interrupted = patch.object(resume, "_remove_records", side_effect=KeyboardInterrupt)
+    with interrupted, pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path, "--overwrite")
     assert not (tmp_path / MANIFEST_NAME).exists()
-    (tmp_path / "train-000011.tar").write_bytes(b"as if it had not been its turn yet")
+    (tmp_path / "train-000011.tar").write_bytes(b"a shard that was not removed yet")
     with pytest.raises(SourceError, match="unfinished"):
         run(source, tmp_path)
     run(source, tmp_path, "--overwrite")
     assert contents(tmp_path) == whole
 
 
-def test_a_second_run_is_refused_while_the_first_is_at_work(
+def test_a_second_run_is_refused_while_the_first_is_running(
     source, whole, tmp_path, make_shards, monkeypatch
 ):
     refused = []
 
     def run_tasks(*arguments):
-        refused.append(make_shards(source, tmp_path, *SETTINGS))
+        refused.append(make_shards(source, tmp_path, *SETTINGS, code=1))
         return real(*arguments)
 
     real = executors.run_tasks
     monkeypatch.setattr(executors, "run_tasks", run_tasks)
     run(source, tmp_path)
-    assert refused[0].returncode == 1
-    assert refused[0].stderr.startswith(f"make_shards: another run is packing into {tmp_path}")
+    assert refused[0].stderr.startswith(f"make-shards: another run is packing into {tmp_path}")
     assert contents(tmp_path) == whole
 
 
@@ -193,36 +186,24 @@ def test_a_refused_run_leaves_a_dataset_as_it_was(source, whole, tmp_path):
     with pytest.raises(SourceError, match="already contains a dataset"):
         run(source, tmp_path)
     assert contents(tmp_path) == whole
-    assert not (tmp_path / UNFINISHED).exists()
+    assert not (tmp_path / STATE_FOLDER).exists()
 
 
 def test_the_plan_is_readable(unfinished, source):
-    plan = json.loads((unfinished / UNFINISHED / "plan.json").read_text())
+    plan = json.loads((unfinished / STATE_FOLDER / "plan.json").read_text())
     assert (plan["--seed"], plan["--size"], plan["--input"]) == (0, 32, str(source))
 
 
-def workers_of(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_workers_end_with_the_command(source, tmp_path):
-    """It is killed while one of them waits at a picture, so that there is work left."""
+def test_workers_end_when_the_command_is_killed(source, tmp_path):
+    """It is killed while one of them waits at a picture, so that work is left."""
     held = at_picture(31, HOLD, tmp_path / "events", source)
     command = [sys.executable, "tools/make_shards.py", "--input", source, "--out", tmp_path / "out"]
     with subprocess.Popen([*command, "--workers=2"], cwd=REPO, env=os.environ | held) as process:
         wait_until(lambda: len(events(tmp_path / "events")) >= 31, process)
-        workers = workers_of(process.pid)
+        workers = psutil.Process(process.pid).children()
         process.kill()  # it alone
-    assert workers
-    wait_until(lambda: not any(map(is_alive, workers)))
+    assert len(workers) >= 2
+    wait_until(lambda: all(map(has_ended, workers)))
 
 
 def test_versions_that_differ_in_a_worker_are_refused(source, tmp_path, monkeypatch):

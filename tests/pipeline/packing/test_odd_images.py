@@ -1,4 +1,4 @@
-"""What `pack_image` does with odd, broken and hostile files."""
+"""`pack_image` packs, repairs or rejects odd, broken and hostile files."""
 
 import csv
 import re
@@ -14,29 +14,23 @@ from PIL import Image
 
 from pipeline.jpeg import size_offset
 from pipeline.packing import images
-from pipeline.packing.images import Packed, RejectedError, check_image, pack_image
-from tests.trees import ODD
+from pipeline.packing.images import PackedImage, RejectedError, check_image, pack_image
+from tests.trees import ODD, encode
 
 ROWS = list(csv.DictReader((ODD / "MANIFEST.tsv").open(), delimiter="\t")) if ODD.is_dir() else []
 
-# The words that the module's docstring defines: what a file is rejected as, what it is repaired from, and
-# what one that cannot be repaired is rejected as, too.
+# The reasons that the module's docstring lists: for rejecting a file, for repairing it, and for rejecting a
+# file that may not be repaired.
 REJECTED, REPAIRED, UNFIT = (
     set(re.findall(r"^ {4}(\S+(?: \S+)*) {2}", part, re.M))
     for part in re.split(r"\*\*repaired\*\*|`check_image`", images.__doc__)
 )
 
 
-def test_the_documented_words_are_found():
+def test_the_documented_reasons_are_found():
     assert {"empty", "not an image", "too large", "truncated", "corrupt", "too elongated"} <= REJECTED
     assert {"not a JPEG", "not RGB", "rotated"} == REPAIRED
     assert {"not plain"} == UNFIT
-
-
-def encode(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def noise(width: int = 64, height: int = 48) -> Image.Image:
@@ -44,16 +38,13 @@ def noise(width: int = 64, height: int = 48) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | str:
-    """What comes out: a sound picture, or the reason, one of the documented."""
-    reason, packed = None, None
+def outcome(content: bytes, geometry: str = "256", size: int = 32) -> PackedImage | str:
+    """Return the packed picture, which must be sound, or the reason, which must be documented."""
     try:
         packed = pack_image(content, geometry, size, 90)
     except RejectedError as rejection:
-        reason = str(rejection)
-    if packed is None:
-        assert reason in REJECTED
-        return reason
+        assert str(rejection) in REJECTED  # noqa: PT017
+        return str(rejection)
     jpeg = Image.open(BytesIO(packed.jpeg), formats=["JPEG"])
     jpeg.load()
     assert (jpeg.mode, jpeg.size) == ("RGB", (packed.width, packed.height))
@@ -67,40 +58,41 @@ def outcome(content: bytes, geometry: str = "256", size: int = 32) -> Packed | s
     return packed
 
 
-def assert_the_loader_takes(packed: Packed) -> None:
-    """It compares the size in the header with the index each time."""
-    place = size_offset(packed.jpeg)
-    assert place is not None
-    assert struct.unpack(">HH", packed.jpeg[place : place + 4]) == (packed.height, packed.width)
+def assert_the_loader_takes(packed: PackedImage) -> None:
+    """Check that the header gives the size of the picture, which the loader compares with the index."""
+    offset = size_offset(packed.jpeg)
+    assert offset is not None
+    assert struct.unpack(">HH", packed.jpeg[offset : offset + 4]) == (packed.height, packed.width)
 
 
-@pytest.mark.skipif(not ROWS, reason=f"no odd images at {ODD}")
+every_odd_file = pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
+
+
 @pytest.mark.parametrize("geometry", ["256", "original"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
-def test_odd_files_do_what_their_manifest_says(row, geometry):
+@every_odd_file
+def test_odd_files_have_the_outcome_of_their_manifest_and_original_is_baseline(row, geometry):
     content = (ODD / "files" / row["file"]).read_bytes()
     result = outcome(content, geometry, 256)
     if row["expected"].startswith("reject"):
         assert isinstance(result, str)
-    elif row["file"] == "strip_1000x1.jpg":  # the one whose text allows a documented rule against it
+    elif row["file"] == "strip_1000x1.jpg":  # its manifest allows a documented rule against it
         assert result == "too elongated"
     elif row["expected"].startswith("valid"):
-        assert isinstance(result, Packed)
-    if isinstance(result, Packed) and result.jpeg == content:
+        assert isinstance(result, PackedImage)
+    if isinstance(result, PackedImage) and result.jpeg == content:
         assert geometry == "original"
         assert not result.repairs
+    if isinstance(result, PackedImage) and geometry == "original":
+        assert is_strictly_baseline(result.jpeg)
 
 
-@pytest.mark.skipif(not ROWS, reason=f"no odd images at {ODD}")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
+@every_odd_file
 def test_odd_files_that_cannot_be_repaired_are_kept_or_rejected(row):
-    content, reason = (ODD / "files" / row["file"]).read_bytes(), None
+    content = (ODD / "files" / row["file"]).read_bytes()
     try:
         kept = check_image(content, 256)
     except RejectedError as rejection:
-        reason = str(rejection)
-    if reason is not None:
-        assert reason in REJECTED | REPAIRED | UNFIT
+        assert str(rejection) in REJECTED | REPAIRED | UNFIT  # noqa: PT017
         return
     assert not row["expected"].startswith("reject")
     assert kept.jpeg is content
@@ -109,7 +101,7 @@ def test_odd_files_that_cannot_be_repaired_are_kept_or_rejected(row):
 
 
 def by_dali(jpeg: bytes) -> np.ndarray:
-    """Decoded as the loader does it: [h,w,3]."""
+    """Return the picture that the loader's decoder gives, [h,w,3]."""
     from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
@@ -122,74 +114,61 @@ def by_dali(jpeg: bytes) -> np.ndarray:
     return np.asarray(pipeline.run()[0][0], int)
 
 
-def strictly_baseline(jpeg: bytes) -> bool:
-    """Whether nothing but segments and fill bytes comes before the scan, and SOF0 is the only frame."""
-    place, frames = 2, []
-    while jpeg[place] == 0xFF:
-        marker = jpeg[place + 1]
+def is_strictly_baseline(jpeg: bytes) -> bool:
+    """Return whether SOF0 is the only frame and only segments and fill bytes precede the scan."""
+    offset, frames = 2, []
+    while jpeg[offset] == 0xFF:
+        marker = jpeg[offset + 1]
         if marker == 0xDA:
             return frames == [0xC0]
         if marker == 0xFF:
-            place += 1
+            offset += 1
             continue
         if marker < 0xC0:
             return False
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frames.append(marker)
-        place += 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        offset += 2 + int.from_bytes(jpeg[offset + 2 : offset + 4], "big")
     return False
 
 
-@pytest.mark.skipif(not ROWS, reason=f"no odd images at {ODD}")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["file"])
-def test_whatever_original_packs_is_strictly_baseline(row):
-    result = outcome((ODD / "files" / row["file"]).read_bytes(), "original", 256)
-    assert isinstance(result, str) or strictly_baseline(result.jpeg)
-
-
-def test_nothing_and_no_image():
+def test_content_that_is_not_an_accepted_image_is_rejected():
     assert outcome(b"") == "empty"
-    for content in (
-        b"\0",
-        b"hello, I am no image",
-        b"<html></html>" * 99,
-        bytes(10_000),
-        b"\x89PNG\r\n\x1a\n",
-    ):
+    for content in (b"\0", b"hello", b"<html></html>" * 99, bytes(10_000), b"\x89PNG\r\n\x1a\n"):
         assert outcome(content) == "not an image"
-    icon = encode(noise(16, 16), "ICO")  # a format that Pillow reads and the list leaves out
+    icon = encode(noise(16, 16), "ICO")  # a format that Pillow reads but the packer does not accept
     assert outcome(icon) == "not an image"
 
 
-def test_no_exception_of_a_plugin_gets_out():
-    """Pillow's plugins raise ValueError and SyntaxError, too, not OSError alone."""
+def test_exceptions_of_pillows_plugins_are_handled():
+    """Pillow's plugins also raise ValueError and SyntaxError."""
     assert outcome(b"P6 sixty 48 255 ") == "not an image"  # ValueError in opening
     assert outcome(b"P3 2 2 255 1 2 3 four 5 6") == "corrupt"  # ValueError in decoding
     exif = b"Exif\0\0neither of the byte orders"  # SyntaxError in reading the orientation
-    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif, dpi=(72, 72))), Packed)
+    assert isinstance(outcome(encode(noise(), "JPEG", exif=exif, dpi=(72, 72))), PackedImage)
 
 
-def test_a_marker_without_a_length_leads_no_walk_past_the_end():
+def test_a_marker_without_a_length_does_not_lead_past_the_end():
     plain = encode(noise(), "JPEG")
-    restart = plain[:2] + b"\xff\xd0" + plain[2:]  # two bytes and no length; 0xffe0 follows
-    hostile = restart.ljust(4 + 0xFFE0, b"\0") + b"\xff"  # what that would lead to, as a length
+    restart = plain[:2] + b"\xff\xd0" + plain[2:]  # without a length; 0xffe0 follows
+    hostile = restart.ljust(4 + 0xFFE0, b"\0") + b"\xff"  # where that would lead as a length
     result = outcome(hostile, "original")
-    assert isinstance(result, Packed)
-    assert strictly_baseline(result.jpeg)
+    assert isinstance(result, PackedImage)
+    assert is_strictly_baseline(result.jpeg)
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_jpegs_cut_in_the_picture_are_rejected(progressive, part):
+def test_truncated_jpegs_are_rejected(progressive, part):
     content = encode(noise(), "JPEG", progressive=progressive)
     for geometry in ("256", "original"):
         assert outcome(content[: int(len(content) * part)], geometry) in ("truncated", "corrupt")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
-def test_other_formats_cut_in_half_are_rejected(kind):
+def test_other_truncated_formats_are_rejected(kind):
     content = encode(noise(), kind)
-    assert isinstance(outcome(content), Packed)
+    assert isinstance(outcome(content), PackedImage)
     assert outcome(content[: len(content) // 2]) in REJECTED
 
 
@@ -213,25 +192,25 @@ def jpeg_of(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (60_000, 3_000), (10_001, 10_000)])
 @pytest.mark.parametrize("claim", [png_of, gif_of, jpeg_of])
-def test_headers_that_claim_too_much_are_rejected_before_anything_is_allocated(claim, size, monkeypatch):
+def test_huge_images_are_rejected_before_memory_is_allocated(claim, size, monkeypatch):
     assert outcome(claim(64, 48)) != "too large"
     content = claim(*size)
 
     def allocate(*_):
-        pytest.fail("memory was asked for")  # not an Exception, so no handler swallows it
+        pytest.fail("memory was asked for")  # which no handler of Exception catches
 
     for name in ("new", "fill"):
         monkeypatch.setattr(Image.core, name, allocate)
     assert outcome(content) == "too large"
 
 
-def test_exactly_the_limit_is_not_too_large():
+def test_an_image_of_exactly_the_limit_is_not_too_large():
     assert images.MAX_PIXELS == 10_000**2
     assert outcome(png_of(10_000, 10_000)) in ("truncated", "corrupt")
 
 
 def seeds() -> list[bytes]:
-    """A small file of each kind, with metadata to break, too."""
+    """Return a small file of each format, with metadata."""
     picture, exif = noise(24, 16), Image.Exif()
     exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 1.5
     settings = {"exif": exif, "icc_profile": b"profile" * 9, "comment": b"comment"}
@@ -252,10 +231,10 @@ EDITS = st.tuples(
 
 @settings(max_examples=300)
 @given(content=st.sampled_from(seeds()), edits=st.lists(EDITS, min_size=1, max_size=6))
-def test_damaged_files_are_packed_or_rejected_and_nothing_else(content, edits):
+def test_damaged_files_are_packed_or_rejected(content, edits):
     for kind, where, data in edits:
-        place = int(where * len(content))
-        before, after = content[:place], content[place:]
+        offset = int(where * len(content))
+        before, after = content[:offset], content[offset:]
         content = {
             "set": before + data[:1] + after[1:],
             "cut": before + after[len(data) :],
@@ -263,7 +242,7 @@ def test_damaged_files_are_packed_or_rejected_and_nothing_else(content, edits):
             "end": before,
         }[kind]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "MAX_PIXELS", 10**6)  # so that broken lengths do not cost memory here
+        patch.setattr(images, "MAX_PIXELS", 10**6)  # so that broken sizes do not cost memory
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
         for geometry in ("original", "256"):
-            assert isinstance(outcome(content, geometry, 16), Packed | str)  # or it fails
+            assert isinstance(outcome(content, geometry, 16), PackedImage | str)  # otherwise outcome fails

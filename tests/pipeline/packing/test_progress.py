@@ -1,4 +1,4 @@
-"""What a run says of itself while it is at work: to people, and to Prometheus."""
+"""A run reports its progress to people and to Prometheus."""
 
 import socket
 import sys
@@ -20,11 +20,11 @@ from tools.make_shards import main
 def clock(monkeypatch) -> list[float]:
     """The time in seconds, which the test moves."""
     now = [1000.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))  # nobody else's
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))  # only for this module
     return now
 
 
-def test_rate_and_time_left_are_of_this_run(clock):
+def test_the_rate_and_the_time_left_are_those_of_this_run(clock):
     shown = Progress()
     shown.begin(total=10_000, before=4000)
     assert (shown.images_per_second, shown.seconds_left) == (0, float("inf"))
@@ -33,10 +33,10 @@ def test_rate_and_time_left_are_of_this_run(clock):
     assert shown.done == 5000
     assert shown.images_per_second == 100
     assert shown.seconds_left == 50
-    assert str(shown) == "5,000 of 10,000 images, 25.0 MB, 3 rejected, 100 images/s, 0 min 50 s left"
+    assert str(shown) == "5,000 of 10,000 images, 25.0 MB, 3 rejected, 100 images/s, 50 s left"
 
 
-def test_the_rate_is_of_the_last_half_minute(clock):
+def test_the_rate_is_that_of_the_last_half_minute(clock):
     shown = Progress()
     shown.begin(total=10**6, before=0)
     for second in range(1, 101):
@@ -45,7 +45,7 @@ def test_the_rate_is_of_the_last_half_minute(clock):
     assert shown.images_per_second == 10
 
 
-def test_without_a_terminal_a_line_comes_every_ten_seconds(clock, capsys):
+def test_without_a_terminal_a_line_is_printed_every_ten_seconds(clock, capsys):
     with Progress() as shown:
         shown.begin(total=1000, before=0)
         for _ in range(125):  # 25 s
@@ -57,7 +57,7 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(clock, capsys):
     assert "50 of 1,000 images" in lines[0]
 
 
-def test_on_a_terminal_a_bar_shows_it(clock, capsys, monkeypatch):
+def test_a_terminal_shows_a_progress_bar(clock, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress() as shown:
         shown.begin(total=1000, before=0)
@@ -70,7 +70,7 @@ def test_on_a_terminal_a_bar_shows_it(clock, capsys, monkeypatch):
     assert "packing: " not in capsys.readouterr().err
 
 
-def test_metrics_are_the_same_figures(clock):
+def test_the_metrics_have_the_same_figures(clock):
     shown, port = Progress(), free_port()
     shown.begin(total=1000, before=500)
     clock[0] += 10
@@ -92,16 +92,16 @@ def test_metrics_are_the_same_figures(clock):
         "alexnet_pack_left_seconds": ("gauge", 40),
     }
     assert "process_resident_memory_bytes" in families
-    with socket.create_server(("", port)):  # it is free again
+    with socket.create_server(("", port)):  # the port is free again
         pass
 
 
-def test_a_taken_metrics_port_is_one_line(pictures, call, tmp_path):
+def test_a_metrics_port_in_use_is_refused_in_one_line(pictures, call, tmp_path):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         run = call(main, "--input", pictures, "--out", tmp_path / "out", "--metrics-port", port)
     assert run.returncode == 1
-    assert run.stderr.startswith("make_shards: ")
+    assert run.stderr.startswith("make-shards: ")
     assert run.stderr.count("\n") == 1
     assert port in run.stderr
     assert not (tmp_path / "out").exists()

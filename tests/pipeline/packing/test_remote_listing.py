@@ -1,12 +1,12 @@
-"""Listing behind URLs of kinds that fsspec walks folder by folder: what cannot be listed is not left out."""
+"""Listing storage that fsspec walks folder by folder leaves no folder out that cannot be listed."""
 
 from typing import ClassVar
 
 import fsspec
 import pytest
 
-from pipeline.packing.sources.find import SourceError, find_sources
 from pipeline.packing.sources.listing import RemoteFolder
+from tests.trees import assert_refused
 
 FOLDERS = {
     "in": ["train/", "val/"],
@@ -18,7 +18,7 @@ FOLDERS = {
 
 
 class Shelf(fsspec.AbstractFileSystem):
-    """Folders by name; those in `broken` fail."""
+    """A file system with FOLDERS, of which those in `broken` fail."""
 
     protocol = "shelf"
     cachable = False
@@ -46,21 +46,16 @@ def test_each_file_is_listed_once():
 
 
 @pytest.mark.parametrize("folder", ["in", "in/train", "in/train/a"])
-@pytest.mark.parametrize(
-    "error", [OSError("it went away"), PermissionError("not for you"), TimeoutError("too late")]
-)
+@pytest.mark.parametrize("error", [OSError("lost"), PermissionError("forbidden"), TimeoutError("too late")])
 def test_a_folder_that_cannot_be_listed_is_an_error(shelf, folder, error):
     shelf.broken[folder] = error
-    with pytest.raises(SourceError, match=f"shelf://in cannot be read: {error}"):
-        find_sources("shelf://in", None, 0)
+    assert_refused("shelf://in", f"shelf://in cannot be read: {error}")
 
 
-def test_a_folder_that_is_gone_is_an_error_too(shelf):
+def test_a_listed_folder_that_is_missing_is_an_error(shelf):
     shelf.broken["in/train/a"] = FileNotFoundError("in/train/a")
-    with pytest.raises(SourceError, match="in/train/a"):
-        find_sources("shelf://in", None, 0)
+    assert_refused("shelf://in", "in/train/a")
 
 
-def test_no_folder_at_all_is_said():
-    with pytest.raises(SourceError, match="is not a folder, or it is empty"):
-        find_sources("shelf://elsewhere", None, 0)
+def test_an_input_that_does_not_exist_is_refused():
+    assert_refused("shelf://elsewhere", "is not a folder, or it is empty")

@@ -1,4 +1,4 @@
-"""SIGTERM, as `docker stop` sends it to the first process of a container, which has no default for it."""
+"""SIGTERM, which `docker stop` sends to the first process of a container, where it has no default action."""
 
 import shutil
 import signal
@@ -6,17 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.manifest import MANIFEST_NAME
-from pipeline.packing.storage import UNFINISHED
-from tests.helpers import DEADLINE_SECONDS, REPO, wait_until
+from pipeline.packing.storage import STATE_FOLDER
+from tests.helpers import DEADLINE_SECONDS, REPO, has_ended, wait_until
 
 AS_FIRST = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def packing(source: Path, output: Path, size: int) -> list[str]:
@@ -26,22 +23,23 @@ def packing(source: Path, output: Path, size: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_first", [True, False])
-def test_packing_ends_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
+def test_sigterm_ends_packing_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
     if is_first and (
         not shutil.which("unshare") or subprocess.run([*AS_FIRST, "true"], check=False).returncode
     ):
-        pytest.skip("no process can be the first of a namespace here")
+        pytest.skip("this system lets no process be the first of a namespace")
     command = packing(pictures, tmp_path / "out", 1024)
     process = subprocess.Popen(
         AS_FIRST * is_first + command, cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_until(lambda: list((tmp_path / "out" / UNFINISHED).glob("*.result.json")), process)
-    packer = children(process.pid)[0] if is_first else process.pid
-    workers = children(packer)
-    subprocess.run(["kill", f"-{signal.SIGTERM.value}", str(packer)], check=True)
+    wait_until(lambda: list((tmp_path / "out" / STATE_FOLDER).glob("*.result.json")), process)
+    packer = psutil.Process(process.pid)
+    packer = packer.children()[0] if is_first else packer
+    workers = packer.children()
+    packer.terminate()
     _, errors = process.communicate(timeout=DEADLINE_SECONDS)
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
-    wait_until(lambda: not any(Path(f"/proc/{worker}/exe").exists() for worker in workers))
+    wait_until(lambda: all(map(has_ended, workers)))
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert subprocess.run(command, cwd=REPO, check=False, stdout=subprocess.DEVNULL).returncode == 0
     assert (tmp_path / "out" / MANIFEST_NAME).exists()

@@ -1,4 +1,4 @@
-"""Worker processes: their threads, and one line where the system refuses them or they die."""
+"""Worker processes: their threads, and one-line errors if the system refuses them or they die."""
 
 import os
 import signal
@@ -10,37 +10,38 @@ from pathlib import Path
 import pytest
 
 from pipeline.packing import workers
-from pipeline.packing.workers import WorkersError, pool, refused_threads, say
+from pipeline.packing.workers import WorkersError, pool, translate_thread_errors, warn
 from tests.helpers import REPO, wait_until
 
 PIDS = Path("/sys/fs/cgroup/pids")
 
 
-def threads_of_numpy() -> int:
+def threads_of_numpy() -> tuple[int, int]:
+    """Return how many threads Python and the system count after a matrix product."""
     import numpy as np
 
     np.ones((300, 300)) @ np.ones((300, 300))
     return threading.active_count(), len(os.listdir("/proc/self/task"))  # noqa: PTH208
 
 
-def numbers() -> list[str | None]:
+def thread_settings() -> list[str | None]:
     return [os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")]
 
 
-def test_workers_have_one_thread_of_blas_and_the_command_keeps_its_own(monkeypatch):
+def test_workers_use_one_blas_thread_and_the_command_keeps_its_setting(monkeypatch):
     for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     with pool(1) as executor:
-        assert executor.submit(numbers).result() == ["1", "1", "1"]
+        assert executor.submit(thread_settings).result() == ["1", "1", "1"]
         python, system = executor.submit(threads_of_numpy).result()
     assert system == python  # BLAS has started none
-    assert numbers() == [None, None, None]
+    assert thread_settings() == [None, None, None]
 
 
-def test_what_the_user_sets_stands(monkeypatch):
+def test_the_users_number_of_threads_is_kept(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with pool(1) as executor:
-        assert executor.submit(numbers).result()[2] == "3"
+        assert executor.submit(thread_settings).result()[2] == "3"
     assert os.environ["OMP_NUM_THREADS"] == "3"
 
 
@@ -48,15 +49,15 @@ def kill_yourself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_a_worker_that_dies_is_named():
+def test_the_signal_that_killed_a_worker_is_named():
     with pytest.raises(WorkersError, match=r"killed \(SIGKILL\).*fewer --workers"), pool(2) as executor:
         executor.submit(kill_yourself, signal.SIGKILL).result()
 
 
 def use(count: int) -> None:
-    """With errors as the commands tell of them."""
+    """Use workers and report errors like the commands."""
     try:
-        with refused_threads(), pool(count) as executor:
+        with translate_thread_errors(), pool(count) as executor:
             print(sum(executor.map(abs, range(100))))
     except WorkersError as error:
         sys.exit(f"use: {error}")
@@ -64,12 +65,12 @@ def use(count: int) -> None:
 
 @pytest.fixture
 def limited():
-    """limited(most processes and threads, workers): what such a command prints, and its exit code."""
+    """limited(limit, workers): run `use` with so many processes and threads; return its code and output."""
     group = PIDS / f"test-{os.getpid()}"
     try:
         group.mkdir()
     except OSError as error:
-        pytest.skip(f"no group can be made here: {error}")
+        pytest.skip(f"this system lets no control group be made: {error}")
 
     def run(limit: int, count: int) -> tuple[int, str]:
         (group / "pids.max").write_text(str(limit))
@@ -93,7 +94,7 @@ def limited():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", range(1, 14))
-def test_however_few_processes_are_allowed_it_is_one_line_or_none_too_few(limited, limit):
+def test_any_limit_of_processes_suffices_or_is_reported_in_one_line(limited, limit):
     code, output = limited(limit, 3)
     if code == 0:
         assert output == "4950\n"
@@ -105,28 +106,28 @@ def test_however_few_processes_are_allowed_it_is_one_line_or_none_too_few(limite
         assert limit < 13
 
 
-def test_only_refused_threads_are_taken_for_a_limit():
-    with pytest.raises(RuntimeError, match="else"), refused_threads():
+def test_only_errors_of_starting_threads_are_taken_for_a_limit():
+    with pytest.raises(RuntimeError, match="else"), translate_thread_errors():
         raise RuntimeError("else")
-    with pytest.raises(WorkersError, match="ulimit -u"), refused_threads():
+    with pytest.raises(WorkersError, match="ulimit -u"), translate_thread_errors():
         raise RuntimeError("can't start new thread")
 
 
-def say_twice() -> None:
+def warn_twice() -> None:
     for text in ("one", "other"):
-        say(text)
+        warn(text)
 
 
-def test_one_line_for_all_workers(capfd):
+def test_all_workers_together_print_a_message_once(capfd):
     with pool(2) as executor:
-        for future in [executor.submit(say_twice) for _ in range(6)]:
+        for future in [executor.submit(warn_twice) for _ in range(6)]:
             future.result()
     assert capfd.readouterr().err.count("one") == 1
 
 
-def test_something_is_said_again_after_a_while(capfd, monkeypatch):
-    monkeypatch.setattr(workers, "_said", workers._Array([0.0]))
-    say_twice()
+def test_a_message_is_repeated_after_a_while(capfd, monkeypatch):
+    monkeypatch.setattr(workers, "_last_warning", workers._UnsharedArray([0.0]))
+    warn_twice()
     monkeypatch.setattr(workers, "_QUIET_SECONDS", 0)
-    say_twice()
+    warn_twice()
     assert [line.split(": ")[1] for line in capfd.readouterr().err.splitlines()] == ["one", "one", "other"]

@@ -1,4 +1,4 @@
-"""The work by which ceilings are measured."""
+"""The work that is timed to measure the ceilings."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from trainer.settings import load_settings
 def test_rate_is_images_over_seconds(monkeypatch):
     clock = iter([0.0, 0.0, 0.0, 1.0, 2.0, 2.0])  # start of device and host, three checks of the time, end
     monkeypatch.setattr(ceilings.time, "monotonic", lambda: next(clock))
-    assert ceilings.rate(lambda: 30, seconds=2.0, device=torch.device("cpu")) == 30.0
+    assert ceilings.measure_throughput(lambda: 30, seconds=2.0, device=torch.device("cpu")) == 30.0
 
 
 def test_the_loaders_work_takes_batches():

@@ -1,4 +1,4 @@
-"""Numerical checks: what ends a run, what it leaves, and what only gives a warning."""
+"""Numerical checks: which ones end a run, what it leaves, and which ones only warn."""
 
 import math
 
@@ -12,9 +12,10 @@ from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.run import RunError
 from trainer.settings import Settings
-from trainer.step import Skips
+from trainer.step import Condition, Skips
 
 NONE = Skips(0, 0)
+SOUND = Condition(True, 1.0, NONE)
 CHANCE = {"reason": "chance"}
 
 
@@ -24,7 +25,7 @@ def interval(loss: float) -> Interval:
 
 @pytest.fixture
 def health(tmp_path):
-    """Return a function that makes the health of a run with a checkpoint and a given policy."""
+    """Return a function that makes the Health of a run that has a checkpoint, for a given policy."""
     newest = tmp_path / "step-000000040.pt"
     return lambda on_nan: Health(Settings(on_nan=on_nan, warmup_epochs=1), 1000, lambda: newest, Metrics())
 
@@ -32,14 +33,13 @@ def health(tmp_path):
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_by_default_and_names_the_last_good_checkpoint(health, loss):
     with pytest.raises(RunError, match=r"loss .* not finite.*step-000000040\.pt.*--on-nan skip"):
-        health(Settings().on_nan).check(interval(loss), True, 1.0, NONE)
+        health(Settings().on_nan).check(interval(loss), SOUND, 2.0, 40)
 
 
 def test_skipped_steps_are_reported_and_counted(health):
     health = health("skip")
     skips = Skips(2, 0)
-    health.check(interval(math.nan), True, 1.0, skips)
-    assert health.assess(interval(math.nan), skips, 2.0, 40) == [
+    assert health.check(interval(math.nan), Condition(True, 1.0, skips), 2.0, 40) == [
         "skipped 2 of the last 20 updates: gradients were not finite"
     ]
     value = health.metrics.registry.get_sample_value
@@ -53,18 +53,18 @@ def test_skipped_steps_are_reported_and_counted(health):
     [
         (False, 1.0, NONE, "the weights are no longer finite"),
         (True, 0.5, NONE, "fp16 loss scale fell to 0.5"),
-        (True, 1.0, Skips(20, MAX_SKIPS), f"gradients of {MAX_SKIPS} steps"),
+        (True, 1.0, Skips(20, MAX_SKIPS), f"gradients of {MAX_SKIPS} consecutive steps"),
     ],
 )
 def test_a_run_that_cannot_recover_ends_with_either_policy(health, on_nan, weights, scale, skips, what):
     with pytest.raises(RunError, match=what):
-        health(on_nan).check(interval(2.0), weights, scale, skips)
+        health(on_nan).check(interval(2.0), Condition(weights, scale, skips), 2.0, 40)
 
 
 def test_a_loss_that_stays_at_chance_level_is_reported_once(health):
     health, chance, steps_an_epoch = health("stop"), interval(math.log(1000) - 0.05), 1000
     said = {
-        epoch: health.assess(chance, NONE, epoch, int(epoch * steps_an_epoch))
+        epoch: health.check(chance, SOUND, epoch, int(epoch * steps_an_epoch))
         for epoch in (0.0, 0.5, 1.0, 2.0, 3.0, 3.9, 4.0, 5.0)  # the first is the warm-up
     }
     assert [epoch for epoch, warnings in said.items() if warnings] == [4.0]
@@ -76,9 +76,9 @@ def test_time_at_chance_level_includes_the_time_before_a_resume(health):
     history = [{"loss": 5.0, "epoch": 2.0, "step": 2000.0}]
     for epoch in range(3, 9):  # each in a separate process
         process = health("stop")
-        process.remember(history)
+        process.restore(history)
         resumed.append(process.metrics.registry.get_sample_value("alexnet_unsound_intervals_total", CHANCE))
-        if process.assess(interval(loss), NONE, float(epoch), epoch * 1000):
+        if process.check(interval(loss), SOUND, float(epoch), epoch * 1000):
             said.append(epoch)
         history.append({"loss": loss, "epoch": float(epoch), "step": epoch * 1000.0})
     assert said == [6]
@@ -88,9 +88,9 @@ def test_time_at_chance_level_includes_the_time_before_a_resume(health):
 def test_chance_level_for_a_few_steps_or_with_a_pause_is_not_reported(health):
     chance = interval(math.log(1000))
     few, pause = health("stop"), health("stop")
-    assert not any(few.assess(chance, NONE, 2.0 + n, n) for n in range(0, CHANCE_STEPS, 10))
+    assert not any(few.check(chance, SOUND, 2.0 + n, n) for n in range(0, CHANCE_STEPS, 10))
     losses = [chance, chance, interval(6.0), chance, chance, chance]
-    assert not any(pause.assess(loss, NONE, 2.0 + n, n * 1000) for n, loss in enumerate(losses))
+    assert not any(pause.check(loss, SOUND, 2.0 + n, n * 1000) for n, loss in enumerate(losses))
 
 
 def poison(monkeypatch, step: int) -> None:

@@ -1,8 +1,9 @@
-"""The live page, as text and in a real browser."""
+"""The live page as text and in a real browser."""
 
 import os
 import re
 import shutil
+import time
 from xml.etree import ElementTree
 
 import pytest
@@ -37,8 +38,8 @@ def test_the_page_shows_the_metrics_of_the_run():
     metrics.step.set(250)
     metrics.epoch.set(2.5)
     metrics.progress_ratio.set(0.25)
-    metrics.harvested(interval(1234.5), 0.01, 1.0, CPU)
-    metrics.evaluated("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
+    metrics.record_interval(interval(1234.5), 0.01, 1.0, CPU)
+    metrics.record_evaluation("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
     text = live_page(metrics)
     assert "runs/a&lt;b&gt; · paper · CPU · fp32" in text
     for shown in (
@@ -56,7 +57,7 @@ def test_the_page_shows_the_metrics_of_the_run():
 def test_a_curve_runs_from_zero_to_its_maximum():
     metrics = Metrics()
     for rate in (100.0, 50.0, 200.0):
-        metrics.harvested(interval(rate), 0.01, 1.0, CPU)
+        metrics.record_interval(interval(rate), 0.01, 1.0, CPU)
     (x0, y0), (_, y1), (x2, y2) = curve(live_page(metrics), "images/s")
     assert (x0, x2, y2) == (0, 600, 0)
     assert (y0, y1) == (45, 67.5)  # of a height of 90: half and three quarters of the way down
@@ -65,7 +66,7 @@ def test_a_curve_runs_from_zero_to_its_maximum():
 def test_a_loss_that_is_not_finite_leaves_a_gap_in_the_curve():
     metrics = Metrics()
     for loss in (2.0, float("nan"), float("inf"), 1.0):
-        metrics.harvested(interval(100, loss), 0.01, 1.0, CPU)
+        metrics.record_interval(interval(100, loss), 0.01, 1.0, CPU)
     assert [x for x, _ in curve(live_page(metrics), "loss")] == [0, 600]
 
 
@@ -95,10 +96,10 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
         tab.on("request", lambda request: requests.append(request.url))
         tab.on("console", lambda message: errors.append(message.text))
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        metrics.harvested(interval(111.5), 0.01, 1.0, CPU)
+        metrics.record_interval(interval(111.5), 0.01, 1.0, CPU)
         tab.goto(f"http://127.0.0.1:{server.port}/")
         assert "111.5" in tab.inner_text(".rate")
-        metrics.harvested(interval(222.5), 0.01, 1.0, CPU)
+        metrics.record_interval(interval(222.5), 0.01, 1.0, CPU)
         expect(tab.locator(".rate")).to_contain_text("222.5")
         assert tab.title().startswith("222.5 images/s")
         assert set(requests) == {f"http://127.0.0.1:{server.port}/"}
@@ -110,7 +111,22 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
         assert abs(brightness(ground) - brightness(ink)) > 150  # of 255
     finally:
         server.close()
-    expect(tab.locator("#gone")).to_contain_text("No answer since")
+    expect(tab.locator("#no-response")).to_contain_text("No response since")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("seconds", [13, 59 * 60 + 59, 36_000])
+def test_every_value_fits_on_one_line_of_its_tile(browser, width, seconds):
+    metrics = Metrics()
+    metrics.checkpoint_timestamp.set(time.time() - seconds)
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.set_content(live_page(metrics))
+    size = "value => [value.offsetHeight, value.clientWidth - value.scrollWidth]"
+    tiles = tab.evaluate(f"[...document.querySelectorAll('dd')].map({size})")
+    assert len(tiles) == 8
+    assert len({height for height, _ in tiles}) == 1
+    assert all(room >= 0 for _, room in tiles)
 
 
 def brightness(colour: str) -> float:

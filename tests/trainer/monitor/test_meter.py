@@ -1,4 +1,4 @@
-"""The verdict on an interval at the thresholds of the design."""
+"""The verdict on an interval at its thresholds."""
 
 import pytest
 

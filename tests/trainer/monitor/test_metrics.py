@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 
-# The metrics of the design: their names as exposed, and their types.
-DESIGN = {
+# All metrics: their names as exposed, and their types.
+TYPES = {
     "alexnet_images": "counter",
     "alexnet_step_seconds": "histogram",
     "alexnet_input_wait_seconds": "histogram",
@@ -41,11 +41,11 @@ DESIGN = {
 }
 
 
-def test_the_metrics_of_the_design_are_exposed():
+def test_every_metric_is_exposed_with_its_type():
     metrics = Metrics()
-    metrics.evaluated("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
+    metrics.record_evaluation("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
     families = {family.name: family for family in text_string_to_metric_families(metrics.exposition())}
-    assert {name: families[name].type for name in DESIGN if name in families} == DESIGN
+    assert {name: families[name].type for name in TYPES if name in families} == TYPES
 
 
 def test_an_interval_and_an_evaluation_reach_the_scraper():
@@ -53,8 +53,8 @@ def test_an_interval_and_an_evaluation_reach_the_scraper():
     interval = Interval(
         steps=10, images=1280, loss=2.5, error=0.5, seconds=2.0, wait_seconds=0.1, busy_seconds=1.8, ready=9
     )
-    metrics.harvested(interval, 0.01, 1.0, torch.device("cpu"))
-    metrics.evaluated("ten", loss=1.5, top1_error=0.4, top5_error=0.2)
+    metrics.record_interval(interval, 0.01, 1.0, torch.device("cpu"))
+    metrics.record_evaluation("ten", loss=1.5, top1_error=0.4, top5_error=0.2)
     metrics.images["train"].inc(1280)
     text = metrics.exposition()
     for line in (
@@ -71,7 +71,7 @@ def test_each_halving_of_the_scale_counts_as_a_skipped_step():
     metrics = Metrics()
     interval = Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1)
     for scale in (65536.0, 65536.0, 16384.0, 32768.0, 16384.0):
-        metrics.harvested(interval, 0.01, scale, torch.device("cpu"))
+        metrics.record_interval(interval, 0.01, scale, torch.device("cpu"))
     assert metrics.registry.get_sample_value("alexnet_skipped_steps_total") == 3
 
 
@@ -83,13 +83,13 @@ def test_the_run_is_described_by_labels_that_every_prometheus_accepts():
 
 def test_a_cpu_has_no_gpu_gauges_and_unmeasured_ceilings_are_absent():
     metrics = Metrics()
-    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    metrics.record_interval(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     samples = [line for line in metrics.exposition().splitlines() if not line.startswith("#")]
     assert not [
         line for line in samples if line.startswith(("alexnet_gpu_m", "alexnet_gpu_u", "alexnet_jpeg"))
     ]
     assert not [line for line in samples if line.startswith("alexnet_ceiling")]
-    metrics.ceiling("loader", 2000.0)
+    metrics.record_ceiling("loader", 2000.0)
     assert 'alexnet_ceiling_images_per_second{path="loader"} 2000.0' in metrics.exposition()
 
 
@@ -111,7 +111,9 @@ def gpu(monkeypatch):
     metrics = Metrics()
 
     def served() -> dict[str, float]:
-        metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cuda", 0))
+        metrics.record_interval(
+            Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cuda", 0)
+        )
         families = text_string_to_metric_families(metrics.exposition())
         samples = [sample for family in families for sample in family.samples]
         return {sample.name: sample.value for sample in samples if sample.labels == {"gpu": "0"}}

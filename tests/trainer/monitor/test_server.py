@@ -36,7 +36,7 @@ def test_metrics_are_served_with_their_current_values(served):
 
 def test_health_follows_progress(served, monkeypatch):
     metrics, url = served
-    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    metrics.record_interval(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     assert get(f"{url}/healthz") == "ok\n"
     monkeypatch.setattr(metrics, "stalled_seconds", lambda: 0.7 * STALL_SECONDS)
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -51,11 +51,11 @@ def test_the_live_page_is_served_before_the_first_interval_and_updated_after_it(
     interval = Interval(
         10, 1280, loss=2.5, error=0.5, seconds=2.0, wait_seconds=0.1, busy_seconds=1.9, ready=9
     )
-    metrics.harvested(interval, 0.01, 1.0, torch.device("cpu"))
+    metrics.record_interval(interval, 0.01, 1.0, torch.device("cpu"))
     assert "640.0" in get(url)
 
 
-def test_a_page_may_not_load_anything_from_elsewhere(served):
+def test_the_page_may_not_load_anything_from_other_hosts(served):
     policy = urllib.request.urlopen(served[1], timeout=10).headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
@@ -113,7 +113,7 @@ def test_a_client_that_sends_slowly_is_disconnected(served, monkeypatch, capfd):
             except OSError:
                 break
         else:
-            pytest.fail("it was never cut off")
+            pytest.fail("it was never disconnected")
     assert capfd.readouterr().err == ""
 
 

@@ -1,4 +1,4 @@
-"""Several processes of one command: what restarts them, what ends them, and what is printed."""
+"""Several processes of one command: restarts, ends and messages."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from trainer.processes import launch
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
-# The start of each stand-in process. It adds a line to `starts` to announce itself.
+# Each stand-in process begins with this code, which adds a line to the file `starts`.
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
-from trainer.processes.launch import complain
-signal.alarm(180)  # in case the expected event never happens
+from trainer.processes.launch import report_error
+signal.alarm(180)  # end if the expected event never happens
 rank, starts = int(os.environ["RANK"]), Path(sys.argv[1])
 with starts.open("a") as file:
     file.write(f"{rank} {os.getpid()}\\n")
@@ -68,7 +68,7 @@ def test_the_number_of_restarts_is_limited(tmp_path, capfd):
 
 
 def test_an_error_of_all_processes_is_printed_once_and_not_retried(tmp_path, capfd):
-    code = 'until_there(2); complain("alexnet-train: no such thing", 2); sys.exit(2)'
+    code = 'until_there(2); report_error("alexnet-train: no such thing", 2); sys.exit(2)'
     assert launch.launch(stand_in(tmp_path, code), 2, 3) == 2
     assert started(tmp_path) == ["0", "1"]
     assert capfd.readouterr().err == "alexnet-train: no such thing\n"
@@ -79,10 +79,10 @@ def test_the_exit_code_is_that_of_the_process_that_explains_the_failure(tmp_path
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 until_there(2)
 if rank == 0:
-    complain("alexnet-train: another is gone", {EXIT_STALLED})
+    report_error("alexnet-train: another is gone", {EXIT_STALLED})
     sys.exit({EXIT_STALLED})
 time.sleep(1)
-complain("alexnet-train: the data are gone", 1)
+report_error("alexnet-train: the data are gone", 1)
 sys.exit(1)
 """
     assert launch.launch(stand_in(tmp_path, code), 2, 3) == 1
@@ -143,19 +143,19 @@ def test_no_process_outlives_the_command(tmp_path):
     ],
 )
 def test_a_machine_gets_a_process_for_each_gpu(monkeypatch, gpus, device, processes, size):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(launch, "count_gpus", lambda: gpus)
     assert launch.world_size(Settings(device=device, processes=processes)) == size
 
 
 @pytest.mark.parametrize(("device", "processes"), [("auto", 5), ("cuda:1", 2)])
 def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 4)
+    monkeypatch.setattr(launch, "count_gpus", lambda: 4)
     with pytest.raises(SettingsError, match=f"--processes {processes}: each process needs a GPU"):
         launch.world_size(Settings(device=device, processes=processes))
 
 
-def test_the_processes_of_torchrun_are_used_as_they_are(monkeypatch):
-    monkeypatch.setattr(launch, "visible_gpus", lambda: 4)
+def test_the_number_of_torchruns_processes_is_not_changed(monkeypatch):
+    monkeypatch.setattr(launch, "count_gpus", lambda: 4)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert launch.world_size(Settings()) == 16

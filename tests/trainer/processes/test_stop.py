@@ -9,7 +9,7 @@ from trainer.processes.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_of_a_kind_is_noted_and_the_second_acts_as_usual(number):
+def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number):
     class SecondSignalError(Exception):
         pass
 

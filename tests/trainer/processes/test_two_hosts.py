@@ -1,6 +1,6 @@
-"""Two hosts: network namespaces with an address each, a cable between them, and torchrun over gloo.
+"""Two hosts: network namespaces, each with an address, connected by a virtual cable; torchrun uses gloo.
 
-The run folder is one that both see, as on a network file system.
+Both hosts see the same run folder, as on a network file system.
 """
 
 import os
@@ -32,7 +32,7 @@ def ip(*arguments: str) -> str:
 
 
 class Host:
-    """A namespace. Its first one, 10.77.6.1, is where torchrun's processes meet, and has rank 0."""
+    """A network namespace. The first, 10.77.6.1, has rank 0 and is where torchrun's processes meet."""
 
     def __init__(self, number: int, folder: Path):
         self.name, self.address = f"host-{os.getpid()}-{number}", f"10.77.6.{number}"
@@ -40,7 +40,7 @@ class Host:
         self.process: subprocess.Popen | None = None
 
     def start(self, arguments: list[str], restarts: int = 0) -> None:
-        """Start this host's part of a run, with its output in a separate log."""
+        """Start this host's part of a run and write its output to a log of its own."""
         world = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", str(restarts)]
         meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.6.1:29400", "--local-addr", self.address]
         meet += ["--rdzv-conf", f"is_host={self.is_first:d}"]
@@ -58,7 +58,7 @@ class Host:
         return [int(pid) for pid in ip("netns", "pids", self.name).split()]
 
     def kill(self) -> None:
-        """Send SIGKILL to everything that runs there."""
+        """Send SIGKILL to all processes on this host."""
         while pids := self.pids():
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -67,7 +67,7 @@ class Host:
             self.process.wait()
 
     def ranks(self) -> set[str]:
-        """Return those of the trainers that run there."""
+        """Return the ranks of the trainers on this host."""
         found = set()
         for pid in self.pids():
             with suppress(OSError):  # the process has just ended
@@ -104,7 +104,7 @@ def hosts(tmp_path: Path) -> Iterator[list[Host]]:
 
 @pytest.fixture(scope="module")
 def one_host(packed, tmp_path_factory) -> Path:
-    """The same two processes, on one host."""
+    """The run folder of the same two processes on one host."""
     out = tmp_path_factory.mktemp("one-host") / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *command(packed, out, *SETTINGS)], check=True)
@@ -131,7 +131,8 @@ def test_a_brief_network_failure_and_a_lost_host_do_not_change_the_losses(hosts,
     time.sleep(2)  # shorter than any time limit, so the failure must go unnoticed
     stood = len(rows(metrics))
     second.link("up")
-    wait_until(lambda: len(rows(metrics)) > stood + 1 and checkpoint.saved(metrics.parent / "checkpoints"))
+    folder = metrics.parent / "checkpoints"
+    wait_until(lambda: len(rows(metrics)) > stood + 1 and checkpoint.list_checkpoints(folder))
     assert "continuing" not in first.log.read_text()  # nothing had to be restarted
     second.kill()
     assert len(rows(metrics)) < STEPS
@@ -151,7 +152,7 @@ def test_a_long_network_failure_ends_both_hosts_with_stacks_and_the_same_command
     start(hosts, arguments)
     wait_until(lambda: len(rows(metrics)) >= 3)
     second.link("down")
-    assert first.process.wait(DEADLINE_SECONDS) == 1  # torchrun's exit code, whatever those of its processes
+    assert first.process.wait(DEADLINE_SECONDS) == 1  # torchrun's exit code does not depend on its processes'
     wait_until(lambda: not second.ranks())  # its torchrun waits for the first host's to respond
     second.link("up")
     assert second.process.wait(DEADLINE_SECONDS) == 1

@@ -1,4 +1,4 @@
-"""Two processes train like one, whoever starts them and whatever ends one of them."""
+"""Two processes train like one, even if one is killed or both are stopped and continued."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.helpers import DEADLINE_SECONDS, command, exact, main, ranks_of, rows
 
 pytestmark = pytest.mark.slow
 
-# Dropout depends on the rank. The epochs suffice that a run cannot end between a check and a signal.
+# Dropout depends on the rank. With 20 epochs a run cannot end between a check and a signal.
 WITHOUT_DROPOUT = ["--dropout", "off", "--epochs", "20"]
 CLOSE = {"fp32": 1e-3, "bf16": 2**-6}  # relative difference of losses; bf16 rounds by up to 2**-9
 

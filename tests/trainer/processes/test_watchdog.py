@@ -1,4 +1,4 @@
-"""A process that hangs is ended and says where it hung; a rank that hangs ends the others, too."""
+"""A process that hangs is ended and reports where; a rank that hangs also ends the others."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import torch
 from tests.helpers import DEADLINE_SECONDS, command, ranks_of, wait_for_rows, wait_until
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
-from trainer.processes.watchdog import EXIT_STALLED, START_SECONDS, allowed_seconds
+from trainer.processes.watchdog import EXIT_STALLED, START_UP_SECONDS, allowed_seconds
 
 HANGS = """
 import ctypes, time
@@ -21,7 +21,8 @@ from trainer.processes import watchdog
 
 watchdog.GRACE_SECONDS = 0.5
 begun = time.monotonic()
-metrics = SimpleNamespace(history=[1], doing="input", stalled_seconds=lambda: time.monotonic() - begun)
+stalled_seconds = lambda: time.monotonic() - begun
+metrics = SimpleNamespace(history=[1], current_activity="input", stalled_seconds=stalled_seconds)
 watchdog.Watchdog(metrics, 0.5, rank=3)
 
 def where_it_hangs():
@@ -56,9 +57,9 @@ def test_a_hang_in_c_that_blocks_all_python_code_also_ends_the_process():
 
 def test_the_first_interval_is_allowed_more_time():
     metrics = Metrics()
-    assert allowed_seconds(metrics, 60.0) == START_SECONDS
-    assert allowed_seconds(metrics, 2 * START_SECONDS) == 2 * START_SECONDS
-    metrics.harvested(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
+    assert allowed_seconds(metrics, 60.0) == START_UP_SECONDS
+    assert allowed_seconds(metrics, 2 * START_UP_SECONDS) == 2 * START_UP_SECONDS
+    metrics.record_interval(Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1), 0.01, 1.0, torch.device("cpu"))
     assert allowed_seconds(metrics, 60.0) == 60.0
     assert allowed_seconds(metrics, 0.0) == float("inf")
 
@@ -66,7 +67,7 @@ def test_the_first_interval_is_allowed_more_time():
 @pytest.mark.slow
 def test_a_rank_whose_peers_never_join_ends(packed, tmp_path):
     script = "from trainer import cli; from trainer.processes import watchdog\n"
-    script += "watchdog.START_SECONDS = 1.0; cli.main()"
+    script += "watchdog.START_UP_SECONDS = 1.0; cli.main()"
     world = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     _, _, *arguments = command(packed, tmp_path / "run", "--stall-seconds", "1")
     done = subprocess.run(

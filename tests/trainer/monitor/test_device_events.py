@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from trainer.monitor.moment import Lead, Moment
+from trainer.monitor.device_events import DeviceEvent, RunAheadLimit
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """The number of events queued on a device (`queued`), and of those done when the host has waited."""
+    """A device with the number of events `queued`, and of those `done` for which the host has waited."""
 
     class Device:
         queued = 0
@@ -34,25 +34,25 @@ def device(monkeypatch):
 
 
 def test_the_host_is_at_most_two_steps_ahead(device):
-    lead = Lead(GPU)
+    run_ahead = RunAheadLimit(GPU)
     ahead = []
     for _ in range(6):
-        lead.hold()
+        run_ahead.wait()
         device.queued += 1  # the step
         ahead.append(device.queued - device.done)
     assert ahead == [1, 2, 2, 2, 2, 2]
 
 
 def test_seconds_on_a_gpu_are_those_of_the_devices_clock(device):
-    begun = Moment(GPU)
+    begun = DeviceEvent(GPU)
     device.queued += 3
-    assert Moment(GPU).seconds_since(begun) == 3.0
+    assert DeviceEvent(GPU).seconds_since(begun) == 3.0
     assert device.done == 0  # the host has not waited
 
 
-def test_a_cpu_never_has_to_be_waited_for(device, monkeypatch):
+def test_the_host_never_waits_for_a_cpu(device, monkeypatch):
     times = iter([1.0, 3.5])
-    monkeypatch.setattr("trainer.monitor.moment.time.monotonic", lambda: next(times))
-    begun, done = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
+    monkeypatch.setattr("trainer.monitor.device_events.time.monotonic", lambda: next(times))
+    begun, done = DeviceEvent(torch.device("cpu")), DeviceEvent(torch.device("cpu"))
     done.wait()
     assert done.seconds_since(begun) == 2.5

@@ -1,4 +1,4 @@
-"""A split that fits stays in memory, with the bytes that were read first and found sound."""
+"""A split that fits into memory is kept there, with the bytes of the first read that were found sound."""
 
 import os
 import shutil
@@ -16,9 +16,8 @@ SAMPLES = np.array([41, 3, 20, 3, 59])
 
 
 @pytest.fixture
-def dataset(packed: Path, tmp_path: Path) -> Dataset:
-    """A copy to damage once it is open."""
-    return Dataset(Path(shutil.copytree(packed, tmp_path / "data")))
+def dataset(packed_copy: Path) -> Dataset:
+    return Dataset(packed_copy)
 
 
 def files(reader: ShardReader, numbers: np.ndarray = SAMPLES) -> list[bytes]:
@@ -26,13 +25,13 @@ def files(reader: ShardReader, numbers: np.ndarray = SAMPLES) -> list[bytes]:
 
 
 def overwrite(dataset: Dataset) -> None:
-    """All shards, in place."""
+    """Overwrite all shards in place with zeros."""
     for path in dataset.root.glob("*.tar"):
         with open(path, "r+b") as file:
             file.write(bytes(path.stat().st_size))
 
 
-def test_what_was_read_stays_and_the_rest_is_read(packed, dataset):
+def test_samples_that_were_read_are_kept_and_the_others_are_read(packed, dataset):
     reader = dataset.reader("train")
     assert files(reader, SAMPLES[:2]) == files(Dataset(packed).reader("train"), SAMPLES[:2])
     overwrite(dataset)
@@ -51,7 +50,7 @@ def test_the_processes_of_a_machine_share_a_quarter_of_its_memory(dataset, monke
     assert len(reader.read(SAMPLES).fresh) == (0 if stays else len(SAMPLES))
 
 
-def test_a_process_that_gets_no_memory_reads_each_time(dataset, monkeypatch):
+def test_a_process_without_enough_memory_reads_every_time(dataset, monkeypatch):
     def refuse(*_: object) -> None:
         raise MemoryError
 
@@ -61,7 +60,7 @@ def test_a_process_that_gets_no_memory_reads_each_time(dataset, monkeypatch):
     assert len(reader.read(SAMPLES).fresh) == len(reader.read(SAMPLES).fresh) == len(SAMPLES)
 
 
-def test_what_could_not_be_read_is_read_again(dataset, packed):
+def test_a_sample_that_could_not_be_read_is_read_again(dataset, packed):
     reader, path = dataset.reader("train"), dataset.root / "train-000001.tar"
     size = path.stat().st_size
     os.truncate(path, 0)
@@ -72,10 +71,10 @@ def test_what_could_not_be_read_is_read_again(dataset, packed):
     assert files(reader) == files(Dataset(packed).reader("train"))
 
 
-def test_what_is_damaged_is_not_kept_and_what_another_has_read_is_looked_at(dataset, packed):
+def test_damaged_samples_are_not_kept_even_if_they_were_read_unchecked_before(dataset, packed):
     reader = dataset.reader("val")
     overwrite(dataset)
-    reader.read(np.arange(5))  # by somebody who does not look
+    reader.read(np.arange(5))  # unchecked
     damages: list[Damage] = []
     checked = CheckedReader(reader, damages.append, replace=False)
     assert checked.read(np.arange(10))[0].tolist() == []

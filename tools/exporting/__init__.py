@@ -1,0 +1,1 @@
+"""The parts of tools/export.py that need torch."""
