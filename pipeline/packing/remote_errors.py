@@ -125,9 +125,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _status(error: Exception) -> int | None:
     """Return the HTTP status of an error, whichever library raised it."""
-    response = getattr(error, "response", None)
-    for holder, name in ((error, "status"), (response, "status_code"), (error, "code")):
-        value = str(getattr(holder, name, None))
+    own = getattr(error, "status" if hasattr(error, "status") else "code", None)
+    for value in (str(own), str(getattr(getattr(error, "response", None), "status_code", None))):
         if value.isdecimal() and 100 <= int(value) < 600:
             return int(value)
     return None
