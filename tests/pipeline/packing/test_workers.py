@@ -128,6 +128,6 @@ def test_all_workers_together_print_a_message_once(capfd):
 def test_a_message_is_repeated_after_a_while(capfd, monkeypatch):
     monkeypatch.setattr(workers, "_last_warning", workers._UnsharedArray([0.0]))
     warn_twice()
-    monkeypatch.setattr(workers, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(workers, "_WARNING_SECONDS", 0)
     warn_twice()
     assert [line.split(": ")[1] for line in capfd.readouterr().err.splitlines()] == ["one", "one", "other"]
