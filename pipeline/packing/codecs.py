@@ -8,6 +8,7 @@ import re
 from io import BytesIO
 
 from PIL import Image, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import COMPRESSION_INFO, ImageFileDirectory_v2
 
 from pipeline.jpeg import FRAMES, START, segments
 
@@ -19,6 +20,7 @@ _NAMES = {"webp": "WebP", "imagingcms": "LittleCMS", "zip": "zlib", "jpeg": "lib
 _UNSUPPORTED = re.compile(
     r"unknown (pixel mode|data organization)|unsupported (?!BMP header)|not supported|cannot handle", re.I
 )
+_COMPRESSION = 259  # TIFF tag
 _JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # the others are lossless or hierarchical
 
 
@@ -35,17 +37,14 @@ def why_unreadable(content: bytes, error: Exception) -> str | None:
     """
     if isinstance(error, UnidentifiedImageError):
         error = _error_of_plugin(content) or error
-    text = str(error)
+    text = f"{error} {getattr(error, 'name', '')}"
     absent = _ABSENT.search(text) if isinstance(error, OSError | ImportError) else None
     if absent:
-        name = absent[absent.lastindex or 0]
-        return f"this build has no {_NAMES.get(name, name)}"
+        library = absent[absent.lastindex or 0]
+        return f"this build has no {_NAMES.get(library, library)}"
     if isinstance(error, ImportError):
         return f"this build has no {error.name or 'decoder for it'}"
-    is_of_unknown_kind = isinstance(error, KeyError) and content[:2] in (b"II", b"MM")  # a TIFF's compression
-    if _UNSUPPORTED.search(text) or is_of_unknown_kind or _needs_another_decoder(content):
-        return "unsupported"
-    return None
+    return "unsupported" if _UNSUPPORTED.search(text) or _needs_another_decoder(content) else None
 
 
 def _error_of_plugin(content: bytes) -> Exception | None:
@@ -64,19 +63,23 @@ def _error_of_plugin(content: bytes) -> Exception | None:
 
 
 def _needs_another_decoder(content: bytes) -> bool:
-    """Return whether no file of this kind can be decoded: a JPEG's process, or a TIFF's compression."""
+    """Return whether no file of this kind can be decoded: by a JPEG's process, or a TIFF's compression."""
     if content.startswith(START):
         frames = {marker for marker, _, _ in segments(content) if marker in FRAMES}
         return bool(frames) and not frames & _JPEG_FRAMES
+    header = content[: 16 if content[2:4] in (b"+\0", b"\0+") else 8]  # of BigTIFF or TIFF
     try:
-        with Image.open(BytesIO(content), formats=["TIFF"]) as image:
-            compression = image.info["compression"]
-    except Exception:
+        tags, file = ImageFileDirectory_v2(header), BytesIO(content)
+        file.seek(tags.next)
+        tags.load(file)
+        compression = COMPRESSION_INFO.get(tags.get(_COMPRESSION, 1))
+    except Exception:  # it is no TIFF, or it is broken
         return False
-    try:  # a library that cannot write a compression was built without it
-        Image.new("1" if "group" in compression else "RGB", (16, 16)).save(
-            BytesIO(), "TIFF", compression=compression
-        )
+    if compression is None:
+        return True
+    try:  # a libtiff that cannot write a compression was built without it
+        mode = "1" if "group" in compression or "ccitt" in compression else "RGB"
+        Image.new(mode, (16, 16)).save(BytesIO(), "TIFF", compression=compression)
     except Exception:
         return True
     return False
