@@ -109,8 +109,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786")
     add("--metrics-port", type=within(int, 1, 65535), metavar="PORT",
         help="serve Prometheus metrics on this port while packing")
-    add("--metrics-address", default="0.0.0.0", metavar="ADDRESS",
-        help="IPv4 or IPv6 address on which to serve them; :: is all of both kinds (default %(default)s)")
     add("--overwrite", action="store_true",
         help="replace the dataset in --out, whether it is complete or unfinished")
     settings = fields(PackingOptions)
@@ -141,7 +139,7 @@ def main() -> None:
     exit_on_sigterm()
     start, progress = time.monotonic(), Progress()
     try:
-        with translate_thread_errors(), _metrics(progress, options.metrics_port, options.metrics_address):
+        with translate_thread_errors(), _metrics(progress, options.metrics_port):
             manifest = pack(options.packing, progress)
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         check_rejects(manifest, options.max_reject_ratio)
@@ -162,12 +160,12 @@ def _advice(error: OSError, output: str) -> str:
     return f"{reason}: fix the cause and run the same command again to continue"
 
 
-def _metrics(progress: Progress, port: int | None, address: str):
+def _metrics(progress: Progress, port: int | None):
     if port is None:
         return nullcontext()
     from pipeline.packing.exporter import serve
 
-    return serve(progress, port, address)
+    return serve(progress, port)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 The rate of packing in images/s is `rate(alexnet_pack_images_total[1m])`.
 """
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
-from pipeline.page_server import PageServer, Response
 
 
 class _ProgressCollector(Collector):
@@ -42,25 +39,18 @@ class _ProgressCollector(Collector):
 
 
 @contextmanager
-def serve(progress: Progress, port: int, address: str = "0.0.0.0") -> Iterator[None]:
+def serve(progress: Progress, port: int) -> Iterator[None]:
     """Serve the metrics at /metrics while the block runs. Raises PackingError if the port cannot be used."""
     registry = CollectorRegistry()
     registry.register(_ProgressCollector(progress))
     ProcessCollector(registry=registry)
-
-    def metrics() -> Response:
-        return 200, CONTENT_TYPE_LATEST, generate_latest(registry).decode()
-
     try:
-        server = PageServer(address, port, {"/metrics": metrics})
+        server, thread = start_http_server(port, registry=registry)
     except OSError as error:
-        advice = (
-            "choose another port" if error.errno == errno.EADDRINUSE else "choose another address or port"
-        )
-        raise PackingError(
-            f"--metrics-address {address} --metrics-port {port}: {error.strerror}: {advice}"
-        ) from None
+        raise PackingError(f"--metrics-port {port}: {error.strerror}: choose another port") from None
     try:
         yield
     finally:
-        server.close()
+        server.shutdown()
+        server.server_close()
+        thread.join()

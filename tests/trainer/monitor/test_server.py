@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 import torch
 
-from pipeline import page_server as module
+from trainer.monitor import server as module
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer
@@ -61,26 +61,11 @@ def test_the_page_may_not_load_anything_from_other_hosts(served):
     assert "http" not in policy
 
 
-@pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/live?x=/"])
+@pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/?x=1"])
 def test_nothing_else_is_served(served, path):
     with pytest.raises(urllib.error.HTTPError) as error:
         get(served[1] + path)
     assert error.value.code == 404
-
-
-@pytest.mark.parametrize("query", ["?", "?x=1", "?a=/healthz&b=?"])
-def test_a_query_does_not_change_the_page(served, query):
-    assert get(f"{served[1]}/healthz{query}") == "ok\n"
-
-
-@pytest.mark.parametrize("address", ["::1", "[::1]", "localhost", "127.0.0.1", "::", "0.0.0.0", ""])
-def test_addresses_of_both_kinds_can_be_bound(address):
-    server = MetricsServer(Metrics(), address, 0, STALL_SECONDS)
-    host = "[::1]" if address in ("::1", "[::1]", "::") else "127.0.0.1"
-    assert get(f"http://{host}:{server.port}/healthz") == "ok\n"
-    if address == "::":
-        assert get(f"http://127.0.0.1:{server.port}/healthz") == "ok\n"
-    server.close()
 
 
 def test_a_port_in_use_is_an_error(served):
