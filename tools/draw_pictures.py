@@ -18,6 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.output import secure
 from tools.options import count, natural, refuse_old_name
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
@@ -80,6 +81,7 @@ def _draw_shape(
 
 
 def main() -> None:
+    secure()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to draw the pictures into"

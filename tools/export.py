@@ -26,6 +26,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.output import secure
 from tools.classifying.nets import NetError
 from tools.options import refuse_old_name
 from trainer.run import Run, RunError
@@ -35,6 +36,7 @@ EXTENSIONS = (".onnx", ".pt2", ".safetensors", ".pth")
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     run = Run(options.run)
     try:

@@ -22,6 +22,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import path_in_errors
 from pipeline.manifest import Class, DatasetError, read_manifest
+from pipeline.output import secure
 from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
 from trainer.run import Run
@@ -34,6 +35,7 @@ SIZE = 256  # pixels of the shorter side, before the crop
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))

@@ -28,6 +28,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.output import secure
 from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
@@ -39,6 +40,7 @@ MODULES = {"towers": "two_towers", "report": "summary"}  # where the module has 
 
 
 def main() -> None:
+    secure()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
