@@ -208,7 +208,7 @@ def test_the_run_records_the_commit_of_the_image(docker, demo, image):
 @pytest.mark.image
 def test_no_process_runs_as_root(docker, demo):
     users = docker("top", demo.id, "-eo", "uid,pid,args").stdout.splitlines()[1:]
-    assert any("trainer.cli" in user for user in users)
+    assert any("tools.command" in user for user in users)
     assert all(int(user.split()[0]) > 0 for user in users)
 
 
