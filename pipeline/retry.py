@@ -17,7 +17,7 @@ from pipeline.files import read_file
 T = TypeVar("T")
 
 PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each retry
-_EIO_PAUSES = PAUSES[:2]  # a bad sector unchanged bad, and the disk has already retried
+_EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried
 _LONGEST_WAIT = 30.0  # seconds, however long a server asks to wait
 
 # Error numbers that concern a single file. All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM,

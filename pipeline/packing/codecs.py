@@ -43,7 +43,7 @@ def why_unreadable(content: bytes, error: Exception) -> str | None:
         library = absent[absent.lastindex or 0]
         return f"this build has no {_NAMES.get(library, library)}"
     if isinstance(error, ImportError):
-        return f"this build has no {error.name or 'decoder for it'}"
+        return f"this build has no {error.name or 'decoder'}"
     return "unsupported" if _UNSUPPORTED.search(text) or _needs_another_decoder(content) else None
 
 

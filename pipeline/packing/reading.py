@@ -74,7 +74,7 @@ class _Hosts:
 
     def _is_away(self, host: str, error: StorageError) -> bool:
         if host in self._read:
-            return not _can_read(self._read[host])
+            return not _can_read(self._read[host], read)
         if any(map(_can_read, self._untried(host, same=True))):
             return False
         if len(self._failed[host]) >= _FEW and error.reason != HOST_NOT_FOUND:
@@ -92,9 +92,9 @@ class _Hosts:
         return list(islice(found, _TRIED))
 
 
-def _can_read(source: SourceImage) -> bool:
+def _can_read(source: SourceImage, reader: Callable[[str, int, int | None], bytes] = read_once) -> bool:
     try:
-        read_once(source.file, source.offset, source.size)
+        reader(source.file, source.offset, source.size)
     except OSError:
         return False
     return True
@@ -110,7 +110,7 @@ def _read(source: SourceImage, table: str | None) -> bytes:
         if is_outage(error):
             raise
         _check_storage(source, table, error)
-        raise RejectedError(reason_of(source.file, error) if is_url(source.file) else "unreadable") from None
+        raise RejectedError(reason_of(source.file, error)) from None
 
 
 def _is_regular(file: str) -> bool:
@@ -128,6 +128,6 @@ def _check_storage(source: SourceImage, table: str | None, error: OSError) -> No
     else:
         return
     raise PackingError(
-        f"{shown(source.file)} cannot be read ({error.strerror or error}), and {why} Finished shards are "
-        "kept: fix the cause and run the same command again to continue"
+        f"{shown(source.file)} cannot be read ({error.strerror or reason_of(source.file, error)}), and {why} "
+        "Finished shards are kept: fix the cause and run the same command again to continue"
     ) from None

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
 
 from pipeline.retry import StorageError, is_outage
 
@@ -72,7 +71,7 @@ def host_of(name: str) -> str:
 def as_os_error(name: str) -> Iterator[None]:
     """Turn the errors of each kind of storage into OSError.
 
-    FileNotFoundError unchanged what it is, as some files are optional. The others become StorageError.
+    FileNotFoundError stays what it is, because some files are optional. The others become StorageError.
     """
     try:
         yield
@@ -83,10 +82,12 @@ def as_os_error(name: str) -> Iterator[None]:
 
 
 def reason_of(name: str, error: OSError) -> str:
-    """Return the reason why a file behind a URL is rejected."""
+    """Return the reason to reject a file that cannot be read."""
     if isinstance(error, StorageError):
         return error.reason
-    return "HTTP 404" if urlsplit(name).scheme in ("http", "https") else "not found"
+    if "://" not in name:
+        return "unreadable"
+    return "HTTP 404" if name.startswith(("http://", "https://")) else "not found"
 
 
 def _storage_error(name: str, error: Exception) -> StorageError:
