@@ -7,12 +7,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, WebPImagePlugin
+from PIL import Image, ImageCms, WebPImagePlugin, features
 from PIL._util import DeferredError
 
 from pipeline.packing import pixels
 from pipeline.packing.images import RejectedError, check_image, pack_image, read_image
 from pipeline.packing.pixels import to_rgb
+from pipeline.packing.shard import versions
 from tests.helpers import REPO
 from tests.trees import encode
 
@@ -249,3 +250,10 @@ def test_conversion_needs_little_memory_besides_the_decoded_image_and_the_result
     )
     kilobytes = int(done.stdout)
     assert kilobytes * 1024 < 16e6 * 8 + 40e6
+
+
+def test_the_libraries_are_among_the_versions_of_a_run(monkeypatch):
+    assert versions()["webp"] == features.version("webp")
+    monkeypatch.setattr(features, "version", lambda name: "1" if name == "jpg" else None)
+    absent = {name: "none" for name in ("webp", "libtiff", "littlecms2", "zlib")}
+    assert versions().items() >= {"libjpeg": "1", **absent}.items()
