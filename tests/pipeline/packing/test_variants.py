@@ -255,5 +255,5 @@ def test_conversion_needs_little_memory_besides_the_decoded_image_and_the_result
 def test_the_libraries_are_among_the_versions_of_a_run(monkeypatch):
     assert versions()["webp"] == features.version("webp")
     monkeypatch.setattr(features, "version", lambda name: "1" if name == "jpg" else None)
-    absent = {name: "none" for name in ("webp", "libtiff", "littlecms2", "zlib")}
+    absent = dict.fromkeys(("webp", "libtiff", "littlecms2", "zlib"), "none")
     assert versions().items() >= {"libjpeg": "1", **absent}.items()
