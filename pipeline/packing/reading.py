@@ -18,7 +18,7 @@ from itertools import islice
 from pipeline.packing.images import RejectedError
 from pipeline.packing.remote_errors import HOST_NOT_FOUND, host_of, reason_of, shown
 from pipeline.packing.sources.find import SourceImage
-from pipeline.packing.storage import is_accessible, is_url, read, read_once
+from pipeline.packing.storage import MAX_BYTES, is_accessible, is_url, read, read_once
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, is_outage, with_retries
 
@@ -103,19 +103,20 @@ def _can_read(source: SourceImage, reader: Callable[[str, int, int | None], byte
 def _read(source: SourceImage, table: str | None) -> bytes:
     """Read a source. Raises RejectedError if the file is at fault, else OSError or PackingError."""
     try:
-        if not is_url(source.file) and not with_retries(partial(_is_regular, source.file), warn):
-            raise RejectedError("unreadable")
+        size = source.size
+        if not is_url(source.file):
+            status = with_retries(partial(os.stat, source.file), warn)
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe, for example, might never end
+                raise RejectedError("unreadable")
+            size = status.st_size if size is None else size
+        if (size or 0) > MAX_BYTES:
+            raise RejectedError("too large")
         return read(source.file, source.offset, source.size)
     except OSError as error:
         if is_outage(error):
             raise
         _check_storage(source, table, error)
         raise RejectedError(reason_of(source.file, error)) from None
-
-
-def _is_regular(file: str) -> bool:
-    """Return whether a file is a regular one; reading a pipe, for example, might never end."""
-    return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path takes three times as long
 
 
 def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:

@@ -11,9 +11,9 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -23,9 +23,13 @@ from pipeline.packing.remote_errors import as_os_error, shown
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, with_retries
 
+if TYPE_CHECKING:
+    from aiohttp import TraceConfig
+
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
 
 
+MAX_BYTES = 1_000_000_000  # of an image file, which is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 
@@ -50,7 +54,7 @@ def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
     if not is_url(file):
         return _read_local(file, offset, size)
     with as_os_error(file):
-        fs, path = _file_system(file)
+        fs, path = _file_system(file, MAX_BYTES)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
     if size is not None and len(content) > size:  # many static file servers send the whole file
         raise StorageError(
@@ -160,12 +164,32 @@ def _local_sizes(folder: str) -> dict[str, int]:
     return sizes
 
 
-def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path or URL, and the path in it.
+
+    max_bytes: an HTTP response that announces more raises StorageError before it is received.
+    """
     if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
-    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write there, too
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
     if name.startswith(("http://", "https://")):
         from aiohttp import ClientTimeout
 
         options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
+        if max_bytes is not None:
+            options["client_kwargs"]["trace_configs"] = [_size_limit(max_bytes)]
     return url_to_fs(name, **options)
+
+
+@cache  # because fsspec compares options by their representation, to use a connection again
+def _size_limit(max_bytes: int) -> "TraceConfig":
+    from aiohttp import TraceConfig
+
+    async def refuse_large(session, context, request) -> None:
+        if (request.response.content_length or 0) > max_bytes:
+            request.response.close()
+            raise StorageError(f"{shown(str(request.url))}: too large", "too large", passes=False)
+
+    trace = TraceConfig()
+    trace.on_request_end.append(refuse_large)
+    return trace

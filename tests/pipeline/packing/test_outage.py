@@ -197,6 +197,17 @@ def test_a_missing_tar_stops_the_run(tmp_path):
         _read(source_at(tmp_path / "a.tar", 10), None)
 
 
+def test_a_huge_file_is_not_read(tmp_path):
+    """It takes no room on the disk, and would not fit in the memory of a small machine."""
+    with (tmp_path / "1.jpg").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(RejectedError, match=r"^too large$"):
+        _read(source_at(tmp_path / "1.jpg"), None)
+    with pytest.raises(RejectedError, match=r"^too large$"):
+        _read(source_at(tmp_path / "1.jpg", 10**11), None)
+    assert _read(source_at(tmp_path / "1.jpg", 10), None) == bytes(10)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
 @pytest.mark.parametrize("function", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load"])
 def test_a_lack_of_memory_or_descriptors_rejects_no_picture(pictures, monkeypatch, function, error):

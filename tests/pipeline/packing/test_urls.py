@@ -34,6 +34,13 @@ REJECTED: dict[str, tuple[Fault, str]] = {
     "stall": (faulty_server.stall, "timed out"),
     "trickle": (faulty_server.trickle, "timed out"),
 }
+
+
+def announces_much(handler) -> None:
+    handler.send(b"abc", storage.MAX_BYTES + 1)
+
+
+REJECTED["large"] = (announces_much, "too large")
 PASSING = {
     "503": status(503),
     "429": status(429, Retry_After="1"),
