@@ -39,6 +39,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -48,6 +49,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError, read_manifest
+from pipeline.output import printed, secure
+from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive, program
 from trainer.run import environment
@@ -255,7 +258,8 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
                     print(json.dumps(about | at.describe() | part), file=file)
     if options.trace:
         try:
-            stages.trace(options.trace)
+            with stages.closing:
+                stages.trace(options.trace)
         except RuntimeError as error:
             record["failed"] = record.get("failed", {}) | {"trace": {"all": one_line(error)}}
             print(f"trace   failed: {one_line(error)}")
@@ -263,14 +267,17 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    secure()
+    exit_on_signals()
     options, rest = parse_arguments()
     try:
         for file in filter(None, (options.record, options.trace)):  # fail before measuring, not after
             file.parent.mkdir(parents=True, exist_ok=True)
-        record = measure(options, rest)
+        with nullcontext() if options.record else printed():
+            record = measure(options, rest)
+            print(json.dumps(record))
     except (SettingsError, DatasetError, OSError) as error:
         sys.exit(f"bench: {error}")
-    print(json.dumps(record))
     missed = any(gate["verdict"] == "missed" for gates in record.get("gates", {}).values() for gate in gates)
     sys.exit("failed" in record or (missed and options.gates))
 

@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
+from pipeline.output import secure
+
 
 class Command(NamedTuple):
     """A module whose `main()` reads sys.argv, and what the command does, in one line."""
@@ -42,6 +44,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names; without one, train."""
+    secure()
     arguments = sys.argv[1:]
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):

@@ -20,6 +20,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.output import printed, secure
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import add_jobs, add_seeds, program
 from trainer.run import Run
@@ -94,16 +95,18 @@ def table(scores: dict[str, Scores]) -> Iterator[str]:
 
 
 def main() -> None:
+    secure()
     options, settings = parse_arguments()
     try:
         for recipe in options.recipes:
             load_settings(["--recipe", recipe, *settings], command=program())
         scores = compare(options, settings)
+        about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
+        with printed():
+            print(*table(scores), sep="\n")
+            print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare-recipes: {error}")
-    print(*table(scores), sep="\n")
-    about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
-    print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))
     first, *others = (mean(measured["top1_error"]) for measured in scores.values())
     sys.exit(options.within is not None and any(first - other > options.within for other in others))
 

@@ -26,6 +26,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.output import secure
 from tools.classifying.nets import NetError
 from tools.options import refuse_old_name
 from trainer.run import Run, RunError
@@ -35,6 +36,7 @@ EXTENSIONS = (".onnx", ".pt2", ".safetensors", ".pth")
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     run = Run(options.run)
     try:
@@ -47,7 +49,9 @@ def main() -> None:
         from tools.exporting.formats import export
 
         print(export(settings, run, options.out, options.checkpoint == "best"))
-    except (NetError, SettingsError, DatasetError, RunError) as error:
+    except DatasetError as error:
+        sys.exit(f"export: {error}. If the dataset has moved, give its folder with --data")
+    except (NetError, SettingsError, RunError) as error:
         sys.exit(f"export: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"

@@ -25,6 +25,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import path_in_errors
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
+from pipeline.output import secure
 from pipeline.packing.workers import WorkersError, translate_thread_errors
 from pipeline.reader import ShardReader
 from tools.options import natural, refuse_old_name
@@ -263,6 +264,7 @@ def _write(dataset: OpenDataset, groups: Groups, name: str, output: Path, seed: 
 
 
 def main() -> None:
+    secure()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")

@@ -24,6 +24,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
+from pipeline.output import secure
 from pipeline.packing.images import Geometry
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.pack import pack
@@ -32,7 +33,7 @@ from pipeline.packing.resume import REPORT
 from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder, is_url
-from pipeline.packing.workers import WorkersError, exit_on_sigterm, translate_thread_errors
+from pipeline.packing.workers import WorkersError, exit_on_signals, translate_thread_errors
 from tools.options import fraction, refuse_old_name, within
 
 
@@ -110,6 +111,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--scheduler", metavar="ADDRESS", help="address of the Dask scheduler, such as tcp://host:8786")
     add("--metrics-port", type=within(int, 1, 65535), metavar="PORT",
         help="serve Prometheus metrics on this port while packing")
+    add("--metrics-address", default="0.0.0.0", metavar="ADDRESS",
+        help="address that the metrics server binds to (default %(default)s)")
     add("--overwrite", action="store_true",
         help="replace the dataset in --out, whether it is complete or unfinished")
     settings = fields(PackingOptions)
@@ -136,11 +139,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
-    exit_on_sigterm()
+    exit_on_signals()
     start, progress = time.monotonic(), Progress()
     try:
-        with translate_thread_errors(), _metrics(progress, options.metrics_port):
+        with translate_thread_errors(), _metrics(progress, options):
             manifest = pack(options.packing, progress)
         print(summary(manifest, options.output, progress, time.monotonic() - start))
         for remark in (*progress.remarks.warnings, *progress.remarks.faults):
@@ -165,12 +169,12 @@ def _advice(error: OSError, output: str) -> str:
     return f"{reason}: fix the cause and run the same command again to continue"
 
 
-def _metrics(progress: Progress, port: int | None):
-    if port is None:
+def _metrics(progress: Progress, options: argparse.Namespace):
+    if options.metrics_port is None:
         return nullcontext()
     from pipeline.packing.exporter import serve
 
-    return serve(progress, port)
+    return serve(progress, options.metrics_port, options.metrics_address)
 
 
 if __name__ == "__main__":

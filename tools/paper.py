@@ -28,6 +28,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.output import secure
 from tools.experiments import EXPERIMENTS
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
@@ -39,6 +40,7 @@ MODULES = {"towers": "two_towers", "report": "summary"}  # where the module has 
 
 
 def main() -> None:
+    secure()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,8 +73,10 @@ def main() -> None:
         if isinstance(result, Record):
             result.save(options.out)
         print(result)
-    except (SettingsError, DatasetError, RunError, RecordError, TrainingError, OSError) as error:
+    except (SettingsError, DatasetError, RunError, RecordError, TrainingError) as error:
         sys.exit(f"paper: {error}")
+    except OSError as error:
+        sys.exit(f"paper: {error.filename or options.out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

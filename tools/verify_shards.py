@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import numpy as np
+from rich.console import Console
 from rich.progress import Progress
 
 if not __package__:  # run as a script, perhaps where nothing is installed
@@ -27,7 +28,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
-from pipeline.packing.workers import WorkersError, exit_on_sigterm, pool
+from pipeline.output import secure
+from pipeline.packing.workers import WorkersError, exit_on_signals, pool
 from pipeline.retry import is_outage
 from pipeline.shards import read_index, write_index
 from tools.options import within
@@ -63,7 +65,7 @@ class Verdict:
 
 def check_dataset(root: Path, manifest: Manifest) -> list[Problem]:
     """Find problems without opening a shard: wrong file names and totals, and files that no split names."""
-    problems = [] if manifest.splits else [Problem(MANIFEST_NAME, "names no split")]
+    problems = []
     named: set[str] = set()
     for name, split in manifest.splits.items():
         tars = [shard.file for shard in split.shards]
@@ -128,7 +130,7 @@ def check_shards(
             for shard, part in zip(split.shards, parts, strict=True)
         ]
     with (
-        Progress(disable=not sys.stderr.isatty()) as progress,
+        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
         pool(max(1, min(workers, len(tasks)))) as executor,
     ):
         bar = progress.add_task("checking", total=len(tasks))
@@ -231,8 +233,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
-    exit_on_sigterm()
+    exit_on_signals()
     try:
         if options.repair_index:
             written = repair(options.data, options.workers)

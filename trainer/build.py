@@ -1,6 +1,5 @@
 """Build the net and the description of the decoding from settings, for both training and evaluation."""
 
-import os
 from dataclasses import fields
 
 import torch
@@ -10,6 +9,7 @@ from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from pipeline.machine import cores, cpus
 from trainer.memory import keep_freed_memory
+from trainer.processes.place import place
 from trainer.settings import Settings
 
 
@@ -43,7 +43,7 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
 
 def local_world_size() -> int:
     """Return the number of processes of the run on this machine, which the launcher sets."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return place().local_size
 
 
 def local_cores() -> tuple[int, ...]:
@@ -54,5 +54,5 @@ def local_cores() -> tuple[int, ...]:
     """
     allowed = cores()
     count = len(allowed) // local_world_size()
-    first = int(os.environ.get("LOCAL_RANK", "0")) * count
+    first = place().local_rank * count
     return allowed[first : first + count]

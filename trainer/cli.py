@@ -12,9 +12,12 @@ from pathlib import Path
 
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
+from pipeline.output import printed, secure
 from trainer.processes.launch import launch, report_error, world_size
+from trainer.processes.place import place
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
+from trainer.reading import ContentError
 from trainer.run import PeerLostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 
@@ -27,8 +30,9 @@ def main() -> None:
     """Run the command line.
 
     An error that the user can fix is one line on stderr and exit code 1 or 2. A run that was asked to stop
-    and has saved its checkpoint exits with 143 after SIGTERM and 130 after SIGINT.
+    and has saved its checkpoint exits with 143 after SIGTERM, 130 after SIGINT and 129 after SIGHUP.
     """
+    secure()
     commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}
     arguments = sys.argv[1:]
     command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
@@ -40,7 +44,7 @@ def main() -> None:
         _fail(error, 2)
     except PeerLostError as error:
         _fail(error, EXIT_STALLED)
-    except (DatasetError, RunError) as error:
+    except (DatasetError, RunError, ContentError) as error:
         _fail(error, 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -77,12 +81,11 @@ def _train(arguments: Sequence[str]) -> None:
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
-    if world > 1 and "WORLD_SIZE" not in os.environ:
+    if world > 1 and not place().is_given:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
-    is_main = os.environ.get("RANK", "0") == "0"
-    with held_open(run.begin(settings, manifest)) if is_main else nullcontext():
+    with nullcontext() if place().rank else held_open(run.begin(settings, manifest)):
         from trainer.train import train
 
         train(settings, run)
@@ -121,12 +124,19 @@ def _evaluate(arguments: Sequence[str]) -> None:
     settings = Run(options.run).settings()
     if options.data:
         settings = settings.model_copy(update={"data": options.data})
+    elif not (settings.data / MANIFEST_NAME).is_file():
+        raise SettingsError(
+            f"{options.run} was trained on {settings.data}, and no dataset is there now: "
+            "give the folder of the dataset with --data"
+        )
     read_manifest(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run
 
     best = options.checkpoint == "best"
-    print(evaluate_run(settings, Run(options.run), options.split, options.crops, best))
+    result = evaluate_run(settings, Run(options.run), options.split, options.crops, best)
+    with printed():
+        print(result)
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ from dataclasses import fields
 from functools import cache
 
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from model.alexnet import Variant
 from model.forms import GROUPS
@@ -21,12 +23,19 @@ from trainer.build import build_decoding
 from trainer.monitor.ceilings import measure_throughput, model_work
 from trainer.processes.distributed import World
 from trainer.run import Run, environment
+from trainer.setting_groups import Form
 from trainer.settings import Settings
 from trainer.tuning import load_or_measure
 
 SECONDS = 1.0  # how long to measure each form, after its first steps
 CLASSES = 1000  # number of classes of the measured net; it hardly affects the time of a step
 _NET = ("preset", "dropout", "crop", "compile", *(field.name for field in fields(Variant)))
+
+
+class _Cached(TypedDict):
+    """An entry of convolutions.json."""
+
+    form: Form
 
 
 def resolve_run_form(settings: Settings, run: Run, world: World) -> tuple[Settings, list[str]]:
@@ -59,15 +68,15 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     def images_per_second(form: str) -> float:
         return measure(settings.model_copy(update={"convolutions": form}), world)
 
-    def measure_all() -> dict[str, str]:
+    def measure_all() -> _Cached:
         groups = GROUPS if settings.towers == 2 else GROUPS[:1]
-        return {"form": fastest(groups, images_per_second)}
+        return {"form": fastest(groups, images_per_second)}  # type: ignore[typeddict-item]
 
     about = environment(world.device_name)
     machine = [about["device"], about["torch"], torch.backends.cudnn.version()]
     net = {name: getattr(settings, name) for name in _NET}
     key = json.dumps([machine, net, settings.batch // world.size, settings.precision])
-    found, notes = load_or_measure("convolutions.json", key, measure_all, world.is_main)
+    found, notes = load_or_measure("convolutions.json", key, TypeAdapter(_Cached), measure_all, world.is_main)
     return found["form"], [
         f"computing convolutions as {found['form']}, the fastest form on this machine",
         *notes,

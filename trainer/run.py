@@ -17,25 +17,28 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.files import atomic_write, held_open, sync_folder
-from pipeline.manifest import DatasetError, Manifest, read_manifest
-from pipeline.retry import read_with_retries
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
+from pipeline.output import say
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from pipeline.versions import installed_version
-from trainer.settings import Resolved, Settings, SettingsError
+from trainer.reading import ContentError, read_json
+from trainer.settings import CHANGEABLE, Resolved, Settings, SettingsError
 from trainer.table import Table
 
+T = TypeVar("T")
 REPORT = "report.md"
 _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
-_RESOLVED = "resolved"  # in settings.json: what `auto` resolved to when the run began
+# In settings.json: what `auto` resolved to when the run began, and the dataset's path from the run folder.
+_RESOLVED, _DATA_FROM_RUN = "resolved", "data_from_run"
+_STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
 # Files that a start which was killed early may leave behind.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
@@ -53,11 +56,26 @@ class PeerLostError(RunError):
 
 
 class _Recorded(BaseModel):
-    """The structure that settings.json must have, whatever its settings."""
+    """The content of settings.json; the settings are its extra fields."""
 
     model_config = ConfigDict(extra="allow")
 
+    dataset: str = ""
+    data_from_run: str | None = None
     resolved: Resolved = None  # type: ignore[assignment]  # may be missing, but not null
+
+    def settings(self) -> Settings:
+        """Return the settings. Raises ValidationError.
+
+        Earlier versions recorded infinity as null. A setting that may change then has its default.
+        """
+        held = self.model_extra or {}
+        return Settings.model_validate(
+            {name: value for name, value in held.items() if value is not None or name not in CHANGEABLE}
+        )
+
+
+_RECORDED = TypeAdapter(_Recorded)
 
 
 class Run:
@@ -68,8 +86,9 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.metrics = Table(folder / "metrics.csv")
-        self.evaluations = Table(folder / "evaluations.csv")
+        position = ("step", "epoch", "loss")
+        self.metrics = Table(folder / "metrics.csv", (*position, "error", "images_per_second"))
+        self.evaluations = Table(folder / "evaluations.csv", (*position, "top1_error", "top5_error"))
         self.checkpoints = folder / "checkpoints"
 
     def begin(self, settings: Settings, manifest: Manifest) -> TextIO:
@@ -84,7 +103,10 @@ class Run:
         lock = _open_locked(self.folder)
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
             NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
-            _write_json(self.folder / _SETTINGS, _identity(settings, manifest.fingerprint, whole=True))
+            record = _identity(settings, manifest.fingerprint, whole=True)
+            if not settings.data.is_absolute():
+                record[_DATA_FROM_RUN] = os.path.relpath(settings.data.resolve(), self.folder.resolve())
+            _write_json(self.folder / _SETTINGS, record)
         return lock
 
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
@@ -110,7 +132,7 @@ class Run:
         recorded = self._recorded()
         if recorded is not None:
             # If settings are missing, an earlier version began the run, which had only their defaults.
-            held = json.loads(Settings.model_construct().model_dump_json()) | _ONLY_FORM | recorded
+            held = Settings.model_construct().model_dump(mode="json") | _ONLY_FORM | recorded
             resolved = recorded.get(_RESOLVED, {})
             held |= {name: resolved[name] for name in ("precision", "convolutions") if name in resolved}
             differing = [
@@ -179,11 +201,18 @@ class Run:
         sync_folder(self.folder)
 
     def settings(self) -> Settings:
-        """Return the settings that the run began with. Raises as `recorded_settings` does."""
-        held = self.recorded_settings()
-        return Settings.model_validate(
-            {name: value for name, value in held.items() if name not in ("dataset", _RESOLVED)}
-        )
+        """Return the settings that the run began with. Raises as `recorded_settings` does.
+
+        If a relative path of the dataset was given, it is replaced by the path from the current folder, as
+        long as the dataset is where it was as seen from the run folder.
+        """
+        recorded = _Recorded(**self.recorded_settings())
+        settings = recorded.settings()
+        if recorded.data_from_run is not None:
+            data = (self.folder / recorded.data_from_run).resolve()
+            if (data / MANIFEST_NAME).is_file():
+                return settings.model_copy(update={"data": Path(os.path.relpath(data))})
+        return settings
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the content of settings.json.
@@ -198,30 +227,41 @@ class Run:
     def _recorded(self) -> dict[str, Any] | None:
         """Return the content of settings.json, or None without one. Raises as `recorded_settings` does."""
         path, remedy = self.folder / _SETTINGS, "restore it from a copy"
-        held = _read_json(path, remedy)
-        if held is None:
+        recorded = _read_json(path, _RECORDED, remedy)
+        if recorded is None:
             return None
         try:
-            _Recorded.model_validate(held)
+            recorded.settings()
         except ValidationError as error:
             detail = error.errors()[0]
-            where = ".".join([_SETTINGS, *map(str, detail["loc"])])
-            what = "not a JSON object" if detail["type"] == "model_type" else detail["msg"]
-            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
-        return held
+            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
+            if detail["type"] == "extra_forbidden":
+                raise RunError(
+                    f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
+                    "use the version of alexnet-train that began the run"
+                ) from None
+            raise RunError(f"{path} is damaged ({where}: {detail['msg']}): {remedy}") from None
+        return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:
         """Return everything that is needed to use the net.
 
         It comes from net.json or, for a run of an earlier version, from the dataset that the settings name.
-        Raises RunError if net.json is damaged, or if that dataset cannot be read.
+        Raises RunError if net.json is damaged or has other crops than the settings, or if that dataset cannot
+        be read.
         """
         try:
             with suppress(FileNotFoundError):
-                return NetSpec.read(self.folder)
+                spec = NetSpec.read(self.folder)
+                if spec.crop != settings.crop:
+                    raise RunError(
+                        f"{self.folder / NET_NAME} says crops of {spec.crop} pixels, but {_SETTINGS} says "
+                        f"{settings.crop}: restore both from one copy of the run"
+                    )
+                return spec
             return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
         except SpecError as error:
-            raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
+            raise RunError(str(error)) from None
         except DatasetError as error:
             raise RunError(
                 f"{self.folder} is from an earlier version, has no {NET_NAME}, and needs its dataset: {error}"
@@ -235,7 +275,7 @@ class Run:
 
     def starts(self) -> list[dict[str, str]]:
         """Return the entries of environment.json, oldest first. Raises RunError if the file is damaged."""
-        return _read_json(self.folder / _ENVIRONMENT, "delete it") or []
+        return _read_json(self.folder / _ENVIRONMENT, _STARTS, "delete it") or []
 
 
 def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str, Any]:
@@ -243,13 +283,13 @@ def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str
 
     dataset: its fingerprint. whole: whether to include the settings that may change.
     """
-    chosen = json.loads(settings.model_dump_json()) if whole else settings.identity()
+    chosen = settings.model_dump(mode="json") if whole else settings.identity()
     return {"dataset": dataset, **chosen}
 
 
 def _open_locked(folder: Path) -> TextIO:
     """Open, lock and return the folder's lock file. Raises RunError if another process has locked it."""
-    lock = open(folder / _LOCK, "a+")  # noqa: SIM115 – the caller closes it
+    lock = open(folder / _LOCK, "a+", errors="replace")  # noqa: SIM115 – the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -260,10 +300,7 @@ def _open_locked(folder: Path) -> TextIO:
                 f"{folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
             ) from None
         # Some network file systems do not support locks.
-        print(
-            f"alexnet-train: {folder} cannot be locked ({error.strerror}): make sure nothing else trains it",
-            file=sys.stderr,
-        )
+        say(f"{folder} cannot be locked ({error.strerror}): make sure nothing else trains it")
     with suppress(OSError):  # the content is only for messages
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -314,14 +351,14 @@ def _git_commit() -> str:
     return done.stdout.strip()
 
 
-def _read_json(path: Path, remedy: str) -> Any:
+def _read_json(path: Path, structure: TypeAdapter[T], remedy: str) -> T | None:
     """Return the content of a JSON file, or None without one. Raises RunError if the file is damaged."""
     try:
-        return json.loads(read_with_retries(path))
+        return read_json(path, structure)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}): {remedy}") from None
+    except ContentError as error:
+        raise RunError(f"{error}: {remedy}") from None
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 
@@ -34,7 +26,14 @@ MayChange = Annotated[_T, MAY_CHANGE]
 # A setting that changes the paper's net, and so cannot be combined with --preset torchvision.
 PaperOnly = Annotated[_T, PAPER_ONLY]
 
-_Fraction = Annotated[float, Field(ge=0, le=1)]
+# The upper limits keep every number within what torch, DALI and the system's clocks can represent.
+_MOST = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=_MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MOST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_MOST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_MOST)]
+Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads or batches in advance
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
@@ -55,7 +54,7 @@ class DataAndRun(Group):
     """Folder of the run, by default runs/RECIPE. If it already holds this run, the run continues."""
     recipe: MayChange[Annotated[str, Metavar("RECIPE")]] = "paper"
     """Name of a recipe, or path of a TOML file with settings."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed for the initial weights, the order of the images, augmentation and dropout."""
 
 
@@ -80,9 +79,10 @@ class Net(Group):
     """Add a sixth convolution after the last pooling layer, as in the paper's CNN*."""
     without: PaperOnly[Literal["none", "conv2", "conv3", "conv4", "conv5"]] = "none"
     """Convolution to leave out of the net."""
-    width: PaperOnly[Annotated[float, Field(gt=0, allow_inf_nan=False), Metavar("FACTOR")]] = 1.0
+    width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
     """Factor on the number of kernels and units of each layer but the last; below 1, the net is smaller."""
-    crop: Annotated[int, Field(ge=64), Metavar("PIXELS")] = 224  # a smaller one leaves no pixels for fc6
+    # A smaller one leaves no pixels for fc6.
+    crop: Annotated[int, Field(ge=64, le=_MOST), Metavar("PIXELS")] = 224
     """Side of the net's square input in pixels."""
 
 
@@ -138,7 +138,7 @@ class Hardware(Group):
 
     device: MayChange[Annotated[str, Metavar("{auto,cuda,cuda:N,cpu}")]] = "auto"
     """Device to train on: cuda uses all GPUs, cuda:N uses one, and auto uses all GPUs if there are any."""
-    processes: MayChange[PositiveInt | None] = None
+    processes: MayChange[Workers | None] = None
     """Number of processes on this machine; by default, one for each GPU, or one without GPUs."""
     max_restarts: MayChange[NonNegativeInt] = 3
     """Number of times to restart all processes of this machine after one was killed, crashed or stalled."""
@@ -155,11 +155,11 @@ class Hardware(Group):
     when the run begins, and uses the fastest. A run keeps the form that it began with."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    threads: MayChange[NonNegativeInt] = 0
+    threads: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
     """Number of DALI threads in each process; 0 means one per core or, with a GPU, the fastest number."""
-    hw_decoder_load: MayChange[Annotated[_Fraction | None, Metavar("FRACTION")]] = None
+    hw_decoder_load: MayChange[Annotated[Fraction | None, Metavar("FRACTION")]] = None
     """Fraction of the images that a GPU's JPEG engine decodes; by default, the fastest measured one."""
-    prefetch: MayChange[PositiveInt] = 2
+    prefetch: MayChange[Workers] = 2
     """Number of batches to prepare in advance."""
 
 

@@ -7,19 +7,25 @@ An unknown name is an error that suggests the nearest known one. This module doe
 """
 
 import argparse
-import json
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from pydantic_settings import SettingsError as SourceError
 
+from trainer.reading import ContentError, read_toml
 from trainer.setting_groups import (
     MAY_CHANGE,
     PAPER_ONLY,
@@ -40,6 +46,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What --help shows in place of the names of types that pydantic-settings would show.
 _METAVARS = {"int": "N", "Path": "DIR"}
+_SHOWN = 60  # characters of a value that an error shows
 
 
 class SettingsError(ValueError):
@@ -53,8 +60,33 @@ class Settings(
     """Everything that a run depends on."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, validate_default=True, defer_build=False
+        frozen=True,
+        extra="forbid",
+        env_prefix=PREFIX,
+        validate_default=True,
+        defer_build=False,
+        allow_inf_nan=False,
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take nothing from the environment, which must not change the settings of a recorded run."""
+        return (init_settings,)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_stray_value(cls, value: object, field: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("input should not contain a zero byte")
+        return value
 
     @field_validator("drop_epochs", mode="before")
     @classmethod
@@ -110,7 +142,15 @@ class Settings(
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that may not change when the run is continued, as JSON values."""
-        return json.loads(self.model_dump_json(exclude=set(_marked(MAY_CHANGE))))
+        return self.model_dump(mode="json", exclude=set(CHANGEABLE))
+
+
+def _marked(mark: object) -> list[str]:
+    """Return the names of the settings with a mark, in the order of --help."""
+    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
+
+
+CHANGEABLE = _marked(MAY_CHANGE)  # names of the settings that may change when a run is continued
 
 
 class Resolved(BaseModel):
@@ -131,11 +171,6 @@ class _Parser(argparse.ArgumentParser):
             name = unknown.split()[0]
             message = f"unknown setting {name}{_nearest(name, (_flag(f) for f in Settings.model_fields))}"
         raise SettingsError(message)
-
-
-def _marked(mark: object) -> list[str]:
-    """Return the names of the settings with a mark, in the order of --help."""
-    return [name for name, field in Settings.model_fields.items() if mark in field.metadata]
 
 
 def _flag(field: str) -> str:
@@ -188,11 +223,26 @@ def load_settings(
         if name.startswith(PREFIX) and name not in known:
             raise SettingsError(f"unknown setting {name} in the environment{_nearest(name, known)}")
     try:
-        given = EnvSettingsSource(Settings)() | command_line()
-        recipe = read_recipe(given.get("recipe", Settings.model_fields["recipe"].default))
+        flags, variables = command_line(), EnvSettingsSource(Settings)()
+    except SourceError as error:
+        raise SettingsError(str(error)) from None
+    given = variables | flags
+    name = given.get("recipe", Settings.model_fields["recipe"].default)
+    recipe = read_recipe(name)
+
+    def shown(field: str, value: object) -> str:
+        """Show the value of a setting as it was given."""
+        text = str(value) if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}…"
+        if field in variables and field not in flags:
+            return f"{PREFIX}{field.upper()}={text} in the environment"
+        if field in recipe and field not in given:
+            return f"{field} = {text} in the recipe {name}"
+        return f"{_flag(field)} {text or repr(text)}"
+
+    try:
         return Settings.model_validate({**recipe, **given})
     except ValidationError as error:
-        raise SettingsError("; ".join(_explain(detail) for detail in error.errors())) from None
+        raise SettingsError("; ".join(_explain(detail, shown) for detail in error.errors())) from None
 
 
 def _help(field: FieldInfo) -> str:
@@ -202,14 +252,15 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{shown}".replace("%", "%%")
 
 
-def _explain(detail: Any) -> str:
-    """Return a message for one of the errors that pydantic lists."""
+def _explain(detail: Any, shown: Callable[[str, object], str]) -> str:
+    """Return a message for one of the errors that pydantic lists. shown: shows a setting with its value."""
     if not detail["loc"]:  # the error concerns a combination of settings
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         return f"unknown setting '{field}' in the recipe{_nearest(field, Settings.model_fields)}"
-    return f"{_flag(field)} {detail['input']}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{shown(field, detail['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -225,6 +276,6 @@ def read_recipe(name: str) -> dict[str, Any]:
             f"(choose from {', '.join(known)}, or give the path of a TOML file)"
         )
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"the recipe {path} is not valid TOML: {error}") from None
+        return read_toml(path)
+    except ContentError as error:
+        raise SettingsError(f"the recipe {error}") from None

@@ -82,8 +82,11 @@ class Step:
         self.scaler.scale(loss).backward()
         if self.skip_not_finite:
             self._skip_if_not_finite()
+        scale = self._scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.scaler.is_enabled():
+            self._count_skip((self._scale() < scale).float())  # it falls exactly if the update was skipped
         return loss.detach(), (logits.argmax(1) != labels).sum()
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -93,16 +96,19 @@ class Step:
         """Tell the optimizer whether to skip, as GradScaler does. Gradients are equal in all processes."""
         skip = (~all_finite(p.grad for p in self._parameters() if p.grad is not None)).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self._count_skip(skip)
+
+    def _count_skip(self, skip: Tensor) -> None:
+        """Count the step as skipped if `skip` is 1 rather than 0, without waiting for the device."""
         steps, consecutive = self._skips
         self._skips = torch.stack([steps + skip, (consecutive + 1) * skip])
 
-    def take_condition(self) -> Tensor:
-        """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips.
+    def _scale(self) -> Tensor:
+        """Return the loss scale as an fp32 [] on the device; it is 1 except in fp16."""
+        return self.scaler.scale(torch.ones((), device=self.device))
 
-        Updates that GradScaler skips in fp16 are not counted; Metrics.record_interval derives their number
-        from the loss scale.
-        """
-        scale = self.scaler.scale(torch.ones((), device=self.device))
-        condition = torch.stack([all_finite(self._parameters()), scale, *self._skips]).double()
+    def take_condition(self) -> Tensor:
+        """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips."""
+        condition = torch.stack([all_finite(self._parameters()), self._scale(), *self._skips]).double()
         self._skips[:1].zero_()  # assigning a number instead would wait for a copy to the device
         return condition

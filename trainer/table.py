@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -11,13 +12,14 @@ from typing import Any
 
 from pipeline.files import atomic_write, path_in_errors, sync
 from pipeline.retry import read_with_retries
+from trainer.reading import ContentError
 
 
 class Table:
-    """A CSV file whose rows each have a column `step`."""
+    """A CSV file. columns: those that it must have, `step` among them."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, columns: Iterable[str] = ("step",)):
+        self.path, self.columns = path, columns
         self._header = b""
         self._pending = b""  # rows that have not been written yet, as CSV
         self._write_offset: int | None = None  # byte offset at which a failed write of them began
@@ -61,27 +63,58 @@ class Table:
             self._write_offset = None
 
     def rows(self) -> list[dict[str, float]]:
-        """Return the rows in the file, or none if there is no file. Raises an OSError that names the file."""
-        try:
-            text = read_with_retries(self.path).decode()
-        except FileNotFoundError:
-            return []
-        lines = io.StringIO(text, newline="")
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+        """Return the rows in the file, or none if there is no file.
+
+        Raises ContentError, or an OSError that names the file.
+        """
+        _, rows = self._read()
+        return [row for _, row in rows]
 
     def truncate(self, step: int) -> None:
-        """Delete the rows of later steps, which will be repeated. Raises an OSError that names the file."""
+        """Delete the rows of later steps, which will be repeated. Raises as `rows` does."""
+        header, rows = self._read(step)
+        if self.path.exists():
+            with atomic_write(self.path) as file:
+                file.write(b"".join([header, *(line for line, _ in rows)]))
+
+    def _read(self, step: float = math.inf) -> tuple[bytes, list[tuple[bytes, dict[str, float]]]]:
+        """Return the header, and the lines of the rows up to a step with their values.
+
+        Lines after the last of these rows were written after the last checkpoint. A power cut may have cut
+        them short or filled them with zeros. Raises ContentError if a line before them is damaged.
+        """
         try:
-            text = read_with_retries(self.path).decode()
+            header, *lines = read_with_retries(self.path).splitlines(keepends=True) or [b""]
         except FileNotFoundError:
-            return
-        if not text:
-            return
-        header, *lines = text.splitlines(keepends=True)
-        column = header.strip().split(",").index("step")
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[column]) <= step]
-        with atomic_write(self.path) as file:
-            file.write("".join([header, *kept]).encode())
+            header, lines = b"", []
+        if not header.endswith(b"\n"):
+            return b"", []
+        columns = header.decode(errors="replace").strip().split(",")
+        for name in self.columns:
+            if name not in columns:
+                raise ContentError(
+                    f"{self.path} is damaged (line 1 names no {name}): restore it from a copy, or delete it"
+                )
+        rows = [(line, _values(columns, line)) for line in lines]
+        while rows and (rows[-1][1] is None or rows[-1][1]["step"] > step):
+            rows.pop()
+        for number, (_, row) in enumerate(rows, start=2):
+            if row is None:
+                raise ContentError(
+                    f"{self.path} is damaged (line {number}): restore it from a copy, or delete that line"
+                )
+        return header, [(line, row) for line, row in rows if row is not None and row["step"] <= step]
+
+
+def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
+    """Return the values of a row, or None if it is cut short or damaged."""
+    try:
+        values = [float(text) for text in line.decode().split(",")]
+    except ValueError:
+        return None
+    row = dict(zip(columns, values, strict=False))
+    is_complete = line.endswith(b"\n") and len(values) == len(columns) and math.isfinite(row["step"])
+    return row if is_complete else None
 
 
 def _line(values: Iterable[Any]) -> bytes:

@@ -33,6 +33,7 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
+from trainer.processes.place import place
 from trainer.processes.stop import Stopped, StopRequest
 from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
@@ -49,7 +50,7 @@ def train(settings: Settings, run: Run) -> None:
     RunError, if another process has ended), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
-    watchdog = Watchdog(metrics, settings.stall_seconds, distributed.rank())
+    watchdog = Watchdog(metrics, settings.stall_seconds, place().rank)
     try:
         with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
@@ -154,6 +155,7 @@ class Trainer:
 
     def _train(self) -> None:
         batches = self.batches()
+        self.meter.restart()  # the first interval begins here, after start-up and calibration
         save_due = False
         while True:
             best = False

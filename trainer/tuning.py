@@ -9,20 +9,26 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from pipeline.checked import Damage
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
-from pipeline.retry import read_with_retries
 from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
+from trainer.reading import ContentError, read_json
 from trainer.run import environment
+from trainer.setting_groups import Fraction, Workers
 from trainer.settings import Settings
 
+T = TypeVar("T")
 ENGINE_SHARES = (
     0.0,
     0.2,
@@ -34,6 +40,13 @@ ENGINE_SHARES = (
     1.0,
 )  # fractions of the images; threads and the GPU's cores decode the rest
 SECONDS = 0.5  # how long to measure each candidate; a shorter time is too noisy
+
+
+class _Cached(TypedDict):
+    """An entry of decoding.json."""
+
+    threads: Workers
+    hw_decoder_load: Fraction
 
 
 def tune(
@@ -53,7 +66,7 @@ def tune(
     def images_per_second(candidate: Decoding) -> float:
         return measure(candidate, dataset, plan, world)
 
-    def measure_all() -> dict[str, Any]:
+    def measure_all() -> _Cached:
         images_per_second(decoding)  # reads the images from the disk, so that no measurement includes that
         best = fastest(decoding, shares, threads, images_per_second)
         return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
@@ -61,9 +74,8 @@ def tune(
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
     work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
-    chosen, notes = load_or_measure(
-        "decoding.json", json.dumps([machine, work]), measure_all, world.local_rank == 0
-    )
+    key, structure = json.dumps([machine, work]), TypeAdapter(_Cached)
+    chosen, notes = load_or_measure("decoding.json", key, structure, measure_all, world.local_rank == 0)
     note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
     return replace(decoding, **chosen), [note, *notes]
 
@@ -105,19 +117,20 @@ def cache_folder() -> Path:
 
 
 def load_or_measure(
-    name: str, key: str, measure: Callable[[], dict[str, Any]], write: bool
-) -> tuple[dict[str, Any], list[str]]:
+    name: str, key: str, structure: TypeAdapter[T], measure: Callable[[], T], write: bool
+) -> tuple[T, list[str]]:
     """Return the cached result for a key, or else that of `measure`; and notes for the log.
 
-    name: name of a JSON file in the cache folder. write: whether to add a new result to the file. If the file
+    name: name of a JSON file in the cache folder. structure: that of a result, without which a cached one is
+    damaged and measured again. write: whether to add a new result to the file. If the file
     cannot be read or written, a note says so.
     """
-    found: dict[str, Any] = {}
+    found: T | None = None
     try:
         path = cache_folder() / name
         known = _read_cache(path)
-        if key in known:
-            return known[key], []
+        with suppress(ValidationError):
+            return structure.validate_python(known.get(key)), []
         found = measure()
         if write:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +145,6 @@ def load_or_measure(
 def _read_cache(path: Path) -> dict[str, Any]:
     """Return the results in a file of the cache. Raises OSError if it cannot be read."""
     try:
-        known = json.loads(read_with_retries(path))
-    except (FileNotFoundError, ValueError):
+        return read_json(path, TypeAdapter(dict[str, Any]))
+    except (FileNotFoundError, ContentError):
         return {}  # there is no file yet, or it is damaged; both only cost another measurement
-    return known if isinstance(known, dict) else {}

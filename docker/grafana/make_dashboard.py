@@ -8,6 +8,7 @@ Its first screen can be read from a distance; the rows below it give the reasons
 import json
 from pathlib import Path
 
+import packing
 import rows
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
@@ -33,6 +34,7 @@ ROWS = {
     "GPU": rows.gpu,
     "Host": rows.host,
     "Run": rows.run,
+    "Packing": packing.packing,
 }
 VERDICTS = {"mixed": GREY, "compute-bound": GREEN, "input-bound": VERMILLION, "host gap": PURPLE}
 

@@ -4,6 +4,7 @@ from panels import RATIO, buckets, curves, figure_now, labels_of, series_of, sta
 
 NO_GPU = "no GPU"
 NO_EXPORTERS = "the exporters are not started"
+UNSOUND = 'alexnet_unsound_intervals_total{job="$job"}'
 
 
 def bottleneck() -> list:
@@ -79,9 +80,9 @@ def learning() -> list:
     return [
         curves(
             "Loss",
-            {  # 0 until there is a loss
-                "training": 'avg(alexnet_loss{job="$job",phase="train"} != 0)',
-                "validation": 'avg(alexnet_loss{job="$job",phase="eval"} != 0)',
+            {
+                "training": 'avg(alexnet_loss{job="$job",phase="train"})',
+                "validation": 'avg(alexnet_loss{job="$job",phase="eval"})',
             },
             "none",
             "Mean cross-entropy. If it rises in validation while it falls in training, the net overfits.",
@@ -116,7 +117,15 @@ def learning() -> list:
             "Skipped steps",
             {"steps": 'max(increase(alexnet_skipped_steps_total{job="$job"}[$__rate_interval]))'},
             "none",
-            "Updates skipped because fp16 gradients overflowed. A few at the start are normal.",
+            "Updates skipped because gradients were not finite. In fp16, a few are normal.",
+        ),
+        curves(
+            "Unsound intervals",
+            {"{{reason}}": f"max by (reason) (increase({UNSOUND}[$__rate_interval]))"},
+            "none",
+            "Log intervals with a loss or weights that are not finite, with a loss scale of fp16 that has "
+            "collapsed (overflow), or with a loss no better than guessing (chance).",
+            24,
         ),
     ]
 
@@ -241,7 +250,16 @@ def run() -> list:
             'sum(increase(alexnet_checkpoint_seconds_sum{job="$job"}[$__range]))'
             ' / (sum(increase(alexnet_checkpoint_seconds_count{job="$job"}[$__range])) > 0)',
             "s",
-            "Mean time to save, over the time range shown. Training waits meanwhile.",
+            "Mean time to save, over the time range shown. Training goes on meanwhile.",
+            6,
+        ),
+        figure_now(
+            "Checkpoint pause",
+            'sum(increase(alexnet_checkpoint_stall_seconds_sum{job="$job"}[$__range]))'
+            ' / (sum(increase(alexnet_checkpoint_stall_seconds_count{job="$job"}[$__range])) > 0)',
+            "s",
+            "Mean time that training waited for a checkpoint, over the time range shown. If it is close to "
+            "the checkpoint time, checkpoints are due faster than they can be saved.",
             6,
         ),
         figure_now(

@@ -3,15 +3,18 @@
 The rate of packing in images/s is `rate(alexnet_pack_images_total[1m])`.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import PackingError
+from pipeline.serving import PageServer
 
 
 class _ProgressCollector(Collector):
@@ -39,18 +42,22 @@ class _ProgressCollector(Collector):
 
 
 @contextmanager
-def serve(progress: Progress, port: int) -> Iterator[None]:
-    """Serve the metrics at /metrics while the block runs. Raises PackingError if the port cannot be used."""
+def serve(progress: Progress, port: int, address: str = "0.0.0.0") -> Iterator[None]:
+    """Serve the metrics at /metrics while the block runs.
+
+    Raises PackingError if the address or the port cannot be used.
+    """
     registry = CollectorRegistry()
     registry.register(_ProgressCollector(progress))
     ProcessCollector(registry=registry)
+    page = (200, CONTENT_TYPE_LATEST)
     try:
-        server, thread = start_http_server(port, registry=registry)
+        server = PageServer({"/metrics": lambda: (*page, generate_latest(registry).decode())}, address, port)
     except OSError as error:
-        raise PackingError(f"--metrics-port {port}: {error.strerror}: choose another port") from None
+        given = f"--metrics-address {address} --metrics-port {port}"
+        another = "port" if error.errno == errno.EADDRINUSE else "address"
+        raise PackingError(f"{given}: {error.strerror}: choose another {another}") from None
     try:
         yield
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        server.close()

@@ -6,6 +6,7 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
+from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
@@ -33,6 +34,7 @@ class Progress:
             TextColumn("packing"),
             BarColumn(),
             TextColumn("{task.description}"),
+            console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("")

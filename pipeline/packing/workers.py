@@ -15,6 +15,8 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from pipeline.output import secure
+
 _EXIT_REFUSED = 75  # exit code of a worker that cannot start a thread: EX_TEMPFAIL of sysexits.h
 _WARNING_SECONDS = 60.0  # shortest time between two warnings
 # Otherwise, BLAS would start a thread per core in each worker, for products that are too small for it.
@@ -28,20 +30,29 @@ class WorkersError(RuntimeError):
 
 
 class _Worker(SpawnProcess):
-    """A worker that ignores Ctrl-C, which reaches all processes of a terminal; the parent handles it."""
+    """A worker that ignores what a terminal sends to all its processes; the parent handles these signals."""
 
     def start(self) -> None:
         added = [name for name in _THREAD_VARIABLES if name not in os.environ]
         os.environ.update(dict.fromkeys(added, "1"))  # the worker reads them when it imports NumPy
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the worker inherits the mask
         try:
-            super().start()
+            with _terminal_signals_blocked():
+                super().start()
         except OSError as error:
             raise WorkersError(_refusal_message(error.strerror or str(error))) from None
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for name in added:
                 del os.environ[name]
+
+
+@contextmanager
+def _terminal_signals_blocked() -> Iterator[None]:
+    """Block the signals of Ctrl-C and of a closed terminal. A process that starts meanwhile inherits this."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _SpawnContext(SpawnContext):
@@ -100,8 +111,9 @@ def shared_array(kind: str, length: int) -> Any:
     Raises WorkersError if the system refuses to start a process.
     """
     try:
-        return multiprocessing.get_context("spawn").Array(kind, length)
-    except BlockingIOError as error:  # the first array starts Python's resource tracker, a process
+        with _terminal_signals_blocked():  # the first array starts Python's resource tracker, a process
+            return multiprocessing.get_context("spawn").Array(kind, length)
+    except BlockingIOError as error:
         raise WorkersError(_refusal_message(error.strerror or str(error))) from None
 
 
@@ -157,6 +169,7 @@ def _describe_death(started: Sequence[SpawnProcess]) -> str:
 
 def _start_worker(last_warning: Any, initializer: Callable[..., None] | None, *arguments: Any) -> None:
     global _last_warning
+    secure()
     _last_warning = last_warning
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -197,6 +210,17 @@ def warn(text: str) -> None:
     print(f"{command}: {text}", file=sys.stderr, flush=True)
 
 
-def exit_on_sigterm() -> None:
-    """Exit with code 143 on SIGTERM, which a container's first process would ignore without a handler."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+def exit_on_signals() -> None:
+    """Exit with code 143 on SIGTERM and 129 on SIGHUP.
+
+    A container's first process would ignore SIGTERM without a handler. SIGHUP stays ignored if it was, as
+    under nohup.
+    """
+
+    def leave(number: int, _frame: object) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a shell repeats the one that its terminal sends
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, leave)

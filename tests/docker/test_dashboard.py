@@ -18,6 +18,8 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from make_dashboard import PATH, dashboard_json
 
+from pipeline.packing.exporter import _ProgressCollector
+from pipeline.packing.progress import Progress
 from tests.helpers import REPO, missing
 from trainer.monitor.metrics import Metrics
 from trainer.settings import Settings
@@ -78,7 +80,12 @@ def series(expr: str) -> Iterator[tuple[str, set[str]]]:
 def exported() -> dict[str, set[str]]:
     """Return each metric that a process exports, with its labels."""
     registry = Metrics().registry
-    known = {
+    packing = {
+        sample.name: {"instance"}
+        for family in _ProgressCollector(Progress()).collect()
+        for sample in family.samples
+    }
+    known = packing | {
         name: set(collector._labelnames) | ({"le"} if name.endswith("_bucket") else set())
         for collector, names in registry._collector_to_names.items()
         if hasattr(collector, "_labelnames")

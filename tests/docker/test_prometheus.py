@@ -36,6 +36,7 @@ NO_DATA = {
     "DCGM_": "no dcgm-exporter",
     "node_": "no node-exporter",
     "ALERTS{": "no alert fires",
+    "alexnet_pack_": "nothing is being packed",
 }
 
 

@@ -132,7 +132,8 @@ def test_a_run_cannot_be_continued_where_auto_is_another_precision(fail, packed,
 
 
 def test_an_indivisible_batch_is_refused_with_the_nearest_sizes(fail, packed, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
+    for name, value in {"WORLD_SIZE": "5", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert "use 10 or 15" in fail("--data", packed, "--out", tmp_path / "run", *ONE_EPOCH)
 
 

@@ -6,12 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache, cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class Stages:
         self.images: Path | None = options.input
         self.loader_peers: Path | None = options.loader_peers
         self.pack_peers: Path | None = options.pack_peers
-        self.device, self.closing = world.device, ExitStack()
+        self.device = world.device
+        self.closing: ExitStack = first.closing if first else ExitStack()
         if first and first.settings.data == settings.data:
             self.dataset: Dataset = first.dataset
         else:
@@ -106,8 +107,12 @@ class Stages:
         settings = self._settled.model_copy(update={"convolutions": form or self._settled.form})
         return model_work(settings, self.classes, self.decoding, settings.batch, precision, mode)
 
+    def _folder(self) -> Path:
+        """Make a temporary folder that is deleted when the stage ends."""
+        return Path(self.closing.enter_context(TemporaryDirectory(prefix="alexnet-bench-")))
+
     def _trainer(self) -> Work:
-        run = Run(Path(tempfile.mkdtemp(prefix="alexnet-bench-")) / "run")
+        run = Run(self._folder() / "run")
         settings = self._settled.model_copy(update={"epochs": 10**9})
         run.folder.mkdir()
         trainer = Trainer(settings, run, self.world, Metrics(), port=None)
@@ -212,7 +217,7 @@ class Stages:
         """Measure seconds from the command to the end of its first step, with warm and cold caches."""
         if not self.settings.compile:
             return {"start": lambda: self._first_step(None)[0]}
-        cache = tempfile.mkdtemp(prefix="alexnet-bench-")
+        cache = str(self._folder())
         return {"warm": lambda: self._first_step(cache)[0], "cold": lambda: self._first_step(None)[0]}
 
     def memory(self) -> Stage:
@@ -230,7 +235,7 @@ class Stages:
 
     def _first_step(self, cache: str | None) -> tuple[float, int]:
         """Return the seconds until the first step is done, and the bytes of GPU memory in use then."""
-        with tempfile.TemporaryDirectory(prefix="alexnet-bench-") as folder:
+        with TemporaryDirectory(prefix="alexnet-bench-") as folder:
             recipe, log = Path(folder, "settings.toml"), Path(folder, "log")
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
             given |= {"log_every": 1, "port": 0}
@@ -251,7 +256,7 @@ class Stages:
 
     def save(self) -> Stage:
         """Measure seconds that saving delays training, and seconds until the checkpoint is on the disk."""
-        folder = Path(tempfile.mkdtemp(prefix="alexnet-bench-"))
+        folder = self._folder()
         trainer = Trainer(self.settings, Run(folder), self.world, Metrics(), port=None)
         trainer.train_step(trainer.batches())  # creates the momentum to save
 
@@ -297,7 +302,7 @@ class Stages:
         from pipeline.packing.options import PackingOptions
         from pipeline.packing.pack import pack
 
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             options = PackingOptions(str(self.images), folder, shard_samples=500, workers=workers, **how)
             start = time.perf_counter()
             manifest = pack(options)
@@ -305,7 +310,7 @@ class Stages:
         return sum(split.samples for split in manifest.splits.values()) / seconds
 
     def _pack_of_peer(self, peer: str, workers: int) -> float:
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             where = ["--input", str(self.images), "--out", folder, "--workers", str(workers)]
             command = [str(self.pack_peers), str(Path(__file__).with_name("pack_peers.py")), peer, *where]
             start = time.perf_counter()

@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from pipeline.duration import duration
@@ -22,13 +23,15 @@ class Display:
 
     def __init__(self, steps: int, done: int, silent: bool = False):
         self.steps, self.silent = steps, silent
-        live = sys.stderr.isatty() and not silent
+        console = Console()  # on standard output, like the lines
+        live = sys.stdout.isatty() and not console.is_dumb_terminal and not silent
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]:.2f}"),
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
+            console=console,
             disable=not live,
             speed_estimate_period=120,
         )

@@ -60,7 +60,7 @@ def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
         error = metrics.value("eval_error_ratio", k=str(k), protocol="centre")
         tiles[f"validation top-{k} error"] = "–" if math.isnan(error) else f"{error:.1%}"
     loss, saved = metrics.value("loss", phase="eval"), metrics.value("checkpoint_timestamp_seconds")
-    tiles["validation loss"] = f"{loss:.3f}" if loss else "–"
+    tiles["validation loss"] = "–" if math.isnan(loss) else f"{loss:.3f}"
     tiles["last checkpoint"] = duration(time.time() - saved) + " ago" if saved else "–"
     return tiles
 

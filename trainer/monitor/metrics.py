@@ -30,7 +30,6 @@ from trainer.monitor.meter import READY_SECONDS, Interval
 PHASES = ("train", "eval")
 disable_created_metrics()  # they would add a gauge with the time of creation to each counter
 _SECONDS = (READY_SECONDS, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_MIN_SCALE = 2.0**-149  # the smallest positive fp32 value
 _HISTORY = 240  # number of intervals that the live page draws
 _SAVE_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -71,7 +70,8 @@ class Metrics:
         self.step = gauge("step", "Steps done.")
         self.epoch = gauge("epoch", "Epochs done, including the fraction.")
         self.progress_ratio = gauge("progress_ratio", "Fraction of the run that is done, 0 to 1.")
-        self.loss = by_phase(gauge("loss", "Mean cross-entropy at the last log or evaluation.", "phase"))
+        # A gauge with a label is not exported until it is set: before that, there is no loss.
+        self._loss = gauge("loss", "Mean cross-entropy at the last log or evaluation.", "phase")
         self.learning_rate = gauge("learning_rate", "Learning rate of the weights.")
         self.grad_scale = gauge("grad_scale", "Loss scale in fp16.")
         self.skipped_steps = counter("skipped_steps", "Updates skipped because gradients were not finite.")
@@ -116,7 +116,6 @@ class Metrics:
         self.history: deque[Interval] = deque(maxlen=_HISTORY)
         self.current_activity = "start-up"
         self._last_progress = time.monotonic()
-        self._grad_scale: float | None = None
 
     def record_progress(self, activity: str | None = None) -> None:
         """Record that the run has made progress. activity: what it does next, if that changes."""
@@ -128,14 +127,10 @@ class Metrics:
     ) -> None:
         """Record a log interval of training. grad_scale: the loss scale in fp16, otherwise 1."""
         self.history.append(interval)
-        self.loss["train"].set(interval.loss)
+        self._loss.labels("train").set(interval.loss)
         self.learning_rate.set(learning_rate)
         self.images_per_second.set(interval.images_per_second)
         self.busy_seconds.inc(interval.busy_seconds)
-        if self._grad_scale is not None and grad_scale < self._grad_scale:
-            halvings = math.log2(self._grad_scale / max(grad_scale, _MIN_SCALE))
-            self.skipped_steps.inc(round(halvings))  # each skipped step halves the scale
-        self._grad_scale = grad_scale
         self.grad_scale.set(grad_scale)
         if device.type == "cuda":
             self._update_gpu_gauges(device)
@@ -154,7 +149,7 @@ class Metrics:
 
     def record_evaluation(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
         """Record an evaluation. protocol: `centre` or `ten` crops. The errors are ratios from 0 to 1."""
-        self.loss["eval"].set(loss)
+        self._loss.labels("eval").set(loss)
         self.eval_error_ratio.labels(protocol, "1").set(top1_error)
         self.eval_error_ratio.labels(protocol, "5").set(top5_error)
 
@@ -164,7 +159,9 @@ class Metrics:
 
     def describe(self, about: Mapping[str, str]) -> None:
         """Record a description of the run, as the labels of alexnet_run_info."""
-        self.about = {name.replace("-", "_"): value for name, value in about.items()}
+        # A path may have bytes that are not UTF-8, which the server could not send.
+        shown = {name: value.encode(errors="backslashreplace").decode() for name, value in about.items()}
+        self.about = {name.replace("-", "_"): value for name, value in shown.items()}
         self._run_info.info(self.about)
 
     def value(self, name: str, **labels: str) -> float:

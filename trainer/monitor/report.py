@@ -44,7 +44,7 @@ def write_report(run: Run, manifest: Manifest) -> Path:
     _plot(run.folder / "images_per_second.png", "images/s", [series("training", steps, "images_per_second")])
     path = run.folder / REPORT
     with atomic_write(path) as file:
-        file.write(_text(run, manifest, steps, evaluations).encode())
+        file.write(_text(run, manifest, steps, evaluations).encode(errors="backslashreplace"))
     return path
 
 
@@ -63,6 +63,7 @@ def _plot(path: Path, label: str, series: Series) -> None:
 def _text(run: Run, manifest: Manifest, steps: list[dict], evaluations: list[dict]) -> str:
     settings = run.recorded_settings()
     resolved = settings.pop("resolved", {})
+    settings.pop("data_from_run", None)
     environment = (run.starts() or [{}])[-1]  # empty if environment.json is missing
     images = manifest.splits["train"].samples
     rates = sorted(row["images_per_second"] for row in steps)

@@ -1,6 +1,5 @@
 """Join the processes of a run, which torchrun or trainer/processes/launch.py started, and communicate."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.processes.place import place
 from trainer.run import PeerLostError
 from trainer.settings import SettingsError
 
@@ -62,30 +62,23 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
-def rank() -> int:
-    """Return the rank of this process, which is known even before `join` is called."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def join(device: str) -> World:
     """Join the process group of the run, if it has several processes, and select this process's device.
 
     device: `auto`, `cuda`, `cuda:N` or `cpu`.
 
-    Raises SettingsError if there is no such GPU.
+    Raises SettingsError if there is no such GPU, or if the variables of torchrun make no sense.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"--device {device}: torch finds no GPU here; omit --device to train on the CPU")
-    size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    )
+    rank, size, local_rank, *_ = place()
     on_gpu = device != "cpu" and torch.cuda.is_available()
     own = torch.device("cuda", _gpu_index(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(own)
     if size > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own if on_gpu else None)
-    return World(rank(), size, local_rank, own)
+    return World(rank, size, local_rank, own)
 
 
 def _gpu_index(device: str, local_rank: int) -> int:
@@ -105,7 +98,7 @@ def raising_peer_lost() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise PeerLostError(
-            f"rank {rank()} has lost another process of the run, whose own error may say why. "
+            f"rank {place().rank} has lost another process of the run, whose own error may say why. "
             "Run the same command again to continue from the last checkpoint"
         ) from error
 

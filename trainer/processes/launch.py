@@ -10,24 +10,25 @@ on once. When the launching process ends, for whatever reason, the kernel kills 
 """
 
 import ctypes
+import json
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 
 from pipeline.machine import cpus
-from trainer.processes.stop import StopRequest
+from trainer.processes.place import place
+from trainer.processes.stop import SIGNALS, StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
 GRACE_SECONDS = 30.0  # time for the others to end after one has failed; they may be saving a checkpoint
 _POLL_SECONDS = 0.1
-_STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes of a process that was asked to stop
+_STOPPED = {128 + number for number in SIGNALS}  # exit codes of a process that was asked to stop
 _ERRORS_FD = "ERRORS_FD"  # environment variable: the file descriptor for a process's error messages
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _LIBC = ctypes.CDLL(None)
@@ -36,25 +37,38 @@ _LIBC = ctypes.CDLL(None)
 def world_size(settings: Settings) -> int:
     """Return the number of processes of the run: as started by torchrun, or as to be started on this machine.
 
-    Raises SettingsError if the settings do not allow that number.
+    Raises SettingsError if the settings or the variables of torchrun do not allow that number.
     """
-    wanted, one_gpu = settings.processes, ":" in settings.device
-    if "WORLD_SIZE" in os.environ:
-        here = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        if wanted and wanted != int(here):
+    wanted, one_gpu, placed = settings.processes, ":" in settings.device, place()
+    if placed.is_given:
+        here = placed.local_size
+        if wanted and wanted != here:
             raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; omit --processes")
-        if one_gpu and here != "1":
+        if one_gpu and here != 1:
             raise SettingsError(
                 f"--device {settings.device}: torchrun has started {here} here, each of which needs a GPU; "
                 "use --device cuda"
             )
-        return int(os.environ["WORLD_SIZE"])
+        _check_ports(settings.port, here)
+        return placed.size
     gpus = 0 if settings.device == "cpu" else 1 if one_gpu else count_gpus()
     if gpus and wanted and wanted > gpus:
         raise SettingsError(
             f"--processes {wanted}: each process needs a GPU; with --device {settings.device}, use {gpus}"
         )
-    return wanted or gpus or 1
+    here = wanted or gpus or 1
+    _check_ports(settings.port, here)
+    return here
+
+
+def _check_ports(first: int, processes: int) -> None:
+    """Raise SettingsError if the last process of this machine would serve a port that does not exist."""
+    highest = 65536 - processes
+    if first > highest:
+        raise SettingsError(
+            f"--port {first}: {processes} processes serve as many ports from this one on, and the last port "
+            f"is 65535; use --port {highest} or less, or --port 0 to disable the servers"
+        )
 
 
 def count_gpus() -> int:
@@ -74,7 +88,7 @@ def report_error(text: str, code: int) -> None:
     code: exit code with which this process is about to end.
     """
     if _ERRORS_FD in os.environ:
-        os.write(int(os.environ[_ERRORS_FD]), f"{code} {text}\n".encode())
+        os.write(int(os.environ[_ERRORS_FD]), f"{json.dumps([code, text])}\n".encode())
     else:
         print(text, file=sys.stderr)
 
@@ -82,8 +96,8 @@ def report_error(text: str, code: int) -> None:
 def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     """Run a command in several processes, each with its rank in the environment. Returns the exit code.
 
-    restarts: how often to restart all of them if that may help. SIGTERM and SIGINT are passed on; a second
-    signal of the same kind ends this process, and the others with it.
+    restarts: how often to restart all of them if that may help. SIGTERM, SIGINT and SIGHUP are passed on; a
+    second SIGTERM or SIGINT ends this process, and the others with it.
     """
     with StopRequest() as stop:
         for restart in range(1, restarts + 2):
@@ -101,7 +115,7 @@ class _Group:
     """A group of processes that were started together."""
 
     def __init__(self, command: Sequence[str], size: int):
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 – stays open as long as the group
+        self.errors = open(os.memfd_create("errors"), "r+b")  # noqa: SIM115 – stays open as long as the group
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]  # if it is taken meanwhile, the processes fail and are restarted
         self.processes = [
@@ -161,8 +175,8 @@ class _Group:
         code: exit code of the group. restart: which restart follows, if any.
         """
         self.errors.seek(0)
-        lines = [line.split(" ", 1) for line in self.errors.read().decode().splitlines()]
-        for text in dict.fromkeys(text for number, text in lines if int(number) == code):
+        errors = map(json.loads, self.errors)
+        for text in dict.fromkeys(text for number, text in errors if number == code):
             print(text, file=sys.stderr)
         for rank, process in enumerate(self.processes):
             if process.returncode < 0 and 128 - process.returncode == code and code not in _STOPPED:

@@ -4,7 +4,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):  # noqa: N818 – not an error
@@ -16,10 +16,12 @@ class Stopped(Exception):  # noqa: N818 – not an error
 
 
 class StopRequest:
-    """A context that records the first SIGTERM and the first SIGINT instead of letting them end the process.
+    """A context that records the first signal of each of SIGNALS instead of letting it end the process.
 
-    A second signal of the same kind has its usual effect. The kinds are counted separately because Ctrl-C
-    sends SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well.
+    A second SIGTERM or SIGINT has its usual effect. The kinds are counted separately because Ctrl-C sends
+    SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well. A second
+    SIGHUP is ignored, because a shell repeats the one that its closed terminal sends. If SIGHUP was ignored
+    before, as under nohup, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -32,7 +34,9 @@ class StopRequest:
         return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._record) for number in _SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        recorded = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        self._previous = {number: signal.signal(number, self._record) for number in recorded}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -41,4 +45,5 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, self._previous[self.signal])
+        is_repeated = number == signal.SIGHUP
+        signal.signal(number, signal.SIG_IGN if is_repeated else self._previous[self.signal])

@@ -14,6 +14,7 @@ import faulthandler
 import math
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # this module imports torch, which takes seconds
@@ -67,7 +68,8 @@ class Watchdog:
             f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s during {activity}. It "
             "ends now: run the same command again to continue from the last checkpoint. All its threads:\n"
         )
-        os.write(_STDERR, line.encode())
+        with suppress(OSError):  # the process ends even if nobody can be told why
+            os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_STALLED)
 

@@ -67,12 +67,18 @@ def test_an_interval_and_an_evaluation_reach_the_scraper():
         assert line in text.splitlines()
 
 
-def test_each_halving_of_the_scale_counts_as_a_skipped_step():
+def test_there_is_no_loss_before_it_is_known():
     metrics = Metrics()
-    interval = Interval(1, 1, 1.0, 0.0, 1.0, 0.0, 1.0, 1)
-    for scale in (65536.0, 65536.0, 16384.0, 32768.0, 16384.0):
-        metrics.record_interval(interval, 0.01, scale, torch.device("cpu"))
-    assert metrics.registry.get_sample_value("alexnet_skipped_steps_total") == 3
+    assert "alexnet_loss{" not in metrics.exposition()
+    metrics.record_evaluation("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
+    assert 'alexnet_loss{phase="eval"} 1.5' in metrics.exposition()
+    assert 'alexnet_loss{phase="train"}' not in metrics.exposition()
+
+
+def test_a_name_that_is_not_utf_8_can_be_sent():
+    metrics = Metrics()
+    metrics.describe({"run": "runs/caf\udce9"})
+    assert "caf" in metrics.exposition().encode().decode()
 
 
 def test_the_run_is_described_by_labels_that_every_prometheus_accepts():

@@ -8,7 +8,7 @@ import urllib.request
 import pytest
 import torch
 
-from trainer.monitor import server as module
+from pipeline import serving
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer
@@ -61,7 +61,7 @@ def test_the_page_may_not_load_anything_from_other_hosts(served):
     assert "http" not in policy
 
 
-@pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/?x=1"])
+@pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/x?/metrics", "/%3Fx"])
 def test_nothing_else_is_served(served, path):
     with pytest.raises(urllib.error.HTTPError) as error:
         get(served[1] + path)
@@ -98,7 +98,7 @@ def ended(connection: socket.socket) -> bool:
 
 
 def test_a_client_that_sends_slowly_is_disconnected(served, monkeypatch, capfd):
-    monkeypatch.setattr(module, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 0.5)
     with connect(served[1]) as slow:
         slow.setblocking(False)
         begun = time.monotonic()
@@ -118,8 +118,8 @@ def test_a_client_that_sends_slowly_is_disconnected(served, monkeypatch, capfd):
 
 
 def test_clients_beyond_the_limit_are_disconnected_and_others_are_served(served, monkeypatch):
-    monkeypatch.setattr(module, "HEAD_SECONDS", 60.0)
-    waiting = [connect(served[1]) for _ in range(module.MAX_CLIENTS)]
+    monkeypatch.setattr(serving, "HEAD_SECONDS", 60.0)
+    waiting = [connect(served[1]) for _ in range(serving.MAX_CLIENTS)]
     with connect(served[1]) as another:
         assert ended(another)
     for client in waiting:

@@ -156,8 +156,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
 
 def test_the_number_of_torchruns_processes_is_not_changed(monkeypatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: 4)
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    given = {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8, "RANK": 9, "LOCAL_RANK": 1}
+    for name, value in (given | {"MASTER_ADDR": "host", "MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(name, str(value))
     assert launch.world_size(Settings()) == 16
     with pytest.raises(SettingsError, match="--processes 2: torchrun has started 8 here"):
         launch.world_size(Settings(processes=2))

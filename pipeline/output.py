@@ -1,0 +1,140 @@
+"""Standard output and standard error that never end the work on which they report.
+
+The reader of a pipe dies, the disk under a log is full, a terminal is gone, a stream is closed or takes ASCII
+alone: none of this is a reason to stop training. `secure` makes both streams of a process tolerant, once, at
+its start. Text that cannot be written is then dropped, and the first time this is said on standard error.
+
+For a command whose output is its result, dropping it would be wrong. Within `printed`, a failed write is an
+OSError, and a reader that has gone ends the command silently, as SIGPIPE ends other commands.
+"""
+
+import atexit
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+PATIENCE_SECONDS = 5.0  # for a reader that takes nothing; after that, text is dropped until it takes some
+_HELP = {"-h", "--help", "--version"}
+_stdout: "_Stream | None" = None  # this process's streams, once they are secured
+_stderr: "_Stream | None" = None
+
+
+class _Stream(io.RawIOBase):
+    """The raw file of a standard stream, which drops what cannot be written.
+
+    is_result: whether a failed write is an error instead.
+    """
+
+    def __init__(self, fd: int, name: str):
+        self._fd, self.name = fd, name
+        self.is_result = self._is_stuck = self._has_failed = False
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+        part = memoryview(data).cast("B")[: select.PIPE_BUF]  # a pipe that is ready takes this much at once
+        try:
+            while self._is_ready():
+                try:
+                    return os.write(self._fd, part)
+                except BlockingIOError:
+                    if not self.is_result:
+                        break
+        except OSError as error:
+            self._fail(error)
+        return len(part)
+
+    def _is_ready(self) -> bool:
+        """Wait until the reader takes text: for a result without limit, otherwise once and not for long."""
+        seconds = 0.0 if self._is_stuck else PATIENCE_SECONDS
+        self._is_stuck = not self._poll.poll(None if self.is_result else seconds * 1e3)
+        return not self._is_stuck
+
+    def _fail(self, error: OSError) -> None:
+        is_first, self._has_failed = not self._has_failed, True
+        if self.is_result:
+            if error.errno == errno.EPIPE:
+                raise SystemExit(128 + signal.SIGPIPE)
+            raise OSError(error.errno, error.strerror, self.name)
+        if self is _stdout and _stderr and is_first and error.errno != errno.EBADF:  # that is a closed stream
+            # Not through sys.stderr, which a progress bar redirects to standard output.
+            line = f"alexnet-train: {self.name}: {error.strerror}: the work goes on without it\n"
+            _stderr.write(line.encode())
+
+
+def secure() -> None:
+    """Make the standard streams of this process tolerant. To be called before files are opened."""
+    global _stdout, _stderr
+    # Otherwise the next file that is opened would take the number of a closed stream, and its text. A stream
+    # that can only be read refuses text, as a closed one does.
+    while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if _stdout is None and sys.stdout is sys.__stdout__:  # it is not replaced, for example by a test
+        _stdout = _Stream(1, "standard output")
+        _stdout.is_result = bool(_HELP.intersection(sys.argv[1:]))
+        sys.stdout = _text(_stdout, sys.stdout)
+        atexit.register(_flush)
+    if _stderr is None and sys.stderr is sys.__stderr__:
+        _stderr = _Stream(2, "standard error")
+        sys.stderr = _text(_stderr, sys.stderr)
+
+
+def _text(raw: _Stream, before: TextIO | None) -> TextIO:
+    """Return a text file on a raw one with the encoding of the stream that it replaces, if that was open."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors="backslashreplace",
+        line_buffering=raw.fileno() == 2 or getattr(before, "line_buffering", False),
+        write_through=getattr(before, "write_through", False),
+    )
+
+
+def _flush() -> None:
+    """Write what is left when the process ends, and end with the code of a result that cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}")
+        os._exit(1)
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
+
+
+@contextmanager
+def printed() -> Iterator[None]:
+    """Treat what the block prints as the command's result.
+
+    Raises OSError, which names standard output, if it cannot be written, and SystemExit, with the exit code
+    that stands for SIGPIPE, if nobody reads it.
+    """
+    if _stdout is None:
+        yield
+        return
+    _stdout.is_result = True
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        _stdout.is_result = False  # what could not be written is dropped
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, after the project's name."""
+    print(f"alexnet-train: {text}", file=sys.stderr, flush=True)
