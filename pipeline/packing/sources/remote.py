@@ -1,18 +1,22 @@
 """List the files of an input folder behind a URL."""
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.packing import storage
+from pipeline.packing.remote_errors import as_os_error, reason_of
 from pipeline.packing.sources.listing import InputFolder, SourceError, as_source_error, is_image
-from pipeline.retry import is_outage
+from pipeline.packing.workers import warn
+from pipeline.retry import StorageError, is_outage, with_retries
 
 _LINKS = ("link", "other")  # types of entries that are neither files nor folders
-_REFUSALS = (401, 403, 404, 410, 451)  # status codes of HTTP that concern a single file or folder
+
+T = TypeVar("T")
 
 
 class RemoteFolder(InputFolder):
@@ -33,8 +37,8 @@ class RemoteFolder(InputFolder):
         """Yield the paths of all files and, followed by `/`, of the folders that cannot be listed."""
         start = len(self._root) + 1
         if _has_flat_listing(self._fs):
-            with as_source_error(self.name):
-                yield from (name[start:] for name in self._fs.find(self._root) if name[-1] != "/")
+            names = self._call("", lambda: self._fs.find(self._root))
+            yield from (name[start:] for name in names if name[-1] != "/")
             return
         waiting, seen = [self._root], {self._root}
         while waiting:  # fsspec's generic `find` skips folders it cannot list
@@ -54,27 +58,35 @@ class RemoteFolder(InputFolder):
             seen |= folders
 
     def _listed(self, folder: str) -> list[dict] | None:
-        """Return the entries of a folder, or None if it is noted as one that cannot be listed."""
+        """Return the entries of a folder, or None if it is noted as one that cannot be listed.
+
+        Raises OSError if the server is at fault, or the folder is the input itself.
+        """
         path = folder[len(self._root) + 1 :]
         try:
-            with as_source_error(self.locate(path)):
-                return self._fs.ls(folder, detail=True)
-        except FileNotFoundError as error:
+            return self._call(path, lambda: self._fs.ls(folder, detail=True))
+        except FileNotFoundError:
             if not path:
                 return []
-            reason = error.strerror or "it no longer exists"
-        except SourceError as error:
-            if not path or not _is_refused(error.__cause__):
+            self.unlisted[path] = "it no longer exists"
+        except OSError as error:
+            if not path or is_outage(error):
                 raise
-            reason = _reason(error.__cause__)
-        self.unlisted[path] = reason
+            self.unlisted[path] = reason_of(self.locate(path), error)
         return None
+
+    def _call(self, path: str, function: Callable[[], T]) -> T:
+        """Call a function of the file system, with retries. Raises OSError, which names the path."""
+
+        def call() -> T:
+            with as_os_error(self.locate(path)):
+                return function()
+
+        return with_retries(call, warn)
 
     def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
         if subfolder in self.unlisted:
-            raise storage.StorageError(
-                f"{self.locate(subfolder)} cannot be listed: {self.unlisted[subfolder]}"
-            )
+            raise StorageError(f"{self.locate(subfolder)} cannot be listed: {self.unlisted[subfolder]}")
         names = self._below(subfolder)
         folders = dict.fromkeys(name.partition("/")[0] for name in names if "/" in name)
         return list(folders), [name for name in names if "/" not in name]
@@ -102,16 +114,3 @@ def _has_flat_listing(fs: AbstractFileSystem) -> bool:
     if isinstance(fs, AsyncFileSystem):
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find
-
-
-def _reason(error: BaseException | None) -> str:
-    if status := getattr(error, "status", None):
-        return f"HTTP {status} {getattr(error, 'message', '')}".rstrip()
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _is_refused(error: BaseException | None) -> bool:
-    """Return whether an error is about one folder, and not about the server or the way to it."""
-    if isinstance(error, OSError):
-        return not is_outage(error)
-    return getattr(error, "status", None) in _REFUSALS

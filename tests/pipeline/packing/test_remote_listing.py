@@ -5,6 +5,7 @@ from typing import ClassVar
 import fsspec
 import pytest
 
+from pipeline import retry
 from pipeline.packing.sources.find import find_sources
 from pipeline.packing.sources.remote import RemoteFolder
 from tests.trees import assert_refused
@@ -48,16 +49,19 @@ def test_each_file_is_listed_once():
 
 
 @pytest.mark.parametrize("folder", ["in", "in/train", "in/train/a"])
-@pytest.mark.parametrize("error", [OSError("lost"), TimeoutError("too late")])
-def test_a_server_that_fails_during_the_listing_is_an_error(shelf, folder, error):
+@pytest.mark.parametrize(
+    ("error", "reason"), [(OSError("lost"), "lost"), (TimeoutError("too late"), "timed out")]
+)
+def test_a_server_that_fails_during_the_listing_is_an_error(shelf, monkeypatch, folder, error, reason):
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
     shelf.broken[folder] = error
-    assert_refused("shelf://in", f"shelf://{folder} cannot be read: {error}")
+    assert_refused("shelf://in", f"cannot be read: shelf://{folder}: {reason}")
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (PermissionError("forbidden"), "forbidden"),
+        (PermissionError("forbidden"), "access denied"),
         (FileNotFoundError("in/train/a"), "it no longer exists"),
     ],
 )

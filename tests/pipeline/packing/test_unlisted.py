@@ -119,17 +119,17 @@ def status(code: int) -> aiohttp.ClientResponseError:
 
 
 REMOTE = {  # the error, words of the message, and whether the other folders are found
-    "permission": (PermissionError("no access"), "no access", True),
-    "errno": (OSError(errno.EACCES, "no access"), "no access", True),
+    "permission": (PermissionError("no access"), "access denied", True),
+    "errno": (OSError(errno.EACCES, "no access"), "access denied", True),
     "403": (status(403), "403", True),
     "410": (status(410), "410", True),
     "500": (status(500), "500", False),
     "503": (status(503), "503", False),
-    "timeout": (TimeoutError("too late"), "too late", False),
-    "connection": (ConnectionResetError("reset"), "reset", False),
-    "aiohttp": (aiohttp.ClientPayloadError("cut"), "cut", False),
+    "timeout": (TimeoutError("too late"), "timed out", False),
+    "connection": (ConnectionResetError("reset"), "broken off", False),
+    "aiohttp": (aiohttp.ClientPayloadError("cut"), "broken off", False),
     "other": (RuntimeError("odd"), "odd", False),
-    "empty": (ValueError(), "cannot be read", False),
+    "empty": (RuntimeError(), "RuntimeError", False),
     "gone": (FileNotFoundError("gone"), "", True),
 }
 
