@@ -203,13 +203,13 @@ def open_file(name: str) -> BinaryIO:
     if not storage.is_url(name):
         return open(name, "rb")
     folder, _, file = name.rpartition("/")
-    with as_source_error(name):
+    with _as_source_error(name):
         opened = storage.Folder(folder)
         return opened.fs.open(f"{opened.path.rstrip('/')}/{file}", "rb")
 
 
 @contextmanager
-def as_source_error(name: str) -> Iterator[None]:
+def _as_source_error(name: str) -> Iterator[None]:
     """Turn the errors that the various kinds of storage raise into SourceError, except FileNotFoundError."""
     try:
         yield

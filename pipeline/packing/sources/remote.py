@@ -10,7 +10,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from pipeline.packing import storage
 from pipeline.packing.remote_errors import as_os_error, reason_of
-from pipeline.packing.sources.listing import InputFolder, SourceError, as_source_error, is_image
+from pipeline.packing.sources.listing import InputFolder, SourceError, is_image
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, is_outage, with_retries
 
@@ -24,13 +24,12 @@ class RemoteFolder(InputFolder):
 
     def __init__(self, url: str):
         super().__init__(url.rstrip("/"))
-        with as_source_error(url):
-            folder = storage.Folder(url)
-            self._fs, self._root = folder.fs, folder.path.rstrip("/")
+        folder = storage.Folder(url)
+        self._fs, self._root = folder.fs, folder.path.rstrip("/")
         self._names = sorted(filter(self.wants, set(self._find())))
         if not self._names:
-            with suppress(FileNotFoundError), as_source_error(url):
-                self._fs.ls(self._root)  # raises the error, if any, that fsspec's `find` ignores
+            with suppress(FileNotFoundError):  # the other errors, if any, are those that `find` ignores
+                self._call("", lambda: self._fs.ls(self._root))
             raise SourceError(f"--input {url} is not a folder, or it is empty")
 
     def _find(self) -> Iterator[str]:
@@ -103,8 +102,7 @@ class RemoteFolder(InputFolder):
         return f"{self.name}/{name}" if name else self.name
 
     def size(self, name: str) -> int:
-        with as_source_error(self.locate(name)):
-            return int(self._fs.size(f"{self._root}/{name}"))
+        return int(self._call(name, lambda: self._fs.size(f"{self._root}/{name}")))
 
 
 def _has_flat_listing(fs: AbstractFileSystem) -> bool:
