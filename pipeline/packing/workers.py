@@ -195,9 +195,8 @@ class _UnsharedArray(list):
 
 
 _lock = threading.Lock()
-_last_warning: Any = _UnsharedArray(
-    [0.0]
-)  # monotonic time of the last line of `warn`; workers of a pool share it
+# The monotonic time of the last line of `warn`, which the workers of a pool share.
+_last_warning: Any = _UnsharedArray([0.0])
 
 
 def warn(text: str) -> None:
@@ -207,7 +206,8 @@ def warn(text: str) -> None:
         if _last_warning[0] and now - _last_warning[0] < _WARNING_SECONDS:
             return
         _last_warning[0] = now
-    print(f"{Path(sys.argv[0]).stem}: {text}", file=sys.stderr, flush=True)
+    command = Path(sys.argv[0]).stem.rpartition(" ")[2].replace("_", "-")  # alexnet-train NAME, or NAME.py
+    print(f"{command}: {text}", file=sys.stderr, flush=True)
 
 
 def exit_on_signals() -> None:

@@ -32,10 +32,10 @@ def read_images(records: Path, batch: int) -> tuple[Images, int]:
         for line in path.read_text().splitlines():
             step, *sums = line.split()
             begun += rank == 0
-            for place, image in enumerate(sums, first):
-                if images[int(step)].setdefault(place, image) != image:
+            for index, image in enumerate(sums, first):
+                if images[int(step)].setdefault(index, image) != image:
                     raise DifferenceError(
-                        f"{path}: image {place} of step {step} differs from an earlier life"
+                        f"{path}: image {index} of step {step} differs from an earlier life"
                     )
     return images, begun
 
@@ -51,10 +51,10 @@ def check_images(images: Images, reference: Images) -> None:
     """Raise DifferenceError if a step's images or their order differ from the reference's."""
     for step, expected in reference.items():
         got = images.get(step, {})
-        for place, image in expected.items():
-            if got.get(place) != image:
+        for index, image in expected.items():
+            if got.get(index) != image:
                 raise DifferenceError(
-                    f"image {place} of step {step} is {got.get(place)}, without kills {image}"
+                    f"image {index} of step {step} is {got.get(index)}, without kills {image}"
                 )
 
 

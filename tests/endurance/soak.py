@@ -161,8 +161,8 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
         scale, unit = (1e6, "MB") if name.endswith("_bytes") else (1, None)
         panel.plot(samples["step"], [value / scale for value in samples[name]], color="tab:blue", linewidth=1)
         for begin, value in ((WARM_UP, figures["before"]), (1 - WINDOW, figures["after"])):
-            place = [begin * steps, (begin + WINDOW) * steps]
-            panel.plot(place, [value / scale] * 2, color="tab:orange", linewidth=3)
+            window = [begin * steps, (begin + WINDOW) * steps]
+            panel.plot(window, [value / scale] * 2, color="tab:orange", linewidth=3)
         panel.axvspan(0, WARM_UP * steps, color="tab:gray", alpha=0.15)
         panel.set(title=f"{name}: {figures['percent']:+.2f} %", xlabel="step", ylabel=unit)
         panel.set_ylim(0, 1.15 * max(samples[name]) / scale or 1)

@@ -145,7 +145,7 @@ def test_images_are_compared_in_the_order_of_the_batch(tmp_path):
     (records / "0001-2.0").write_text("1 e f\n2 i j\n")
     (records / "0001-2.1").write_text("1 g h\n2 k l\n")
     images, begun = checks.read_images(records, batch=4)
-    assert {step: "".join(row[place] for place in range(4)) for step, row in images.items()} == {
+    assert {step: "".join(row[position] for position in range(4)) for step, row in images.items()} == {
         0: "abcd",
         1: "efgh",
         2: "ijkl",

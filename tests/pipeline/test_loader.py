@@ -207,16 +207,16 @@ def damaged(packed_copy: Path, request) -> tuple[Dataset, int, str]:
 @pytest.mark.parametrize("prefetch", [1, 4])
 @pytest.mark.parametrize("batch", [1, 5, 60])
 def test_a_damaged_sample_is_named_after_the_preceding_batches(damaged, batch, prefetch):
-    dataset, number, place = damaged
+    dataset, number, location = damaged
     loader = iter(evaluation_loader(dataset, "train", batch, Decoding(crop=CROP, prefetch=prefetch)))
     assert sum(len(labels) for _, labels in islice(loader, number // batch)) == number // batch * batch
-    with pytest.raises(DatasetError, match=f"the sample in {place} .*: copy the shard again"):
+    with pytest.raises(DatasetError, match=f"the sample in {location} .*: copy the shard again"):
         next(loader)
 
 
 def test_a_damaged_sample_ends_training(damaged):
-    dataset, _, place = damaged
-    with pytest.raises(DatasetError, match=place):
+    dataset, _, location = damaged
+    with pytest.raises(DatasetError, match=location):
         train(dataset, range(8))
 
 
@@ -225,7 +225,7 @@ def test_a_damaged_sample_ends_training(damaged):
 def test_a_sample_that_is_left_out_is_replaced_by_the_next_one(
     dataset, damaged, world, prefetch, monkeypatch
 ):
-    broken, number, place = damaged
+    broken, number, location = damaged
     decoding = Decoding(crop=CROP, prefetch=prefetch)
     left_out: list[list[Damage]] = [[] for _ in range(world)]
     ours = [
@@ -243,20 +243,20 @@ def test_a_sample_that_is_left_out_is_replaced_by_the_next_one(
     for rank in range(world):
         assert_same_batches(ours[rank], train(dataset, range(8), rank=rank, world=world))
     places = [[damage.location for damage in damages] for damages in left_out]
-    assert [place] in places  # once, although both epochs have it
-    assert all(found in ([], [place]) for found in places)
+    assert [location] in places  # once, although both epochs have it
+    assert all(found in ([], [location]) for found in places)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 60])
 def test_a_sample_that_is_left_out_is_missing_from_an_evaluation(dataset, damaged, batch):
-    broken, number, place = damaged
+    broken, number, location = damaged
     left_out: list[Damage] = []
     ours = copies(evaluation_loader(broken, "train", batch, DECODING, on_damage=left_out.append))
     whole = copies(evaluation_loader(dataset, "train", batch, DECODING))
     others = [n for n in range(60) if n != number]
     for part, expected in zip(zip(*ours, strict=True), zip(*whole, strict=True), strict=True):
         assert torch.equal(torch.cat(part), torch.cat(expected)[others])
-    assert [damage.location for damage in left_out] == [place]
+    assert [damage.location for damage in left_out] == [location]
 
 
 def test_a_dataset_without_a_sound_sample_is_an_error(packed_copy):

@@ -135,7 +135,7 @@ def test_samples_are_sorted_by_random_words_within_windows_of_shards(seed, epoch
     key = np.random.SeedSequence((seed, epoch, 0)).generate_state(2, np.uint64)
     words = np.random.Philox(key=key).random_raw(len(layout) + sum(layout)).tolist()
     by_word = sorted(range(len(layout)), key=lambda shard: words[shard])
-    window_of = {shard: place // (window or len(layout)) for place, shard in enumerate(by_word)}
+    window_of = {shard: index // (window or len(layout)) for index, shard in enumerate(by_word)}
     shard_of = [shard for shard, samples in enumerate(layout) for _ in range(samples)]
     expected = sorted(
         range(sum(layout)), key=lambda sample: (window_of[shard_of[sample]], words[len(layout) + sample])

@@ -47,14 +47,14 @@ def test_a_fisher_vector_is_the_gradient_of_the_log_likelihood():
         each = prior - (far / 2 + np.log(deviations) + np.log(2 * np.pi) / 2).sum(2)
         return np.log(np.exp(each).sum(1)).mean()
 
-    def gradient(place):
+    def gradient(name):
         given = [np.log(weights), means, deviations]
-        slopes = np.empty(given[place].shape)
+        slopes = np.empty(given[name].shape)
         for index in np.ndindex(slopes.shape):
             sides = []
             for nudge in (1e-5, -1e-5):
                 moved = [values.copy() for values in given]
-                moved[place][index] += nudge
+                moved[name][index] += nudge
                 sides.append(likelihood(*moved))
             slopes[index] = (sides[0] - sides[1]) / 2e-5
         return slopes

@@ -25,7 +25,7 @@ class Reader:
     def jpeg(self, number: int) -> memoryview:
         return memoryview(self.content[number])
 
-    def name(self, number: int) -> str:
+    def location(self, number: int) -> str:
         return f"sample {number}"
 
 

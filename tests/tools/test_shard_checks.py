@@ -44,10 +44,10 @@ def found_in(folder: Path, decode: Decode = "sampled") -> list[str]:
     return named(task_of(folder, decode))
 
 
-def edit(path: Path, place: int, new: bytes) -> None:
+def edit(path: Path, offset: int, new: bytes) -> None:
     content = bytearray(path.read_bytes())
-    assert content[place : place + len(new)] != new
-    content[place : place + len(new)] = new
+    assert content[offset : offset + len(new)] != new
+    content[offset : offset + len(new)] = new
     path.write_bytes(content)
 
 
@@ -78,22 +78,22 @@ def test_a_flipped_byte_in_a_header_is_found_and_hides_nothing_else(folder):
 
 
 def test_a_page_of_zeros_is_located(folder):
-    place = jpeg_at(folder, 5) - 512
-    edit(folder / TAR, place, bytes(1024))
+    offset = jpeg_at(folder, 5) - 512
+    edit(folder / TAR, offset, bytes(1024))
     found = found_in(folder)
-    assert found[0] == f"{TAR}, byte {place}: zeros where a member's header is expected"
-    assert f"{TAR}, byte {place + 512}: the sample that the index has at this offset is missing" in found
+    assert found[0] == f"{TAR}, byte {offset}: zeros where a member's header is expected"
+    assert f"{TAR}, byte {offset + 512}: the sample that the index has at this offset is missing" in found
 
 
 def test_a_truncated_tar_names_the_member_it_ends_in(folder):
-    place = jpeg_at(folder, 15)
+    offset = jpeg_at(folder, 15)
     size = (folder / TAR).stat().st_size
-    os.truncate(folder / TAR, place + 100)
+    os.truncate(folder / TAR, offset + 100)
     assert found_in(folder) == [
-        f"{TAR}, byte {place - 512}: no valid member header",
-        f"{TAR}, byte {place + 100}: ends without the zeros that end a tar",
-        f"{TAR}, byte {place}: the sample that the index has at this offset is missing, and 4 more after it",
-        f"{TAR}: has {place + 100} bytes, but dataset.json says {size}",
+        f"{TAR}, byte {offset - 512}: no valid member header",
+        f"{TAR}, byte {offset + 100}: ends without the zeros that end a tar",
+        f"{TAR}, byte {offset}: the sample that the index has at this offset is missing, and 4 more after it",
+        f"{TAR}: has {offset + 100} bytes, but dataset.json says {size}",
         f"{TAR}: has 15 samples, but dataset.json says 20",
     ]
 
@@ -107,11 +107,11 @@ def test_bytes_after_the_end_are_found(folder):
 
 def test_padding_that_is_not_zero_names_its_byte(folder):
     row = np.load(folder / "train.index.npy")[20]
-    place = int(row["offset"]) + int(row["size"])
-    assert place % 512
-    edit(folder / TAR, place, b"x")
+    offset = int(row["offset"]) + int(row["size"])
+    assert offset % 512
+    edit(folder / TAR, offset, b"x")
     assert found_in(folder) == [
-        f"{TAR}, 000000020.jpg, byte {place}: nonzero padding bytes after it",
+        f"{TAR}, 000000020.jpg, byte {offset}: nonzero padding bytes after it",
         f"{TAR}: its sha256 differs from the one in dataset.json",
     ]
 
@@ -120,8 +120,8 @@ def test_a_wrong_checksum_makes_every_picture_be_decoded(folder):
     """`sampled` alone would decode every second of twenty; the damaged one is the 12th."""
     row = np.load(folder / "train.index.npy")[31]
     end = int(row["offset"]) + int(row["size"])
-    place = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
-    edit(folder / TAR, place, bytes(end - place))
+    offset = (folder / TAR).read_bytes().index(b"\xff\xda", int(row["offset"])) + 20
+    edit(folder / TAR, offset, bytes(end - offset))
     found = found_in(folder)
     assert found[0].startswith(f"{TAR}, 000000031.jpg, byte {row['offset']}: cannot be decoded: ")
     assert found[1:] == [f"{TAR}: its sha256 differs from the one in dataset.json"]
@@ -132,9 +132,9 @@ def test_a_wrong_checksum_makes_every_picture_be_decoded(folder):
     ("text", "what"), [(b"a", "is 'a', which is not a label"), (b"\xff", r"is '\xff', which is not a label")]
 )
 def test_an_invalid_label_is_named(folder, text, what):
-    place = jpeg_at(folder, 2) - 1024
-    edit(folder / TAR, place, text)
-    assert f"{TAR}, 000000021.cls, byte {place}: {what}" in found_in(folder)
+    offset = jpeg_at(folder, 2) - 1024
+    edit(folder / TAR, offset, text)
+    assert f"{TAR}, 000000021.cls, byte {offset}: {what}" in found_in(folder)
 
 
 def jpeg(width: int = 16, height: int = 16, mode: str = "RGB") -> bytes:
@@ -173,14 +173,14 @@ def test_members_that_belong_to_no_sample_are_named(tmp_path):
     file, link = tarfile.REGTYPE, tarfile.SYMTYPE
     members = [("a.jpg", jpeg(), file), ("a.cls", b"0", file), ("b.cls", b"0", file), ("c.jpg", jpeg(), file)]
     members += [("d.jpg", jpeg(), file), ("e.cls", b"0", file), ("f.txt", b"0", file), ("l\n.jpg", b"", link)]
-    at, place = {}, 0  # where the content of each begins
+    at, offset = {}, 0  # where the content of each begins
     with tarfile.open(tmp_path / "new.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content, kind in members:
             info = tarfile.TarInfo(name)
             info.size, info.type = len(content), kind
             tar.addfile(info, io.BytesIO(content))
-            at[name[0]] = place + 512
-            place = at[name[0]] + len(content) + -len(content) % 512
+            at[name[0]] = offset + 512
+            offset = at[name[0]] + len(content) + -len(content) % 512
     content = (tmp_path / "new.tar").read_bytes()
     digest = sha256(content).hexdigest()  # of the whole and, being less than 64 KiB, of its head
     shard = Shard(file="new.tar", samples=2, bytes=len(content), sha256=digest, head_sha256=digest)

@@ -19,8 +19,10 @@ def test_the_stock_net_equals_ours_if_the_inputs_of_fc6_are_permuted():
         torch.testing.assert_close(stock(x), ours(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "compiled"),
+    [*((layout, False) for layout in LAYOUTS), pytest.param("channels_last", True, marks=pytest.mark.slow)],
+)
 def test_a_step_of_the_stock_net_counts_its_images(layout, compiled):
     work = stock_work(torch.zeros(2, 3, 67, 67), torch.tensor([3, 4]), 10, layout, "fp32", compiled)
     assert work() == 2

@@ -136,8 +136,6 @@ def test_inspecting_names_the_file_and_what_to_do(dataset, monkeypatch, name, fi
     monkeypatch.setattr(sys, "argv", command)
     with Storage(root, fault(name, file, "EIO")), pytest.raises(SystemExit) as end:
         inspect_shards.main()
-    place = root / file if name == "read" else root / "report"
+    path = root / file if name == "read" else root / "report"
     reason = os.strerror(errno.EIO)
-    assert (
-        end.value.code == f"inspect-shards: {place}: {reason}: fix the cause and run the same command again"
-    )
+    assert end.value.code == f"inspect-shards: {path}: {reason}: fix the cause and run the same command again"

@@ -191,16 +191,16 @@ def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
             continue
         root = Path(shutil.copytree(packed, tmp_path / path.name))
         content = bytearray(path.read_bytes())
-        place = int(rng.integers(len(content)))
+        offset = int(rng.integers(len(content)))
         kind = rng.choice(["flip", "cut", "insert", "zeros"])
         if kind == "flip":
-            content[place] ^= 1 << int(rng.integers(8))
+            content[offset] ^= 1 << int(rng.integers(8))
         elif kind == "cut":
-            del content[place:]
+            del content[offset:]
         elif kind == "insert":
-            content[place:place] = rng.bytes(int(rng.integers(1, 600)))
+            content[offset:offset] = rng.bytes(int(rng.integers(1, 600)))
         else:
-            content[place : place + 4096] = bytes(len(content[place : place + 4096]))
+            content[offset : offset + 4096] = bytes(len(content[offset : offset + 4096]))
         (root / path.name).write_bytes(content)
         same = bytes(content) == path.read_bytes()  # zeros over zeros
         try:
@@ -208,7 +208,7 @@ def test_random_changes_are_found_without_a_traceback(packed, tmp_path, seed):
         except (DatasetError, RecursionError):
             assert path.name == "dataset.json"
         else:
-            assert verdict.count or same or path.name == "dataset.json", f"{kind} at {place} of {path.name}"
+            assert verdict.count or same or path.name == "dataset.json", f"{kind} at {offset} of {path.name}"
         shutil.rmtree(root)
 
 

@@ -61,12 +61,12 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_loaded(tmp_path, 
         write(tmp_path, step, state(step), keep=2)
     newest = list_checkpoints(tmp_path)[0]
     content = newest.read_bytes()
-    place = content.index(state(2)["model"]["weight"].numpy().tobytes()) + 100
+    offset = content.index(state(2)["model"]["weight"].numpy().tobytes()) + 100
     newest.write_bytes(
         {
             "cut short": content[: len(content) // 2],
             "empty": b"",
-            "one byte flipped": content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :],
+            "one byte flipped": content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :],
             "one byte more": content + b"\n",
             "no archive": b"x" * 1000,
         }[damage]
@@ -82,9 +82,9 @@ def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
     write(tmp_path, 1, {"step": 1, "weight": torch.ones(3)}, keep=1)
     (path,) = list_checkpoints(tmp_path)
     content = path.read_bytes()
-    for place in range(len(content)):
+    for offset in range(len(content)):
         flipped = bytearray(content)
-        flipped[place] ^= 1 << place % 8
+        flipped[offset] ^= 1 << offset % 8
         path.write_bytes(flipped)
         with pytest.raises(RunError, match="is damaged"):
             load(tmp_path, CPU)

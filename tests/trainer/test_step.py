@@ -73,17 +73,17 @@ def trained(batches, precision: str) -> tuple[list[torch.Tensor], Skips]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_skipped_step_has_no_effect(batch, precision, place, value):
+def test_a_skipped_step_has_no_effect(batch, precision, position, value):
     bad = batch[0].clone()
     bad[2, 1, 3, 3] = value
     good = [batch, (batch[0].flip(0), batch[1])]
     expected, none = trained(good, precision)
-    found, skips = trained([*good[:place], (bad, batch[1]), *good[place:]], precision)
+    found, skips = trained([*good[:position], (bad, batch[1]), *good[position:]], precision)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert none == Skips(0, 0)
-    assert skips == Skips(1, int(place == 2))
+    assert skips == Skips(1, int(position == 2))
 
 
 def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(batch):
@@ -98,9 +98,9 @@ def test_an_overflow_in_the_first_fp16_step_leaves_nothing_in_the_velocities(bat
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_single_value_that_is_not_finite_is_found_at_any_position(shape, value):
     size = torch.Size(shape).numel()
-    for place in {0, size // 2, size - 1}:
+    for position in {0, size // 2, size - 1}:
         tensor = torch.randn(shape)
-        tensor.view(-1)[place] = value
+        tensor.view(-1)[position] = value
         if len(shape) == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         assert not all_finite([torch.ones(3), tensor, torch.ones(())])

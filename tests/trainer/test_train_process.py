@@ -99,11 +99,11 @@ def test_samples_that_cannot_be_decoded_are_left_out_up_to_a_limit(packed, tmp_p
     data = Path(shutil.copytree(packed, tmp_path / "data"))
     shard = data / "train-000001.tar"
     content = bytearray(shard.read_bytes())
-    place = content.index(b"\xff\xd8\xff", 2**16)  # beyond what opening the file reads
-    content[place : place + 200] = bytes(200)
+    offset = content.index(b"\xff\xd8\xff", 2**16)  # beyond what opening the file reads
+    content[offset : offset + 200] = bytes(200)
     shard.write_bytes(content)
     output = run(*command(data, tmp_path / "run"))
-    assert f"left out: the sample in {shard} at byte {place}" in output
+    assert f"left out: the sample in {shard} at byte {offset}" in output
     assert [int(row["step"]) for row in rows(tmp_path / "run/evaluations.csv")] == [5, 10, 15]
     # One of two processes encounters it. Both stop at the next log line, and the first saves.
     strict = ["--max-bad-samples", "0", "--processes", "2", "--log-every", "3"]
@@ -116,7 +116,7 @@ def test_samples_that_cannot_be_decoded_are_left_out_up_to_a_limit(packed, tmp_p
     assert (tmp_path / f"strict/checkpoints/step-{steps:09d}.pt").is_file()
     assert done.stderr.startswith(
         "alexnet-train: more than 0 samples are damaged, the last of them the sample in "
-        f"{shard} at byte {place} does not begin like a JPEG: copy the shard again"
+        f"{shard} at byte {offset} does not begin like a JPEG: copy the shard again"
     )
 
 

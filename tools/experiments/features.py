@@ -196,10 +196,10 @@ def _encode(pictures: Pictures, split: str, number: int, chunk: np.ndarray, stor
     features = [np.empty((len(chunk), encoder.length), np.float16) for encoder in encoders]
     _reader(pictures.data, split).prefetch(chunk)
     with threadpool_limits(1):
-        for place, sample in enumerate(chunk):
+        for index, sample in enumerate(chunk):
             descriptors, places = pictures.descriptors(split, sample)
             for encoder, rows in zip(encoders, features, strict=True):
-                rows[place] = encoder.encode(descriptors, places)
+                rows[index] = encoder.encode(descriptors, places)
     for store, rows in zip(stores, features, strict=True):
         with atomic_write(store.chunk(split, number)) as file:
             np.save(file, rows)

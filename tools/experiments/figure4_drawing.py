@@ -75,13 +75,13 @@ def draw(path: Path, classified: list[Classified], retrieved: list[Retrieved]) -
 def _draw_classified(panel: SubFigure, classified: list[Classified]) -> None:
     rows = -(-len(classified) // COLUMNS)
     axes = panel.subplots(2 * rows, COLUMNS, squeeze=False, height_ratios=(1.6, 1) * rows)
-    for place in range(rows * COLUMNS):
-        row, column = divmod(place, COLUMNS)
+    for position in range(rows * COLUMNS):
+        row, column = divmod(position, COLUMNS)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
         above.set_axis_off()
         below.set_axis_off()
-        if place < len(classified):
-            _draw_one(above, below, classified[place])
+        if position < len(classified):
+            _draw_one(above, below, classified[position])
 
 
 def _draw_one(above: Axes, below: Axes, shown: Classified) -> None:
@@ -90,10 +90,10 @@ def _draw_one(above: Axes, below: Axes, shown: Classified) -> None:
     above.set_title(
         f"{short(shown.picture.name)}\nval {shown.picture.number:,}", fontsize=9, parse_math=False
     )
-    for place, (label, name, probability) in enumerate(shown.top):
-        below.barh(place, probability, color=RIGHT if label == shown.picture.label else WRONG)
-        below.text(0.02, place, short(name, 20), fontsize=8, va="center", parse_math=False)
-        below.text(0.98, place, f"{probability:.1%}", fontsize=8, va="center", ha="right")
+    for position, (label, name, probability) in enumerate(shown.top):
+        below.barh(position, probability, color=RIGHT if label == shown.picture.label else WRONG)
+        below.text(0.02, position, short(name, 20), fontsize=8, va="center", parse_math=False)
+        below.text(0.98, position, f"{probability:.1%}", fontsize=8, va="center", ha="right")
     below.set(xlim=(0, 1), ylim=(len(shown.top) - 0.4, -0.6))
 
 

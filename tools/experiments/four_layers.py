@@ -52,12 +52,12 @@ def four_layers(classes: int, activation: str, seed: int) -> nn.Sequential:
 def small_images(reader: ShardReader, numbers: np.ndarray) -> np.ndarray:
     """Return the central squares of samples at SIDE px, uint8 [n,3,SIDE,SIDE]. Raises DatasetError."""
     images = np.empty((len(numbers), SIDE, SIDE, 3), np.uint8)
-    for place, number in enumerate(numbers.tolist()):
+    for index, number in enumerate(numbers.tolist()):
         jpeg = reader.jpeg(number)
         try:
             with Image.open(BytesIO(jpeg)) as image:
                 image.draft("RGB", (SIDE, SIDE))  # lets the decoder reduce it, to an eighth at most
-                images[place] = _central_square(image.convert("RGB"))
+                images[index] = _central_square(image.convert("RGB"))
         except (OSError, SyntaxError):
             name = reader.location(number)
             raise DatasetError(f"the sample in {name} cannot be decoded: copy the shard again") from None

@@ -32,11 +32,11 @@ ODD = {  # outcomes of the files with these numbers modulo 500
 
 def listing() -> Iterator[tuple[str, str, str]]:
     """Yield split, class and name of each file, in the order of their numbers."""
-    for place, wnid in enumerate(WNIDS):
-        for number in range(41 + place % 11):
+    for label, wnid in enumerate(WNIDS):
+        for number in range(41 + label % 11):
             yield "train", wnid, f"{wnid}_{number}.JPEG"
-    for place, wnid in enumerate(RNG.permutation(WNIDS * VAL).tolist(), 1):
-        yield "val", wnid, f"ILSVRC2012_val_{place:08d}.JPEG"
+    for number, wnid in enumerate(RNG.permutation(WNIDS * VAL).tolist(), 1):
+        yield "val", wnid, f"ILSVRC2012_val_{number:08d}.JPEG"
 
 
 FILES = list(listing())
@@ -95,8 +95,8 @@ def test_each_picture_is_in_exactly_one_row_with_its_label(datasets, split):
     labels = {wnid: label for label, wnid in enumerate(sorted(WNIDS))}
     usable = {
         (number, labels[wnid])
-        for number, (place, wnid, _) in enumerate(FILES)
-        if place == split and outcome(number)[0] != "rejected"
+        for number, (part, wnid, _) in enumerate(FILES)
+        if part == split and outcome(number)[0] != "rejected"
     }
     reader = ShardReader(datasets[0], read_manifest(datasets[0]), split)
     numbers = map(shown, reader.jpegs(np.arange(len(reader))))

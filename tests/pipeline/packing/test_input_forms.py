@@ -176,11 +176,11 @@ TREE: Tree = {
 @pytest.mark.slow
 @every_form
 def test_every_form_behind_an_s3_url_gives_the_same_sources(s3, tmp_path, form):
-    place = form(TREE, tmp_path)
+    source = form(TREE, tmp_path)
     url = f"{s3}/{form.__name__}"
     upload(tmp_path, url)
-    inside = place.relative_to(tmp_path)
-    sources = find_sources(f"{url}/{inside}" if place != tmp_path else f"{url}/", None, 0)
+    inside = source.relative_to(tmp_path)
+    sources = find_sources(f"{url}/{inside}" if source != tmp_path else f"{url}/", None, 0)
     assert listed(sources) == expected(TREE)
     assert all(source.file.startswith(url) for split in sources.splits.values() for source in split)
 

@@ -229,7 +229,10 @@ TARS = {
     "two numbers": ({"b.jpg": b"", "b.cls": b"1 2"}, rf"sample b: {LABEL}, not b'1 2'"),
     "an empty label": ({"b.jpg": b"", "b.cls": b""}, rf"sample b: {LABEL}, not b''"),
     "two labels": ({"b.jpg": b"", "b.cls": b"1", "b.CLS": b"2"}, rf"sample b: {LABEL}, not b'1 and 2'"),
-    "two images": ({"b.jpg": b"", "b.png": b"", "b.cls": b"1"}, "b: there are two images, b.jpg and b.png"),
+    "two images": (
+        {"b.jpg": b"", "b.png": b"", "b.cls": b"1"},
+        "sample b: there are two images, b.jpg and b.png",
+    ),
     "labels first": ({"b.cls": b"1", "c.cls": b"1", "b.jpg": b""}, "sample b: there is a label .* no image"),
     "nothing of use": ({"b.txt": b"", "c": b""}, r"no sample with an image \(\.jpg, …\) and its label"),
 }

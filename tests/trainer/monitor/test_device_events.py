@@ -21,13 +21,13 @@ def device(monkeypatch):
             assert enable_timing
 
         def record(self):
-            self.place = Device.queued
+            self.position = Device.queued
 
         def synchronize(self):
-            Device.done = max(Device.done, self.place)
+            Device.done = max(Device.done, self.position)
 
         def elapsed_time(self, end):
-            return 1000.0 * (end.place - self.place)
+            return 1000.0 * (end.position - self.position)
 
     monkeypatch.setattr("torch.cuda.Event", Event)
     return Device
