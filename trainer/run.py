@@ -240,7 +240,8 @@ class Run:
                     f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
                     "use the version of alexnet-train that began the run"
                 ) from None
-            raise RunError(f"{path} is damaged ({where}: {detail['msg']}): {remedy}") from None
+            what = detail["msg"].removeprefix("Value error, ")
+            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
         return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:

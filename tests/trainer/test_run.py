@@ -231,6 +231,7 @@ def test_what_a_power_cut_leaves_at_the_end_of_a_table_is_dropped(tmp_path, cont
         (b"epoch,loss\n", "line 1 names no step"),
         (b"\xff\xfes\0t\0e\0p\0\n\0", "line 1 names no step"),
         (b"step,epoch\n1,2\n", "line 1 names no loss"),
+        ("step,epoch\r\n1,2\r\n".encode("utf-16"), "line 1 names no step"),
     ],
 )
 def test_damage_in_the_middle_of_a_table_is_named_and_nothing_is_changed(tmp_path, content, what):
