@@ -82,7 +82,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         differing = ", ".join(sorted(state.keys() ^ names.keys())[:3])
         raise ValueError(f"its names differ from those of torchvision's alexnet: {differing}")
     ours = {names[name]: value for name, value in state.items()}
-    classes = len(ours["fc8.bias"])
+    classes = ours["fc8.bias"].numel()
     with torch.device("meta"):
         expected = TorchvisionAlexNet(classes).state_dict()
     for name, value in ours.items():
@@ -90,6 +90,8 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}, but {list(expected[name].shape)} in torchvision's net"
             )
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{name} holds integers, or numbers that are not finite")
     # torchvision flattens the input of fc6 channel by channel; this net flattens it pixel by pixel.
     ours["fc6.weight"] = ours["fc6.weight"].unflatten(1, (-1, SIDE, SIDE)).permute(0, 2, 3, 1).flatten(1)
     return ours

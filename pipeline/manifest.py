@@ -15,12 +15,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveInt,
-    ValidationError,
 )
 
 from pipeline.files import atomic_write
+from pipeline.records import RecordError, parse_record
 from pipeline.retry import read_with_retries
 
 FORMAT = 1
@@ -29,7 +30,7 @@ MAX_BYTES = 1 << 28  # largest dataset.json that is read; a million shards take 
 MAX_SIDE = 65535  # largest side of an image, in pixels, that a JPEG and the index can hold
 HEAD_BYTES = 65536  # the part of a shard that is hashed when it is opened, to detect a replaced shard
 
-RGB = tuple[float, float, float]  # one value per channel
+RGB = tuple[FiniteFloat, FiniteFloat, FiniteFloat]  # one value per channel
 Geometry = Literal["256", "short256", "original"]
 
 
@@ -103,8 +104,8 @@ class Manifest(_Record):
     size: Side  # length of the shorter side after resizing, in pixels
     max_width: Side
     max_height: Side
-    classes: tuple[Class, ...]
-    splits: dict[str, Split]
+    classes: Annotated[tuple[Class, ...], Field(min_length=1)]
+    splits: Annotated[dict[str, Split], Field(min_length=1)]
     pixels: Pixels
     packed: dict[str, str | int | float]
     repaired: dict[str, NonNegativeInt]
@@ -146,19 +147,6 @@ def read_manifest(root: Path) -> Manifest:
     if len(text) > MAX_BYTES:
         raise DatasetError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not valid JSON ({error}). Pack the dataset again") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise DatasetError(
-            f"{path} has format {found}, but this version reads format {FORMAT}: upgrade alexnet-train"
-        )
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "content"
-        raise DatasetError(
-            f"{path} is not a valid dataset.json: {field}: {first['msg']}. Pack the dataset again"
-        ) from error
+        return parse_record(Manifest, text, FORMAT, path, "Copy the dataset again, or pack it again")
+    except RecordError as error:
+        raise DatasetError(str(error)) from None

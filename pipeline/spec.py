@@ -5,14 +5,16 @@ its training.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.files import atomic_write
 from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
+from pipeline.records import RecordError, parse_record
 from pipeline.retry import read_with_retries
 
+FORMAT = 1
 NET_NAME = "net.json"
 
 
@@ -30,12 +32,12 @@ class NetSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    format: Literal[1] = 1
+    format: Literal[1] = 1  # FORMAT
     geometry: Geometry
     size: Side
     crop: Side
     mean: RGB
-    classes: tuple[Class, ...]
+    classes: Annotated[tuple[Class, ...], Field(min_length=1)]
 
     @classmethod
     def from_manifest(cls, manifest: Manifest, crop: int) -> "NetSpec":
@@ -49,19 +51,26 @@ class NetSpec(BaseModel):
         )
 
     @classmethod
-    def parse(cls, content: str | bytes, source: object) -> "NetSpec":
-        """Parse the content of a net.json. source: named by the SpecError that is raised if it is invalid."""
+    def parse(cls, content: str | bytes, source: object, remedy: str) -> "NetSpec":
+        """Parse the content of a net.json.
+
+        source: where it was found. remedy: a sentence that says what to do about damage. Both are in the
+        SpecError that is raised if the content is not valid.
+        """
         try:
-            return cls.model_validate_json(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"])) or "content"
-            raise SpecError(f"{source} has no valid {NET_NAME}: {field}: {first['msg']}") from None
+            spec = parse_record(cls, content, FORMAT, f"the {NET_NAME} of {source}", remedy)
+        except RecordError as error:
+            raise SpecError(str(error)) from None
+        if spec.crop > spec.size:
+            what = f"crops of {spec.crop} pixels do not fit into images of {spec.size}"
+            raise SpecError(f"the {NET_NAME} of {source} is not valid: {what}. {remedy}")
+        return spec
 
     @classmethod
     def read(cls, folder: Path) -> "NetSpec":
         """Read net.json from a folder. Raises SpecError, and OSError (FileNotFoundError if there is none)."""
-        return cls.parse(read_with_retries(folder / NET_NAME), folder)
+        remedy = "Delete it, and it will be made again from the dataset"
+        return cls.parse(read_with_retries(folder / NET_NAME), folder, remedy)
 
     def write(self, folder: Path) -> None:
         """Write net.json into a folder atomically. Raises OSError."""

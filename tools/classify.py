@@ -12,9 +12,10 @@ their mirror images, whose softmax outputs are averaged.
 
 A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
 
-Folders are searched at any depth for files with the extension of a picture or a video. A picture named on the
-command line may have any extension, because its content decides. A broken file is reported and the others are
-still classified, but the exit code is then 1.
+Folders are searched at any depth, through links too, for files with the extension of a picture or a video. A
+picture named on the command line may have any extension, because its content decides. An input that is
+broken, missing or unreadable is reported and the others are still classified, but the exit code is then 1. If
+the storage fails, the command ends.
 """
 
 import argparse
@@ -31,9 +32,11 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import atomic_write, path_in_errors
+from pipeline.output import printed, secure
+from tools.classifying.inputs import InputError, Source, as_text, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
-from tools.classifying.pictures import InputError, Source, find, read, views
+from tools.classifying.pictures import read, views
 from tools.options import count, positive, refuse_old_name
 
 Write = Callable[[Result], None]
@@ -42,21 +45,36 @@ FORMATS = {".jsonl": json_lines, ".csv": csv_rows}
 
 
 def main() -> None:
+    secure()
     options = parse_arguments()
     try:
-        sources, others = find(options.inputs)
-        drawn = drawings(sources, options.overlay) if options.overlay else {}
-        net = open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
-        with open_output(options.out) as write:
-            failed = classify(net, sources, options, write, drawn)
-    except (InputError, NetError) as error:
-        sys.exit(f"classify: {error}")
-    except OSError as error:
-        reason = f"{error.filename or options.out or 'the results'}: {error.strerror or error}"
+        sources, errors, others = find(options.inputs)
+        for error in errors:
+            report(error)
+        failed = len(errors)
+        if sources:
+            drawn = drawings(sources, options.overlay) if options.overlay else {}
+            net = open_net(options)
+            with open_output(options.out) as write:
+                failed += classify(net, sources, options, write, drawn)
+    except (InputError, NetError) as fatal:
+        sys.exit(f"classify: {fatal}")
+    except OSError as fatal:
+        reason = f"{fatal.filename or options.out or 'the results'}: {fatal.strerror or fatal}"
         sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
+    except KeyboardInterrupt:
+        sys.exit(130)
     skipped = f"; {others} other files skipped" if others else ""
-    print(f"classify: {len(sources)} files, {failed} failed{skipped}", file=sys.stderr)
+    report(f"{len(sources) + len(errors)} files, {failed} failed{skipped}")
     sys.exit(1 if failed else 0)
+
+
+def report(message: object) -> None:
+    print(f"classify: {message}", file=sys.stderr, flush=True)
+
+
+def open_net(options: argparse.Namespace) -> Net:
+    return open_export(options.net) if options.net else open_run(options.run, options.checkpoint == "best")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -114,7 +132,8 @@ def parse_arguments() -> argparse.Namespace:
 def open_output(path: Path | None) -> Iterator[Write]:
     """Open the results: a file, or lines on standard output. Yields a function that writes one result."""
     if path is None:
-        yield lambda result: print(result, flush=True)
+        with printed():
+            yield lambda result: print(result, flush=True)
         return
     with path_in_errors(path), open(path, "w", encoding="utf-8", newline="") as file:
         yield FORMATS[path.suffix](file)
@@ -149,7 +168,7 @@ def classify(
     for work, of_videos in ((classify_pictures, False), (classify_videos, True)):
         chosen = [source for source in sources if source.is_video == of_videos]
         for error in work(net, chosen, options, write, drawn):
-            print(f"classify: {error}", file=sys.stderr, flush=True)
+            report(error)
             failed += 1
     return failed
 
@@ -163,10 +182,11 @@ def classify_pictures(
 
     def prepare(source: Source) -> tuple[np.ndarray, Image.Image | None] | InputError:
         try:
-            image = read(source.path)
+            with errors_of(source.path):
+                image = read(source.path)
+                return views(image, net.spec, options.crops), reduced(image) if drawn else None
         except InputError as error:
             return error
-        return views(image, net.spec, options.crops), reduced(image) if drawn else None
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(sources), CHUNK):
@@ -178,13 +198,17 @@ def classify_pictures(
                 continue
             probabilities = net.probabilities(np.stack([seen for _, seen, _ in valid]))
             for (source, _, image), row in zip(valid, probabilities, strict=True):
-                result = Result(str(source.path), best(row, net.spec))
+                result = Result(as_text(source.path), best(row, net.spec))
                 write(result)
                 if image:
-                    drawn[source].parent.mkdir(parents=True, exist_ok=True)
-                    bars = draw_bars(result.top, image.width)
-                    with path_in_errors(drawn[source]):
-                        with_bars(image, bars).save(drawn[source], quality=90)
+                    try:
+                        with errors_of(drawn[source]):
+                            drawn[source].parent.mkdir(parents=True, exist_ok=True)
+                            with_bars(image, draw_bars(result.top, image.width)).save(
+                                drawn[source], quality=90
+                            )
+                    except InputError as error:
+                        yield error
 
 
 def classify_videos(
@@ -201,10 +225,15 @@ def classify_videos(
                 results.append(result)
         except InputError as error:
             yield error
-        if source in drawn and results:
-            drawn[source].parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(drawn[source]) as file:
-                annotate(source.path, results, file)
+        if source not in drawn or not results:
+            continue
+        try:
+            with errors_of(drawn[source]):
+                drawn[source].parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(drawn[source]) as file:
+                    annotate(source.path, results, file)
+        except InputError as error:
+            yield error
 
 
 if __name__ == "__main__":

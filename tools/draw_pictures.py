@@ -18,6 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.files import path_in_errors
 from pipeline.output import secure
 from tools.options import count, natural, refuse_old_name
 
@@ -80,6 +81,17 @@ def _draw_shape(
         pen.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=colour)
 
 
+def draw_all(root: Path, counts: dict[str, int], seed: int) -> None:
+    """Draw a dataset. counts: the pictures of each class, by split. Raises OSError."""
+    for number, (split, pictures) in enumerate(counts.items()):
+        for label, name in enumerate(class_names()):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for picture in range(pictures):
+                rng = np.random.default_rng((seed, number, label, picture))
+                draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
+
+
 def main() -> None:
     secure()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -101,13 +113,11 @@ def main() -> None:
         help="seed of the pictures (default 0)",
     )
     options = parser.parse_args()
-    for number, (split, pictures) in enumerate((("train", options.train), ("val", options.val))):
-        for label, name in enumerate(class_names()):
-            folder = options.out / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for picture in range(pictures):
-                rng = np.random.default_rng((options.seed, number, label, picture))
-                draw(name, rng).save(folder / f"{name}_{picture:05d}.JPEG", quality=90)
+    try:
+        with path_in_errors(options.out):
+            draw_all(options.out, {"train": options.train, "val": options.val}, options.seed)
+    except OSError as error:
+        sys.exit(f"draw-pictures: {error.filename}: {error.strerror}")
     classes = len(class_names())
     print(
         f"{classes * (options.train + options.val):,} pictures in {classes} classes written to {options.out}"

@@ -49,7 +49,9 @@ def main() -> None:
         from tools.exporting.formats import export
 
         print(export(settings, run, options.out, options.checkpoint == "best"))
-    except (NetError, SettingsError, DatasetError, RunError) as error:
+    except DatasetError as error:
+        sys.exit(f"export: {error}. If the dataset has moved, give its folder with --data")
+    except (NetError, SettingsError, RunError) as error:
         sys.exit(f"export: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"

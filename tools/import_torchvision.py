@@ -12,8 +12,9 @@ dataset in --data, in the same order; ImageNet is packed in torchvision's own or
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
+import warnings
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.output import secure
 from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
+from trainer.reading import ContentError, read_text
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
@@ -81,8 +83,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
     from trainer import checkpoint
 
     try:
-        read = read_safetensors if weights.suffix == ".safetensors" else read_pth
-        state = from_torchvision(read(weights))
+        state = from_torchvision(read_state(weights))
     except ValueError as error:
         raise SettingsError(f"{weights} is not a state dict of torchvision's AlexNet: {error}") from None
     outputs = len(state["fc8.bias"])
@@ -98,16 +99,33 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
     return f"{run.folder}: {outputs} classes, {sum(value.numel() for value in state.values()):,} parameters"
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, whose content decides whether it is in safetensors format.
+
+    Raises SettingsError, ValueError or OSError.
+    """
+    head = read_with_retries(path, 9)
+    if not head:
+        raise ValueError("it is empty")
+    is_safetensors = head[8:] == b"{"  # its header in JSON, after the size of that
+    return read_safetensors(path) if is_safetensors else read_pth(path)
+
+
 def read_pth(path: Path) -> dict[str, Tensor]:
     """Read a state dict without running code from the file. Raises ValueError or OSError."""
     import torch
 
     try:
-        with path_in_errors(path):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        # Given a path, torch would go by its extension.
+        with path_in_errors(path), open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # any class, on a file that torch.save did not write
+        raise ValueError("it is damaged, or holds something other than tensors") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError("it is not a dict of tensors")
     return state
 
@@ -120,17 +138,32 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise SettingsError(f"{path} needs safetensors: pip install 'alexnet-train[export]'") from None
     try:
-        return load_file(path)
+        with path_in_errors(path):
+            return load_file(path)
     except SafetensorError as error:
         raise ValueError(str(error)) from None
 
 
 def read_classes(path: Path) -> tuple[Class, ...]:
-    """Read the ids and names of classes. Raises OSError, or SettingsError if a line has no name."""
-    lines = [line.split(maxsplit=1) for line in read_with_retries(path).decode().splitlines()]
-    if any(len(line) != 2 for line in lines):
-        raise SettingsError(f"{path}: each line must have an id, white space and a name")
-    return tuple(Class(id=id_, name=name.strip()) for id_, name in lines)
+    """Read the ids and names of classes from a UTF-8 file, in which blank lines are ignored.
+
+    Raises OSError, or SettingsError if a line has no name or an id is repeated.
+    """
+    try:
+        lines = StringIO(read_text(path), newline=None)
+    except ContentError as error:
+        raise SettingsError(str(error)) from None
+    classes: dict[str, Class] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        id_, *names = line.split(maxsplit=1)
+        if not names:
+            raise SettingsError(f"{path}, line {number}: it must have an id, white space and a name")
+        if id_ in classes:
+            raise SettingsError(f"{path}, line {number}: the id {id_} is on an earlier line, too")
+        classes[id_] = Class(id=id_, name=names[0].strip())
+    return tuple(classes.values())
 
 
 if __name__ == "__main__":

@@ -73,8 +73,10 @@ def main() -> None:
         if isinstance(result, Record):
             result.save(options.out)
         print(result)
-    except (SettingsError, DatasetError, RunError, RecordError, TrainingError, OSError) as error:
+    except (SettingsError, DatasetError, RunError, RecordError, TrainingError) as error:
         sys.exit(f"paper: {error}")
+    except OSError as error:
+        sys.exit(f"paper: {error.filename or options.out}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

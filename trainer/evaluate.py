@@ -19,7 +19,7 @@ from trainer.monitor.metrics import Metrics
 from trainer.precision import autocast, prepare, resolve_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
-from trainer.run import Run
+from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 
 PROTOCOLS = {1: "centre", 10: "ten"}  # names of the numbers of crops
@@ -137,15 +137,26 @@ def load_net(
     """Load the net of the newest or the best checkpoint of a run.
 
     Returns the net, its step and a message for each damaged checkpoint that was skipped. Raises SettingsError
-    if there is no checkpoint yet, and RunError if all are damaged.
+    if there is no checkpoint yet, and RunError if all are damaged, or if the newest is not of the net that
+    the settings describe.
     """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
         missing = "best checkpoint, which the first evaluation gives," if best else "checkpoint"
         raise SettingsError(f"no {missing} in {run.checkpoints} yet: continue the run first")
-    model = build_model(settings, len(state["model"]["fc8.bias"]), device)
-    model.load_state_dict(state["model"])
-    return model, state["step"], notes
+    try:
+        weights, step = state["model"], state["step"]
+        model = build_model(settings, len(weights["fc8.bias"]), device)
+        model.load_state_dict(weights)
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RunError(
+            f"the checkpoint in {run.checkpoints} is not of the net that settings.json describes ({reason}): "
+            "restore both from one copy of the run"
+        ) from None
+    return model, step, notes
 
 
 def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:

@@ -248,14 +248,21 @@ class Run:
         """Return everything that is needed to use the net.
 
         It comes from net.json or, for a run of an earlier version, from the dataset that the settings name.
-        Raises RunError if net.json is damaged, or if that dataset cannot be read.
+        Raises RunError if net.json is damaged or has other crops than the settings, or if that dataset cannot
+        be read.
         """
         try:
             with suppress(FileNotFoundError):
-                return NetSpec.read(self.folder)
+                spec = NetSpec.read(self.folder)
+                if spec.crop != settings.crop:
+                    raise RunError(
+                        f"{self.folder / NET_NAME} says crops of {spec.crop} pixels, but {_SETTINGS} says "
+                        f"{settings.crop}: restore both from one copy of the run"
+                    )
+                return spec
             return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
         except SpecError as error:
-            raise RunError(f"{error}. Delete it, and it will be made again from the dataset") from None
+            raise RunError(str(error)) from None
         except DatasetError as error:
             raise RunError(
                 f"{self.folder} is from an earlier version, has no {NET_NAME}, and needs its dataset: {error}"

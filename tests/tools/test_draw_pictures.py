@@ -85,3 +85,10 @@ def test_no_pixel_is_the_same_in_all_pictures():
     assert pictures.std(0).min() > 8
     corners = pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.std(0).min() > 8  # the corners vary, too
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["draw-pictures", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match=f"draw-pictures: {tmp_path}/file/train/.*: Not a directory"):
+        draw_pictures.main()

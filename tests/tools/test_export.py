@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.torchvision_alexnet import INPUT_MEAN, TorchvisionAlexNet, to_torchvision
+from model.torchvision_alexnet import INPUT_MEAN, NAMES, SIDE, TorchvisionAlexNet, to_torchvision
 from pipeline.manifest import read_manifest
 from pipeline.spec import NetSpec
 from tools import export, import_torchvision
@@ -18,6 +18,8 @@ from trainer.cli import main as alexnet_train
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
+# A tensor for each name in a state dict of this project's net.
+NAMED = {f"{layer}.{kind}": torch.zeros(1, SIDE * SIDE) for layer in NAMES for kind in ("weight", "bias")}
 CPU = torch.device("cpu")
 FORMS = (".pt2", ".onnx")
 # Together these nets have every kind of layer, in each state that matters to evaluation. code2012 has all
@@ -137,3 +139,79 @@ def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, 
     assert not (tmp_path / "b").exists()
     with pytest.raises(SettingsError, match="is not empty"):
         run.adopt(run.settings(), NetSpec.read(run.folder), "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, [1], {"step": 1}, {"step": 1, "model": {}}, {"step": 1, "model": {"fc8.bias": 3}}, "shapes"],
+    ids=str,
+)
+def test_a_checkpoint_of_another_net_is_refused_in_one_line(state, packed, tmp_path, command):
+    run = untrained(packed, tmp_path / "run")
+    if state == "shapes":
+        model = checkpoint.load(run.checkpoints, CPU)[0]["model"]
+        state = {"step": 1, "model": {name: value[..., :1] for name, value in model.items()}}
+    checkpoint.write(run.checkpoints, 2, state, keep=1)
+    message = command(export.main, run.folder, "--out", tmp_path / "net.pt2")
+    assert f"the checkpoint in {run.checkpoints} is not of the net that settings.json describes" in message
+    assert "\n" not in message
+
+
+def test_a_dataset_that_has_moved_can_be_given(packed, tmp_path, command):
+    run = untrained(packed, tmp_path / "run")
+    message = command(export.main, run.folder, "--out", tmp_path / "net.pt2", "--data", tmp_path / "gone")
+    assert message.endswith("If the dataset has moved, give its folder with --data")
+
+
+OTHER_WEIGHTS = {
+    "empty": (b"", "it is empty"),
+    "text": (b"weights", "it is damaged, or holds something other than tensors"),
+    "zeros": (bytes(1000), "it is damaged"),
+    "page": (b"<!DOCTYPE html><html>404</html>", "it is damaged"),
+    "a safetensors file cut": (b"\x20\0\0\0\0\0\0\0{", "deserializing header"),
+    "dict": ({"a": 1}, "it is not a dict of tensors"),
+    "nested": ({"state_dict": {"a": torch.zeros(1)}}, "it is not a dict of tensors"),
+    "numbered": ({1: torch.zeros(1)}, "it is not a dict of tensors"),
+    "scalars": ({name: torch.tensor(1.0) for name in to_torchvision(NAMED)}, "shape []"),
+    "other names": ({"weight": torch.zeros(1)}, "its names differ"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_WEIGHTS)
+@pytest.mark.parametrize("extension", ["pth", "safetensors"])
+def test_other_weights_are_named_with_the_reason(what, extension, packed, tmp_path, command):
+    content, reason = OTHER_WEIGHTS[what]
+    path = tmp_path / f"weights.{extension}"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    message = command(import_torchvision.main, path, "--out", tmp_path / "run", "--data", packed)
+    assert f"{path} is not a state dict of torchvision's AlexNet: " in message
+    assert reason in message
+    assert "\n" not in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
+def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
+    message = command(import_torchvision.main, tmp_path / name, "--out", tmp_path / "run", "--data", packed)
+    assert f"{tmp_path / name}: No such file or directory" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xef\xbb\xbfa one\r\n\r\nb\ttwo words\r\n", [("a", "one"), ("b", "two words")]),
+        ("a one\nb stra\u00dfe\n".encode("latin-1"), "not in UTF-8"),
+        ("a one\n".encode("utf-16"), "in UTF-16"),
+        (b"a one\nb\n", "line 2: it must have an id, white space and a name"),
+        (b"a one\na two\n", "line 2: the id a is on an earlier line, too"),
+    ],
+)
+def test_lists_of_classes_of_any_editor_are_read_or_refused(content, expected, tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes(content)
+    if isinstance(expected, list):
+        assert [(c.id, c.name) for c in import_torchvision.read_classes(path)] == expected
+        return
+    with pytest.raises(SettingsError, match=expected) as refused:
+        import_torchvision.read_classes(path)
+    assert str(path) in str(refused.value)

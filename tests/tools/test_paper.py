@@ -90,3 +90,10 @@ def test_impossible_experiments_are_refused_in_one_line(arguments, message, tmp_
     assert done.returncode in (1, 2)
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["paper", "report", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match=f"paper: {tmp_path}/file: File exists"):
+        main()

@@ -114,7 +114,7 @@ def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
     assert (net.classes, net.mean, net.size) == (manifest.classes, manifest.pixels.mean, 80)
     path = tmp_path / "run" / NET_NAME
     path.write_text("{}")
-    with pytest.raises(RunError, match=r"run has no valid net.json: geometry"):
+    with pytest.raises(RunError, match=r"net.json of .*run is not valid: geometry"):
         run.net(settings)
     path.unlink()  # as in a run of an earlier version
     assert run.net(load_settings(["--data", str(packed), "--crop", "64"])) == net

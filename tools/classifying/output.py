@@ -8,6 +8,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from pipeline.spec import NetSpec
+from tools.classifying.inputs import in_line
 
 COLUMNS = ("file", "start_seconds", "end_seconds", "frames", "rank", "class", "name", "probability")
 
@@ -36,9 +37,9 @@ class Result(NamedTuple):
     window: Window | None = None
 
     def __str__(self) -> str:
-        when = f" {self.window.start_seconds:g}–{self.window.end_seconds:g} s" if self.window else ""
+        when = f" {self.window.start_seconds:g}-{self.window.end_seconds:g} s" if self.window else ""
         predictions = (f"{short(name)} {probability:.1%}" for _, name, probability in self.top)
-        return f"{self.file}{when}: {', '.join(predictions)}"
+        return f"{in_line(self.file)}{when}: {', '.join(predictions)}"
 
 
 def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Prediction]:
