@@ -33,7 +33,9 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         where = f"byte 0x{content[error.start]:02x} in line {line}"
-        raise ContentError(f"{path} is perhaps in Latin-1, but should be in UTF-8 ({where})") from None
+        raise ContentError(
+            f"{path} is not in UTF-8, as it should be, but perhaps in Latin-1 ({where})"
+        ) from None
     if "\0" in text:
         raise ContentError(f"{path} is damaged (it has zero bytes, as after a power cut or in UTF-16)")
     return text
