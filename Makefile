@@ -16,6 +16,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The same version as pillow in pyproject.toml, which it replaces.
 PILLOW_SIMD := pillow-simd==12.1.1.post0
+# The libraries that read images.FORMATS. Without the flags, a build leaves out each one that it does not find.
+PILLOW_HEADERS := jpeglib.h zlib.h webp/decode.h webp/demux.h webp/mux.h tiffio.h lcms2.h
+PILLOW_PACKAGES := libjpeg-dev zlib1g-dev libwebp-dev libtiff-dev liblcms2-dev
+PILLOW_FLAGS := -C webp=enable -C tiff=enable -C lcms=enable
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
 .PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults image image-test
@@ -150,9 +154,13 @@ $(VENV)/.ready: pyproject.toml Makefile model/cpu_pool.c
 		{ echo "a C compiler is missing, which pillow-simd and model/cpu_pool.c are built with: apt-get install build-essential"; exit 1; }
 	@echo '#include <Python.h>' | cc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
 		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
-	@for header in jpeglib.h zlib.h; do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
-		{ echo "the header $$header is missing, which pillow-simd is built with: apt-get install libjpeg-dev zlib1g-dev"; exit 1; }; done
+	@command -v pkg-config >/dev/null || \
+		{ echo "pkg-config is missing, by which pillow-simd finds libtiff: apt-get install pkg-config"; exit 1; }
+	@missing=; for header in $(PILLOW_HEADERS); do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
+		missing="$$missing $$header"; done; test -z "$$missing" || \
+		{ echo "headers that pillow-simd is built with are missing:$$missing: apt-get install $(PILLOW_PACKAGES)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
-	CC="cc $(AVX2)" $(BIN)/pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary pillow-simd $(PILLOW_SIMD)
+	CC="cc $(AVX2)" $(BIN)/pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary pillow-simd \
+		$(PILLOW_FLAGS) $(PILLOW_SIMD)
 	@touch $@

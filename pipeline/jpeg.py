@@ -1,10 +1,14 @@
-"""Read the segments of a JPEG file up to its first scan, without decoding any pixels (ITU T.81, annex B)."""
+"""Read the segments of a JPEG file, without decoding any pixels (ITU T.81, annex B)."""
 
+import re
 from collections.abc import Iterator
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 SCAN = 0xDA
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of frame headers (SOF0 to SOF15)
+_TABLES = {0xC4, 0xCC, 0xDB, 0xDC, 0xDD}  # markers of segments that may stand between two scans
+# In entropy-coded data, zero follows each byte 0xFF, except for restart markers.
+_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")
 
 
 def segments(content: bytes) -> Iterator[tuple[int, int, int]]:
@@ -32,4 +36,19 @@ def size_offset(content: bytes) -> int | None:
     for marker, start, end in segments(content):
         if marker in FRAMES:
             return start + 5 if start + 9 <= min(end, len(content)) else None
+    return None
+
+
+def end_of_image(content: bytes, scan: int) -> int | None:
+    """Return the offset of the first byte after the image, or None if its end cannot be found.
+
+    scan: the end of the header of the first scan. It also cannot be found if metadata comes after that.
+    """
+    while found := _MARKER.search(content, scan):
+        marker, length = found[1][0], int.from_bytes(content[found.end() : found.end() + 2])
+        if marker == END[1]:
+            return found.end()
+        if (marker != SCAN and marker not in _TABLES) or length < 2:
+            return None
+        scan = found.end() + length
     return None

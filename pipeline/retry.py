@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 PAUSES = (0.1, 0.4, 1.6, 5.0)  # seconds before each retry
 _EIO_PAUSES = PAUSES[:2]  # a bad sector stays bad, and the disk has already retried
+_LONGEST_WAIT = 30.0  # seconds, however long a server asks to wait
 
 # Error numbers that concern a single file. All others count as an outage: ESTALE, ENOTCONN, EMFILE, ENOMEM,
 # ETIMEDOUT and any that are unknown.
@@ -43,8 +44,29 @@ _FILE_ERRNOS = {
 _FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+class StorageError(OSError):
+    """A file behind a URL cannot be reached; the message names it and says why.
+
+    reason: why, in a few words. passes: whether the same request may succeed later. attempts: how many
+    further requests are worth their time. wait: the seconds that the server asks to wait, or 0.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        reason: str = "unreadable",
+        passes: bool = True,
+        attempts: int = 0,
+        wait: float = 0.0,
+    ):
+        super().__init__(message)
+        self.reason, self.passes, self.attempts, self.wait = reason, passes, attempts, wait
+
+
 def is_outage(error: OSError) -> bool:
     """Return whether an error concerns the storage or the process, and not only the requested file."""
+    if isinstance(error, StorageError):
+        return error.passes
     return not isinstance(error, _FILE_ERRORS) and error.errno not in _FILE_ERRNOS
 
 
@@ -63,9 +85,10 @@ def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
             if attempt >= len(pauses):
                 raise
             if attempt == 0:
-                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+                what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
                 warn(f"{what}: retrying for {sum(pauses):.1f} seconds")
-            time.sleep(pauses[attempt])
+            wait = error.wait if isinstance(error, StorageError) else 0.0
+            time.sleep(max(pauses[attempt], min(wait, _LONGEST_WAIT)))
             attempt += 1
 
 
@@ -80,7 +103,8 @@ def print_to_stderr(text: str) -> None:
 
 
 def _pauses(error: OSError) -> tuple[float, ...]:
+    if isinstance(error, StorageError):
+        return PAUSES[: error.attempts]
     if error.errno == errno.EIO:
         return _EIO_PAUSES
-    # An error without an errno is about a URL, and fsspec has already retried it.
     return PAUSES if error.errno is not None and is_outage(error) else ()

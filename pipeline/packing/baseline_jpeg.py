@@ -3,7 +3,7 @@
 from itertools import chain
 from typing import NamedTuple
 
-from pipeline.jpeg import FRAMES, SCAN, segments
+from pipeline.jpeg import FRAMES, SCAN, end_of_image, segments
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 
@@ -11,13 +11,15 @@ _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 class Layout(NamedTuple):
     """What the segments of a JPEG say.
 
-    width, height: in pixels. baseline_rgb: whether the file is neither progressive nor gray. metadata: start
-    and end, in bytes, of the segments that can be removed without changing the image.
+    width, height: in pixels. baseline_rgb: whether the file is neither progressive nor gray. scan: the end of
+    the header of the first scan, in bytes. metadata: start and end, in bytes, of the segments that can be
+    removed without changing the image.
     """
 
     width: int
     height: int
     baseline_rgb: bool
+    scan: int
     metadata: tuple[tuple[int, int], ...]
 
 
@@ -33,7 +35,7 @@ def read_layout(content: bytes) -> Layout | None:
     for marker, start, end in segments(content):
         segment = content[start + 4 : end]
         if marker == SCAN:
-            return Layout(*frame, tuple(metadata)) if frame else None
+            return Layout(*frame, end, tuple(metadata)) if frame else None
         if marker == 0xDB and any(table >> 4 for table in segment[::65]):  # 16-bit quantisation tables
             return None
         if marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] == b"\0":  # stored as RGB
@@ -66,9 +68,16 @@ def _is_metadata(marker: int, segment: bytes) -> bool:
     return marker == 0xFE or (0xE0 <= marker <= 0xEF and not defines_colours)
 
 
-def without_metadata(content: bytes, layout: Layout) -> bytes:
-    """Return the file without its metadata segments."""
-    if not layout.metadata:
+def only_image(content: bytes, layout: Layout) -> bytes | None:
+    """Return the file without its metadata segments, and without what follows the end of the image.
+
+    Phones append a video or further images there, with metadata of their own. Returns None if the end of the
+    image cannot be found.
+    """
+    end = end_of_image(content, layout.scan)
+    if end is None:
+        return None
+    if not layout.metadata and end == len(content):
         return content
-    edges = [0, *chain.from_iterable(layout.metadata), len(content)]
+    edges = [0, *chain.from_iterable(layout.metadata), end]
     return b"".join(content[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True))

@@ -2,13 +2,21 @@
 
 Files are judged by their content, never by their name. A file is **rejected** as
 
-    unreadable     it cannot be read
-    empty          it has no bytes
-    not an image   it is in none of FORMATS, or its header is broken
-    too large      its header claims more than MAX_PIXELS; nothing is decoded
-    truncated      it ends before the image does
-    corrupt        strict decoding fails
-    too elongated  its longer side is more than MAX_ASPECT times the shorter
+    unreadable            it cannot be read; one behind a URL is rejected as remote_errors.py says
+    empty                 it has no bytes
+    not an image          it is in none of FORMATS, or its header is broken
+    this build has no …   Pillow was built without a library that the file needs
+    unsupported           it is in one of FORMATS, but in a variant that Pillow cannot decode, such as a
+                          lossless JPEG
+    not a picture         its samples are floats, or signed or 32-bit integers (TIFF, PFM), as those of
+                          measurements: nothing says which value is white
+    only a preview        it is a TIFF whose first image is marked as a preview, as in RAW files of cameras
+    too large             its header claims more than MAX_PIXELS, or MAX_WEBP_PIXELS, and nothing is decoded;
+                          or the file has more than MAX_BYTES (storage.py), and is not read
+    out of memory         decoding it takes more memory than there is
+    truncated             it ends before the image does
+    corrupt               strict decoding fails
+    too elongated         its longer side is more than MAX_ASPECT times the shorter
 
 Small images are scaled up, as section 2 of the paper rescales all images. A file is **repaired** if it is
 
@@ -24,22 +32,28 @@ gray JPEGs, which decoders convert by themselves. It also rejects a file as
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.jpeg import END
+from pipeline.jpeg import END, START
 from pipeline.manifest import Geometry
-from pipeline.packing.baseline_jpeg import read_layout, without_metadata
+from pipeline.packing import png
+from pipeline.packing.baseline_jpeg import only_image, read_layout
+from pipeline.packing.codecs import FORMATS, why_unreadable
+from pipeline.packing.pixels import is_measurement, is_preview, to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 100_000_000  # with which no format and no mode takes more than 1.2 GB, besides the file itself
+MAX_WEBP_PIXELS = 50_000_000  # as libwebp's decoder and Pillow hold four copies
 MAX_ASPECT = 20  # largest ratio of the longer side to the shorter
 SUBSAMPLING = "4:2:0"
 RESAMPLING = Image.Resampling.BILINEAR  # antialiased, as in the DALI graph that resizes `original`
 _ORIENTATION = 0x0112  # EXIF tag
+_BROKEN = ("not an image", "truncated", "corrupt")
+_SPARE_BYTES = 1 << 26  # a process that cannot allocate these is short of memory, whatever the file is
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
@@ -74,22 +88,24 @@ def pack_image(
     quality, 1 to 100. decode: if false, a file whose bytes are kept is accepted by its headers and its last
     two bytes, without being decoded. Raises RejectedError.
     """
-    if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
-        return packed
-    image, repairs = _decode(_open(content))
-    if geometry == "original":
-        layout = None if repairs else read_layout(content)
-        stripped = without_metadata(content, layout) if layout and layout.baseline_rgb else None
-        return PackedImage(
-            stripped or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
-        )
-    image = resize_and_crop(image, geometry, size)
-    return PackedImage(_encode(image, quality), *image.size, image, repairs)
+    with _judged(content):
+        if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
+            return packed
+        image, repairs = _upright(_loaded(content))
+        if geometry == "original":
+            layout = None if repairs else read_layout(content)
+            kept = only_image(content, layout) if layout and layout.baseline_rgb else None
+            return PackedImage(
+                kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
+            )
+        image = resize_and_crop(image, geometry, size)
+        return PackedImage(_encode(image, quality), *image.size, image, repairs)
 
 
 def read_image(content: bytes) -> Image.Image:
     """Decode a file to an upright RGB image, as the packer does. Raises RejectedError."""
-    return _decode(_open(content))[0]
+    with _judged(content):
+        return _upright(_loaded(content))[0]
 
 
 def resize_and_crop(image: Image.Image, geometry: Geometry, size: int) -> Image.Image:
@@ -106,15 +122,16 @@ def check_image(content: bytes, size: int, decode: bool = True) -> PackedImage:
 
     size, decode: as for `pack_image`; the image is resized only for the statistics. Raises RejectedError.
     """
-    if not decode and (packed := _by_header(content, unchanged=True)):
-        return packed
-    opened = _open(content)
-    gray = opened.mode == "L"
-    image, repairs = _decode(opened)
-    reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
-    if reasons or read_layout(content) is None:
-        raise RejectedError(reasons[0] if reasons else "not plain")
-    return PackedImage(content, *image.size, _resize_shorter(image, size), ())
+    with _judged(content):
+        if not decode and (packed := _by_header(content, unchanged=True)):
+            return packed
+        loaded = _loaded(content)
+        gray = loaded.mode == "L"
+        image, repairs = _upright(loaded)
+        reasons = [repair for repair in repairs if not (gray and repair == "not RGB")]
+        if reasons or read_layout(content) is None:
+            raise RejectedError(reasons[0] if reasons else "not plain")
+        return PackedImage(content, *image.size, _resize_shorter(image, size), ())
 
 
 def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
@@ -132,37 +149,68 @@ def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    return PackedImage(content if unchanged else without_metadata(content, layout), width, height, None, ())
+    kept = content if unchanged else only_image(content, layout)
+    return PackedImage(kept, width, height, None, ()) if kept else None
+
+
+@contextmanager
+def _judged(content: bytes, broken: str = "corrupt") -> Iterator[None]:
+    """Turn whatever a file makes Pillow raise into RejectedError, except trouble of the process itself."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
+            yield
+    except RejectedError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RejectedError("too large") from None
+    except MemoryError:
+        bytearray(_SPARE_BYTES)  # raises MemoryError if the file is not at fault
+        raise RejectedError("out of memory") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no descriptor is free, for example
+            raise
+        reason = "truncated" if broken == "corrupt" and "truncated" in str(error) else broken
+        raise RejectedError(why_unreadable(content, error) or reason) from None
+
+
+def _loaded(content: bytes) -> Image.Image:
+    """Decode a file. Raises RejectedError."""
+    try:
+        return _load(content)
+    except RejectedError as rejection:
+        if str(rejection) not in _BROKEN or not content.startswith(png.SIGNATURE):
+            raise
+    return _load(png.without_extras(content))
+
+
+def _load(content: bytes) -> Image.Image:
+    image = _open(content)
+    if is_preview(image, content):
+        raise RejectedError("only a preview")
+    if is_measurement(image):
+        raise RejectedError("not a picture")
+    with _judged(content):
+        image.load()
+    return image
 
 
 def _open(content: bytes) -> Image.Image:
     """Open an image by its header, without decoding it. Raises RejectedError."""
     if not content:
         raise RejectedError("empty")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # they are about metadata, which is dropped
+    # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
+    with _judged(content, "corrupt" if content.startswith(START) else "not an image"):
+        try:
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RejectedError("too large") from None
-    except Exception as error:
-        _reraise_system_error(error)
-        # A broken header may raise any error in a plugin; UnidentifiedImageError means an unknown format.
-        if isinstance(error, UnidentifiedImageError) or not content.startswith(b"\xff\xd8"):
-            raise RejectedError("not an image") from None
-        raise RejectedError("corrupt") from None
-    if image.width * image.height > MAX_PIXELS:
+        except UnidentifiedImageError as error:
+            raise RejectedError(why_unreadable(content, error) or "not an image") from None
+    if image.width * image.height > (MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS):
         raise RejectedError("too large")
     return image
 
 
-def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    """Decode an image to upright RGB; return it with the repairs that were needed. Raises RejectedError."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            image.load()
-    except Exception as error:
-        _reraise_system_error(error)
-        raise RejectedError("truncated" if "truncated" in str(error) else "corrupt") from None
+def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Convert a decoded image to upright RGB; return it with the repairs that were needed."""
     if _is_elongated(*image.size):
         raise RejectedError("too elongated")
     repairs = []
@@ -171,17 +219,11 @@ def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     orientation = _orientation(image)
     if image.mode != "RGB" or image.has_transparency_data:
         repairs.append("not RGB")
-        image = _to_rgb(image)
+        image = to_rgb(image)
     if orientation != 1:
         repairs.append("rotated")
         image = image.transpose(_TRANSPOSITIONS[orientation])
     return image, tuple(repairs)
-
-
-def _reraise_system_error(error: Exception) -> None:
-    """Raise an error again if it is not about the file: no memory, or a plugin that cannot be loaded."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-        raise error
 
 
 def _is_elongated(*sides: int) -> bool:
@@ -202,20 +244,10 @@ _TRANSPOSITIONS = {
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8, or 1 if there is none or the EXIF block is broken."""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION)
     except Exception:
         return 1
     return orientation if orientation in _TRANSPOSITIONS else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _resize_shorter(image: Image.Image, size: int) -> Image.Image:

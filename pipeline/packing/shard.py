@@ -1,11 +1,6 @@
 """Pack one shard, which is the unit of work that any process on any machine can do."""
 
-import errno
-import os
-import stat
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,26 +8,24 @@ from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import features
 
+from pipeline.files import path_in_errors
+from pipeline.packing.codecs import library_versions
 from pipeline.packing.images import Geometry, PackedImage, RejectedError, check_image, pack_image
+from pipeline.packing.reading import PackingError, contents
+from pipeline.packing.remote_errors import shown
 from pipeline.packing.shard_results import Event, ShardResult, save_result
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.statistics import PixelSums
-from pipeline.packing.storage import Folder, is_accessible, is_url, read
+from pipeline.packing.storage import Folder
 from pipeline.packing.workers import warn
-from pipeline.retry import is_outage, with_retries
+from pipeline.retry import with_retries
 from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
 from pipeline.versions import installed_version
 
-READ_AHEAD = 16  # number of files behind URLs that are requested at once, because requests mostly wait
 DECODE_EVERY = 64  # if headers are trusted, one file in this many is decoded, for the pixel statistics
 
 Check = Literal["decode", "headers"]
-
-
-class PackingError(RuntimeError):
-    """A packing run cannot continue; the message says why and what to do."""
 
 
 def versions() -> dict[str, str]:
@@ -40,7 +33,7 @@ def versions() -> dict[str, str]:
     return {
         "alexnet-train": installed_version("alexnet-train"),
         "pillow": PIL.__version__,
-        "libjpeg": features.version("libjpeg_turbo") or features.version("jpg") or "",
+        **library_versions(),
     }
 
 
@@ -125,75 +118,27 @@ def _accepted_images(
     Adds pixels to `sums` and repaired and rejected files to `events`, and calls `count` for each image.
     """
     image_options, accepted = task.image_options, 0
-    for key, (source, content) in enumerate(_contents(task.sources, task.table), task.first_key):
-        decode = image_options.check == "decode" or accepted % DECODE_EVERY == 0
+    for key, (source, content) in enumerate(contents(task.sources, task.table), task.first_key):
+        decode, name = image_options.check == "decode" or accepted % DECODE_EVERY == 0, shown(source.path)
         try:
-            if task.tar is None:
-                packed = pack_image(
-                    content(), image_options.geometry, image_options.size, image_options.quality, decode
-                )
-            else:
-                packed = check_image(content(), image_options.size, decode)
+            with path_in_errors(
+                source.file
+            ):  # errors of this process, such as that it has no free descriptor
+                if task.tar is None:
+                    packed = pack_image(
+                        content(), image_options.geometry, image_options.size, image_options.quality, decode
+                    )
+                else:
+                    packed = check_image(content(), image_options.size, decode)
         except MemoryError:
-            raise PackingError(f"out of memory while packing {source.path}: try fewer --workers") from None
+            raise PackingError(f"out of memory while packing {name}: try fewer --workers") from None
         except RejectedError as rejection:
             count(0, 1)
-            events.append((source.path, "rejected", str(rejection)))
+            events.append((name, "rejected", str(rejection)))
             continue
         count(len(packed.jpeg), 0)
-        events.extend((source.path, "repaired", repair) for repair in packed.repairs)
+        events.extend((name, "repaired", repair) for repair in packed.repairs)
         if task.in_statistics and packed.pixels is not None:
             sums.add_image(packed.pixels)
         accepted += 1
         yield key, source, packed
-
-
-def _contents(
-    sources: tuple[SourceImage, ...], table: str | None = None
-) -> Iterator[tuple[SourceImage, Callable[[], bytes]]]:
-    """Yield each source with a function that returns its bytes; sources behind URLs are read ahead."""
-    with ThreadPoolExecutor(READ_AHEAD) as pool:  # it starts threads only when they are needed
-        ahead: deque[tuple[SourceImage, Callable[[], bytes]]] = deque()
-        for source in sources:
-            content = partial(_read, source, table)
-            ahead.append((source, pool.submit(content).result if is_url(source.file) else content))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
-
-
-def _read(source: SourceImage, table: str | None) -> bytes:
-    """Read an image file.
-
-    Raises RejectedError if the file is at fault, OSError in an outage, and PackingError if more than this
-    file is missing.
-    """
-    try:
-        if not is_url(source.file) and not with_retries(partial(_is_regular, source.file), warn):
-            raise RejectedError("unreadable")
-        return read(source.file, source.offset, source.size)
-    except OSError as error:
-        if is_outage(error):
-            raise
-        _check_storage(source, table, error)
-        raise RejectedError("unreadable") from None
-
-
-def _is_regular(file: str) -> bool:
-    """Return whether a file is a regular one; reading a pipe, for example, might never end."""
-    return stat.S_ISREG(os.stat(file).st_mode)  # noqa: PTH116 – Path.stat takes three times as long
-
-
-def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:
-    """Raise PackingError if the file is missing together with its folder, table or tar."""
-    origin = table or source.file.rpartition("/")[0]
-    if not is_accessible(origin):
-        why = f"{origin} cannot be read or is empty: is its storage still mounted?"
-    elif source.size is not None and error.errno != errno.EIO:
-        why = "it contains other images too."
-    else:
-        return
-    raise PackingError(
-        f"{source.file} cannot be read ({error.strerror or error}), and {why} Finished shards are kept: "
-        "fix the cause and run the same command again to continue"
-    ) from None

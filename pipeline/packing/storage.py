@@ -1,6 +1,7 @@
 """Access files on this machine and, through fsspec, behind URLs (s3://, gs://, hf://, https://, …).
 
-Failed reads and listings of local file systems are retried (pipeline/retry.py); fsspec retries those of URLs.
+Failed reads, and listings of this machine's file systems, are retried (pipeline/retry.py). For HTTP, each
+request has a time limit, and the proxies of the environment are used.
 """
 
 import errno
@@ -10,21 +11,27 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from pipeline.files import path_in_errors, read_file, sync_folder
+from pipeline.packing.remote_errors import as_os_error, shown
 from pipeline.packing.workers import warn
-from pipeline.retry import with_retries
+from pipeline.retry import StorageError, with_retries
+
+if TYPE_CHECKING:
+    from aiohttp import TraceConfig
 
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
 
 
-class StorageError(OSError):
-    """A file behind a URL cannot be reached; the message says why."""
+MAX_BYTES = 1_000_000_000  # of an image file, which is read as a whole
+# Seconds to connect, between two parts of an answer, and for all of it.
+_HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 
 
 def is_url(name: str) -> bool:
@@ -38,17 +45,21 @@ def absolute(name: str) -> str:
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read a file from the byte `offset` to its end, or `size` bytes of it.
+    """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
+    return with_retries(partial(read_once, file, offset, size), warn)
 
-    file: a path or URL. Raises OSError, which names the file.
-    """
+
+def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Read a file as `read` does, but make a single attempt."""
     if not is_url(file):
-        return with_retries(partial(_read_local, file, offset, size), warn)
-    with _as_os_error(file):
-        fs, path = _file_system(file)
+        return _read_local(file, offset, size)
+    with as_os_error(file):
+        fs, path = _file_system(file, MAX_BYTES)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
     if size is not None and len(content) > size:  # many static file servers send the whole file
-        raise StorageError(f"{file}: the server does not support reading parts of files (HTTP ranges)")
+        raise StorageError(
+            f"{shown(file)}: the server does not support reading parts of files (HTTP ranges)", passes=False
+        )
     return content
 
 
@@ -67,7 +78,7 @@ def is_accessible(name: str) -> bool:
                 return True
             with os.scandir(name) as entries:
                 return any(entries)
-        with _as_os_error(name):
+        with as_os_error(name):
             fs, path = _file_system(name)
             return fs.info(path)["type"] == "file" or bool(fs.ls(path))
     except OSError:
@@ -80,7 +91,7 @@ class Folder:
     def __init__(self, name: str | Path):
         self.name = absolute(str(name)).rstrip("/")
         self.is_local = not is_url(self.name)
-        with _as_os_error(self.name):
+        with as_os_error(self.name):
             self.fs, self.path = _file_system(self.name)
 
     def __str__(self) -> str:
@@ -102,7 +113,7 @@ class Folder:
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
                 else:
-                    with _as_os_error(str(self)):
+                    with as_os_error(str(self)):
                         self.fs.put_file(str(file), f"{target}/{file.name}")
             if self.is_local:
                 sync_folder(Path(target))
@@ -119,7 +130,7 @@ class Folder:
         folder = os.path.normpath(f"{self.path}/{subfolder}")
         if self.is_local:
             return with_retries(partial(_local_sizes, folder), warn)
-        with _as_os_error(str(self)):
+        with as_os_error(str(self)):
             try:
                 found = self.fs.ls(folder, detail=True)
             except FileNotFoundError:
@@ -133,7 +144,7 @@ class Folder:
             for path in paths:
                 Path(path).unlink(missing_ok=True)
         elif paths:
-            with _as_os_error(str(self)):
+            with as_os_error(str(self)):
                 self.fs.rm(paths)
 
 
@@ -153,22 +164,32 @@ def _local_sizes(folder: str) -> dict[str, int]:
     return sizes
 
 
-def _file_system(name: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path or URL, and the path in it.
+
+    max_bytes: an HTTP response that announces more raises StorageError before it is received.
+    """
     if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
-    return url_to_fs(name, use_listings_cache=False)  # other processes write to it, too
+    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
+    if name.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
+        if max_bytes is not None:
+            options["client_kwargs"]["trace_configs"] = [_size_limit(max_bytes)]
+    return url_to_fs(name, **options)
 
 
-@contextmanager
-def _as_os_error(name: str) -> Iterator[None]:
-    """Turn the errors that the various kinds of storage raise into OSError."""
-    try:
-        yield
-    except OSError:
-        raise
-    except ImportError as error:  # the package for that kind of URL is not installed
-        raise StorageError(f"{name}: {error}") from None
-    except ValueError as error:  # an unknown kind of URL
-        raise StorageError(f"{name}: {error}") from None
-    except Exception as error:
-        raise StorageError(f"{name}: {type(error).__name__}: {error}") from error
+@cache  # because fsspec compares options by their representation, to use a connection again
+def _size_limit(max_bytes: int) -> "TraceConfig":
+    from aiohttp import TraceConfig
+
+    async def refuse_large(session, context, request) -> None:
+        if (request.response.content_length or 0) > max_bytes:
+            request.response.close()
+            raise StorageError(f"{shown(str(request.url))}: too large", "too large", passes=False)
+
+    trace = TraceConfig()
+    trace.on_request_end.append(refuse_large)
+    return trace

@@ -146,6 +146,43 @@ def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
     assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
 
 
+# Writes a picture in each format, and as TIFF in each compression and in CIELAB, to class folders.
+EACH_FORMAT = """
+import sys
+from pathlib import Path
+from PIL import Image
+from pipeline.packing.images import FORMATS
+picture = Image.radial_gradient("L").convert("RGB")
+TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "jpeg", "zstd", "webp", "lzma")
+for split in ("train", "val"):
+    folder = Path(sys.argv[1], split, "class")
+    folder.mkdir(parents=True)
+    for name in FORMATS:
+        picture.save(folder / name, name)
+    picture.save(folder / "lossless", "WEBP", lossless=True)
+    picture.convert("CMYK").save(folder / "cmyk", "JPEG")
+    picture.convert("LAB").save(folder / "lab", "TIFF")
+    for name in TIFF:
+        picture.save(folder / name, "TIFF", compression=name)
+    for name in ("group3", "group4", "tiff_ccitt"):
+        picture.convert("1").save(folder / name, "TIFF", compression=name)
+    print(len([*folder.iterdir()]))
+"""
+
+
+@pytest.mark.image
+def test_it_packs_each_format(docker, image, tmp_path):
+    tmp_path.chmod(0o777)
+    mount = ("--volume", f"{tmp_path}:/mixed")
+    made = docker("run", "--rm", *mount, "--entrypoint", "python", image, "-c", EACH_FORMAT, "/mixed/in")
+    command = ("make-shards", "--input", "/mixed/in", "--out", "/mixed/out", "--size", "80")
+    docker("run", "--rm", *HARDENED, *mount, image, *command)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.rejected == {}
+    assert [manifest.split(split).samples for split in ("train", "val")] == [*map(int, made.stdout.split())]
+    assert manifest.split("train").samples == 22
+
+
 @pytest.fixture(scope="module")
 def demo(image, start):
     """The demo, which trains endlessly and can write only to a volume."""
@@ -171,7 +208,7 @@ def test_the_run_records_the_commit_of_the_image(docker, demo, image):
 @pytest.mark.image
 def test_no_process_runs_as_root(docker, demo):
     users = docker("top", demo.id, "-eo", "uid,pid,args").stdout.splitlines()[1:]
-    assert any("trainer.cli" in user for user in users)
+    assert any("tools.command" in user for user in users)
     assert all(int(user.split()[0]) > 0 for user in users)
 
 

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import pickle
 import time
+from unittest.mock import Mock
 
 import pytest
 
-from pipeline.retry import PAUSES, is_outage, with_retries
+from pipeline.retry import PAUSES, StorageError, is_outage, with_retries
 
 OF_A_FILE = ["ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG"]
 OF_A_FILE += ["EIO", "EUCLEAN", "EBADMSG"]
@@ -80,3 +82,35 @@ def test_an_error_that_cannot_pass_is_raised_at_once(monkeypatch, error):
     with pytest.raises(type(error)):
         with_retries(storage.read, storage.said.append)
     assert (storage.attempts, storage.slept, storage.said) == (1, [], [])
+
+
+def remote(**settings) -> StorageError:
+    return StorageError("https://host/file: HTTP 503", "HTTP 503", **settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "slept"),
+    [
+        (remote(attempts=4), list(PAUSES)),
+        (remote(attempts=2), list(PAUSES[:2])),
+        (remote(attempts=0), []),
+        (remote(attempts=2, wait=1.0), [1.0, 1.0]),  # longer than the pauses, as the server asks
+        (remote(attempts=4, wait=3.0), [3.0, 3.0, 3.0, PAUSES[3]]),
+        (remote(attempts=1, wait=3600.0), [30.0]),
+        (remote(attempts=1, wait=-5.0), [PAUSES[0]]),
+    ],
+)
+def test_errors_of_urls_are_retried_as_often_and_as_late_as_they_say(error, slept, monkeypatch):
+    pauses, lines = [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(StorageError):
+        with_retries(Mock(side_effect=error), lines.append)
+    assert pauses == slept
+    assert [line.partition(": retrying")[0] for line in lines] == [str(error)] * bool(slept)
+
+
+def test_an_error_of_a_url_keeps_its_meaning_between_processes():
+    error = pickle.loads(pickle.dumps(remote(passes=False, attempts=3, wait=2.0)))
+    assert (str(error), vars(error)) == (str(remote()), vars(remote(passes=False, attempts=3, wait=2.0)))
+    assert not is_outage(error)
+    assert is_outage(remote())

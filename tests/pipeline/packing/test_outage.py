@@ -11,9 +11,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipeline.packing import resume
+from pipeline.packing import images, resume
 from pipeline.packing.images import RejectedError, pack_image
-from pipeline.packing.shard import PackingError, _read
+from pipeline.packing.reading import PackingError, _read
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import Folder
 from tests.endurance.faulty_storage import TWICE, Call, Fault
@@ -197,10 +197,29 @@ def test_a_missing_tar_stops_the_run(tmp_path):
         _read(source_at(tmp_path / "a.tar", 10), None)
 
 
+def test_a_huge_file_is_not_read(tmp_path):
+    """It takes no room on the disk, and would not fit in the memory of a small machine."""
+    with (tmp_path / "1.jpg").open("wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(RejectedError, match=r"^too large$"):
+        _read(source_at(tmp_path / "1.jpg"), None)
+    with pytest.raises(RejectedError, match=r"^too large$"):
+        _read(source_at(tmp_path / "1.jpg", 10**11), None)
+    assert _read(source_at(tmp_path / "1.jpg", 10), None) == bytes(10)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
 @pytest.mark.parametrize("function", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load"])
 def test_a_lack_of_memory_or_descriptors_rejects_no_picture(pictures, monkeypatch, function, error):
     content = next(pictures.glob("train/*/*")).read_bytes()
     monkeypatch.setattr(function, Mock(side_effect=error))
+    monkeypatch.setattr(images, "_SPARE_BYTES", 1 << 62)
     with pytest.raises(type(error)):
+        pack_image(content, "256", 32, 90)
+
+
+def test_a_picture_that_alone_takes_too_much_memory_is_rejected(pictures, monkeypatch):
+    content = next(pictures.glob("train/*/*")).read_bytes()
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", Mock(side_effect=MemoryError))
+    with pytest.raises(RejectedError, match=r"^out of memory$"):
         pack_image(content, "256", 32, 90)

@@ -96,6 +96,26 @@ def test_the_metrics_have_the_same_figures(clock):
         pass
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_metrics_are_served_at_one_address(address):
+    port = free_port()
+    other = "127.0.0.1" if address == "::1" else "::1"
+    with exporter.serve(Progress(), port, address):
+        url = f"http://[{address}]:{port}" if address == "::1" else f"http://{address}:{port}"
+        with urllib.request.urlopen(f"{url}/metrics?name=value", timeout=10) as response:
+            assert response.status == 200
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((other, port))
+
+
+def test_an_address_that_cannot_be_used_is_named():
+    refusal = pytest.raises(
+        PackingError, match=r"--metrics-address nowhere.invalid .*: choose another address"
+    )
+    with refusal, exporter.serve(Progress(), free_port(), "nowhere.invalid"):
+        pass
+
+
 def test_a_metrics_port_in_use_is_refused_in_one_line(pictures, call, tmp_path):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])

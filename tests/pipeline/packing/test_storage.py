@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from pipeline.packing import storage
-from pipeline.packing.shard import READ_AHEAD, _contents
+from pipeline.packing.reading import READ_AHEAD, contents
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import STATE_FOLDER, Folder, StorageError
 from tests.events import KILL_ALL, at_picture
@@ -162,4 +162,4 @@ def test_files_that_are_read_ahead_keep_their_order(tmp_path):
     local.write_bytes(b"local")
     remote = [SourceImage(str(n), 0, f"{target}/{n}") for n in range(2 * READ_AHEAD + 3)]
     sources = (*remote[:5], SourceImage("local", 0, str(local)), *remote[5:])
-    assert [content() for _, content in _contents(sources)] == [source.path.encode() for source in sources]
+    assert [content() for _, content in contents(sources)] == [source.path.encode() for source in sources]

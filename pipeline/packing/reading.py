@@ -1,0 +1,134 @@
+"""Read the files of a shard, and tell a file that cannot be read from storage that is away.
+
+A file whose own error does not pass is rejected. An error that may pass, of a server for example, is retried.
+If it lasts, other files of the shard decide: the file is rejected if another one of the same host can be read
+at that time. If none can, the host is taken to be away, and the run ends, to be continued when it is back,
+unless only a few files are from that host and others can be read: then these few are rejected.
+"""
+
+import errno
+import os
+import stat
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+
+from pipeline.packing.images import RejectedError
+from pipeline.packing.remote_errors import HOST_NOT_FOUND, host_of, reason_of, shown
+from pipeline.packing.sources.find import SourceImage
+from pipeline.packing.storage import MAX_BYTES, is_accessible, is_url, read, read_once
+from pipeline.packing.workers import warn
+from pipeline.retry import StorageError, is_outage, with_retries
+
+READ_AHEAD = 16  # files behind URLs that are requested at once, as each request mostly waits
+_FEW = 16  # files of a shard; as many from one host are never rejected for errors that may pass
+_TRIED = 3  # files that are read to see whether a host is away
+
+
+class PackingError(RuntimeError):
+    """A packing run cannot continue; the message says why and what to do."""
+
+
+def contents(
+    sources: Sequence[SourceImage], table: str | None = None
+) -> Iterator[tuple[SourceImage, Callable[[], bytes]]]:
+    """Yield each source with a function that returns its bytes; sources behind URLs are read ahead.
+
+    table: the table that names the sources, if one does. The function raises RejectedError if the file is at
+    fault, else OSError or PackingError.
+    """
+    hosts = _Hosts(sources)
+    with ThreadPoolExecutor(READ_AHEAD) as pool:  # starts threads only when they are needed
+        ahead: deque[tuple[SourceImage, Callable[[], bytes]]] = deque()
+        for source in sources:
+            content = partial(_read, source, table)
+            early = pool.submit(content).result if is_url(source.file) else content
+            ahead.append((source, partial(hosts.judged, source, early)))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+class _Hosts:
+    """The hosts of a shard's files: which files of each could be read, and which could not."""
+
+    def __init__(self, sources: Sequence[SourceImage]):
+        self._sources = sources
+        self._read: dict[str, SourceImage] = {}  # the last one of each host
+        self._failed: defaultdict[str, list[SourceImage]] = defaultdict(list)
+
+    def judged(self, source: SourceImage, content: Callable[[], bytes]) -> bytes:
+        """Return the content, or reject the source if it cannot be read although its host is not away."""
+        host = host_of(source.file)
+        try:
+            result = content()
+        except StorageError as error:
+            self._failed[host].append(source)
+            if self._is_away(host, error):
+                raise StorageError(f"{error}, and no other file of {host} can be read") from None
+            raise RejectedError(error.reason) from None
+        self._read[host] = source
+        return result
+
+    def _is_away(self, host: str, error: StorageError) -> bool:
+        if host in self._read:
+            return not _can_read(self._read[host], read)
+        if any(map(_can_read, self._untried(host, same=True))):
+            return False
+        if len(self._failed[host]) >= _FEW and error.reason != HOST_NOT_FOUND:
+            return True
+        others = [*self._read.values()][-_TRIED:] or self._untried(host, same=False)
+        return not any(map(_can_read, others))
+
+    def _untried(self, host: str, same: bool) -> list[SourceImage]:
+        """Return a few sources of the same host, or of others, that did not fail."""
+        found = (
+            source
+            for source in self._sources
+            if (host_of(source.file) == host) == same and source not in self._failed[host_of(source.file)]
+        )
+        return list(islice(found, _TRIED))
+
+
+def _can_read(source: SourceImage, reader: Callable[[str, int, int | None], bytes] = read_once) -> bool:
+    try:
+        reader(source.file, source.offset, source.size)
+    except OSError:
+        return False
+    return True
+
+
+def _read(source: SourceImage, table: str | None) -> bytes:
+    """Read a source. Raises RejectedError if the file is at fault, else OSError or PackingError."""
+    try:
+        size = source.size
+        if not is_url(source.file):
+            status = with_retries(partial(os.stat, source.file), warn)
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe, for example, might never end
+                raise RejectedError("unreadable")
+            size = status.st_size if size is None else size
+        if (size or 0) > MAX_BYTES:
+            raise RejectedError("too large")
+        return read(source.file, source.offset, source.size)
+    except OSError as error:
+        if is_outage(error):
+            raise
+        _check_storage(source, table, error)
+        raise RejectedError(reason_of(source.file, error)) from None
+
+
+def _check_storage(source: SourceImage, table: str | None, error: OSError) -> None:
+    """Raise PackingError if not only this file is missing, but also its folder or table, or its whole tar."""
+    origin = table or source.file.rpartition("/")[0]
+    if not is_accessible(origin):
+        why = f"{shown(origin)} cannot be read or is empty: is its storage still mounted?"
+    elif source.size is not None and error.errno != errno.EIO:
+        why = "it contains other images too."
+    else:
+        return
+    raise PackingError(
+        f"{shown(source.file)} cannot be read ({error.strerror or reason_of(source.file, error)}), and {why} "
+        "Finished shards are kept: fix the cause and run the same command again to continue"
+    ) from None
