@@ -87,7 +87,7 @@ def test_text_that_an_encoding_lacks_is_escaped(encoding, tmp_path):
 
 def test_the_loss_of_output_is_said_once(tmp_path):
     done = run(WORK, ">/dev/full", tmp_path / "result")
-    assert done.stderr.count("standard output: No space left on device: the work goes on without it") == 1
+    assert done.stderr.count("standard output cannot be written (ENOSPC): the work goes on without it") == 1
 
 
 @pytest.mark.parametrize(

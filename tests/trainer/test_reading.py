@@ -20,12 +20,12 @@ NUMBERS = TypeAdapter(dict[str, int])
         (b'{"a": NaN}', r"file.json.a: "),
         (b"[" * 100_000, "is damaged"),
         (b'{"a": 1}' + bytes(100), "zero bytes"),
-        ('{"a": 1}'.encode("utf-16"), "is in UTF-16, but should be in UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "is in UTF-16, not in UTF-8: convert it"),
         ('{"a": 1}'.encode("utf-16-le"), "zero bytes"),
         ('{"a": 1}'.encode("utf-32"), "UTF-16"),
         (
             '\n{"é": 1}'.encode("latin-1"),
-            r"perhaps in Latin-1, but should be in UTF-8 \(byte 0xe9 in line 2\)",
+            r"Latin-1 \(byte 0xe9 in line 2\): convert it",
         ),
     ],
 )

@@ -198,7 +198,7 @@ def test_a_value_of_a_wrong_kind_names_the_recipe(tmp_path, line, what):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ("# café\nepochs = 3\n".encode("latin-1"), "not in UTF-8, as it should be, but perhaps in Latin-1"),
+        ("# café\nepochs = 3\n".encode("latin-1"), "not in UTF-8, but perhaps in Latin-1"),
         ("epochs = 3\n".encode("utf-16"), "is in UTF-16"),
     ],
 )
