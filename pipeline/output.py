@@ -73,7 +73,8 @@ class _Stream(io.RawIOBase):
             raise OSError(error.errno, error.strerror, self.name)
         if self is _stdout and _stderr and is_first and error.errno != errno.EBADF:  # that is a closed stream
             # Not through sys.stderr, which a progress bar redirects to standard output.
-            line = f"alexnet-train: {self.name}: {error.strerror}: the work goes on without it\n"
+            reason = errno.errorcode.get(error.errno or 0, "error")
+            line = f"alexnet-train: {self.name} cannot be written ({reason}): the work goes on without it\n"
             _stderr.write(line.encode())
 
 

@@ -53,7 +53,7 @@ from pipeline.output import printed, secure
 from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive, program
-from trainer.run import environment
+from trainer.environment import environment
 from trainer.settings import SettingsError, load_settings
 
 if TYPE_CHECKING:

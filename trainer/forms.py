@@ -20,9 +20,10 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from model.alexnet import Variant
 from model.forms import GROUPS
 from trainer.build import build_decoding
+from trainer.environment import environment
 from trainer.monitor.ceilings import measure_throughput, model_work
 from trainer.processes.distributed import World
-from trainer.run import Run, environment
+from trainer.run import Run
 from trainer.setting_groups import Form
 from trainer.settings import Settings
 from trainer.tuning import load_or_measure

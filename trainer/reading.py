@@ -27,15 +27,13 @@ def read_text(path: Path) -> str:
     """Read a file in UTF-8, with or without a byte order mark. Raises ContentError, or OSError."""
     content = read_with_retries(path)
     if content.startswith(_UTF_16):
-        raise ContentError(f"{path} is in UTF-16: save it in UTF-8")
+        raise ContentError(f"{path} is in UTF-16, not in UTF-8: convert it")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        byte = f"byte 0x{content[error.start]:02x} in line {line}"
-        raise ContentError(
-            f"{path} is not in UTF-8 (see {byte}), perhaps in Latin-1: save it in UTF-8"
-        ) from None
+        where = f"byte 0x{content[error.start]:02x} in line {line}"
+        raise ContentError(f"{path} is not in UTF-8, but perhaps in Latin-1 ({where}): convert it") from None
     if "\0" in text:
         raise ContentError(f"{path} is damaged (it has zero bytes, as after a power cut or in UTF-16)")
     return text

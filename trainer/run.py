@@ -14,9 +14,7 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import socket
-import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +26,7 @@ from pipeline.files import atomic_write, held_open, sync_folder
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
 from pipeline.output import say
 from pipeline.spec import NET_NAME, NetSpec, SpecError
-from pipeline.versions import installed_version
+from trainer.environment import environment
 from trainer.reading import ContentError, read_json
 from trainer.settings import CHANGEABLE, Resolved, Settings, SettingsError
 from trainer.table import Table
@@ -42,9 +40,7 @@ _STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
 # Files that a start which was killed early may leave behind.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
-_COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
 _LOCKED = {errno.EAGAIN, errno.EACCES}  # by another process; SMB servers report the latter
-_PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
 
 
 class RunError(ValueError):
@@ -240,7 +236,8 @@ class Run:
                     f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
                     "use the version of alexnet-train that began the run"
                 ) from None
-            raise RunError(f"{path} is damaged ({where}: {detail['msg']}): {remedy}") from None
+            what = detail["msg"].removeprefix("Value error, ")
+            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
         return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:
@@ -313,42 +310,6 @@ def _lock_owner(lock: TextIO) -> str:
         lock.seek(0)
         return lock.read().strip() or "another process"
     return "another process"
-
-
-def environment(device: str) -> dict[str, str]:
-    """Return versions, commit and hardware, to record with a run or a measurement.
-
-    device: name of the device.
-    """
-    return {
-        "device": device,
-        "cpu": _cpu_model(),
-        "cores": str(len(os.sched_getaffinity(0))),
-        "python": platform.python_version(),
-        "commit": _git_commit(),
-        **{package: installed_version(package) for package in _PACKAGES},
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def _git_commit() -> str:
-    """Return the commit of this code, with -dirty if it was modified; `unknown` without git or an image."""
-    if _COMMIT.exists():
-        return _COMMIT.read_text().strip()
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def _read_json(path: Path, structure: TypeAdapter[T], remedy: str) -> T | None:

@@ -87,7 +87,7 @@ class Table:
             header, *lines = read_with_retries(self.path).splitlines(keepends=True) or [b""]
         except FileNotFoundError:
             header, lines = b"", []
-        if not header.endswith(b"\n"):
+        if not lines and not header.endswith(b"\n"):  # there is no complete line
             return b"", []
         columns = header.decode(errors="replace").strip().split(",")
         for name in self.columns:

@@ -21,10 +21,10 @@ from pipeline.checked import Damage
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
+from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
 from trainer.reading import ContentError, read_json
-from trainer.run import environment
 from trainer.setting_groups import Fraction, Workers
 from trainer.settings import Settings
 

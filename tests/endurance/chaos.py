@@ -35,7 +35,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
 from tools.options import natural
-from trainer.run import environment
+from trainer.environment import environment
 from trainer.settings import SettingsError, load_settings
 
 if TYPE_CHECKING:

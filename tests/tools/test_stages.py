@@ -27,6 +27,16 @@ def test_training_logs_as_in_a_run(packed, monkeypatch, call):
     assert logged == list(range(2, logged[-1] + 1, 2))
 
 
+def test_no_temporary_folder_stays(packed, tmp_path, monkeypatch, call):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = call(bench.main, "train", "save", "--data", packed, *QUICK, *BATCH, "--trace", tmp_path / "trace")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
+    done = call(bench.main, "train", "--data", packed, *QUICK, "--sweep", "batch", "2", "4")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["trace"]
+
+
 def test_the_chosen_form_of_convolutions_comes_first(packed, call):
     done = call(bench.main, "forms", "--data", packed, *QUICK, *BATCH, "--convolutions", "towers")
     assert done.returncode == 0, done.stderr

@@ -153,6 +153,15 @@ def test_a_damaged_cache_is_written_again(measured, tmp_path, content):
     assert list(json.loads(path.read_text()).values()) == [{"form": "towers-s2d"}]
 
 
+@pytest.mark.parametrize("entry", [None, {}, [], "grouped", {"form": "fast"}, {"form": None}])
+def test_a_damaged_entry_is_measured_again(measured, tmp_path, entry):
+    fastest_form(Settings(**NARROW), GPU)
+    path = tmp_path / "cache" / "alexnet-train" / "convolutions.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), entry)))
+    assert fastest_form(Settings(**NARROW), GPU) == ("towers-s2d", [SAID])
+    assert list(json.loads(path.read_text()).values()) == [{"form": "towers-s2d"}]
+
+
 def test_an_unusable_cache_is_reported_and_does_no_harm(measured, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     form, notes = fastest_form(Settings(**NARROW), GPU)

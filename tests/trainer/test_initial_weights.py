@@ -69,6 +69,6 @@ def test_another_net_is_refused_with_the_layers_that_differ(trained, packed):
 def test_a_run_without_a_checkpoint_is_refused(packed, tmp_path):
     with pytest.raises(SettingsError, match="no run in"):
         learner(10).load_initial_weights(tmp_path, read_manifest(packed).classes)
-    Run(tmp_path).begin(Settings(data=packed), read_manifest(packed)).close()
+    Run(tmp_path).begin(Settings(data=packed, crop=64), read_manifest(packed)).close()
     with pytest.raises(SettingsError, match="has no checkpoint yet"):
         learner(10).load_initial_weights(tmp_path, read_manifest(packed).classes)

@@ -1,14 +1,17 @@
 """A run folder has only one writer."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.manifest import read_manifest
 from pipeline.spec import NET_NAME, NetSpec
+from trainer.reading import ContentError
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
 
@@ -117,3 +120,124 @@ def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
     assert run.net(load_settings(["--data", str(packed), "--crop", "64"])) == net
     with pytest.raises(RunError, match=r"earlier version.*no dataset at .*gone"):
         run.net(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"later": 1}, "has the setting 'later', which this version does not know: use the version"),
+        ({"epochs": "many"}, "is damaged (settings.json.epochs: "),
+        ({"weight_decay": None}, "is damaged (settings.json.weight_decay: "),
+        ({"data": 5}, "is damaged (settings.json.data: "),
+        ({"data": "a\0b"}, "is damaged (settings.json.data: "),
+        ({"dataset": 5}, "is damaged (settings.json.dataset: "),
+        ({"data_from_run": 5}, "is damaged (settings.json.data_from_run: "),
+        ({"warmup_epochs": 100}, "is damaged (settings.json: "),
+    ],
+)
+def test_settings_of_another_version_or_kind_are_refused_in_one_line(packed, tmp_path, change, what):
+    run = Run(tmp_path)
+    run.begin(load_settings([]), read_manifest(packed)).close()
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for use in (run.settings, lambda: run.begin(load_settings([]), read_manifest(packed))):
+        with pytest.raises(RunError) as refused:
+            use()
+        assert f"{path} {what}" in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_an_infinity_that_an_earlier_version_recorded_as_null_does_no_harm(packed, tmp_path):
+    run = Run(tmp_path)
+    run.begin(load_settings([]), read_manifest(packed)).close()
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stall_seconds": None}))
+    assert run.settings() == load_settings([])
+
+
+def test_a_relative_dataset_is_found_from_any_folder_and_after_both_have_moved(packed, tmp_path, monkeypatch):
+    place, moved, elsewhere = tmp_path / "place", tmp_path / "moved", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(packed, place / "shards")
+    monkeypatch.chdir(place)
+    settings = load_settings(["--data", "shards"])
+    Run(Path("runs/a")).begin(settings, read_manifest(settings.data)).close()
+    assert json.loads(Path("runs/a/settings.json").read_text())["data"] == "shards"
+    monkeypatch.chdir(elsewhere)
+    assert read_manifest(Run(place / "runs/a").settings().data)
+    place.rename(moved)
+    assert read_manifest(Run(moved / "runs/a").settings().data)
+    shutil.rmtree(moved / "shards")
+    assert Run(moved / "runs/a").settings().data == Path("shards")
+
+
+def test_a_run_of_an_earlier_version_has_the_dataset_that_it_recorded(packed, tmp_path):
+    run, settings = Run(tmp_path), load_settings(["--data", "shards"])
+    run.begin(settings, read_manifest(packed)).close()
+    path = tmp_path / "settings.json"
+    held = json.loads(path.read_text())
+    del held["data_from_run"]
+    path.write_text(json.dumps(held))
+    assert run.settings().data == Path("shards")
+    run.begin(settings, read_manifest(packed)).close()
+
+
+def test_names_that_are_not_utf_8_are_kept(packed, tmp_path):
+    settings = load_settings(["--data", "caf\udce9", "--out", str(tmp_path / "r\udce9")])
+    run = Run(settings.run_folder)
+    run.begin(settings, read_manifest(packed)).close()
+    assert run.settings() == settings
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"device": "cpu"}', b"null", b"[{]", b"\xff\xfe["])
+def test_a_damaged_record_of_starts_is_named(tmp_path, content):
+    (tmp_path / "environment.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"environment.json .*: delete it"):
+        Run(tmp_path).starts()
+
+
+HEADER = b"step,epoch,loss,error,images_per_second\r\n"
+ROWS = [b"%d,0.5,2.0,0.9,100.0\r\n" % step for step in range(1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("content", "steps"),
+    [
+        (b"", []),
+        (bytes(4096), []),
+        (HEADER[:12], []),
+        (HEADER, []),
+        (HEADER + b"".join(ROWS), [1, 2, 3]),
+        (HEADER + b"".join(ROWS[:2]) + ROWS[2][:9], [1, 2]),
+        (HEADER + b"".join(ROWS[:3]) + bytes(4096), [1, 2, 3]),
+        (HEADER + b"".join(ROWS[:3]) + b"\xff\n4,,,,\nnan,1,1,1,1\n", [1, 2, 3]),
+    ],
+)
+def test_what_a_power_cut_leaves_at_the_end_of_a_table_is_dropped(tmp_path, content, steps):
+    run = Run(tmp_path)
+    run.metrics.path.write_bytes(content)
+    run.metrics.truncate(3)
+    assert [row["step"] for row in run.metrics.rows()] == steps
+    row = {"step": 4, "epoch": 1.0, "loss": 2.0, "error": 0.9, "images_per_second": 9.0}
+    run.metrics.append(row)
+    assert [row["step"] for row in run.metrics.rows()] == [*steps, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (HEADER + ROWS[0] + bytes(20) + b"\n" + ROWS[2], "line 3"),
+        (HEADER + b"1,2\n" + ROWS[1], "line 2"),
+        (b"epoch,loss\n", "line 1 names no step"),
+        (b"\xff\xfes\0t\0e\0p\0\n\0", "line 1 names no step"),
+        (b"step,epoch\n1,2\n", "line 1 names no loss"),
+        ("step,epoch\r\n1,2\r\n".encode("utf-16"), "line 1 names no step"),
+    ],
+)
+def test_damage_in_the_middle_of_a_table_is_named_and_nothing_is_changed(tmp_path, content, what):
+    run = Run(tmp_path)
+    run.metrics.path.write_bytes(content)
+    for use in (run.metrics.rows, lambda: run.metrics.truncate(3)):
+        with pytest.raises(ContentError, match=rf"metrics.csv is damaged \({what}\): restore it"):
+            use()
+    assert run.metrics.path.read_bytes() == content

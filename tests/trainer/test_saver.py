@@ -206,7 +206,8 @@ def test_a_checkpoint_is_saved_after_the_rows_up_to_it(made, monkeypatch):
     setup = made()
     with monkeypatch.context() as patch:
         patch.setattr(Table, "_write", full)
-        setup.run.metrics.append({"step": 1, "loss": 0.5})
+        row = {"step": 1, "epoch": 0.1, "loss": 0.5, "error": 0.9, "images_per_second": 8.0}
+        setup.run.metrics.append(row)
         setup.saver.save(state(1))
         with pytest.raises(RunError, match="No space left"):
             setup.saver.drain()

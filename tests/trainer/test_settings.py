@@ -75,6 +75,26 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),
+        (["--epochs", ""], "--epochs '': input should be a valid integer"),
+        (["--epochs", "9" * 5000], f"--epochs {'9' * 60}…: "),
+        (["--seed", str(2**64)], f"--seed {2**64}: input should be less than {2**64}"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--batch", str(2**31)], "--batch 2147483648"),
+        (["--threads", "1025"], "--threads 1025"),
+        (["--prefetch", "100000"], "--prefetch 100000"),
+        (["--checkpoint-seconds", "1" + "0" * 400], "--checkpoint-seconds 1000"),
+        (["--stall-seconds", "inf"], "--stall-seconds inf: input should be a finite number"),
+        (["--stall-seconds", "1e300"], "--stall-seconds 1e300"),
+        (["--weight-decay", "inf"], "--weight-decay inf"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--learning-rate", "1e39"], "--learning-rate 1e39"),
+        (["--momentum=-inf"], "--momentum -inf"),
+        (["--drop-epochs", "3,inf"], "--drop-epochs inf"),
+        (["--layer-learning-rates", "conv1=inf"], "--layer-learning-rates inf"),
+        (["--layer-learning-rates", "conv1"], "--layer-learning-rates ''"),
+        (["--warmup-epochs", "inf"], "--warmup-epochs inf"),
+        (["--hw-decoder-load", "nan"], "--hw-decoder-load nan"),
+        (["--width", "1e9"], "--width 1e9"),
     ],
 )
 def test_an_error_names_the_invalid_argument(arguments, message):
@@ -146,3 +166,64 @@ def test_help_and_errors_do_not_import_torch_or_dali(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("epochs = true", "epochs = True in the recipe"),
+        ("learning_rate = inf", "learning_rate = inf in the recipe"),
+        ("learning_rate = nan", "learning_rate = nan in the recipe"),
+        ("epochs = [1, 2]", "epochs = [1, 2] in the recipe"),
+        ("epochs = {a = 1}", "epochs = {'a': 1} in the recipe"),
+        ("epochs = 2026-01-01", "epochs = 2026-01-01 in the recipe"),
+        ("lrn = 'maybe'", "lrn = maybe in the recipe"),
+        ('data = "a\\u0000b"', "zero byte"),
+        ("data = 5", "data = 5 in the recipe"),
+        ("[net]\nlrn = false", "unknown setting 'net' in the recipe"),
+        ("drop_epochs = [1, 'x']", "drop_epochs = x in the recipe"),
+        ("layer_learning_rates = [1]", "layer_learning_rates = [1] in the recipe"),
+        ("layer_learning_rates.conv9 = 1", "layer_learning_rates = conv9 in the recipe"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_names_the_recipe(tmp_path, line, what):
+    path = tmp_path / "mine.toml"
+    path.write_text(line)
+    with pytest.raises(SettingsError) as error:
+        load_settings(["--recipe", str(path)])
+    assert what in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("# café\nepochs = 3\n".encode("latin-1"), "not in UTF-8, but perhaps in Latin-1"),
+        ("epochs = 3\n".encode("utf-16"), "is in UTF-16"),
+    ],
+)
+def test_a_recipe_in_another_encoding_is_named(tmp_path, content, what):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=what) as error:
+        load_settings(["--recipe", str(path)])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["", "abc", "inf", "1.5", "1e400", "\udcff"])
+def test_a_malformed_variable_is_named(monkeypatch, value):
+    monkeypatch.setenv("ALEXNET_EPOCHS", value)
+    with pytest.raises(SettingsError) as error:
+        load_settings([])
+    assert f"ALEXNET_EPOCHS={value} in the environment" in str(error.value)
+
+
+def test_the_environment_does_not_change_recorded_settings(monkeypatch):
+    monkeypatch.setenv("ALEXNET_EPOCHS", "7")
+    assert Settings.model_validate({}).epochs == 90
+
+
+def test_the_largest_seed_is_usable():
+    import torch
+
+    torch.manual_seed(load_settings(["--seed", str(2**64 - 1)]).seed)

@@ -55,6 +55,7 @@ def test_an_overflowing_fp16_step_changes_no_weight_and_halves_the_scale(batch):
     scale = step.scaler.get_scale()
     step(batch[0] * 1e5, batch[1])  # beyond fp16's maximum of 65504
     assert step.scaler.get_scale() == scale / 2
+    assert Condition.of(step.take_condition().tolist()).skips == Skips(1, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -107,3 +108,13 @@ def test_a_single_value_that_is_not_finite_is_found_at_any_position(shape, value
 
 def test_finite_values_are_finite_even_if_their_sum_is_not():
     assert all_finite([torch.full((1000,), 3e38), torch.full((1000,), -3e38), torch.zeros(1)])
+
+
+def test_skips_of_fp16_are_counted_although_the_scale_grows_again(batch):
+    model = tiny()
+    step = Step(model, torch.optim.SGD(model.parameters(), lr=1e-4), "fp16", CPU)
+    step.scaler.set_growth_interval(1)
+    pixels, labels = batch
+    for factor in (1e5, 1.0, 1e5, 1e5, 1.0):
+        step(pixels * factor, labels)
+    assert Condition.of(step.take_condition().tolist()).skips == Skips(3, 0)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -219,3 +220,19 @@ def test_a_shard_that_becomes_unreadable_is_left_out_within_the_limit(packed, tm
     assert all(f"the sample in {shard} at byte" in line for line in lost)
     assert all("cannot be read: Input/output error" in line for line in lost)
     assert [int(row["step"]) for row in rows(out / "evaluations.csv")] == [5, 10, 15]
+
+
+def test_the_first_interval_does_not_include_start_up_and_calibration(packed, tmp_path, monkeypatch):
+    from trainer.train import Trainer
+
+    prepared = Trainer.run_to_end
+    pause = 5.0
+
+    def late(trainer: Trainer) -> None:
+        time.sleep(pause)
+        prepared(trainer)
+
+    monkeypatch.setattr(Trainer, "run_to_end", late)
+    assert main(monkeypatch, command(packed, tmp_path / "run", "--epochs", "1")) == 0
+    first = rows(tmp_path / "run" / "metrics.csv")[0]
+    assert 12 / float(first["images_per_second"]) < pause

@@ -53,18 +53,34 @@ def test_a_run_that_is_killed_twice_has_the_losses_of_an_uninterrupted_one(packe
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
 
 
-def test_sigterm_saves_a_checkpoint_and_the_same_command_continues(packed, whole, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_continues(packed, whole, tmp_path, name, code):
     out = tmp_path / "run"
-    stopped = signalled("SIGTERM", 7, command(packed, out))
-    assert stopped.returncode == 143
+    stopped = signalled(name, 7, command(packed, out))
+    assert stopped.returncode == code
     newest = max(path.name for path in (out / "checkpoints").glob("step-*"))
     done = int(rows(out / "metrics.csv")[-1]["step"])
     assert done == 8  # the current step is finished
     assert newest == f"step-{done:09d}.pt"
-    assert f"SIGTERM: saved after step {done}" in stopped.stdout
+    assert f"{name}: saved after step {done}" in stopped.stdout
     assert f"after step {done}" in run(*command(packed, out))
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "processes"), [("| true", "1"), (">/dev/full 2>&1", "2"), ("<&- >&- 2>&-", "1")]
+)
+def test_a_log_that_is_gone_changes_nothing(packed, whole, tmp_path, redirection, processes):
+    out = tmp_path / "run"
+    arguments = [sys.executable, *command(packed, out, "--processes", processes)]
+    shell = ["bash", "-c", f'set -o pipefail; "$0" "$@" {redirection}', *arguments]
+    assert subprocess.run(shell, check=False, timeout=300).returncode == 0
+    assert (out / "report.md").exists()
+    assert [row["step"] for row in rows(out / "metrics.csv")] == [str(step) for step in range(1, 16)]
+    if processes == "1":
+        assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+    assert (out / "checkpoints/step-000000015.pt").exists()
 
 
 def test_metrics_are_served_while_it_trains(packed, tmp_path):

@@ -114,6 +114,25 @@ def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, data
     assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        [],
+        {},
+        {"threads": 6},
+        {"threads": 0, "hw_decoder_load": 0.9},
+        {"threads": 6, "hw_decoder_load": 2},
+    ],
+)
+def test_a_damaged_entry_is_measured_again(on_gpu, dataset, plan, tmp_path, entry):
+    world, decoding = cuda()
+    first = tuning.tune(decoding, Settings(), dataset, plan, world)
+    path = tmp_path / "alexnet-train" / "decoding.json"
+    path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), entry)))
+    assert tuning.tune(decoding, Settings(), dataset, plan, world) == first
+
+
 def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, plan, tmp_path):
     (tmp_path / "alexnet-train").write_text("in the way")
     world, decoding = cuda()

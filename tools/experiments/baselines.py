@@ -25,7 +25,7 @@ from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe
 from tools.options import add_seeds, command_line, count
-from trainer.run import environment
+from trainer.environment import environment
 from trainer.settings import SettingsError
 
 if TYPE_CHECKING:  # these need the extra `baselines`

@@ -21,7 +21,7 @@ from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row
 from tools.experiments.training import describe
 from tools.options import add_seeds, command_line, count, positive
-from trainer.run import environment
+from trainer.environment import environment
 
 if TYPE_CHECKING:
     from tools.experiments.four_layers import Images, Trial

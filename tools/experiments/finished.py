@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe
 from tools.options import command_line
-from trainer.run import Run, environment
+from trainer.environment import environment
+from trainer.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor

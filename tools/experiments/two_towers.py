@@ -23,7 +23,7 @@ from pipeline.manifest import read_manifest
 from tools.experiments.record import Measures, Record, Row
 from tools.experiments.training import TrainingError, describe
 from tools.options import command_line, count
-from trainer.run import environment
+from trainer.environment import environment
 from trainer.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:

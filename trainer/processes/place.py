@@ -40,7 +40,8 @@ def _number(name: str, otherwise: int, least: int, most: int = _MOST) -> int:
         return otherwise
     is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(_MOST))
     if not is_number or not least <= int(text) <= most:
-        raise _refusal(f"{name}={text[:60]} in the environment is not a whole number from {least} to {most}")
+        allowed = f"a whole number from {least} to {most}" if most > least else f"{least}, as for one process"
+        raise _refusal(f"{name}={text[:60]} in the environment is not {allowed}")
     return int(text)
 
 

@@ -1,5 +1,9 @@
-"""SIGTERM, which `docker stop` sends to the first process of a container, where it has no default action."""
+"""SIGTERM, which `docker stop` sends to the first process of a container, where it has no default action.
 
+And SIGHUP, which a terminal that closes sends to all processes of a command.
+"""
+
+import os
 import shutil
 import signal
 import subprocess
@@ -22,8 +26,10 @@ def packing(source: Path, output: Path, size: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_first", [True, False])
-def test_sigterm_ends_packing_at_once_and_the_same_command_continues(pictures, tmp_path, is_first):
+@pytest.mark.parametrize(
+    ("number", "is_first"), [(signal.SIGTERM, True), (signal.SIGTERM, False), (signal.SIGHUP, False)]
+)
+def test_a_signal_ends_packing_at_once_and_the_same_command_continues(pictures, tmp_path, number, is_first):
     if is_first and (
         not shutil.which("unshare") or subprocess.run([*AS_FIRST, "true"], check=False).returncode
     ):
@@ -36,9 +42,12 @@ def test_sigterm_ends_packing_at_once_and_the_same_command_continues(pictures, t
     packer = psutil.Process(process.pid)
     packer = packer.children()[0] if is_first else packer
     workers = packer.children()
-    packer.terminate()
+    if number == signal.SIGHUP:
+        os.killpg(packer.pid, number)
+    else:
+        packer.terminate()
     _, errors = process.communicate(timeout=DEADLINE_SECONDS)
-    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert (process.returncode, errors) == (128 + number, "")
     wait_until(lambda: all(map(has_ended, workers)))
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     assert subprocess.run(command, cwd=REPO, check=False, stdout=subprocess.DEVNULL).returncode == 0

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from pipeline import serving
+from tests.helpers import free_port
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.server import MetricsServer
+from trainer.monitor.server import MetricsServer, start_server
+from trainer.processes.distributed import World
+from trainer.settings import Settings, SettingsError
 
 STALL_SECONDS = 900.0
 
@@ -59,6 +62,48 @@ def test_the_page_may_not_load_anything_from_other_hosts(served):
     policy = urllib.request.urlopen(served[1], timeout=10).headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "http" not in policy
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("path", ["/?x=1", "/metrics?x=1&y", "/metrics?", "/healthz?a?b", "/?/nothing"])
+def test_a_query_is_ignored(served, path, method):
+    request = urllib.request.Request(served[1] + path, method=method)
+    assert urllib.request.urlopen(request, timeout=10).status == 200
+
+
+@pytest.mark.parametrize(
+    ("address", "reached"),
+    [
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("::", "[::1]"),
+        ("[::]", "127.0.0.1"),
+        ("localhost", "localhost"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::ffff:127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_a_name_or_an_address_of_either_kind_is_bound_to(address, reached):
+    server = MetricsServer(Metrics(), address, 0, STALL_SECONDS)
+    try:
+        assert get(f"http://{reached}:{server.port}/healthz") == "ok\n"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "x" * 300, "192.0.2.1", ":::", "a b"])
+def test_an_address_of_no_use_is_refused_in_one_line(address):
+    world = World(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(SettingsError, match=r"--address .* --port \d+: \S") as error:
+        start_server(Metrics(), Settings(address=address, port=free_port()), world)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"), [("::", "[::]"), ("[::1]", "[::1]"), ("0.0.0.0", "0.0.0.0"), ("host", "host")]
+)
+def test_an_address_in_a_url(address, shown):
+    assert serving.in_url(address) == shown
 
 
 @pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/x?/metrics", "/%3Fx"])

@@ -154,6 +154,29 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
         launch.world_size(Settings(device=device, processes=processes))
 
 
+@pytest.mark.parametrize(
+    ("port", "processes", "fits"), [(65535, 1, True), (65534, 2, True), (65535, 2, False)]
+)
+def test_each_process_has_a_port(port, processes, fits):
+    settings = Settings(device="cpu", port=port, processes=processes)
+    if fits:
+        assert launch.world_size(settings) == processes
+    else:
+        with pytest.raises(SettingsError, match=r"--port 65535: 2 processes .* use --port 65534 or less"):
+            launch.world_size(settings)
+
+
+def test_an_error_of_any_text_reaches_the_launcher(tmp_path, capfd):
+    code = """
+import errno
+from trainer.processes.launch import report_error
+report_error("of a folder caf\\udce9\\nwith two lines", 2)
+sys.exit(2)
+"""
+    assert launch.launch(stand_in(tmp_path, code), 2, 0) == 2
+    assert capfd.readouterr().err.count("with two lines") == 1
+
+
 def test_the_number_of_torchruns_processes_is_not_changed(monkeypatch):
     monkeypatch.setattr(launch, "count_gpus", lambda: 4)
     given = {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8, "RANK": 9, "LOCAL_RANK": 1}

@@ -37,5 +37,21 @@ def test_ctrl_c_and_the_sigterm_that_torchrun_then_sends_are_one_request():
         assert request.is_made
 
 
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_hanging_up_is_a_request_unless_it_was_ignored_and_may_be_repeated(before):
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            if before == signal.SIG_DFL:
+                assert request.signal == signal.SIGHUP
+                os.kill(os.getpid(), signal.SIGHUP)  # by the shell, after the terminal
+            assert request.is_made == (before == signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, own)
+
+
 def test_the_exit_code_is_that_of_a_process_ended_by_the_signal():
-    assert (Stopped(signal.SIGTERM).exit_code, Stopped(signal.SIGINT).exit_code) == (143, 130)
+    codes = [Stopped(number).exit_code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    assert codes == [143, 130, 129]

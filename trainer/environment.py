@@ -1,0 +1,47 @@
+"""What figures and losses depend on besides the settings: versions, the commit and the hardware."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from pipeline.versions import installed_version
+
+_COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
+_PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return versions, commit and hardware, to record with a run or a measurement.
+
+    device: name of the device.
+    """
+    return {
+        "device": device,
+        "cpu": _cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "commit": _git_commit(),
+        **{package: installed_version(package) for package in _PACKAGES},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _git_commit() -> str:
+    """Return the commit of this code, with -dirty if it was modified; `unknown` without git or an image."""
+    if _COMMIT.exists():
+        return _COMMIT.read_text().strip()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
