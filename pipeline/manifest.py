@@ -20,8 +20,8 @@ from pydantic import (
     PositiveInt,
 )
 
+from pipeline.documents import ContentError, parse_record
 from pipeline.files import atomic_write
-from pipeline.records import RecordError, parse_record
 from pipeline.retry import read_with_retries
 
 FORMAT = 1
@@ -148,5 +148,5 @@ def read_manifest(root: Path) -> Manifest:
         raise DatasetError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
     try:
         return parse_record(Manifest, text, FORMAT, path, "Copy the dataset again, or pack it again")
-    except RecordError as error:
+    except ContentError as error:
         raise DatasetError(str(error)) from None

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.documents import ContentError, parse_record
 from pipeline.files import atomic_write
 from pipeline.manifest import RGB, Class, Geometry, Manifest, Side
-from pipeline.records import RecordError, parse_record
 from pipeline.retry import read_with_retries
 
 FORMAT = 1
@@ -59,7 +59,7 @@ class NetSpec(BaseModel):
         """
         try:
             spec = parse_record(cls, content, FORMAT, f"the {NET_NAME} of {source}", remedy)
-        except RecordError as error:
+        except ContentError as error:
             raise SpecError(str(error)) from None
         if spec.crop > spec.size:
             what = f"crops of {spec.crop} pixels do not fit into images of {spec.size}"

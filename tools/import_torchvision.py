@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.documents import ContentError, read_text
 from pipeline.files import path_in_errors
 from pipeline.manifest import Class, DatasetError, read_manifest
 from pipeline.output import secure
 from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
-from trainer.reading import ContentError, read_text
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.output import printed, secure
@@ -17,7 +18,6 @@ from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.place import place
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
-from trainer.reading import ContentError
 from trainer.run import PeerLostError, Run, RunError
 from trainer.settings import SettingsError, load_settings
 

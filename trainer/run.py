@@ -22,12 +22,12 @@ from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from pipeline.documents import ContentError, read_json
 from pipeline.files import atomic_write, held_open, sync_folder
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
 from pipeline.output import say
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from trainer.environment import environment
-from trainer.reading import ContentError, read_json
 from trainer.settings import CHANGEABLE, Resolved, Settings, SettingsError
 from trainer.table import Table
 

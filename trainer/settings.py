@@ -25,7 +25,7 @@ from pydantic_settings import (
 )
 from pydantic_settings import SettingsError as SourceError
 
-from trainer.reading import ContentError, read_toml
+from pipeline.documents import ContentError, read_toml
 from trainer.setting_groups import (
     MAY_CHANGE,
     PAPER_ONLY,

@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.documents import ContentError
 from pipeline.files import atomic_write, path_in_errors, sync
 from pipeline.retry import read_with_retries
-from trainer.reading import ContentError
 
 
 class Table:

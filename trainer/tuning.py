@@ -18,13 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from pipeline.checked import Damage
+from pipeline.documents import ContentError, read_json
 from pipeline.files import atomic_write
 from pipeline.loader import Dataset, Decoding, train_loader
 from pipeline.plan import Plan
 from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
-from trainer.reading import ContentError, read_json
 from trainer.setting_groups import Fraction, Workers
 from trainer.settings import Settings
 

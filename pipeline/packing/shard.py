@@ -11,8 +11,8 @@ import PIL
 
 from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
+from pipeline.packing.contents import PackingError, contents
 from pipeline.packing.images import Geometry, PackedImage, RejectedError, check_image, pack_image
-from pipeline.packing.reading import PackingError, contents
 from pipeline.packing.remote_errors import shown
 from pipeline.packing.shard_results import Event, ShardResult, save_result
 from pipeline.packing.sources.find import SourceImage

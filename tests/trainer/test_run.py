@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.documents import ContentError
 from pipeline.manifest import read_manifest
 from pipeline.spec import NET_NAME, NetSpec
-from trainer.reading import ContentError
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError, load_settings
 

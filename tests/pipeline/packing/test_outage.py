@@ -12,8 +12,8 @@ from unittest.mock import Mock
 import pytest
 
 from pipeline.packing import images, resume
+from pipeline.packing.contents import PackingError, _read
 from pipeline.packing.images import RejectedError, pack_image
-from pipeline.packing.reading import PackingError, _read
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import Folder
 from tests.endurance.faulty_storage import TWICE, Call, Fault

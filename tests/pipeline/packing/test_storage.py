@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from pipeline.packing import storage
-from pipeline.packing.reading import READ_AHEAD, contents
+from pipeline.packing.contents import READ_AHEAD, contents
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import STATE_FOLDER, Folder, StorageError
 from tests.events import KILL_ALL, at_picture

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter
 
-from trainer.reading import ContentError, read_json, read_text, read_toml
+from pipeline.documents import ContentError, read_json, read_text, read_toml
 
 NUMBERS = TypeAdapter(dict[str, int])
 
