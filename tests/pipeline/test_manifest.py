@@ -88,9 +88,10 @@ def test_a_newer_format_asks_for_an_upgrade(manifest, tmp_path):
 
 
 OTHER_CONTENT = {
-    b"": "is empty",
-    **dict.fromkeys([b"{", b"<html>", b'"\xff"', b'{"format": 1, '], "is not valid JSON"),
-    **dict.fromkeys([b"[]", b"3", b"null"], "is not valid: it is not a JSON object"),
+    b"": "is not valid JSON (it is empty)",
+    **dict.fromkeys([b"{", b"<html>", b'{"format": 1, '], "is not valid JSON"),
+    b'"\xff"': "is not in UTF-8",
+    **dict.fromkeys([b"[]", b"3", b"null"], "is not valid: not a JSON object"),
     b"{}": "is not valid: format",
 }
 

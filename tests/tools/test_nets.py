@@ -53,7 +53,7 @@ WRONG_SPECS = {
     "empty": ("", "is empty"),
     "cut": (json.dumps(SPEC)[:40], "is not valid JSON"),
     "deep": ("[" * 10**5, "is not valid JSON"),
-    "list": ("[]", "it is not a JSON object"),
+    "list": ("[]", "not a JSON object"),
     "no classes": (json.dumps(SPEC | {"classes": []}), "classes"),
     "mean": (json.dumps(SPEC | {"mean": [math.nan] * 3}), "mean.0"),
     "crop": (json.dumps(SPEC | {"crop": 11}), "crops of 11 pixels do not fit into images of 10"),
