@@ -69,9 +69,10 @@ def killed(tmp_path) -> Run:
     run.folder.mkdir()
     (run.folder / ".lock").touch()
     for step in range(1, 6):
-        run.metrics.append({"step": step, "loss": 1.0})
+        row = {"step": step, "epoch": step / 2, "loss": 1.0}
+        run.metrics.append(row | {"error": 0.5, "images_per_second": 9.0})
         if step == 4:
-            run.evaluations.append({"step": step, "top1_error": 0.5})
+            run.evaluations.append(row | {"top1_error": 0.5, "top5_error": 0.1})
         if step in (2, 4):
             state = {"step": step, "errors": [0.5] * (step == 4)}
             checkpoint.write(run.checkpoints, step, state, keep=2, best=step == 4)
