@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from pipeline.manifest import DatasetError
-from pipeline.packing import images, reading, shard
+from pipeline.packing import contents, images, shard
 from pipeline.packing.images import RejectedError, pack_image
 from tests.trees import Tree, class_folders, pack_here, tars
 from tools.make_shards import check_rejects
@@ -108,11 +108,16 @@ UNREADABLE = [OSError(number, os.strerror(number)) for number in (errno.EIO, err
 @pytest.mark.parametrize("kind", ["unreadable", *STAGES])
 def test_each_file_may_be_the_bad_one(form, kind, tree, tmp_path, monkeypatch):
     source = FORMS[form](tree, tmp_path / "in")
-    contents = [file for classes in tree.values() for files in classes.values() for file in files.values()]
+    names = {
+        content: name
+        for classes in tree.values()
+        for files in classes.values()
+        for name, content in files.items()
+    }
     # A tar that cannot be opened at all ends the run, because it holds other images, too.
     errors = cycle(ERRORS if kind in STAGES else UNREADABLE[:1] if form == "tars" else UNREADABLE)
-    read, pack = reading.read, shard.pack_image
-    for number, bad in enumerate(contents):
+    read, pack = contents.read, shard.pack_image
+    for number, bad in enumerate(names):
         current, error = [b""], next(errors)
 
         def read_or_fail(*arguments, bad=bad, error=error):
@@ -126,7 +131,7 @@ def test_each_file_may_be_the_bad_one(form, kind, tree, tmp_path, monkeypatch):
             return pack(content, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(reading, "read", read_or_fail)
+            patch.setattr(contents, "read", read_or_fail)
             patch.setattr(shard, "pack_image", pack_one)
             if kind in STAGES:
                 fail_at(kind, error, patch, lambda bad=bad, current=current: current[0] == bad)
@@ -136,14 +141,7 @@ def test_each_file_may_be_the_bad_one(form, kind, tree, tmp_path, monkeypatch):
         name, outcome, reason = line.split("\t")
         assert outcome == "rejected"
         assert (reason == "unreadable") == (kind == "unreadable")
-        (found,) = (
-            file
-            for classes in tree.values()
-            for files in classes.values()
-            for file, content in files.items()
-            if content == bad
-        )
-        assert name.endswith(found)
-        assert sum(split.samples for split in manifest.splits.values()) == len(contents) - 1
-        with pytest.raises(DatasetError, match=f"1 of {len(contents)} files were rejected"):
+        assert name.endswith(names[bad])
+        assert sum(split.samples for split in manifest.splits.values()) == len(names) - 1
+        with pytest.raises(DatasetError, match=f"1 of {len(names)} files were rejected"):
             check_rejects(manifest, 0.01)

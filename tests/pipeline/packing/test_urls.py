@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import retry
 from pipeline.manifest import DatasetError, Manifest
-from pipeline.packing import reading, storage
+from pipeline.packing import contents, storage
 from pipeline.packing.remote_errors import shown
 from pipeline.retry import StorageError
 from tests.pipeline.packing import faulty_server
@@ -149,7 +149,7 @@ def test_tls_is_not_spoken_everywhere(server, pack, tmp_path):
 
 
 def test_a_host_with_many_files_that_is_away_ends_the_run(pack, tmp_path):
-    urls = [f"http://127.0.0.1:1/{number}.jpg" for number in range(reading._FEW)]
+    urls = [f"http://127.0.0.1:1/{number}.jpg" for number in range(contents._FEW)]
     with pytest.raises(StorageError, match=r"^http://127.0.0.1:1/\d+.jpg: connection refused, and no other"):
         pack(*urls)
     assert not (tmp_path / "out/dataset.json").exists()
@@ -157,7 +157,7 @@ def test_a_host_with_many_files_that_is_away_ends_the_run(pack, tmp_path):
 
 def test_many_names_that_do_not_resolve_are_rejected(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_HTTP_SECONDS", {"total": 60})  # looking many names up at once takes time
-    urls = [f"http://nowhere.invalid/{number}.jpg" for number in range(reading._FEW + 2)]
+    urls = [f"http://nowhere.invalid/{number}.jpg" for number in range(contents._FEW + 2)]
     assert images(pack(*urls)) == 8
     assert {row[1:] for row in report(tmp_path)} == {("rejected", "host not found")}
     assert len(report(tmp_path)) == len(urls)
@@ -175,7 +175,7 @@ def test_a_server_that_is_away_ends_the_run_and_the_same_command_continues(fault
 
 
 def test_a_server_that_goes_away_in_the_middle_ends_the_run(server, pack, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "READ_AHEAD", 1)
+    monkeypatch.setattr(contents, "READ_AHEAD", 1)
 
     def after_three(handler) -> object:
         return sum(server.requests.values()) <= 3 or handler.refuse(503)
