@@ -16,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The same version as pillow in pyproject.toml, which it replaces.
 PILLOW_SIMD := pillow-simd==12.1.1.post0
-# The libraries that read images.FORMATS. Without the flags, a build leaves out each one that it does not find.
+# The libraries that decode FORMATS (pipeline/packing/codecs.py). Without the flags, a build omits those it lacks.
 PILLOW_HEADERS := jpeglib.h zlib.h webp/decode.h webp/demux.h webp/mux.h tiffio.h lcms2.h
 PILLOW_PACKAGES := libjpeg-dev zlib1g-dev libwebp-dev libtiff-dev liblcms2-dev
 PILLOW_FLAGS := -C webp=enable -C tiff=enable -C lcms=enable
@@ -155,7 +155,7 @@ $(VENV)/.ready: pyproject.toml Makefile model/cpu_pool.c
 	@echo '#include <Python.h>' | cc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
 		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
 	@command -v pkg-config >/dev/null || \
-		{ echo "pkg-config is missing, by which pillow-simd finds libtiff: apt-get install pkg-config"; exit 1; }
+		{ echo "pkg-config is missing, with which pillow-simd finds libtiff: apt-get install pkg-config"; exit 1; }
 	@missing=; for header in $(PILLOW_HEADERS); do printf '#include <stdio.h>\n#include <%s>\n' $$header | cc -E - >/dev/null 2>&1 || \
 		missing="$$missing $$header"; done; test -z "$$missing" || \
 		{ echo "headers that pillow-simd is built with are missing:$$missing: apt-get install $(PILLOW_PACKAGES)"; exit 1; }
