@@ -1,30 +1,26 @@
-"""Folders, tars and tables that cannot be read are named, whatever the error is, and never taken for empty.
+"""Local folders, tars and tables that cannot be read are named with the error, and never taken for empty.
 
-Each listing and each opening of a small input is made to fail with each error. Then either the input is
-refused by a message that names what failed, or all other files are found and the folder is named with the
-reason.
+Each call that lists a folder or opens a file of a small input is made to fail with each error. Then either
+the input is refused by a message that names what failed, or all other files are found, and the folder is
+named with the reason. test_remote_listing.py does the same for folders behind URLs.
 """
 
 import errno
 import gzip
 import os
+import shutil
 from pathlib import Path
-from typing import ClassVar
 
-import aiohttp
-import fsspec
 import pyarrow
 import pytest
-from multidict import CIMultiDict, CIMultiDictProxy
 from pyarrow import parquet
-from yarl import URL
 
 from pipeline import retry
 from pipeline.manifest import read_manifest
 from pipeline.packing.sources.find import Sources, find_sources
 from pipeline.packing.sources.listing import SourceError
 from tests.endurance.faulty_storage import Call, Fault, Storage
-from tests.trees import tar_of, write
+from tests.trees import assert_refused, tar_of, write
 from tools import make_shards
 
 ERRORS = ("EACCES", "EPERM", "ENOENT", "ENOTDIR", "ELOOP", "ENAMETOOLONG", "EIO")
@@ -43,11 +39,19 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "_EIO_PAUSES", (0.0,))
 
 
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """Class folders with FILES, which are empty."""
+    for file in FILES:
+        write(tmp_path / "in" / file, b"")
+    return tmp_path / "in"
+
+
 def files_of(sources: Sources) -> set[str]:
     return {source.path for images in sources.splits.values() for source in images}
 
 
-def look(source: Path | str, fault: Fault | None = None, folder: Path = Path("/nowhere")) -> Sources | str:
+def find(source: Path, fault: Fault, folder: Path) -> Sources | str:
     """Return what is found, or the message of the refusal. fault: of the storage below a folder."""
     with Storage(folder, fault):
         try:
@@ -57,7 +61,10 @@ def look(source: Path | str, fault: Fault | None = None, folder: Path = Path("/n
 
 
 def check(found: Sources | str, whole: Sources, name: str, reason: str, context: str) -> bool:
-    """Check the property; return whether files were left out."""
+    """Check that what failed is named with the reason; return whether files were left out.
+
+    found: what `find` returned. whole: what is found without the fault, which is the context of an error.
+    """
     if isinstance(found, str):
         assert name in found, context
         assert reason in found or "is neither a folder nor a table" in found, context
@@ -73,77 +80,19 @@ def check(found: Sources | str, whole: Sources, name: str, reason: str, context:
 
 @pytest.mark.parametrize("lasting", [True, False])
 @pytest.mark.parametrize("error", ERRORS)
-def test_every_listing_of_a_local_folder(tmp_path, error, lasting):
-    for file in FILES:
-        write(tmp_path / "in" / file, b"")
+def test_each_listing_that_fails_is_reported(source, tmp_path, error, lasting):
     with Storage(tmp_path) as storage:
-        whole = find_sources(tmp_path / "in", None, 0)
+        whole = find_sources(source, None, 0)
     calls = [call for call in storage.calls if call.name in ("scandir", "readdir", "stat")]
     assert len([call for call in calls if call.name == "scandir"]) == 1 + 2 + 6 * 3
     left_out = 0
     for call in calls:
         for time in range(1, storage.calls[call] + 1):
             fault = Fault(call, time, error, lasting)
-            found = look(tmp_path / "in", fault, tmp_path)
+            found = find(source, fault, tmp_path)
             left_out += check(found, whole, call.path, os.strerror(getattr(errno, error)), str(fault))
     is_of_a_folder = not retry.is_outage(OSError(getattr(errno, error), ""))
     assert bool(left_out) == (is_of_a_folder and (lasting or error != "EIO"))
-
-
-class Shelf(fsspec.AbstractFileSystem):
-    """The files below `in`, listed folder by folder; those in `broken` fail."""
-
-    protocol = "shelf"
-    cachable = False
-    broken: ClassVar[dict[str, Exception]] = {}
-
-    def ls(self, path, detail=True, **_):
-        folder = self._strip_protocol(path)
-        if folder in self.broken:
-            raise self.broken[folder]
-        below = [f"in/{file}"[len(folder) + 1 :] for file in FILES if f"in/{file}".startswith(f"{folder}/")]
-        kinds = {name.partition("/")[0]: "directory" if "/" in name else "file" for name in below}
-        return [{"name": f"{folder}/{name}", "type": kind, "size": 0} for name, kind in kinds.items()]
-
-
-@pytest.fixture
-def shelf(monkeypatch) -> type[Shelf]:
-    fsspec.register_implementation("shelf", Shelf, clobber=True)
-    monkeypatch.setattr(Shelf, "broken", {})
-    return Shelf
-
-
-def status(code: int) -> aiohttp.ClientResponseError:
-    info = aiohttp.RequestInfo(URL("http://x"), "GET", CIMultiDictProxy(CIMultiDict()), URL("http://x"))
-    return aiohttp.ClientResponseError(info, (), status=code, message=f"status {code}")
-
-
-REMOTE = {  # the error, words of the message, and whether the other folders are found
-    "permission": (PermissionError("no access"), "access denied", True),
-    "errno": (OSError(errno.EACCES, "no access"), "access denied", True),
-    "403": (status(403), "403", True),
-    "410": (status(410), "410", True),
-    "500": (status(500), "500", False),
-    "503": (status(503), "503", False),
-    "timeout": (TimeoutError("too late"), "timed out", False),
-    "connection": (ConnectionResetError("reset"), "broken off", False),
-    "aiohttp": (aiohttp.ClientPayloadError("cut"), "broken off", False),
-    "other": (RuntimeError("odd"), "odd", False),
-    "empty": (RuntimeError(), "RuntimeError", False),
-    "gone": (FileNotFoundError("gone"), "", True),
-}
-
-
-@pytest.mark.parametrize(("error", "reason", "goes_on"), REMOTE.values(), ids=REMOTE)
-def test_every_listing_behind_a_url(shelf, error, reason, goes_on):
-    whole = find_sources("shelf://in", None, 0)
-    assert files_of(whole) == set(FILES)
-    folders = sorted({f"in/{file}".rpartition("/")[0] for file in FILES})
-    left_out = 0
-    for folder in ["in", "in/train", "in/val", *folders]:
-        shelf.broken = {folder: error}
-        left_out += check(look("shelf://in"), whole, folder, reason, folder)
-    assert left_out == (len(folders) if goes_on else 0)
 
 
 def sample(number: int) -> bytes:
@@ -188,7 +137,7 @@ def parquet_table(root: Path) -> None:
     parquet.write_table(pyarrow.table(columns), root / "table.parquet")
 
 
-ARCHIVES = {
+INPUTS = {  # the functions that make them, and the name of the table, if the input is one
     webdataset: "",
     class_tars: "",
     imagenet: "",
@@ -199,17 +148,17 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-@pytest.mark.parametrize(("make", "place"), ARCHIVES.items(), ids=lambda each: getattr(each, "__name__", ""))
-def test_every_opening_of_a_tar_or_table(tmp_path, make, place, error):
+@pytest.mark.parametrize(("make", "table"), INPUTS.items(), ids=lambda each: getattr(each, "__name__", ""))
+def test_each_tar_or_table_that_cannot_be_read_is_named(tmp_path, make, table, error):
     make(tmp_path / "in")
-    source = tmp_path / "in" / place
+    source = tmp_path / "in" / table
     with Storage(tmp_path) as storage:
         whole = find_sources(source, None, 0)
     calls = [call for call in storage.calls if call.name in ("open", "read")]
     assert calls
     for call in calls:
         fault = Fault(call, 1, error, lasting=True)
-        found = look(source, fault, tmp_path)
+        found = find(source, fault, tmp_path)
         if isinstance(found, str):
             assert Path(call.path).name in found, fault
             assert os.strerror(getattr(errno, error)) in found or "has no labels" in found, fault
@@ -224,19 +173,41 @@ def test_a_folder_that_may_have_tars_or_parquet_files_is_named_in_a_refusal(tmp_
     make(tmp_path / "in")
     (tmp_path / "in/more").mkdir()
     fault = Fault(Call("scandir", "in/more"), 1, "EACCES", lasting=True)
-    message = look(tmp_path / "in", fault, tmp_path)
+    message = find(tmp_path / "in", fault, tmp_path)
     assert "1 folder of --input cannot be listed: more (Permission denied)" in message
 
 
 @pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
-def test_a_file_url_is_a_local_folder_whose_links_are_followed(tmp_path, target):
-    for file in FILES:
-        write(tmp_path / "in" / file, b"")
-        write(tmp_path / "elsewhere/9.jpg", b"")
-    (tmp_path / "in/train/cat/more").symlink_to(tmp_path / target)
-    found = find_sources(f"file://{tmp_path}/in", None, 0)
-    assert found == find_sources(tmp_path / "in", None, 0)
+def test_a_file_url_is_a_local_folder_whose_links_are_followed(source, tmp_path, target):
+    write(tmp_path / "elsewhere/9.jpg", b"")
+    (source / "train/cat/more").symlink_to(tmp_path / target)
+    found = find_sources(f"file://{source}", None, 0)
+    assert found == find_sources(source, None, 0)
     assert ("train/cat/more/9.jpg" in files_of(found)) != ("train/cat/more" in found.unlisted)
+
+
+@pytest.mark.parametrize("target", ["nowhere", "closed", "loop"])
+@pytest.mark.parametrize("path", ["train/more", "train/cat/more", "val/cat/more"])
+def test_links_to_folders_that_cannot_be_reached_are_named(source, tmp_path, path, target):
+    link = source / path
+    link.symlink_to(link if target == "loop" else tmp_path / target)
+    found = find_sources(source, None, 0)
+    assert list(found.unlisted) == [path]
+    assert files_of(found) == set(FILES)
+
+
+def test_a_link_with_the_name_of_an_image_is_taken_for_an_image(source, tmp_path):
+    (source / "train/cat/9.jpg").symlink_to(tmp_path / "nowhere")
+    found = find_sources(source, None, 0)
+    assert found.unlisted == {}
+    assert files_of(found) == {*FILES, "train/cat/9.jpg"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_that_leads_nowhere_is_refused_by_name(source, tmp_path, split):
+    shutil.rmtree(source / split)
+    (source / split).symlink_to(tmp_path / "unmounted")
+    assert_refused(source, f"{source}/{split}")
 
 
 # The whole command: what is in the report, and the exit code.
@@ -248,8 +219,8 @@ def readable(tmp_path, pictures) -> Path:
     for split in ("train", "val"):
         for folder in sorted((pictures / split).iterdir())[:3]:
             for number, picture in enumerate(sorted(folder.iterdir())[:2]):
-                where = "deep/1.jpg" if number else "0.jpg"
-                write(tmp_path / "in" / split / folder.name / where, picture.read_bytes())
+                name = "deep/1.jpg" if number else "0.jpg"
+                write(tmp_path / "in" / split / folder.name / name, picture.read_bytes())
     return tmp_path / "in"
 
 
@@ -280,37 +251,6 @@ def test_a_folder_that_cannot_be_listed_is_in_the_report_and_makes_the_exit_code
     assert manifest.split("train").samples == (5 if below else 4)
     assert manifest.split("val").samples == 6
     assert len(manifest.classes) == 3  # so no label moves
-
-
-@pytest.mark.parametrize("target", ["nowhere", "closed", "loop"])
-@pytest.mark.parametrize("place", ["train/more", "train/cat/more", "val/cat/more"])
-def test_links_to_folders_that_cannot_be_reached_are_named(tmp_path, place, target):
-    for file in FILES:
-        write(tmp_path / "in" / file, b"")
-    link = tmp_path / "in" / place
-    link.symlink_to(link if target == "loop" else tmp_path / target)
-    found = find_sources(tmp_path / "in", None, 0)
-    assert list(found.unlisted) == [place]
-    assert files_of(found) == set(FILES)
-
-
-def test_a_link_that_is_named_like_an_image_is_one(tmp_path):
-    for file in FILES:
-        write(tmp_path / "in" / file, b"")
-    (tmp_path / "in/train/cat/9.jpg").symlink_to(tmp_path / "nowhere")
-    found = find_sources(tmp_path / "in", None, 0)
-    assert found.unlisted == {}
-    assert files_of(found) == {*FILES, "train/cat/9.jpg"}
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_that_leads_nowhere_is_refused_by_name(tmp_path, split):
-    for file in FILES:
-        if not file.startswith(split):
-            write(tmp_path / "in" / file, b"")
-    (tmp_path / "in" / split).symlink_to(tmp_path / "unmounted")
-    with pytest.raises(SourceError, match=rf"{tmp_path}/in/{split}"):
-        find_sources(tmp_path / "in", None, 0)
 
 
 def test_a_class_whose_images_were_all_rejected_is_named(readable, tmp_path, call):
