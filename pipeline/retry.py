@@ -47,26 +47,26 @@ _FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permis
 class StorageError(OSError):
     """A file behind a URL cannot be reached; the message names it and says why.
 
-    reason: why, in a few words. passes: whether the same request may succeed later. attempts: how many
-    further requests are worth their time. wait: the seconds that the server asks to wait, or 0.
+    reason: why, in a few words. transient: whether the same request may succeed later. retries: how often to
+    repeat the request. retry_after: how long the server asks to wait, in seconds, or 0.
     """
 
     def __init__(
         self,
         message: str,
         reason: str = "unreadable",
-        passes: bool = True,
-        attempts: int = 0,
-        wait: float = 0.0,
+        transient: bool = True,
+        retries: int = 0,
+        retry_after: float = 0.0,
     ):
         super().__init__(message)
-        self.reason, self.passes, self.attempts, self.wait = reason, passes, attempts, wait
+        self.reason, self.transient, self.retries, self.retry_after = reason, transient, retries, retry_after
 
 
 def is_outage(error: OSError) -> bool:
     """Return whether an error concerns the storage or the process, and not only the requested file."""
     if isinstance(error, StorageError):
-        return error.passes
+        return error.transient
     return not isinstance(error, _FILE_ERRORS) and error.errno not in _FILE_ERRNOS
 
 
@@ -87,7 +87,7 @@ def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
             if attempt == 0:
                 what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
                 warn(f"{what}: retrying for {sum(pauses):.1f} seconds")
-            wait = error.wait if isinstance(error, StorageError) else 0.0
+            wait = error.retry_after if isinstance(error, StorageError) else 0.0
             time.sleep(max(pauses[attempt], min(wait, _LONGEST_WAIT)))
             attempt += 1
 
@@ -104,7 +104,7 @@ def print_to_stderr(text: str) -> None:
 
 def _pauses(error: OSError) -> tuple[float, ...]:
     if isinstance(error, StorageError):
-        return PAUSES[: error.attempts]
+        return PAUSES[: error.retries]
     if error.errno == errno.EIO:
         return _EIO_PAUSES
     return PAUSES if error.errno is not None and is_outage(error) else ()

@@ -68,7 +68,7 @@ def _is_metadata(marker: int, segment: bytes) -> bool:
     return marker == 0xFE or (0xE0 <= marker <= 0xEF and not defines_colours)
 
 
-def only_image(content: bytes, layout: Layout) -> bytes | None:
+def strip_metadata(content: bytes, layout: Layout) -> bytes | None:
     """Return the file without its metadata segments, and without what follows the end of the image.
 
     Phones append a video or further images there, with metadata of their own. Returns None if the end of the

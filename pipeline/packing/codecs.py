@@ -1,7 +1,7 @@
 """The libraries that this build of Pillow decodes with, and why it could not read a file that is an image.
 
 Pillow is built without each library that the machine did not have at that time. A file that needs one of
-these is sound, and must not be called broken.
+them is intact, and must not be reported as broken.
 """
 
 import re
@@ -63,7 +63,7 @@ def _error_of_plugin(content: bytes) -> Exception | None:
 
 
 def _needs_another_decoder(content: bytes) -> bool:
-    """Return whether no file of this kind can be decoded: by a JPEG's process, or a TIFF's compression."""
+    """Return whether Pillow has no decoder for the process of this JPEG or the compression of this TIFF."""
     if content.startswith(START):
         frames = {marker for marker, _, _ in segments(content) if marker in FRAMES}
         return bool(frames) and not frames & _JPEG_FRAMES
@@ -73,7 +73,7 @@ def _needs_another_decoder(content: bytes) -> bool:
         file.seek(tags.next)
         tags.load(file)
         compression = COMPRESSION_INFO.get(tags.get(_COMPRESSION, 1))
-    except Exception:  # it is no TIFF, or it is broken
+    except Exception:  # it is not a TIFF, or it is broken
         return False
     if compression is None:
         return True

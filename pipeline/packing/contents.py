@@ -1,9 +1,9 @@
-"""Read the files of a shard, and tell a file that cannot be read from storage that is away.
+"""Read the files of a shard, and distinguish a file that cannot be read from storage that is unavailable.
 
-A file whose own error does not pass is rejected. An error that may pass, of a server for example, is retried.
-If it lasts, other files of the shard decide: the file is rejected if another one of the same host can be read
-at that time. If none can, the host is taken to be away, and the run ends, to be continued when it is back,
-unless only a few files are from that host and others can be read: then these few are rejected.
+A file with a permanent error is rejected. A transient error, of a server for example, is retried. If it
+persists, other files of the shard decide: the file is rejected if another one of the same host can be read at
+that time. If none can, the host is considered unavailable, and the run ends, to be continued later. There is
+an exception if only a few files are from that host and other hosts can be read: then these few are rejected.
 """
 
 import errno
@@ -16,15 +16,15 @@ from functools import partial
 from itertools import islice
 
 from pipeline.packing.images import RejectedError
-from pipeline.packing.remote_errors import HOST_NOT_FOUND, host_of, reason_of, shown
+from pipeline.packing.remote_errors import HOST_NOT_FOUND, host_of, reason_of, redact
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import MAX_BYTES, is_accessible, is_url, read, read_once
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, is_outage, with_retries
 
 READ_AHEAD = 16  # files behind URLs that are requested at once, as each request mostly waits
-_FEW = 16  # files of a shard; as many from one host are never rejected for errors that may pass
-_TRIED = 3  # files that are read to see whether a host is away
+_MANY = 16  # if this many files of a shard are from one host and fail, the host is unavailable
+_PROBES = 3  # files that are read to find out whether a host is unavailable
 
 
 class PackingError(RuntimeError):
@@ -45,7 +45,7 @@ def contents(
         for source in sources:
             content = partial(_read, source, table)
             early = pool.submit(content).result if is_url(source.file) else content
-            ahead.append((source, partial(hosts.judged, source, early)))
+            ahead.append((source, partial(hosts.read_or_reject, source, early)))
             if len(ahead) > READ_AHEAD:
                 yield ahead.popleft()
         yield from ahead
@@ -59,37 +59,40 @@ class _Hosts:
         self._read: dict[str, SourceImage] = {}  # the last one of each host
         self._failed: defaultdict[str, list[SourceImage]] = defaultdict(list)
 
-    def judged(self, source: SourceImage, content: Callable[[], bytes]) -> bytes:
-        """Return the content, or reject the source if it cannot be read although its host is not away."""
+    def read_or_reject(self, source: SourceImage, content: Callable[[], bytes]) -> bytes:
+        """Return the content of a source.
+
+        Raises RejectedError if only this source cannot be read, and StorageError if its host is unavailable.
+        """
         host = host_of(source.file)
         try:
             result = content()
         except StorageError as error:
             self._failed[host].append(source)
-            if self._is_away(host, error):
+            if self._is_unavailable(host, error):
                 raise StorageError(f"{error}, and no other file of {host} can be read") from None
             raise RejectedError(error.reason) from None
         self._read[host] = source
         return result
 
-    def _is_away(self, host: str, error: StorageError) -> bool:
+    def _is_unavailable(self, host: str, error: StorageError) -> bool:
         if host in self._read:
             return not _can_read(self._read[host], read)
         if any(map(_can_read, self._untried(host, same=True))):
             return False
-        if len(self._failed[host]) >= _FEW and error.reason != HOST_NOT_FOUND:
+        if len(self._failed[host]) >= _MANY and error.reason != HOST_NOT_FOUND:
             return True
-        others = [*self._read.values()][-_TRIED:] or self._untried(host, same=False)
+        others = [*self._read.values()][-_PROBES:] or self._untried(host, same=False)
         return not any(map(_can_read, others))
 
     def _untried(self, host: str, same: bool) -> list[SourceImage]:
-        """Return a few sources of the same host, or of others, that did not fail."""
+        """Return up to _PROBES sources of the same host, or of others, that did not fail."""
         found = (
             source
             for source in self._sources
             if (host_of(source.file) == host) == same and source not in self._failed[host_of(source.file)]
         )
-        return list(islice(found, _TRIED))
+        return list(islice(found, _PROBES))
 
 
 def _can_read(source: SourceImage, reader: Callable[[str, int, int | None], bytes] = read_once) -> bool:
@@ -123,12 +126,13 @@ def _check_storage(source: SourceImage, table: str | None, error: OSError) -> No
     """Raise PackingError if not only this file is missing, but also its folder or table, or its whole tar."""
     origin = table or source.file.rpartition("/")[0]
     if not is_accessible(origin):
-        why = f"{shown(origin)} cannot be read or is empty: is its storage still mounted?"
+        why = f"{redact(origin)} cannot be read or is empty: is its storage still mounted?"
     elif source.size is not None and error.errno != errno.EIO:
         why = "it contains other images too."
     else:
         return
+    reason = error.strerror or reason_of(source.file, error)
     raise PackingError(
-        f"{shown(source.file)} cannot be read ({error.strerror or reason_of(source.file, error)}), and {why} "
+        f"{redact(source.file)} cannot be read ({reason}), and {why} "
         "Finished shards are kept: fix the cause and run the same command again to continue"
     ) from None

@@ -42,7 +42,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.jpeg import END, START
 from pipeline.manifest import Geometry
 from pipeline.packing import png
-from pipeline.packing.baseline_jpeg import only_image, read_layout
+from pipeline.packing.baseline_jpeg import read_layout, strip_metadata
 from pipeline.packing.codecs import FORMATS, why_unreadable
 from pipeline.packing.pixels import is_measurement, is_preview, to_rgb
 
@@ -88,13 +88,13 @@ def pack_image(
     quality, 1 to 100. decode: if false, a file whose bytes are kept is accepted by its headers and its last
     two bytes, without being decoded. Raises RejectedError.
     """
-    with _judged(content):
+    with _rejecting_errors(content):
         if geometry == "original" and not decode and (packed := _by_header(content, unchanged=False)):
             return packed
         image, repairs = _upright(_loaded(content))
         if geometry == "original":
             layout = None if repairs else read_layout(content)
-            kept = only_image(content, layout) if layout and layout.baseline_rgb else None
+            kept = strip_metadata(content, layout) if layout and layout.baseline_rgb else None
             return PackedImage(
                 kept or _encode(image, quality), *image.size, _resize_shorter(image, size), repairs
             )
@@ -104,7 +104,7 @@ def pack_image(
 
 def read_image(content: bytes) -> Image.Image:
     """Decode a file to an upright RGB image, as the packer does. Raises RejectedError."""
-    with _judged(content):
+    with _rejecting_errors(content):
         return _upright(_loaded(content))[0]
 
 
@@ -122,7 +122,7 @@ def check_image(content: bytes, size: int, decode: bool = True) -> PackedImage:
 
     size, decode: as for `pack_image`; the image is resized only for the statistics. Raises RejectedError.
     """
-    with _judged(content):
+    with _rejecting_errors(content):
         if not decode and (packed := _by_header(content, unchanged=True)):
             return packed
         loaded = _loaded(content)
@@ -149,13 +149,14 @@ def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
     width, height = layout.width, layout.height
     if width * height > MAX_PIXELS or _is_elongated(width, height):
         return None
-    kept = content if unchanged else only_image(content, layout)
+    kept = content if unchanged else strip_metadata(content, layout)
     return PackedImage(kept, width, height, None, ()) if kept else None
 
 
 @contextmanager
-def _judged(content: bytes, broken: str = "corrupt") -> Iterator[None]:
-    """Turn whatever a file makes Pillow raise into RejectedError, except trouble of the process itself."""
+def _rejecting_errors(content: bytes, broken: str = "corrupt") -> Iterator[None]:
+    """Turn the errors that a file causes in Pillow into RejectedError, with the reason `broken` if no other
+    applies. Errors of the process, such as a lack of descriptors, are raised unchanged."""
     try:
         with warnings.catch_warnings(action="ignore"):  # about metadata, which is dropped anyway
             yield
@@ -180,7 +181,7 @@ def _loaded(content: bytes) -> Image.Image:
     except RejectedError as rejection:
         if str(rejection) not in _BROKEN or not content.startswith(png.SIGNATURE):
             raise
-    return _load(png.without_extras(content))
+    return _load(png.without_ancillary_chunks(content))
 
 
 def _load(content: bytes) -> Image.Image:
@@ -189,7 +190,7 @@ def _load(content: bytes) -> Image.Image:
         raise RejectedError("only a preview")
     if is_measurement(image):
         raise RejectedError("not a picture")
-    with _judged(content):
+    with _rejecting_errors(content):
         image.load()
     return image
 
@@ -199,7 +200,7 @@ def _open(content: bytes) -> Image.Image:
     if not content:
         raise RejectedError("empty")
     # A broken header may raise any error in a plugin; only UnidentifiedImageError is about the format.
-    with _judged(content, "corrupt" if content.startswith(START) else "not an image"):
+    with _rejecting_errors(content, "corrupt" if content.startswith(START) else "not an image"):
         try:
             image: Image.Image = Image.open(BytesIO(content), formats=FORMATS)
         except UnidentifiedImageError as error:

@@ -21,10 +21,8 @@ from pipeline.packing.workers import warn
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
     """Pack a dataset, or continue an earlier call with the same options that was stopped.
 
-    progress: also takes the remarks about the dataset.
-
-    progress: shows what is done. Raises SourceError if the input or the output is unsuitable, PackingError if
-    the workers fail, and OSError if the storage fails.
+    progress: shows what is done, and receives the remarks about the dataset. Raises SourceError if the input
+    or the output is unsuitable, PackingError if the workers fail, and OSError if the storage fails.
     """
     _check_folders(options)
     sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)

@@ -18,13 +18,13 @@ def is_measurement(image: Image.Image) -> bool:
     if image.mode == "F":
         return True
     tags = _tags(image)
-    return bool(tags) and (image.mode == "I" or not {*_several(tags.get(_SAMPLE_FORMAT, 1))} <= _UNSIGNED)
+    return bool(tags) and (image.mode == "I" or not {*_as_tuple(tags.get(_SAMPLE_FORMAT, 1))} <= _UNSIGNED)
 
 
 def is_preview(image: Image.Image, content: bytes) -> bool:
     """Return whether the first picture of a TIFF is only a preview, as in the RAW files of cameras."""
     tags = _tags(image)
-    is_reduced = _several(tags.get(_SUBFILE, 0))[0] & 1
+    is_reduced = _as_tuple(tags.get(_SUBFILE, 0))[0] & 1
     return bool(is_reduced) or _DNG_VERSION in tags or (bool(tags) and content[8:10] == b"CR")  # Canon's CR2
 
 
@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     tags = _tags(image)
-    white = 2 ** _several(tags.get(_BITS, 16))[0] - 1 if image.mode.startswith("I;16") else 65535
+    white = 2 ** _as_tuple(tags.get(_BITS, 16))[0] - 1 if image.mode.startswith("I;16") else 65535
     is_inverted = image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     result = Image.new("RGB", image.size)
     rows = max(1, _ROWS // image.width)
@@ -54,6 +54,6 @@ def _tags(image: Image.Image) -> dict:
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
-def _several(value) -> tuple[int, ...]:
+def _as_tuple(value) -> tuple[int, ...]:
     """Return the values of a tag, which Pillow gives without a tuple if there is only one."""
     return value if isinstance(value, tuple) else (value,)

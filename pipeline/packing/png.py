@@ -1,4 +1,4 @@
-"""Remove from a PNG what does not belong to the picture."""
+"""Remove the ancillary chunks of a PNG, which do not affect its pixels."""
 
 import zlib
 
@@ -6,7 +6,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _KEPT = {b"tRNS", b"eXIf"}  # transparency and orientation
 
 
-def without_extras(content: bytes) -> bytes:
+def without_ancillary_chunks(content: bytes) -> bytes:
     """Return a PNG without its ancillary chunks, except transparency and EXIF data that are sound.
 
     Section 13.1 of the PNG specification lets decoders ignore ancillary chunks that are broken. Pillow

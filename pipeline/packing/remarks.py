@@ -1,4 +1,4 @@
-"""What there is to say about a packed dataset besides its counts: what was passed over, and what it lacks."""
+"""Remarks about a packed dataset for its user: what was ignored, and what is missing."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -7,19 +7,17 @@ from io import BytesIO
 import numpy as np
 
 from pipeline.manifest import Manifest
-from pipeline.packing.sources.class_ids import count, few
+from pipeline.packing.messages import join_names, pluralize
 from pipeline.packing.sources.find import Sources, describe_unlisted
 from pipeline.packing.storage import Folder
-
-_SHOWN = 3  # examples of litter
 
 
 @dataclass(frozen=True)
 class Remarks:
     """Sentences for the user.
 
-    notes: what was passed over on purpose. warnings: what is worth a look. faults: why nothing good can be
-    expected of the dataset; they make the exit code 1.
+    notes: what was left out on purpose. warnings: what may be a mistake. faults: what makes the dataset
+    unsuitable for training; they make the exit code 1.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -33,14 +31,14 @@ def remarks_about(sources: Sources, manifest: Manifest, output: Folder) -> Remar
     if sources.litter:
         remarks.notes.append(_describe_litter(sources.litter))
     if sources.unused:
-        remarks.notes.append(f"not used, as neither train nor val: {few(sources.unused)}")
+        remarks.notes.append(f"not used, as neither train nor val: {join_names(sources.unused)}")
     if len(sources.classes) == 1:
         remarks.faults.append(f"there is only one class, {sources.classes[0]}, so there is nothing to learn")
     for split, lost in _lost(sources, manifest, output).items():
         if lost:
             found = remarks.faults if split == "train" else remarks.warnings
-            amount = count(len(lost), "class", "classes")
-            found.append(f"all images of {split} were rejected in {amount}: {few(lost)}")
+            amount = pluralize(len(lost), "class", "classes")
+            found.append(f"all images of {split} were rejected in {amount}: {join_names(lost)}")
     if sources.unlisted:
         remarks.faults.append(
             f"{describe_unlisted(sources.unlisted)}. Images are missing from the dataset: make every "
@@ -50,11 +48,9 @@ def remarks_about(sources: Sources, manifest: Manifest, output: Folder) -> Remar
 
 
 def _describe_litter(litter: Collection[str]) -> str:
-    names = sorted({path.rpartition("/")[2] for path in litter})
-    shown = ", ".join(name.strip() for name in names[:_SHOWN])
-    more = ", …" if len(names) > _SHOWN else ""
-    amount = count(len(litter), "file or folder", "files and folders")
-    return f"ignored {amount} that desktops and archivers leave ({shown}{more})"
+    names = sorted({path.rpartition("/")[2].strip() for path in litter})  # macOS's Icon ends in a line break
+    amount = pluralize(len(litter), "file or folder", "files and folders")
+    return f"ignored {amount} that desktops and archivers leave ({join_names(names)})"
 
 
 def _lost(sources: Sources, manifest: Manifest, output: Folder) -> dict[str, list[str]]:

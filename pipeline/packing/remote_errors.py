@@ -1,15 +1,15 @@
 """What an error behind a URL means: a reason in a few words, and whether the same request may succeed later.
 
 HTTP 404, HTTP 403, …   the server refuses this file
-HTTP 503, HTTP 429, …   all of 5xx, 408, 425 and 429 may pass
+HTTP 503, HTTP 429, …   all of 5xx, 408, 425 and 429 are transient
 not found               likewise, from storage that does not speak HTTP
 access denied           likewise
 redirect loop           there are too many redirects
 TLS error               for example, a certificate that is not valid
-unsupported URL         its kind is not known, or it is not a valid URL
+unsupported URL         the URL is not valid, or no package supports its kind
 package not installed   fsspec needs another package for this kind of URL
 host not found          its name cannot be resolved
-connection refused      may pass, like all of the following
+connection refused      transient, like all of the following
 unreachable             there is no route to the host
 timed out               the server sends nothing for a while, or the file takes too long
 broken off              the connection ends before the file does
@@ -27,11 +27,11 @@ from email.utils import parsedate_to_datetime
 from pipeline.retry import StorageError, is_outage
 
 HOST_NOT_FOUND = "host not found"
-_MANY, _FEW = 4, 2  # further attempts; few for what takes long to fail or rarely passes
-_PASSING_STATUS = {408, 425, 429, *range(500, 600)}
+_MANY, _FEW = 4, 2  # further attempts; few for what takes long to fail or rarely transient
+_TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
-Meaning = tuple[str, bool, int]  # the reason, whether it may pass, and the number of further attempts
+Meaning = tuple[str, bool, int]  # the reason, whether it is transient, and the number of retries
 # By the name of the exception's class or of one of its bases, so that no library is imported for it.
 _MEANINGS: dict[str, Meaning] = {
     "TooManyRedirects": ("redirect loop", False, 0),
@@ -53,8 +53,8 @@ _MEANINGS: dict[str, Meaning] = {
 _SECRETS = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|key|secret|password|credential|auth)[^=&#]*=)[^&#]+")
 
 
-def shown(name: str) -> str:
-    """Return a path or URL for messages: without a password, and without the secrets of a signed URL."""
+def redact(name: str) -> str:
+    """Return a path or URL for messages: without a password and the secrets of a signed URL."""
     if "://" not in name:
         return name
     scheme, _, rest = name.partition("://")
@@ -64,7 +64,7 @@ def shown(name: str) -> str:
 
 def host_of(name: str) -> str:
     """Return the host or bucket of a URL, or an empty string for a local path."""
-    return shown(name).split("/")[2] if "://" in name else ""
+    return redact(name).split("/")[2] if "://" in name else ""
 
 
 @contextmanager
@@ -91,11 +91,11 @@ def reason_of(name: str, error: OSError) -> str:
 
 
 def _storage_error(name: str, error: Exception) -> StorageError:
-    reason, passes, attempts = _meaning(error)
+    reason, transient, retries = _meaning(error)
     text = reason
     if reason in ("unreadable", "unsupported URL", "package not installed"):
-        text = str(error).replace(name, shown(name)) or type(error).__name__
-    return StorageError(f"{shown(name)}: {text}", reason, passes, attempts, _retry_after(error))
+        text = str(error).replace(name, redact(name)) or type(error).__name__
+    return StorageError(f"{redact(name)}: {text}", reason, transient, retries, _retry_after(error))
 
 
 def _meaning(error: Exception) -> Meaning:
@@ -104,8 +104,8 @@ def _meaning(error: Exception) -> Meaning:
     if status is not None and "TooManyRedirects" not in names:
         if "ClientHttpProxyError" in names:
             return f"proxy: HTTP {status}", True, _FEW
-        passes = status in _PASSING_STATUS
-        return f"HTTP {status}", passes, _MANY if passes else 0
+        transient = status in _TRANSIENT_STATUS
+        return f"HTTP {status}", transient, _MANY if transient else 0
     for name in names:
         if name in _MEANINGS:
             return _MEANINGS[name]

@@ -13,7 +13,7 @@ from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
 from pipeline.packing.contents import PackingError, contents
 from pipeline.packing.images import Geometry, PackedImage, RejectedError, check_image, pack_image
-from pipeline.packing.remote_errors import shown
+from pipeline.packing.remote_errors import redact
 from pipeline.packing.shard_results import Event, ShardResult, save_result
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.statistics import PixelSums
@@ -119,11 +119,10 @@ def _accepted_images(
     """
     image_options, accepted = task.image_options, 0
     for key, (source, content) in enumerate(contents(task.sources, task.table), task.first_key):
-        decode, name = image_options.check == "decode" or accepted % DECODE_EVERY == 0, shown(source.path)
+        decode = image_options.check == "decode" or accepted % DECODE_EVERY == 0
+        name = redact(source.path)
         try:
-            with path_in_errors(
-                source.file
-            ):  # errors of this process, such as that it has no free descriptor
+            with path_in_errors(source.file):  # for errors of the process, such as a lack of descriptors
                 if task.tar is None:
                     packed = pack_image(
                         content(), image_options.geometry, image_options.size, image_options.quality, decode

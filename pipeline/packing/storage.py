@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from pipeline.files import path_in_errors, read_file, sync_folder
-from pipeline.packing.remote_errors import as_os_error, shown
+from pipeline.packing.remote_errors import as_os_error, redact
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, with_retries
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from aiohttp import TraceConfig
 
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
-
-
 MAX_BYTES = 1_000_000_000  # of an image file, which is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
@@ -58,7 +56,8 @@ def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
     if size is not None and len(content) > size:  # many static file servers send the whole file
         raise StorageError(
-            f"{shown(file)}: the server does not support reading parts of files (HTTP ranges)", passes=False
+            f"{redact(file)}: the server does not support reading parts of files (HTTP ranges)",
+            transient=False,
         )
     return content
 
@@ -68,6 +67,15 @@ def _read_local(file: str, offset: int, size: int | None) -> bytes:
         return read_file(file, offset, size)
     except MemoryError:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
+
+
+def open_file(file: str) -> BinaryIO:
+    """Open a file, given by path or URL, for reading. Raises OSError."""
+    if not is_url(file):
+        return open(file, "rb")
+    with as_os_error(file):
+        fs, path = _file_system(file)
+        return fs.open(path, "rb")
 
 
 def is_accessible(name: str) -> bool:
@@ -188,7 +196,7 @@ def _size_limit(max_bytes: int) -> "TraceConfig":
     async def refuse_large(session, context, request) -> None:
         if (request.response.content_length or 0) > max_bytes:
             request.response.close()
-            raise StorageError(f"{shown(str(request.url))}: too large", "too large", passes=False)
+            raise StorageError(f"{redact(str(request.url))}: too large", "too large", transient=False)
 
     trace = TraceConfig()
     trace.on_request_end.append(refuse_large)

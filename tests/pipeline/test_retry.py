@@ -91,13 +91,13 @@ def remote(**settings) -> StorageError:
 @pytest.mark.parametrize(
     ("error", "slept"),
     [
-        (remote(attempts=4), list(PAUSES)),
-        (remote(attempts=2), list(PAUSES[:2])),
-        (remote(attempts=0), []),
-        (remote(attempts=2, wait=1.0), [1.0, 1.0]),  # longer than the pauses, as the server asks
-        (remote(attempts=4, wait=3.0), [3.0, 3.0, 3.0, PAUSES[3]]),
-        (remote(attempts=1, wait=3600.0), [30.0]),
-        (remote(attempts=1, wait=-5.0), [PAUSES[0]]),
+        (remote(retries=4), list(PAUSES)),
+        (remote(retries=2), list(PAUSES[:2])),
+        (remote(retries=0), []),
+        (remote(retries=2, retry_after=1.0), [1.0, 1.0]),  # longer than the pauses, as the server asks
+        (remote(retries=4, retry_after=3.0), [3.0, 3.0, 3.0, PAUSES[3]]),
+        (remote(retries=1, retry_after=3600.0), [30.0]),
+        (remote(retries=1, retry_after=-5.0), [PAUSES[0]]),
     ],
 )
 def test_errors_of_urls_are_retried_as_often_and_as_late_as_they_say(error, slept, monkeypatch):
@@ -110,7 +110,8 @@ def test_errors_of_urls_are_retried_as_often_and_as_late_as_they_say(error, slep
 
 
 def test_an_error_of_a_url_keeps_its_meaning_between_processes():
-    error = pickle.loads(pickle.dumps(remote(passes=False, attempts=3, wait=2.0)))
-    assert (str(error), vars(error)) == (str(remote()), vars(remote(passes=False, attempts=3, wait=2.0)))
+    original = remote(transient=False, retries=3, retry_after=2.0)
+    error = pickle.loads(pickle.dumps(original))
+    assert (str(error), vars(error)) == (str(original), vars(original))
     assert not is_outage(error)
     assert is_outage(remote())

@@ -30,8 +30,6 @@ _READ_AHEAD_BYTES = 8192
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
 Read = Callable[[str, int, int], bytes]  # of file, offset and size, like storage.read
 
 

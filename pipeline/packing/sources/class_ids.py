@@ -2,25 +2,14 @@
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Number
 
+from pipeline.packing.messages import join_names
 from pipeline.packing.sources.listing import SourceError
 
 _MISSING = {"", "nan", "NaN", "NaT", "None", "<NA>", "null", "NULL"}  # as Python, pandas and SQL write it
 _CONTROLS = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are not UTF-8, and line breaks
-_SHOWN = 5  # names in a message
-
-
-def few(names: Collection[str]) -> str:
-    """Join names for a message, which says how many others there are beyond the first ones."""
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"
-
-
-def count(number: int, one: str, many: str) -> str:
-    """Return a number with what is counted, for a message."""
-    return f"{number:,} {one if number == 1 else many}"
 
 
 def class_id(label: object) -> str | None:
@@ -65,13 +54,13 @@ def check_printable(ids: Iterable[str], location: str) -> None:
     """
     bad = [each for each in ids if _CONTROLS & set(map(unicodedata.category, each))]
     if bad:
-        names = few([repr(each) for each in bad])
+        names = join_names(map(repr, bad))
         raise SourceError(
             f"classes in {location} have control characters or line breaks in their names: rename {names}"
         )
 
 
-def refuse_lookalikes(ids: Iterable[str], location: str) -> None:
+def check_no_lookalikes(ids: Iterable[str], location: str) -> None:
     """Raise SourceError for ids that look the same but differ, such as é and e with a combining accent."""
     seen: dict[str, str] = {}
     for each in ids:
@@ -83,13 +72,13 @@ def refuse_lookalikes(ids: Iterable[str], location: str) -> None:
             )
 
 
-def nearly_alike(ids: Iterable[str]) -> list[tuple[str, str]]:
+def confusable_pairs(ids: Iterable[str]) -> list[tuple[str, str]]:
     """Return pairs of class ids that differ only in capitals, blanks or characters that are not shown."""
     seen: dict[str, str] = {}
     pairs = []
     for each in ids:
-        shown = (char for char in each if unicodedata.category(char) != "Cf")
-        key = " ".join(unicodedata.normalize("NFKC", "".join(shown)).casefold().split())
+        visible = (char for char in each if unicodedata.category(char) != "Cf")
+        key = " ".join(unicodedata.normalize("NFKC", "".join(visible)).casefold().split())
         if (other := seen.setdefault(key, each)) != each:
             pairs.append((other, each))
     return pairs

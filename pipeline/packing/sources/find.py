@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.packing.messages import join_names, pluralize
 from pipeline.packing.sources.class_ids import (
+    check_no_lookalikes,
     check_printable,
-    count,
-    few,
-    nearly_alike,
-    refuse_lookalikes,
+    confusable_pairs,
     sort_classes,
 )
 from pipeline.packing.sources.class_names import read_class_names
@@ -50,7 +49,7 @@ class Sources:
     path. strays: files that belong to no class and cannot be packed. names: the readable names of classes, by
     id. table: the path or URL of the table that lists the images, or None. Files that a table lists need not
     exist. sealed, unused: as in SplitFiles. litter, unlisted: as in InputFolder. warnings: sentences about
-    what is probably a mistake.
+    probable mistakes.
     """
 
     classes: list[str]
@@ -91,9 +90,11 @@ def find_sources(
             raise
         raise SourceError(f"{error}. {describe_unlisted(folder.unlisted)}") from error
     if class_names:
-        refuse_lookalikes([*found.classes, *names], f"--class-names {class_names} and --input {input}")
+        check_no_lookalikes([*found.classes, *names], f"--class-names {class_names} and --input {input}")
         if nameless := [each for each in found.classes if each not in names]:
-            found.warnings.append(f"--class-names {class_names} has no name for the classes {few(nameless)}")
+            found.warnings.append(
+                f"--class-names {class_names} has no name for the classes {join_names(nameless)}"
+            )
     found = replace(found, table=table, names=names)
     if folder is None:
         return found
@@ -114,8 +115,8 @@ def open_folder(name: str) -> InputFolder:
 
 def describe_unlisted(folders: Mapping[str, str]) -> str:
     """Name the folders that could not be listed. folders: the reason for each."""
-    listed = few([f"{path} ({reason})" for path, reason in sorted(folders.items())])
-    return f"{count(len(folders), 'folder', 'folders')} of --input cannot be listed: {listed}"
+    listed = join_names(f"{path} ({reason})" for path, reason in sorted(folders.items()))
+    return f"{pluralize(len(folders), 'folder', 'folders')} of --input cannot be listed: {listed}"
 
 
 def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, seed: int) -> Sources:
@@ -126,7 +127,7 @@ def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, see
         raise SourceError(
             f"{train.location} has no class folders: images are expected as {train.location}/<class>/<image>"
         )
-    refuse_lookalikes(classes, train.location)
+    check_no_lookalikes(classes, train.location)
     check_printable(classes, train.location)
     labels = {name: label for label, name in enumerate(classes)}
     splits = {split: _label_images(files, labels, train.location) for split, files in found.items()}
@@ -139,16 +140,16 @@ def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, see
     untrained = [each for each in classes if labels[each] not in trained and each not in train.incomplete]
     if untrained:
         raise SourceError(
-            f"{train.location} has no files for the classes {few(untrained)}: add images, or remove the "
-            "classes"
+            f"{train.location} has no files for the classes {join_names(untrained)}: add images, or remove "
+            "the classes"
         )
     strays = [stray for files in found.values() for stray in files.strays]
     sealed = frozenset().union(*(files.sealed for files in found.values()))
     unused = [name for files in found.values() for name in files.unused]
     sources = Sources(classes, splits, strays, sealed=sealed, unused=unused)
     incomplete = set[str]().union(*(files.incomplete for files in found.values()))
-    doubts = [doubt for files in found.values() for doubt in files.doubts]
-    return replace(sources, warnings=doubts + _doubts(sources, incomplete))
+    warnings = [warning for files in found.values() for warning in files.warnings]
+    return replace(sources, warnings=warnings + _warnings_about(sources, incomplete))
 
 
 def _label_images(files: SplitFiles, labels: dict[str, int], train: str) -> list[SourceImage]:
@@ -161,23 +162,25 @@ def _label_images(files: SplitFiles, labels: dict[str, int], train: str) -> list
         else:
             unknown.setdefault(class_id)
     if unknown:
-        refuse_lookalikes([*labels, *unknown], f"{files.location} and {train}")
+        check_no_lookalikes([*labels, *unknown], f"{files.location} and {train}")
         raise SourceError(
-            f"the class {few(unknown)} is in {files.location} but not in {train}: rename it to one of those, "
-            "or remove it"
+            f"{files.location} has classes that are not in {train}: {join_names(unknown)}. Rename them to "
+            "classes of train, or remove them"
         )
     return sorted(images, key=lambda source: (source.label, source.path))
 
 
-def _doubts(found: Sources, incomplete: Collection[str]) -> list[str]:
-    """Describe what can be packed, but is probably not meant. incomplete: as in SplitFiles."""
-    doubts = []
-    if pairs := [f"{one!r} and {other!r}" for one, other in nearly_alike(found.classes)]:
-        doubts.append(f"these classes differ only in capitals, blanks or hidden characters: {few(pairs)}")
+def _warnings_about(found: Sources, incomplete: Collection[str]) -> list[str]:
+    """Describe probable mistakes that do not prevent packing. incomplete: as in SplitFiles."""
+    warnings = []
+    if pairs := [f"{one!r} and {other!r}" for one, other in confusable_pairs(found.classes)]:
+        warnings.append(
+            f"these classes differ only in capitals, blanks or hidden characters: {join_names(pairs)}"
+        )
     known = {found.classes[source.label] for source in found.splits["val"]}.union(incomplete)
     if others := [name for name in found.classes if name not in known]:
-        doubts.append(f"there are no validation images of the classes {few(others)}")
-    return doubts
+        warnings.append(f"there are no validation images of the classes {join_names(others)}")
+    return warnings
 
 
 def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[str, list[SourceImage]]:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.packing import storage
+from pipeline.packing.messages import join_names
 from pipeline.packing.sources.archives import (
     class_tars,
     flat_tar,
     folder_of_class_tars,
     is_folder_of_class_tars,
 )
-from pipeline.packing.sources.class_ids import few
 from pipeline.packing.sources.labels import TINY, Annotations
 from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
@@ -146,20 +146,20 @@ def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles
     classes, strays = folder.entries(subfolder)
     location = folder.locate(subfolder)
     _refuse_splits(classes, location)
-    unused, doubts, incomplete = list[str](), list[str](), set[str]()
+    unused, warnings, incomplete = list[str](), list[str](), set[str]()
 
     def images() -> Iterator[LabelledImage]:
         for class_id in classes:
             class_folder = _join(subfolder, class_id)
             names = folder.files(class_folder)
             inside = list(dict.fromkeys(name.partition("/")[0] for name in names if "/" in name))
-            place = folder.locate(class_folder)
+            class_location = folder.locate(class_folder)
             if len(classes) > 1 or split:
-                _refuse_splits(inside, place)
+                _refuse_splits(inside, class_location)
             elif len(inside) > 1 and all("/" in name for name in names):
-                doubts.append(
-                    f"{class_id} is taken for a class, but has the folders {few(inside)}: if {location} is "
-                    f"one level too high, give {place} as --input"
+                warnings.append(
+                    f"{class_id} is taken for a class, but has the folders {join_names(inside)}: if "
+                    f"{location} is one level too high, give {class_location} as --input"
                 )
             if not folder.is_complete(class_folder):
                 incomplete.add(class_id)
@@ -172,7 +172,7 @@ def class_folders(folder: InputFolder, subfolder: str, split: str) -> SplitFiles
 
     strays = [_join(split, name) for name in strays]
     return SplitFiles(
-        location, classes, images(), strays, unused=unused, doubts=doubts, incomplete=incomplete
+        location, classes, images(), strays, unused=unused, warnings=warnings, incomplete=incomplete
     )
 
 
@@ -181,8 +181,8 @@ def _refuse_splits(names: Iterable[str], location: str) -> None:
     found = {split: name for name in names if (split := split_of(name))}
     if "train" in found and len(found) > 1:
         raise SourceError(
-            f"{location} has the folders {few(list(found.values()))}, which are splits and not classes: give "
-            f"{location} as --input, or merge its splits into those of --input"
+            f"{location} has the folders {join_names(found.values())}, which are splits and not classes: "
+            f"give {location} as --input, or merge its splits into those of --input"
         )
 
 

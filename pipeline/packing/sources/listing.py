@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from pipeline.files import path_in_errors
 from pipeline.packing import storage
@@ -45,9 +45,9 @@ class SplitFiles:
     location: where they are, for messages. classes: class ids, including those without images. strays: files
     that belong to no class. sealed: files that can only be read from front to end, such as compressed tars;
     their images are extracted before packing. The offset of an image in one of these counts decompressed
-    bytes or, in a Parquet file, rows. unused: names of what belongs to no split that is
-    packed, such as the folder test. doubts: what is probably not meant. incomplete: classes with folders that
-    could not be listed. The last three are known once all images have been taken.
+    bytes or, in a Parquet file, rows. unused: names of what belongs to no split that is packed, such as the
+    folder test. warnings: sentences about probable mistakes. incomplete: classes with folders that could not
+    be listed. The last three are complete only after iterating over all images.
     """
 
     location: str
@@ -56,7 +56,7 @@ class SplitFiles:
     strays: list[str] = field(default_factory=list)
     sealed: frozenset[str] = frozenset()
     unused: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     incomplete: set[str] = field(default_factory=set)
 
 
@@ -196,24 +196,3 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _real_path(path: str) -> str:
     return with_retries(partial(os.path.realpath, path, strict=True), warn)
-
-
-def open_file(name: str) -> BinaryIO:
-    """Open a file, given by path or URL, for reading. Raises SourceError or OSError if that fails."""
-    if not storage.is_url(name):
-        return open(name, "rb")
-    folder, _, file = name.rpartition("/")
-    with _as_source_error(name):
-        opened = storage.Folder(folder)
-        return opened.fs.open(f"{opened.path.rstrip('/')}/{file}", "rb")
-
-
-@contextmanager
-def _as_source_error(name: str) -> Iterator[None]:
-    """Turn the errors that the various kinds of storage raise into SourceError, except FileNotFoundError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise SourceError(f"{name} cannot be read: {error or type(error).__name__}") from error

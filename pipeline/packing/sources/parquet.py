@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.files import path_in_errors
 from pipeline.packing.sources.class_ids import class_id
-from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, open_file
+from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.splits import by_split, check_splits
+from pipeline.packing.storage import open_file
 
 if TYPE_CHECKING:
     from pyarrow import Schema
@@ -159,7 +160,10 @@ def _features(schema: "Schema") -> dict[str, dict]:
 
 @contextmanager
 def opened_parquet(file: str) -> Iterator["ParquetFile"]:
-    """Open a Parquet file. Raises SourceError if it is damaged, or if pyarrow is not installed."""
+    """Open a Parquet file.
+
+    Raises SourceError if it is damaged, or if pyarrow is not installed, and OSError.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -167,10 +171,10 @@ def opened_parquet(file: str) -> Iterator["ParquetFile"]:
         raise SourceError(
             f"reading {file} needs pyarrow: run pip install 'alexnet-train[parquet]', or use a CSV table"
         ) from None
-    try:
-        with path_in_errors(file), open_file(file) as opened:
+    with path_in_errors(file), open_file(file) as opened:
+        try:
             yield parquet.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # an error of the file system
-            raise
-        raise SourceError(f"{file} is not a valid Parquet file: {error}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno:  # an error of the file system
+                raise
+            raise SourceError(f"{file} is not a valid Parquet file: {error}") from None

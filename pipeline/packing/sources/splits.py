@@ -6,7 +6,7 @@ The words are those that Hugging Face's `datasets` recognises in the names of fi
 import re
 from collections.abc import Iterable, Sequence
 
-from pipeline.packing.sources.class_ids import few
+from pipeline.packing.messages import join_names
 from pipeline.packing.sources.listing import SourceError
 
 _SPLITS = {
@@ -41,8 +41,8 @@ def split_folders(location: str, names: Iterable[str]) -> dict[str, str]:
         for split, group in groups.items():
             if len(group) > 1:
                 raise SourceError(
-                    f"{location} has more than one folder for {split}: {few(group)}: merge them, or remove "
-                    "all but one"
+                    f"{location} has more than one folder for {split}: {join_names(group)}: merge them, "
+                    "or remove all but one"
                 )
             found[split] = group[0]
     return found

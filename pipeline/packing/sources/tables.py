@@ -12,8 +12,9 @@ from typing import Any
 
 from pipeline.files import path_in_errors
 from pipeline.packing import storage
-from pipeline.packing.sources.class_ids import class_id, count, without_fractions
-from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles, open_file
+from pipeline.packing.messages import pluralize
+from pipeline.packing.sources.class_ids import class_id, without_fractions
+from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 from pipeline.packing.sources.splits import split_of
 
@@ -69,7 +70,7 @@ def read_table(
         if split == "train" or images:
             parts[split] = SplitFiles(name, classes, images)
     if test:
-        parts["train"].unused.append(f"the split test ({count(len(test), 'row', 'rows')})")
+        parts["train"].unused.append(f"the split test ({pluralize(len(test), 'row', 'rows')})")
     return parts, dict
 
 
@@ -97,7 +98,7 @@ Rows = Iterator[tuple[int, tuple[Any, ...]]]  # row numbers, for messages, and r
 def _text_rows(name: str) -> Rows:
     delimiter = "\t" if name.lower().endswith(".tsv") else ","
     try:
-        with open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        with storage.open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
             reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
             columns = _columns(name, list(reader.fieldnames))

@@ -5,8 +5,8 @@
 
 A word in the path of a tar, relative to the input, names its split, as in splits.py. If no path has such a
 word, all tars belong to train. If some have one, tars without one are left out and listed in the report.
-Those of test are not used. Only files whose names end in .tar, or as those of compressed tars do
-compressed tar (.tar.gz, .tgz, .tar.xz, …), are considered.
+Those of test are not used. Only files whose names end in .tar, or in the suffix of a compressed tar (.tar.gz,
+.tgz, .tar.xz, …), are considered.
 
 Consecutive members with the same key form a sample; the key is the path up to the first dot in the file name.
 The rest of the name is the member's type: jpg, png, … for the image, and cls for the label, a decimal number.

@@ -37,7 +37,7 @@ def test_either_form_alone_is_accepted(tmp_path, name):
 
 
 def test_classes_that_merely_differ_are_not_said_to_look_alike(tmp_path):
-    with pytest.raises(SourceError, match=r"the class b is in .* but not in"):
+    with pytest.raises(SourceError, match=r"/val has classes that are not in .*/train: b\."):
         find_sources(tree(tmp_path, ["a"], ["b"]), None, 0)
 
 

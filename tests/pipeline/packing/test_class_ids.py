@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from pipeline.packing.messages import join_names, pluralize
 from pipeline.packing.sources.class_ids import (
     check_printable,
     class_id,
-    few,
-    nearly_alike,
+    confusable_pairs,
     sort_classes,
     without_fractions,
 )
@@ -168,9 +168,14 @@ def test_many_bad_names_are_cut_short(tmp_path):
     assert len(str(refusal.value)) < 400
 
 
-def test_few_names_are_all_shown():
-    assert few(["a", "b"]) == "a, b"
-    assert few(list("abcdef")) == "a, b, c, d, e and 1 more"
+def test_messages_list_at_most_five_names():
+    assert join_names(["a", "b"]) == "a, b"
+    assert join_names(list("abcdef")) == "a, b, c, d, e and 1 more"
+
+
+@pytest.mark.parametrize(("number", "phrase"), [(0, "0 classes"), (1, "1 class"), (1234, "1,234 classes")])
+def test_a_noun_agrees_with_its_number(number, phrase):
+    assert pluralize(number, "class", "classes") == phrase
 
 
 def test_numbers_are_in_order_of_size_and_others_of_the_alphabet():
@@ -182,13 +187,13 @@ def test_numbers_are_in_order_of_size_and_others_of_the_alphabet():
     "pair", [("Cat", "cat"), ("a b", "a  b"), ("ab", "a\N{ZERO WIDTH SPACE}b"), ("ﬁn", "fin")]
 )
 def test_classes_that_are_hard_to_tell_apart_are_warned_of(tmp_path, pair):
-    assert nearly_alike(pair) == [pair]
+    assert confusable_pairs(pair) == [pair]
     (warning,) = found(tmp_path / "t.csv", list(pair)).warnings
     assert "differ only in" in warning
 
 
 def test_classes_that_differ_are_not():
-    assert nearly_alike(["cat", "cats", "c at"]) == []
+    assert confusable_pairs(["cat", "cats", "c at"]) == []
 
 
 # Names to show

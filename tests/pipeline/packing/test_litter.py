@@ -157,7 +157,7 @@ def test_it_is_told_once_and_the_exit_code_is_0(tree, tmp_path, call):
     told = [line for line in run.stdout.splitlines() if "ignored" in line]
     assert told == [
         "ignored 4 files and folders that desktops and archivers leave (.DS_Store, ._a.jpg, "
-        ".ipynb_checkpoints, …)"
+        ".ipynb_checkpoints, Thumbs.db)"
     ]
 
 

@@ -98,7 +98,12 @@ ERRORS = {
     "classes without a file": (["train/a/", "val/a/1.jpg"], None, "", "no files for the split 'train'"),
     "nothing to validate on": (["train/a/1.jpg", "val/"], None, "", "no files for the split 'val'"),
     "too few to hold one out": (["a/1.jpg", "b/1.jpg"], 0.1, "", "no files for the split 'val'"),
-    "a class of val alone": (["train/a/1", "val/a/1", "val/b/1"], None, "", "class b is in .*val but not"),
+    "a class of val alone": (
+        ["train/a/1", "val/a/1", "val/b/1"],
+        None,
+        "",
+        "val has classes that are not in .*train: b",
+    ),
     "a class without training files": (["train/a/1", "train/b/", "val/a/1", "val/b/1"], None, "", r"\bb\b"),
 }
 

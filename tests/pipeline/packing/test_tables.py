@@ -76,7 +76,11 @@ ERRORS = {
     "an empty path": (COLUMNS | {"path": ["1", "", "3", "4"]}, None, r"row \d: expected a path"),
     "an empty label": (COLUMNS | {"label": ["a", "", "a", "a"]}, None, r"row \d: expected a path, a label"),
     "a path twice": (COLUMNS | {"path": ["1", "2", "1", "4"]}, None, r"row \d: 1 is already in row \d"),
-    "a class of val alone": (COLUMNS | {"label": ["a", "a", "a", "c"]}, None, "class c is in .* but not in"),
+    "a class of val alone": (
+        COLUMNS | {"label": ["a", "a", "a", "c"]},
+        None,
+        r"has classes that are not in .*: c\.",
+    ),
     "no val": (COLUMNS | {"split": ["train"] * 4}, None, "no column split with rows for val"),
     "no train": (COLUMNS | {"split": ["val"] * 4}, None, "no rows for the split 'train'"),
     "control characters": (COLUMNS | {"label": ["a", "b\a", "a", "a"]}, None, "control characters"),

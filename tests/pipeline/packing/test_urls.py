@@ -11,7 +11,7 @@ import pytest
 from pipeline import retry
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.packing import contents, storage
-from pipeline.packing.remote_errors import shown
+from pipeline.packing.remote_errors import redact
 from pipeline.retry import StorageError
 from tests.pipeline.packing import faulty_server
 from tests.pipeline.packing.faulty_server import Fault, FaultyServer, once, redirect, serving, status
@@ -149,7 +149,7 @@ def test_tls_is_not_spoken_everywhere(server, pack, tmp_path):
 
 
 def test_a_host_with_many_files_that_is_away_ends_the_run(pack, tmp_path):
-    urls = [f"http://127.0.0.1:1/{number}.jpg" for number in range(contents._FEW)]
+    urls = [f"http://127.0.0.1:1/{number}.jpg" for number in range(contents._MANY)]
     with pytest.raises(StorageError, match=r"^http://127.0.0.1:1/\d+.jpg: connection refused, and no other"):
         pack(*urls)
     assert not (tmp_path / "out/dataset.json").exists()
@@ -157,7 +157,7 @@ def test_a_host_with_many_files_that_is_away_ends_the_run(pack, tmp_path):
 
 def test_many_names_that_do_not_resolve_are_rejected(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_HTTP_SECONDS", {"total": 60})  # looking many names up at once takes time
-    urls = [f"http://nowhere.invalid/{number}.jpg" for number in range(contents._FEW + 2)]
+    urls = [f"http://nowhere.invalid/{number}.jpg" for number in range(contents._MANY + 2)]
     assert images(pack(*urls)) == 8
     assert {row[1:] for row in report(tmp_path)} == {("rejected", "host not found")}
     assert len(report(tmp_path)) == len(urls)
@@ -208,4 +208,4 @@ def test_secrets_are_not_shown(server, pack, tmp_path):
     assert images(pack(f"http://me:pass@{host}/secret.jpg?X-Amz-Signature=abc&id=1")) == 8
     assert server.requests["/secret.jpg?X-Amz-Signature=abc&id=1"] == 1
     assert report(tmp_path) == [(f"{server.url}/secret.jpg?X-Amz-Signature=***&id=1", "rejected", "HTTP 403")]
-    assert shown(f"{os.sep}local{path}?token=a") == f"{os.sep}local{path}?token=a"
+    assert redact(f"{os.sep}local{path}?token=a") == f"{os.sep}local{path}?token=a"
