@@ -1,8 +1,9 @@
 """Standard output and standard error that never end the work on which they report.
 
-The reader of a pipe dies, the disk under a log is full, a terminal is gone, a stream is closed or takes ASCII
-alone: none of this is a reason to stop training. `secure` makes both streams of a process tolerant, once, at
-its start. Text that cannot be written is then dropped, and the first time this is said on standard error.
+The reader of a pipe dies, the disk with the log is full, a terminal is gone, a stream is closed or accepts
+only ASCII: none of this is a reason to stop training. `secure` makes both streams of a process tolerant,
+once, at its start. Text that cannot be written is then dropped. The first loss on standard output is reported
+on standard error.
 
 For a command whose output is its result, dropping it would be wrong. Within `printed`, a failed write is an
 OSError, and a reader that has gone ends the command silently, as SIGPIPE ends other commands.
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-PATIENCE_SECONDS = 5.0  # for a reader that takes nothing; after that, text is dropped until it takes some
+PATIENCE_SECONDS = 5.0  # wait this long for a reader that does not read; then drop text until it does
 _HELP = {"-h", "--help", "--version"}
 _stdout: "_Stream | None" = None  # this process's streams, once they are secured
 _stderr: "_Stream | None" = None
@@ -60,7 +61,7 @@ class _Stream(io.RawIOBase):
         return len(part)
 
     def _is_ready(self) -> bool:
-        """Wait until the reader takes text: for a result without limit, otherwise once and not for long."""
+        """Wait until text can be written: without limit for a result, else once for PATIENCE_SECONDS."""
         seconds = 0.0 if self._is_stuck else PATIENCE_SECONDS
         self._is_stuck = not self._poll.poll(None if self.is_result else seconds * 1e3)
         return not self._is_stuck
@@ -79,7 +80,7 @@ class _Stream(io.RawIOBase):
 
 
 def secure() -> None:
-    """Make the standard streams of this process tolerant. To be called before files are opened."""
+    """Make the standard streams of this process tolerant. Call this before opening any file."""
     global _stdout, _stderr
     # Otherwise the next file that is opened would take the number of a closed stream, and its text. A stream
     # that can only be read refuses text, as a closed one does.
@@ -97,7 +98,7 @@ def secure() -> None:
 
 
 def _text(raw: _Stream, before: TextIO | None) -> TextIO:
-    """Return a text file on a raw one with the encoding of the stream that it replaces, if that was open."""
+    """Return a text stream on a raw one, with the encoding of the one that it replaces, if that was open."""
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", "utf-8"),
@@ -108,7 +109,7 @@ def _text(raw: _Stream, before: TextIO | None) -> TextIO:
 
 
 def _flush() -> None:
-    """Write what is left when the process ends, and end with the code of a result that cannot be written."""
+    """Flush standard output at exit, and set the exit code if a result cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:

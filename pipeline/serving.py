@@ -25,17 +25,17 @@ PLAIN = "text/plain; charset=utf-8"
 Response = tuple[int, str, str]  # status, content type, text
 
 
-def in_url(address: str) -> str:
-    """Return an address as it is written in a URL, where an IPv6 address has brackets."""
+def url_host(address: str) -> str:
+    """Return the host part of a URL for an address: an IPv6 address is put in brackets."""
     return f"[{address}]" if ":" in address and not address.startswith("[") else address
 
 
 class PageServer:
     """Serves pages from its own thread until it is closed.
 
-    pages: what returns the response, for each path. address: a name or address of this machine, of IPv4 or
-    IPv6, with or without brackets; `::` means all addresses of both. port: 0 lets the system choose one.
-    Raises OSError, also if the address is not one of this machine's, or if the port is in use.
+    pages: for each path, the function that returns its response. address: a name or address of this machine,
+    of IPv4 or IPv6, with or without brackets; `::` means all addresses of both. port: 0 lets the system
+    choose one. Raises OSError, also if the address is not one of this machine's, or if the port is in use.
     """
 
     def __init__(self, pages: Mapping[str, Callable[[], Response]], address: str, port: int):

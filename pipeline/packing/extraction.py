@@ -26,12 +26,13 @@ from pipeline.packing.workers import warn
 SUFFIX = ".contents"
 
 
-def extract(tasks: Sequence[ShardTask], sealed: frozenset[str], output: Folder) -> list[ShardTask]:
-    """Extract the sealed files of the tasks, and return the tasks with sources that are in the copies.
+def extract(tasks: Sequence[ShardTask], sequential: frozenset[str], output: Folder) -> list[ShardTask]:
+    """Extract the sequential files among the sources, and return the tasks with sources in the copies.
 
-    Files that an earlier run extracted stay. Raises SourceError if a file is damaged, or OSError.
+    sequential: as in SplitFiles. Files that an earlier run extracted stay. Raises SourceError if a file is
+    damaged, and OSError.
     """
-    files = sorted({source.file for task in tasks for source in task.sources} & sealed)
+    files = sorted({source.file for task in tasks for source in task.sources} & sequential)
     present = output.sizes(STATE_FOLDER) if files else {}
     missing = [file for file in files if f"{_name(file)}.npy" not in present]
     for number, file in enumerate(missing, 1):

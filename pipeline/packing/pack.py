@@ -37,7 +37,7 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
         if complete:
             manifest = Manifest.model_validate_json(output.read(MANIFEST_NAME))
         else:
-            results = _results(options, all_tasks, sources.sealed, output, progress)
+            results = _results(options, all_tasks, sources.sequential, output, progress)
             manifest = write_dataset(options, sources, tasks, results)
         progress.remarks = remarks_about(sources, manifest, output)
         try:
@@ -62,7 +62,7 @@ def _check_folders(options: PackingOptions) -> None:
 def _results(
     options: PackingOptions,
     tasks: list[ShardTask],
-    sealed: frozenset[str],
+    sequential: frozenset[str],
     output: Folder,
     progress: Progress,
 ) -> list[ShardResult]:
@@ -72,7 +72,7 @@ def _results(
     with ThreadPoolExecutor(16) as pool:  # behind a URL, each record takes a request or two
         results = list(pool.map(lambda task: load_result(output, task.name, task.files, sizes), tasks))
     missing = [task for task, result in zip(tasks, results, strict=True) if result is None]
-    missing = extract(missing, sealed, output)
+    missing = extract(missing, sequential, output)
     total, remaining = (sum(len(task.sources) for task in some) for some in (tasks, missing))
     progress.begin(total, total - remaining)
     if missing:

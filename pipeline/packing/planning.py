@@ -19,8 +19,10 @@ def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[Shar
 
     Raises SourceError if tars are to be indexed in place, and an image is not in a tar.
     """
-    if options.in_place and sources.sealed:
-        raise SourceError(f"--in-place needs plain tars, but {min(sources.sealed)} must be extracted first")
+    if options.in_place and sources.sequential:
+        raise SourceError(
+            f"--in-place needs plain tars, but {min(sources.sequential)} must be extracted first"
+        )
     image_options = ImageOptions(options.geometry, options.size, options.quality, options.check, versions())
     divide = _by_tar if options.in_place else _by_shard
     return {

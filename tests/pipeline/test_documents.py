@@ -39,7 +39,7 @@ def test_a_json_file_that_cannot_be_used_is_named_with_the_reason(tmp_path, cont
 
 
 @pytest.mark.parametrize("content", [b"a = [1", b"a = 1\na = 2\n", b"a = " + b"[" * 100_000, b"a\r= 1"])
-def test_what_is_not_toml_is_refused(tmp_path, content):
+def test_a_file_that_is_not_toml_is_refused(tmp_path, content):
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
     with pytest.raises(ContentError, match=r"mine.toml is not valid TOML \("):
@@ -53,6 +53,6 @@ def test_a_byte_order_mark_and_the_line_ends_of_windows_are_accepted(tmp_path):
     assert not read_text(path).startswith("\ufeff")
 
 
-def test_a_missing_file_is_no_damage(tmp_path):
+def test_a_missing_file_is_not_reported_as_damaged(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json", NUMBERS)

@@ -1,4 +1,4 @@
-"""Output that cannot be written: what a process does that reports on its work, or that prints a result."""
+"""Output that cannot be written, by a process that reports on its work and by one that prints a result."""
 
 import os
 import pty
@@ -85,7 +85,7 @@ def test_text_that_an_encoding_lacks_is_escaped(encoding, tmp_path):
     assert "line 1999" in done.stdout
 
 
-def test_the_loss_of_output_is_said_once(tmp_path):
+def test_the_loss_of_output_is_reported_once(tmp_path):
     done = run(WORK, ">/dev/full", tmp_path / "result")
     assert done.stderr.count("standard output cannot be written (ENOSPC): the work goes on without it") == 1
 

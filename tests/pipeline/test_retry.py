@@ -50,7 +50,7 @@ def test_errors_of_urls_are_classified_by_their_type():
 
 
 @pytest.mark.parametrize("name", OUTAGES)
-def test_a_passing_error_is_retried_and_reported_once(monkeypatch, name):
+def test_an_outage_is_retried_and_reported_once(monkeypatch, name):
     storage = Storage(monkeypatch, failure(name), failures=3)
     assert with_retries(storage.read, storage.said.append) == b"content"
     assert storage.slept == list(PAUSES[:3])
@@ -58,7 +58,7 @@ def test_a_passing_error_is_retried_and_reported_once(monkeypatch, name):
     assert line.startswith(f"/mnt/file: {os.strerror(getattr(errno, name))}: retrying for")
 
 
-def test_a_lasting_error_is_raised_after_all_pauses(monkeypatch):
+def test_an_outage_that_persists_is_raised_after_all_pauses(monkeypatch):
     storage = Storage(monkeypatch, failure("ESTALE"), failures=100)
     with pytest.raises(OSError, match="/mnt/file"):
         with_retries(storage.read, storage.said.append)
@@ -77,7 +77,7 @@ def test_an_input_error_is_retried_for_less_time(monkeypatch):
     "error",
     [failure("ENOENT"), failure("EACCES"), OSError("a library has tried"), FileNotFoundError("s3://a")],
 )
-def test_an_error_that_cannot_pass_is_raised_at_once(monkeypatch, error):
+def test_a_permanent_error_is_raised_at_once(monkeypatch, error):
     storage = Storage(monkeypatch, error, failures=100)
     with pytest.raises(type(error)):
         with_retries(storage.read, storage.said.append)
@@ -100,7 +100,7 @@ def remote(**settings) -> StorageError:
         (remote(retries=1, retry_after=-5.0), [PAUSES[0]]),
     ],
 )
-def test_errors_of_urls_are_retried_as_often_and_as_late_as_they_say(error, slept, monkeypatch):
+def test_an_error_of_a_url_determines_how_often_and_when_it_is_retried(error, slept, monkeypatch):
     pauses, lines = [], []
     monkeypatch.setattr(time, "sleep", pauses.append)
     with pytest.raises(StorageError):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from pipeline.manifest import Manifest
-from pipeline.serving import in_url
+from pipeline.serving import url_host
 from trainer.evaluate import PROTOCOLS, Scores
 from trainer.monitor.display import Display
 from trainer.monitor.meter import Interval
@@ -40,7 +40,7 @@ class Journal:
             f"images in {len(manifest.classes):,} classes, on {self.world.size} × {name} in {precision}"
         )
         if port is not None:
-            self.display.say(f"live page: http://{in_url(settings.address)}:{port}/, metrics: /metrics")
+            self.display.say(f"live page: http://{url_host(settings.address)}:{port}/, metrics: /metrics")
         for note in notes:
             self.display.say(note)
 

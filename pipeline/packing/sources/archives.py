@@ -155,7 +155,7 @@ def folder_of_class_tars(folder: InputFolder, subfolder: str, split: str) -> Spl
     """Find the images in a folder of class tars, each named <class>.tar, and perhaps compressed."""
     tars = _tars_by_class(folder, subfolder)
     images: list[LabelledImage] = []
-    sealed = set()
+    sequential = set()
     for class_id, tar in tars.items():
         file = folder.locate(tar)
         with opened_tar(folder, tar) as (read, end, is_compressed):
@@ -163,10 +163,10 @@ def folder_of_class_tars(folder: InputFolder, subfolder: str, split: str) -> Spl
         path = f"{split}/{class_id}" if split else class_id
         images += [LabelledImage(f"{path}/{name}", class_id, file, *where) for name, *where in found]
         if is_compressed:
-            sealed.add(file)
+            sequential.add(file)
     used = {PurePosixPath(tar).name for tar in tars.values()}
     strays = [f"{split}/{name}".lstrip("/") for name in folder.entries(subfolder)[1] if name not in used]
-    return SplitFiles(folder.locate(subfolder), list(tars), images, strays, frozenset(sealed))
+    return SplitFiles(folder.locate(subfolder), list(tars), images, strays, frozenset(sequential))
 
 
 def _tars_by_class(folder: InputFolder, subfolder: str) -> dict[str, str]:

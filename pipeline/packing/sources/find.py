@@ -48,8 +48,8 @@ class Sources:
     classes: class ids in the order of their labels. splits: the images of each split, sorted by label and
     path. strays: files that belong to no class and cannot be packed. names: the readable names of classes, by
     id. table: the path or URL of the table that lists the images, or None. Files that a table lists need not
-    exist. sealed, unused: as in SplitFiles. litter, unlisted: as in InputFolder. warnings: sentences about
-    probable mistakes.
+    exist. sequential, unused: as in SplitFiles. litter, unlisted: as in InputFolder. warnings: sentences
+    about probable mistakes.
     """
 
     classes: list[str]
@@ -57,7 +57,7 @@ class Sources:
     strays: list[str]
     names: dict[str, str] = field(default_factory=dict)
     table: str | None = None
-    sealed: frozenset[str] = frozenset()
+    sequential: frozenset[str] = frozenset()
     unused: list[str] = field(default_factory=list)
     litter: frozenset[str] = frozenset()
     unlisted: dict[str, str] = field(default_factory=dict)
@@ -144,9 +144,9 @@ def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, see
             "the classes"
         )
     strays = [stray for files in found.values() for stray in files.strays]
-    sealed = frozenset().union(*(files.sealed for files in found.values()))
+    sequential = frozenset().union(*(files.sequential for files in found.values()))
     unused = [name for files in found.values() for name in files.unused]
-    sources = Sources(classes, splits, strays, sealed=sealed, unused=unused)
+    sources = Sources(classes, splits, strays, sequential=sequential, unused=unused)
     incomplete = set[str]().union(*(files.incomplete for files in found.values()))
     warnings = [warning for files in found.values() for warning in files.warnings]
     return replace(sources, warnings=warnings + _warnings_about(sources, incomplete))

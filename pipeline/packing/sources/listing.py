@@ -43,18 +43,18 @@ class SplitFiles:
     """The files found for a split.
 
     location: where they are, for messages. classes: class ids, including those without images. strays: files
-    that belong to no class. sealed: files that can only be read from front to end, such as compressed tars;
-    their images are extracted before packing. The offset of an image in one of these counts decompressed
-    bytes or, in a Parquet file, rows. unused: names of what belongs to no split that is packed, such as the
-    folder test. warnings: sentences about probable mistakes. incomplete: classes with folders that could not
-    be listed. The last three are complete only after iterating over all images.
+    that belong to no class. sequential: files that can only be read from front to end, such as compressed
+    tars; their images are extracted before packing. The offset of an image in one of these counts
+    decompressed bytes or, in a Parquet file, rows. unused: names of what belongs to no split that is packed,
+    such as the folder test. warnings: sentences about probable mistakes. incomplete: classes with folders
+    that could not be listed. The last three are complete only after iterating over all images.
     """
 
     location: str
     classes: list[str]
     images: Iterable[LabelledImage]
     strays: list[str] = field(default_factory=list)
-    sealed: frozenset[str] = frozenset()
+    sequential: frozenset[str] = frozenset()
     unused: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     incomplete: set[str] = field(default_factory=set)

@@ -81,16 +81,17 @@ def webdataset_tars(
 
 
 def _split_files(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
-    location, images, strays, sealed = f"{folder.name} (tars of {split})", [], unused.copy(), set()
+    location, images, strays, sequential = f"{folder.name} (tars of {split})", [], unused.copy(), set()
     contents = read_each(folder.name, partial(_read_tar, folder), tars)
     for tar, (in_tar, strays_in_tar, is_compressed) in zip(tars, contents, strict=True):
         images += in_tar
         strays += strays_in_tar
         if is_compressed:
-            sealed.add(folder.locate(tar))
+            sequential.add(folder.locate(tar))
     if not images:
         raise SourceError(f"{location} has no sample with an image (.jpg, …) and its label (.cls)")
-    return SplitFiles(location, list({image.class_id for image in images}), images, strays, frozenset(sealed))
+    classes = list({image.class_id for image in images})
+    return SplitFiles(location, classes, images, strays, frozenset(sequential))
 
 
 def _read_tar(folder: InputFolder, tar: str) -> tuple[list[LabelledImage], list[str], bool]:

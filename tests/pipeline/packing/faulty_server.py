@@ -12,7 +12,7 @@ from threading import Thread
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.files`; `server.faults` are called in place of that."""
+    """Serves `server.files`, or calls a fault of `server.faults` instead."""
 
     protocol_version = "HTTP/1.1"
     server: "FaultyServer"
@@ -40,11 +40,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-Fault = Callable[[Handler], object]  # which returns True if the file is to be served after all
+Fault = Callable[[Handler], object]  # returns True if the file is to be served after all
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """files: contents by path. faults: by path. requests: how often each was asked for."""
+    """files, faults: by path. requests: the number of requests by path."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -73,7 +73,7 @@ def status(code: int, **headers: str) -> Fault:
 
 
 def redirect(location: str | None = None) -> Fault:
-    """To another URL, or to itself."""
+    """Redirect to another URL, or to the same one."""
     return lambda handler: handler.refuse(302, Location=location or handler.path)
 
 
@@ -114,6 +114,6 @@ def trickle(handler: Handler) -> None:
 
 
 def once(fault: Fault) -> Fault:
-    """Only for the first request."""
+    """Apply a fault only to the first request."""
     left = [fault]
     return lambda handler: left.pop()(handler) if left else True

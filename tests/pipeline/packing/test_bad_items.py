@@ -1,4 +1,4 @@
-"""One bad file among sound ones, whatever is wrong with it and wherever it is.
+"""One bad file among intact ones, whatever is wrong with it and wherever it is.
 
 The outcome is always the same: the file is listed by name and reason, all others are packed, and the exit
 code says so. URLs are in test_urls.py.
@@ -61,7 +61,7 @@ def fail_at(stage: str, error: Exception, patch: pytest.MonkeyPatch, is_bad: Cal
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_whatever_a_stage_raises_rejects_the_file(stage, error, pictures, monkeypatch):
+def test_any_error_in_a_stage_of_packing_rejects_the_file(stage, error, pictures, monkeypatch):
     fail_at(stage, error, monkeypatch, lambda: True)
     content = next(pictures.glob("train/*/*")).read_bytes()
     with pytest.raises(RejectedError) as rejection:
@@ -88,7 +88,7 @@ def tree(pictures) -> Tree:
 
 
 def table(tree: Tree, root: Path) -> Path:
-    """A table that names the files of class folders."""
+    """Write class folders and a table that lists their files."""
     class_folders(tree, root)
     rows = [
         f"{split}/{label}/{name},{label},{split}"

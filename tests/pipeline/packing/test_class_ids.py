@@ -1,4 +1,4 @@
-"""Which class a label stands for, which names of classes are refused, and where names to show come from."""
+"""The class ids that labels stand for, the ids that are refused, and the readable names of classes."""
 
 import csv
 import decimal
@@ -53,12 +53,12 @@ LABELS = {
 
 
 @pytest.mark.parametrize(("label", "expected"), [*LABELS.items(), (True, "True"), (NAN, None), (None, None)])
-def test_a_label_is_a_class_or_none(label, expected):
+def test_a_label_stands_for_a_class_id_or_for_none(label, expected):
     assert class_id(label) == expected
 
 
 @pytest.mark.parametrize("label", [b"cat", ["cat"], {"a": 1}, ("cat",), object()])
-def test_other_things_are_no_labels(label):
+def test_values_of_other_types_are_not_labels(label):
     assert class_id(label) is None
 
 
@@ -71,7 +71,7 @@ def test_whole_numbers_are_the_same_classes_whatever_their_type(numbers):
 
 
 @pytest.mark.parametrize("ids", [["1.0", "a"], ["1.5", "2.0"], ["v1.0"], ["1.0.0"], ["-1.0", "2.0"]])
-def test_texts_that_are_not_all_whole_numbers_stay(ids):
+def test_ids_that_are_not_all_whole_numbers_stay_unchanged(ids):
     assert without_fractions(ids) == ids
 
 
@@ -94,13 +94,13 @@ def found(path: Path, labels: list) -> Sources:
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("labels", [[8.0, 10.0], [8, 10], ["8.0", "10.0"], ["8", "10.0"]])
-def test_numbers_are_in_their_order_also_as_floating_point(tmp_path, suffix, labels):
+def test_classes_are_in_numerical_order_even_in_floating_point(tmp_path, suffix, labels):
     sources = found(tmp_path / f"t{suffix}", labels)
     assert sources.classes == ["8", "10"]
     assert [source.label for source in sources.splits["val"]] == [0, 1]
 
 
-def test_blanks_around_labels_make_no_classes(tmp_path):
+def test_white_space_around_labels_is_ignored(tmp_path):
     assert found(tmp_path / "t.csv", ["cat", " cat", "cat ", "dog\t"]).classes == ["cat", "dog"]
     write(tmp_path / "t.csv", "path, label, split\n1.jpg, cat, train\n2.jpg,  cat,  val\n")
     sources = find_sources(tmp_path / "t.csv", None, 0)
@@ -127,13 +127,13 @@ MISSING = {
 }
 
 
-@pytest.mark.parametrize(("suffix", "labels", "shown"), MISSING.values(), ids=MISSING)
-def test_a_missing_label_is_refused_by_its_row(tmp_path, suffix, labels, shown):
-    with pytest.raises(SourceError, match=rf"row \d: expected a path, a label .*{shown}"):
+@pytest.mark.parametrize(("suffix", "labels", "label"), MISSING.values(), ids=MISSING)
+def test_a_missing_label_is_refused_by_its_row(tmp_path, suffix, labels, label):
+    with pytest.raises(SourceError, match=rf"row \d: expected a path, a label .*{label}"):
         found(tmp_path / f"t{suffix}", labels)
 
 
-SHOWN = [
+PRINTABLE = [
     "می\N{ZERO WIDTH NON-JOINER}خواهم",
     "क्\N{ZERO WIDTH JOINER}ष",
     "日\N{IDEOGRAPHIC SPACE}本",
@@ -141,28 +141,28 @@ SHOWN = [
     "🐈",
     "ﻻ",
 ]
-SHOWN += [
+PRINTABLE += [
     "a\N{NO-BREAK SPACE}b",
     "שלום\N{RIGHT-TO-LEFT MARK}",
     "soft\N{SOFT HYPHEN}ly",
     "👩\N{ZERO WIDTH JOINER}🚀",
 ]
-HIDDEN = ["a\nb", "a\tb", "a\x07", "\x1b[31mred", "a\x85b", "a\u2028b", "a\u2029b", "a\x00", "a\udcff"]
+NOT_PRINTABLE = ["a\nb", "a\tb", "a\x07", "\x1b[31mred", "a\x85b", "a\u2028b", "a\u2029b", "a\x00", "a\udcff"]
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_names_that_scripts_need_are_classes(tmp_path, name):
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_class_ids_may_have_the_characters_that_scripts_need(tmp_path, name):
     assert found(tmp_path / "t.csv", [name, "other"]).classes == sorted([name, "other"])
 
 
-@pytest.mark.parametrize("name", HIDDEN)
-def test_names_that_break_a_line_are_refused(name):
+@pytest.mark.parametrize("name", NOT_PRINTABLE)
+def test_class_ids_with_control_characters_or_line_breaks_are_refused(name):
     with pytest.raises(SourceError, match="control characters") as refusal:
         check_printable(["other", name], "a table")
     assert str(refusal.value).isprintable()
 
 
-def test_many_bad_names_are_cut_short(tmp_path):
+def test_a_message_about_many_class_ids_is_short(tmp_path):
     with pytest.raises(SourceError, match="and 19,995 more") as refusal:
         found(tmp_path / "t.parquet", [f"a\x07{number}" for number in range(20_000)])
     assert len(str(refusal.value)) < 400
@@ -178,7 +178,7 @@ def test_a_noun_agrees_with_its_number(number, phrase):
     assert pluralize(number, "class", "classes") == phrase
 
 
-def test_numbers_are_in_order_of_size_and_others_of_the_alphabet():
+def test_numbers_are_sorted_by_value_and_others_alphabetically():
     assert sort_classes(["10", "9", "1"]) == ["1", "9", "10"]
     assert sort_classes(["10", "9", "a"]) == ["10", "9", "a"]
 
@@ -186,17 +186,17 @@ def test_numbers_are_in_order_of_size_and_others_of_the_alphabet():
 @pytest.mark.parametrize(
     "pair", [("Cat", "cat"), ("a b", "a  b"), ("ab", "a\N{ZERO WIDTH SPACE}b"), ("ﬁn", "fin")]
 )
-def test_classes_that_are_hard_to_tell_apart_are_warned_of(tmp_path, pair):
+def test_a_warning_names_classes_that_are_easily_confused(tmp_path, pair):
     assert confusable_pairs(pair) == [pair]
     (warning,) = found(tmp_path / "t.csv", list(pair)).warnings
     assert "differ only in" in warning
 
 
-def test_classes_that_differ_are_not():
+def test_classes_that_differ_visibly_are_not_confusable():
     assert confusable_pairs(["cat", "cats", "c at"]) == []
 
 
-# Names to show
+# Readable names of classes.
 
 FILES = {
     "white space": "cat a cat\ndog a dog\n",
@@ -224,7 +224,7 @@ def test_names_are_taken_from_each_kind_of_file(tmp_path, content):
     assert sources.warnings == []
 
 
-def test_ids_may_contain_what_stands_between_id_and_name(tmp_path):
+def test_class_ids_may_contain_the_separator_of_id_and_name(tmp_path):
     write(tmp_path / "names", '"golden retriever",a dog\n"a, b",both\n')
     assert read_class_names(tmp_path / "names", ["golden retriever", "a, b"]) == {
         "golden retriever": "a dog",
@@ -241,7 +241,7 @@ def test_ids_may_contain_what_stands_between_id_and_name(tmp_path):
         ("cat\ndog\n", "cat, dog"),
     ],
 )
-def test_classes_without_a_name_are_told(tmp_path, content, missing):
+def test_a_warning_lists_the_classes_without_a_name(tmp_path, content, missing):
     write(tmp_path / "names", content)
     table(tmp_path / "t.csv", ["cat", "dog"])
     sources = find_sources(tmp_path / "t.csv", None, 0, tmp_path / "names")

@@ -1,4 +1,4 @@
-"""Layouts that people have: by which names splits are known, and what the advice is where one is not."""
+"""Layouts of input folders: the names by which splits are recognised, and the advice if one is missing."""
 
 import io
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_splits_are_known_by_their_names_in_folders(tmp_path, train, val):
 
 
 @pytest.mark.parametrize(("train", "val"), [each for each in SPLITS if "set" not in each[0]][:6])
-def test_and_in_tars_parquet_files_and_tables(tmp_path, train, val):
+def test_splits_are_known_by_their_names_in_tars_parquet_files_and_tables(tmp_path, train, val):
     rows = {"image": [{"bytes": image(0), "path": None}], "label": [0]}
     for split in (train, val):
         write(tmp_path / f"tars/{split}-0.tar", tar_of({"1.jpg": b"", "1.cls": b"0"}))
@@ -69,7 +69,7 @@ def test_and_in_tars_parquet_files_and_tables(tmp_path, train, val):
 @pytest.mark.parametrize(
     "name", ["trains", "train station", "bullet_train", "valley", "tests", "train_val", ""]
 )
-def test_other_names_are_no_splits(name):
+def test_other_names_are_not_splits(name):
     assert split_of(name) is None
     assert split_folders("in", [name]) == {}
 
@@ -83,7 +83,7 @@ def test_two_folders_for_a_split_are_refused(tmp_path, pair):
         find_sources(tmp_path, None, 0)
 
 
-def test_a_name_of_a_split_alone_is_preferred_to_one_with_other_words(tmp_path):
+def test_a_folder_named_only_after_its_split_is_preferred(tmp_path):
     found = find_sources(folders(tmp_path, "train", "train_data", "val", "val2"), None, 0)
     assert found.splits["val"][0].file == f"{tmp_path}/val/cat/0.jpg"
 
@@ -102,14 +102,14 @@ TEST_SPLITS = {
     ("form", "unused"),
     [("folders", "Test"), ("tars", "Test.tar"), ("table", "the split test (2 rows)")],
 )
-def test_a_test_split_is_not_used_which_is_told(tmp_path, form, unused):
+def test_a_test_split_is_not_used_and_is_reported(tmp_path, form, unused):
     TEST_SPLITS[form](tmp_path)
     found = find_sources(tmp_path / "t.csv" if form == "table" else tmp_path, None, 0)
     assert found.unused == [unused]
     assert found.strays == []
 
 
-def test_what_is_not_used_is_in_the_summary_and_nothing_is_rejected(tmp_path, call):
+def test_the_summary_names_unused_splits_and_nothing_is_rejected(tmp_path, call):
     folders(tmp_path / "in", "train", "valid", "test")
     run = call(make_shards.main, "--input", tmp_path / "in", "--out", tmp_path / "out", "--workers", "1")
     assert run.returncode == 0, run.stderr
@@ -118,7 +118,7 @@ def test_what_is_not_used_is_in_the_summary_and_nothing_is_rejected(tmp_path, ca
 
 
 @pytest.mark.parametrize("names", [("train",), ("Train", "Test"), ("training", "testing")])
-def test_without_val_the_advice_can_be_followed(tmp_path, names):
+def test_the_advice_for_an_input_without_val_works(tmp_path, names):
     folders(tmp_path, *names)
     with pytest.raises(SourceError, match=r"no folder is named val: .* --val-fraction 0\.1") as refusal:
         find_sources(tmp_path, None, 0)
@@ -129,7 +129,7 @@ def test_without_val_the_advice_can_be_followed(tmp_path, names):
 
 
 @pytest.mark.parametrize("fraction", [None, 0.5])
-def test_a_split_without_train_beside_classes_is_no_class(tmp_path, fraction):
+def test_a_folder_test_among_classes_is_not_a_class(tmp_path, fraction):
     folders(tmp_path, "", "test", classes=("cat", "dog"))
     with pytest.raises(
         SourceError, match=r"has test, but no folder is named train: .* rename test if it is not"
@@ -143,7 +143,7 @@ def test_pictures_of_trains_are_a_class(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [None, 0.25])
-def test_one_level_too_high_is_said_with_the_folder_to_give(tmp_path, fraction):
+def test_an_input_one_level_too_high_is_refused_with_the_right_folder(tmp_path, fraction):
     folders(tmp_path / "dataset", "Train", "Val")
     if fraction is None:
         with pytest.raises(SourceError, match=rf"but {tmp_path}/dataset has: give that as --input"):
@@ -153,7 +153,7 @@ def test_one_level_too_high_is_said_with_the_folder_to_give(tmp_path, fraction):
         assert f"give {tmp_path}/dataset as --input" in doubt
 
 
-def test_without_splits_the_advice_depends_on_what_there_is(tmp_path):
+def test_the_advice_for_an_input_without_splits_depends_on_its_content(tmp_path):
     write(tmp_path / "1.jpg", b"")
     assert_refused(tmp_path, rf"images are expected as {tmp_path}/train/<class>/<image>")
     folders(tmp_path / "images", "")
@@ -167,7 +167,7 @@ def test_several_datasets_at_once_are_refused(tmp_path):
         find_sources(tmp_path, 0.25, 0)
 
 
-def test_splits_inside_of_train_are_no_classes(tmp_path):
+def test_splits_inside_train_are_not_classes(tmp_path):
     folders(tmp_path, "train/train", "train/val")
     with pytest.raises(SourceError, match=rf"{tmp_path}/train has the folders train, val, which are splits"):
         find_sources(tmp_path, 0.25, 0)

@@ -1,4 +1,4 @@
-"""What desktops, notebooks, NAS boxes and archivers leave among images is passed over, counted and told."""
+"""Files that desktops, notebooks, NAS boxes and archivers leave among images are ignored and counted."""
 
 import pytest
 
@@ -67,7 +67,7 @@ def test_a_path_is_litter_from_its_first_such_part_on(name):
 @pytest.mark.parametrize(
     "name", [*CLASSES, ".", "..", "1.jpg", "desktop.ini.jpg", "Thumbs.db.png", "Icon\r1"]
 )
-def test_other_names_are_none(name):
+def test_other_names_are_not_litter(name):
     assert litter_in(f"train/{name}/1.jpg") is None
     assert litter_in(name) is None
 
@@ -99,7 +99,7 @@ def test_class_folders_with_litter_pack_to_the_same_bytes(tree, tmp_path):
     assert packed_files(class_folders(littered(tree), tmp_path / "in"), tmp_path / "b") == clean
 
 
-def test_class_folders_behind_a_url_too(tree, tmp_path):
+def test_class_folders_behind_a_url_with_litter_pack_to_the_same_bytes(tree, tmp_path):
     upload(class_folders(tree, tmp_path / "clean"), "memory://clean")
     upload(class_folders(littered(tree), tmp_path / "in"), "memory://littered")
     assert packed_files("memory://littered", tmp_path / "b") == packed_files("memory://clean", tmp_path / "a")
@@ -141,27 +141,27 @@ def test_webdataset_tars_with_litter_have_the_same_samples(tmp_path):
     assert len(found.litter) == 9
 
 
-def test_a_table_that_lists_such_a_file_means_it(tmp_path):
+def test_a_file_that_a_table_lists_is_packed_whatever_its_name(tmp_path):
     write(tmp_path / "t.csv", "path,label,split\n.hidden/._1.jpg,a,train\nThumbs.db,a,val\n")
     splits = find_sources(tmp_path / "t.csv", None, 0).splits
     assert [each.path for split in splits.values() for each in split] == [".hidden/._1.jpg", "Thumbs.db"]
 
 
-def test_it_is_told_once_and_the_exit_code_is_0(tree, tmp_path, call):
+def test_the_summary_counts_litter_and_the_exit_code_is_0(tree, tmp_path, call):
     class_folders(tree, tmp_path / "in")
     for name in (".DS_Store", "._a.jpg", "Thumbs.db"):
         write(tmp_path / "in/train" / min(tree["train"]) / name, b"junk")
     write(tmp_path / "in/train/.ipynb_checkpoints/1.jpg", b"junk")
     run = call(make_shards.main, "--input", tmp_path / "in", "--out", tmp_path / "out", "--workers", "1")
     assert run.returncode == 0, run.stderr
-    told = [line for line in run.stdout.splitlines() if "ignored" in line]
-    assert told == [
+    lines = [line for line in run.stdout.splitlines() if "ignored" in line]
+    assert lines == [
         "ignored 4 files and folders that desktops and archivers leave (.DS_Store, ._a.jpg, "
         ".ipynb_checkpoints, Thumbs.db)"
     ]
 
 
-def test_without_litter_nothing_is_told(tree, tmp_path):
+def test_without_litter_the_summary_does_not_mention_it(tree, tmp_path):
     progress = Progress()
     pack_here("--input", class_folders(tree, tmp_path / "in"), "--out", tmp_path / "out", progress=progress)
     assert progress.remarks.notes == progress.remarks.faults == []

@@ -1,6 +1,6 @@
 """SIGTERM, which `docker stop` sends to the first process of a container, where it has no default action.
 
-And SIGHUP, which a terminal that closes sends to all processes of a command.
+Also SIGHUP, which a terminal that is closed sends to all processes of a command.
 """
 
 import os

@@ -63,7 +63,7 @@ def find(source: Path, fault: Fault, folder: Path) -> Sources | str:
 def check(found: Sources | str, whole: Sources, name: str, reason: str, context: str) -> bool:
     """Check that what failed is named with the reason; return whether files were left out.
 
-    found: what `find` returned. whole: what is found without the fault, which is the context of an error.
+    found: what `find` returned. whole: what is found without the fault. context: shown if a check fails.
     """
     if isinstance(found, str):
         assert name in found, context
@@ -204,7 +204,7 @@ def test_a_link_with_the_name_of_an_image_is_taken_for_an_image(source, tmp_path
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_that_leads_nowhere_is_refused_by_name(source, tmp_path, split):
+def test_a_split_that_is_a_broken_link_is_refused_by_name(source, tmp_path, split):
     shutil.rmtree(source / split)
     (source / split).symlink_to(tmp_path / "unmounted")
     assert_refused(source, f"{source}/{split}")

@@ -1,4 +1,4 @@
-"""A table of URLs: what is tried again, which files are rejected and why, and what ends the run."""
+"""A table of URLs: which errors are retried, which files are rejected and why, and what ends the run."""
 
 import csv
 import os
@@ -41,7 +41,7 @@ def announces_much(handler) -> None:
 
 
 REJECTED["large"] = (announces_much, "too large")
-PASSING = {
+TRANSIENT = {
     "503": status(503),
     "429": status(429, Retry_After="1"),
     "cut": faulty_server.cut,
@@ -118,10 +118,10 @@ def test_each_file_of_a_list_may_be_the_bad_one(server, pack, tmp_path):
             file.unlink()
 
 
-@pytest.mark.parametrize("name", PASSING)
-def test_what_passes_is_tried_again(name, server, pack, tmp_path):
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_a_transient_error_is_retried(name, server, pack, tmp_path):
     path = next(iter(server.files))
-    server.faults[path] = once(PASSING[name])
+    server.faults[path] = once(TRANSIENT[name])
     start = time.monotonic()
     assert images(pack()) == 8
     assert report(tmp_path) == []
@@ -129,7 +129,7 @@ def test_what_passes_is_tried_again(name, server, pack, tmp_path):
     assert name != "429" or time.monotonic() - start >= 1  # as the server asks
 
 
-def test_what_does_not_pass_is_asked_for_once(server, pack):
+def test_a_permanent_error_is_not_retried(server, pack):
     path = next(iter(server.files))
     server.faults[path] = status(403)
     pack()
@@ -137,25 +137,25 @@ def test_what_does_not_pass_is_asked_for_once(server, pack):
 
 
 @pytest.mark.parametrize("url", ELSEWHERE)
-def test_a_host_with_few_files_that_is_away_rejects_these(url, pack, tmp_path):
+def test_the_few_files_of_an_unavailable_host_are_rejected(url, pack, tmp_path):
     assert images(pack(url)) == 8
     assert report(tmp_path) == [(url, "rejected", ELSEWHERE[url])]
 
 
-def test_tls_is_not_spoken_everywhere(server, pack, tmp_path):
+def test_a_file_of_a_server_without_tls_is_rejected(server, pack, tmp_path):
     url = f"{server.url.replace('http', 'https')}/a.jpg"
     assert images(pack(url)) == 8
     assert report(tmp_path) == [(url, "rejected", "TLS error")]
 
 
-def test_a_host_with_many_files_that_is_away_ends_the_run(pack, tmp_path):
+def test_an_unavailable_host_with_many_files_ends_the_run(pack, tmp_path):
     urls = [f"http://127.0.0.1:1/{number}.jpg" for number in range(contents._MANY)]
     with pytest.raises(StorageError, match=r"^http://127.0.0.1:1/\d+.jpg: connection refused, and no other"):
         pack(*urls)
     assert not (tmp_path / "out/dataset.json").exists()
 
 
-def test_many_names_that_do_not_resolve_are_rejected(pack, tmp_path, monkeypatch):
+def test_any_number_of_files_of_hosts_that_are_not_found_is_rejected(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_HTTP_SECONDS", {"total": 60})  # looking many names up at once takes time
     urls = [f"http://nowhere.invalid/{number}.jpg" for number in range(contents._MANY + 2)]
     assert images(pack(*urls)) == 8
@@ -164,7 +164,7 @@ def test_many_names_that_do_not_resolve_are_rejected(pack, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("fault", [status(503), faulty_server.silent, faulty_server.reset])
-def test_a_server_that_is_away_ends_the_run_and_the_same_command_continues(fault, server, pack, tmp_path):
+def test_an_unavailable_server_ends_the_run_and_the_same_command_continues(fault, server, pack, tmp_path):
     server.faults = dict.fromkeys(server.files, fault)
     with pytest.raises(StorageError, match=f"^{server.url}/.*and no other file of 127.0.0.1"):
         pack()
@@ -174,7 +174,7 @@ def test_a_server_that_is_away_ends_the_run_and_the_same_command_continues(fault
     assert report(tmp_path) == []
 
 
-def test_a_server_that_goes_away_in_the_middle_ends_the_run(server, pack, tmp_path, monkeypatch):
+def test_a_server_that_becomes_unavailable_ends_the_run(server, pack, tmp_path, monkeypatch):
     monkeypatch.setattr(contents, "READ_AHEAD", 1)
 
     def after_three(handler) -> object:
@@ -201,7 +201,7 @@ def test_a_proxy_of_the_environment_is_used(server, pack, tmp_path, monkeypatch)
     assert report(tmp_path) == []
 
 
-def test_secrets_are_not_shown(server, pack, tmp_path):
+def test_the_report_redacts_the_secrets_of_urls(server, pack, tmp_path):
     path = next(iter(server.files))
     host = server.url.removeprefix("http://")
     server.faults["/secret.jpg"] = status(403)

@@ -1,4 +1,4 @@
-"""Variants of the formats: what is no picture, what a build cannot read, and extra data in files."""
+"""Variants of the formats: files that are not pictures, that a build cannot read, or that have extra data."""
 
 import struct
 import subprocess
@@ -23,12 +23,12 @@ PLAIN = encode(PICTURE, "JPEG")
 
 
 def tiff(data: bytes, *, order: str = "<", tags: dict[int, int] | None = None, samples: int = 1) -> bytes:
-    """A TIFF of one strip. tags: besides size and place, or other values for them."""
+    """Return a TIFF with one strip. tags: added to those of the layout, or replacing them."""
     given = {258: 8, 259: 1, 262: 1, 277: samples, **(tags or {})}
-    place = 8 + len(data)
+    directory = 8 + len(data)
     entries = {256: WIDTH, 257: HEIGHT, 273: 8, 278: HEIGHT, 279: len(data), **given}
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", place)
-    end = place + 2 + 12 * len(entries) + 4
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", directory)
+    end = directory + 2 + 12 * len(entries) + 4
     rows, more = [], b""
     for tag, value in sorted(entries.items()):
         if tag in (258, 339) and samples > 1:
@@ -64,7 +64,7 @@ MEASUREMENTS = {
 
 
 @pytest.mark.parametrize("name", MEASUREMENTS)
-def test_samples_without_a_known_white_are_no_picture(name):
+def test_a_file_whose_samples_have_no_known_white_is_not_a_picture(name):
     assert reason(MEASUREMENTS[name]) == "not a picture"
 
 
@@ -94,7 +94,7 @@ def test_the_preview_of_a_raw_file_is_not_the_picture(name):
     assert reason(PREVIEWS[name]) == "only a preview"
 
 
-def test_a_page_of_several_is_a_picture():
+def test_one_page_of_several_is_a_picture():
     assert read_image(tiff(GRAY, tags={254: 2})).size == (WIDTH, HEIGHT)
 
 
@@ -109,12 +109,12 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_a_sound_variant_that_pillow_does_not_decode_is_not_called_broken(name):
+def test_an_intact_file_that_pillow_cannot_decode_is_not_called_broken(name):
     assert reason(UNSUPPORTED[name]) == "unsupported"
 
 
 @pytest.mark.parametrize("content", [b"BM is how this text begins", b"II*\0", b"MM\0*" + bytes(99)])
-def test_the_first_letters_of_a_format_make_no_image(content):
+def test_a_file_with_only_the_signature_of_a_format_is_not_an_image(content):
     assert reason(content) == "not an image"
 
 
@@ -155,14 +155,14 @@ CHUNKS = {
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", CHUNKS)
-def test_a_broken_ancillary_chunk_does_not_matter(name, last):
+def test_a_broken_ancillary_chunk_is_ignored(name, last):
     content = encode(PICTURE, "PNG")
-    place = len(content) - 12 if last else content.index(b"IDAT") - 4
-    content = content[:place] + CHUNKS[name] + content[place:]
+    offset = len(content) - 12 if last else content.index(b"IDAT") - 4
+    content = content[:offset] + CHUNKS[name] + content[offset:]
     np.testing.assert_array_equal(read_image(content), PICTURE)
 
 
-def test_a_broken_ancillary_chunk_takes_no_transparency_or_orientation_with_it():
+def test_transparency_and_orientation_survive_a_broken_ancillary_chunk():
     exif = Image.Exif()
     exif[0x0112] = 3
     picture = Image.new("RGB", (8, 4), "red")
@@ -174,7 +174,7 @@ def test_a_broken_ancillary_chunk_takes_no_transparency_or_orientation_with_it()
     assert read_image(broken).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_broken_critical_chunk_matters():
+def test_a_broken_critical_chunk_rejects_the_file():
     content = bytearray(encode(PICTURE, "PNG"))
     content[content.index(b"IDAT") + 20] ^= 1
     assert reason(bytes(content)) in ("corrupt", "truncated")

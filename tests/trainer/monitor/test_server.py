@@ -103,7 +103,7 @@ def test_an_address_of_no_use_is_refused_in_one_line(address):
     ("address", "shown"), [("::", "[::]"), ("[::1]", "[::1]"), ("0.0.0.0", "0.0.0.0"), ("host", "host")]
 )
 def test_an_address_in_a_url(address, shown):
-    assert serving.in_url(address) == shown
+    assert serving.url_host(address) == shown
 
 
 @pytest.mark.parametrize("path", ["/../etc/passwd", "/metrics/", "/live.html", "/x?/metrics", "/%3Fx"])
