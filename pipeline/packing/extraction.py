@@ -16,6 +16,7 @@ from io import BytesIO
 import numpy as np
 
 from pipeline.files import atomic_write
+from pipeline.packing.remote_errors import redact
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.sources.compressed import CompressedFile
 from pipeline.packing.sources.find import SourceImage
@@ -36,7 +37,7 @@ def extract(tasks: Sequence[ShardTask], sequential: frozenset[str], output: Fold
     present = output.sizes(STATE_FOLDER) if files else {}
     missing = [file for file in files if f"{_name(file)}.npy" not in present]
     for number, file in enumerate(missing, 1):
-        warn(f"extracting {file} ({number:,} of {len(missing):,})")
+        warn(f"extracting {redact(file)} ({number:,} of {len(missing):,})")
         _copy(file, output)
     edges = {file: np.load(BytesIO(output.read(f"{STATE_FOLDER}/{_name(file)}.npy"))) for file in files}
 

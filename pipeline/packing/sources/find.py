@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.packing.messages import join_names, pluralize
+from pipeline.packing.remote_errors import redact
 from pipeline.packing.sources.class_ids import (
     check_no_lookalikes,
     check_printable,
@@ -83,12 +84,13 @@ def find_sources(
             parts, read_names = find_splits(folder, val_fraction)
         found = _assign_labels(parts, val_fraction, seed)
         names = read_class_names(class_names, found.classes) if class_names else read_names()
-    except OSError as error:
-        raise SourceError(f"--input {input} cannot be read: {error}") from error
-    except SourceError as error:
-        if folder is None or not folder.unlisted:
-            raise
-        raise SourceError(f"{error}. {describe_unlisted(folder.unlisted)}") from error
+    except (OSError, SourceError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"--input {input} cannot be read: {error}"
+        elif folder and folder.unlisted:
+            message += f". {describe_unlisted(folder.unlisted)}"
+        raise SourceError(message.replace(str(input), redact(str(input)))) from error
     if class_names:
         check_no_lookalikes([*found.classes, *names], f"--class-names {class_names} and --input {input}")
         if nameless := [each for each in found.classes if each not in names]:

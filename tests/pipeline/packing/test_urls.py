@@ -12,6 +12,8 @@ from pipeline import retry
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.packing import contents, storage
 from pipeline.packing.remote_errors import redact
+from pipeline.packing.sources.find import find_sources
+from pipeline.packing.sources.listing import SourceError
 from pipeline.retry import StorageError
 from tests.pipeline.packing import faulty_server
 from tests.pipeline.packing.faulty_server import Fault, FaultyServer, once, redirect, serving, status
@@ -209,3 +211,13 @@ def test_the_report_redacts_the_secrets_of_urls(server, pack, tmp_path):
     assert server.requests["/secret.jpg?X-Amz-Signature=abc&id=1"] == 1
     assert report(tmp_path) == [(f"{server.url}/secret.jpg?X-Amz-Signature=***&id=1", "rejected", "HTTP 403")]
     assert redact(f"{os.sep}local{path}?token=a") == f"{os.sep}local{path}?token=a"
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.parquet", "folder"])
+@pytest.mark.parametrize("code", [403, 404, 503])
+def test_the_refusal_of_an_input_redacts_its_password(name, code, server):
+    server.faults = {path: status(code) for path in (f"/{name}", "/folder/", "/")}
+    url = server.url.replace("http://", "http://me:pass@")
+    with pytest.raises(SourceError, match=f"--input {server.url}/{name}") as refusal:
+        find_sources(f"{url}/{name}", None, 0)
+    assert "pass@" not in str(refusal.value)
