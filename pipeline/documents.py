@@ -35,8 +35,8 @@ def read_json(path: Path, structure: TypeAdapter[T]) -> T:
     try:
         return structure.validate_python(content)
     except ValidationError as error:
-        where = ".".join([path.name, *map(str, error.errors()[0]["loc"])])
-        raise ContentError(f"{path} is damaged ({where}: {_first(error)})") from None
+        field = ".".join([path.name, *map(str, error.errors()[0]["loc"])])
+        raise ContentError(f"{path} is damaged ({field}: {_describe(error)})") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -54,22 +54,24 @@ def parse_record(
     Raises ContentError.
     """
     try:
-        held = _parsed(content, source, json.loads, "is not valid JSON")
+        document = _parsed(content, source, json.loads, "is not valid JSON")
     except ContentError as error:
         raise ContentError(f"{error}. {remedy}") from None
-    found = held.get("format") if isinstance(held, dict) else None
-    if isinstance(found, int) and found > latest:
+    version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > latest:
         raise ContentError(
-            f"{source} has format {found}, but this version reads format {latest}: upgrade alexnet-train"
+            f"{source} has format {version}, but this version reads format {latest}: upgrade alexnet-train"
         )
     try:
-        return model.model_validate(held)
+        return model.model_validate(document)
     except ValidationError as error:
-        what = [".".join(map(str, error.errors()[0]["loc"])), _first(error)]
-        raise ContentError(f"{source} is not valid: {': '.join(filter(None, what))}. {remedy}") from None
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        problem = f"{field}: {_describe(error)}" if field else _describe(error)
+        raise ContentError(f"{source} is not valid: {problem}. {remedy}") from None
 
 
-def _first(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
+    """Describe the first of the problems that pydantic found."""
     detail = error.errors()[0]
     return (
         "not a JSON object" if detail["type"] == "model_type" else detail["msg"].removeprefix("Value error, ")
@@ -85,17 +87,17 @@ def _decoded(content: str | bytes, source: object) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        where = f"byte 0x{content[error.start]:02x} in line {line}"
-        message = f"{source} is not in UTF-8, but perhaps in Latin-1 ({where}): convert it"
+        byte = f"byte 0x{content[error.start]:02x} in line {line}"
+        message = f"{source} is not in UTF-8, but perhaps in Latin-1 ({byte}): convert it"
         raise ContentError(message) from None
     if "\0" in text:
         raise ContentError(f"{source} is damaged (it has zero bytes, as after a power cut or in UTF-16)")
     return text
 
 
-def _parsed(content: str | bytes, source: object, parse: Callable[[str], Any], refusal: str) -> Any:
+def _parsed(content: str | bytes, source: object, parse: Callable[[str], Any], problem: str) -> Any:
     text = _decoded(content, source)
     try:
         return parse(text)
     except (ValueError, RecursionError) as error:
-        raise ContentError(f"{source} {refusal} ({error if text.strip() else 'it is empty'})") from None
+        raise ContentError(f"{source} {problem} ({error if text.strip() else 'it is empty'})") from None

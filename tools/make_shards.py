@@ -83,8 +83,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "not plain JPEGs are skipped")
     add("--geometry", choices=get_args(Geometry),
         help="256: resize the shorter side to 256 px and crop the central square, as in the paper; short256: "
-        "resize without cropping; original: keep the files' own bytes, without metadata, where they are "
-        "sound (default %(default)s)")
+        "resize without cropping; original: keep the bytes of intact files, without their metadata "
+        "(default %(default)s)")
     add("--size", type=within(int, 16, 4096), metavar="PX",
         help="length of the shorter side after resizing, in pixels (default %(default)s)")
     add("--quality", type=within(int, 1, 100), help="JPEG quality, from 1 to 100 (default %(default)s)")
