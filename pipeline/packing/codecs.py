@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _LIBRARIES = ("webp", "libtiff", "littlecms2", "zlib")  # besides libjpeg, with which shards are also written
 _ABSENT = re.compile(r"decoder (\w+) not available|PIL\._(\w+)|_(\w+) C module is not installed")
 _NAMES = {"webp": "WebP", "imagingcms": "LittleCMS", "zip": "zlib", "jpeg": "libjpeg"}
-# "BM" alone makes no BMP, as a text may begin with it.
+# A file that merely begins with "BM" may be a text, not a BMP.
 _UNSUPPORTED = re.compile(
     r"unknown (pixel mode|data organization)|unsupported (?!BMP header)|not supported|cannot handle", re.I
 )

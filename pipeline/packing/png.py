@@ -7,7 +7,7 @@ _KEPT = {b"tRNS", b"eXIf"}  # transparency and orientation
 
 
 def without_ancillary_chunks(content: bytes) -> bytes:
-    """Return a PNG without its ancillary chunks, except transparency and EXIF data that are sound.
+    """Return a PNG without its ancillary chunks, except transparency and EXIF data that are intact.
 
     Section 13.1 of the PNG specification lets decoders ignore ancillary chunks that are broken. Pillow
     refuses the whole file for a wrong checksum in one, and for a text that is longer than its limit.

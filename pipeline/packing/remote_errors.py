@@ -27,7 +27,7 @@ from email.utils import parsedate_to_datetime
 from pipeline.retry import StorageError, is_outage
 
 HOST_NOT_FOUND = "host not found"
-_MANY, _FEW = 4, 2  # further attempts; few for what takes long to fail or rarely transient
+_MANY, _FEW = 4, 2  # retries; few for errors that take long or rarely go away
 _TRANSIENT_STATUS = {408, 425, 429, *range(500, 600)}
 _UNREACHABLE = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN}
 
