@@ -124,6 +124,20 @@ def test_pipes_are_passed_over_links_followed_and_broken_links_named(folder, run
     assert f"classify: {folder}/gone.jpg: No such file or directory" in errors
 
 
+def test_litter_in_a_folder_is_skipped_but_classified_if_given(folder):
+    for name in ("._a.jpg", ".Trash-1000/old.jpg", "@eaDir/a.jpg", "sub/.hidden.mp4"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found, errors, others = find([folder])
+    assert [source.name for source in found] == list(NAMES)
+    assert (errors, others) == ([], 2)  # files in folders that are litter are not counted
+    assert find([folder / "._a.jpg", folder / "@eaDir"])[0] == [
+        (folder / "._a.jpg", "._a.jpg"),
+        (folder / "@eaDir/a.jpg", "a.jpg"),
+    ]
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, run_classify, monkeypatch):
     (folder / "hidden").mkdir()
     denied = PermissionError(errno.EACCES, "Permission denied", folder / "hidden")
