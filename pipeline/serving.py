@@ -37,8 +37,8 @@ class PageServer:
 
     pages: for each path, a function that returns the response. address: a host name, an IPv4 address, or an
     IPv6 address with or without brackets, of this machine; `::` means all its addresses, IPv4 and IPv6. port:
-    0 lets the system choose one. Raises OSError if the address is not one of this machine's, or if the port is
-    in use.
+    0 lets the system choose one. Raises OSError if the address is not one of this machine's, or if the port
+    is in use.
     """
 
     def __init__(self, pages: Mapping[str, Callable[[], Response]], address: str, port: int):

@@ -16,7 +16,7 @@ from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint
-from trainer.build import build_decoding, local_world_size
+from trainer.build import build_decoding
 from trainer.damage import DamagedSamples
 from trainer.evaluate import evaluate
 from trainer.forms import resolve_run_form
@@ -33,7 +33,7 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
-from trainer.processes.place import place
+from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped, StopRequest
 from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
@@ -50,7 +50,7 @@ def train(settings: Settings, run: Run) -> None:
     RunError, if another process has ended), and Stopped after a signal once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
-    watchdog = Watchdog(metrics, settings.stall_seconds, place().rank)
+    watchdog = Watchdog(metrics, settings.stall_seconds, read_ranks().rank)
     try:
         with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
@@ -86,7 +86,7 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data, processes=local_world_size())
+        self.dataset = Dataset(settings.data, processes=read_ranks().local_world_size)
         self.plan = Plan(
             seed=settings.seed,
             batch=settings.batch,
