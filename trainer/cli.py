@@ -125,7 +125,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         settings = settings.model_copy(update={"data": options.data})
     elif not (settings.data / MANIFEST_NAME).is_file():
         raise SettingsError(
-            f"{options.run} was trained on {settings.data}, and no dataset is there now: "
+            f"{options.run} was trained on {settings.data}, which no longer holds a dataset: "
             "give the folder of the dataset with --data"
         )
     read_manifest(settings.data).split(options.split)

@@ -19,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.documents import ContentError, read_json
+from pipeline.documents import ContentError, message_of, read_json
 from pipeline.files import atomic_write, sync_folder
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
 from pipeline.spec import NET_NAME, NetSpec, SpecError
@@ -231,14 +231,13 @@ class Run:
             recorded.settings()
         except ValidationError as error:
             detail = error.errors()[0]
-            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
             if detail["type"] == "extra_forbidden":
                 raise RunError(
                     f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
                     "use the version of alexnet-train that began the run"
                 ) from None
-            what = detail["msg"].removeprefix("Value error, ")
-            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
+            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
+            raise RunError(f"{path} is damaged ({where}: {message_of(error)}): {remedy}") from None
         return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:

@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_net_is_refused_in_one_line(state, packed, tmp_p
         state = {"step": 1, "model": {name: value[..., :1] for name, value in model.items()}}
     checkpoint.write(run.checkpoints, 2, state, keep=1)
     message = command(export.main, run.folder, "--out", tmp_path / "net.pt2")
-    assert f"the checkpoint in {run.checkpoints} is not of the net that settings.json describes" in message
+    assert f"the checkpoint in {run.checkpoints} does not match the net in settings.json" in message
     assert "\n" not in message
 
 
@@ -203,7 +203,7 @@ def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
         ("a one\nb stra\u00dfe\n".encode("latin-1"), "not in UTF-8"),
         ("a one\n".encode("utf-16"), "in UTF-16"),
         (b"a one\nb\n", "line 2: it must have an id, white space and a name"),
-        (b"a one\na two\n", "line 2: the id a is on an earlier line, too"),
+        (b"a one\na two\n", "line 2: the id a is on an earlier line as well"),
     ],
 )
 def test_lists_of_classes_of_any_editor_are_read_or_refused(content, expected, tmp_path):

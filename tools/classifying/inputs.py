@@ -1,4 +1,4 @@
-"""The files to classify, and errors that concern one of them, after which the others are still classified."""
+"""Find the files to classify, and turn errors that concern one of them into messages about it."""
 
 import os
 import stat
