@@ -86,9 +86,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled():
-            self._count_skip(
-                (self._scale() < scale).float()
-            )  # the scale falls if and only if the update is skipped
+            # The scale falls if and only if the update is skipped.
+            self._count_skip((self._scale() < scale).float())
         return loss.detach(), (logits.argmax(1) != labels).sum()
 
     def _parameters(self) -> Iterator[Tensor]:

@@ -179,7 +179,9 @@ OTHER_WEIGHTS = {
 
 @pytest.mark.parametrize("what", OTHER_WEIGHTS)
 @pytest.mark.parametrize("extension", ["pth", "safetensors"])
-def test_other_weights_are_named_with_the_reason(what, extension, packed, tmp_path, command):
+def test_files_that_are_not_torchvisions_weights_are_refused_with_the_reason(
+    what, extension, packed, tmp_path, command
+):
     content, reason = OTHER_WEIGHTS[what]
     path = tmp_path / f"weights.{extension}"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -191,7 +193,7 @@ def test_other_weights_are_named_with_the_reason(what, extension, packed, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
-def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
+def test_missing_weights_are_named(name, packed, tmp_path, command):
     message = command(import_torchvision.main, tmp_path / name, "--out", tmp_path / "run", "--data", packed)
     assert f"{tmp_path / name}: No such file or directory" in message
 
@@ -206,7 +208,7 @@ def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
         (b"a one\na two\n", "line 2: the id a is on an earlier line as well"),
     ],
 )
-def test_lists_of_classes_of_any_editor_are_read_or_refused(content, expected, tmp_path):
+def test_a_list_of_classes_is_read_or_refused_with_the_reason(content, expected, tmp_path):
     path = tmp_path / "classes.txt"
     path.write_bytes(content)
     if isinstance(expected, list):

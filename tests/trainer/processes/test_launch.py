@@ -166,7 +166,7 @@ def test_each_process_needs_a_port(port, processes, fits):
             launch.world_size(settings)
 
 
-def test_an_error_of_any_text_reaches_the_launcher(tmp_path, capfd):
+def test_an_error_with_any_characters_reaches_the_launcher(tmp_path, capfd):
     code = """
 import errno
 from trainer.processes.launch import report_error
