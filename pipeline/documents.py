@@ -1,6 +1,6 @@
-"""Read small JSON, TOML and text documents: as a whole, in UTF-8, with the expected structure.
+"""Read small JSON, TOML and text documents in UTF-8, and check their structure.
 
-Editors, other programs and power cuts leave files that are empty, cut short, in another encoding, or of
+Editors, other programs and power cuts leave files that are empty, truncated, in another encoding, or of
 another structure. Each of these is a ContentError, whose message names the file and what is wrong with it.
 """
 
@@ -17,7 +17,7 @@ from pipeline.retry import read_with_retries
 
 T = TypeVar("T")
 Record = TypeVar("Record", bound=BaseModel)
-_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 in little-endian order begins like the first
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # little-endian UTF-32 begins as the first does
 
 
 class ContentError(ValueError):
@@ -30,13 +30,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, structure: TypeAdapter[T]) -> T:
-    """Read a JSON file of a given structure. Raises ContentError, or OSError."""
+    """Read a JSON file, and check its structure. Raises ContentError, or OSError."""
     content = _parsed(read_with_retries(path), path, json.loads, "is damaged")
     try:
         return structure.validate_python(content)
     except ValidationError as error:
-        field = ".".join([path.name, *map(str, error.errors()[0]["loc"])])
-        raise ContentError(f"{path} is damaged ({field}: {_describe(error)})") from None
+        where = ".".join([path.name, *map(str, error.errors()[0]["loc"])])
+        raise ContentError(f"{path} is damaged ({where}: {message_of(error)})") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -49,33 +49,32 @@ def parse_record(
 ) -> Record:
     """Parse a record in JSON that has a field `format`, such as dataset.json.
 
-    latest: the format that this version writes; a record of a later one may mean something else, even if it
-    has all the fields. source: what the message names. remedy: a sentence that says what to do about damage.
-    Raises ContentError.
+    latest: the format that this version writes. A record of a later format may have another meaning, even if
+    it has all the fields. source: the file to name in messages. remedy: a sentence that says what to do about
+    damage. Raises ContentError.
     """
     try:
-        document = _parsed(content, source, json.loads, "is not valid JSON")
+        record = _parsed(content, source, json.loads, "is not valid JSON")
     except ContentError as error:
         raise ContentError(f"{error}. {remedy}") from None
-    version = document.get("format") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > latest:
+    found = record.get("format") if isinstance(record, dict) else None
+    if isinstance(found, int) and found > latest:
         raise ContentError(
             f"{source} has format {version}, but this version reads format {latest}: upgrade alexnet-train"
         )
     try:
-        return model.model_validate(document)
+        return model.model_validate(record)
     except ValidationError as error:
-        field = ".".join(map(str, error.errors()[0]["loc"]))
-        problem = f"{field}: {_describe(error)}" if field else _describe(error)
+        field = ".".join(map(str, error.errors()[0]["loc"]))  # empty if the error concerns several fields
+        problem = ": ".join(filter(None, (field, message_of(error))))
         raise ContentError(f"{source} is not valid: {problem}. {remedy}") from None
 
 
-def _describe(error: ValidationError) -> str:
-    """Describe the first of the problems that pydantic found."""
+def message_of(error: ValidationError) -> str:
+    """Return the message of the first of the errors that pydantic has found."""
     detail = error.errors()[0]
-    return (
-        "not a JSON object" if detail["type"] == "model_type" else detail["msg"].removeprefix("Value error, ")
-    )
+    is_no_object = detail["type"] == "model_type"
+    return "not a JSON object" if is_no_object else detail["msg"].removeprefix("Value error, ")
 
 
 def _decoded(content: str | bytes, source: object) -> str:

@@ -1,12 +1,11 @@
-"""Standard output and standard error that never end the work on which they report.
+"""Keep errors of standard output and standard error from ending the work on which they report.
 
-The reader of a pipe dies, the disk with the log is full, a terminal is gone, a stream is closed or accepts
-only ASCII: none of this is a reason to stop training. `secure` makes both streams of a process tolerant,
-once, at its start. Text that cannot be written is then dropped. The first loss on standard output is reported
-on standard error.
+The reader of a pipe dies, the disk with the log is full, the terminal has gone, or a stream is closed or only
+takes ASCII: none of this is a reason to stop training. `secure` makes both streams of a process tolerant when
+it starts. Text that cannot be written is then dropped, which is reported once on standard error.
 
-For a command whose output is its result, dropping it would be wrong. Within `printed`, a failed write is an
-OSError, and a reader that has gone ends the command silently, as SIGPIPE ends other commands.
+The result of a command must not be dropped. Within `printed`, a failed write raises OSError, and a reader
+that has gone ends the command silently, as SIGPIPE ends other commands.
 """
 
 import atexit
@@ -20,16 +19,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-PATIENCE_SECONDS = 5.0  # wait this long for a reader that does not read; then drop text until it does
+PATIENCE_SECONDS = 5.0  # wait for a reader that reads nothing; then text is dropped until it reads again
 _HELP = {"-h", "--help", "--version"}
-_stdout: "_Stream | None" = None  # this process's streams, once they are secured
+_stdout: "_Stream | None" = None  # the streams of this process after `secure`
 _stderr: "_Stream | None" = None
 
 
 class _Stream(io.RawIOBase):
-    """The raw file of a standard stream, which drops what cannot be written.
+    """The raw file of a standard stream, which drops text that cannot be written.
 
-    is_result: whether a failed write is an error instead.
+    is_result: whether a failed write raises an error instead.
     """
 
     def __init__(self, fd: int, name: str):
@@ -61,7 +60,7 @@ class _Stream(io.RawIOBase):
         return len(part)
 
     def _is_ready(self) -> bool:
-        """Wait until text can be written: without limit for a result, else once for PATIENCE_SECONDS."""
+        """Wait until the reader reads: without limit for a result, otherwise once for PATIENCE_SECONDS."""
         seconds = 0.0 if self._is_stuck else PATIENCE_SECONDS
         self._is_stuck = not self._poll.poll(None if self.is_result else seconds * 1e3)
         return not self._is_stuck
@@ -72,22 +71,22 @@ class _Stream(io.RawIOBase):
             if error.errno == errno.EPIPE:
                 raise SystemExit(128 + signal.SIGPIPE)
             raise OSError(error.errno, error.strerror, self.name)
-        if self is _stdout and _stderr and is_first and error.errno != errno.EBADF:  # that is a closed stream
-            # Not through sys.stderr, which a progress bar redirects to standard output.
+        if self is _stdout and _stderr and is_first and error.errno != errno.EBADF:  # EBADF: a closed stream
+            # sys.stderr is not used, because a progress bar redirects it to standard output.
             reason = errno.errorcode.get(error.errno or 0, "error")
             line = f"alexnet-train: {self.name} cannot be written ({reason}): the work goes on without it\n"
             _stderr.write(line.encode())
 
 
 def secure() -> None:
-    """Make the standard streams of this process tolerant. Call this before opening any file."""
+    """Make the standard streams of this process tolerant. Call it before any file is opened."""
     global _stdout, _stderr
-    # Otherwise the next file that is opened would take the number of a closed stream, and its text. A stream
-    # that can only be read refuses text, as a closed one does.
+    # Otherwise the next file that is opened would get the number of a closed stream, and the text for it. A
+    # read-only stream refuses text, as a closed one does.
     while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
-    if _stdout is None and sys.stdout is sys.__stdout__:  # it is not replaced, for example by a test
+    if _stdout is None and sys.stdout is sys.__stdout__:  # not replaced, for example by a test
         _stdout = _Stream(1, "standard output")
         _stdout.is_result = bool(_HELP.intersection(sys.argv[1:]))
         sys.stdout = _text(_stdout, sys.stdout)
@@ -98,7 +97,7 @@ def secure() -> None:
 
 
 def _text(raw: _Stream, before: TextIO | None) -> TextIO:
-    """Return a text stream on a raw one, with the encoding of the one that it replaces, if that was open."""
+    """Return a text stream on a raw one, with the encoding of the stream that it replaces, if any."""
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", "utf-8"),
@@ -109,7 +108,7 @@ def _text(raw: _Stream, before: TextIO | None) -> TextIO:
 
 
 def _flush() -> None:
-    """Flush standard output at exit, and set the exit code if a result cannot be written."""
+    """Write the remaining text at exit, and exit with the code of an error if a result cannot be written."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -123,8 +122,8 @@ def _flush() -> None:
 def printed() -> Iterator[None]:
     """Treat what the block prints as the command's result.
 
-    Raises OSError, which names standard output, if it cannot be written, and SystemExit, with the exit code
-    that stands for SIGPIPE, if nobody reads it.
+    Raises OSError, which names standard output, if it cannot be written, and SystemExit with the exit code of
+    SIGPIPE if its reader has gone.
     """
     if _stdout is None:
         yield
@@ -134,9 +133,9 @@ def printed() -> Iterator[None]:
         yield
         sys.stdout.flush()
     finally:
-        _stdout.is_result = False  # what could not be written is dropped
+        _stdout.is_result = False  # drops what could not be written
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, after the project's name."""
+    """Print a line on standard error, prefixed with the project's name."""
     print(f"alexnet-train: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,9 @@
-"""An HTTP server of a few pages, with bounds on what a client can make it do.
+"""Serve a few pages over HTTP, with limits on what a client can make the server do.
 
 It reads only the head of a request (request line and headers), at most HEAD_BYTES within HEAD_SECONDS, and
 uses only the method and the path. It serves up to MAX_CLIENTS at a time, and closes further connections.
+These limits, which SECURITY.md promises, are nearly all of this module: prometheus_client's WSGI application
+has none, so serving it with wsgiref would need them all the same.
 """
 
 import socket
@@ -33,9 +35,10 @@ def url_host(address: str) -> str:
 class PageServer:
     """Serves pages from its own thread until it is closed.
 
-    pages: for each path, the function that returns its response. address: a name or address of this machine,
-    of IPv4 or IPv6, with or without brackets; `::` means all addresses of both. port: 0 lets the system
-    choose one. Raises OSError, also if the address is not one of this machine's, or if the port is in use.
+    pages: for each path, a function that returns the response. address: a host name, an IPv4 address, or an
+    IPv6 address with or without brackets, of this machine; `::` means all its addresses, IPv4 and IPv6. port:
+    0 lets the system choose one. Raises OSError if the address is not one of this machine's, or if the port
+    is in use.
     """
 
     def __init__(self, pages: Mapping[str, Callable[[], Response]], address: str, port: int):
@@ -98,7 +101,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:  # some systems are set up to keep `::` from IPv4
+        if self.address_family == socket.AF_INET6:  # by default, `::` excludes IPv4 on some systems
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         super().server_bind()
 

@@ -12,10 +12,11 @@ their mirror images, whose softmax outputs are averaged.
 
 A video gives one result for each --window seconds: the mean softmax output over the frames of that window.
 
-Folders are searched at any depth, through links too, for files with the extension of a picture or a video. A
-picture named on the command line may have any extension, because its content decides. An input that is
-broken, missing or unreadable is reported and the others are still classified, but the exit code is then 1. If
-the storage fails, the command ends.
+Folders are searched at any depth, also through links, for files with the extension of a picture or a video.
+Hidden files and what desktops and archivers leave in folders are skipped. A picture named on the command line
+may have any extension, because its content decides. An input that is broken, missing or unreadable is
+reported and the others are still classified, but the exit code is then 1. If the storage fails, the command
+ends.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def _draw_shape(
 
 
 def draw_all(root: Path, counts: dict[str, int], seed: int) -> None:
-    """Draw a dataset. counts: the pictures of each class, by split. Raises OSError."""
+    """Draw a dataset. counts: number of pictures of each class, by split. Raises OSError."""
     for number, (split, pictures) in enumerate(counts.items()):
         for label, name in enumerate(class_names()):
             folder = root / split / name

@@ -100,14 +100,14 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, whose content decides whether it is in safetensors format.
+    """Read a state dict in the format that the file's content, not its extension, indicates.
 
     Raises SettingsError, ValueError or OSError.
     """
     head = read_with_retries(path, 9)
     if not head:
         raise ValueError("it is empty")
-    is_safetensors = head[8:] == b"{"  # its header in JSON, after the size of that
+    is_safetensors = head[8:] == b"{"  # the start of the header in JSON, after its size in 8 bytes
     return read_safetensors(path) if is_safetensors else read_pth(path)
 
 
@@ -116,12 +116,12 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        # Given a path, torch would go by its extension.
+        # Given a path, torch would decide by its extension.
         with path_in_errors(path), open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # any class, on a file that torch.save did not write
+    except Exception:  # torch raises any class for a file that torch.save did not write
         raise ValueError("it is damaged, or holds something other than tensors") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
@@ -161,7 +161,7 @@ def read_classes(path: Path) -> tuple[Class, ...]:
         if not names:
             raise SettingsError(f"{path}, line {number}: it must have an id, white space and a name")
         if id_ in classes:
-            raise SettingsError(f"{path}, line {number}: the id {id_} is on an earlier line, too")
+            raise SettingsError(f"{path}, line {number}: the id {id_} is on an earlier line as well")
         classes[id_] = Class(id=id_, name=names[0].strip())
     return tuple(classes.values())
 

@@ -15,7 +15,7 @@ from pipeline.files import close_quietly, held_open
 from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
 from pipeline.output import printed, secure
 from trainer.processes.launch import launch, report_error, world_size
-from trainer.processes.place import place
+from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import PeerLostError, Run, RunError
@@ -68,9 +68,8 @@ def _train(arguments: Sequence[str]) -> None:
             f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
             f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
-    if (
-        "container" in os.environ and not (settings.data / MANIFEST_NAME).is_file()
-    ):  # docker/Dockerfile sets it
+    is_in_container = "container" in os.environ  # docker/Dockerfile sets it
+    if is_in_container and not (settings.data / MANIFEST_NAME).is_file():
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
@@ -81,11 +80,11 @@ def _train(arguments: Sequence[str]) -> None:
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
     run = Run(settings.run_folder)
-    if world > 1 and not place().is_given:
+    if world > 1 and not read_ranks().is_launched:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts
         command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
-    with nullcontext() if place().rank else held_open(run.begin(settings, manifest)):
+    with nullcontext() if read_ranks().rank else held_open(run.begin(settings, manifest)):
         from trainer.train import train
 
         train(settings, run)
@@ -126,7 +125,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         settings = settings.model_copy(update={"data": options.data})
     elif not (settings.data / MANIFEST_NAME).is_file():
         raise SettingsError(
-            f"{options.run} was trained on {settings.data}, and no dataset is there now: "
+            f"{options.run} was trained on {settings.data}, which no longer holds a dataset: "
             "give the folder of the dataset with --data"
         )
     read_manifest(settings.data).split(options.split)

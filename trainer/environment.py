@@ -1,4 +1,4 @@
-"""What figures and losses depend on besides the settings: versions, the commit and the hardware."""
+"""Describe what measurements and losses depend on besides the settings: versions, commit and hardware."""
 
 import os
 import platform
@@ -36,7 +36,7 @@ def _cpu_model() -> str:
 
 
 def _git_commit() -> str:
-    """Return the commit of this code, with -dirty if it was modified; `unknown` without git or an image."""
+    """Return the commit, with -dirty if the code was modified; `unknown` outside git and the image."""
     if _COMMIT.exists():
         return _COMMIT.read_text().strip()
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -137,8 +137,8 @@ def load_net(
     """Load the net of the newest or the best checkpoint of a run.
 
     Returns the net, its step and a message for each damaged checkpoint that was skipped. Raises SettingsError
-    if there is no checkpoint yet, and RunError if all are damaged, or if the newest is not of the net that
-    the settings describe.
+    if there is no checkpoint yet, and RunError if all are damaged or if the newest one does not match the net
+    in the settings.
     """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
@@ -153,7 +153,7 @@ def load_net(
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise RunError(
-            f"the checkpoint in {run.checkpoints} is not of the net that settings.json describes ({reason}): "
+            f"the checkpoint in {run.checkpoints} does not match the net in settings.json ({reason}): "
             "restore both from one copy of the run"
         ) from None
     return model, step, notes

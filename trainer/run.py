@@ -1,4 +1,4 @@
-"""Manage the run folder, which holds everything about one run, and nothing of any other run.
+"""Manage the run folder, which holds everything about one run and nothing about any other run.
 
 settings.json      the settings, the dataset's fingerprint, and what `auto` resolved to when the run began
 net.json           everything that is needed to use the net; see pipeline/spec.py
@@ -10,11 +10,8 @@ report.md, *.png   written at the end of the run
 .lock              locked by the process that trains; the system releases the lock when that process ends
 """
 
-import errno
-import fcntl
 import json
 import os
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,12 +19,12 @@ from typing import Any, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from pipeline.documents import ContentError, read_json
-from pipeline.files import atomic_write, held_open, sync_folder
+from pipeline.documents import ContentError, message_of, read_json
+from pipeline.files import atomic_write, sync_folder
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
-from pipeline.output import say
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from trainer.environment import environment
+from trainer.lock import LockedError, open_locked
 from trainer.settings import CHANGEABLE, Resolved, Settings, SettingsError
 from trainer.table import Table
 
@@ -38,9 +35,8 @@ _SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 _RESOLVED, _DATA_FROM_RUN = "resolved", "data_from_run"
 _STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
-# Files that a start which was killed early may leave behind.
+# Files that may remain if the first start is killed early.
 _BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
-_LOCKED = {errno.EAGAIN, errno.EACCES}  # by another process; SMB servers report the latter
 
 
 class RunError(ValueError):
@@ -63,11 +59,11 @@ class _Recorded(BaseModel):
     def settings(self) -> Settings:
         """Return the settings. Raises ValidationError.
 
-        Earlier versions recorded infinity as null. A setting that may change then has its default.
+        Earlier versions recorded infinity as null. A changeable setting that is null has its default.
         """
-        held = self.model_extra or {}
+        settings = self.model_extra or {}
         return Settings.model_validate(
-            {name: value for name, value in held.items() if value is not None or name not in CHANGEABLE}
+            {name: value for name, value in settings.items() if value is not None or name not in CHANGEABLE}
         )
 
 
@@ -96,7 +92,12 @@ class Run:
         """
         is_new = self.check_is_new(settings, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = _open_locked(self.folder)
+        try:
+            lock = open_locked(self.folder / _LOCK)
+        except LockedError as owner:
+            raise RunError(
+                f"{self.folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
+            ) from None
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
             NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
             record = _identity(settings, manifest.fingerprint, whole=True)
@@ -199,8 +200,8 @@ class Run:
     def settings(self) -> Settings:
         """Return the settings that the run began with. Raises as `recorded_settings` does.
 
-        If a relative path of the dataset was given, it is replaced by the path from the current folder, as
-        long as the dataset is where it was as seen from the run folder.
+        If the dataset was given as a relative path, the path is adapted to the current folder, provided that
+        the dataset is still at the same place relative to the run folder.
         """
         recorded = _Recorded(**self.recorded_settings())
         settings = recorded.settings()
@@ -230,22 +231,21 @@ class Run:
             recorded.settings()
         except ValidationError as error:
             detail = error.errors()[0]
-            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
             if detail["type"] == "extra_forbidden":
                 raise RunError(
                     f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
                     "use the version of alexnet-train that began the run"
                 ) from None
-            what = detail["msg"].removeprefix("Value error, ")
-            raise RunError(f"{path} is damaged ({where}: {what}): {remedy}") from None
+            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
+            raise RunError(f"{path} is damaged ({where}: {message_of(error)}): {remedy}") from None
         return recorded.model_dump(mode="json", exclude_unset=True)
 
     def net(self, settings: Settings) -> NetSpec:
         """Return everything that is needed to use the net.
 
         It comes from net.json or, for a run of an earlier version, from the dataset that the settings name.
-        Raises RunError if net.json is damaged or has other crops than the settings, or if that dataset cannot
-        be read.
+        Raises RunError if net.json is damaged or does not match the settings, or if that dataset cannot be
+        read.
         """
         try:
             with suppress(FileNotFoundError):
@@ -282,34 +282,6 @@ def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str
     """
     chosen = settings.model_dump(mode="json") if whole else settings.identity()
     return {"dataset": dataset, **chosen}
-
-
-def _open_locked(folder: Path) -> TextIO:
-    """Open, lock and return the folder's lock file. Raises RunError if another process has locked it."""
-    lock = open(folder / _LOCK, "a+", errors="replace")  # noqa: SIM115 – the caller closes it
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _LOCKED:
-            with held_open(lock):
-                owner = _lock_owner(lock)
-            raise RunError(
-                f"{folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
-            ) from None
-        # Some network file systems do not support locks.
-        say(f"{folder} cannot be locked ({error.strerror}): make sure nothing else trains it")
-    with suppress(OSError):  # the content is only for messages
-        os.ftruncate(lock.fileno(), 0)
-        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return lock
-
-
-def _lock_owner(lock: TextIO) -> str:
-    """Return what the process that holds the lock has written into it: its ID and its host."""
-    with suppress(OSError):  # some file systems do not allow reading a locked file
-        lock.seek(0)
-        return lock.read().strip() or "another process"
-    return "another process"
 
 
 def _read_json(path: Path, structure: TypeAdapter[T], remedy: str) -> T | None:

@@ -27,12 +27,12 @@ MayChange = Annotated[_T, MAY_CHANGE]
 PaperOnly = Annotated[_T, PAPER_ONLY]
 
 # The upper limits keep every number within what torch, DALI and the system's clocks can represent.
-_MOST = 2**31 - 1
-PositiveInt = Annotated[int, Field(ge=1, le=_MOST)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=_MOST)]
-PositiveFloat = Annotated[float, Field(gt=0, le=_MOST)]
-NonNegativeFloat = Annotated[float, Field(ge=0, le=_MOST)]
-Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads or batches in advance
+_MAX = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=_MAX)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX)]
+PositiveFloat = Annotated[float, Field(gt=0, le=_MAX)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=_MAX)]
+Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads or prefetched batches
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
 Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
@@ -81,8 +81,8 @@ class Net(Group):
     """Convolution to leave out of the net."""
     width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
     """Factor on the number of kernels and units of each layer but the last; below 1, the net is smaller."""
-    # A smaller one leaves no pixels for fc6.
-    crop: Annotated[int, Field(ge=64, le=_MOST), Metavar("PIXELS")] = 224
+    # A smaller crop leaves no pixels for fc6.
+    crop: Annotated[int, Field(ge=64, le=_MAX), Metavar("PIXELS")] = 224
     """Side of the net's square input in pixels."""
 
 

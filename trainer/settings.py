@@ -44,9 +44,9 @@ from trainer.setting_groups import (
 PREFIX = "ALEXNET_"
 RECIPES = Path(__file__).parent / "recipes"
 
-# What --help shows in place of the names of types that pydantic-settings would show.
+# Placeholders that --help shows instead of pydantic-settings' names of types.
 _METAVARS = {"int": "N", "Path": "DIR"}
-_SHOWN = 60  # characters of a value that an error shows
+_SHOWN = 60  # number of characters of a value that an error shows
 
 
 class SettingsError(ValueError):
@@ -76,12 +76,12 @@ class Settings(
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take nothing from the environment, which must not change the settings of a recorded run."""
+        """Ignore the environment, which must not change the settings of a recorded run."""
         return (init_settings,)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_stray_value(cls, value: object, field: ValidationInfo) -> object:
+    def _refuse_boolean_or_zero_byte(cls, value: object, field: ValidationInfo) -> object:
         if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
             raise ValueError("input should not be true or false")
         if isinstance(value, str) and "\0" in value:
@@ -231,8 +231,9 @@ def load_settings(
     recipe = read_recipe(name)
 
     def shown(field: str, value: object) -> str:
-        """Show the value of a setting as it was given."""
-        text = str(value) if len(str(value)) <= _SHOWN else f"{str(value)[:_SHOWN]}…"
+        """Return a setting and its value in the syntax of where it was set."""
+        text = str(value)
+        text = f"{text[:_SHOWN]}…" if len(text) > _SHOWN else text
         if field in variables and field not in flags:
             return f"{PREFIX}{field.upper()}={text} in the environment"
         if field in recipe and field not in given:
@@ -253,7 +254,10 @@ def _help(field: FieldInfo) -> str:
 
 
 def _explain(detail: Any, shown: Callable[[str, object], str]) -> str:
-    """Return a message for one of the errors that pydantic lists. shown: shows a setting with its value."""
+    """Return a message for one of the errors that pydantic lists.
+
+    shown: returns a setting and its value as text.
+    """
     if not detail["loc"]:  # the error concerns a combination of settings
         return detail["msg"].removeprefix("Value error, ")
     field = str(detail["loc"][0])

@@ -13,7 +13,7 @@ from trainer.precision import autocast, prepare
 
 
 class Skips(NamedTuple):
-    """Skipped updates: their number since the last check, and the length of the current row of them."""
+    """Numbers of skipped updates: since the last check, and consecutively up to now."""
 
     steps: int
     consecutive: int
@@ -86,7 +86,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.is_enabled():
-            self._count_skip((self._scale() < scale).float())  # it falls exactly if the update was skipped
+            # The scale falls if and only if the update is skipped.
+            self._count_skip((self._scale() < scale).float())
         return loss.detach(), (logits.argmax(1) != labels).sum()
 
     def _parameters(self) -> Iterator[Tensor]:
@@ -99,7 +100,7 @@ class Step:
         self._count_skip(skip)
 
     def _count_skip(self, skip: Tensor) -> None:
-        """Count the step as skipped if `skip` is 1 rather than 0, without waiting for the device."""
+        """Count the update as skipped if `skip` is 1, and not if it is 0, without waiting for the device."""
         steps, consecutive = self._skips
         self._skips = torch.stack([steps + skip, (consecutive + 1) * skip])
 

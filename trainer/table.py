@@ -16,7 +16,7 @@ from pipeline.retry import read_with_retries
 
 
 class Table:
-    """A CSV file. columns: those that it must have, `step` among them."""
+    """A CSV file. columns: names of the columns that it must have, including `step`."""
 
     def __init__(self, path: Path, columns: Iterable[str] = ("step",)):
         self.path, self.columns = path, columns
@@ -80,8 +80,8 @@ class Table:
     def _read(self, step: float = math.inf) -> tuple[bytes, list[tuple[bytes, dict[str, float]]]]:
         """Return the header, and the lines of the rows up to a step with their values.
 
-        Lines after the last of these rows were written after the last checkpoint. A power cut may have cut
-        them short or filled them with zeros. Raises ContentError if a line before them is damaged.
+        Lines after the last of these rows were written after the last checkpoint, and a power cut may have
+        truncated them or filled them with zeros. Raises ContentError if a line before them is damaged.
         """
         try:
             header, *lines = read_with_retries(self.path).splitlines(keepends=True) or [b""]
@@ -107,7 +107,7 @@ class Table:
 
 
 def _values(columns: list[str], line: bytes) -> dict[str, float] | None:
-    """Return the values of a row, or None if it is cut short or damaged."""
+    """Return the values of a row, or None if it is truncated or damaged."""
     try:
         values = [float(text) for text in line.decode().split(",")]
     except ValueError:

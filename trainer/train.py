@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from pipeline.checked import Damage
 from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint
-from trainer.build import build_decoding, local_world_size
+from trainer.build import build_decoding
+from trainer.damage import DamagedSamples
 from trainer.evaluate import evaluate
 from trainer.forms import resolve_run_form
 from trainer.intervals import Intervals
@@ -33,7 +33,7 @@ from trainer.optim import learning_rate, set_learning_rate
 from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
-from trainer.processes.place import place
+from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped, StopRequest
 from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
@@ -47,10 +47,10 @@ def train(settings: Settings, run: Run) -> None:
     """Begin the run that the settings describe, or continue it, train to its end and write its report.
 
     Raises SettingsError, DatasetError, RunError or OSError with a message for the user (PeerLostError, a
-    RunError, if another process has ended), and Stopped after SIGTERM or SIGINT once a checkpoint is saved.
+    RunError, if another process has ended), and Stopped after a signal once a checkpoint is saved.
     """
     metrics, server = Metrics(), None
-    watchdog = Watchdog(metrics, settings.stall_seconds, place().rank)
+    watchdog = Watchdog(metrics, settings.stall_seconds, read_ranks().rank)
     try:
         with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
@@ -86,7 +86,7 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data, processes=local_world_size())
+        self.dataset = Dataset(settings.data, processes=read_ranks().local_world_size)
         self.plan = Plan(
             seed=settings.seed,
             batch=settings.batch,
@@ -101,7 +101,6 @@ class Trainer:
         self.step = 0
         self.errors: list[float] = []  # top-1 errors on the validation set, one per evaluation
         self.evaluated_epochs = 0  # number of epochs done at the last evaluation
-        self.damaged: set[str] = set()  # locations of the samples that were left out
         self.stop = StopRequest()
         self.stopping = False  # whether all processes have agreed to stop
 
@@ -109,6 +108,7 @@ class Trainer:
         self.run_ahead = RunAheadLimit(world.device)
         self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
+        self.damaged = DamagedSamples(settings.max_bad_samples, world, metrics, self.stop, self.display.warn)
         self.journal = Journal(run, world, metrics, self.display)
         self.saver = Saver(run, settings, metrics, self.display.warn)
         health = Health(settings, len(self.dataset.manifest.classes), self.saver.wait_for_newest, metrics)
@@ -200,7 +200,7 @@ class Trainer:
             colour_epochs=self.settings.colour_epochs,
             rank=self.world.rank,
             world=self.world.size,
-            on_damage=self._count_damaged,
+            on_damage=self.damaged.add,
         )
 
     @cached_property
@@ -213,28 +213,9 @@ class Trainer:
             self.decoding,
             rank=self.world.rank,
             world=self.world.size,
-            on_damage=self._count_damaged,
+            on_damage=self.damaged.add,
             persistent=True,
         )
-
-    def _count_damaged(self, damage: Damage) -> None:
-        """Count a damaged sample that is left out, and end the run with a DatasetError if there are too many.
-
-        A single process raises the error at once. One of several continues with the intact samples until all
-        processes stop together and the main process has saved.
-        """
-        self.metrics.input_errors[damage.reason].inc()
-        if damage.location not in self.damaged:
-            self.display.warn(f"left out: {damage}")
-            self.damaged.add(damage.location)
-        if len(self.damaged) > self.settings.max_bad_samples:
-            error = DatasetError(
-                f"more than {self.settings.max_bad_samples} samples are damaged, the last of them {damage}: "
-                "copy the shard again, or allow more with --max-bad-samples"
-            )
-            if self.world.size == 1:
-                raise error
-            self.stop.error = error
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Do one step: wait for the batch, set the learning rate, and update the weights."""

@@ -29,16 +29,8 @@ from trainer.setting_groups import Fraction, Workers
 from trainer.settings import Settings
 
 T = TypeVar("T")
-ENGINE_SHARES = (
-    0.0,
-    0.2,
-    0.35,
-    0.5,
-    0.65,
-    0.8,
-    0.9,
-    1.0,
-)  # fractions of the images; threads and the GPU's cores decode the rest
+# Fractions of the images that the engine decodes; threads and the GPU's cores decode the rest.
+ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 SECONDS = 0.5  # how long to measure each candidate; a shorter time is too noisy
 
 
@@ -119,11 +111,11 @@ def cache_folder() -> Path:
 def load_or_measure(
     name: str, key: str, structure: TypeAdapter[T], measure: Callable[[], T], write: bool
 ) -> tuple[T, list[str]]:
-    """Return the cached result for a key, or else that of `measure`; and notes for the log.
+    """Return the cached result for a key, or else the result of `measure`, and notes for the log.
 
-    name: name of a JSON file in the cache folder. structure: that of a result, without which a cached one is
-    damaged and measured again. write: whether to add a new result to the file. If the file
-    cannot be read or written, a note says so.
+    name: name of a JSON file in the cache folder. structure: structure of a result; a cached result without
+    it is damaged, and measured again. write: whether to add a new result to the file. If the file cannot be
+    read or written, a note says so.
     """
     found: T | None = None
     try:

@@ -1,4 +1,4 @@
-"""Whatever is wrong with one item, it is named with a reason and all others are classified."""
+"""A file that cannot be classified is named with the reason, and all others are classified."""
 
 import csv
 import errno
@@ -37,7 +37,7 @@ def files_in(output: str) -> list[str]:
 
 
 def failing(function, name: str, error: BaseException):
-    """Return the function, which raises the error if its first argument is or has the path of that name."""
+    """Wrap the function so that it raises the error if its first argument is or has a path of that name."""
 
     def instead(first, *arguments, **named):
         path = getattr(first, "path", first)
@@ -63,7 +63,9 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_error_of_one_item_leaves_the_others(name, error, folder, run_classify, monkeypatch):
+def test_after_any_error_of_one_file_the_others_are_classified(
+    name, error, folder, run_classify, monkeypatch
+):
     from tools.classifying import video
 
     where = (video, "frames") if name.endswith("mp4") else (classify, "read")
@@ -78,7 +80,7 @@ def test_any_error_of_one_item_leaves_the_others(name, error, folder, run_classi
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "d.mp4"])
-def test_a_copy_that_cannot_be_drawn_leaves_its_results(name, folder, tmp_path, run_classify):
+def test_a_file_whose_copy_cannot_be_written_is_still_classified(name, folder, tmp_path, run_classify):
     drawn = tmp_path / "drawn"
     blocked = drawn / name
     blocked.mkdir(parents=True)
@@ -109,7 +111,7 @@ def test_missing_and_empty_inputs_are_named(folder, tmp_path, run_classify):
     assert (code, out) == (1, "")
 
 
-def test_pipes_are_passed_over_links_followed_and_broken_links_named(folder, run_classify):
+def test_pipes_are_skipped_links_followed_and_broken_links_named(folder, run_classify):
     os.mkfifo(folder / "pipe.jpg")  # reading it would wait for ever
     (folder / "gone.jpg").symlink_to("nowhere")
     (folder / "sub").mkdir()
@@ -122,6 +124,20 @@ def test_pipes_are_passed_over_links_followed_and_broken_links_named(folder, run
     code, _, errors = run_classify(folder)
     assert code == 1
     assert f"classify: {folder}/gone.jpg: No such file or directory" in errors
+
+
+def test_litter_in_a_folder_is_skipped_but_classified_if_given(folder):
+    for name in ("._a.jpg", ".Trash-1000/old.jpg", "@eaDir/a.jpg", "sub/.hidden.mp4"):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found, errors, others = find([folder])
+    assert [source.name for source in found] == list(NAMES)
+    assert (errors, others) == ([], 2)  # files in folders that are litter are not counted
+    assert find([folder / "._a.jpg", folder / "@eaDir"])[0] == [
+        (folder / "._a.jpg", "._a.jpg"),
+        (folder / "@eaDir/a.jpg", "a.jpg"),
+    ]
 
 
 def test_a_folder_that_cannot_be_listed_is_named(folder, run_classify, monkeypatch):
@@ -145,7 +161,7 @@ ODD_NAMES = {
 }
 
 
-def test_any_name_of_a_file_gives_valid_output(tmp_path, run_classify):
+def test_file_names_of_any_bytes_give_valid_output(tmp_path, run_classify):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ODD_NAMES:

@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_net_is_refused_in_one_line(state, packed, tmp_p
         state = {"step": 1, "model": {name: value[..., :1] for name, value in model.items()}}
     checkpoint.write(run.checkpoints, 2, state, keep=1)
     message = command(export.main, run.folder, "--out", tmp_path / "net.pt2")
-    assert f"the checkpoint in {run.checkpoints} is not of the net that settings.json describes" in message
+    assert f"the checkpoint in {run.checkpoints} does not match the net in settings.json" in message
     assert "\n" not in message
 
 
@@ -179,7 +179,9 @@ OTHER_WEIGHTS = {
 
 @pytest.mark.parametrize("what", OTHER_WEIGHTS)
 @pytest.mark.parametrize("extension", ["pth", "safetensors"])
-def test_other_weights_are_named_with_the_reason(what, extension, packed, tmp_path, command):
+def test_files_that_are_not_torchvisions_weights_are_refused_with_the_reason(
+    what, extension, packed, tmp_path, command
+):
     content, reason = OTHER_WEIGHTS[what]
     path = tmp_path / f"weights.{extension}"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -191,7 +193,7 @@ def test_other_weights_are_named_with_the_reason(what, extension, packed, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
-def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
+def test_missing_weights_are_named(name, packed, tmp_path, command):
     message = command(import_torchvision.main, tmp_path / name, "--out", tmp_path / "run", "--data", packed)
     assert f"{tmp_path / name}: No such file or directory" in message
 
@@ -203,10 +205,10 @@ def test_weights_that_are_missing_are_named(name, packed, tmp_path, command):
         ("a one\nb stra\u00dfe\n".encode("latin-1"), "not in UTF-8"),
         ("a one\n".encode("utf-16"), "in UTF-16"),
         (b"a one\nb\n", "line 2: it must have an id, white space and a name"),
-        (b"a one\na two\n", "line 2: the id a is on an earlier line, too"),
+        (b"a one\na two\n", "line 2: the id a is on an earlier line as well"),
     ],
 )
-def test_lists_of_classes_of_any_editor_are_read_or_refused(content, expected, tmp_path):
+def test_a_list_of_classes_is_read_or_refused_with_the_reason(content, expected, tmp_path):
     path = tmp_path / "classes.txt"
     path.write_bytes(content)
     if isinstance(expected, list):

@@ -27,7 +27,7 @@ def test_training_logs_as_in_a_run(packed, monkeypatch, call):
     assert logged == list(range(2, logged[-1] + 1, 2))
 
 
-def test_no_temporary_folder_stays(packed, tmp_path, monkeypatch, call):
+def test_temporary_folders_are_deleted(packed, tmp_path, monkeypatch, call):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     done = call(bench.main, "train", "save", "--data", packed, *QUICK, *BATCH, "--trace", tmp_path / "trace")
     assert done.returncode == 0, done.stderr

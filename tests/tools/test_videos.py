@@ -1,4 +1,4 @@
-"""Videos that are odd but sound, and videos that are damaged."""
+"""Unusual but intact videos are read completely, and damaged ones as far as possible."""
 
 import struct
 from itertools import islice
@@ -52,7 +52,7 @@ MATRICES = {
 
 
 @pytest.mark.parametrize("name", MATRICES)
-def test_a_video_is_turned_and_mirrored_as_its_track_says(name, tmp_path):
+def test_a_video_is_rotated_and_mirrored_as_its_track_says(name, tmp_path):
     (a, b, c, d), expected = MATRICES[name]
     picture = plain("white", (80, 48))
     for place, colour in (((0, 0), "red"), ((40, 0), "lime"), ((0, 24), "blue")):
@@ -76,7 +76,7 @@ def test_a_video_may_be_shorter_than_its_sound(extension, tmp_path):
 
 
 @pytest.mark.parametrize(("extension", "codec"), [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("flv", "flv1")])
-def test_the_last_frame_may_stand(extension, codec, tmp_path):
+def test_a_video_whose_last_frame_lasts_long_is_not_called_truncated(extension, codec, tmp_path):
     path = write_video(
         tmp_path / f"film.{extension}", [plain("red")] * 3, codec=codec, times=[0, 0.1, 0.2], last=5
     )
@@ -88,7 +88,7 @@ def test_the_last_frame_may_stand(extension, codec, tmp_path):
     [[0, 0.1, 2, 2.05, 9], [-0.2, -0.1, 0, 0.3, 0.4], [300, 300.1, 300.5, 301, 302]],
     ids=["variable rate", "negative", "late"],
 )
-def test_time_begins_with_the_first_frame(times, tmp_path):
+def test_times_count_from_the_first_frame(times, tmp_path):
     path = write_video(tmp_path / "film.mkv", [plain("red")] * 5, times=times)
     expected = [round(time - times[0], 3) for time in times]
     assert [round(seconds, 3) for seconds, _ in frames(path)] == expected
@@ -108,7 +108,7 @@ def test_joined_recordings_of_different_sizes_follow_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["mp4", "mkv", "avi"])
-def test_metadata_need_not_be_utf_8(extension, tmp_path):
+def test_metadata_that_are_not_utf_8_do_no_harm(extension, tmp_path):
     path = write_video(tmp_path / f"film.{extension}", [plain("red")] * 2, title="Strasse XY")
     content = path.read_bytes()
     assert b"Strasse XY" in content
@@ -129,7 +129,7 @@ def test_a_truncated_video_says_how_much_is_missing(extension, tmp_path):
     assert 0 < missing <= len(content) - len(content) * 6 // 10
 
 
-def test_frames_after_a_damaged_one_are_shown(tmp_path):
+def test_frames_after_a_damaged_one_are_read(tmp_path):
     path = write_video(tmp_path / "film.mov", noise(30), codec="png")
     content = bytearray(path.read_bytes())
     header = content.index(b"IHDR", len(content) // 2)

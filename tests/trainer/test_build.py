@@ -6,7 +6,7 @@ import torch
 from model.alexnet import Variant
 from trainer import build
 from trainer.build import build_decoding, build_model
-from trainer.processes.place import Place
+from trainer.processes.ranks import Ranks
 from trainer.settings import load_settings
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def machine(monkeypatch):
     def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
         monkeypatch.setattr(build, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
         monkeypatch.setattr(build, "cpus", lambda: quota or 8)
-        monkeypatch.setattr(build, "place", lambda: Place(rank, processes, rank, processes, True))
+        monkeypatch.setattr(build, "read_ranks", lambda: Ranks(rank, processes, rank, processes, True))
 
     return of
 

@@ -135,7 +135,7 @@ def test_a_run_describes_its_net_without_its_dataset(packed, tmp_path):
         ({"warmup_epochs": 100}, "is damaged (settings.json: "),
     ],
 )
-def test_settings_of_another_version_or_kind_are_refused_in_one_line(packed, tmp_path, change, what):
+def test_settings_of_another_version_or_type_are_refused_in_one_line(packed, tmp_path, change, what):
     run = Run(tmp_path)
     run.begin(load_settings([]), read_manifest(packed)).close()
     path = tmp_path / "settings.json"
@@ -171,7 +171,7 @@ def test_a_relative_dataset_is_found_from_any_folder_and_after_both_have_moved(p
     assert Run(moved / "runs/a").settings().data == Path("shards")
 
 
-def test_a_run_of_an_earlier_version_has_the_dataset_that_it_recorded(packed, tmp_path):
+def test_a_run_of_an_earlier_version_uses_the_path_that_it_recorded(packed, tmp_path):
     run, settings = Run(tmp_path), load_settings(["--data", "shards"])
     run.begin(settings, read_manifest(packed)).close()
     path = tmp_path / "settings.json"
@@ -190,7 +190,7 @@ def test_names_that_are_not_utf_8_are_kept(packed, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"device": "cpu"}', b"null", b"[{]", b"\xff\xfe["])
-def test_a_damaged_record_of_starts_is_named(tmp_path, content):
+def test_a_damaged_environment_json_is_named(tmp_path, content):
     (tmp_path / "environment.json").write_bytes(content)
     with pytest.raises(RunError, match=r"environment.json .*: delete it"):
         Run(tmp_path).starts()

@@ -186,7 +186,7 @@ def test_help_and_errors_do_not_import_torch_or_dali(arguments):
         ("layer_learning_rates.conv9 = 1", "layer_learning_rates = conv9 in the recipe"),
     ],
 )
-def test_a_value_of_a_wrong_kind_names_the_recipe(tmp_path, line, what):
+def test_an_error_names_the_recipe_with_the_invalid_value(tmp_path, line, what):
     path = tmp_path / "mine.toml"
     path.write_text(line)
     with pytest.raises(SettingsError) as error:

@@ -110,7 +110,7 @@ def test_finite_values_are_finite_even_if_their_sum_is_not():
     assert all_finite([torch.full((1000,), 3e38), torch.full((1000,), -3e38), torch.zeros(1)])
 
 
-def test_skips_of_fp16_are_counted_although_the_scale_grows_again(batch):
+def test_skips_in_fp16_are_counted_even_if_the_scale_grows_again(batch):
     model = tiny()
     step = Step(model, torch.optim.SGD(model.parameters(), lr=1e-4), "fp16", CPU)
     step.scaler.set_growth_interval(1)

@@ -1,4 +1,4 @@
-"""The files to classify, and errors that concern one of them, after which the others are still classified."""
+"""Find the files to classify, and turn errors that concern one of them into messages about it."""
 
 import os
 import stat
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.packing.sources.litter import litter_in
 from pipeline.retry import is_outage
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -72,8 +73,9 @@ def find(inputs: Iterable[Path]) -> Found:
     """Find the files to classify.
 
     Files are taken as given; folders are searched at any depth for the extensions of pictures and videos, and
-    links are followed. An input that is missing, or a folder that cannot be listed or holds neither pictures
-    nor videos, is an error. Raises OSError if the storage is unavailable.
+    links are followed. Litter, such as hidden files and folders, is passed over, as in packing. An input that
+    is missing, or a folder that cannot be listed or holds neither pictures nor videos, is an error. Raises
+    OSError if the storage is unavailable.
     """
     sources: list[Source] = []
     errors: list[InputError] = []
@@ -96,7 +98,7 @@ def find(inputs: Iterable[Path]) -> Found:
 
 
 def _inside(folder: Path, errors: list[InputError]) -> Iterator[Path]:
-    """Yield the files at any depth, and add an error for each folder that cannot be listed."""
+    """Yield the files at any depth outside litter, and add an error for each folder that cannot be listed."""
 
     def note(error: OSError) -> None:
         try:
@@ -112,13 +114,14 @@ def _inside(folder: Path, errors: list[InputError]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders.sort()  # of several links to a folder, the first one counts
+        # Of several links to a folder, the first in this order counts.
+        folders[:] = sorted(name for name in folders if not litter_in(name))
         yield from (Path(parent, name) for name in names)
 
 
 def _is_candidate(path: Path) -> bool:
-    """Whether a file has the extension of a picture or a video and is neither a pipe nor a device."""
-    if path.suffix.lower() not in PICTURES | VIDEOS:
+    """Whether a file has the extension of a picture or a video and is not litter, a pipe or a device."""
+    if path.suffix.lower() not in PICTURES | VIDEOS or litter_in(path.name):
         return False
     try:
         return stat.S_ISREG(path.stat().st_mode)

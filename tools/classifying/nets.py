@@ -1,4 +1,4 @@
-"""Opening a trained net from a run folder or an exported file.
+"""Open a trained net from a run folder or an exported file.
 
 Exported files are opened without importing the trainer.
 """
@@ -17,7 +17,7 @@ from pipeline.files import path_in_errors
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 
 BATCH = 32  # inputs per forward pass
-_PLACE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?(/\S+:\d+ .*\) )?")
+_ORT_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .* failed:)?(/\S+:\d+ .*\) )?")
 
 
 class NetError(ValueError):
@@ -72,7 +72,7 @@ def _remedy(path: Path) -> str:
 
 
 def _checked(net: Net, path: Path, remedy: str) -> Net:
-    """Return the net if its outputs are as its net.json says. Raises NetError."""
+    """Return the net if its outputs match its net.json. Raises NetError."""
     crop, classes = net.spec.crop, len(net.spec.classes)
     try:
         shape = net.logits(np.zeros((1, 3, crop, crop), np.float32)).shape
@@ -87,9 +87,9 @@ def _checked(net: Net, path: Path, remedy: str) -> Net:
 
 
 def _reason(error: Exception) -> str:
-    """Return what a library says in one line, without where in ONNX Runtime's source it says so."""
+    """Return a library's message in one line, without ONNX Runtime's error code and source location."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return _PLACE.sub("", text)[:200].rstrip(".")
+    return _ORT_PREFIX.sub("", text)[:200].rstrip(".")
 
 
 def open_onnx(path: Path) -> Net:
@@ -107,7 +107,7 @@ def open_onnx(path: Path) -> Net:
         raise NetError(f"{path} is not a net: {_reason(error)}. {_remedy(path)}") from None
     content = session.get_modelmeta().custom_metadata_map.get(NET_NAME)
     if content is None:
-        raise NetError(f"{path} has no {NET_NAME}, so it is no export of this project. {_remedy(path)}")
+        raise NetError(f"{path} has no {NET_NAME}, so this project did not export it. {_remedy(path)}")
     spec = NetSpec.parse(content, path, _remedy(path))
     name = session.get_inputs()[0].name
     return Net(lambda pixels: session.run(None, {name: pixels})[0], spec)
@@ -144,7 +144,7 @@ def _read_net_json(path: Path) -> bytes:
                 return archive.read(found[0])
     except (BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
         raise NetError(f"{path} is damaged or not a .pt2 file ({_reason(error)}). {_remedy(path)}") from None
-    raise NetError(f"{path} has no {NET_NAME}, so it is no export of this project. {_remedy(path)}")
+    raise NetError(f"{path} has no {NET_NAME}, so this project did not export it. {_remedy(path)}")
 
 
 def open_run(folder: Path, best: bool = False) -> Net:

@@ -1,4 +1,4 @@
-"""The best classes of a picture or of a window of a video, as text, JSON lines and CSV."""
+"""Write the best classes of a picture or of a window of a video as text, JSON lines or CSV."""
 
 import csv
 import json

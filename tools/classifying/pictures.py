@@ -1,4 +1,4 @@
-"""Turning image files into the net's input as packing and evaluation do, with Pillow and numpy."""
+"""Turn image files into the net's input as packing and evaluation do, with Pillow and numpy."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Find out whether a video file ends before its own headers say that it does.
 
-Matroska, MP4 and AVI files are sequences of elements that begin with their length. Timestamps do not tell a
-truncated file: sound may last longer than the pictures, and the last picture may stand for any time.
+Matroska, MP4 and AVI files are sequences of elements that begin with their length. Timestamps cannot reveal a
+truncated file: the sound may be longer than the pictures, and the last picture may be shown for any time.
 """
 
 import os
@@ -9,14 +9,11 @@ from typing import BinaryIO
 
 _BOXES = {b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"sidx", b"meta", b"udta", b"uuid"}
 _BOXES |= {b"free", b"skip", b"wide", b"pnot", b"pdin", b"prft", b"emsg"}
-_ELEMENTS = {
-    b"\x1a\x45\xdf\xa3",
-    b"\x18\x53\x80\x67",
-}  # of Matroska: header and segment
+_ELEMENTS = {b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"}  # Matroska's header and segment
 
 
 def missing_bytes(file: BinaryIO) -> int:
-    """Return how many bytes a video lacks at its end, and 0 if it is whole or its format does not tell.
+    """Return the number of bytes missing at the end of a video; 0 if it is whole or its format does not say.
 
     Rewinds the file. Raises OSError.
     """
@@ -32,12 +29,12 @@ def missing_bytes(file: BinaryIO) -> int:
 
 
 def _length(head: bytes) -> int | None:
-    """Return the bytes of the element that begins with `head`, or None if they are unknown."""
+    """Return the number of bytes of the element that begins with `head`, or None if it is unknown."""
     if head[:4] == b"RIFF":
         content = int.from_bytes(head[4:8], "little")
-        return 8 + content if content else None  # 0 in a recording that was not finished
+        return 8 + content if content else None  # 0 in a recording that was interrupted
     if head[:4] in _ELEMENTS and len(head) == 16 and head[4]:
-        width = 9 - head[4].bit_length()  # bytes of the length, as its first set bit says
+        width = 9 - head[4].bit_length()  # number of bytes of the length, which its first set bit gives
         unknown = (1 << 7 * width) - 1
         content = int.from_bytes(head[4 : 4 + width], "big") & unknown
         return 4 + width + content if content != unknown else None

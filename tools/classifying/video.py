@@ -21,22 +21,21 @@ from tools.classifying.overlay import draw_bars, reduced, with_bars
 from tools.classifying.pictures import views
 from tools.classifying.truncation import missing_bytes
 
-TICK = Fraction(1, 90000)  # seconds: the time base of the annotated copy
-
-_ROUNDING = 1e-6
+TICK = Fraction(1, 90000)  # time base of the annotated copy, in seconds
+_ROUNDING = 1e-6  # tolerance of comparisons of times, in seconds or windows
 
 Frame = tuple[float, Image.Image]  # seconds from the first one, and RGB
 
 
 class _VideoError(ValueError):
-    """What is wrong with a video, without its name."""
+    """A problem of a video; the message does not name the video."""
 
 
 def frames(path: Path, every: int = 1) -> Iterator[Frame]:
     """Yield every `every`th frame, rotated and mirrored as the file says; broken frames are skipped.
 
-    Raises InputError if there is no frame, if frames are too large, or if PyAV is missing; for damage, after
-    the readable frames. Raises OSError if the storage is unavailable.
+    Raises InputError if there is no frame, if frames are too large, if PyAV is missing or, after the readable
+    frames, if the file is damaged. Raises OSError if the storage is unavailable.
     """
     try:
         import av
@@ -52,8 +51,9 @@ def frames(path: Path, every: int = 1) -> Iterator[Frame]:
         except _VideoError as error:
             problem = str(error)
         except (av.FFmpegError, OSError) as error:
+            # EINVAL means that a damaged file made FFmpeg seek to an offset before its start.
             if not isinstance(error, av.FFmpegError) and error.errno != errno.EINVAL:
-                raise  # the latter if FFmpeg, misled by a damaged file, seeks to a place before its start
+                raise
             problem = f"damaged after {seconds:.1f} s: {error.strerror}"
         if missing:
             problem = f"truncated: its last {missing:,} bytes are missing"
@@ -119,8 +119,8 @@ def _check_size(width: int, height: int) -> None:
 class _Clock:
     """Turns the timestamps of a video's frames into seconds since the first one.
 
-    Joined recordings begin again at another time, and some formats lack timestamps: such a frame follows the
-    one before it after a period. period: 1 / frame rate.
+    In joined recordings, time begins anew at the second one, and some formats have no timestamps. In both
+    cases, a frame is one period later than the previous one. period: 1 / frame rate, in seconds.
     """
 
     def __init__(self, period: float):
@@ -142,7 +142,7 @@ def _upright(image: Image.Image, matrix: Any) -> Image.Image:
     """Mirror and rotate a frame as its display matrix says.
 
     matrix: nine numbers of FFmpeg (a, b, u, c, d, v, x, y, w) that map a pixel (p, q) to (ap + cq, bp + dq),
-    or None. A telephone records one when it is held upright, and a front camera to mirror its user.
+    or None. A phone records one if it is held upright, or to mirror the picture of its front camera.
     """
     if matrix is None:
         return image
@@ -155,9 +155,9 @@ def _upright(image: Image.Image, matrix: Any) -> Image.Image:
 
 
 def classify_video(path: Path, net: Net, crops: int, window: float, every: int) -> Iterator[Result]:
-    """Yield a result for each window of `window` seconds: the mean softmax over its frames.
+    """Yield a result for each window of `window` seconds: the mean softmax output over its frames.
 
-    Raises InputError, for damage after the results of the readable part.
+    Raises InputError; in the case of damage, after the results of the readable part.
     """
     damage = []
 

@@ -71,7 +71,7 @@ class Health:
         if self._chance_since:
             self.metrics.unsound["chance"].inc()
         skipped = f"skipped {skips.steps} of the last {interval.steps} updates: gradients were not finite"
-        # In fp16, an overflow now and then is how the loss scale finds its value.
+        # In fp16, occasional overflows are normal: they are how the loss scale is found.
         unusual = skips.steps > 0 and self.settings.precision != "fp16"
         return [skipped] * unusual + chance_warnings
 

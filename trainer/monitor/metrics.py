@@ -70,7 +70,7 @@ class Metrics:
         self.step = gauge("step", "Steps done.")
         self.epoch = gauge("epoch", "Epochs done, including the fraction.")
         self.progress_ratio = gauge("progress_ratio", "Fraction of the run that is done, 0 to 1.")
-        # A gauge with a label is not exported until it is set: before that, there is no loss.
+        # A gauge with a label is not exported until it is set, so there is no loss before the first one.
         self._loss = gauge("loss", "Mean cross-entropy at the last log or evaluation.", "phase")
         self.learning_rate = gauge("learning_rate", "Learning rate of the weights.")
         self.grad_scale = gauge("grad_scale", "Loss scale in fp16.")
@@ -159,7 +159,7 @@ class Metrics:
 
     def describe(self, about: Mapping[str, str]) -> None:
         """Record a description of the run, as the labels of alexnet_run_info."""
-        # A path may have bytes that are not UTF-8, which the server could not send.
+        # A path may contain bytes that are not UTF-8, which the server cannot send.
         shown = {name: value.encode(errors="backslashreplace").decode() for name, value in about.items()}
         self.about = {name.replace("-", "_"): value for name, value in shown.items()}
         self._run_info.info(self.about)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.processes.place import place
+from trainer.processes.ranks import read_ranks
 from trainer.run import PeerLostError
 from trainer.settings import SettingsError
 
@@ -67,11 +67,11 @@ def join(device: str) -> World:
 
     device: `auto`, `cuda`, `cuda:N` or `cpu`.
 
-    Raises SettingsError if there is no such GPU, or if the variables of torchrun make no sense.
+    Raises SettingsError if there is no such GPU, or if the variables of torchrun are not valid.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"--device {device}: torch finds no GPU here; omit --device to train on the CPU")
-    rank, size, local_rank, *_ = place()
+    rank, size, local_rank, *_ = read_ranks()
     on_gpu = device != "cpu" and torch.cuda.is_available()
     own = torch.device("cuda", _gpu_index(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -98,7 +98,7 @@ def raising_peer_lost() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise PeerLostError(
-            f"rank {place().rank} has lost another process of the run, whose own error may say why. "
+            f"rank {read_ranks().rank} has lost another process of the run, whose own error may say why. "
             "Run the same command again to continue from the last checkpoint"
         ) from error
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from pipeline.machine import cpus
-from trainer.processes.place import place
+from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import SIGNALS, StopRequest
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
@@ -35,39 +35,39 @@ _LIBC = ctypes.CDLL(None)
 
 
 def world_size(settings: Settings) -> int:
-    """Return the number of processes of the run: as started by torchrun, or as to be started on this machine.
+    """Return the number of processes of the run, which torchrun has started or this machine will start.
 
     Raises SettingsError if the settings or the variables of torchrun do not allow that number.
     """
-    wanted, one_gpu, placed = settings.processes, ":" in settings.device, place()
-    if placed.is_given:
-        here = placed.local_size
-        if wanted and wanted != here:
-            raise SettingsError(f"--processes {wanted}: torchrun has started {here} here; omit --processes")
-        if one_gpu and here != 1:
+    wanted, one_gpu, ranks = settings.processes, ":" in settings.device, read_ranks()
+    if ranks.is_launched:
+        local = ranks.local_world_size
+        if wanted and wanted != local:
+            raise SettingsError(f"--processes {wanted}: torchrun has started {local} here; omit --processes")
+        if one_gpu and local != 1:
             raise SettingsError(
-                f"--device {settings.device}: torchrun has started {here} here, each of which needs a GPU; "
+                f"--device {settings.device}: torchrun has started {local} here, each of which needs a GPU; "
                 "use --device cuda"
             )
-        _check_ports(settings.port, here)
-        return placed.size
+        _check_ports(settings.port, local)
+        return ranks.world_size
     gpus = 0 if settings.device == "cpu" else 1 if one_gpu else count_gpus()
     if gpus and wanted and wanted > gpus:
         raise SettingsError(
             f"--processes {wanted}: each process needs a GPU; with --device {settings.device}, use {gpus}"
         )
-    here = wanted or gpus or 1
-    _check_ports(settings.port, here)
-    return here
+    local = wanted or gpus or 1
+    _check_ports(settings.port, local)
+    return local
 
 
 def _check_ports(first: int, processes: int) -> None:
     """Raise SettingsError if the last process of this machine would serve a port that does not exist."""
-    highest = 65536 - processes
-    if first > highest:
+    last = 65536 - processes
+    if first > last:
         raise SettingsError(
-            f"--port {first}: {processes} processes serve as many ports from this one on, and the last port "
-            f"is 65535; use --port {highest} or less, or --port 0 to disable the servers"
+            f"--port {first}: {processes} processes need as many ports, and the last would be above 65535; "
+            f"use --port {last} or less, or --port 0 to disable the servers"
         )
 
 

@@ -18,10 +18,10 @@ class Stopped(Exception):  # noqa: N818 – not an error
 class StopRequest:
     """A context that records the first signal of each of SIGNALS instead of letting it end the process.
 
-    A second SIGTERM or SIGINT has its usual effect. The kinds are counted separately because Ctrl-C sends
+    A second SIGTERM or SIGINT has its usual effect. The two are counted separately because Ctrl-C sends
     SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well. A second
-    SIGHUP is ignored, because a shell repeats the one that its closed terminal sends. If SIGHUP was ignored
-    before, as under nohup, it stays ignored.
+    SIGHUP is ignored, because both a closed terminal and its shell send one. If SIGHUP was ignored before, as
+    under nohup, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -45,5 +45,4 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        is_repeated = number == signal.SIGHUP
-        signal.signal(number, signal.SIG_IGN if is_repeated else self._previous[self.signal])
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else self._previous[self.signal])

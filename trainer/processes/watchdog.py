@@ -68,7 +68,7 @@ class Watchdog:
             f"alexnet-train: rank {self.rank} has made no progress for {stalled:.0f} s during {activity}. It "
             "ends now: run the same command again to continue from the last checkpoint. All its threads:\n"
         )
-        with suppress(OSError):  # the process ends even if nobody can be told why
+        with suppress(OSError):  # the process ends even if the reason cannot be written
             os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_STALLED)

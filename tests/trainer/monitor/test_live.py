@@ -54,6 +54,14 @@ def test_the_page_shows_the_metrics_of_the_run():
     assert "2 min 30 s left" in text  # 750 steps at 5 per second
 
 
+def test_a_run_folder_of_any_name_is_shown_whole():
+    metrics = Metrics()
+    metrics.describe({"run": """runs/"a" & 'b' <script>alert(1)</script>"""})
+    text = live_page(metrics)
+    assert "runs/&quot;a&quot; &amp; &#x27;b&#x27; &lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "<script>alert" not in text
+
+
 def test_a_curve_runs_from_zero_to_its_maximum():
     metrics = Metrics()
     for rate in (100.0, 50.0, 200.0):

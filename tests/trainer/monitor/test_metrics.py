@@ -67,7 +67,7 @@ def test_an_interval_and_an_evaluation_reach_the_scraper():
         assert line in text.splitlines()
 
 
-def test_there_is_no_loss_before_it_is_known():
+def test_the_loss_is_not_exported_before_it_is_known():
     metrics = Metrics()
     assert "alexnet_loss{" not in metrics.exposition()
     metrics.record_evaluation("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
@@ -75,10 +75,10 @@ def test_there_is_no_loss_before_it_is_known():
     assert 'alexnet_loss{phase="train"}' not in metrics.exposition()
 
 
-def test_a_name_that_is_not_utf_8_can_be_sent():
+def test_a_name_that_is_not_utf_8_is_exported_with_escapes():
     metrics = Metrics()
     metrics.describe({"run": "runs/caf\udce9"})
-    assert "caf" in metrics.exposition().encode().decode()
+    assert r'run="runs/caf\\udce9"' in metrics.exposition().encode().decode()
 
 
 def test_the_run_is_described_by_labels_that_every_prometheus_accepts():

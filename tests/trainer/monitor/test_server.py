@@ -83,7 +83,7 @@ def test_a_query_is_ignored(served, path, method):
         ("::ffff:127.0.0.1", "127.0.0.1"),
     ],
 )
-def test_a_name_or_an_address_of_either_kind_is_bound_to(address, reached):
+def test_the_server_binds_to_host_names_and_addresses_of_ipv4_and_ipv6(address, reached):
     server = MetricsServer(Metrics(), address, 0, STALL_SECONDS)
     try:
         assert get(f"http://{reached}:{server.port}/healthz") == "ok\n"
@@ -92,7 +92,7 @@ def test_a_name_or_an_address_of_either_kind_is_bound_to(address, reached):
 
 
 @pytest.mark.parametrize("address", ["no.such.host.invalid", "a..b", "x" * 300, "192.0.2.1", ":::", "a b"])
-def test_an_address_of_no_use_is_refused_in_one_line(address):
+def test_an_unusable_address_is_refused_in_one_line(address):
     world = World(0, 1, 0, torch.device("cpu"))
     with pytest.raises(SettingsError, match=r"--address .* --port \d+: \S") as error:
         start_server(Metrics(), Settings(address=address, port=free_port()), world)
@@ -102,7 +102,7 @@ def test_an_address_of_no_use_is_refused_in_one_line(address):
 @pytest.mark.parametrize(
     ("address", "shown"), [("::", "[::]"), ("[::1]", "[::1]"), ("0.0.0.0", "0.0.0.0"), ("host", "host")]
 )
-def test_an_address_in_a_url(address, shown):
+def test_an_ipv6_address_has_brackets_in_a_url(address, shown):
     assert serving.url_host(address) == shown
 
 

@@ -157,7 +157,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, device, processes):
 @pytest.mark.parametrize(
     ("port", "processes", "fits"), [(65535, 1, True), (65534, 2, True), (65535, 2, False)]
 )
-def test_each_process_has_a_port(port, processes, fits):
+def test_each_process_needs_a_port(port, processes, fits):
     settings = Settings(device="cpu", port=port, processes=processes)
     if fits:
         assert launch.world_size(settings) == processes
@@ -166,7 +166,7 @@ def test_each_process_has_a_port(port, processes, fits):
             launch.world_size(settings)
 
 
-def test_an_error_of_any_text_reaches_the_launcher(tmp_path, capfd):
+def test_an_error_with_any_characters_reaches_the_launcher(tmp_path, capfd):
     code = """
 import errno
 from trainer.processes.launch import report_error

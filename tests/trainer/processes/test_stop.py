@@ -38,14 +38,14 @@ def test_ctrl_c_and_the_sigterm_that_torchrun_then_sends_are_one_request():
 
 
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_hanging_up_is_a_request_unless_it_was_ignored_and_may_be_repeated(before):
+def test_sighup_may_be_repeated_and_requests_a_stop_unless_it_was_ignored(before):
     own = signal.signal(signal.SIGHUP, before)
     try:
         with StopRequest() as request:
             os.kill(os.getpid(), signal.SIGHUP)
             if before == signal.SIG_DFL:
                 assert request.signal == signal.SIGHUP
-                os.kill(os.getpid(), signal.SIGHUP)  # by the shell, after the terminal
+                os.kill(os.getpid(), signal.SIGHUP)  # as the shell does after the terminal
             assert request.is_made == (before == signal.SIG_DFL)
         assert signal.getsignal(signal.SIGHUP) == before
     finally:

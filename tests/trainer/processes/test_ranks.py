@@ -1,10 +1,10 @@
-"""The variables of torchrun: which make sense, and what is said of those that do not."""
+"""The ranks of a process in torchrun's variables, and the errors if those are not valid."""
 
 import os
 
 import pytest
 
-from trainer.processes.place import Place, place
+from trainer.processes.ranks import Ranks, read_ranks
 from trainer.settings import SettingsError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -13,14 +13,14 @@ TWO = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29
 
 @pytest.fixture
 def given(monkeypatch):
-    """given(RANK=…): the place of a process with these variables alone."""
+    """given(RANK=…): the ranks of a process that has only these variables."""
 
-    def of(**variables: str) -> Place:
+    def of(**variables: str) -> Ranks:
         for name in NAMES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setitem(os.environ, name, value)
-        return place()
+        return read_ranks()
 
     return of
 
@@ -28,15 +28,15 @@ def given(monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Place(0, 1, 0, 1, False)),
-        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "host"}, Place(0, 1, 0, 1, False)),
-        ({"WORLD_SIZE": "1"}, Place(0, 1, 0, 1, True)),
-        (TWO, Place(1, 2, 0, 1, True)),
-        (TWO | {"LOCAL_RANK": "1"}, Place(1, 2, 1, 1, True)),
-        (TWO | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Place(1, 2, 1, 2, True)),
+        ({}, Ranks(0, 1, 0, 1, False)),
+        ({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "host"}, Ranks(0, 1, 0, 1, False)),
+        ({"WORLD_SIZE": "1"}, Ranks(0, 1, 0, 1, True)),
+        (TWO, Ranks(1, 2, 0, 1, True)),
+        (TWO | {"LOCAL_RANK": "1"}, Ranks(1, 2, 1, 1, True)),
+        (TWO | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Ranks(1, 2, 1, 2, True)),
     ],
 )
-def test_the_place_of_a_process(given, variables, expected):
+def test_the_ranks_of_a_process_come_from_the_environment(given, variables, expected):
     assert given(**variables) == expected
 
 
@@ -64,7 +64,7 @@ def test_the_place_of_a_process(given, variables, expected):
         (TWO | {"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE=4"),
     ],
 )
-def test_variables_that_make_no_sense_are_named(given, variables, named):
+def test_variables_that_are_missing_or_impossible_are_named(given, variables, named):
     with pytest.raises(SettingsError) as error:
         given(**variables)
     assert named in str(error.value)
