@@ -60,7 +60,7 @@ def parse_record(
     found = record.get("format") if isinstance(record, dict) else None
     if isinstance(found, int) and found > latest:
         raise ContentError(
-            f"{source} has format {version}, but this version reads format {latest}: upgrade alexnet-train"
+            f"{source} has format {found}, but this version reads format {latest}: upgrade alexnet-train"
         )
     try:
         return model.model_validate(record)
