@@ -146,7 +146,7 @@ def test_make_shards_packs_a_mounted_folder(docker, image, pictures, tmp_path):
     assert {split: manifest.split(split).samples for split in ("train", "val")} == {"train": 60, "val": 20}
 
 
-# Writes a picture in each format, and as TIFF in each compression and in CIELAB, to class folders.
+# Writes a picture in each format to one class, and as TIFF in each compression and in CIELAB to another.
 EACH_FORMAT = """
 import sys
 from pathlib import Path
@@ -155,18 +155,19 @@ from pipeline.packing.images import FORMATS
 picture = Image.radial_gradient("L").convert("RGB")
 TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "jpeg", "zstd", "webp", "lzma")
 for split in ("train", "val"):
-    folder = Path(sys.argv[1], split, "class")
-    folder.mkdir(parents=True)
+    formats, tiff = (Path(sys.argv[1], split, name) for name in ("formats", "tiff"))
+    formats.mkdir(parents=True)
+    tiff.mkdir()
     for name in FORMATS:
-        picture.save(folder / name, name)
-    picture.save(folder / "lossless", "WEBP", lossless=True)
-    picture.convert("CMYK").save(folder / "cmyk", "JPEG")
-    picture.convert("LAB").save(folder / "lab", "TIFF")
+        picture.save(formats / name, name)
+    picture.save(formats / "lossless", "WEBP", lossless=True)
+    picture.convert("CMYK").save(formats / "cmyk", "JPEG")
+    picture.convert("LAB").save(tiff / "lab", "TIFF")
     for name in TIFF:
-        picture.save(folder / name, "TIFF", compression=name)
+        picture.save(tiff / name, "TIFF", compression=name)
     for name in ("group3", "group4", "tiff_ccitt"):
-        picture.convert("1").save(folder / name, "TIFF", compression=name)
-    print(len([*folder.iterdir()]))
+        picture.convert("1").save(tiff / name, "TIFF", compression=name)
+    print(len([*formats.iterdir(), *tiff.iterdir()]))
 """
 
 
