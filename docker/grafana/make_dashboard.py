@@ -44,8 +44,9 @@ def first_screen() -> list:
         "What limits it",
         'job:alexnet_verdict{job="$job"}',
         "none",
-        "compute-bound: the device is busy 95 % of the time, the best case. input-bound: it is idle and less "
-        "than half of the batches are ready; more threads, a faster disk or smaller images help. host gap: "
+        "compute-bound: the device is busy 95 % of the time, the best case. input-bound: it waits 5 % of the "
+        "time or more, and less than half of the batches are ready; more threads, a faster disk or smaller "
+        "images help. host gap: "
         "it is idle although batches are ready; a larger batch or --compile helps. mixed: none of these.",
         12,
         8,

@@ -37,8 +37,8 @@ def bottleneck() -> list:
                 "ready": 'job:alexnet_ready:ratio5m{job="$job"}',
             },
             RATIO,
-            "Busy at least 95 %: compute-bound. Otherwise, ready below 50 %: input-bound; ready at least "
-            "95 %: host gap.",
+            "Busy at least 95 %: compute-bound. Otherwise, ready below 50 % and input wait at least 5 %: "
+            "input-bound; ready at least 95 %: host gap.",
             12,
         ),
         buckets(

@@ -60,12 +60,13 @@ def promtool(binaries: dict[str, str], *arguments: object) -> str:
 
 def test_the_rules_use_the_thresholds_of_the_verdict():
     rules = (PROMETHEUS / "rules/recording.yml").read_text()
-    busy, ready = (
+    busy, ready, wait = (
         set(map(float, re.findall(rf"job:alexnet_{share}:ratio5m [<>]=? bool ([\d.]+)", rules)))
-        for share in ("busy", "ready")
+        for share in ("busy", "ready", "wait")
     )
     assert busy == {meter.COMPUTE_BOUND_BUSY}
     assert ready == {meter.INPUT_BOUND_READY, meter.HOST_GAP_READY}
+    assert wait == {meter.INPUT_BOUND_WAIT}
 
 
 def test_the_configuration_the_targets_and_the_rules_are_valid(binaries, tmp_path):

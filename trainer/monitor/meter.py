@@ -12,7 +12,9 @@ from trainer.processes.distributed import World
 READY_SECONDS = 0.001  # a batch counts as ready if the wait for it was at most this long
 # Thresholds of the verdict; docker/prometheus/rules/recording.yml has the same ones.
 COMPUTE_BOUND_BUSY = 0.95  # the device is the limit if it is busy for at least this fraction of the time
-INPUT_BOUND_READY = 0.5  # the input is the limit if a smaller fraction of the batches was ready
+# The input is the limit if a smaller fraction of the batches was ready, and the loop waited for at least this
+# fraction of the time: without the second, waits of 2 ms before steps of 100 ms would count.
+INPUT_BOUND_READY, INPUT_BOUND_WAIT = 0.5, 0.05
 HOST_GAP_READY = 0.95  # the input is not the limit if at least this fraction of the batches was ready
 
 
@@ -49,7 +51,7 @@ class Interval:
         """What limits the run. docker/prometheus/rules/recording.yml applies the same rules to minutes."""
         if self.busy_seconds >= COMPUTE_BOUND_BUSY * self.seconds:
             return "compute-bound"
-        if self.ready < INPUT_BOUND_READY * self.steps:
+        if self.ready < INPUT_BOUND_READY * self.steps and self.wait_ratio >= INPUT_BOUND_WAIT:
             return "input-bound"
         return "host gap" if self.ready >= HOST_GAP_READY * self.steps else "mixed"
 

@@ -6,24 +6,25 @@ from trainer.monitor.meter import Interval
 
 
 @pytest.mark.parametrize(
-    ("busy", "ready", "verdict"),
+    ("busy", "ready", "wait", "verdict"),
     [
-        (1.0, 0.0, "compute-bound"),
-        (0.95, 1.0, "compute-bound"),
-        (0.94, 0.49, "input-bound"),
-        (0.94, 0.5, "mixed"),
-        (0.94, 0.94, "mixed"),
-        (0.94, 0.95, "host gap"),
+        (1.0, 0.0, 0.5, "compute-bound"),
+        (0.95, 1.0, 0.5, "compute-bound"),
+        (0.94, 0.49, 0.05, "input-bound"),
+        (0.94, 0.49, 0.04, "mixed"),
+        (0.94, 0.5, 0.05, "mixed"),
+        (0.94, 0.94, 0.05, "mixed"),
+        (0.94, 0.95, 0.0, "host gap"),
     ],
 )
-def test_the_verdict_follows_from_busy_and_ready(busy, ready, verdict):
+def test_the_verdict_follows_from_busy_ready_and_waiting(busy, ready, wait, verdict):
     interval = Interval(
         100,
         100,
         loss=1.0,
         error=0.0,
         seconds=4.0,
-        wait_seconds=0.0,
+        wait_seconds=4 * wait,
         busy_seconds=4 * busy,
         ready=round(100 * ready),
     )
