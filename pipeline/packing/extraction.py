@@ -33,18 +33,21 @@ def extract(tasks: Sequence[ShardTask], sequential: frozenset[str], output: Fold
     sequential: as in SplitFiles. Files that an earlier run extracted stay. Raises SourceError if a file is
     damaged, and OSError.
     """
+    if not sequential:
+        return list(tasks)
     files = sorted({source.file for task in tasks for source in task.sources} & sequential)
-    present = output.sizes(STATE_FOLDER) if files else {}
+    present = output.sizes(STATE_FOLDER)
     missing = [file for file in files if f"{_name(file)}.npy" not in present]
     for number, file in enumerate(missing, 1):
         warn(f"extracting {redact(file)} ({number:,} of {len(missing):,})")
         _copy(file, output)
-    edges = {file: np.load(BytesIO(output.read(f"{STATE_FOLDER}/{_name(file)}.npy"))) for file in files}
+    names = {file: f"{STATE_FOLDER}/{_name(file)}" for file in files}
+    edges = {file: np.load(BytesIO(output.read(f"{name}.npy"))) for file, name in names.items()}
 
     def moved(source: SourceImage) -> SourceImage:
-        if source.file not in edges:
+        if source.file not in names:
             return source
-        copy = f"{output}/{STATE_FOLDER}/{_name(source.file)}"
+        copy = f"{output}/{names[source.file]}"
         if source.size is not None:  # a member of a tar
             return replace(source, file=copy)
         start, end = edges[source.file][source.offset : source.offset + 2].tolist()

@@ -147,8 +147,12 @@ def is_folder_of_class_tars(folder: InputFolder, subfolder: str) -> bool:
         return False
     first = next(iter(tars.values()))
     with opened_tar(folder, first) as (read, end, _):
-        names = [member.name for member in members(folder.locate(first), 0, end, read)]
-    return any(map(is_image, names)) and not any(name.endswith(".cls") for name in names)
+        has_image = False
+        for member in members(folder.locate(first), 0, end, read):
+            if member.name.endswith(".cls"):  # it is a WebDataset tar, whose first sample says so
+                return False
+            has_image |= is_image(member.name)
+    return has_image
 
 
 def folder_of_class_tars(folder: InputFolder, subfolder: str, split: str) -> SplitFiles:

@@ -53,8 +53,8 @@ def find_splits(
     others = (_parent(folder),) if base == _KAGGLE else ()
     annotations = Annotations(folder, (*others, *([folder.locate(val)] if val else ())))
     has_class_tars = not tars and is_folder_of_class_tars(folder, train or "")
-    if not tars and not has_class_tars:
-        if shards := find_tars(folder, train or ""):
+    if not tars and not has_class_tars and not _has_class_folders(folder, train or ""):
+        if shards := find_tars(folder):
             _check_complete(folder, "tars")
             return webdataset_tars(folder, shards, val_fraction), annotations.names
         if not folders and (files := find_parquet(folder)):
@@ -75,6 +75,13 @@ def find_splits(
             _validation(folder, val, annotations) if val else flat_tar(folder, tars["val"], annotations)
         )
     return parts, annotations.names
+
+
+def _has_class_folders(folder: InputFolder, subfolder: str) -> bool:
+    """Return whether a folder has class folders with images, so tars and Parquet files do not count."""
+    return any(
+        any(map(is_image, folder.files(_join(subfolder, name)))) for name in folder.entries(subfolder)[0]
+    )
 
 
 def _check_complete(folder: InputFolder, kind: str) -> None:

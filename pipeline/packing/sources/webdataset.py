@@ -31,7 +31,6 @@ from pipeline.packing.sources.listing import (
     LabelledImage,
     SourceError,
     SplitFiles,
-    is_image,
 )
 from pipeline.packing.sources.splits import by_split, check_splits
 from pipeline.packing.storage import STATE_FOLDER
@@ -47,15 +46,8 @@ class _Sample:
     labels: list[bytes] = field(default_factory=list)
 
 
-def find_tars(folder: InputFolder, classes: str) -> list[str]:
-    """Return the paths of all tars in the input, except those of packed datasets, such as this run's output.
-
-    Returns none if the input's subfolder `classes` has class folders with images.
-    """
-    for name in folder.entries(classes)[0]:
-        files = folder.files(f"{classes}/{name}" if classes else name)
-        if any(map(is_image, files)):
-            return []
+def find_tars(folder: InputFolder) -> list[str]:
+    """Return all tars in the input, except those of packed datasets, such as this run's own output."""
     names = folder.files("")
     packed = {name.rpartition("/")[0] for name in names if name.endswith(f"/{MANIFEST_NAME}")}
     packed |= {path.rpartition("/")[0] for path in folder.litter if path.endswith(f"/{STATE_FOLDER}")}

@@ -100,6 +100,14 @@ def test_hugging_faces_parquet_packs_to_the_shards_of_the_class_folders(tree, sh
     assert not (tmp_path / "out/.packing").exists()
 
 
+def test_a_parquet_file_beside_class_folders_with_images_is_not_the_dataset(tree, tmp_path):
+    source = class_folders(tree, tmp_path / "in") / "train"
+    write_parquet(source / "metadata.parquet", {"file_name": ["0.jpg"]})
+    sources = find_sources(source, 0.2, 0)
+    assert sources.classes == sorted(tree["train"])
+    assert sources.strays == ["metadata.parquet"]
+
+
 def test_a_single_parquet_file_is_packed_with_a_fraction_held_out(tree, tmp_path):
     write_parquet(tmp_path / "in.parquet", columns(tree, "train"))
     manifest = pack_here(
