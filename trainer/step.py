@@ -82,10 +82,10 @@ class Step:
         self.scaler.scale(loss).backward()
         if self.skip_not_finite:
             self._skip_if_not_finite()
-        scale = self._scale()
+        scale = self._scale() if self.scaler.is_enabled() else None
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.is_enabled():
+        if scale is not None:
             # The scale falls if and only if the update is skipped.
             self._count_skip((self._scale() < scale).float())
         return loss.detach(), (logits.argmax(1) != labels).sum()
