@@ -211,9 +211,8 @@ class _Stream:
         self.checked, self.reader = checked, checked.reader
         self.all_requests = requests
         self.failure: DatasetError | None = None
-        self.in_flight: deque[tuple[Request, JpegFiles]] = (
-            deque()
-        )  # given to DALI, which has not returned them
+        # Given to DALI, which has not returned them.
+        self.in_flight: deque[tuple[Request, JpegFiles]] = deque()
         # DALI does not copy its inputs, and on a GPU it reads them even after it has returned the batch.
         self.inputs: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)
         self.pipeline = build(self._source, options)
