@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,10 +67,28 @@ def command(data: Path, out: Path, *arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> str:
-    """Run `python` with these arguments, which must succeed, and return its output."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run `python` with these arguments, which must succeed, and return its output.
+
+    If it hangs, the failure shows the stacks of all its processes.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONFAULTHANDLER": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, error = process.communicate(timeout=2 * DEADLINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        parent = psutil.Process(process.pid)
+        for each in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.Error):  # it has ended
+                each.send_signal(signal.SIGABRT)  # faulthandler then prints the stacks
+        output, error = process.communicate()
+        pytest.fail(f"not done after {2 * DEADLINE_SECONDS:.0f} s\n{output}\n{error}")
+    assert process.returncode == 0, error
+    return output
 
 
 def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
