@@ -4,11 +4,12 @@ The types `MayChange` and `PaperOnly` mark settings that have a rule in common, 
 shows in place of a value. trainer/settings.py collects the groups and applies the rules.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 
@@ -26,6 +27,14 @@ MayChange = Annotated[_T, MAY_CHANGE]
 # A setting that changes the paper's net, and so cannot be combined with --preset torchvision.
 PaperOnly = Annotated[_T, PAPER_ONLY]
 
+
+def _layer_from(key: str) -> str:
+    """Check the name of a layer that may be followed by @ and an epoch."""
+    if not re.fullmatch(r"(conv[1-6]|fc[678])(@\d+(\.\d+)?)?", key):
+        raise ValueError("input should be a layer, such as conv1, or a layer and an epoch, such as conv1@5")
+    return key
+
+
 # The upper limits keep every number within what torch, DALI and the system's clocks can represent.
 _MAX = 2**31 - 1
 PositiveInt = Annotated[int, Field(ge=1, le=_MAX)]
@@ -35,7 +44,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=_MAX)]
 Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads or prefetched batches
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
-Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
+LayerFrom = Annotated[str, AfterValidator(_layer_from)]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
 
@@ -127,8 +136,11 @@ class Optimisation(Group):
     """Apply weight decay to the biases, too."""
     freeze_conv1_epoch: NonNegativeInt | None = None
     """Epoch from which the first convolution is frozen; by default, it is never frozen."""
-    layer_learning_rates: Annotated[dict[Layer, PositiveFloat], NoDecode, Metavar("LAYER=FACTOR,…")] = {}
-    """Factors on the learning rates of individual layers, for example conv1=0.1,fc8=10."""
+    layer_learning_rates: Annotated[
+        dict[LayerFrom, NonNegativeFloat], NoDecode, Metavar("LAYER[@EPOCH]=FACTOR,…")
+    ] = {}
+    """Factors on the learning rates of individual layers, from an epoch on if one is given. For example,
+    conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5."""
     initial_weights: Path | None = None
     """Folder of a run from whose newest weights to start; fc8 starts at random if the classes differ."""
 

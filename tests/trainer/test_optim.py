@@ -64,6 +64,17 @@ def test_a_layer_can_have_its_own_learning_rate():
     assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of each layer
 
 
+def test_the_learning_rate_of_a_layer_changes_at_its_epochs():
+    changes = "conv2=0.5, conv2@7=0, conv2@2.5=0.25"
+    optimizer = make_optimizer(Layers(), settings(layer_learning_rates=changes, bias_learning_rate=2.0))
+    rates = []
+    for epoch in (0.0, 2.4, 2.5, 6.9, 7.0):
+        set_learning_rate(optimizer, 0.01, epoch)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    weights = [0.005, 0.005, 0.0025, 0.0025, 0]
+    assert rates == [pytest.approx([0.01, 0.02, rate, 2 * rate]) for rate in weights]
+
+
 def test_the_rate_drops_when_the_error_stops_falling_but_at_most_three_times():
     falling = [0.9 - 0.05 * epoch for epoch in range(10)]
     assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
