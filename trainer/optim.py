@@ -22,18 +22,23 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Group the parameters for the optimizer by what their update depends on.
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
-    rate. Each group has a `scale`, by which the learning rate is multiplied, and a `freeze_epoch` or None.
+    rate. Each group has a `scale`, by which the learning rate is multiplied, and a `freeze_epoch` and a
+    `drop_epoch`, which may be None. If a group is `constant`, neither the schedule nor a `drop_epoch` lowers
+    its learning rate.
     """
     rates = {str(layer): rate for layer, rate in settings.layer_learning_rates.items()}
     groups: dict[tuple[bool, bool, float], dict] = {}
     for name, parameter in model.named_parameters():
         bias, first = name.endswith("bias"), "conv1" in name
         rate = rates.get(name.partition(".")[0], 1.0)
+        constant = bias and settings.bias_schedule == "constant"
         groups.setdefault(
             (bias, first, rate),
             {
                 "params": [],
                 "scale": rate * (settings.bias_learning_rate if bias else 1.0),
+                "constant": constant,
+                "drop_epoch": settings.conv1_drop_epoch if first and not constant else None,
                 "freeze_epoch": settings.freeze_conv1_epoch if first else None,
                 "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
             },
@@ -52,19 +57,31 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0, unscheduled: float | None = None
+) -> None:
     """Set ε of every group to the learning rate times its scale, and rescale u so that v is unchanged.
 
-    epoch: number of epochs done. From its `freeze_epoch` on, a group is frozen, with ε = 0.
+    epoch: number of epochs done. From its `drop_epoch` on, a group has a tenth of the learning rate; from its
+    `freeze_epoch` on, it is frozen, with ε = 0. unscheduled: the learning rate of groups that are `constant`,
+    by default that of the others.
     """
     for group in optimizer.param_groups:
-        frozen = group.get("freeze_epoch") is not None and epoch >= group["freeze_epoch"]
-        old, new = group["lr"], 0.0 if frozen else learning_rate * group.get("scale", 1.0)
+        # Checkpoints of earlier versions lack the newer keys.
+        frozen, dropped = (_reached(group.get(key), epoch) for key in ("freeze_epoch", "drop_epoch"))
+        constant = group.get("constant", False)
+        rate = unscheduled if constant and unscheduled is not None else learning_rate
+        rate *= DROP if dropped else 1.0
+        old, new = group["lr"], 0.0 if frozen else rate * group.get("scale", 1.0)
         if old != new and old and new:
             buffers = _momentum_buffers(optimizer, group["params"])
             if buffers:
                 torch._foreach_mul_(buffers, old / new)
         group["lr"] = new
+
+
+def _reached(milestone: float | None, epoch: float) -> bool:
+    return milestone is not None and epoch >= milestone
 
 
 def _momentum_buffers(optimizer: torch.optim.SGD, parameters: Iterable[Tensor]) -> list[Tensor]:
@@ -88,11 +105,18 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
     return min(drops, MAX_DROPS)
 
 
+def unscheduled_rate(settings: Settings, epoch: float) -> float:
+    """Return ε after `epoch` epochs, a fraction, as if there were a warm-up but no schedule."""
+    if epoch < settings.warmup_epochs:
+        return settings.learning_rate * epoch / settings.warmup_epochs
+    return settings.learning_rate
+
+
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
     """Return ε for a step that ends after `epoch` epochs, a fraction, given the validation errors so far."""
-    rate = settings.learning_rate
+    rate = unscheduled_rate(settings, epoch)
     if epoch < settings.warmup_epochs:
-        return rate * epoch / settings.warmup_epochs
+        return rate
     if settings.schedule == "plateau":
         return rate * DROP ** plateau_drops(errors, settings.patience)
     if settings.schedule == "steps":
