@@ -54,7 +54,9 @@ class Variant:
     layer, as in the net called CNN* with 61,555,304 parameters (6.1). without: a convolution from conv2
     to conv5 to leave out, together with its activation and normalisation, or "none" (7). width: factor on
     the paper's number of kernels and units in each layer but fc8; the numbers are rounded for each tower, and
-    are at least one. This factor is not from the paper.
+    are at least one. This factor is not from the paper. released_pooling: whether pooling windows of 2 pixels
+    come with the sizes of layers-147.cfg, whose conv2 and conv5 have one pixel less of padding, and whose
+    number of windows is rounded up; maps of 224 px are then 55, 28, 26, 13, 11 and 6.
     """
 
     activation: str = "relu"
@@ -64,6 +66,7 @@ class Variant:
     conv6: bool = False
     without: str = "none"
     width: float = 1.0
+    released_pooling: bool = False
 
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
@@ -121,8 +124,11 @@ class AlexNet(nn.Module):
         # The 2012 code rounds the number of windows up, so it pads with zeros on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
         side = (crop + self.conv1_pad - 11) // 4 + 1  # of the maps, after conv1 and after each pooling
-        for _ in range(3):
-            side = (side - self.window) // 2 + 1
+        self.round_up = variant.released_pooling and not variant.overlapping_pooling
+        narrower = {"conv2", "conv5"} - {variant.without} if self.round_up else set()
+        for name in ("conv1", "conv2", "conv5"):
+            side -= 2 * (name in narrower)
+            side = (side - self.window + self.round_up) // 2 + 1
         if side < 1:
             raise ValueError(f"a crop of {crop} px is too small for AlexNet; use at least 64")
 
@@ -140,7 +146,7 @@ class AlexNet(nn.Module):
             ("conv6", 2 * scaled(128), 3, 1, 1),
         ):
             if name != variant.without and (name != "conv6" or variant.conv6):
-                padding = 0 if name == "conv1" else kernel_size // 2
+                padding = 0 if name == "conv1" else kernel_size // 2 - (name in narrower)
                 layer = nn.Conv2d(channels, kernels, kernel_size, stride, padding, groups=groups)
                 self.add_module(name, layer)
                 channels = kernels
@@ -150,7 +156,7 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(units, classes)
         self.drop6 = DROPOUTS[dropout]()
         self.drop7 = DROPOUTS[dropout]()
-        self.pool = nn.MaxPool2d(self.window, stride=2)
+        self.pool = nn.MaxPool2d(self.window, stride=2, ceil_mode=self.round_up)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -219,6 +225,7 @@ class AlexNet(nn.Module):
                 activation=self.activation,
                 window=self.window,
                 bias=bias,
+                round_up=self.round_up,
             )
             for x, bias in zip(maps, biases, strict=True)
         ]

@@ -24,18 +24,23 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
     rate. The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of
-    an epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0.
+    an epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0. If a group
+    is `constant`, neither the schedule nor a factor changes its learning rate, except a factor of 0.
     """
     groups: dict[tuple[bool, bool, Factors], dict] = {}
     for name, parameter in model.named_parameters():
         bias, first = name.endswith("bias"), "conv1" in name
+        constant = bias and settings.bias_schedule == "constant"
         factors = layer_factors(settings, name.partition(".")[0])
+        if constant:
+            factors = tuple((epoch, float(factor > 0)) for epoch, factor in factors)
         groups.setdefault(
             (bias, first, factors),
             {
                 "params": [],
                 "scale": settings.bias_learning_rate if bias else 1.0,
                 "factors": factors,
+                "constant": constant,
                 "freeze_epoch": settings.freeze_conv1_epoch if first else None,
                 "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
             },
@@ -60,16 +65,22 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0, unscheduled: float | None = None
+) -> None:
     """Set ε of every group from the learning rate, and rescale u so that v is unchanged.
 
     epoch: number of epochs done, a fraction, which decides on a group's factor and whether it is frozen.
+    unscheduled: the learning rate of groups that are `constant`, by default that of the others.
     """
     for group in optimizer.param_groups:
+        # Checkpoints of earlier versions lack the newer keys.
         frozen = group.get("freeze_epoch") is not None and epoch >= group["freeze_epoch"]
         begun = [factor for start, factor in group.get("factors", ()) if epoch >= start]
         factor = 0.0 if frozen else begun[-1] if begun else 1.0
-        old, new = group["lr"], learning_rate * group.get("scale", 1.0) * factor
+        constant = group.get("constant", False)
+        rate = unscheduled if constant and unscheduled is not None else learning_rate
+        old, new = group["lr"], rate * group.get("scale", 1.0) * factor
         if old != new and old and new:
             buffers = _momentum_buffers(optimizer, group["params"])
             if buffers:
@@ -98,11 +109,18 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
     return min(drops, MAX_DROPS)
 
 
+def unscheduled_rate(settings: Settings, epoch: float) -> float:
+    """Return ε after `epoch` epochs, a fraction, as if there were a warm-up but no schedule."""
+    if epoch < settings.warmup_epochs:
+        return settings.learning_rate * epoch / settings.warmup_epochs
+    return settings.learning_rate
+
+
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
     """Return ε for a step that ends after `epoch` epochs, a fraction, given the validation errors so far."""
-    rate = settings.learning_rate
+    rate = unscheduled_rate(settings, epoch)
     if epoch < settings.warmup_epochs:
-        return rate * epoch / settings.warmup_epochs
+        return rate
     if settings.schedule == "plateau":
         return rate * DROP ** plateau_drops(errors, settings.patience)
     if settings.schedule == "steps":

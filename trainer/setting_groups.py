@@ -82,6 +82,9 @@ class Net(Group):
     """Apply local response normalisation after the first two convolutions."""
     overlapping_pooling: PaperOnly[bool] = True
     """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide."""
+    released_pooling: PaperOnly[bool] = False
+    """With --no-overlapping-pooling, pad conv2 and conv5 by one pixel less, and round the number of windows up,
+    as in layers-147 of the paper's code."""
     towers: PaperOnly[Annotated[int, Field(ge=1, le=2)]] = 2
     """Number of towers: 2, or 1 for the half-size net that the paper trained on one GPU."""
     conv6: PaperOnly[bool] = False
@@ -102,6 +105,9 @@ class BatchesAndAugmentation(Group):
     """Batch size of a training step, over all processes together."""
     crops_and_flips: bool = True
     """Train on random crops, half of them mirrored; otherwise, train on centre crops."""
+    crop_chunk: PositiveInt = 1
+    """Number of consecutive images in a batch that share a crop position and are mirrored together; 32 in the
+    paper's code."""
     colour: Literal["paper", "code2012", "off"] = "paper"
     """Colour augmentation along principal components: as in the paper's text, as in its code, or off."""
     colour_epochs: NonNegativeInt | None = None
@@ -134,13 +140,17 @@ class Optimisation(Group):
     """Learning rate of the biases, as a multiple of that of the weights."""
     bias_decay: bool = True
     """Apply weight decay to the biases, too."""
-    freeze_conv1_epoch: NonNegativeInt | None = None
-    """Epoch from which the first convolution is frozen; by default, it is never frozen."""
+    bias_schedule: Literal["weights", "constant"] = "weights"
+    """Whether the biases' learning rate is lowered with that of the weights, or stays constant after the warm-up,
+    as in the paper's code."""
+    freeze_conv1_epoch: Annotated[NonNegativeFloat | None, Metavar("N")] = None
+    """Epoch from which the first convolution is frozen, biases included; by default, it is never frozen."""
     layer_learning_rates: Annotated[
         dict[LayerFrom, NonNegativeFloat], NoDecode, Metavar("LAYER[@EPOCH]=FACTOR,…")
     ] = {}
     """Factors on the learning rates of individual layers, from an epoch on if one is given. For example,
-    conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5."""
+    conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5. With
+    --bias-schedule constant, a factor concerns the layer's biases only if it is 0."""
     initial_weights: Path | None = None
     """Folder of a run from whose newest weights to start; fc8 starts at random if the classes differ."""
 

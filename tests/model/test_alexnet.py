@@ -36,6 +36,7 @@ VARIANTS = {
     "tanh": Variant(activation="tanh"),
     "no LRN": Variant(lrn=False),
     "non-overlapping pooling": Variant(overlapping_pooling=False),
+    "released pooling": Variant(overlapping_pooling=False, released_pooling=True),
     "one tower": Variant(towers=1),
     "CNN*": Variant(conv6=True),
     **{f"without {name}": Variant(without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
@@ -115,6 +116,38 @@ def test_maps_have_the_published_sizes(preset):
     assert {name: [tuple(output.shape[1:]) for _, output in seen[name]] for name in MAPS} == MAPS
     assert {name: tuple(seen[name][0][0].shape[1:]) for name in POOLED} == POOLED
     assert seen["fc6"][0][0].shape == (2, 9216)
+
+
+def test_pooling_without_overlap_has_the_map_sizes_of_the_release():
+    """By hand from layers-147.cfg: a layer has 1 + ⌈(2·padding + side − kernel) / stride⌉ outputs (layer.py)."""
+    net = meta_net(preset="code2012", variant=VARIANTS["released pooling"])
+    with recorded(net, "conv1", "conv2", "conv3", "conv4", "conv5", "pool") as seen:
+        net(torch.empty(2, 3, 224, 224, device="meta"))
+    sides = {name: tuple(part.shape[-1] for part in calls[0]) for name, calls in seen.items()}
+    assert sides == {
+        "conv1": (227, 55),  # with the zeros on the right and bottom
+        "conv2": (28, 26),
+        "conv3": (13, 13),
+        "conv4": (13, 13),
+        "conv5": (13, 11),
+        "pool": (11, 6),
+    }
+    # The partial sums of layers-147.cfg divide its numbers of windows.
+    assert (55**2 % 5, 26**2 % 4, 13**2 % 13, 11**2 % 11) == (0, 0, 0, 0)
+
+
+def test_released_pooling_changes_only_a_net_without_overlapping_pooling():
+    net = meta_net(variant=Variant(released_pooling=True))
+    assert count_macs(net) == 724_406_816
+
+
+@pytest.mark.parametrize("crop", [64, 65, 66, 67, 96, 112, 128, 227])
+@pytest.mark.parametrize("without", ["none", "conv2", "conv5"])
+def test_released_pooling_takes_other_crops_and_nets(crop, without):
+    variant = Variant(overlapping_pooling=False, released_pooling=True, without=without)
+    assert meta_net(classes=16, crop=crop, variant=variant)(
+        torch.empty(2, 3, crop, crop, device="meta")
+    ).shape == (2, 16)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +239,7 @@ def test_initial_logits_differ_between_images(net, request):
 
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     """Compute the forward pass with torch's own layers and two explicit towers."""
-    variant, towers = net.variant, net.variant.towers
+    variant, towers, narrower = net.variant, net.variant.towers, int(net.variant.released_pooling)
 
     def activation(x: Tensor) -> Tensor:
         return x.relu() if variant.activation == "relu" else x.tanh()
@@ -226,19 +259,22 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
         )
 
     def pool(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
+        if not variant.released_pooling:
+            return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
+        # A window that reaches beyond the maps has fewer pixels.
+        return F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-math.inf), 2, 2)
 
     x = convolve("conv1", F.pad(x, (0, (11 - x.shape[3]) % 4, 0, (11 - x.shape[2]) % 4)), stride=4)
     x = pool(normalise(activation(x))) if preset == "paper" else activation(pool(normalise(x)))
     if variant.without != "conv2":
-        x = normalise(activation(convolve("conv2", x, groups=towers, padding=2)))
+        x = normalise(activation(convolve("conv2", x, groups=towers, padding=2 - narrower)))
         if preset == "code2012" and variant.lrn:
             ones = x.new_ones(x.shape[1], 1, 5, 5)
             x = x / (1 + 0.001 / 25 * F.conv2d(x**2, ones, padding=2, groups=len(ones))) ** 0.75
     x = pool(x)
-    for name, groups in (("conv3", 1), ("conv4", towers), ("conv5", towers)):
+    for name, groups, padding in (("conv3", 1, 1), ("conv4", towers, 1), ("conv5", towers, 1 - narrower)):
         if name != variant.without:
-            x = activation(convolve(name, x, groups=groups, padding=1))
+            x = activation(convolve(name, x, groups=groups, padding=padding))
     x = pool(x)
     if variant.conv6:
         x = activation(convolve("conv6", x, padding=1))
