@@ -56,7 +56,8 @@ class Variant:
     the paper's number of kernels and units in each layer but fc8; the numbers are rounded for each tower, and
     are at least one. This factor is not from the paper. released_pooling: whether pooling windows of 2 pixels
     come with the sizes of layers-147.cfg, whose conv2 and conv5 have one pixel less of padding, and whose
-    number of windows is rounded up; maps of 224 px are then 55, 28, 26, 13, 11 and 6.
+    number of windows is rounded up; maps of 224 px are then 55, 28, 26, 13, 11 and 6. initial_biases: `paper`
+    for ones in some layers (section 5), or `zeros`.
     """
 
     activation: str = "relu"
@@ -67,6 +68,7 @@ class Variant:
     without: str = "none"
     width: float = 1.0
     released_pooling: bool = False
+    initial_biases: str = "paper"
 
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
@@ -163,7 +165,8 @@ class AlexNet(nn.Module):
         """Initialise as in section 5: weights are normally distributed, and biases are 0 or 1."""
         stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
         ones = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
-        if self.variant.activation != "relu":  # with biases of 1, tanh would start near saturation
+        # With biases of 1, tanh would start near saturation.
+        if self.variant.initial_biases == "zeros" or self.variant.activation != "relu":
             ones = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
