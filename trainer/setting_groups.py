@@ -156,6 +156,8 @@ class Optimisation(Group):
     --bias-schedule constant, a factor concerns the layer's biases only if it is 0."""
     initial_weights: Path | None = None
     """Folder of a run from whose newest weights to start; fc8 starts at random if the classes differ."""
+    initial_layers: Literal["all", "convolutions"] = "all"
+    """Layers that start from --initial-weights: all, or only the convolutions that both nets have."""
 
 
 class Hardware(Group):

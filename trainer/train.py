@@ -313,7 +313,7 @@ class Trainer:
             notes.append(
                 f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
             )
-        elif self.settings.initial_weights:
-            classes = self.dataset.manifest.classes
-            notes.append(self.learner.load_initial_weights(self.settings.initial_weights, classes))
+        elif folder := self.settings.initial_weights:
+            classes, layers = self.dataset.manifest.classes, self.settings.initial_layers
+            notes.append(self.learner.load_initial_weights(folder, classes, layers))
         return notes

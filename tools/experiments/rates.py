@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def trial_epochs(options: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Return the number of epochs of each trial, given the settings of the runs whose rate is chosen."""
+    return options.rate_epochs or max(1, load_settings(settings).epochs // 3)
+
+
 def sweep(
     options: argparse.Namespace, settings: Sequence[str], systems: Mapping[str, Sequence[str]], folder: Path
 ) -> list[Trial]:
@@ -40,9 +45,8 @@ def sweep(
     """
     if not options.rates:
         return []
-    chosen = load_settings(settings)
-    common = ["--data", str(hold_out(chosen.data, folder)), "--seed", "0"]
-    common += ["--epochs", str(options.rate_epochs or max(1, chosen.epochs // 3))]
+    common = ["--data", str(hold_out(load_settings(settings).data, folder)), "--seed", "0"]
+    common += ["--epochs", str(trial_epochs(options, settings))]
     pairs = list(product(systems, options.rates))
     trainings = [
         Training(
