@@ -1,8 +1,8 @@
 """Hold out a part of a dataset's training images, on which learning rates are chosen.
 
-The new dataset has symbolic links to the shards, so it takes no space. Its training split is the first nine
-tenths of the training shards, its validation split the rest; the validation images of the original are not in
-it. Shards hold images in random order, so the parts have the same distribution. The pixels' mean and
+The new dataset has symbolic links to the shards, so it takes no space. Its validation split is the fewest
+last training shards that hold at least a tenth of the training images, its training split the shards before
+them; the validation images of the original are not in it. Shards hold images in random order, so the parts have the same distribution. The pixels' mean and
 principal components are still those of the whole training set.
 """
 
@@ -16,25 +16,26 @@ from pipeline.shards import read_index, write_index
 
 
 def hold_out(data: Path, folder: Path) -> Path:
-    """Make a dataset below `folder` that holds out the last tenth of the training shards; return its path.
+    """Make a dataset below `folder` that holds out the last training shards; return its path.
 
-    At least one shard is held out. The dataset is made once. Raises DatasetError if there is a single
-    training shard or the dataset cannot be read, and OSError.
+    The dataset is made once. Raises DatasetError if no shard would be left to train on or the dataset cannot
+    be read, and OSError.
     """
     manifest = read_manifest(data)
     whole = manifest.split("train")
     count = len(whole.shards)
-    if count == 1:
+    before = np.cumsum([0, *(shard.samples for shard in whole.shards)])  # samples before each shard
+    first = int(np.searchsorted(before, 0.9 * whole.samples, side="right")) - 1  # the first to hold out
+    if not first:
         raise DatasetError(
-            f"{data} has a single training shard, of which no part can be held out: pack it again with fewer "
-            "images in a shard (--shard-samples)"
+            f"{data} has training shards so large that none would be left to train on if a tenth of the images "
+            "is held out: pack it again with fewer images in a shard (--shard-samples)"
         )
     target = folder / f"held-out-{manifest.fingerprint}"
     if target.exists():
         read_manifest(target)
         return target
     rows = read_index(data, whole, len(manifest.classes))
-    first = count - max(1, round(count / 10))  # the first shard that is held out
     is_held_out = rows["shard"] >= first
     rows["shard"][is_held_out] -= first
     unfinished = target.with_name(f"{target.name}.unfinished")
