@@ -35,11 +35,14 @@ class Preset:
     lrn1_before_relu: bool
     spatial_norm: bool  # whether a normalisation within each map follows the second one
     conv345_std: float  # standard deviation of the initial weights of conv3 to conv5
+    # Whether pooling without overlap comes with the sizes of layers-147.cfg, in which conv2 and conv5 have one
+    # pixel less of padding, and the number of windows is rounded up: 55, 28, 26, 13, 11 and 6 for 224 px.
+    released_pooling: bool
 
 
 PRESETS = {
-    "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01),
-    "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03),
+    "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01, released_pooling=False),
+    "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03, released_pooling=True),
 }
 
 
@@ -54,7 +57,8 @@ class Variant:
     layer, as in the net called CNN* with 61,555,304 parameters (6.1). without: a convolution from conv2
     to conv5 to leave out, together with its activation and normalisation, or "none" (7). width: factor on
     the paper's number of kernels and units in each layer but fc8; the numbers are rounded for each tower, and
-    are at least one. This factor is not from the paper.
+    are at least one. This factor is not from the paper. initial_biases: `paper` for ones in some layers
+    (section 5), or `zeros`.
     """
 
     activation: str = "relu"
@@ -64,6 +68,7 @@ class Variant:
     conv6: bool = False
     without: str = "none"
     width: float = 1.0
+    initial_biases: str = "paper"
 
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
@@ -121,8 +126,11 @@ class AlexNet(nn.Module):
         # The 2012 code rounds the number of windows up, so it pads with zeros on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
         side = (crop + self.conv1_pad - 11) // 4 + 1  # of the maps, after conv1 and after each pooling
-        for _ in range(3):
-            side = (side - self.window) // 2 + 1
+        self.round_up = self.preset.released_pooling and not variant.overlapping_pooling
+        narrower = {"conv2", "conv5"} - {variant.without} if self.round_up else set()
+        for name in ("conv1", "conv2", "conv5"):
+            side -= 2 * (name in narrower)
+            side = (side - self.window + self.round_up) // 2 + 1
         if side < 1:
             raise ValueError(f"a crop of {crop} px is too small for AlexNet; use at least 64")
 
@@ -140,7 +148,7 @@ class AlexNet(nn.Module):
             ("conv6", 2 * scaled(128), 3, 1, 1),
         ):
             if name != variant.without and (name != "conv6" or variant.conv6):
-                padding = 0 if name == "conv1" else kernel_size // 2
+                padding = 0 if name == "conv1" else kernel_size // 2 - (name in narrower)
                 layer = nn.Conv2d(channels, kernels, kernel_size, stride, padding, groups=groups)
                 self.add_module(name, layer)
                 channels = kernels
@@ -150,14 +158,15 @@ class AlexNet(nn.Module):
         self.fc8 = nn.Linear(units, classes)
         self.drop6 = DROPOUTS[dropout]()
         self.drop7 = DROPOUTS[dropout]()
-        self.pool = nn.MaxPool2d(self.window, stride=2)
+        self.pool = nn.MaxPool2d(self.window, stride=2, ceil_mode=self.round_up)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as in section 5: weights are normally distributed, and biases are 0 or 1."""
         stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
         ones = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
-        if self.variant.activation != "relu":  # with biases of 1, tanh would start near saturation
+        # With biases of 1, tanh would start near saturation.
+        if self.variant.initial_biases == "zeros" or self.variant.activation != "relu":
             ones = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -219,6 +228,7 @@ class AlexNet(nn.Module):
                 activation=self.activation,
                 window=self.window,
                 bias=bias,
+                round_up=self.round_up,
             )
             for x, bias in zip(maps, biases, strict=True)
         ]

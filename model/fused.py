@@ -31,6 +31,7 @@ def reference_normalise_and_pool(
     activation: Activation = F.relu,
     window: int = 3,
     bias: Tensor | None = None,
+    round_up: bool = False,
 ) -> Tensor:
     """Compute `normalise_and_pool` step by step, as a reference for the fast implementations."""
     dtype = x.dtype
@@ -43,7 +44,7 @@ def reference_normalise_and_pool(
     x = x.to(dtype)
     if spatial_norm:
         x = spatial_response_norm(x)
-    x = F.max_pool2d(x, window, stride=2)  # windows of 3 overlap (section 3.4)
+    x = F.max_pool2d(x, window, stride=2, ceil_mode=round_up)  # windows of 3 overlap (section 3.4)
     return x if relu_first else activation(x)
 
 
@@ -56,6 +57,7 @@ def normalise_and_pool(
     activation: Activation = F.relu,
     window: int = 3,
     bias: Tensor | None = None,
+    round_up: bool = False,
 ) -> Tensor:
     """Apply ReLU, local response normalisation and 3×3 max-pooling with stride 2, in the order of a preset.
 
@@ -63,9 +65,10 @@ def normalise_and_pool(
     whether the ReLU comes first or last. spatial_norm: whether `spatial_response_norm` follows the local
     one. activation: function to use instead of ReLU. window: side of the pooling windows in pixels, instead
     of 3. bias: [C], the bias of the preceding convolution, if that did not add it (see `fuses_bias`).
+    round_up: whether the last windows may reach beyond the maps; only for windows other than 3.
 
     x: [N,C,H,W], preferably channels_last. Returns [N,C,(H-window)//2+1,(W-window)//2+1] of the same type
-    and layout.
+    and layout, with the quotients rounded up if `round_up` says so.
     """
     if fuses_bias(x, alpha, activation, window):
         from model import triton_pool, triton_spatial
@@ -82,7 +85,8 @@ def normalise_and_pool(
         return cpu_pool.normalise_and_pool(x, alpha, towers, relu_first, spatial_norm)[0]
 
     def compute(x: Tensor) -> Tensor:
-        return reference_normalise_and_pool(x, alpha, towers, relu_first, spatial_norm, activation, window)
+        options = (alpha, towers, relu_first, spatial_norm, activation, window, None, round_up)
+        return reference_normalise_and_pool(x, *options)
 
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _Sliced.apply(x, compute)

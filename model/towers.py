@@ -111,7 +111,8 @@ class Tower(nn.Module):
             raise ValueError("only a net with two towers and five convolutions can be split over two devices")
         self.tower, self.link = tower, link or Link(peer=1 - tower)
         self.preset, self.variant = net.preset, variant
-        self.activation, self.window, self.conv1_pad = net.activation, net.window, net.conv1_pad
+        self.activation, self.window, self.round_up = net.activation, net.window, net.round_up
+        self.conv1_pad = net.conv1_pad
         self.classes = net.fc8.out_features
         with torch.device("meta"):  # only shapes; the values are loaded below
             for name in ("conv1", "conv2", "conv3", "conv4", "conv5"):
@@ -174,6 +175,7 @@ class Tower(nn.Module):
             spatial_norm=spatial_norm and lrn,
             activation=self.activation,
             window=self.window,
+            round_up=self.round_up,
         )
         if joint:  # drop the other tower's channels, which were needed only for this tower's windows
             x = x[:, :channels] if self.tower == 0 else x[:, -channels:]

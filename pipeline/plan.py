@@ -6,6 +6,9 @@ rank r of W takes the r-th of W equal parts of each step. Therefore every batch 
 together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
 prefetching.
 
+With `crop_chunk`, an image takes its crop and mirror from the first image of its chunk, whose position is
+known, so this remains true.
+
 Random numbers are computed from the raw 64-bit words of Philox. NumPy promises that a bit generator gives the
 same words in every version, which it does not promise of `permutation` or `normal`.
 """
@@ -95,13 +98,16 @@ class Plan:
     """The order of a whole run.
 
     shard_samples: number of samples in each shard. batch: number of images in a step over all ranks. window:
-    as for `epoch_order`. Raises ValueError if the batch is not positive.
+    as for `epoch_order`. crop_chunk: number of consecutive images in a step that share the draws of the first
+    one for crop and mirror; the last chunk of a step may be smaller. Raises ValueError if the batch is not
+    positive.
     """
 
     seed: int
     batch: int
     shard_samples: tuple[int, ...]
     window: int = 0
+    crop_chunk: int = 1
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -155,13 +161,25 @@ class Plan:
         Raises ValueError unless `world` divides the batch.
         """
         spans = self._spans(step, rank, world, steps)
+        epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
+        drawn = self._draws_in(spans)
+        if self.crop_chunk > 1:
+            # A chunk begins in the share of this rank or an earlier one.
+            whole = self._draws_in(self._spans(step, 0, 1, steps))
+            images = self.images_per_rank(world)
+            in_step = np.arange(rank * images, (rank + 1) * images)
+            first = in_step - in_step % self.crop_chunk
+            firsts = (self.batch * np.arange(steps)[:, np.newaxis] + first).ravel()
+            drawn = Draws(whole.uniform[firsts], whole.mirror[firsts], drawn.normal)
+        return RankBatch(self._samples_in(spans), epochs, drawn)
+
+    def _draws_in(self, spans: Iterable[tuple[int, int, int]]) -> Draws:
         drawn = [draws(self.seed, *span) for span in spans]
         joined = (
             np.concatenate([getattr(span, field) for span in drawn])
             for field in ("uniform", "mirror", "normal")
         )
-        epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
-        return RankBatch(self._samples_in(spans), epochs, Draws(*joined))
+        return Draws(*joined)
 
 
 @lru_cache(maxsize=2)

@@ -40,28 +40,32 @@ class Learner:
         skip = settings.on_nan == "skip"
         self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
 
-    def load_initial_weights(self, folder: Path, classes: Sequence[Class]) -> str:
-        """Load the newest weights of another run; those of its fc8 are used only if the classes are the same.
+    def load_initial_weights(self, folder: Path, classes: Sequence[Class], layers: str = "all") -> str:
+        """Load the newest weights of another run.
 
-        Returns a note for the log. Raises SettingsError if there is no such run, or if a layer of its net
-        has another shape.
+        layers: `all`, of which fc8 is left out if the classes differ, or `convolutions`, of which those that
+        only one of the nets has are left out. Returns a note for the log. Raises SettingsError if there is no
+        such run, or if a layer of its net has another shape.
         """
         run = Run(folder)
-        keep_fc8 = [c.id for c in run.net(run.settings()).classes] != [c.id for c in classes]
+        same_classes = [c.id for c in run.net(run.settings()).classes] == [c.id for c in classes]
         state, _ = checkpoint.load(run.checkpoints, self.step.device)
         if state is None:
             raise SettingsError(f"--initial-weights {folder} has no checkpoint yet: train that run first")
-        ours, theirs = self.model.state_dict(), state["model"]
-        if keep_fc8:
+        ours, theirs, note = self.model.state_dict(), state["model"], ""
+        if layers == "convolutions":
+            shared = {name for name in ours.keys() & theirs if name.startswith("conv")}
+            theirs, note = ours | {name: theirs[name] for name in shared}, ", convolutions only"
+        elif not same_classes:
             theirs |= {name: weights for name, weights in ours.items() if name.startswith("fc8.")}
+            note = ", with a new fc8"
         shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
         if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
             raise SettingsError(
                 f"--initial-weights {folder} belongs to another net, which differs in {', '.join(differing)}"
             )
         self.model.load_state_dict(theirs)
-        new_fc8 = ", with a new fc8" if keep_fc8 else ""
-        return f"starting from the weights of {folder} after step {state['step']}{new_fc8}"
+        return f"starting from the weights of {folder} after step {state['step']}{note}"
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint; its tensors are references, not copies."""

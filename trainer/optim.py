@@ -15,6 +15,7 @@ from trainer.settings import Settings
 
 DROP = 0.1  # "divide the learning rate by 10 when the validation error stops improving"
 MAX_DROPS = 3  # "reduced three times prior to termination"
+Factors = tuple[tuple[float, float], ...]  # epochs and the factors that hold from them on
 _MIN_IMPROVEMENT = 0.001  # decrease of the error; less is noise with 50,000 validation images
 
 
@@ -22,23 +23,35 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Group the parameters for the optimizer by what their update depends on.
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
-    rate. Each group has a `scale`, by which the learning rate is multiplied, and a `freeze_epoch` or None.
+    rate. The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of
+    an epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0. If a group
+    is `constant`, neither the schedule nor a factor changes its learning rate, except a factor of 0.
     """
-    rates = {str(layer): rate for layer, rate in settings.layer_learning_rates.items()}
-    groups: dict[tuple[bool, bool, float], dict] = {}
+    groups: dict[tuple[bool, bool, Factors], dict] = {}
     for name, parameter in model.named_parameters():
         bias, first = name.endswith("bias"), "conv1" in name
-        rate = rates.get(name.partition(".")[0], 1.0)
+        constant = bias and settings.bias_schedule == "constant"
+        factors = layer_factors(settings, name.partition(".")[0])
+        if constant:
+            factors = tuple((epoch, float(factor > 0)) for epoch, factor in factors)
         groups.setdefault(
-            (bias, first, rate),
+            (bias, first, factors),
             {
                 "params": [],
-                "scale": rate * (settings.bias_learning_rate if bias else 1.0),
+                "scale": settings.bias_learning_rate if bias else 1.0,
+                "factors": factors,
+                "constant": constant,
                 "freeze_epoch": settings.freeze_conv1_epoch if first else None,
                 "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
             },
         )["params"].append(parameter)
     return list(groups.values())
+
+
+def layer_factors(settings: Settings, layer: str) -> Factors:
+    """Return the epochs from which a layer has a factor on its learning rate, in order, with the factors."""
+    parts = [(key.partition("@"), factor) for key, factor in settings.layer_learning_rates.items()]
+    return tuple(sorted((float(epoch or 0), factor) for (name, _, epoch), factor in parts if name == layer))
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
@@ -52,14 +65,22 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0) -> None:
-    """Set ε of every group to the learning rate times its scale, and rescale u so that v is unchanged.
+def set_learning_rate(
+    optimizer: torch.optim.SGD, learning_rate: float, epoch: float = 0.0, unscheduled: float | None = None
+) -> None:
+    """Set ε of every group from the learning rate, and rescale u so that v is unchanged.
 
-    epoch: number of epochs done. From its `freeze_epoch` on, a group is frozen, with ε = 0.
+    epoch: number of epochs done, a fraction, which decides on a group's factor and whether it is frozen.
+    unscheduled: the learning rate of groups that are `constant`, by default that of the others.
     """
     for group in optimizer.param_groups:
+        # Checkpoints of earlier versions lack the newer keys.
         frozen = group.get("freeze_epoch") is not None and epoch >= group["freeze_epoch"]
-        old, new = group["lr"], 0.0 if frozen else learning_rate * group.get("scale", 1.0)
+        begun = [factor for start, factor in group.get("factors", ()) if epoch >= start]
+        factor = 0.0 if frozen else begun[-1] if begun else 1.0
+        constant = group.get("constant", False)
+        rate = unscheduled if constant and unscheduled is not None else learning_rate
+        old, new = group["lr"], rate * group.get("scale", 1.0) * factor
         if old != new and old and new:
             buffers = _momentum_buffers(optimizer, group["params"])
             if buffers:
@@ -88,11 +109,18 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
     return min(drops, MAX_DROPS)
 
 
+def unscheduled_rate(settings: Settings, epoch: float) -> float:
+    """Return ε after `epoch` epochs, a fraction, as if there were a warm-up but no schedule."""
+    if epoch < settings.warmup_epochs:
+        return settings.learning_rate * epoch / settings.warmup_epochs
+    return settings.learning_rate
+
+
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:
     """Return ε for a step that ends after `epoch` epochs, a fraction, given the validation errors so far."""
-    rate = settings.learning_rate
+    rate = unscheduled_rate(settings, epoch)
     if epoch < settings.warmup_epochs:
-        return rate * epoch / settings.warmup_epochs
+        return rate
     if settings.schedule == "plateau":
         return rate * DROP ** plateau_drops(errors, settings.patience)
     if settings.schedule == "steps":

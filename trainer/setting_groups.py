@@ -4,11 +4,12 @@ The types `MayChange` and `PaperOnly` mark settings that have a rule in common, 
 shows in place of a value. trainer/settings.py collects the groups and applies the rules.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_settings import NoDecode
 
 
@@ -26,6 +27,14 @@ MayChange = Annotated[_T, MAY_CHANGE]
 # A setting that changes the paper's net, and so cannot be combined with --preset torchvision.
 PaperOnly = Annotated[_T, PAPER_ONLY]
 
+
+def _layer_from(key: str) -> str:
+    """Check the name of a layer that may be followed by @ and an epoch."""
+    if not re.fullmatch(r"(conv[1-6]|fc[678])(@\d+(\.\d+)?)?", key):
+        raise ValueError("input should be a layer, such as conv1, or a layer and an epoch, such as conv1@5")
+    return key
+
+
 # The upper limits keep every number within what torch, DALI and the system's clocks can represent.
 _MAX = 2**31 - 1
 PositiveInt = Annotated[int, Field(ge=1, le=_MAX)]
@@ -35,7 +44,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=_MAX)]
 Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads or prefetched batches
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
-Layer = Literal["conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"]
+LayerFrom = Annotated[str, AfterValidator(_layer_from)]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
 
@@ -72,7 +81,8 @@ class Net(Group):
     lrn: PaperOnly[bool] = True
     """Apply local response normalisation after the first two convolutions."""
     overlapping_pooling: PaperOnly[bool] = True
-    """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide."""
+    """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide. The
+    preset code2012 then pads conv2 and conv5 by one pixel less, as layers-147 of the paper's code does."""
     towers: PaperOnly[Annotated[int, Field(ge=1, le=2)]] = 2
     """Number of towers: 2, or 1 for the half-size net that the paper trained on one GPU."""
     conv6: PaperOnly[bool] = False
@@ -81,6 +91,9 @@ class Net(Group):
     """Convolution to leave out of the net."""
     width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
     """Factor on the number of kernels and units of each layer but the last; below 1, the net is smaller."""
+    initial_biases: PaperOnly[Literal["paper", "zeros"]] = "paper"
+    """Initial biases: as in the paper, which sets those of some layers to 1 if the activation is relu, or all
+    0."""
     # A smaller crop leaves no pixels for fc6.
     crop: Annotated[int, Field(ge=64, le=_MAX), Metavar("PIXELS")] = 224
     """Side of the net's square input in pixels."""
@@ -93,6 +106,9 @@ class BatchesAndAugmentation(Group):
     """Batch size of a training step, over all processes together."""
     crops_and_flips: bool = True
     """Train on random crops, half of them mirrored; otherwise, train on centre crops."""
+    crop_chunk: PositiveInt = 1
+    """Number of consecutive images in a batch that share a crop position and are mirrored together; 32 in the
+    paper's code."""
     colour: Literal["paper", "code2012", "off"] = "paper"
     """Colour augmentation along principal components: as in the paper's text, as in its code, or off."""
     colour_epochs: NonNegativeInt | None = None
@@ -125,12 +141,21 @@ class Optimisation(Group):
     """Learning rate of the biases, as a multiple of that of the weights."""
     bias_decay: bool = True
     """Apply weight decay to the biases, too."""
-    freeze_conv1_epoch: NonNegativeInt | None = None
-    """Epoch from which the first convolution is frozen; by default, it is never frozen."""
-    layer_learning_rates: Annotated[dict[Layer, PositiveFloat], NoDecode, Metavar("LAYER=FACTOR,…")] = {}
-    """Factors on the learning rates of individual layers, for example conv1=0.1,fc8=10."""
+    bias_schedule: Literal["weights", "constant"] = "weights"
+    """Whether the biases' learning rate is lowered with that of the weights, or stays constant after the warm-up,
+    as in the paper's code."""
+    freeze_conv1_epoch: Annotated[NonNegativeFloat | None, Metavar("N")] = None
+    """Epoch from which the first convolution is frozen, biases included; by default, it is never frozen."""
+    layer_learning_rates: Annotated[
+        dict[LayerFrom, NonNegativeFloat], NoDecode, Metavar("LAYER[@EPOCH]=FACTOR,…")
+    ] = {}
+    """Factors on the learning rates of individual layers, from an epoch on if one is given. For example,
+    conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5. With
+    --bias-schedule constant, a factor concerns the layer's biases only if it is 0."""
     initial_weights: Path | None = None
     """Folder of a run from whose newest weights to start; fc8 starts at random if the classes differ."""
+    initial_layers: Literal["all", "convolutions"] = "all"
+    """Layers that start from --initial-weights: all, or only the convolutions that both nets have."""
 
 
 class Hardware(Group):

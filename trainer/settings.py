@@ -105,7 +105,7 @@ class Settings(
     def _split_at_equal_signs(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        return {layer: rate for layer, _, rate in (part.partition("=") for part in value.split(","))}
+        return {layer.strip(): rate for layer, _, rate in (part.partition("=") for part in value.split(","))}
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:

@@ -29,7 +29,7 @@ from trainer.monitor.health import Health
 from trainer.monitor.journal import Journal
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import start_server
-from trainer.optim import learning_rate, set_learning_rate
+from trainer.optim import learning_rate, set_learning_rate, unscheduled_rate
 from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
@@ -92,6 +92,7 @@ class Trainer:
             batch=settings.batch,
             shard_samples=tuple(shard.samples for shard in self.dataset.manifest.split("train").shards),
             window=settings.shuffle_window,
+            crop_chunk=settings.crop_chunk,
         )
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
@@ -228,7 +229,8 @@ class Trainer:
         self.metrics.record_progress("step")
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.errors)
-        set_learning_rate(self.learner.optimizer, self.learning_rate, epoch)
+        unscheduled = unscheduled_rate(self.settings, epoch)
+        set_learning_rate(self.learner.optimizer, self.learning_rate, epoch, unscheduled)
         # Dropout depends only on the seed, the step and the rank, so checkpoints need no random state.
         sequence = np.random.SeedSequence((self.settings.seed, self.step, self.world.rank))
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
@@ -311,7 +313,7 @@ class Trainer:
             notes.append(
                 f"continuing {self.run.folder} after step {self.step}, epoch {self.epoch_at(self.step):.2f}"
             )
-        elif self.settings.initial_weights:
-            classes = self.dataset.manifest.classes
-            notes.append(self.learner.load_initial_weights(self.settings.initial_weights, classes))
+        elif folder := self.settings.initial_weights:
+            classes, layers = self.dataset.manifest.classes, self.settings.initial_layers
+            notes.append(self.learner.load_initial_weights(folder, classes, layers))
         return notes

@@ -117,6 +117,33 @@ def test_maps_have_the_published_sizes(preset):
     assert seen["fc6"][0][0].shape == (2, 9216)
 
 
+def test_pooling_without_overlap_has_the_map_sizes_of_the_release():
+    """By hand from layers-147.cfg: a layer has 1 + ⌈(2·padding + side − kernel) / stride⌉ outputs (layer.py)."""
+    net = meta_net(preset="code2012", variant=VARIANTS["non-overlapping pooling"])
+    with recorded(net, "conv1", "conv2", "conv3", "conv4", "conv5", "pool") as seen:
+        net(torch.empty(2, 3, 224, 224, device="meta"))
+    sides = {name: tuple(part.shape[-1] for part in calls[0]) for name, calls in seen.items()}
+    assert sides == {
+        "conv1": (227, 55),  # with the zeros on the right and bottom
+        "conv2": (28, 26),
+        "conv3": (13, 13),
+        "conv4": (13, 13),
+        "conv5": (13, 11),
+        "pool": (11, 6),
+    }
+    # The partial sums of layers-147.cfg divide its numbers of windows.
+    assert (55**2 % 5, 26**2 % 4, 13**2 % 13, 11**2 % 11) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("crop", [64, 65, 66, 67, 96, 112, 128, 227])
+@pytest.mark.parametrize("without", ["none", "conv2", "conv5"])
+def test_pooling_of_the_release_takes_other_crops_and_nets(crop, without):
+    variant = Variant(overlapping_pooling=False, without=without)
+    assert meta_net(classes=16, preset="code2012", crop=crop, variant=variant)(
+        torch.empty(2, 3, crop, crop, device="meta")
+    ).shape == (2, 16)
+
+
 @pytest.mark.parametrize(
     ("variant", "parameters"),
     [(Variant(), 60_965_224), (VARIANTS["one tower"], 59_798_312), (VARIANTS["CNN*"], 61_555_304)],
@@ -195,6 +222,15 @@ def test_initial_weights_are_normal(net, request):
         assert (layer.bias == float(name in BIAS_ONE)).all(), name
 
 
+def test_biases_may_begin_at_zero_with_the_same_weights():
+    nets = []
+    for biases in ("paper", "zeros"):
+        torch.manual_seed(0)
+        nets.append(AlexNet(10, crop=64, variant=Variant(width=0.25, initial_biases=biases)).state_dict())
+    for name, values in nets[1].items():
+        assert torch.equal(values, torch.zeros_like(values) if "bias" in name else nets[0][name])
+
+
 def test_initial_logits_differ_between_images(net, request):
     with torch.inference_mode():
         spread = net(some_pixels(8, 224, torch.float32)).std(0).mean().item()
@@ -207,6 +243,7 @@ def test_initial_logits_differ_between_images(net, request):
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     """Compute the forward pass with torch's own layers and two explicit towers."""
     variant, towers = net.variant, net.variant.towers
+    narrower = int(preset == "code2012" and not variant.overlapping_pooling)
 
     def activation(x: Tensor) -> Tensor:
         return x.relu() if variant.activation == "relu" else x.tanh()
@@ -226,19 +263,22 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
         )
 
     def pool(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
+        if not narrower:
+            return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
+        # A window that reaches beyond the maps has fewer pixels.
+        return F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-math.inf), 2, 2)
 
     x = convolve("conv1", F.pad(x, (0, (11 - x.shape[3]) % 4, 0, (11 - x.shape[2]) % 4)), stride=4)
     x = pool(normalise(activation(x))) if preset == "paper" else activation(pool(normalise(x)))
     if variant.without != "conv2":
-        x = normalise(activation(convolve("conv2", x, groups=towers, padding=2)))
+        x = normalise(activation(convolve("conv2", x, groups=towers, padding=2 - narrower)))
         if preset == "code2012" and variant.lrn:
             ones = x.new_ones(x.shape[1], 1, 5, 5)
             x = x / (1 + 0.001 / 25 * F.conv2d(x**2, ones, padding=2, groups=len(ones))) ** 0.75
     x = pool(x)
-    for name, groups in (("conv3", 1), ("conv4", towers), ("conv5", towers)):
+    for name, groups, padding in (("conv3", 1, 1), ("conv4", towers, 1), ("conv5", towers, 1 - narrower)):
         if name != variant.without:
-            x = activation(convolve(name, x, groups=groups, padding=1))
+            x = activation(convolve(name, x, groups=groups, padding=padding))
     x = pool(x)
     if variant.conv6:
         x = activation(convolve("conv6", x, padding=1))

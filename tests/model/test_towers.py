@@ -25,11 +25,13 @@ class Case(NamedTuple):
 
 
 OTHER = Variant("tanh", lrn=False, overlapping_pooling=False, width=WIDTH)
+RELEASED = Variant(overlapping_pooling=False, width=WIDTH)
 CASES = {
     "paper in fp64": Case("paper", torch.float64),
     "code2012 in fp64": Case("code2012", torch.float64),
     "paper in fp32, as wide as published": Case("paper", torch.float32, Variant()),
     "variants": Case("paper", torch.float64, OTHER),
+    "released pooling": Case("code2012", torch.float64, RELEASED),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}  # relative to the largest value
 EXCHANGES = {"paper in fp64": 6, "code2012 in fp64": 4}  # conv3, fc6, fc7, fc8, and two LRN borders

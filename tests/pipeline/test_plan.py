@@ -18,6 +18,7 @@ def plans(draw: st.DrawFn) -> Plan:
         batch=draw(st.integers(1, 40)),
         shard_samples=tuple(draw(layouts)),
         window=draw(st.integers(0, 9)),
+        crop_chunk=draw(st.sampled_from([1, 1, 2, 5, 50])),
     )
 
 
@@ -43,6 +44,8 @@ def test_each_sample_comes_once_an_epoch_with_the_order_and_draws_of_that_epoch(
         assert sorted(run["samples"][part]) == list(range(plan.samples))
         order = epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
         expected = {"samples": order, **vars(draws(plan.seed, epoch, 0, plan.samples))}
+        if plan.crop_chunk > 1:
+            del expected["uniform"], expected["mirror"]
         assert_equal({name: run[name][part] for name in expected}, expected)
     assert (run["epoch"][epochs * plan.samples :] >= epochs).all()
 
@@ -93,11 +96,33 @@ def test_a_step_does_not_depend_on_earlier_steps(plan, steps):
 
 
 @given(plans(), st.integers(0, 30))
-def test_a_position_has_the_same_image_and_draws_in_batches_of_any_size(plan, step):
+def test_a_position_has_the_same_image_and_the_draws_of_its_chunk_in_batches_of_any_size(plan, step):
     one_by_one = Plan(plan.seed, 1, plan.shard_samples, plan.window)
     positions = range(step * plan.batch, (step + 1) * plan.batch)
     singles = joined([one_by_one.step_batch(position) for position in positions])
-    assert_equal(singles, joined([plan.step_batch(step)]))
+    firsts = [index // plan.crop_chunk * plan.crop_chunk for index in range(plan.batch)]
+    expected = singles | {name: singles[name][firsts] for name in ("uniform", "mirror")}
+    assert_equal(expected, joined([plan.step_batch(step)]))
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunks"),
+    [
+        (128, [32, 32, 32, 32]),  # of the release, whose data batches begin a new chunk
+        (80, [32, 32, 16]),
+        (15, [15]),
+    ],
+)
+def test_consecutive_images_of_a_step_share_a_crop_and_a_mirror_but_no_colour(batch, chunks):
+    """convdata_jpeg.py:238-246: one offset and flip for images c to min(c + 32, number of images)."""
+    plan = Plan(seed=0, batch=batch, shard_samples=(200,), crop_chunk=32)
+    for step in range(3):
+        drawn = plan.step_batch(step).draws
+        _, first, sizes = np.unique(drawn.uniform, axis=0, return_index=True, return_counts=True)
+        assert sizes[np.argsort(first)].tolist() == chunks
+        changes = set((np.flatnonzero(np.diff(drawn.mirror)) + 1).tolist())
+        assert changes <= set(np.cumsum(chunks).tolist())
+        assert len(np.unique(drawn.normal, axis=0)) == batch
 
 
 @given(seeds, st.integers(0, 9), st.integers(0, 99), st.integers(1, 20))

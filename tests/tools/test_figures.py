@@ -14,7 +14,16 @@ from pipeline.manifest import read_manifest, write_manifest
 from tools import paper
 from tools.experiments import codes, fc7, figure3, figure4
 from tools.experiments.fc7 import cached_features, features, nearest, take
-from tools.experiments.figure3 import COLUMNS, GAP, SCALE, TOWER_GAP, by_tower, colour_shares, draw
+from tools.experiments.figure3 import (
+    COLUMNS,
+    GAP,
+    LABEL,
+    SCALE,
+    by_tower,
+    colour_shares,
+    draw,
+    permutation_test,
+)
 from tools.experiments.finished import Finished, open_run
 from trainer import checkpoint
 from trainer.build import build_model
@@ -49,7 +58,7 @@ def options(module, out: Path, *arguments: object) -> argparse.Namespace:
 
 @pytest.fixture(scope="module")
 def opened(finished_run, tmp_path_factory) -> Finished:
-    return open_run(options(figure3, tmp_path_factory.mktemp("out"), finished_run))
+    return open_run(options(figure4, tmp_path_factory.mktemp("out"), finished_run))
 
 
 def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path):
@@ -60,20 +69,56 @@ def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path
     side = 11 * SCALE + GAP
     for number, kernel in enumerate(weights):  # rows of 16: the first 48 above, the other 48 below
         row, column = divmod(number, COLUMNS)
-        top = row * side + (TOWER_GAP - GAP if number >= 48 else 0)
+        top = LABEL + row * side + LABEL * (number >= 48)
         # The middle of each weight's square of pixels.
         shown = sheet[top + SCALE // 2 :: SCALE, column * side + SCALE // 2 :: SCALE][:11, :11]
         expected = kernel.transpose(1, 2, 0) / np.abs(kernel).max()
         np.testing.assert_allclose((shown - 127.5) / 127.5, expected, atol=1 / 127)
-    assert sheet.shape == (6 * side - GAP + TOWER_GAP - GAP, COLUMNS * side - GAP, 3)
-    assert [row.system for row in record.rows] == ["tower 1, 48 kernels", "tower 2, 48 kernels"]
+    assert sheet.shape == (2 * LABEL + 6 * side - GAP, COLUMNS * side - GAP, 3)
+    first, second, difference = record.rows
+    assert [first.system, second.system] == ["tower 1, 48 kernels", "tower 2, 48 kernels"]
+    shares = [row.measured[figure3.COLOUR] for row in (first, second)]
+    assert difference.measured[figure3.DIFFERENCE] == pytest.approx([abs(shares[0][0] - shares[1][0])])
+    assert "the towers are not shown to differ" in record.remarks[-1]  # nothing has been learnt
+
+
+@pytest.mark.parametrize(("kernels", "rows", "columns"), [(12, 1, 12), (16, 1, 16), (17, 2, 9), (48, 3, 16)])
+def test_figure_3_fills_its_rows_evenly(kernels, rows, columns):
+    side = 11 * SCALE + GAP
+    sheet = draw(np.ones((2, kernels, 11, 11, 3)))
+    assert sheet.size == (columns * side - GAP, 2 * (LABEL + rows * side) - GAP)
+
+
+def test_towers_that_differ_in_colour_are_found_whichever_of_them_is_coloured():
+    """In 10 runs, one tower's 12 kernels have shares around .6 and the other's around .4, in turn."""
+    rng = np.random.default_rng(1)
+    shares = rng.normal(0.5, 0.2, (10, 2, 12))
+    specialised = shares + np.array([[0.1], [-0.1]]) * np.array([1, -1] * 5)[:, None, None]
+    chance, p = permutation_test(specialised)
+    assert p == pytest.approx(1 / 10_001)  # no exchange of 10,000 is as extreme
+    # The mean of |x| is σ·√(2/π), where σ is that of a difference of two means of 12 values with a
+    # deviation of √(.2² + .1²).
+    assert chance == pytest.approx((0.05 * 2 / 12 * 2 / np.pi) ** 0.5, rel=0.1)
+    assert permutation_test(specialised[::-1, ::-1]) == pytest.approx((chance, p), rel=0.02)
+
+
+def test_p_is_uniform_if_kernels_are_alike_in_both_towers():
+    rng = np.random.default_rng(2)
+    values = [permutation_test(rng.normal(0.5, 0.2, (2, 2, 6)))[1] for _ in range(100)]
+    assert np.mean(np.array(values) < 0.1) == pytest.approx(0.1, abs=0.09)  # three standard errors
+    assert np.mean(values) == pytest.approx(0.5, abs=0.09)
+
+
+def test_p_of_two_kernels_in_each_tower_is_that_of_all_exchanges():
+    """Of the six ways to divide 0, 0, 1, 1, the two that separate them are as extreme as the measured one."""
+    assert permutation_test(np.array([[[0.0, 0.0], [1.0, 1.0]]])) == pytest.approx((1 / 3, 1 / 3), abs=0.015)
 
 
 def test_a_gray_kernel_has_no_colour_and_a_single_channel_two_thirds():
     gray, red = np.ones((3, 11, 11)), np.zeros((3, 11, 11))
     red[0] = 1
     np.testing.assert_allclose(colour_shares(by_tower(np.stack([gray, red]), 1)[0]), [0, 2 / 3], atol=1e-12)
-    assert draw(by_tower(np.zeros((2, 3, 11, 11)), 2)).getpixel((0, 0)) == (128, 128, 128)
+    assert draw(by_tower(np.zeros((2, 3, 11, 11)), 2)).getpixel((0, LABEL)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("values", ["real", "few"])  # with few values, many distances are equal
@@ -170,6 +215,7 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
     ("arguments", "message"),
     [
         (("figure3", "nowhere"), "no run in nowhere"),
+        (("figure3", "{run}", "{run}"), "a run is given twice"),
         (("figure3", "{run}", "--seeds", "3"), "unrecognized arguments: --seeds 3"),
         (("figure4", "{run}", "--images", "20"), "--images 20: the indices of validation images are 0 to 19"),
         (("figure4", "{run}", "--data", "{without}"), "has no split 'train', only val"),

@@ -61,6 +61,19 @@ def test_with_other_classes_the_last_layer_keeps_its_initial_weights(trained, fo
         assert torch.equal(value, (own if name.startswith("fc8.") else theirs)[name]), name
 
 
+def test_convolutions_alone_can_be_loaded_into_a_net_with_one_more(trained, packed):
+    begun, theirs = learner(10, conv6=True), learner(10, seed=1)
+    own = learner(10, conv6=True).model.state_dict()
+    said = begun.load_initial_weights(trained, read_manifest(packed).classes, "convolutions")
+    assert said.endswith(", convolutions only")
+    expected = own | {
+        name: value
+        for name, value in theirs.model.state_dict().items()
+        if name.partition(".")[0] in ("conv1", "conv2", "conv3", "conv4", "conv5")
+    }
+    assert all(torch.equal(value, expected[name]) for name, value in begun.model.state_dict().items())
+
+
 def test_another_net_is_refused_with_the_layers_that_differ(trained, packed):
     with pytest.raises(SettingsError, match=r"which differs in conv6\.bias, conv6\.weight$"):
         learner(10, conv6=True).load_initial_weights(trained, read_manifest(packed).classes)

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.optim import learning_rate, make_optimizer, plateau_drops, set_learning_rate
-from trainer.settings import Settings
+from trainer.optim import (
+    learning_rate,
+    make_optimizer,
+    plateau_drops,
+    set_learning_rate,
+    unscheduled_rate,
+)
+from trainer.settings import Settings, load_settings
 
 
 def settings(**values) -> Settings:
@@ -22,22 +28,31 @@ class Layers(nn.Module):
         self.double()
 
 
-def test_the_update_is_the_papers_across_changes_of_the_learning_rate():
+def rates_at(optimizer: torch.optim.SGD, run: Settings, epoch: float) -> list[float]:
+    """Return ε of conv1's weights, conv1's biases, the other weights and the other biases."""
+    set_learning_rate(optimizer, learning_rate(run, epoch, []), epoch, unscheduled_rate(run, epoch))
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("bias_schedule", ["weights", "constant"])
+def test_the_update_is_the_papers_across_changes_of_the_learning_rate(bias_schedule):
     """Compare with v ← .9v − .0005·ε·w − ε·g, w ← w + v in plain floats; torch's own rule differs."""
     torch.manual_seed(0)
     model = Layers()
-    optimizer = make_optimizer(model, settings(bias_learning_rate=2.0, bias_decay=False))
+    run = settings(bias_learning_rate=2.0, bias_decay=False, bias_schedule=bias_schedule)
+    optimizer = make_optimizer(model, run)
     expected = {name: [parameter.item(), 0.0] for name, parameter in model.named_parameters()}
     gradients = torch.randn(40, len(expected), dtype=torch.float64)
     for step, row in enumerate(gradients):
         rate = 0.01 if step < 15 else 0.001 if step < 30 else 0.004
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate, unscheduled=0.01)
         for parameter, gradient in zip(model.parameters(), row, strict=True):
             parameter.grad = gradient.reshape(parameter.shape)
         optimizer.step()
         for (name, value), gradient in zip(expected.items(), row.tolist(), strict=True):
             bias = name.endswith("bias")
-            epsilon, decay = (2 * rate, 0.0) if bias else (rate, 0.0005)
+            bias_rate = 0.02 if bias_schedule == "constant" else 2 * rate
+            epsilon, decay = (bias_rate, 0.0) if bias else (rate, 0.0005)
             value[1] = 0.9 * value[1] - decay * epsilon * value[0] - epsilon * gradient
             value[0] += value[1]
     for name, parameter in model.named_parameters():
@@ -64,6 +79,13 @@ def test_a_layer_can_have_its_own_learning_rate():
     assert rates == pytest.approx([0.01, 0.02, 0.0025, 0.005])  # weight and bias of each layer
 
 
+def test_the_learning_rate_of_a_layer_changes_at_its_epochs():
+    changes = "conv2=0.5, conv2@7=0, conv2@2.5=0.25"
+    optimizer = make_optimizer(Layers(), settings(layer_learning_rates=changes, bias_learning_rate=2.0))
+    for epoch, rate in ((0, 0.005), (2.4, 0.005), (2.5, 0.0025), (6.9, 0.0025), (7, 0)):
+        assert rates_at(optimizer, settings(), epoch) == pytest.approx([0.01, 0.02, rate, 2 * rate])
+
+
 def test_the_rate_drops_when_the_error_stops_falling_but_at_most_three_times():
     falling = [0.9 - 0.05 * epoch for epoch in range(10)]
     assert [plateau_drops(falling[:n], 3) for n in range(10)] == [0] * 10
@@ -78,6 +100,40 @@ def test_the_rate_drops_when_the_error_stops_falling_but_at_most_three_times():
 def test_a_lower_error_resets_the_patience():
     assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4], 3) == 0
     assert plateau_drops([0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.4], 3) == 1
+
+
+@pytest.mark.parametrize(
+    ("epoch", "conv1", "others"),
+    [
+        (0, (1e-2, 2e-2), (1e-2, 2e-2)),
+        (24.99, (1e-2, 2e-2), (1e-2, 2e-2)),
+        (25, (1e-3, 2e-2), (1e-3, 2e-2)),
+        (51, (1e-4, 2e-2), (1e-4, 2e-2)),
+        (66.99, (1e-4, 2e-2), (1e-4, 2e-2)),
+        (67, (1e-5, 2e-2), (1e-4, 2e-2)),
+        (72, (0, 0), (1e-4, 2e-2)),
+        (79, (0, 0), (1e-5, 2e-2)),
+        (91, (0, 0), (1e-5, 2e-2)),
+    ],
+)
+def test_the_rates_of_code2012_are_those_of_the_release(epoch, conv1, others):
+    """The notes of layer-params-145.cfg (lines 169 to 181) applied by hand; its epsB is .02, in conv1 0."""
+    run = load_settings(["--recipe", "code2012"])
+    rates = rates_at(make_optimizer(Layers(), run), run, epoch)
+    assert rates == pytest.approx([*conv1, *others], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "errors", "weights"),
+    [("plateau", [0.5] * 9, 1e-3), ("steps", [], 1e-3), ("cosine", [], 0.005)],
+)
+def test_constant_biases_warm_up_but_ignore_every_schedule(schedule, errors, weights):
+    options = {"schedule": schedule, "drop_epochs": (3,), "warmup_epochs": 2, "epochs": 10}
+    run = settings(**options, patience=8, bias_schedule="constant", bias_learning_rate=2.0)
+    optimizer = make_optimizer(Layers(), run)
+    assert rates_at(optimizer, run, 0.5) == pytest.approx([0.0025, 0.005] * 2)
+    set_learning_rate(optimizer, learning_rate(run, 6, errors), 6, unscheduled_rate(run, 6))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([weights, 0.02] * 2)
 
 
 def test_the_plateau_schedule_gives_the_papers_rates():

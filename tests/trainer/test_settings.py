@@ -92,6 +92,11 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--drop-epochs", "3,inf"], "--drop-epochs inf"),
         (["--layer-learning-rates", "conv1=inf"], "--layer-learning-rates inf"),
         (["--layer-learning-rates", "conv1"], "--layer-learning-rates ''"),
+        (["--layer-learning-rates", "conv1@5=-1"], "--layer-learning-rates -1"),
+        (
+            ["--layer-learning-rates", "conv9=1"],
+            "--layer-learning-rates conv9: input should be a layer, such",
+        ),
         (["--warmup-epochs", "inf"], "--warmup-epochs inf"),
         (["--hw-decoder-load", "nan"], "--hw-decoder-load nan"),
         (["--width", "1e9"], "--width 1e9"),
@@ -183,7 +188,11 @@ def test_help_and_errors_do_not_import_torch_or_dali(arguments):
         ("[net]\nlrn = false", "unknown setting 'net' in the recipe"),
         ("drop_epochs = [1, 'x']", "drop_epochs = x in the recipe"),
         ("layer_learning_rates = [1]", "layer_learning_rates = [1] in the recipe"),
-        ("layer_learning_rates.conv9 = 1", "layer_learning_rates = conv9 in the recipe"),
+        (
+            "layer_learning_rates.conv9 = 1",
+            "layer_learning_rates = conv9 in the recipe",
+        ),
+        ("layer_learning_rates.'conv1@x' = 1", "layer_learning_rates = conv1@x in the recipe"),
     ],
 )
 def test_an_error_names_the_recipe_with_the_invalid_value(tmp_path, line, what):

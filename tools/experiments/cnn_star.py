@@ -1,24 +1,41 @@
 """Repeat CNN*: a net with a sixth convolution, pre-trained on a larger dataset and then fine-tuned.
 
-    alexnet-train paper cnn-star --pretrain fall2011 --data shards --recipe code2012 --seeds 2
+    alexnet-train paper cnn-star --pretrain fall2011 --data shards --recipe code2012 --rates 0.005 0.01 0.02
 
-For each seed there are four runs: the published net; the net with a sixth convolution, from random weights;
-that net trained on --pretrain, whose classes are its own; and that net continued on --data with a new fc8. As
-in the code of 2012, fine-tuning starts at a tenth of the learning rate, and conv1 at a hundredth. Any other
-option is a setting of `alexnet-train train` for all runs; --pretrain-settings and --fine-tune-settings add
-settings for one. Finished runs are not repeated.
+For each seed there are five runs: the published net; the net with a sixth convolution, from random weights;
+that net trained on --pretrain, whose classes are its own; and that net continued on --data with a new fc8,
+once as in 2012 and once as is usual now. The schedule of 2012 is that of layer-params-146-2012-2011.cfg, with
+its 54 epochs scaled to --epochs: fc8 soon trains at the full learning rate, conv1 at a hundredth until it is
+frozen, and the other layers at a tenth. The usual way is the schedule of the recipe, at the full learning
+rate except for a tenth of it in conv1 and three tenths in conv2.
+
+With --rates, each net is trained at the learning rate with the lowest error on a held-out part of its
+training images; validation images are only used to measure. Any other option is a setting of `alexnet-train
+train` for all runs; --pretrain-settings and --fine-tune-settings add settings for some. Finished runs are not
+repeated.
 """
 
 import argparse
 import shlex
 from pathlib import Path
 
+from tools.experiments import rates
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, describe, measured, train_all
 from tools.options import add_jobs, add_seeds
 from trainer.settings import load_settings
 
 TAKES_SETTINGS = True
+PRETRAINED = "pre-training"
+ONE, RANDOM = "1 CNN", "conv6 from random weights"
+AS_IN_2012, AS_USUAL = "pre-trained and fine-tuned as in 2012", "pre-trained and fine-tuned as is usual now"
+PUBLISHED = {
+    ONE: {TOP1: 40.7, TOP5: 18.2},
+    AS_IN_2012: {TOP1: -1.7, TOP5: -1.6},
+    AS_USUAL: {TOP1: -1.7, TOP5: -1.6},
+}
+EPOCHS_OF_2012 = 54
+EARLY_LAYERS = ("--layer-learning-rates", "conv1=0.1,conv2=0.3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,49 +48,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='more settings for pre-training, such as "--epochs 3"',
     )
     add("--fine-tune-settings", default="", metavar="SETTINGS", help="more settings for fine-tuning")
-    add_seeds(parser, 2, ", as published")
+    add_seeds(parser, 5)
     add_jobs(parser)
+    rates.add_arguments(parser)
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train those of the four nets that are not finished. Raises SettingsError or TrainingError."""
-    rate = load_settings(settings).learning_rate
+    """Train those of the nets that are not finished.
+
+    Raises SettingsError, TrainingError, or DatasetError if a part for --rates cannot be held out.
+    """
     seeds, folder = range(options.seeds), options.out / "cnn-star"
-
-    def trainings(name: str, *more: str) -> list[Training]:
-        return [
-            Training(folder / f"{name}-{seed}", [*settings, "--seed", str(seed), *more]) for seed in seeds
-        ]
-
-    one, random = trainings("one"), trainings("conv6", "--conv6")
-    pretraining = ["--conv6", "--data", str(options.pretrain), *shlex.split(options.pretrain_settings)]
-    first = trainings("pretrained", *pretraining)
-    smaller = ["--learning-rate", str(rate / 10), "--layer-learning-rates", "conv1=0.1"]
-    fine_tuning = ["--conv6", *smaller, *shlex.split(options.fine_tune_settings)]
-    star = [
-        Training(folder, [*settings, "--initial-weights", str(before.folder)])
-        for (folder, settings), before in zip(trainings("star", *fine_tuning), first, strict=True)
+    first = [*settings, "--conv6", "--data", str(options.pretrain), *shlex.split(options.pretrain_settings)]
+    trials = rates.sweep(options, first, {PRETRAINED: ()}, folder / "rates")
+    rate = rates.setting(trials, PRETRAINED)
+    pretrained = [
+        Training(folder / f"{PRETRAINED}-{seed}", [*first, "--seed", str(seed), *rate]) for seed in seeds
     ]
-    # All pre-training comes before any fine-tuning, which needs its weights.
-    before = train_all([*one, *random, *first], options.jobs)
-    after = train_all(star, options.jobs)
-    count = len(seeds)
+    train_all(pretrained, options.jobs)
+
+    tuned = shlex.split(options.fine_tune_settings)
+
+    def systems(seed: int, epochs: int) -> dict[str, list[str]]:
+        star = ["--conv6", "--initial-weights", str(pretrained[seed].folder), *tuned]
+        return {
+            ONE: [],
+            RANDOM: ["--conv6"],
+            AS_IN_2012: [*star, *as_in_2012(epochs)],
+            AS_USUAL: [*EARLY_LAYERS, *star],
+        }
+
+    tried = systems(0, rates.trial_epochs(options, settings))
+    trials += rates.sweep(options, settings, tried, folder / "rates")
+    epochs = load_settings([*settings, *tuned]).epochs
+    trainings = [
+        Training(
+            folder / f"{name.replace(' ', '-')}-{seed}",
+            [*settings, "--seed", str(seed), *rates.setting(trials, name), *own],
+        )
+        for seed in seeds
+        for name, own in systems(seed, epochs).items()
+    ]
+    evaluations = train_all(trainings, options.jobs)
     return Record(
         experiment="cnn-star",
         title="CNN*",
-        source="section 6, table 2; the log of layers-146",
+        source="section 6, table 2; layer-params-146-2012-2011.cfg, lines 181 to 193",
         rows=[
-            Row(system="1 CNN", measured=measured(before[:count]), published={TOP1: 40.7, TOP5: 18.2}),
             Row(
-                system="with a sixth convolution, from random weights",
-                measured=measured(before[count : 2 * count]),
-                than="1 CNN",
-            ),
-            Row(system="1 CNN*", measured=measured(after), published={TOP1: -1.7, TOP5: -1.6}, than="1 CNN"),
+                system=name,
+                measured=measured(evaluations[number :: len(tried)]),
+                published=PUBLISHED.get(name, {}),
+                than="" if name == ONE else ONE,
+            )
+            for number, name in enumerate(tried)
         ],
         remarks=[
             f"Pre-trained on {describe(options.pretrain)}. Measured on the centre crop; the published errors "
-            "are those of ten crops."
+            "are those of ten crops.",
+            *rates.remarks(trials),
         ],
-        **about([*one, *star]),
+        sweep=trials,
+        **about(trainings),
     )
+
+
+def as_in_2012(epochs: int) -> list[str]:
+    """Return the settings of 2012's fine-tuning, from the notes in layer-params-146-2012-2011.cfg.
+
+    The notes' epochs are scaled to the given number. Factors are relative to .01, the learning rate with
+    which the CNN of 2012 begins. The "300 batches" after which fc8 is raised are files of 1,024 images, as in
+    fix-big-imgnet.py: .24 epochs of the 1,281,167 training images.
+    """
+
+    def at(epoch: float) -> str:
+        return f"{epoch * epochs / EPOCHS_OF_2012:g}"
+
+    changes = {
+        **dict.fromkeys(("conv2", "conv3", "conv4", "conv5", "conv6", "fc6", "fc7", "fc8"), 0.1),
+        f"fc8@{at(0.24)}": 1,
+        f"fc8@{at(9)}": 0.1,
+        "conv1": 0.01,
+        f"conv1@{at(5)}": 0.001,
+        f"conv1@{at(7)}": 0,
+    }
+    return [
+        *("--warmup-epochs", "0", "--schedule", "steps", "--drop-epochs", f"{at(22)},{at(42)}"),
+        *("--layer-learning-rates", ",".join(f"{layer}={factor}" for layer, factor in changes.items())),
+        *("--bias-schedule", "constant", "--bias-learning-rate", "2"),
+        *("--colour-epochs", str(round(38 * epochs / EPOCHS_OF_2012))),
+    ]

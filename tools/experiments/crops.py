@@ -18,11 +18,12 @@ CENTRE, TEN = "centre crop", "ten crops"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser, several=True)
+    finished.add_split(parser)
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Evaluate each run both ways. Raises what `open_run` and `probabilities` raise."""
-    opened = finished.open_runs(options)
+    opened = finished.open_runs(options, options.split)
     from tools.experiments.predictions import errors, probabilities, transposed
 
     def measured(crops: int) -> dict[str, list[float]]:

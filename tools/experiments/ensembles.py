@@ -30,6 +30,7 @@ PUBLISHED = {  # averages are given as the difference from one CNN
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     finished.add_arguments(parser, several=True)
+    finished.add_split(parser)
     parser.add_argument("--crops", type=int, choices=(1, 10), default=10, help="number of crops (default 10)")
     parser.add_argument(
         "--weights",
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         raise SettingsError("an ensemble needs at least two runs")
     if options.weights and len(options.weights) != len(options.runs):
         raise SettingsError(f"--weights needs one number for each of the {len(options.runs)} runs")
-    opened, scores, labels = finished.open_runs(options), [], np.empty(0)
+    opened, scores, labels = finished.open_runs(options, options.split), [], np.empty(0)
     for net in opened:
         found, labels = probabilities(net, options.split, options.crops, options.out)
         scores.append(found)

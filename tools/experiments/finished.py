@@ -51,11 +51,10 @@ class Finished(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Add the options of an experiment on finished runs. several: accept more than one run, and any split."""
+    """Add the options of an experiment on finished runs. several: accept more than one run."""
     add = parser.add_argument
     if several:
         add("runs", nargs="+", type=Path, metavar="RUN", help="run folders of trained nets")
-        add("--split", default="val", help="split of the dataset to evaluate on (default val)")
     else:
         add("run", type=Path, metavar="RUN", help="run folder of the trained net")
     add("--data", type=Path, metavar="DIR", help="use this dataset instead of the run's own")
@@ -71,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> Non
         default="auto",
         help="device to run on (default: the GPU if there is one)",
     )
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add --split, for experiments that evaluate nets."""
+    parser.add_argument("--split", default="val", help="split of the dataset to evaluate on (default val)")
 
 
 def open_run(options: argparse.Namespace, *splits: str) -> Finished:
@@ -103,11 +107,14 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
     return Finished(trained, world, precision, options.run.resolve())
 
 
-def open_runs(options: argparse.Namespace) -> list[Finished]:
-    """Open the nets of options.runs, all on the dataset of the first. Raises what `open_run` does."""
+def open_runs(options: argparse.Namespace, *splits: str) -> list[Finished]:
+    """Open the nets of options.runs, all on the dataset of the first. Raises what `open_run` does.
+
+    splits: splits that the dataset must have.
+    """
     opened: list[Finished] = []
     for run in options.runs:
         data = opened[0].trained.settings.data if opened else options.data
         one = argparse.Namespace(**vars(options) | {"run": run, "data": data})
-        opened.append(open_run(one, options.split))
+        opened.append(open_run(one, *splits))
     return opened

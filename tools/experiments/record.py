@@ -28,6 +28,16 @@ class Row(BaseModel):
     note: str = ""
 
 
+class Trial(BaseModel):
+    """A trial of a learning rate. error: top-1 error on held-out images (%), or None if it diverged."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    system: str
+    rate: float
+    error: float | None
+
+
 class Figure(BaseModel):
     """A picture that belongs to the record."""
 
@@ -54,6 +64,7 @@ class Record(BaseModel):
     rows: list[Row]
     figures: list[Figure] = []
     remarks: list[str] = []
+    sweep: list[Trial] = []
 
     def save(self, folder: Path) -> Path:
         """Write <experiment>.json to a folder; return its path. Raises OSError."""

@@ -1,5 +1,7 @@
 """The training runs of an experiment, each `alexnet-train` in its own process and run folder."""
 
+import math
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TOP1, TOP5, Measures
 from tools.options import command_line
@@ -17,6 +20,13 @@ from trainer.settings import load_settings
 
 class TrainingError(RuntimeError):
     """A training run that failed; the message is one line."""
+
+
+class DivergedError(TrainingError):
+    """A training run whose loss or weights are no longer finite."""
+
+
+_DIVERGED = " finite. "  # part of the message with which trainer/monitor/health.py ends a diverged run
 
 
 class Training(NamedTuple):
@@ -37,26 +47,38 @@ def outcome(training: Training) -> dict[str, float] | None:
     return run.evaluations.rows()[-1]
 
 
-def train(training: Training) -> dict[str, float]:
-    """Start or resume a run; return its last validation. Raises TrainingError."""
+def train(training: Training, jobs: int = 1) -> dict[str, float]:
+    """Start or resume a run; return its last validation. jobs: number of runs that share the CPUs.
+
+    Raises DivergedError, also for a run that has diverged before, or TrainingError.
+    """
     folder, settings = training
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
+    if _DIVERGED in _last_line(log):
+        raise DivergedError(f"{folder.name} has diverged, see {log}; delete the log to train it again")
+    environment = {"OMP_NUM_THREADS": str(max(1, cpus() // jobs)), **os.environ}
     with open(log, "a") as file:
         command = [sys.executable, "-m", "trainer.cli", "--out", str(folder), "--port", "0", *settings]
-        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise TrainingError(
-            f"{folder.name} ended with exit code {done.returncode}, see {log}: {' '.join(last)}"
-        )
+        last = _last_line(log)
+        kind = DivergedError if _DIVERGED in last else TrainingError
+        raise kind(f"{folder.name} ended with exit code {done.returncode}, see {log}: {last}")
     return Run(folder).evaluations.rows()[-1]
 
 
-def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, float]]:
+def _last_line(log: Path) -> str:
+    return "".join(log.read_text().strip().splitlines()[-1:]) if log.exists() else ""
+
+
+def train_all(
+    trainings: Sequence[Training], jobs: int = 1, may_diverge: bool = False
+) -> list[dict[str, float]]:
     """Train the runs that are not finished, `jobs` at a time; return the last validation of every run.
 
-    Raises TrainingError for the first run that fails, or SettingsError if a folder holds another run.
+    may_diverge: return infinite errors for a run that diverges. Raises TrainingError for the first run that
+    fails, or SettingsError if a folder holds another run.
     """
     found = [outcome(training) for training in trainings]
     left = [training for training, evaluation in zip(trainings, found, strict=True) if evaluation is None]
@@ -64,7 +86,12 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
 
     def train_step(training: Training) -> dict[str, float]:
         nonlocal done
-        evaluation = train(training)
+        try:
+            evaluation = train(training, jobs)
+        except DivergedError:
+            if not may_diverge:
+                raise
+            evaluation = {"top1_error": math.inf, "top5_error": math.inf}
         done += 1
         minutes = (time.monotonic() - begun) / 60
         print(

@@ -200,13 +200,14 @@ def _train(
     from pipeline.loader import Dataset, train_loader
     from pipeline.plan import Plan
     from trainer.build import build_decoding
-    from trainer.optim import learning_rate, make_optimizer, set_learning_rate
+    from trainer.optim import learning_rate, make_optimizer, set_learning_rate, unscheduled_rate
     from trainer.step import Step
 
     torch.backends.cudnn.allow_tf32 = False  # its rounding would hide every other difference
     dataset = Dataset(settings.data)
     shards = dataset.manifest.split("train").shards
-    plan = Plan(settings.seed, settings.batch, tuple(s.samples for s in shards), settings.shuffle_window)
+    samples = tuple(s.samples for s in shards)
+    plan = Plan(settings.seed, settings.batch, samples, settings.shuffle_window, settings.crop_chunk)
     batches = train_loader(
         dataset,
         plan,
@@ -222,7 +223,8 @@ def _train(
     for number, batch in enumerate(batches, 1):
         begun = time.perf_counter()
         epoch = number * plan.batch / plan.samples
-        set_learning_rate(optimizer, learning_rate(settings, epoch, ()), epoch)
+        rates = learning_rate(settings, epoch, ()), unscheduled_rate(settings, epoch)
+        set_learning_rate(optimizer, rates[0], epoch, rates[1])
         pixels, labels = (part.flip(0) for part in batch) if reverse else batch
         losses.append(step(pixels, labels)[0].item())  # waits for the device
         seconds.append(time.perf_counter() - begun)
