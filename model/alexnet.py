@@ -35,14 +35,11 @@ class Preset:
     lrn1_before_relu: bool
     spatial_norm: bool  # whether a normalisation within each map follows the second one
     conv345_std: float  # standard deviation of the initial weights of conv3 to conv5
-    # Whether pooling without overlap comes with the sizes of layers-147.cfg, in which conv2 and conv5 have one
-    # pixel less of padding, and the number of windows is rounded up: 55, 28, 26, 13, 11 and 6 for 224 px.
-    released_pooling: bool
 
 
 PRESETS = {
-    "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01, released_pooling=False),
-    "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03, released_pooling=True),
+    "paper": Preset(1e-4, lrn_towers=1, lrn1_before_relu=False, spatial_norm=False, conv345_std=0.01),
+    "code2012": Preset(1e-4 / 5, lrn_towers=2, lrn1_before_relu=True, spatial_norm=True, conv345_std=0.03),
 }
 
 
@@ -57,8 +54,10 @@ class Variant:
     layer, as in the net called CNN* with 61,555,304 parameters (6.1). without: a convolution from conv2
     to conv5 to leave out, together with its activation and normalisation, or "none" (7). width: factor on
     the paper's number of kernels and units in each layer but fc8; the numbers are rounded for each tower, and
-    are at least one. This factor is not from the paper. initial_biases: `paper` for ones in some layers
-    (section 5), or `zeros`.
+    are at least one. This factor is not from the paper. released_pooling: whether pooling windows of 2 pixels
+    come with the sizes of layers-147.cfg, whose conv2 and conv5 have one pixel less of padding, and whose
+    number of windows is rounded up; maps of 224 px are then 55, 28, 26, 13, 11 and 6. initial_biases: `paper`
+    for ones in some layers (section 5), or `zeros`.
     """
 
     activation: str = "relu"
@@ -68,6 +67,7 @@ class Variant:
     conv6: bool = False
     without: str = "none"
     width: float = 1.0
+    released_pooling: bool = False
     initial_biases: str = "paper"
 
 
@@ -126,7 +126,7 @@ class AlexNet(nn.Module):
         # The 2012 code rounds the number of windows up, so it pads with zeros on the right and bottom.
         self.conv1_pad = (11 - crop) % 4
         side = (crop + self.conv1_pad - 11) // 4 + 1  # of the maps, after conv1 and after each pooling
-        self.round_up = self.preset.released_pooling and not variant.overlapping_pooling
+        self.round_up = variant.released_pooling and not variant.overlapping_pooling
         narrower = {"conv2", "conv5"} - {variant.without} if self.round_up else set()
         for name in ("conv1", "conv2", "conv5"):
             side -= 2 * (name in narrower)

@@ -81,8 +81,10 @@ class Net(Group):
     lrn: PaperOnly[bool] = True
     """Apply local response normalisation after the first two convolutions."""
     overlapping_pooling: PaperOnly[bool] = True
-    """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide. The
-    preset code2012 then pads conv2 and conv5 by one pixel less, as layers-147 of the paper's code does."""
+    """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide."""
+    released_pooling: PaperOnly[bool] = False
+    """With --no-overlapping-pooling, pad conv2 and conv5 by one pixel less, and round the number of windows up,
+    as in layers-147 of the paper's code."""
     towers: PaperOnly[Annotated[int, Field(ge=1, le=2)]] = 2
     """Number of towers: 2, or 1 for the half-size net that the paper trained on one GPU."""
     conv6: PaperOnly[bool] = False

@@ -36,6 +36,7 @@ VARIANTS = {
     "tanh": Variant(activation="tanh"),
     "no LRN": Variant(lrn=False),
     "non-overlapping pooling": Variant(overlapping_pooling=False),
+    "released pooling": Variant(overlapping_pooling=False, released_pooling=True),
     "one tower": Variant(towers=1),
     "CNN*": Variant(conv6=True),
     **{f"without {name}": Variant(without=name) for name in ("conv2", "conv3", "conv4", "conv5")},
@@ -119,7 +120,7 @@ def test_maps_have_the_published_sizes(preset):
 
 def test_pooling_without_overlap_has_the_map_sizes_of_the_release():
     """By hand from layers-147.cfg: a layer has 1 + ⌈(2·padding + side − kernel) / stride⌉ outputs (layer.py)."""
-    net = meta_net(preset="code2012", variant=VARIANTS["non-overlapping pooling"])
+    net = meta_net(preset="code2012", variant=VARIANTS["released pooling"])
     with recorded(net, "conv1", "conv2", "conv3", "conv4", "conv5", "pool") as seen:
         net(torch.empty(2, 3, 224, 224, device="meta"))
     sides = {name: tuple(part.shape[-1] for part in calls[0]) for name, calls in seen.items()}
@@ -135,11 +136,16 @@ def test_pooling_without_overlap_has_the_map_sizes_of_the_release():
     assert (55**2 % 5, 26**2 % 4, 13**2 % 13, 11**2 % 11) == (0, 0, 0, 0)
 
 
+def test_released_pooling_changes_only_a_net_without_overlapping_pooling():
+    net = meta_net(variant=Variant(released_pooling=True))
+    assert count_macs(net) == 724_406_816
+
+
 @pytest.mark.parametrize("crop", [64, 65, 66, 67, 96, 112, 128, 227])
 @pytest.mark.parametrize("without", ["none", "conv2", "conv5"])
-def test_pooling_of_the_release_takes_other_crops_and_nets(crop, without):
-    variant = Variant(overlapping_pooling=False, without=without)
-    assert meta_net(classes=16, preset="code2012", crop=crop, variant=variant)(
+def test_released_pooling_takes_other_crops_and_nets(crop, without):
+    variant = Variant(overlapping_pooling=False, released_pooling=True, without=without)
+    assert meta_net(classes=16, crop=crop, variant=variant)(
         torch.empty(2, 3, crop, crop, device="meta")
     ).shape == (2, 16)
 
@@ -242,8 +248,7 @@ def test_initial_logits_differ_between_images(net, request):
 
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     """Compute the forward pass with torch's own layers and two explicit towers."""
-    variant, towers = net.variant, net.variant.towers
-    narrower = int(preset == "code2012" and not variant.overlapping_pooling)
+    variant, towers, narrower = net.variant, net.variant.towers, int(net.variant.released_pooling)
 
     def activation(x: Tensor) -> Tensor:
         return x.relu() if variant.activation == "relu" else x.tanh()
@@ -263,7 +268,7 @@ def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
         )
 
     def pool(x: Tensor) -> Tensor:
-        if not narrower:
+        if not variant.released_pooling:
             return F.max_pool2d(x, 3 if variant.overlapping_pooling else 2, 2)
         # A window that reaches beyond the maps has fewer pixels.
         return F.max_pool2d(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), value=-math.inf), 2, 2)

@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
 
 OTHER = Variant("tanh", lrn=False, overlapping_pooling=False, width=WIDTH)
-RELEASED = Variant(overlapping_pooling=False, width=WIDTH)
+RELEASED = Variant(overlapping_pooling=False, released_pooling=True, width=WIDTH)
 CASES = {
     "paper in fp64": Case("paper", torch.float64),
     "code2012 in fp64": Case("code2012", torch.float64),
