@@ -79,7 +79,8 @@ def test_a_run_of_code2012_before_its_corrections_is_refused_or_continues_as_it_
     assert str(refused.value) == (
         f"{tmp_path} already holds another run, which differs in "
         "released_pooling (False there, True here), crop_chunk (1 there, 32 here), "
-        "bias_schedule (weights there, constant here), layer_learning_rates ({} there, {'conv1@67': 0.1} here): "
+        "bias_schedule (weights there, constant here), "
+        "layer_learning_rates ({} there, {'conv1@67': 0.1} here): "
         "choose another --out, or use that run's settings to continue it"
     )
     Run(tmp_path).begin(load_settings(as_before), manifest).close()

@@ -1,9 +1,10 @@
 """Hold out a part of a dataset's training images, on which learning rates are chosen.
 
 The new dataset has symbolic links to the shards, so it takes no space. Its validation split is the fewest
-last training shards that hold at least a tenth of the training images, its training split the shards before
-them; the validation images of the original are not in it. Shards hold images in random order, so the parts have the same distribution. The pixels' mean and
-principal components are still those of the whole training set.
+last training shards that hold at least a tenth of the training images, and its training split the shards
+before them; the validation images of the original are not in it. Shards hold images in random order, so the
+parts have the same distribution. The pixels' mean and principal components are still those of the whole
+training set.
 """
 
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def hold_out(data: Path, folder: Path) -> Path:
     first = int(np.searchsorted(before, 0.9 * whole.samples, side="right")) - 1  # the first to hold out
     if not first:
         raise DatasetError(
-            f"{data} has training shards so large that none would be left to train on if a tenth of the images "
-            "is held out: pack it again with fewer images in a shard (--shard-samples)"
+            f"{data} has so large training shards that none would be left to train on if a tenth of the "
+            "images is held out: pack it again with fewer images in a shard (--shard-samples)"
         )
     target = folder / f"held-out-{manifest.fingerprint}"
     if target.exists():
