@@ -97,7 +97,7 @@ def test_rates_are_chosen_on_held_out_images_before_the_runs(trainings, tmp_path
 )
 @pytest.mark.parametrize("epochs", [54, 27])
 def test_the_rates_are_those_of_the_release(epoch, conv1, conv2, fc8, epochs):
-    """The notes in layer-params-146-2012-2011.cfg (181 to 193) applied by hand; epsB is .02, and 0 in conv1."""
+    """The notes (lines 181 to 193 of layer-params-146-2012-2011.cfg) by hand; epsB is .02, and 0 in conv1."""
     net = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("conv1", "conv2", "fc8")})
     run = load_settings(["--recipe", "code2012", "--epochs", str(epochs), *as_in_2012(epochs)])
     optimizer, now = make_optimizer(net, run), epoch * epochs / 54
