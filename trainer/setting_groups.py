@@ -83,8 +83,8 @@ class Net(Group):
     overlapping_pooling: PaperOnly[bool] = True
     """Pool over overlapping windows, 3 pixels wide with a stride of 2; otherwise, they are 2 pixels wide."""
     released_pooling: PaperOnly[bool] = False
-    """With --no-overlapping-pooling, pad conv2 and conv5 by one pixel less, and round the number of windows up,
-    as in layers-147 of the paper's code."""
+    """With --no-overlapping-pooling, pad conv2 and conv5 by one pixel less, and round the number of windows
+    up, as in layers-147 of the paper's code."""
     towers: PaperOnly[Annotated[int, Field(ge=1, le=2)]] = 2
     """Number of towers: 2, or 1 for the half-size net that the paper trained on one GPU."""
     conv6: PaperOnly[bool] = False
@@ -144,8 +144,8 @@ class Optimisation(Group):
     bias_decay: bool = True
     """Apply weight decay to the biases, too."""
     bias_schedule: Literal["weights", "constant"] = "weights"
-    """Whether the biases' learning rate is lowered with that of the weights, or stays constant after the warm-up,
-    as in the paper's code."""
+    """Whether the biases' learning rate is lowered with that of the weights, or stays constant after the
+    warm-up, as in the paper's code."""
     freeze_conv1_epoch: Annotated[NonNegativeFloat | None, Metavar("N")] = None
     """Epoch from which the first convolution is frozen, biases included; by default, it is never frozen."""
     layer_learning_rates: Annotated[

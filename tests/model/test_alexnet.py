@@ -119,7 +119,7 @@ def test_maps_have_the_published_sizes(preset):
 
 
 def test_pooling_without_overlap_has_the_map_sizes_of_the_release():
-    """By hand from layers-147.cfg: a layer has 1 + ⌈(2·padding + side − kernel) / stride⌉ outputs (layer.py)."""
+    """By hand from layers-147.cfg: 1 + ⌈(2·padding + side − kernel) / stride⌉ windows (layer.py)."""
     net = meta_net(preset="code2012", variant=VARIANTS["released pooling"])
     with recorded(net, "conv1", "conv2", "conv3", "conv4", "conv5", "pool") as seen:
         net(torch.empty(2, 3, 224, 224, device="meta"))

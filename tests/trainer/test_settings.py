@@ -5,9 +5,11 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from model.alexnet import Variant
+from tests.helpers import REPO
 from trainer.setting_groups import PAPER_ONLY
 from trainer.settings import RECIPES, Settings, SettingsError, load_settings, read_recipe
 
@@ -48,6 +50,29 @@ def test_every_recipe_is_valid():
     for name in names:
         assert read_recipe(name)
         load_settings(["--recipe", name])
+
+
+def test_each_setting_of_code2012_says_where_it_stands_in_the_release():
+    table = (REPO / "docs" / "paper.md").read_text()
+    lines = (RECIPES / "code2012.toml").read_text().splitlines()
+    for line in (line for line in lines if not line.startswith("#")):
+        assert re.search(r"  # .*\w\.(cfg|py|cu)", line), line
+        assert f"\n| `{line.split()[0]}` | " in table, line
+
+
+def test_code2012_eighth_has_the_settings_of_code2012_at_the_same_parts_of_its_epochs():
+    whole, eighth = (
+        load_settings(["--recipe", recipe])
+        for recipe in ("code2012", str(REPO / "docs/benchmarks/recipes/code2012-eighth.toml"))
+    )
+    scaled = {"drop_epochs", "conv1_drop_epoch", "freeze_conv1_epoch", "colour_epochs"}
+    given = {"recipe", "epochs", "batch", "crop", "crop_chunk", "learning_rate"}
+    different = {name for name in type(whole).model_fields if getattr(whole, name) != getattr(eighth, name)}
+    assert different == scaled | given
+    for name in scaled:
+        expected = [eighth.epochs / whole.epochs * epoch for epoch in np.atleast_1d(getattr(whole, name))]
+        tolerance = 0.5 if name == "colour_epochs" else 0.05  # a whole number, and one decimal
+        assert np.atleast_1d(getattr(eighth, name)) == pytest.approx(expected, abs=tolerance)
 
 
 def test_a_recipe_can_be_a_file(tmp_path):

@@ -17,6 +17,7 @@ from pipeline.loader import evaluation_loader, train_loader
 from tests.helpers import command, exact, main, main_without_more_images, rows
 from trainer import checkpoint
 from trainer.monitor.metrics import Metrics
+from trainer.optim import set_learning_rate
 
 
 def test_an_interrupted_evaluation_is_repeated(packed, whole, tmp_path, monkeypatch):
@@ -76,6 +77,44 @@ def test_a_run_continues_bit_for_bit_in_its_form_even_if_another_is_faster_now(
     assert rows(out / "evaluations.csv") == rows(uninterrupted / "evaluations.csv")
     assert exact(out / "metrics.csv") != exact(whole / "metrics.csv")  # grouped, with other rounding
     assert "- convolutions: towers-s2d" in (out / "report.md").read_text()
+
+
+def test_the_rates_and_crops_of_the_release_are_those_of_the_run_and_survive_an_interruption(
+    packed, tmp_path, monkeypatch
+):
+    """An epoch is 5 steps of 12 images."""
+    options = ["--schedule=steps", "--drop-epochs=1,2", "--learning-rate=.001", "--bias-learning-rate=2"]
+    options += [
+        "--warmup-epochs=0",
+        "--bias-schedule=constant",
+        "--conv1-drop-epoch=1.2",
+        "--freeze-conv1-epoch=2.4",
+    ]
+    rates, chunks = [], set()
+
+    def recording(optimizer, *arguments):
+        set_learning_rate(optimizer, *arguments)
+        rates.append({group["lr"] for group in optimizer.param_groups})
+
+    def stopped(dataset, plan, steps, *arguments, **others):
+        chunks.add(plan.crop_chunk)
+        for step, batch in enumerate(train_loader(dataset, plan, steps, *arguments, **others), 1):
+            if step == 7 and not steps.start:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    whole, parts = ([*command(packed, tmp_path / name), *options, "--crop-chunk=5"] for name in "ab")
+    assert main(monkeypatch, whole) == 0
+    monkeypatch.setattr("trainer.train.train_loader", stopped)
+    monkeypatch.setattr("trainer.train.set_learning_rate", recording)
+    assert main(monkeypatch, parts) == 143
+    assert main(monkeypatch, parts) == 0
+    assert chunks == {5}
+    bias, tenths = 0.002, [0.001, 0.0001, 0.00001]
+    expected = [{bias, tenths[0]}] * 4 + [{bias, tenths[1]}] + [{bias, tenths[1], tenths[2]}] * 4
+    expected += [{bias, tenths[2], 1e-6}] * 2 + [{bias, tenths[2], 0.0}] * 4
+    assert [sorted(step) for step in rates] == [pytest.approx(sorted(step)) for step in expected]
+    assert exact(tmp_path / "a" / "metrics.csv") == exact(tmp_path / "b" / "metrics.csv")
 
 
 def test_training_continues_while_the_disk_is_full_and_saves_as_soon_as_it_can(
