@@ -30,6 +30,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError
 from pipeline.output import secure
 from tools.experiments import EXPERIMENTS
+from tools.experiments.details import section
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
 from tools.options import program
@@ -72,6 +73,7 @@ def main() -> None:
         result = module.run(options, settings)
         if isinstance(result, Record):
             result.save(options.out)
+            result = section(result)
         print(result)
     except (SettingsError, DatasetError, RunError, RecordError, TrainingError) as error:
         sys.exit(f"paper: {error}")

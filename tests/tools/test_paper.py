@@ -1,4 +1,4 @@
-"""alexnet-train paper: a small grid that is really trained, and the arithmetic and text of records."""
+"""alexnet-train paper: a small grid that is really trained, and requests that are refused."""
 
 import subprocess
 import sys
@@ -6,50 +6,12 @@ import sys
 import pytest
 
 from tests.helpers import REPO
-from tools.experiments.record import Record, RecordError, Row, differences, spread, verdict
+from tools.experiments.record import Record
 from tools.paper import main
 
 # A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 QUICK = ("--recipe", "demo", "--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
 QUICK += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
-
-
-def record(*rows: Row) -> Record:
-    return Record(
-        experiment="ablations",
-        title="Ablations",
-        source="section 3",
-        data="drawn pictures",
-        command="alexnet-train paper ablations",
-        environment={"torch": "2"},
-        rows=list(rows),
-    )
-
-
-def test_a_verdict_needs_all_seeds_to_agree():
-    assert verdict([0.5, 2.0], 1.0) == "as published"
-    assert verdict([-0.5, -2.0], 1.0) == "opposite"
-    assert verdict([-0.5, 2.0], 1.0) == "within the spread"
-    assert verdict([0.0, 2.0], 1.0) == "within the spread"
-    assert verdict([3.0], 1.0) == "one run"
-
-
-def test_differences_are_between_runs_of_the_same_seed():
-    whole = Row(system="AlexNet", measured={"error": [40.0, 50.0]})
-    less = Row(system="no LRN", measured={"error": [41.0, 53.0]}, than="AlexNet", published={"error": 1.4})
-    assert differences(less, whole, "error") == [1.0, 3.0]
-    cells = "+1.4 vs. AlexNet | 47.00 (41.00 to 53.00) | +2.00 (+1.00 to +3.00) | as published"
-    assert f"| no LRN | error | {cells} |" in str(record(whole, less))
-    assert spread([2.0]) == "2.00"
-
-
-def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
-    written = record(Row(system="AlexNet", measured={"error (%)": [40.0]}))
-    path = written.save(tmp_path)
-    assert Record.read(path) == written
-    path.write_text('{"rows": []}')
-    with pytest.raises(RecordError, match=r"ablations.json is not a record"):
-        Record.read(path)
 
 
 @pytest.mark.slow
