@@ -105,7 +105,8 @@ class Settings(
     def _split_at_equal_signs(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        return {layer.strip(): rate for layer, _, rate in (part.partition("=") for part in value.split(","))}
+        parts = (part.partition("=") for part in value.split(",") if part.strip())
+        return {layer.strip(): rate for layer, _, rate in parts}
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:

@@ -67,11 +67,11 @@ def test_a_run_of_an_earlier_version_continues_if_its_meaning_is_unchanged(packe
 def test_a_run_of_code2012_before_its_corrections_is_refused_or_continues_as_it_began(packed, tmp_path):
     manifest, code2012 = read_manifest(packed), ["--recipe", "code2012"]
     as_before = [*code2012, "--no-released-pooling", "--crop-chunk=1"]
-    as_before += ["--bias-schedule=weights", "--conv1-drop-epoch=null"]
+    as_before += ["--bias-schedule=weights", "--layer-learning-rates="]
     Run(tmp_path).begin(load_settings(as_before), manifest).close()
     path = tmp_path / "settings.json"
     held = json.loads(path.read_text())
-    for name in ("released_pooling", "crop_chunk", "bias_schedule", "conv1_drop_epoch"):
+    for name in ("released_pooling", "crop_chunk", "bias_schedule"):
         del held[name]  # the earlier version did not know it
     path.write_text(json.dumps(held | {"freeze_conv1_epoch": 72}))  # which was an integer
     with pytest.raises(SettingsError) as refused:
@@ -79,7 +79,8 @@ def test_a_run_of_code2012_before_its_corrections_is_refused_or_continues_as_it_
     assert str(refused.value) == (
         f"{tmp_path} already holds another run, which differs in "
         "released_pooling (False there, True here), crop_chunk (1 there, 32 here), "
-        "bias_schedule (weights there, constant here), conv1_drop_epoch (None there, 67.0 here): "
+        "bias_schedule (weights there, constant here), "
+        "layer_learning_rates ({} there, {'conv1@67': 0.1} here): "
         "choose another --out, or use that run's settings to continue it"
     )
     Run(tmp_path).begin(load_settings(as_before), manifest).close()

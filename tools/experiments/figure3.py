@@ -114,8 +114,8 @@ def _result(shares: np.ndarray, difference: float, chance: float, p: float) -> s
     runs = "; ".join(f"{first:.1f} and {second:.1f}" for first, second in 100 * shares.mean(2))
     verdict = "differ in colour, as published" if p < SIGNIFICANT else "are not shown to differ in colour"
     return (
-        f"Mean colour shares (%) of the two towers, run by run: {runs}. They differ by {difference:.1f} points "
-        f"on average, and by {chance:.1f} if kernels are exchanged at random between the towers: p = {p:.4f} "
+        f"Mean colour shares (%) of the two towers, run by run: {runs}. They differ by {difference:.1f} "
+        f"points on average, and by {chance:.1f} if kernels are exchanged at random between the towers: p = {p:.4f} "
         f"({EXCHANGES:,} exchanges). With p < {SIGNIFICANT:g} as the criterion, the towers {verdict}."
     )
 
