@@ -115,8 +115,8 @@ def _result(shares: np.ndarray, difference: float, chance: float, p: float) -> s
     verdict = "differ in colour, as published" if p < SIGNIFICANT else "are not shown to differ in colour"
     return (
         f"Mean colour shares (%) of the two towers, run by run: {runs}. They differ by {difference:.1f} "
-        f"points on average, and by {chance:.1f} if kernels are exchanged at random between the towers: p = {p:.4f} "
-        f"({EXCHANGES:,} exchanges). With p < {SIGNIFICANT:g} as the criterion, the towers {verdict}."
+        f"points on average, and by {chance:.1f} if kernels are exchanged at random: p = {p:.4f} from "
+        f"{EXCHANGES:,} exchanges. With p < {SIGNIFICANT:g} as the criterion, the towers {verdict}."
     )
 
 
