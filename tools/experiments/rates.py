@@ -43,7 +43,7 @@ def sweep(
     chosen = load_settings(settings)
     common = ["--data", str(hold_out(chosen.data, folder)), "--seed", "0"]
     common += ["--epochs", str(options.rate_epochs or max(1, chosen.epochs // 3))]
-    pairs = list(product(systems, options.rates))
+    pairs = list(product(systems, sorted(set(options.rates))))
     trainings = [
         Training(
             folder / f"{name.replace(' ', '-')}-{rate:g}",
