@@ -36,7 +36,10 @@ def test_the_last_training_shard_is_held_out(packed, tmp_path):
     np.testing.assert_array_equal(labels, whole.rows["label"])
     assert manifest.pixels == before.pixels
     assert manifest.fingerprint != before.fingerprint
-    assert hold_out(packed, tmp_path) == data  # again
+    (data / manifest.split("train").shards[0].file).unlink()
+    (data / manifest.split("train").shards[0].file).symlink_to(tmp_path / "where the dataset was")
+    assert hold_out(packed, tmp_path) == data
+    assert ShardReader(data, manifest, "train").jpeg(0) == whole.jpeg(0)
 
 
 def test_a_single_shard_has_no_part_to_hold_out(packed, packed_copy, tmp_path):

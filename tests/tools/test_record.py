@@ -127,7 +127,9 @@ def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
 
 
 def test_the_first_page_lists_claims_machines_and_notes(tmp_path):
-    found = compared([1.0, 1.1, 0.9, 1.2, 0.8], published={"error": 1.4}, claim="LRN lowers the error (3.3)")
+    found = compared(
+        [1.0, 1.1, 0.9, 1.2, 0.8], published={"error": 1.4}, claims={"error": "LRN lowers the error (3.3)"}
+    )
     (tmp_path / "photos").mkdir()
     found.save(tmp_path / "photos")
     (tmp_path / "photos" / "notes.md").write_text("Not reached: 24 %.\n")

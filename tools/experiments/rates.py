@@ -47,7 +47,7 @@ def sweep(
         return []
     common = ["--data", str(hold_out(load_settings(settings).data, folder)), "--seed", "0"]
     common += ["--epochs", str(trial_epochs(options, settings))]
-    pairs = list(product(systems, options.rates))
+    pairs = list(product(systems, sorted(set(options.rates))))
     trainings = [
         Training(
             folder / f"{name.replace(' ', '-')}-{rate:g}",

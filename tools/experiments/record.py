@@ -45,8 +45,8 @@ class Row(_Part):
 
     measured: values for each seed. wrong: errors, in percent, of each seed and image. gaps: measures that are
     the first of two other measures minus the second. published: the paper's values or, if `than` names a row,
-    differences from that row. signs: published signs of differences, where the paper gives no value. claim:
-    what the paper says about the system, for the first page.
+    differences from that row. signs: published signs of differences, where the paper gives no value. claims:
+    what the paper says about some of the measures, for the first page.
     """
 
     system: str
@@ -57,7 +57,7 @@ class Row(_Part):
     signs: dict[str, Literal[-1, 1]] = {}
     than: str = ""
     note: str = ""
-    claim: str = ""
+    claims: dict[str, str] = {}
 
     @property
     def measures(self) -> list[str]:

@@ -101,19 +101,23 @@ def _machine(record: Record) -> str:
 
 
 def _claims(record: Record, details: str) -> Iterator[str]:
-    """Yield a line for each system with a claim, or with a published difference or value."""
+    """Yield a line for each claim or, if a record has none, for each published difference or value."""
     link = f"[{record.title}]({details}#{anchor(record.title)})"
-    named = any(row.claim for row in record.rows)
+    claims = [(row, measure, text) for row in record.rows for measure, text in row.claims.items()]
     compared = any(row.than for row in record.rows)
-    for row in record.rows:
-        is_claim = bool(row.claim) if named else bool(row.than) or not compared
-        measure = next(iter([*row.published, *row.signs]), "")
-        if not is_claim or measure not in row.measures:
+    others = [
+        (row, measure, row.system)
+        for row in record.rows
+        for measure in list(row.published)[:1]
+        if row.than or not compared
+    ]
+    for row, measure, text in claims or others:
+        if measure not in row.measures:  # a run did not get so far; a remark says so
             continue
         result = record.result(row, measure)
         signed = result.sign is not None
         cells = [
-            f"{row.claim or row.system}: {measure}",
+            f"{text}: {measure}",
             published(row, measure),
             f"{result.mean:{'+.2f' if signed else '.2f'}}",
             bounds(result.interval, signed),
