@@ -21,13 +21,13 @@ def epochs_measure(target: float) -> str:
     return f"epochs until the validation error is at most {target:g} %"
 
 
-def measures(runs: Sequence[Path], target: float, out: Path) -> dict[str, Any]:
+def measures(runs: Sequence[Path], target: float | None, out: Path) -> dict[str, Any]:
     """Return a row's fields with the measures of a system's runs, one for each seed.
 
     The top-1 and top-5 errors are those of ten crops (section 4.1); training errors are measured on the
-    finished net, without dropout and augmentation. The measure of early learning is left out if a run does
-    not reach the target, in percent. Predictions are kept under `out`. Raises what `open_run` and `errors_of`
-    raise.
+    finished net, without dropout and augmentation. The measure of early learning is left out if there is no
+    target, in percent, or if a run does not reach it. Predictions are kept under `out`. Raises what
+    `open_run` and `errors_of` raise.
     """
     from tools.experiments.predictions import errors_of, wrong
 
@@ -39,11 +39,14 @@ def measures(runs: Sequence[Path], target: float, out: Path) -> dict[str, Any]:
         centre.append(errors_of(opened, "val", 1, out))
         train.append(100 * errors_of(opened, "train", 1, out)[0].mean())
         print(f"{folder.name}: top-1 error {ten[-1][0].mean():.1%} with ten crops", flush=True)
-    epochs = [epochs_to(Run(folder).evaluations.rows(), target / 100) for folder in runs]
-    early = {epochs_measure(target): epochs} if max(epochs) < math.inf else {}
+    measured = {TRAIN: train}
+    if target is not None:
+        epochs = [epochs_to(Run(folder).evaluations.rows(), target / 100) for folder in runs]
+        if max(epochs) < math.inf:
+            measured[epochs_measure(target)] = epochs
     return {
         "wrong": wrong(ten) | {CENTRE: wrong(centre)[TOP1]},
-        "measured": {TRAIN: train} | early,
+        "measured": measured,
         "gaps": {GAP: (CENTRE, TRAIN)},
     }
 
