@@ -81,6 +81,7 @@ def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path
     shares = [row.measured[figure3.COLOUR] for row in (first, second)]
     assert difference.measured[figure3.DIFFERENCE] == pytest.approx([abs(shares[0][0] - shares[1][0])])
     assert "the towers are not shown to differ" in record.remarks[-1]  # nothing has been learnt
+    assert "p = 0." in difference.claims[figure3.DIFFERENCE]
 
 
 @pytest.mark.parametrize(("kernels", "rows", "columns"), [(12, 1, 12), (16, 1, 16), (17, 2, 9), (48, 3, 16)])
