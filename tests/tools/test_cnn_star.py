@@ -74,7 +74,7 @@ def test_fine_tuning_begins_with_its_seeds_pre_training(trainings, tmp_path):
     one, *others = record.rows
     assert [row.values(TOP1) for row in record.rows] == [[10 * n, 10 * n + 1] for n in range(4)]
     assert {row.than for row in others} == {one.system}
-    assert f"minus that with {cnn_star.RANDOM}: +10.00 (95 %: +10.00 to +10.00)." in record.remarks[1]
+    assert f"minus that with {cnn_star.RANDOM}: +10.00 (95 %: +10.00 to +10.00)." in record.remarks[2]
 
 
 def test_rates_are_chosen_on_held_out_images_before_the_runs(trainings, tmp_path):

@@ -103,8 +103,8 @@ def draw_bars(axes: Axes, shown: Classified) -> None:
         text = short(name)
         size = 8 * min(1, BAR_LETTERS / len(text))
         axes.text(0, position - 0.24, text, fontsize=size, va="bottom", parse_math=False)
-        beside = {"x": probability + 0.02, "ha": "left"} if probability < 0.75 else {"x": 0.98, "ha": "right"}
-        axes.text(s=f"{probability:.1%}", y=position, fontsize=7.5, va="center", **beside)
+        x, side = (probability + 0.02, "left") if probability < 0.75 else (0.98, "right")
+        axes.text(x, position, f"{probability:.1%}", fontsize=7.5, va="center", ha=side)
     axes.set(xlim=(0, 1), ylim=(len(shown.top) - 0.7, -0.9))
 
 
