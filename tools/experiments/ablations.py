@@ -159,11 +159,11 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
                 "it removes, or select the other ablations with --only"
             )
     folder = options.out / "ablations"
-    trials = rates.sweep(options, settings, {row.system: own for own, row in chosen}, folder / "rates")
+    sweep = rates.sweep(options, settings, {row.system: own for own, row in chosen}, folder / "rates")
     trainings = [
         Training(
             folder / f"{row.system.replace(' ', '-')}-{seed}",
-            [*settings, "--seed", str(seed), *rates.setting(trials, row.system), *changed],
+            [*settings, "--seed", str(seed), *sweep.setting(row.system), *changed],
         )
         for seed in range(options.seeds)
         for changed, row in chosen
@@ -180,10 +180,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
         rows=rows,
         remarks=[
             "The top-1 and top-5 errors are those of ten crops.",
-            *rates.remarks(trials),
+            *sweep.remarks(),
             *slow(rows, options.target),
         ],
-        sweep=trials,
+        sweep=sweep.trials,
         **about(trainings),
     )
 
