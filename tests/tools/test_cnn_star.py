@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -36,6 +37,8 @@ def trainings(monkeypatch) -> list[list[Training]]:
     for module in (cnn_star, rates):
         monkeypatch.setattr(module, "train_all", train_all)
     monkeypatch.setattr(rates, "hold_out", lambda data, _: Path(f"held-out-{data}"))
+    part = SimpleNamespace(split=lambda _: SimpleNamespace(samples=3))
+    monkeypatch.setattr(rates, "read_manifest", lambda _: part)
     monkeypatch.setattr(cnn_star, "measures", measures)
     monkeypatch.setattr(cnn_star, "describe", str)
     monkeypatch.setattr(cnn_star, "about", lambda _: {"data": "", "command": "", "environment": {}})

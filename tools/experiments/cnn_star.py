@@ -65,8 +65,8 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
     """
     seeds, folder = range(options.seeds), options.out / "cnn-star"
     first = [*settings, "--conv6", "--data", str(options.pretrain), *shlex.split(options.pretrain_settings)]
-    trials = rates.sweep(options, first, {PRETRAINED: ()}, folder / "rates")
-    rate = rates.setting(trials, PRETRAINED)
+    before = rates.sweep(options, first, {PRETRAINED: ()}, folder / "rates")
+    rate = before.setting(PRETRAINED)
     pretrained = [
         Training(folder / f"{PRETRAINED}-{seed}", [*first, "--seed", str(seed), *rate]) for seed in seeds
     ]
@@ -74,12 +74,12 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
 
     tuned = shlex.split(options.fine_tune_settings)
     tried = systems(pretrained[0].folder, tuned, rates.trial_epochs(options, settings))
-    trials += rates.sweep(options, settings, tried, folder / "rates")
+    after = rates.sweep(options, settings, tried, folder / "rates")
     epochs = load_settings([*settings, *tuned]).epochs
     trainings = [
         Training(
             folder / f"{name.replace(' ', '-')}-{seed}",
-            [*settings, "--seed", str(seed), *rates.setting(trials, name), *own],
+            [*settings, "--seed", str(seed), *after.setting(name), *own],
         )
         for seed in seeds
         for name, own in systems(pretrained[seed].folder, tuned, epochs).items()
@@ -99,9 +99,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
             f"Pre-trained on {describe(options.pretrain)}.",
             "The top-1 and top-5 errors are those of ten crops.",
             *(against_random(row, rows[1]) for row in rows[2:]),
-            *rates.remarks(trials),
+            *(f"Pre-training: {remark}" for remark in before.remarks()),
+            *after.remarks(),
         ],
-        sweep=trials,
+        sweep=[*before.trials, *after.trials],
         **about([*trainings, *pretrained]),
     )
 
