@@ -14,9 +14,12 @@ import cv2
 from sklearn.linear_model import orthogonal_mp
 from sklearn.mixture import GaussianMixture
 
-from pipeline.manifest import DatasetError
+from pipeline.manifest import DatasetError, read_manifest
+from pipeline.reader import ShardReader
+from tests.tools.test_figures import begin_run
 from tools.experiments import baselines, features
 from tools.experiments.encoders import Fisher, dense_sift, pool, pursue
+from tools.experiments.record import TOP1, TOP5
 from tools.paper import main
 from trainer.settings import SettingsError
 
@@ -133,14 +136,14 @@ def test_both_systems_classify_drawn_pictures_and_resume_after_a_kill(packed, tm
     assert [row.system for row in record.rows] == ["sparse coding", "SIFT + Fisher vectors"]
     for row in record.rows:
         # Chance level is 90 and 50; knowing the shape but not the colour gives 50 and 0.
-        assert row.measured["top-1 error (%)"][0] < 80
-        assert row.measured["top-5 error (%)"][0] < 35
+        assert row.values("top-1 error (%)")[0] < 80
+        assert row.values("top-5 error (%)")[0] < 35
     whole = {path: path.read_bytes() for path in out.rglob("*.npy")}
     assert len(whole) == 2 * (4 + 2)  # 60 and 20 pictures
 
     for path in list(whole)[::3]:  # as a kill leaves them
         path.rename(path.with_name(f".{path.name}.partial"))
-    for path in out.rglob("errors-*.json"):
+    for path in out.rglob("errors-*.npz"):
         path.unlink()
     assert run(packed, out).rows == record.rows
     assert {path: path.read_bytes() for path in out.rglob("[!.]*.npy")} == whole
@@ -149,6 +152,32 @@ def test_both_systems_classify_drawn_pictures_and_resume_after_a_kill(packed, tm
     assert not capsys.readouterr().out  # nothing was computed again
     with pytest.raises(SettingsError, match=r"with another step \(4, not 8\): choose another --out"):
         run(packed, out, "--step", "8")
+
+
+def test_baselines_are_compared_with_nets_image_by_image(packed, tmp_path, monkeypatch):
+    for name in ("learn", "encode"):
+        monkeypatch.setattr(features, name, lambda *_: None)
+    monkeypatch.setattr(features, "bytes_to_come", lambda *_: 0)
+
+    def first_classes_only(_files, labels, *_) -> np.ndarray:
+        return np.stack([np.concatenate(labels["val"]) > 6] * 2)
+
+    monkeypatch.setattr(baselines, "linear_errors", first_classes_only)
+    (tmp_path / "out" / "baselines" / "fisher-0").mkdir(parents=True)
+    net = begin_run(tmp_path / "net", packed)
+    record = run(packed, tmp_path / "out", "--only", "fisher", "--nets", str(net))
+    cnn, fisher = record.rows
+    labels = ShardReader(packed, read_manifest(packed), "val").rows["label"]
+    np.testing.assert_array_equal(fisher.table(TOP1)[0], 100 * (labels > 6))  # in the order of the shards
+    assert (cnn.system, fisher.than) == ("CNN", "CNN")
+    assert fisher.published == {TOP1: 8.2, TOP5: 8.7}
+    np.testing.assert_array_equal(record.result(fisher, TOP1).table, fisher.table(TOP1) - cnn.table(TOP1))
+
+
+@pytest.mark.parametrize("arguments", [("--seeds", "3", "--nets", "a", "b"), ("--limit", "9", "--nets", "a")])
+def test_nets_that_cannot_be_compared_are_refused(arguments, packed, tmp_path):
+    with pytest.raises(SettingsError, match="--nets needs one run or as many as --seeds"):
+        run(packed, tmp_path / "out", *arguments)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -16,16 +17,29 @@ from trainer.settings import Settings, load_settings
 
 @pytest.fixture
 def trainings(monkeypatch) -> list[list[Training]]:
-    """The groups of runs that were requested; the nth run of a group has a top-1 error of n %."""
+    """The groups of runs that were requested; the nth trial of a group has an error of n %.
+
+    The errors of a row are its position times ten, plus the seed.
+    """
     requested: list[list[Training]] = []
 
     def train_all(batch: list[Training], _jobs: int, **_: object) -> list[dict[str, float]]:
         requested.append(batch)
         return [{"top1_error": n / 100, "top5_error": 0.0} for n in range(len(batch))]
 
+    def measures(runs: list[Path], *_: object) -> dict[str, object]:
+        systems = [cnn_star.ONE, cnn_star.RANDOM, cnn_star.AS_IN_2012, cnn_star.AS_USUAL]
+        folders = [name.replace(" ", "-") for name in systems]
+        parts = [run.name.rpartition("-") for run in runs]
+        errors = [10 * folders.index(name) + int(seed) for name, _, seed in parts]
+        return {"measured": {TOP1: errors}}
+
     for module in (cnn_star, rates):
         monkeypatch.setattr(module, "train_all", train_all)
     monkeypatch.setattr(rates, "hold_out", lambda data, _: Path(f"held-out-{data}"))
+    part = SimpleNamespace(split=lambda _: SimpleNamespace(samples=3))
+    monkeypatch.setattr(rates, "read_manifest", lambda _: part)
+    monkeypatch.setattr(cnn_star, "measures", measures)
     monkeypatch.setattr(cnn_star, "describe", str)
     monkeypatch.setattr(cnn_star, "about", lambda _: {"data": "", "command": "", "environment": {}})
     return requested
@@ -61,14 +75,13 @@ def test_fine_tuning_begins_with_its_seeds_pre_training(trainings, tmp_path):
     assert len({t.folder for t in (*first, *after)}) == 10
 
     one, *others = record.rows
-    assert [row.measured[TOP1] for row in record.rows] == [
-        pytest.approx(values) for values in ([0, 4], [1, 5], [2, 6], [3, 7])
-    ]
+    assert [row.values(TOP1) for row in record.rows] == [[10 * n, 10 * n + 1] for n in range(4)]
     assert {row.than for row in others} == {one.system}
+    assert f"minus that with {cnn_star.RANDOM}: +10.00 (95 %: +10.00 to +10.00)." in record.remarks[2]
 
 
 def test_rates_are_chosen_on_held_out_images_before_the_runs(trainings, tmp_path):
-    record = run(tmp_path, "--rates", "0.3", "0.1", "--rate-epochs", "9")
+    record = run(tmp_path, "--rates", "0.1", "0.3", "--rate-epochs", "9")
     first_trials, first, trials, after = trainings
     assert {settings_of(t).data for t in first_trials} == {Path("held-out-large")}
     assert {settings_of(t).data for t in trials} == {Path("held-out-small")}
@@ -76,8 +89,8 @@ def test_rates_are_chosen_on_held_out_images_before_the_runs(trainings, tmp_path
     in_2012 = settings_of(trials[4])
     assert (in_2012.drop_epochs, in_2012.colour_epochs) == (pytest.approx((22 / 6, 7)), 6)  # 9 of 54 epochs
     # In each pair of trials, the first rate has the lower error.
-    assert {settings_of(t).learning_rate for t in (*first, *after)} == {0.3}
-    assert [(trial.rate, trial.error) for trial in record.sweep[:2]] == [(0.3, 0), (0.1, 1)]
+    assert {settings_of(t).learning_rate for t in (*first, *after)} == {0.1}
+    assert [(trial.rate, trial.error) for trial in record.sweep[:2]] == [(0.1, 0), (0.3, 1)]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,7 @@ def test_rates_are_chosen_on_held_out_images_before_the_runs(trainings, tmp_path
 )
 @pytest.mark.parametrize("epochs", [54, 27])
 def test_the_rates_are_those_of_the_release(epoch, conv1, conv2, fc8, epochs):
-    """By hand from layer-params-146-2012-2011.cfg (lines 181 to 193); epsB is .02, and 0 in conv1."""
+    """The notes (lines 181 to 193 of layer-params-146-2012-2011.cfg) by hand; epsB is .02, and 0 in conv1."""
     net = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("conv1", "conv2", "fc8")})
     run = load_settings(["--recipe", "code2012", "--epochs", str(epochs), *as_in_2012(epochs)])
     optimizer, now = make_optimizer(net, run), epoch * epochs / 54

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.manifest import read_manifest, write_manifest
 from tools import paper
-from tools.experiments import codes, fc7, figure3, figure4
+from tools.experiments import codes, fc7, figure3, figure4, figure4_drawing
 from tools.experiments.fc7 import cached_features, features, nearest, take
 from tools.experiments.figure3 import (
     COLUMNS,
@@ -24,6 +24,7 @@ from tools.experiments.figure3 import (
     draw,
     permutation_test,
 )
+from tools.experiments.figure4_drawing import Classified, Picture, plt
 from tools.experiments.finished import Finished, open_run
 from trainer import checkpoint
 from trainer.build import build_model
@@ -80,6 +81,7 @@ def test_figure_3_shows_the_weights_of_each_tower(opened, finished_run, tmp_path
     shares = [row.measured[figure3.COLOUR] for row in (first, second)]
     assert difference.measured[figure3.DIFFERENCE] == pytest.approx([abs(shares[0][0] - shares[1][0])])
     assert "the towers are not shown to differ" in record.remarks[-1]  # nothing has been learnt
+    assert "p = 0." in difference.claims[figure3.DIFFERENCE]
 
 
 @pytest.mark.parametrize(("kernels", "rows", "columns"), [(12, 1, 12), (16, 1, 16), (17, 2, 9), (48, 3, 16)])
@@ -179,11 +181,64 @@ def test_figure_4_shows_the_nearest_training_images(opened, finished_run, tmp_pa
     assert "of the 3 images" in record.remarks[0]
     assert "the 12 nearest training images" in record.remarks[0]
     index = np.concatenate(cached_features(opened, "train", out)).astype(float)
-    for shown in figure4.retrieve(opened, [3, 19], out):
+    for shown in figure4.retrieve(opened, [3, 19], np.arange(60), out):
         own = features(opened, opened.pixels("val", shown.query.number)).astype(float)
         distances = np.sqrt(((index - own) ** 2).sum(1))
         assert [picture.number for picture, _ in shown.nearest] == distances.argsort()[:6].tolist()
         np.testing.assert_allclose([d for _, d in shown.nearest], np.sort(distances)[:6], rtol=1e-6)
+
+
+def test_only_images_of_the_chosen_classes_are_shown(opened, finished_run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figure4_drawing, "draw", lambda _, *panels: drawn.extend(panels))
+    classes = opened.trained.dataset.manifest.classes
+    given = ("--classes", classes[2].id, classes[7].name)
+    figure4.run(options(figure4, tmp_path / "out", finished_run, *given), [])
+    classified, retrieved = drawn
+    pictures = [shown.picture for shown in classified] + [shown.query for shown in retrieved]
+    found = [picture for shown in retrieved for picture, _ in shown.nearest]
+    assert {picture.label for picture in pictures} == {picture.label for picture in found} == {2, 7}
+
+    labels = opened.trained.dataset.reader("train").rows["label"]
+    index = np.concatenate(cached_features(opened, "train", tmp_path / "out")).astype(float)
+    for shown in retrieved:
+        own = features(opened, opened.pixels("val", shown.query.number)).astype(float)
+        order = np.sqrt(((index - own) ** 2).sum(1)).argsort()
+        expected = [number for number in order if labels[number] in (2, 7)][:6]
+        assert [picture.number for picture, _ in shown.nearest] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tench, Tinca tinca", "tench"),
+        ("t-shirt (jersey, T-shirt, tee shirt)", "t-shirt"),
+        ("soft-coated wheaten terrier", "soft-coated wheaten terrier"),
+        ("(unknown)", "(unknown)"),
+    ],
+)
+def test_the_first_name_of_a_class_is_whole(name, expected):
+    assert figure4_drawing.short(name) == expected
+    lines = figure4_drawing.wrapped(name, 18).split("\n")
+    assert " ".join(lines) == expected
+    assert max(map(len, lines)) <= 18
+
+
+def test_names_and_probabilities_stay_within_the_bars_axes():
+    names = ("American Staffordshire terrier", "West Highland white terrier", "cat", "dog", "hen")
+    top = [
+        (n, name, p) for n, (name, p) in enumerate(zip(names, (0.75, 0.2, 0.04, 0.009, 0.001), strict=True))
+    ]
+    figure = plt.figure(figsize=(1.6, 1.7))
+    axes = figure.add_axes((0, 0, 1, 1))
+    figure4_drawing.draw_bars(axes, Classified(Picture(0, 0, names[0], Image.new("RGB", (8, 8))), top))
+    figure.canvas.draw()
+    shown = [text.get_text() for text in axes.texts]
+    assert shown == [part for _, name, p in top for part in (name, f"{p:.1%}")]
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert axes.bbox.x0 <= extent.x0 < extent.x1 <= axes.bbox.x1, text.get_text()
+    plt.close(figure)
 
 
 def test_an_images_classes_are_the_nets_largest_outputs(opened):
@@ -199,7 +254,7 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
     few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
     record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
     exact, *coded = record.rows
-    assert exact.system == "exact L2 in fp64, 8,192 bytes per image"
+    assert exact.system == "exact L2, 8,192 bytes per image"
     assert [row.than for row in coded if row.system.startswith("auto")] == [
         "signs of principal components, 8 bits",
         "signs of principal components, 32 bits",
@@ -218,6 +273,7 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
         (("figure3", "{run}", "{run}"), "a run is given twice"),
         (("figure3", "{run}", "--seeds", "3"), "unrecognized arguments: --seeds 3"),
         (("figure4", "{run}", "--images", "20"), "--images 20: the indices of validation images are 0 to 19"),
+        (("figure4", "{run}", "--classes", "n99"), "--classes n99: the dataset has no such class"),
         (("figure4", "{run}", "--data", "{without}"), "has no split 'train', only val"),
         (("codes", "{run}", "--bits", "12"), "--bits 12: codes are whole bytes"),
         (("codes", "{run}", "--bits", "64"), "principal components need at least as many training images"),

@@ -87,7 +87,7 @@ def test_the_rates_and_crops_of_the_release_are_those_of_the_run_and_survive_an_
     options += [
         "--warmup-epochs=0",
         "--bias-schedule=constant",
-        "--layer-learning-rates=conv1@1.2=.1",
+        "--layer-learning-rates=conv1@1.2=0.1",
         "--freeze-conv1-epoch=2.4",
     ]
     rates, chunks = [], set()

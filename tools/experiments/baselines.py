@@ -7,7 +7,8 @@ Both compute dense SIFT on the packed pictures' grey values, learn a vocabulary 
 and turn each picture into one vector. Seeds affect the vocabulary and the classifier. Vectors are kept in
 --out as float16; each picture and seed takes 16.5 KB with 64 Gaussians (21 GB for ImageNet's 1.28M pictures)
 and 10.8 KB with 256 atoms (14 GB), and proportionally more with more of them. Pictures are encoded only once,
-and a worker holds at most 256 pictures in memory.
+and a worker holds at most 256 pictures in memory. With --nets, both are compared with trained nets, image by
+image.
 """
 
 import argparse
@@ -22,8 +23,9 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
+from tools.experiments.finished import open_run
 from tools.experiments.record import TOP1, TOP5, Record, Row
-from tools.experiments.training import describe
+from tools.experiments.training import describe, packing
 from tools.options import add_seeds, command_line, count
 from trainer.environment import environment
 from trainer.settings import SettingsError
@@ -40,20 +42,19 @@ class System(NamedTuple):
     """A row of the table: its name, its published errors on ILSVRC-2010's test set, and how it differs."""
 
     name: str
-    top1: float
-    top5: float
+    published: dict[str, float]
     note: str
 
 
 SYSTEMS = {
-    "sparse": System("sparse coding", 47.1, 28.2, "table 1; the paper averages six models"),
+    "sparse": System("sparse coding", {TOP1: 47.1, TOP5: 28.2}, "table 1; the paper averages six models"),
     "fisher": System(
         "SIFT + Fisher vectors",
-        45.7,
-        25.7,
+        {TOP1: 45.7, TOP5: 25.7},
         "table 1; the paper averages two kinds of descriptors",
     ),
 }
+CNN = {TOP1: 37.5, TOP5: 17.0}  # published for the same images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
     add("--limit", type=count, metavar="N", help="use at most N pictures of each split, chosen at random")
     add_seeds(parser)
+    add(
+        "--nets",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="compare with the nets of these runs on the same dataset, one or as many as seeds",
+    )
     add("--only", choices=list(SYSTEMS), help="run only one of the two systems")
     add(
         "--gaussians",
@@ -117,6 +125,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     manifest = read_manifest(options.data)
     if len(manifest.classes) < 2:
         raise SettingsError(f"{options.data} has only one class, so there is nothing to classify")
+    if options.nets and (options.limit or len(options.nets) not in (1, options.seeds)):
+        raise SettingsError("--nets needs one run or as many as --seeds, and cannot be combined with --limit")
     if manifest.size <= PATCH:
         raise SettingsError(
             f"{options.data} has pictures of {manifest.size} px, but SIFT needs more than {PATCH} px: "
@@ -139,23 +149,24 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         store: _errors_once(pictures, store, len(manifest.classes), options.epochs, options.workers)
         for store in stores
     }
-    rows = []
+    from tools.experiments.predictions import wrong
+
+    rows = [_nets(options)] if options.nets else []
     for kind, system in systems.items():
-        own = 100 * np.array([errors[store] for store in stores if store.kind == kind])
-        rows.append(
-            Row(
-                system=system.name,
-                measured={TOP1: own[:, 0].tolist(), TOP5: own[:, 1].tolist()},
-                published={TOP1: system.top1, TOP5: system.top5},
-                note=system.note,
-            )
+        own = Row(
+            system=system.name,
+            wrong=wrong([errors[store] for store in stores if store.kind == kind]),
+            published=system.published,
+            note=system.note,
         )
+        rows.append(_compared(own, rows[0]) if options.nets else own)
     return Record(
         experiment="baselines",
         title="Baselines",
         source="section 6, published on ILSVRC-2010's test set",
         data=_budget(options),
         command=command_line(),
+        dataset=packing(options.data),
         environment=environment("cpu") | _versions(),
         rows=rows,
         remarks=[
@@ -209,23 +220,54 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _errors_once(
-    pictures: "Pictures", store: "Store", classes: int, epochs: int, workers: int
-) -> tuple[float, float]:
-    """Return the top-1 and top-5 error on val, from the folder if they are already known."""
-    path = store.folder / f"errors-{epochs}.json"
+def _nets(options: argparse.Namespace) -> Row:
+    """Return the row of the nets with which the baselines are compared, on ten crops."""
+    from tools.experiments.predictions import errors_of, wrong
+
+    found, six = [], False
+    for folder in options.nets:
+        one = {"run": folder, "data": options.data, "checkpoint": "newest", "device": "auto"}
+        opened = open_run(argparse.Namespace(**one), "val")
+        found.append(errors_of(opened, "val", 10, options.out))
+        six = opened.trained.settings.conv6
+    name = "CNN*" if six else "CNN"
+    return Row(system=name, wrong=wrong(found), published={} if six else CNN, note="ten crops")
+
+
+def _compared(row: Row, nets: Row) -> Row:
+    """Return a baseline's row with the published differences from the nets."""
+    return row.model_copy(
+        update={
+            "than": nets.system,
+            "published": {
+                name: round(row.published[name] - value, 1) for name, value in nets.published.items()
+            },
+            "signs": {TOP1: 1, TOP5: 1},
+            "claims": {TOP1: f"With {row.system}, the error is higher than with a {nets.system} (6)"},
+        }
+    )
+
+
+def _errors_once(pictures: "Pictures", store: "Store", classes: int, epochs: int, workers: int) -> np.ndarray:
+    """Return which images of val are top-1 and top-5 errors, bool [2,images] in the dataset's order.
+
+    They are kept in the store's folder.
+    """
+    path = store.folder / f"errors-{epochs}.npz"
     if not path.exists():
         files = {
             split: [store.chunk(split, number) for number in range(len(pictures.chunks(split)))]
             for split in ("train", "val")
         }
         labels = {split: pictures.labels(split) for split in files}
-        top1, top5 = linear_errors(files, labels, classes, epochs, store.seed, workers)
+        found = linear_errors(files, labels, classes, epochs, store.seed, workers)
+        found = found[:, np.argsort(np.concatenate(pictures.chunks("val")))]
         with atomic_write(path) as file:
-            file.write(json.dumps([top1, top5]).encode() + b"\n")
+            np.savez(file, wrong=found)
+        top1, top5 = found.mean(1)
         print(f"{store.folder.name}: top-1 error {top1:.1%}, top-5 error {top5:.1%}", flush=True)
-    top1, top5 = json.loads(path.read_text())
-    return top1, top5
+    with np.load(path) as arrays:
+        return arrays["wrong"]
 
 
 def linear_errors(
@@ -235,16 +277,17 @@ def linear_errors(
     epochs: int,
     seed: int,
     workers: int,
-) -> tuple[float, float]:
-    """Train a linear SVM per class on the files of `train`, one in memory at a time; return errors on `val`.
+) -> np.ndarray:
+    """Train a linear SVM per class on the files of `train`, one in memory at a time.
 
+    Returns which images of `val` are top-1 and top-5 errors: bool [2,images], in the order of its chunks.
     files, labels: for each split, those of its chunks. Training is averaged stochastic gradient descent whose
     average starts after the first epoch.
     """
     import torch
     from sklearn.linear_model import SGDClassifier
 
-    from trainer.evaluate import count_errors
+    from trainer.evaluate import find_errors
 
     images = sum(map(len, labels["train"]))
     svm = SGDClassifier(alpha=_REGULARISATION, average=images, random_state=seed, n_jobs=workers)
@@ -253,11 +296,10 @@ def linear_errors(
         for chunk in rng.permutation(len(files["train"])):
             features = np.load(files["train"][chunk]).astype(np.float32)
             svm.partial_fit(features, labels["train"][chunk], classes=np.arange(classes))
-    wrong = np.zeros(2)
+    wrong = []
     for file, own in zip(files["val"], labels["val"], strict=True):
         scores = svm.decision_function(np.load(file).astype(np.float32))
         if classes == 2:  # [n]: scores of the second class
             scores = np.stack((-scores, scores), 1)
-        wrong += count_errors(torch.from_numpy(scores), torch.from_numpy(own)).numpy()
-    top1, top5 = wrong / sum(map(len, labels["val"]))
-    return float(top1), float(top5)
+        wrong.append(find_errors(torch.from_numpy(scores), torch.from_numpy(own)).numpy())
+    return np.concatenate(wrong, axis=1)

@@ -18,10 +18,13 @@ repeated.
 import argparse
 import shlex
 from pathlib import Path
+from typing import Any
 
 from tools.experiments import rates
-from tools.experiments.record import TOP1, TOP5, Record, Row
-from tools.experiments.training import Training, about, describe, measured, train_all
+from tools.experiments.details import bounds
+from tools.experiments.measuring import measures
+from tools.experiments.record import TOP1, TOP5, Record, Result, Row
+from tools.experiments.training import Training, about, describe, train_all
 from tools.options import add_jobs, add_seeds
 from trainer.settings import load_settings
 
@@ -29,10 +32,12 @@ TAKES_SETTINGS = True
 PRETRAINED = "pre-training"
 ONE, RANDOM = "1 CNN", "conv6 from random weights"
 AS_IN_2012, AS_USUAL = "pre-trained and fine-tuned as in 2012", "pre-trained and fine-tuned as is usual now"
-PUBLISHED = {
-    ONE: {TOP1: 40.7, TOP5: 18.2},
-    AS_IN_2012: {TOP1: -1.7, TOP5: -1.6},
-    AS_USUAL: {TOP1: -1.7, TOP5: -1.6},
+PUBLISHED: dict[str, dict[str, Any]] = {ONE: {"published": {TOP1: 40.7, TOP5: 18.2}}} | {
+    name: {
+        "published": {TOP1: -1.7, TOP5: -1.6},
+        "claims": {TOP1: f"CNN*, {name}, has a lower error than the CNN (table 2)"},
+    }
+    for name in (AS_IN_2012, AS_USUAL)
 }
 EPOCHS_OF_2012 = 54
 EARLY_LAYERS = ("--layer-learning-rates", "conv1=0.1,conv2=0.3")
@@ -54,63 +59,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train those of the nets that are not finished.
+    """Train those of the nets that are not finished, and measure all but the pre-trained ones.
 
     Raises SettingsError, TrainingError, or DatasetError if a part for --rates cannot be held out.
     """
     seeds, folder = range(options.seeds), options.out / "cnn-star"
     first = [*settings, "--conv6", "--data", str(options.pretrain), *shlex.split(options.pretrain_settings)]
-    trials = rates.sweep(options, first, {PRETRAINED: ()}, folder / "rates")
-    rate = rates.setting(trials, PRETRAINED)
+    before = rates.sweep(options, first, {PRETRAINED: ()}, folder / "rates")
+    rate = before.setting(PRETRAINED)
     pretrained = [
         Training(folder / f"{PRETRAINED}-{seed}", [*first, "--seed", str(seed), *rate]) for seed in seeds
     ]
     train_all(pretrained, options.jobs)
 
     tuned = shlex.split(options.fine_tune_settings)
-
-    def systems(seed: int, epochs: int) -> dict[str, list[str]]:
-        star = ["--conv6", "--initial-weights", str(pretrained[seed].folder), *tuned]
-        return {
-            ONE: [],
-            RANDOM: ["--conv6"],
-            AS_IN_2012: [*star, *as_in_2012(epochs)],
-            AS_USUAL: [*EARLY_LAYERS, *star],
-        }
-
-    tried = systems(0, rates.trial_epochs(options, settings))
-    trials += rates.sweep(options, settings, tried, folder / "rates")
+    tried = systems(pretrained[0].folder, tuned, rates.trial_epochs(options, settings))
+    after = rates.sweep(options, settings, tried, folder / "rates")
     epochs = load_settings([*settings, *tuned]).epochs
     trainings = [
         Training(
             folder / f"{name.replace(' ', '-')}-{seed}",
-            [*settings, "--seed", str(seed), *rates.setting(trials, name), *own],
+            [*settings, "--seed", str(seed), *after.setting(name), *own],
         )
         for seed in seeds
-        for name, own in systems(seed, epochs).items()
+        for name, own in systems(pretrained[seed].folder, tuned, epochs).items()
     ]
-    evaluations = train_all(trainings, options.jobs)
+    train_all(trainings, options.jobs)
+    rows = []
+    for number, name in enumerate(tried):
+        runs = [training.folder for training in trainings[number :: len(tried)]]
+        own = PUBLISHED.get(name, {}) | measures(runs, None, options.out)
+        rows.append(Row(system=name, than="" if name == ONE else ONE, **own))
     return Record(
         experiment="cnn-star",
         title="CNN*",
         source="section 6, table 2; layer-params-146-2012-2011.cfg, lines 181 to 193",
-        rows=[
-            Row(
-                system=name,
-                measured=measured(evaluations[number :: len(tried)]),
-                published=PUBLISHED.get(name, {}),
-                than="" if name == ONE else ONE,
-            )
-            for number, name in enumerate(tried)
-        ],
+        rows=rows,
         remarks=[
-            f"Pre-trained on {describe(options.pretrain)}. Measured on the centre crop; the published errors "
-            "are those of ten crops.",
-            *rates.remarks(trials),
+            f"Pre-trained on {describe(options.pretrain)}.",
+            "The top-1 and top-5 errors are those of ten crops.",
+            *(against_random(row, rows[1]) for row in rows[2:]),
+            *(f"Pre-training: {remark}" for remark in before.remarks()),
+            *after.remarks(),
         ],
-        sweep=trials,
-        **about(trainings),
+        sweep=[*before.trials, *after.trials],
+        **about([*trainings, *pretrained]),
     )
+
+
+def systems(before: Path, tuned: list[str], epochs: int) -> dict[str, list[str]]:
+    """Return the settings of each net that is trained on --data.
+
+    before: the run folder of the pre-trained net. tuned: more settings for fine-tuning. epochs: the number of
+    epochs of fine-tuning.
+    """
+    star = ["--conv6", "--initial-weights", str(before), *tuned]
+    return {
+        ONE: [],
+        RANDOM: ["--conv6"],
+        AS_IN_2012: [*star, *as_in_2012(epochs)],
+        AS_USUAL: [*EARLY_LAYERS, *star],
+    }
+
+
+def against_random(star: Row, random: Row) -> str:
+    """Say how far a pre-trained net's top-1 error is from that of the same net from random weights."""
+    found = Result(star.table(TOP1) - random.table(TOP1), 0)
+    ends = f" (95 %: {bounds(found.interval, True)})" if found.interval else ""
+    return f"Top-1 error of the net {star.system}, minus that with {random.system}: {found.mean:+.2f}{ends}."
 
 
 def as_in_2012(epochs: int) -> list[str]:

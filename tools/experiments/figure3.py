@@ -74,7 +74,13 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     if towers == 2:
         chance, p = permutation_test(shares)
         differences = 100 * tower_differences(shares)
-        rows.append(Row(system="difference of the towers", measured={DIFFERENCE: differences.tolist()}))
+        rows.append(
+            Row(
+                system="difference of the towers",
+                measured={DIFFERENCE: differences.tolist()},
+                claims={DIFFERENCE: f"One tower is largely colour-agnostic (Fig. 3, 6.1; p = {p:.4f})"},
+            )
+        )
         remarks.append(_result(shares, differences.mean(), 100 * chance, p))
     return Record(
         experiment="figure3",
@@ -111,12 +117,12 @@ def permutation_test(shares: np.ndarray) -> tuple[float, float]:
 
 def _result(shares: np.ndarray, difference: float, chance: float, p: float) -> str:
     """Say what the permutation test found. difference, chance: in points."""
-    runs = "; ".join(f"{first:.1%} and {second:.1%}" for first, second in shares.mean(2))
+    runs = "; ".join(f"{first:.1f} and {second:.1f}" for first, second in 100 * shares.mean(2))
     verdict = "differ in colour, as published" if p < SIGNIFICANT else "are not shown to differ in colour"
     return (
-        f"Mean colour shares of the two towers, run by run: {runs}. They differ by {difference:.1f} points "
-        f"on average, and by {chance:.1f} if kernels are exchanged at random between the towers: p = {p:.4f} "
-        f"({EXCHANGES:,} exchanges). With p < {SIGNIFICANT:g} as the criterion, the towers {verdict}."
+        f"Mean colour shares (%) of the two towers, run by run: {runs}. They differ by {difference:.1f} "
+        f"points on average, and by {chance:.1f} if kernels are exchanged at random: p = {p:.4f} from "
+        f"{EXCHANGES:,} exchanges. With p < {SIGNIFICANT:g} as the criterion, the towers {verdict}."
     )
 
 
@@ -141,7 +147,7 @@ def draw(towers: np.ndarray) -> Image.Image:
     text = ImageDraw.Draw(sheet)
     for tower in range(count):
         share = colour_shares(towers[tower]).mean()
-        label = f"tower {tower + 1}: mean colour share {share:.0%}"
+        label = f"tower {tower + 1}: mean colour share {100 * share:.0f} %"
         text.text((0, tower * height + 3), label, "black", ImageFont.load_default(15))
         for number, kernel in enumerate(towers[tower]):
             row, column = divmod(number, columns)

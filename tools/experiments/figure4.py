@@ -5,7 +5,8 @@
 Shows eight validation images with their five most probable classes, and five others with the six training
 images whose 4096 activations of the last hidden layer are nearest in L2. The activations of the training
 images are computed once and kept in --out. Images are given by their index in the split, from 0, or chosen at
-random with --seed.
+random with --seed. With --classes, all images shown are of these classes, for example because the licences of
+others do not allow publication; the net still chooses among all classes.
 """
 
 import argparse
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"indices of query images (default: {QUERIES} others)",
     )
+    add(
+        "--classes", nargs="+", metavar="CLASS", help="show only images of these classes, given by name or ID"
+    )
     add("--seed", type=natural, default=0, metavar="N", help="seed of that random choice (default 0)")
 
 
@@ -55,15 +59,16 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     Raises SettingsError for an index out of range, and what `open_run` and `cached_features` raise.
     """
     opened = finished.open_run(options, "train", "val")
+    shown, neighbours = (_of_classes(opened, split, options.classes) for split in ("val", "train"))
+    drawn = np.random.default_rng(options.seed).permutation(shown).tolist()
     total = opened.trained.dataset.manifest.split("val").samples
-    drawn = np.random.default_rng(options.seed).permutation(total).tolist()
-    images = _checked("--images", options.images or drawn[:IMAGES], total)
-    queries = _checked("--queries", options.queries or drawn[-QUERIES:], total)
+    images = _checked("--images", options.images or drawn[:IMAGES], shown, total)
+    queries = _checked("--queries", options.queries or drawn[-QUERIES:], shown, total)
 
     from tools.experiments.figure4_drawing import CAPTION, draw
 
     classified = [classify(opened, number) for number in images]
-    retrieved = retrieve(opened, queries, options.out)
+    retrieved = retrieve(opened, queries, neighbours, options.out)
     draw(options.out / "figure4.png", classified, retrieved)
     return Record(
         experiment="figure4",
@@ -76,10 +81,36 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     )
 
 
-def _checked(option: str, numbers: list[int], total: int) -> list[int]:
+def _of_classes(opened: Finished, split: str, classes: list[str] | None) -> np.ndarray:
+    """Return the indices of a split's images of some classes, by default of all, in ascending order.
+
+    Raises SettingsError for an unknown class, or if there is no image of the classes.
+    """
+    from tools.experiments.figure4_drawing import short
+
+    dataset = opened.trained.dataset
+    labels = dataset.reader(split).rows["label"]
+    if classes is None:
+        return np.arange(len(labels))
+    names = [(known.id, known.name, short(known.name)) for known in dataset.manifest.classes]
+    chosen = []
+    for name in classes:
+        found = [label for label, known in enumerate(names) if name in known]
+        if not found:
+            raise SettingsError(f"--classes {name}: the dataset has no such class")
+        chosen += found
+    numbers = np.flatnonzero(np.isin(labels, chosen))
+    if not len(numbers):
+        raise SettingsError(f"--classes: the split {split} has no image of these classes")
+    return numbers
+
+
+def _checked(option: str, numbers: list[int], shown: np.ndarray, total: int) -> list[int]:
     for number in numbers:
-        if not 0 <= number < total:
+        if number >= total:
             raise SettingsError(f"{option} {number}: the indices of validation images are 0 to {total - 1}")
+        if number not in shown:
+            raise SettingsError(f"{option} {number}: this image is of none of --classes")
     return numbers
 
 
@@ -103,14 +134,20 @@ def classify(opened: Finished, number: int) -> "Classified":
     return Classified(picture(opened.trained.dataset, "val", number), top)
 
 
-def retrieve(opened: Finished, queries: list[int], out: Path) -> "list[Retrieved]":
-    """Find the training images nearest to each of some validation images."""
-    from tools.experiments.fc7 import cached_features, features, nearest
+def retrieve(opened: Finished, queries: list[int], among: np.ndarray, out: Path) -> "list[Retrieved]":
+    """Find the training images nearest to each of some validation images.
+
+    among: the indices of the training images that may be found, in ascending order.
+    """
+    from tools.experiments.fc7 import cached_features, features, nearest, take
     from tools.experiments.figure4_drawing import Retrieved
 
     points = np.concatenate([features(opened, opened.pixels("val", query)) for query in queries])
     index = cached_features(opened, "train", out)
-    distances, numbers = nearest(points, index, NEIGHBOURS, opened.world.device)
+    if len(among) < opened.trained.dataset.manifest.split("train").samples:
+        index = [take(index, among)]
+    distances, positions = nearest(points, index, NEIGHBOURS, opened.world.device)
+    numbers = among[positions]
     dataset = opened.trained.dataset
     return [
         Retrieved(

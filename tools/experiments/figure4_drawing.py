@@ -1,5 +1,7 @@
 """Draw Fig. 4: classified pictures with bars, and rows of similar pictures."""
 
+import re
+import textwrap
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from pipeline.reader import ShardReader
 
 SIDE = 256  # maximum length of a picture's sides, in pixels
 COLUMNS = 4  # classified pictures per row
+BAR_LETTERS = 26  # letters of the usual size that fit above a bar; the letters of longer names are smaller
 RIGHT, WRONG = "#f4a3a3", "#a9c7ea"  # bars of the picture's own class and of others
 CAPTION = (
     "Left: validation images with their class and index, and the classes that the net finds most probable; "
@@ -64,7 +67,7 @@ def thumbnail(reader: ShardReader, number: int) -> Image.Image:
 
 def draw(path: Path, classified: list[Classified], retrieved: list[Retrieved]) -> None:
     """Draw both panels side by side."""
-    figure = plt.figure(figsize=(15, 7.2), layout="constrained")
+    figure = plt.figure(figsize=(15, 8.4), layout="constrained")
     panels = figure.subfigures(1, 2, squeeze=False, wspace=0.04, width_ratios=(1, 1.15))[0]
     _draw_classified(panels[0], classified)
     _draw_retrieved(panels[1], retrieved)
@@ -74,7 +77,7 @@ def draw(path: Path, classified: list[Classified], retrieved: list[Retrieved]) -
 
 def _draw_classified(panel: SubFigure, classified: list[Classified]) -> None:
     rows = -(-len(classified) // COLUMNS)
-    axes = panel.subplots(2 * rows, COLUMNS, squeeze=False, height_ratios=(1.6, 1) * rows)
+    axes = panel.subplots(2 * rows, COLUMNS, squeeze=False, height_ratios=(1.3, 1) * rows)
     for position in range(rows * COLUMNS):
         row, column = divmod(position, COLUMNS)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
@@ -88,13 +91,21 @@ def _draw_one(above: Axes, below: Axes, shown: Classified) -> None:
     above.imshow(shown.picture.image)
     above.set_anchor("S")  # next to its bars
     above.set_title(
-        f"{short(shown.picture.name)}\nval {shown.picture.number:,}", fontsize=9, parse_math=False
+        f"{wrapped(shown.picture.name, 24)}\nval {shown.picture.number:,}", fontsize=9, parse_math=False
     )
+    draw_bars(below, shown)
+
+
+def draw_bars(axes: Axes, shown: Classified) -> None:
+    """Draw the classes of a picture as bars, with each name above its bar and the probability beside it."""
     for position, (label, name, probability) in enumerate(shown.top):
-        below.barh(position, probability, color=RIGHT if label == shown.picture.label else WRONG)
-        below.text(0.02, position, short(name, 20), fontsize=8, va="center", parse_math=False)
-        below.text(0.98, position, f"{probability:.1%}", fontsize=8, va="center", ha="right")
-    below.set(xlim=(0, 1), ylim=(len(shown.top) - 0.4, -0.6))
+        axes.barh(position, probability, 0.36, color=RIGHT if label == shown.picture.label else WRONG)
+        text = short(name)
+        size = 8 * min(1, BAR_LETTERS / len(text))
+        axes.text(0, position - 0.24, text, fontsize=size, va="bottom", parse_math=False)
+        x, side = (probability + 0.02, "left") if probability < 0.75 else (0.98, "right")
+        axes.text(x, position, f"{probability:.1%}", fontsize=7.5, va="center", ha=side)
+    axes.set(xlim=(0, 1), ylim=(len(shown.top) - 0.7, -0.9))
 
 
 def _draw_retrieved(panel: SubFigure, retrieved: list[Retrieved]) -> None:
@@ -109,10 +120,14 @@ def _draw_retrieved(panel: SubFigure, retrieved: list[Retrieved]) -> None:
             axis.spines[:].set(
                 color="#d02020" if picture.label != shown.query.label else "none", linewidth=2.5
             )
-            axis.set_title(f"{short(picture.name, 16)}\n{where}", fontsize=7, parse_math=False)
+            axis.set_title(f"{wrapped(picture.name, 18)}\n{where}", fontsize=7, parse_math=False)
 
 
-def short(name: str, length: int = 24) -> str:
-    """Return the first of a class's names, shortened to `length` characters."""
-    name = " ".join(name.partition(",")[0].split())
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def wrapped(name: str, width: int) -> str:
+    """Return the first of a class's names in lines of up to `width` letters."""
+    return "\n".join(textwrap.wrap(short(name), width))
+
+
+def short(name: str) -> str:
+    """Return the first of a class's names, without the others that follow a comma or are in brackets."""
+    return " ".join(re.split(r"[,(\[]", name)[0].split()) or name

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
-from tools.experiments.record import TOP1, TOP5, Measures
+from tools.experiments.record import TOP1, TOP5, Measures, TrainedRun
 from tools.options import command_line
 from trainer.run import Run
-from trainer.settings import load_settings
+from trainer.settings import Settings, load_settings
 
 
 class TrainingError(RuntimeError):
@@ -95,7 +95,7 @@ def train_all(
         done += 1
         minutes = (time.monotonic() - begun) / 60
         print(
-            f"{done}/{len(left)} {training.folder.name}: top-1 error {evaluation['top1_error']:.1%}, "
+            f"{done}/{len(left)} {training.folder.name}: {_text(evaluation['top1_error'])}, "
             f"after {minutes:.0f} min, about {minutes / done * (len(left) - done):.0f} min left",
             flush=True,
         )
@@ -106,6 +106,10 @@ def train_all(
         return [evaluation or next(trained) for evaluation in found]
 
 
+def _text(error: float) -> str:
+    return f"top-1 error {error:.1%}" if error < math.inf else "diverged"
+
+
 def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
     """Return the errors of evaluations, in percent."""
     columns = {TOP1: "top1_error", TOP5: "top5_error"}
@@ -114,15 +118,76 @@ def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
 
 
 def about(trainings: Sequence[Training]) -> dict[str, Any]:
-    """Return a record's fields on data, budget and machine, once the runs are trained."""
-    run = Run(trainings[0].folder)
-    settings = run.settings()
-    seeds = len({Run(training.folder).settings().seed for training in trainings})
+    """Return a record's fields on data, budget, machine and runs, once the runs are trained."""
+    runs = [Run(training.folder) for training in trainings]
+    settings = runs[0].settings()
+    seeds = len({run.settings().seed for run in runs})
     return {
         "data": f"{describe(settings.data)}; recipe {settings.recipe}, {settings.epochs} epochs at a crop of "
         f"{settings.crop} px and a batch of {settings.batch}, {seeds} seed{'s' if seeds > 1 else ''}",
         "command": command_line(),
-        "environment": run.starts()[-1],
+        "environment": runs[0].starts()[-1],
+        "dataset": packing(settings.data),
+        **provenance(runs),
+    }
+
+
+def provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return a record's fields `settings` and `runs`: what reproduces the runs, and how long they took."""
+    chosen = [_chosen(run) for run in runs]
+    common = {
+        name: value
+        for name, value in chosen[0].items()
+        if all(name in other and other[name] == value for other in chosen)
+    }
+    return {
+        "settings": common,
+        "runs": [
+            TrainedRun(
+                name=run.folder.resolve().name,
+                seed=run.settings().seed,
+                settings={name: value for name, value in own.items() if name not in common},
+                minutes=_minutes(run),
+            )
+            for run, own in zip(runs, chosen, strict=True)
+        ],
+    }
+
+
+def _chosen(run: Run) -> dict[str, Any]:
+    """Return a run's recipe, epochs, dropout, learning rate, used precision, and what is not a default.
+
+    The seed is left out, and of the run with the initial weights there is only the name.
+    """
+    settings = run.settings()
+    defaults = Settings.model_construct().identity()
+    used = settings.identity() | run.recorded_settings().get("resolved", {})
+    always = {name: used[name] for name in ("epochs", "dropout", "learning_rate", "precision")}
+    others = {name: value for name, value in used.items() if value != defaults.get(name)}
+    found = {"recipe": Path(settings.recipe).name} | always | others
+    if settings.initial_weights:
+        found["initial_weights"] = settings.initial_weights.name
+    return {name: value for name, value in found.items() if name not in ("seed", "device")}
+
+
+def _minutes(run: Run) -> float:
+    """Return how long the steps of a run took, without evaluations."""
+    images, seconds, batch = 0.0, 0.0, run.settings().batch
+    for row in run.metrics.rows():
+        seconds += (row["step"] * batch - images) / row["images_per_second"]
+        images = row["step"] * batch
+    return round(seconds / 60, 2)
+
+
+def packing(data: Path) -> dict[str, Any]:
+    """Return a record's field `dataset`: its fingerprint, and how it was packed."""
+    manifest = read_manifest(data)
+    return {
+        "name": data.resolve().name,
+        "fingerprint": manifest.fingerprint,
+        "geometry": manifest.geometry,
+        "size": manifest.size,
+        **manifest.packed,
     }
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.manifest import read_manifest
 from tools.experiments.record import Measures, Record, Row
-from tools.experiments.training import TrainingError, describe
+from tools.experiments.training import TrainingError, describe, packing
 from tools.options import command_line, count
 from trainer.environment import environment
 from trainer.settings import Settings, SettingsError, load_settings
@@ -103,6 +103,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
         data=f"{describe(settings.data)}; {options.steps} steps at a crop of {settings.crop} px and a batch "
         f"of {settings.batch}, preset {settings.preset}, {settings.precision}, without dropout",
         command=command_line(),
+        dataset=packing(settings.data),
         environment=environment(world.device_name),
         rows=[
             Row(system=ONE, measured=_measures(one)),
