@@ -1,0 +1,140 @@
+"""The nets of cuda-convnet, their update, and their training on small images."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from model.alexnet import count_parameters
+from tools.experiments import cifar10
+from tools.experiments.cuda_convnet import RECIPES, Update, layers_18pct
+from tools.experiments.four_layers import Images
+from tools.experiments.small_training import (
+    Data,
+    train,
+)
+
+
+def test_layers_18pct_has_the_shapes_of_its_file():
+    net = layers_18pct(10, 0)
+    shapes, x = [], torch.zeros(2, 3, 32, 32)
+    for layer in net:
+        x = layer(x)
+        shapes.append(tuple(x.shape[1:]))
+    pooled = [shape for layer, shape in zip(net, shapes, strict=True) if "Pool" in type(layer).__name__]
+    assert pooled == [(32, 16, 16), (32, 8, 8), (64, 4, 4)]
+    assert shapes[-1] == (10,)
+    # 32 of 5×5×3, 32 and 64 of 5×5×32, 10 of 4×4×64, and a bias each.
+    assert count_parameters(net) == 32 * 76 + 32 * 801 + 64 * 801 + 10 * 1025
+    kinds = [type(layer).__name__ for layer in net]
+    assert kinds[:9] == [
+        *("Conv2d", "MaxPool2d", "ReLU", "ResponseNorm"),
+        *("Conv2d", "ReLU", "AvgPool2d", "ResponseNorm", "Conv2d"),
+    ]
+
+
+def test_normalisation_within_maps_divides_by_a_sum_over_the_window_that_is_clipped_at_the_border():
+    x = 300 * torch.randn(1, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = layers_18pct(10, 0)[3](x)
+    for channel, top, left in np.ndindex(2, 4, 4):
+        window = x[0, channel, max(0, top - 1) : top + 2, max(0, left - 1) : left + 2]
+        expected = x[0, channel, top, left] / (1 + 0.00005 / 9 * window.square().sum()) ** 0.75
+        assert found[0, channel, top, left].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_average_pooling_divides_by_the_values_that_are_in_the_map():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    found = layers_18pct(10, 0)[6](x)
+    # The windows begin at 0 and 2. The second one has two rows or columns left.
+    expected = [[x[0, 0, top : top + 3, left : left + 3].mean().item() for left in (0, 2)] for top in (0, 2)]
+    assert found[0, 0].tolist() == expected
+
+
+def test_the_update_is_that_of_the_release():
+    net = nn.Sequential(nn.Linear(1, 1))
+    weight, bias = 0.5, 0.25
+    nn.init.constant_(net[0].weight, weight)
+    nn.init.constant_(net[0].bias, bias)
+    update = Update(net, (1.0,))
+    weight_speed = bias_speed = 0.0
+    for rate, gradient in ((0.001, 3.0), (0.001, -2.0), (0.0001, 1.0)):
+        net[0].weight.grad, net[0].bias.grad = torch.tensor([[gradient]]), torch.tensor([gradient])
+        update.step(rate, 2 * rate)
+        weight_speed = 0.9 * weight_speed - rate * gradient - rate * 1.0 * weight
+        bias_speed = 0.9 * bias_speed - 2 * rate * gradient
+        weight, bias = weight + weight_speed, bias + bias_speed
+        assert net[0].weight.item() == pytest.approx(weight, rel=1e-6)
+        assert net[0].bias.item() == pytest.approx(bias, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch", "epochs", "rates"),
+    [
+        ("layers-18pct", 119, 140, (1e-3, 2e-3)),
+        ("layers-18pct", 120, 140, (1e-4, 2e-4)),
+        ("layers-18pct", 129, 140, (1e-4, 2e-4)),
+        ("layers-18pct", 130, 140, (1e-5, 2e-5)),
+        ("layers-18pct", 12, 14, (1e-4, 2e-4)),
+        ("with normalisation", 79, 100, (1e-3, 2e-3)),
+        ("with normalisation", 80, 100, (1e-4, 2e-3)),
+        ("without normalisation", 90, 100, (1e-5, 2e-3)),
+        ("without normalisation", 45, 50, (1e-5, 2e-3)),
+    ],
+)
+def test_the_rates_fall_as_the_files_say(name, epoch, epochs, rates):
+    assert RECIPES[name].rates(epoch, epochs) == pytest.approx(rates)
+
+
+def small_data(classes: int = 2) -> Data:
+    """Images of noise, the brighter the higher their class."""
+    labels = np.arange(60) % classes
+    pixels = np.random.default_rng(0).integers(0, 56, (60, 3, 32, 32))
+    pixels += 200 // classes * labels[:, None, None, None]
+    images = Images(pixels.astype(np.uint8), labels, torch.device("cpu"))
+    return Data(images, images, images.pixels.float().mean(0))
+
+
+@pytest.mark.parametrize("name", ["layers-18pct", "with normalisation"])
+def test_an_interrupted_training_resumes_as_if_uninterrupted(tmp_path, monkeypatch, name):
+    data, halves = small_data(), tmp_path / "halves"
+    halves.mkdir()
+    whole = train(data, tmp_path, name, 0, 3)
+
+    def stop(*_args: object, **_settings: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", stop)  # after the first epoch is saved
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                train(data, halves, name, 0, 3)
+    resumed = train(data, halves, name, 0, 3)
+    assert resumed.curve == whole.curve
+    assert resumed.train_error == whole.train_error
+    assert torch.equal(resumed.wrong, whole.wrong)
+    states = [torch.load(next(folder.glob("*.pt"))) for folder in (tmp_path, halves)]
+    torch.testing.assert_close(states[0]["net"], states[1]["net"], rtol=0, atol=0)
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    data = small_data()
+    first = train(data, tmp_path, "layers-18pct", 0, 1)
+    monkeypatch.setattr("tools.experiments.small_training._epoch", None)
+    again = train(data, tmp_path, "layers-18pct", 0, 1)
+    assert again.test_error == first.test_error
+    assert again.minutes == first.minutes > 0
+
+
+def test_the_experiment_on_a_packed_dataset(packed, tmp_path):
+    parser = argparse.ArgumentParser()
+    cifar10.add_arguments(parser)
+    given = ["--data", str(packed), "--epochs", "1", "--seeds", "2", "--device", "cpu"]
+    record = cifar10.run(parser.parse_args(given, argparse.Namespace(out=tmp_path)), [])
+    (row,) = record.rows
+    assert row.published == {"test error (%)": 18}
+    assert [len(values) for values in row.measured.values()] == [2, 2, 2]
+    with Image.open(tmp_path / "cifar10.png") as image:
+        image.load()

@@ -1,0 +1,122 @@
+"""Train cuda-convnet's published net for CIFAR-10, layers-18pct, by its published settings.
+
+    alexnet-train paper cifar10 --data shards --seeds 2 --jobs 2
+
+The author's code of 2011 was published with this net and its error of 18 %. It has the four layers of Fig. 1,
+with ReLU and response normalisation, and learns whole images of 32 px for 140 epochs. Images are kept in
+memory, 3 KB each. The state is saved after each epoch: finished runs are not repeated, and interrupted ones
+resume.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.manifest import read_manifest
+from tools.experiments.record import Figure, Record, Row
+from tools.experiments.training import describe
+from tools.options import add_jobs, add_seeds, command_line, count
+from trainer.environment import environment
+
+if TYPE_CHECKING:
+    from tools.experiments.small_training import Outcome
+
+TAKES_SETTINGS = False
+NET = "layers-18pct"
+TEST, TRAIN, MINUTES = "test error (%)", "training error (%)", "minutes"
+EPOCHS = 140
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_common_arguments(parser, EPOCHS)
+    add_seeds(parser, 2)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """Add the options of the experiments that train nets of cuda-convnet."""
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
+    text = f"number of epochs, to which the schedule of learning rates is stretched (default {epochs})"
+    add("--epochs", type=count, default=epochs, metavar="N", help=text)
+    text = "device to train on (default: the GPU if there is one)"
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=text)
+    add_jobs(parser)
+
+
+def run(options: argparse.Namespace, _settings: list[str]) -> Record:
+    """Train the runs that are not finished and draw cifar10.png. Raises DatasetError or TrainingError."""
+    outcomes, device = trained(options, "cifar10", [NET])
+    (found,) = outcomes.values()
+    plot(options.out / "cifar10.png", found)
+    return Record(
+        experiment="cifar10",
+        title="CIFAR-10: cuda-convnet's layers-18pct",
+        source="cuda-convnet, to which section 3.3 refers: layers-18pct.cfg and layer-params-18pct.cfg",
+        data=f"{describe(options.data)}; whole images of 32 px minus the mean image, batch 128, learning "
+        f"rates .001 and, for biases, .002, divided by 10 after 6/7 and 13/14 of {options.epochs} epochs, "
+        f"{options.seeds} seeds",
+        command=command_line(),
+        environment=environment(device),
+        rows=[Row(system=NET, measured=measured(found), published={TEST: 18})],
+        figures=[
+            Figure(
+                file="cifar10.png",
+                caption=f"Errors of {NET} over {options.epochs} epochs, with one line per seed: of "
+                "training images while it trains, and of test images after each epoch.",
+            )
+        ],
+    )
+
+
+def trained(
+    options: argparse.Namespace, experiment: str, names: list[str]
+) -> tuple[dict[str, list["Outcome"]], str]:
+    """Train the nets of these recipes with each seed; return their outcomes by recipe, and the device's name.
+
+    Raises DatasetError, SettingsError or TrainingError.
+    """
+    from tools.experiments.jobs import run_all
+    from tools.experiments.small_training import load, train
+    from trainer.processes import distributed
+
+    manifest = read_manifest(options.data)
+    world = distributed.join(options.device)
+    folder = options.out / experiment / f"{manifest.fingerprint}-{options.epochs}"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = load(options.data, manifest, world.device)
+    tasks = [(name, seed, options.epochs) for seed in range(options.seeds) for name in names]
+    found = run_all(train, (data, folder), tasks, options.jobs)
+    return {name: found[index :: len(names)] for index, name in enumerate(names)}, world.device_name
+
+
+def measured(outcomes: list["Outcome"]) -> dict[str, list[float]]:
+    """Return a row's values, with a value for each seed."""
+    return {
+        TEST: [100 * outcome.test_error for outcome in outcomes],
+        TRAIN: [100 * outcome.train_error for outcome in outcomes],
+        MINUTES: [outcome.minutes for outcome in outcomes],
+    }
+
+
+def plot(path: Path, outcomes: list["Outcome"]) -> None:
+    """Draw the errors over epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # writes files without a display
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for seed, outcome in enumerate(outcomes):
+        train, test = 100 * np.transpose(outcome.curve)
+        epochs = np.arange(1, len(train) + 1)
+        label = seed == 0
+        axes.plot(epochs - 0.5, train, color="C0", linewidth=1.2, label="training images" if label else None)
+        axes.plot(epochs, test, color="C3", linewidth=1.2, label="test images" if label else None)
+    axes.axhline(18, color="gray", linewidth=0.8, linestyle="--", label="published test error")
+    axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 60))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
