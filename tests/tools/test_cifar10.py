@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from model.alexnet import count_parameters
-from tools.experiments import cifar10
-from tools.experiments.cuda_convnet import RECIPES, Update, layers_18pct
+from tools.experiments import cifar10, normalisation
+from tools.experiments.cuda_convnet import RECIPES, LocallyConnected, Update, conv_local, layers_18pct
 from tools.experiments.four_layers import Images
 from tools.experiments.small_training import (
     Data,
+    centred,
+    misclassified,
+    random_crops,
     train,
+    views,
 )
 
 
@@ -51,6 +55,46 @@ def test_average_pooling_divides_by_the_values_that_are_in_the_map():
     # The windows begin at 0 and 2. The second one has two rows or columns left.
     expected = [[x[0, 0, top : top + 3, left : left + 3].mean().item() for left in (0, 2)] for top in (0, 2)]
     assert found[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_conv_local_has_the_shapes_of_its_file(normalise):
+    net = conv_local(10, 0, normalise)
+    shapes, x = {}, torch.zeros(2, 3, 24, 24)
+    for layer in net:
+        x = layer(x)
+        shapes.setdefault(type(layer).__name__, []).append(tuple(x.shape[1:]))
+    assert shapes["MaxPool2d"] == [(64, 12, 12), (64, 6, 6)]
+    assert shapes.get("ResponseNorm", []) == ([(64, 12, 12), (64, 12, 12)] if normalise else [])
+    assert shapes["LocallyConnected"] == [(32, 6, 6), (32, 6, 6)]
+    assert shapes["Linear"] == [(10,)]
+    # 64 of 5×5×3 and of 5×5×64; at 36 positions, 32 of 3×3×64 and of 3×3×32; 10 of 6×6×32; and a bias each.
+    kernels = 64 * 76 + 64 * 1601 + 36 * 32 * (577 + 289) + 10 * 1153
+    assert count_parameters(net) == kernels
+
+
+def test_normalisation_across_maps_is_over_nine_maps():
+    x = 30 * torch.randn(1, 64, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = conv_local(10, 0, normalise=True)[3](x)
+    for index in range(64):
+        window = x[0, max(0, index - 4) : index + 5]
+        expected = x[0, index] / (1 + 0.001 / 9 * window.square().sum()) ** 0.75
+        assert found[0, index].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_locally_connected_layer_has_weights_for_each_position():
+    generator = torch.Generator().manual_seed(0)
+    layer = LocallyConnected(2, 3, 4).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, generator=generator)
+    found, padded = layer(x), nn.functional.pad(x, (1, 1, 1, 1))
+    for top, left in np.ndindex(4, 4):
+        position = 4 * top + left
+        kernels = layer.weight[position].reshape(3, 3, 2, 3)  # top, left, input, output
+        window = padded[:, :, top : top + 3, left : left + 3]
+        expected = torch.einsum("ncyx,yxco->no", window, kernels) + layer.bias[position]
+        torch.testing.assert_close(found[:, :, top, left], expected)
 
 
 def test_the_update_is_that_of_the_release():
@@ -97,6 +141,50 @@ def small_data(classes: int = 2) -> Data:
     return Data(images, images, images.pixels.float().mean(0))
 
 
+def test_random_crops_reach_all_places_and_half_are_reflected():
+    rows, columns = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+    crops = random_crops(image.expand(3000, -1, -1, -1), 24, np.random.default_rng(0))
+    assert crops.shape == (3000, 3, 24, 24)
+    places = set()
+    for crop in crops:
+        top, left = int(crop[0, 0, 0]), int(crop[1, 0].min())
+        flip = bool(crop[1, 0, 0] > crop[1, 0, 1])
+        expected = image[:, top : top + 24, left : left + 24]
+        assert torch.equal(crop, expected.flip(2) if flip else expected)
+        places.add((top, left, flip))
+    assert places == {(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)}
+
+
+def test_the_centre_of_the_mean_image_is_subtracted_from_crops():
+    mean = torch.arange(32.0 * 32).reshape(1, 32, 32).expand(3, -1, -1) / 8
+    found = centred(torch.full((2, 3, 24, 24), 100, dtype=torch.uint8), mean)
+    assert found[1, 2, 0, 0] == 100 - (32 * 4 + 4) / 8
+    assert found[1, 2, 23, 23] == 100 - (32 * 27 + 27) / 8
+
+
+def test_a_test_averages_the_softmax_of_ten_views():
+    tests = views(24)
+    assert tests[0] == (4, 4, False)
+    assert set(tests) == {
+        (top, left, flip) for top, left in ((4, 4), (0, 0), (0, 8), (8, 0), (8, 8)) for flip in (False, True)
+    }
+    assert views(None) == [(0, 0, False)]
+    # The net's logits are (x, 0), where x is the pixel at the top left of a view. One view has a large x and
+    # nine have a negative one: class 0 has the higher mean logit, but class 1 the higher mean softmax.
+    pixels = np.full((1, 3, 32, 32), 9, np.uint8)
+    pixels[0, 0, 0, 0] = 255
+    data = Images(pixels, np.array([1]), torch.device("cpu"))
+
+    class Corner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[:, 0, 0, 0], torch.zeros(len(x))], 1)
+
+    mean = torch.full((3, 32, 32), 10.0)
+    assert misclassified(Corner(), data, mean, 24, tests).tolist() == [False]
+    assert misclassified(Corner(), data, mean, 24, [(0, 0, False)]).tolist() == [True]
+
+
 @pytest.mark.parametrize("name", ["layers-18pct", "with normalisation"])
 def test_an_interrupted_training_resumes_as_if_uninterrupted(tmp_path, monkeypatch, name):
     data, halves = small_data(), tmp_path / "halves"
@@ -128,13 +216,17 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     assert again.minutes == first.minutes > 0
 
 
-def test_the_experiment_on_a_packed_dataset(packed, tmp_path):
+@pytest.mark.parametrize(
+    ("experiment", "name", "published"),
+    [(cifar10, "cifar10", [18]), (normalisation, "normalisation", [13, -2])],
+)
+def test_the_experiments_on_a_packed_dataset(packed, tmp_path, experiment, name, published):
     parser = argparse.ArgumentParser()
-    cifar10.add_arguments(parser)
+    experiment.add_arguments(parser)
     given = ["--data", str(packed), "--epochs", "1", "--seeds", "2", "--device", "cpu"]
-    record = cifar10.run(parser.parse_args(given, argparse.Namespace(out=tmp_path)), [])
-    (row,) = record.rows
-    assert row.published == {"test error (%)": 18}
-    assert [len(values) for values in row.measured.values()] == [2, 2, 2]
-    with Image.open(tmp_path / "cifar10.png") as image:
+    record = experiment.run(parser.parse_args(given, argparse.Namespace(out=tmp_path)), [])
+    assert [row.published["test error (%)"] for row in record.rows] == published
+    assert all(len(values) == 2 for row in record.rows for values in row.measured.values())
+    assert [figure.file for figure in record.figures] == [f"{name}.png"]
+    with Image.open(tmp_path / f"{name}.png") as image:
         image.load()

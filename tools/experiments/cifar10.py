@@ -48,8 +48,6 @@ def add_common_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Train the runs that are not finished and draw cifar10.png. Raises DatasetError or TrainingError."""
     outcomes, device = trained(options, "cifar10", [NET])
-    (found,) = outcomes.values()
-    plot(options.out / "cifar10.png", found)
     return Record(
         experiment="cifar10",
         title="CIFAR-10: cuda-convnet's layers-18pct",
@@ -59,14 +57,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         f"{options.seeds} seeds",
         command=command_line(),
         environment=environment(device),
-        rows=[Row(system=NET, measured=measured(found), published={TEST: 18})],
-        figures=[
-            Figure(
-                file="cifar10.png",
-                caption=f"Errors of {NET} over {options.epochs} epochs, with one line per seed: of "
-                "training images while it trains, and of test images after each epoch.",
-            )
-        ],
+        rows=[Row(system=NET, measured=measured(outcomes[NET]), published={TEST: 18})],
+        figures=[curves(options.out / "cifar10.png", outcomes, {NET: 18})],
     )
 
 
@@ -100,23 +92,33 @@ def measured(outcomes: list["Outcome"]) -> dict[str, list[float]]:
     }
 
 
-def plot(path: Path, outcomes: list["Outcome"]) -> None:
-    """Draw the errors over epochs."""
+def curves(path: Path, outcomes: dict[str, list["Outcome"]], published: dict[str, float]) -> Figure:
+    """Draw the errors of nets over epochs; return the figure. published: the test error of each net, in %."""
     import matplotlib
 
     matplotlib.use("Agg")  # writes files without a display
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for seed, outcome in enumerate(outcomes):
-        train, test = 100 * np.transpose(outcome.curve)
-        epochs = np.arange(1, len(train) + 1)
-        label = seed == 0
-        axes.plot(epochs - 0.5, train, color="C0", linewidth=1.2, label="training images" if label else None)
-        axes.plot(epochs, test, color="C3", linewidth=1.2, label="test images" if label else None)
-    axes.axhline(18, color="gray", linewidth=0.8, linestyle="--", label="published test error")
-    axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 60))
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    highest = 0.0
+    for colour, (name, found) in zip(("C0", "C3"), outcomes.items(), strict=False):
+        for seed, outcome in enumerate(found):
+            train, test = 100 * np.transpose(outcome.curve)
+            epochs = np.arange(1, len(train) + 1)
+            labels = (f"{name}: training", f"{name}: test") if seed == 0 else (None, None)
+            # The error on training images is an average over its epoch.
+            axes.plot(epochs - 0.5, train, ":", color=colour, linewidth=1.2, label=labels[0])
+            axes.plot(epochs, test, color=colour, linewidth=1.2, label=labels[1])
+            highest = max(highest, test[len(test) // 10])
+        label = f"{name}: published, {published[name]:g} %"
+        axes.axhline(published[name], color=colour, linewidth=0.8, linestyle="--", label=label)
+    axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 1.2 * highest))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    caption = (
+        "Errors over epochs, with one line per seed: of training images while the net is trained, and of "
+        "test images, in one view, after each epoch."
+    )
+    return Figure(file=path.name, caption=caption)
