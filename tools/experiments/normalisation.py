@@ -47,11 +47,11 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         ],
         figures=[figure],
         remarks=[
-            "The paper refers to cuda-convnet's files layers-conv-local-13pct and layers-conv-local-11pct: two "
+            "The paper refers to cuda-convnet, whose nets are layers-conv-local-13pct and -11pct: two "
             "convolutions, two locally connected layers and a softmax. Both nets here are the first one, to "
-            "which the second adds only the normalisation of the other file: over 9 maps, α = .001/9, "
-            "β = .75, k = 1. The published net with normalisation also had 64 kernels instead of 32 in its "
-            "third layer.",
+            "which the second adds only the normalisation of layers-conv-local-11pct: over 9 maps, with "
+            "α = .001/9, β = .75 and k = 1. The published net with normalisation also had 64 kernels instead "
+            "of 32 in its third layer.",
             "The published net with normalisation was trained for some 500 epochs, with lower rates in the "
             f"last 20; these nets for {options.epochs}. All other settings are those of the files.",
         ],
