@@ -54,7 +54,8 @@ class Variant:
     layer, as in the net called CNN* with 61,555,304 parameters (6.1). without: a convolution from conv2
     to conv5 to leave out, together with its activation and normalisation, or "none" (7). width: factor on
     the paper's number of kernels and units in each layer but fc8; the numbers are rounded for each tower, and
-    are at least one. This factor is not from the paper.
+    are at least one. This factor is not from the paper. initial_biases: `paper` for ones in some layers
+    (section 5), or `zeros`.
     """
 
     activation: str = "relu"
@@ -64,6 +65,7 @@ class Variant:
     conv6: bool = False
     without: str = "none"
     width: float = 1.0
+    initial_biases: str = "paper"
 
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh}
@@ -157,7 +159,8 @@ class AlexNet(nn.Module):
         """Initialise as in section 5: weights are normally distributed, and biases are 0 or 1."""
         stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
         ones = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
-        if self.variant.activation != "relu":  # with biases of 1, tanh would start near saturation
+        # With biases of 1, tanh would start near saturation.
+        if self.variant.initial_biases == "zeros" or self.variant.activation != "relu":
             ones = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):

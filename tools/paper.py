@@ -24,6 +24,7 @@ an interrupted experiment. `alexnet-train paper NAME --help` lists the options o
 import argparse
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 if not __package__:  # run as a script, perhaps where nothing is installed
@@ -32,6 +33,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError
 from pipeline.output import secure
 from tools.experiments import EXPERIMENTS
+from tools.experiments.details import section
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
 from tools.options import program
@@ -50,6 +52,8 @@ def main() -> None:
         "experiment", choices=(*EXPERIMENTS, "report"), metavar="NAME", help="an experiment, or report"
     )
     experiment = parser.parse_args(sys.argv[1:2]).experiment
+    if not find_spec("scipy"):
+        sys.exit("paper: confidence intervals need scipy: run pip install 'alexnet-train[paper]'")
     module = import_module(f"tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
     parser = argparse.ArgumentParser(
@@ -74,6 +78,7 @@ def main() -> None:
         result = module.run(options, settings)
         if isinstance(result, Record):
             result.save(options.out)
+            result = section(result)
         print(result)
     except (SettingsError, DatasetError, RunError, RecordError, TrainingError) as error:
         sys.exit(f"paper: {error}")

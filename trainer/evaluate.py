@@ -50,14 +50,19 @@ def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
     return F.log_softmax(logits, 1).unflatten(0, (-1, crops)).logsumexp(1) - math.log(crops)
 
 
-def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count the top-1 and the top-5 errors: the result is [2].
+def find_errors(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return which rows are top-1 and which are top-5 errors: bool [2,n].
 
     scores: [n,classes]. labels: [n]. A top-k error is a row whose label is not among its k highest scores.
     """
     best = scores.topk(min(5, scores.shape[1])).indices
     hits = best == labels[:, None]
-    return torch.stack([(~hits[:, 0]).sum(), (~hits.any(1)).sum()])
+    return torch.stack([~hits[:, 0], ~hits.any(1)])
+
+
+def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
+    """Count the top-1 and the top-5 errors, as `find_errors` defines them: the result is [2]."""
+    return find_errors(scores, labels).sum(1)
 
 
 @torch.inference_mode()

@@ -81,6 +81,9 @@ class Net(Group):
     """Convolution to leave out of the net."""
     width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
     """Factor on the number of kernels and units of each layer but the last; below 1, the net is smaller."""
+    initial_biases: PaperOnly[Literal["paper", "zeros"]] = "paper"
+    """Initial biases: as in the paper, which sets those of some layers to 1 if the activation is relu, or all
+    0."""
     # A smaller crop leaves no pixels for fc6.
     crop: Annotated[int, Field(ge=64, le=_MAX), Metavar("PIXELS")] = 224
     """Side of the net's square input in pixels."""

@@ -195,6 +195,15 @@ def test_initial_weights_are_normal(net, request):
         assert (layer.bias == float(name in BIAS_ONE)).all(), name
 
 
+def test_biases_may_begin_at_zero_with_the_same_weights():
+    nets = []
+    for biases in ("paper", "zeros"):
+        torch.manual_seed(0)
+        nets.append(AlexNet(10, crop=64, variant=Variant(width=0.25, initial_biases=biases)).state_dict())
+    for name, values in nets[1].items():
+        assert torch.equal(values, torch.zeros_like(values) if "bias" in name else nets[0][name])
+
+
 def test_initial_logits_differ_between_images(net, request):
     with torch.inference_mode():
         spread = net(some_pixels(8, 224, torch.float32)).std(0).mean().item()

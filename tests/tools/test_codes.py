@@ -13,7 +13,8 @@ from tools.experiments.binary_codes import (
     pca_signs,
     random_hyperplanes,
 )
-from tools.experiments.codes import recalls, same_class
+from tools.experiments.codes import FOUND, recalls, same_class, search_exactly
+from tools.experiments.fc7 import nearest
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,18 @@ def test_codes_are_found_in_order_of_hamming_distance(bits, words):
     found = nearest_codes(pack(query[None])[0], codes, 20)
     assert found.tolist() == [number for _, number in expected[:20]]
     assert len(nearest_codes(codes[0], codes, 1000)) == 200
+
+
+def test_the_timed_exact_search_finds_the_nearest_on_one_thread(monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    rng = np.random.default_rng(0)
+    index = [rng.standard_normal((count, 16)).astype(np.float16) for count in (70, 90)]
+    queries = rng.standard_normal((3, 16)).astype(np.float16)
+    found, seconds = search_exactly(index, queries)
+    np.testing.assert_array_equal(found, nearest(queries, index, FOUND, CPU)[1])
+    assert seconds > 0
+    assert threads == [1, torch.get_num_threads()]
 
 
 def clusters() -> tuple[torch.Tensor, np.ndarray]:

@@ -154,7 +154,7 @@ def test_codes_are_compared_with_exact_search_and_baselines(finished_run, tmp_pa
     few = ("--bits", 8, 32, "--seeds", 2, "--epochs", 1, "--learn", 40, "--queries", 5)
     record = codes.run(options(codes, tmp_path / "out", finished_run, *few), [])
     exact, *coded = record.rows
-    assert exact.system == "exact L2 in fp64, 8,192 bytes per image"
+    assert exact.system == "exact L2, 8,192 bytes per image"
     assert [row.than for row in coded if row.system.startswith("auto")] == [
         "signs of principal components, 8 bits",
         "signs of principal components, 32 bits",

@@ -1,55 +1,20 @@
-"""alexnet-train paper: a small grid that is really trained, and the arithmetic and text of records."""
+"""alexnet-train paper: a small grid that is really trained, and requests that are refused."""
 
 import subprocess
 import sys
 
 import pytest
 
+from pipeline.manifest import read_manifest
 from tests.helpers import REPO
-from tools.experiments.record import Record, RecordError, Row, differences, spread, verdict
+from tools.experiments.measuring import CENTRE, TRAIN
+from tools.experiments.record import TOP1, TOP5, Record
 from tools.paper import main
+from trainer.run import Run
 
 # A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 QUICK = ("--recipe", "demo", "--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
 QUICK += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
-
-
-def record(*rows: Row) -> Record:
-    return Record(
-        experiment="ablations",
-        title="Ablations",
-        source="section 3",
-        data="drawn pictures",
-        command="alexnet-train paper ablations",
-        environment={"torch": "2"},
-        rows=list(rows),
-    )
-
-
-def test_a_verdict_needs_all_seeds_to_agree():
-    assert verdict([0.5, 2.0], 1.0) == "as published"
-    assert verdict([-0.5, -2.0], 1.0) == "opposite"
-    assert verdict([-0.5, 2.0], 1.0) == "within the spread"
-    assert verdict([0.0, 2.0], 1.0) == "within the spread"
-    assert verdict([3.0], 1.0) == "one run"
-
-
-def test_differences_are_between_runs_of_the_same_seed():
-    whole = Row(system="AlexNet", measured={"error": [40.0, 50.0]})
-    less = Row(system="no LRN", measured={"error": [41.0, 53.0]}, than="AlexNet", published={"error": 1.4})
-    assert differences(less, whole, "error") == [1.0, 3.0]
-    cells = "+1.4 vs. AlexNet | 47.00 (41.00 to 53.00) | +2.00 (+1.00 to +3.00) | as published"
-    assert f"| no LRN | error | {cells} |" in str(record(whole, less))
-    assert spread([2.0]) == "2.00"
-
-
-def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
-    written = record(Row(system="AlexNet", measured={"error (%)": [40.0]}))
-    path = written.save(tmp_path)
-    assert Record.read(path) == written
-    path.write_text('{"rows": []}')
-    with pytest.raises(RecordError, match=r"ablations.json is not a record"):
-        Record.read(path)
 
 
 @pytest.mark.slow
@@ -59,14 +24,39 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
     command = [sys.executable, "tools/paper.py", *map(str, grid), "--jobs", "2"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    whole, half = Record.read(out / "ablations.json").rows
+    record = Record.read(out / "ablations.json")
+    whole, half = record.rows
     assert (whole.system, half.system, half.than) == ("AlexNet", "one-GPU net", "AlexNet")
-    assert [len(values) for row in (whole, half) for values in row.measured.values()] == [2] * 4
+    assert {row.table(measure).shape for row in (whole, half) for measure in (TOP1, TOP5, CENTRE)} == {
+        (2, 20)
+    }
+    for row, name in ((whole, "AlexNet"), (half, "one-GPU-net")):
+        ends = [Run(out / "ablations" / f"{name}-{seed}").evaluations.rows()[-1] for seed in range(2)]
+        assert row.values(CENTRE) == pytest.approx([100 * end["top1_error"] for end in ends])
+        # Errors are whole images: 60 for training, and 20 for validation.
+        assert [error * 60 / 100 % 1 for error in row.values(TRAIN)] == pytest.approx([0, 0], abs=1e-9)
+    assert [(run.name, run.seed, run.settings) for run in record.runs] == [
+        ("AlexNet-0", 0, {}),
+        ("one-GPU-net-0", 0, {"towers": 1}),
+        ("AlexNet-1", 1, {}),
+        ("one-GPU-net-1", 1, {"towers": 1}),
+    ]
+    reproduces = {
+        "recipe": "demo",
+        "epochs": 1,
+        "dropout": "off",
+        "learning_rate": 0.003,
+        "precision": "fp32",
+    }
+    assert reproduces.items() <= record.settings.items()
+    assert all(run.minutes > 0 for run in record.runs)
+    assert record.dataset["fingerprint"] == read_manifest(packed).fingerprint
+    assert record.dataset["shard_samples"] == 25
     logs = {path: path.read_text() for path in (out / "ablations").glob("*.log")}
     assert len(logs) == 4
     assert call(main, *grid).returncode == 0
     assert {path: path.read_text() for path in logs} == logs  # nothing was trained again
-    assert call(main, "report", "--out", out).stdout.strip() == str(out / "results.md")
+    assert call(main, "report", "--out", out).stdout.strip() == str(out / "README.md")
     assert (
         "| one-GPU net (section 3.2) | top-1 error (%) | +1.7 vs. AlexNet |"
         in (out / "results.md").read_text()

@@ -1,19 +1,23 @@
 """Measure what each part of the net and of its training contributes, by training without it.
 
-    alexnet-train paper ablations --data shards --seeds 3 --recipe small --epochs 20
+    alexnet-train paper ablations --data shards --recipe fast --rates .007 .014 .028
 
 Each ablation changes one setting and is compared seed by seed. The published differences come from the
-paper's text and from the logs of its code. Any other option is a setting of `alexnet-train train`, the same
-for all runs; a recipe whose learning rate depends on the number of epochs (schedule `cosine`) suits any
-budget. Finished runs are not repeated.
+paper's text and from the logs of its code. With --rates, each net is trained at the learning rate with the
+lowest error on a held-out part of the training images; validation images are only used to measure. Any other
+option is a setting of `alexnet-train train`, the same for all runs; a recipe whose learning rate depends on
+the number of epochs (schedule `cosine`) suits any budget. Finished runs are not repeated.
 """
 
 import argparse
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from tools.experiments import rates
+from tools.experiments.measuring import GAP, TRAIN, epochs_measure, measures
 from tools.experiments.record import TOP1, TOP5, Record, Row
-from tools.experiments.training import Training, about, measured, train_all
-from tools.options import add_jobs, add_seeds
+from tools.experiments.training import Training, about, train_all
+from tools.options import add_jobs, add_seeds, positive
 from trainer.settings import SettingsError, load_settings
 
 TAKES_SETTINGS = True
@@ -21,79 +25,172 @@ WHOLE = "AlexNet"
 
 
 class Ablation(NamedTuple):
-    """A change of settings. top1, top5: published differences from the whole net, in percentage points."""
+    """A change of settings, and the row that it gives, without measures."""
 
     settings: tuple[str, ...]
-    source: str
-    top1: float | None = None
-    top5: float | None = None
+    row: Row
 
 
-ABLATIONS = {
-    "no LRN": Ablation(("--no-lrn",), "section 3.3", 1.4, 1.2),
-    "non-overlapping pooling": Ablation(("--no-overlapping-pooling",), "section 3.4", 0.4, 0.3),
-    "one-GPU net": Ablation(("--towers", "1"), "section 3.2", 1.7, 1.2),
-    "no colour augmentation": Ablation(("--colour", "off"), "section 4.1: more than 1", 1.0),
-    "no crops or flips": Ablation(("--no-crops-and-flips",), "section 4.1: overfits substantially"),
-    "no dropout": Ablation(("--dropout", "off"), "section 4.2: overfits substantially"),
-    "tanh": Ablation(("--activation", "tanh"), "section 3.1: several times slower"),
-    **{
-        f"without {name}": Ablation(("--without", name), "section 7: about 2", 2.0)
-        for name in ("conv2", "conv3", "conv4", "conv5")
-    },
-}
+def ablations(target: float) -> list[Ablation]:
+    """Return the ablations. target: the validation error, in percent, that tells how soon a net learns."""
+    early = epochs_measure(target)
+
+    def less(system: str, *settings: str, section: str, **row: Any) -> Ablation:
+        return Ablation(settings, Row(system=system, than=WHOLE, note=f"section {section}", **row))
+
+    return [
+        less(
+            "no LRN",
+            "--no-lrn",
+            section="3.3",
+            claims={TOP1: "Normalisation lowers the error (3.3)"},
+            published={TOP1: 1.4, TOP5: 1.2},
+        ),
+        less(
+            "non-overlapping pooling",
+            "--no-overlapping-pooling",
+            section="3.4",
+            claims={TOP1: "Overlapping pooling lowers the error (3.4)"},
+            published={TOP1: 0.4, TOP5: 0.3},
+        ),
+        less(
+            "one-GPU net",
+            "--towers",
+            "1",
+            section="3.2",
+            claims={TOP1: "The net of one GPU has a higher error than that of two (3.2)"},
+            published={TOP1: 1.7, TOP5: 1.2},
+        ),
+        less(
+            "no colour augmentation",
+            "--colour",
+            "off",
+            section="4.1: more than 1",
+            claims={TOP1: "Colour augmentation lowers the error (4.1)"},
+            published={TOP1: 1.0},
+        ),
+        less(
+            "no crops or flips",
+            "--no-crops-and-flips",
+            section="4.1: overfits substantially",
+            claims={GAP: "Without crops and mirror images, the net overfits (4.1)"},
+            signs={GAP: 1},
+        ),
+        less(
+            "no dropout",
+            "--dropout",
+            "off",
+            section="4.2: overfits substantially; dropout doubles the iterations",
+            claims={
+                GAP: "Without dropout, the net overfits (4.2)",
+                early: "Without dropout, the net learns in fewer iterations (4.2)",
+            },
+            signs={GAP: 1, early: -1},
+        ),
+        less(
+            "no weight decay",
+            "--weight-decay",
+            "0",
+            section="5",
+            claims={TRAIN: "Weight decay lowers even the training error (5)"},
+            signs={TRAIN: 1},
+        ),
+        less(
+            "biases begin at 0",
+            "--initial-biases",
+            "zeros",
+            section="5",
+            claims={early: "Biases that begin at 1 accelerate early learning (5)"},
+            signs={early: 1},
+        ),
+        less(
+            "tanh",
+            "--activation",
+            "tanh",
+            section="3.1: several times slower",
+            claims={early: "A net learns more slowly with tanh than with ReLU (3.1)"},
+            signs={early: 1},
+        ),
+        *(
+            less(
+                f"without {name}",
+                "--without",
+                name,
+                section="7: about 2",
+                claims={TOP1: f"Without {name}, the error is higher (7)"},
+                published={TOP1: 2.0},
+            )
+            for name in ("conv2", "conv3", "conv4", "conv5")
+        ),
+    ]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_seeds(parser)
+    add_seeds(parser, 5, ", as few as verdicts need")
     add_jobs(parser)
+    rates.add_arguments(parser)
     add(
-        "--only",
-        nargs="+",
-        choices=list(ABLATIONS),
-        metavar="NAME",
-        help=f"run only these of {', '.join(ABLATIONS)}",
+        "--target",
+        type=positive,
+        default=50.0,
+        metavar="PERCENT",
+        help="validation error on the centre crop that tells how soon a net learns (default 50)",
     )
+    names = [ablation.row.system for ablation in ablations(50)]
+    add("--only", nargs="+", choices=names, metavar="NAME", help=f"run only these of {', '.join(names)}")
 
 
 def run(options: argparse.Namespace, settings: list[str]) -> Record:
-    """Train the runs that are not finished; return the record. Raises SettingsError or TrainingError."""
-    chosen = {WHOLE: Ablation((), "")} | {
-        name: ablation for name, ablation in ABLATIONS.items() if not options.only or name in options.only
-    }
+    """Train the runs that are not finished, and measure all; return the record.
+
+    Raises SettingsError, TrainingError, or DatasetError if a part for --rates cannot be held out.
+    """
+    chosen = [Ablation((), Row(system=WHOLE))] + [
+        ablation
+        for ablation in ablations(options.target)
+        if not options.only or ablation.row.system in options.only
+    ]
     whole = load_settings(settings)
-    for name, ablation in chosen.items():
-        if name != WHOLE and load_settings([*settings, *ablation.settings]) == whole:
+    for changed, row in chosen[1:]:
+        if load_settings([*settings, *changed]) == whole:
             raise SettingsError(
-                f"'{name}' changes nothing with these settings: choose a recipe that has the part which it "
-                "removes, or select the other ablations with --only"
+                f"'{row.system}' changes nothing with these settings: choose a recipe that has the part that "
+                "it removes, or select the other ablations with --only"
             )
+    folder = options.out / "ablations"
+    trials = rates.sweep(options, settings, {row.system: own for own, row in chosen}, folder / "rates")
     trainings = [
         Training(
-            options.out / "ablations" / f"{name.replace(' ', '-')}-{seed}",
-            [*settings, "--seed", str(seed), *ablation.settings],
+            folder / f"{row.system.replace(' ', '-')}-{seed}",
+            [*settings, "--seed", str(seed), *rates.setting(trials, row.system), *changed],
         )
         for seed in range(options.seeds)
-        for name, ablation in chosen.items()
+        for changed, row in chosen
     ]
-    evaluations = train_all(trainings, options.jobs)
+    train_all(trainings, options.jobs)
     rows = []
-    for number, (name, ablation) in enumerate(chosen.items()):
-        published = {TOP1: ablation.top1, TOP5: ablation.top5}
-        rows.append(
-            Row(
-                system=name,
-                measured=measured(evaluations[number :: len(chosen)]),
-                published={measure: value for measure, value in published.items() if value is not None},
-                than="" if name == WHOLE else WHOLE,
-                note=ablation.source,
-            )
-        )
+    for number, (_, row) in enumerate(chosen):
+        runs = [training.folder for training in trainings[number :: len(chosen)]]
+        rows.append(row.model_copy(update=measures(runs, options.target, options.out)))
     return Record(
         experiment="ablations",
         title="Ablations",
-        source="sections 3, 4 and 7; the logs of layers-147, -148 and -145-half",
+        source="sections 3 to 5 and 7; the logs of layers-147, -148 and -145-half",
         rows=rows,
+        remarks=[
+            "The top-1 and top-5 errors are those of ten crops.",
+            *rates.remarks(trials),
+            *slow(rows, options.target),
+        ],
+        sweep=trials,
         **about(trainings),
     )
+
+
+def slow(rows: Sequence[Row], target: float) -> list[str]:
+    """Return a remark on the nets of which a seed never reached the target, in percent."""
+    names = [row.system for row in rows if epochs_measure(target) not in row.measures]
+    if not names:
+        return []
+    return [f"At least one seed did not reach a validation error of {target:g} % in: {', '.join(names)}."]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.manifest import DatasetError, read_manifest
-from tools.experiments.training import describe
+from tools.experiments.training import describe, packing, provenance
 from tools.options import command_line
 from trainer.environment import environment
 from trainer.run import Run
@@ -47,6 +47,8 @@ class Finished(NamedTuple):
             "data": f"{describe(self.trained.settings.data)}; nets: {', '.join(nets)}",
             "command": command_line(),
             "environment": environment(self.world.device_name),
+            "dataset": packing(self.trained.settings.data),
+            **provenance([Run(net.folder) for net in (self, *others)]),
         }
 
 

@@ -1,14 +1,17 @@
-"""The record of an experiment, as JSON and Markdown: numbers next to the paper's, and pictures."""
+"""The record of an experiment, as JSON: what was measured, what was published, and what reproduces it."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.files import atomic_write
+from tools.experiments.intervals import Interval, interval, paired_interval
 
 TOP1, TOP5 = "top-1 error (%)", "top-5 error (%)"
+MIN_SEEDS = 5  # for a verdict
 Measures = dict[str, list[float]]  # measure, named with its unit → a value for each seed
 
 
@@ -16,34 +19,95 @@ class RecordError(ValueError):
     """A file that is not a record; the message names it."""
 
 
-class Row(BaseModel):
-    """One system. published: the paper's values or, if `than` names a row, differences from that row."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class Wrong(_Part):
+    """Which images were classified wrongly. seeds: for each seed, hex digits of a bit for each image."""
+
+    images: int
+    seeds: list[str]
+
+    @classmethod
+    def of(cls, wrong: Sequence[np.ndarray]) -> "Wrong":
+        """Pack a bool array [images] for each seed."""
+        return cls(images=len(wrong[0]), seeds=[np.packbits(own).tobytes().hex() for own in wrong])
+
+    def percent(self) -> np.ndarray:
+        """Return the error of each seed and image, 0 or 100: float64 [seeds,images]."""
+        packed = np.stack([np.frombuffer(bytes.fromhex(digits), np.uint8) for digits in self.seeds])
+        return 100.0 * np.unpackbits(packed, axis=1, count=self.images)
+
+
+class Row(_Part):
+    """One system.
+
+    measured: values for each seed. wrong: errors, in percent, of each seed and image. gaps: measures that are
+    the first of two other measures minus the second. published: the paper's values or, if `than` names a row,
+    differences from that row. signs: published signs of differences, where the paper gives no value. claims:
+    what the paper says about some of the measures, for the first page.
+    """
 
     system: str
-    measured: Measures
+    measured: Measures = {}
+    wrong: dict[str, Wrong] = {}
+    gaps: dict[str, tuple[str, str]] = {}
     published: dict[str, float] = {}
+    signs: dict[str, Literal[-1, 1]] = {}
     than: str = ""
     note: str = ""
+    claims: dict[str, str] = {}
+
+    @property
+    def measures(self) -> list[str]:
+        return [*self.wrong, *self.measured, *self.gaps]
+
+    def table(self, measure: str) -> np.ndarray:
+        """Return the measure for each seed and image [seeds,images]; a seed's only value is one column."""
+        if measure in self.gaps:
+            first, second = self.gaps[measure]
+            return self.table(first) - self.table(second)
+        if measure in self.wrong:
+            return self.wrong[measure].percent()
+        return np.array(self.measured[measure])[:, None]
+
+    def values(self, measure: str) -> list[float]:
+        """Return the measure for each seed."""
+        return self.table(measure).mean(1).tolist()
 
 
-class Figure(BaseModel):
+class Trial(_Part):
+    """A trial of a learning rate. error: top-1 error on held-out images (%), or None if it diverged."""
+
+    system: str
+    rate: float
+    error: float | None
+
+
+class TrainedRun(_Part):
+    """A training run. settings: those in which it differs from other runs. minutes: of training steps."""
+
+    name: str
+    seed: int
+    settings: dict[str, Any]
+    minutes: float
+
+
+class Figure(_Part):
     """A picture that belongs to the record."""
-
-    model_config = ConfigDict(extra="forbid")
 
     file: str
     caption: str
 
 
-class Record(BaseModel):
+class Record(_Part):
     """An experiment's results.
 
-    source: where the paper reports it. data: the dataset and budget, in words.
+    source: where the paper reports it. data: the dataset and budget, in words. dataset: its fingerprint and
+    how it was packed. settings: those of all runs that are not the defaults, and the precision that was used.
+    sweep: the learning rates that were tried.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     experiment: str
     title: str
@@ -54,12 +118,16 @@ class Record(BaseModel):
     rows: list[Row]
     figures: list[Figure] = []
     remarks: list[str] = []
+    dataset: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    runs: list[TrainedRun] = []
+    sweep: list[Trial] = []
 
     def save(self, folder: Path) -> Path:
         """Write <experiment>.json to a folder; return its path. Raises OSError."""
         path = folder / f"{self.experiment}.json"
         with atomic_write(path) as file:
-            file.write(self.model_dump_json(indent=1).encode() + b"\n")
+            file.write(self.model_dump_json(indent=1, exclude_defaults=True).encode() + b"\n")
         return path
 
     @classmethod
@@ -75,58 +143,44 @@ class Record(BaseModel):
     def row(self, system: str) -> Row:
         return next(row for row in self.rows if row.system == system)
 
-    def __str__(self) -> str:
-        """Return the record as a section of the report."""
-        parts = [f"## {self.title}", f"Paper: {self.source}. Measured on {self.data}."]
-        if self.rows:
-            parts.append("\n".join(self._table()))
-        parts += self.remarks
-        parts += [f"![{figure.caption}]({figure.file})\n\n{figure.caption}" for figure in self.figures]
-        about = ", ".join(f"{name} {value}" for name, value in self.environment.items())
-        return "\n\n".join([*parts, f"`{self.command}` on {about}."])
-
-    def _table(self) -> Iterator[str]:
-        """Yield the lines of a table with a row for each system and measure."""
-        yield "| system | measure | published | measured | difference | |"
-        yield "|---|---|---|---|---|---|"
-        for row in self.rows:
-            for number, measure in enumerate(row.measured):
-                name = "" if number else f"{row.system}{f' ({row.note})' if row.note else ''}"
-                yield f"| {name} | {measure} | {' | '.join(self._cells(row, measure))} |"
-
-    def _cells(self, row: Row, measure: str) -> list[str]:
-        """Return the cells: published, measured, difference from the row it is compared with, and verdict."""
-        published, measured = row.published.get(measure), spread(row.measured[measure])
-        if not row.than:
-            return ["" if published is None else f"{published:g}", measured, "", ""]
-        found = differences(row, self.row(row.than), measure)
-        if published is None:
-            return ["", measured, spread(found, sign=True), ""]
-        return [
-            f"{published:+g} vs. {row.than}",
-            measured,
-            spread(found, sign=True),
-            verdict(found, published),
-        ]
+    def result(self, row: Row, measure: str) -> "Result":
+        """Return a row's measure or, if the row and the one it is compared with have it, their difference."""
+        table = row.table(measure)
+        if not row.than or measure not in self.row(row.than).measures:
+            return Result(table, None)
+        sign = np.sign(row.published.get(measure, row.signs.get(measure, 0)))
+        return Result(table - self.row(row.than).table(measure), int(sign))
 
 
-def differences(row: Row, base: Row, measure: str) -> list[float]:
-    """Return a row's values minus another's, seed by seed; a single value counts for every seed."""
-    ours, theirs = row.measured[measure], base.measured[measure]
-    return [a - b for a, b in zip(ours * len(theirs) if len(ours) == 1 else ours, theirs, strict=True)]
+class Result(NamedTuple):
+    """A measure or a difference for each seed and image [seeds,images].
 
+    sign: the published sign of a difference, 0 if none is published, or None if this is no difference.
+    """
 
-def verdict(found: list[float], published: float) -> str:
-    """Say whether the differences have the published sign, which only agreement of all seeds decides."""
-    if len(found) < 2:
-        return "one run"
-    if all(value * published > 0 for value in found):
-        return "as published"
-    return "opposite" if all(value * published < 0 for value in found) else "within the spread"
+    table: np.ndarray
+    sign: int | None
 
+    @property
+    def mean(self) -> float:
+        return float(self.table.mean())
 
-def spread(values: list[float], sign: bool = False) -> str:
-    """Return the mean with the minimum and the maximum, as text."""
-    form = "+.2f" if sign else ".2f"
-    middle = f"{mean(values):{form}}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):{form}} to {max(values):{form}})"
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval of the mean, or None for a single seed."""
+        seeds, images = self.table.shape
+        if seeds == 1:
+            return None
+        return interval(self.table[:, 0]) if images == 1 else paired_interval(self.table)
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference has the published sign, or nothing if none is published."""
+        if not self.sign:
+            return ""
+        if self.interval is None or len(self.table) < MIN_SEEDS:
+            return "fewer than five seeds"
+        _, low, high = self.interval
+        if low <= 0 <= high:
+            return "not decided: the interval includes 0"
+        return "as published" if low * self.sign > 0 else "opposite"

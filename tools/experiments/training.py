@@ -1,5 +1,7 @@
 """The training runs of an experiment, each `alexnet-train` in its own process and run folder."""
 
+import math
+import os
 import subprocess
 import sys
 import time
@@ -8,15 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
-from tools.experiments.record import TOP1, TOP5, Measures
+from tools.experiments.record import TOP1, TOP5, Measures, TrainedRun
 from tools.options import command_line
 from trainer.run import Run
-from trainer.settings import load_settings
+from trainer.settings import Settings, load_settings
 
 
 class TrainingError(RuntimeError):
     """A training run that failed; the message is one line."""
+
+
+class DivergedError(TrainingError):
+    """A training run whose loss or weights are no longer finite."""
+
+
+_DIVERGED = " finite. "  # part of the message with which trainer/monitor/health.py ends a diverged run
 
 
 class Training(NamedTuple):
@@ -37,26 +47,38 @@ def outcome(training: Training) -> dict[str, float] | None:
     return run.evaluations.rows()[-1]
 
 
-def train(training: Training) -> dict[str, float]:
-    """Start or resume a run; return its last validation. Raises TrainingError."""
+def train(training: Training, jobs: int = 1) -> dict[str, float]:
+    """Start or resume a run; return its last validation. jobs: number of runs that share the CPUs.
+
+    Raises DivergedError, also for a run that has diverged before, or TrainingError.
+    """
     folder, settings = training
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_name(f"{folder.name}.log")
+    if _DIVERGED in _last_line(log):
+        raise DivergedError(f"{folder.name} has diverged, see {log}; delete the log to train it again")
+    environment = {"OMP_NUM_THREADS": str(max(1, cpus() // jobs)), **os.environ}
     with open(log, "a") as file:
         command = [sys.executable, "-m", "trainer.cli", "--out", str(folder), "--port", "0", *settings]
-        done = subprocess.run(command, stdout=file, stderr=file, check=False)
+        done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
-        last = log.read_text().strip().splitlines()[-1:]
-        raise TrainingError(
-            f"{folder.name} ended with exit code {done.returncode}, see {log}: {' '.join(last)}"
-        )
+        last = _last_line(log)
+        kind = DivergedError if _DIVERGED in last else TrainingError
+        raise kind(f"{folder.name} ended with exit code {done.returncode}, see {log}: {last}")
     return Run(folder).evaluations.rows()[-1]
 
 
-def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, float]]:
+def _last_line(log: Path) -> str:
+    return "".join(log.read_text().strip().splitlines()[-1:]) if log.exists() else ""
+
+
+def train_all(
+    trainings: Sequence[Training], jobs: int = 1, may_diverge: bool = False
+) -> list[dict[str, float]]:
     """Train the runs that are not finished, `jobs` at a time; return the last validation of every run.
 
-    Raises TrainingError for the first run that fails, or SettingsError if a folder holds another run.
+    may_diverge: return infinite errors for a run that diverges. Raises TrainingError for the first run that
+    fails, or SettingsError if a folder holds another run.
     """
     found = [outcome(training) for training in trainings]
     left = [training for training, evaluation in zip(trainings, found, strict=True) if evaluation is None]
@@ -64,7 +86,12 @@ def train_all(trainings: Sequence[Training], jobs: int = 1) -> list[dict[str, fl
 
     def train_step(training: Training) -> dict[str, float]:
         nonlocal done
-        evaluation = train(training)
+        try:
+            evaluation = train(training, jobs)
+        except DivergedError:
+            if not may_diverge:
+                raise
+            evaluation = {"top1_error": math.inf, "top5_error": math.inf}
         done += 1
         minutes = (time.monotonic() - begun) / 60
         print(
@@ -87,15 +114,76 @@ def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
 
 
 def about(trainings: Sequence[Training]) -> dict[str, Any]:
-    """Return a record's fields on data, budget and machine, once the runs are trained."""
-    run = Run(trainings[0].folder)
-    settings = run.settings()
-    seeds = len({Run(training.folder).settings().seed for training in trainings})
+    """Return a record's fields on data, budget, machine and runs, once the runs are trained."""
+    runs = [Run(training.folder) for training in trainings]
+    settings = runs[0].settings()
+    seeds = len({run.settings().seed for run in runs})
     return {
         "data": f"{describe(settings.data)}; recipe {settings.recipe}, {settings.epochs} epochs at a crop of "
         f"{settings.crop} px and a batch of {settings.batch}, {seeds} seed{'s' if seeds > 1 else ''}",
         "command": command_line(),
-        "environment": run.starts()[-1],
+        "environment": runs[0].starts()[-1],
+        "dataset": packing(settings.data),
+        **provenance(runs),
+    }
+
+
+def provenance(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return a record's fields `settings` and `runs`: what reproduces the runs, and how long they took."""
+    chosen = [_chosen(run) for run in runs]
+    common = {
+        name: value
+        for name, value in chosen[0].items()
+        if all(name in other and other[name] == value for other in chosen)
+    }
+    return {
+        "settings": common,
+        "runs": [
+            TrainedRun(
+                name=run.folder.resolve().name,
+                seed=run.settings().seed,
+                settings={name: value for name, value in own.items() if name not in common},
+                minutes=_minutes(run),
+            )
+            for run, own in zip(runs, chosen, strict=True)
+        ],
+    }
+
+
+def _chosen(run: Run) -> dict[str, Any]:
+    """Return a run's recipe, epochs, dropout, learning rate, used precision, and what is not a default.
+
+    The seed is left out, and of the run with the initial weights there is only the name.
+    """
+    settings = run.settings()
+    defaults = Settings.model_construct().identity()
+    used = settings.identity() | run.recorded_settings().get("resolved", {})
+    always = {name: used[name] for name in ("epochs", "dropout", "learning_rate", "precision")}
+    others = {name: value for name, value in used.items() if value != defaults.get(name)}
+    found = {"recipe": Path(settings.recipe).name} | always | others
+    if settings.initial_weights:
+        found["initial_weights"] = settings.initial_weights.name
+    return {name: value for name, value in found.items() if name not in ("seed", "device")}
+
+
+def _minutes(run: Run) -> float:
+    """Return how long the steps of a run took, without evaluations."""
+    images, seconds, batch = 0.0, 0.0, run.settings().batch
+    for row in run.metrics.rows():
+        seconds += (row["step"] * batch - images) / row["images_per_second"]
+        images = row["step"] * batch
+    return round(seconds / 60, 2)
+
+
+def packing(data: Path) -> dict[str, Any]:
+    """Return a record's field `dataset`: its fingerprint, and how it was packed."""
+    manifest = read_manifest(data)
+    return {
+        "name": data.resolve().name,
+        "fingerprint": manifest.fingerprint,
+        "geometry": manifest.geometry,
+        "size": manifest.size,
+        **manifest.packed,
     }
 
 
