@@ -226,7 +226,13 @@ def test_the_experiments_on_a_packed_dataset(packed, tmp_path, experiment, name,
     given = ["--data", str(packed), "--epochs", "1", "--seeds", "2", "--device", "cpu"]
     record = experiment.run(parser.parse_args(given, argparse.Namespace(out=tmp_path)), [])
     assert [row.published["test error (%)"] for row in record.rows] == published
-    assert all(len(values) == 2 for row in record.rows for values in row.measured.values())
+    for row in record.rows:
+        test, train, gap = (
+            row.values(f"{measure} error (%)") for measure in ("test", "training", "test minus training")
+        )
+        assert gap == pytest.approx(np.subtract(test, train).tolist())
+        assert len(test) == 2
+    assert record.runs[-1].seed == 1
     assert [figure.file for figure in record.figures] == [f"{name}.png"]
     with Image.open(tmp_path / f"{name}.png") as image:
         image.load()

@@ -10,13 +10,13 @@ resume.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from tools.experiments.record import Figure, Record, Row
-from tools.experiments.training import describe
+from tools.experiments.record import Figure, Record, Row, TrainedRun, Wrong
+from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count
 from trainer.environment import environment
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TAKES_SETTINGS = False
 NET = "layers-18pct"
-TEST, TRAIN, MINUTES = "test error (%)", "training error (%)", "minutes"
+TEST, TRAIN, GAP = "test error (%)", "training error (%)", "test minus training error (%)"
 EPOCHS = 140
 
 
@@ -47,7 +47,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     """Train the runs that are not finished and draw cifar10.png. Raises DatasetError or TrainingError."""
-    outcomes, device = trained(options, "cifar10", [NET])
+    outcomes, about = trained(options, "cifar10", [NET])
     return Record(
         experiment="cifar10",
         title="CIFAR-10: cuda-convnet's layers-18pct",
@@ -55,17 +55,25 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         data=f"{describe(options.data)}; whole images of 32 px minus the mean image, batch 128, learning "
         f"rates .001 and, for biases, .002, divided by 10 after 6/7 and 13/14 of {options.epochs} epochs, "
         f"{options.seeds} seeds",
-        command=command_line(),
-        environment=environment(device),
-        rows=[Row(system=NET, measured=measured(outcomes[NET]), published={TEST: 18})],
+        rows=[
+            Row(
+                system=NET,
+                **measures(outcomes[NET]),
+                published={TEST: 18},
+                claims={TEST: "The author's example net for CIFAR-10 (cuda-convnet)"},
+            )
+        ],
         figures=[curves(options.out / "cifar10.png", outcomes, {NET: 18})],
+        **about,
     )
 
 
 def trained(
     options: argparse.Namespace, experiment: str, names: list[str]
-) -> tuple[dict[str, list["Outcome"]], str]:
-    """Train the nets of these recipes with each seed; return their outcomes by recipe, and the device's name.
+) -> tuple[dict[str, list["Outcome"]], dict[str, Any]]:
+    """Train the nets of these recipes with each seed; return their outcomes by recipe.
+
+    Also returns a record's fields on what reproduces them.
 
     Raises DatasetError, SettingsError or TrainingError.
     """
@@ -80,15 +88,27 @@ def trained(
     data = load(options.data, manifest, world.device)
     tasks = [(name, seed, options.epochs) for seed in range(options.seeds) for name in names]
     found = run_all(train, (data, folder), tasks, options.jobs)
-    return {name: found[index :: len(names)] for index, name in enumerate(names)}, world.device_name
+    outcomes = {name: found[index :: len(names)] for index, name in enumerate(names)}
+    about = {
+        "command": command_line(),
+        "environment": environment(world.device_name),
+        "dataset": packing(options.data),
+        "settings": {"epochs": options.epochs, "precision": "fp32"},
+        "runs": [
+            TrainedRun(name=name, seed=seed, settings={}, minutes=outcome.minutes)
+            for name, of_seeds in outcomes.items()
+            for seed, outcome in enumerate(of_seeds)
+        ],
+    }
+    return outcomes, about
 
 
-def measured(outcomes: list["Outcome"]) -> dict[str, list[float]]:
-    """Return a row's values, with a value for each seed."""
+def measures(outcomes: list["Outcome"]) -> dict[str, Any]:
+    """Return a row's fields with the errors of each seed."""
     return {
-        TEST: [100 * outcome.test_error for outcome in outcomes],
-        TRAIN: [100 * outcome.train_error for outcome in outcomes],
-        MINUTES: [outcome.minutes for outcome in outcomes],
+        "wrong": {TEST: Wrong.of([outcome.wrong.numpy() for outcome in outcomes])},
+        "measured": {TRAIN: [100 * outcome.train_error for outcome in outcomes]},
+        "gaps": {GAP: (TEST, TRAIN)},
     }
 
 

@@ -6,7 +6,7 @@ defaults of layer.py. All pooling windows are clipped at the border of a map, an
 by the values that are left, which are torch's defaults.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,9 +55,11 @@ class LocallyConnected(nn.Module):
         return y.permute(1, 2, 0).unflatten(2, (side, side))
 
 
-def weighted(net: nn.Module) -> list[nn.Module]:
-    """Return the layers that have weights, in order."""
-    return [layer for layer in net.modules() if isinstance(getattr(layer, "weight", None), nn.Parameter)]
+def weighted(net: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield the weights and the biases of each layer that has them."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, LocallyConnected)):
+            yield layer.weight, layer.bias  # type: ignore[misc]  # there is one
 
 
 def layers_18pct(classes: int, seed: int) -> nn.Sequential:
@@ -94,9 +96,9 @@ def conv_local(classes: int, seed: int, normalise: bool) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(32 * 6 * 6, classes),
     )
-    for layer, deviation in zip(weighted(net), (0.0001, 0.01, 0.04, 0.04, 0.01), strict=True):
-        nn.init.normal_(layer.weight, std=deviation)  # type: ignore[arg-type]
-        nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for (weight, bias), deviation in zip(weighted(net), (0.0001, 0.01, 0.04, 0.04, 0.01), strict=True):
+        nn.init.normal_(weight, std=deviation)
+        nn.init.zeros_(bias)
     return net
 
 
@@ -148,26 +150,27 @@ class Update:
     """
 
     def __init__(self, net: nn.Module, decays: tuple[float, ...]):
-        layers = weighted(net)
-        self.weights = [
-            (layer.weight, torch.zeros_like(layer.weight), decay)  # type: ignore[arg-type]
-            for layer, decay in zip(layers, decays, strict=True)
+        layers = list(weighted(net))
+        self._weights = [
+            (weight, torch.zeros_like(weight), decay)
+            for (weight, _), decay in zip(layers, decays, strict=True)
         ]
-        self.biases = [(layer.bias, torch.zeros_like(layer.bias), 0.0) for layer in layers]  # type: ignore[arg-type]
+        self._biases = [(bias, torch.zeros_like(bias), 0.0) for _, bias in layers]
 
     @property
     def velocities(self) -> list[Tensor]:
-        return [velocity for _, velocity, _ in (*self.weights, *self.biases)]
+        return [velocity for _, velocity, _ in (*self._weights, *self._biases)]
 
     def load(self, velocities: list[Tensor]) -> None:
+        """Continue with the velocities of an interrupted training."""
         for velocity, kept in zip(self.velocities, velocities, strict=True):
             velocity.copy_(kept)
 
     @torch.no_grad()
     def step(self, weight_rate: float, bias_rate: float) -> None:
         """Update the parameters from their gradients, and clear these."""
-        for parameters, rate in ((self.weights, weight_rate), (self.biases, bias_rate)):
-            for parameter, velocity, decay in parameters:
-                velocity.mul_(MOMENTUM).add_(parameter.grad, alpha=-rate).add_(parameter, alpha=-rate * decay)
+        for rows, rate in ((self._weights, weight_rate), (self._biases, bias_rate)):
+            for parameter, velocity, decay in rows:
+                velocity.mul_(MOMENTUM).add_(parameter.grad, alpha=-rate).add_(parameter, alpha=-rate * decay)  # type: ignore[arg-type]
                 parameter.add_(velocity)
                 parameter.grad = None

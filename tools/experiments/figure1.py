@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row
-from tools.experiments.training import describe
+from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count, positive
 from trainer.environment import environment
 
@@ -110,6 +110,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         f"learning rates {', '.join(f'{rate:g}' for rate in options.rates)}",
         command=command_line(),
         environment=environment(world.device_name),
+        dataset=packing(options.data),
+        settings={"epochs": options.epochs, "batch": options.batch, "precision": "fp32"},
         rows=rows(curves, options.target, steps),
         figures=[Figure(file="figure1.png", caption=caption(rates, options.target))],
         remarks=[*remarks(curves, rates, options), table(tried, options.target)],
@@ -209,7 +211,14 @@ def rows(curves: Curves, target: float, steps: int) -> list[Row]:
         if max(values) < math.inf
     ]
     if values := ratios(curves, target):
-        found.append(Row(system="tanh over ReLU", measured={ratio: values}, published={ratio: 6}))
+        found.append(
+            Row(
+                system="tanh over ReLU",
+                measured={ratio: values},
+                published={ratio: 6},
+                claims={ratio: "A four-layer net learns several times faster with ReLU than with tanh (3.1)"},
+            )
+        )
     return found
 
 

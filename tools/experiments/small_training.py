@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
     @property
     def test_error(self) -> float:
-        return float(self.wrong.float().mean())
+        return float(self.wrong.double().mean())
 
 
 def load(root: Path, manifest: Manifest, device: torch.device) -> Data:
@@ -83,14 +83,14 @@ def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcom
         begun = time.monotonic()
         rates = recipe.rates(len(curve), epochs)
         train_error = _epoch(data, net, update, rates, recipe.crop, (seed, len(curve)))
-        test_error = float(misclassified(net, data.val, data.mean, recipe.crop, tests[:1]).float().mean())
+        test_error = float(misclassified(net, data.val, data.mean, recipe.crop, tests[:1]).double().mean())
         curve.append((train_error, test_error))
         seconds += time.monotonic() - begun
         state = {"curve": curve, "seconds": seconds, "net": net.state_dict(), "velocities": update.velocities}
         if len(curve) == epochs:
             state["wrong"] = misclassified(net, data.val, data.mean, recipe.crop, tests)
             wrong = misclassified(net, data.train, data.mean, recipe.crop, tests)
-            state["train_error"] = float(wrong.float().mean())
+            state["train_error"] = float(wrong.double().mean())
         with atomic_write(path) as file:
             torch.save(state, file)
         print(
