@@ -9,12 +9,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model.alexnet import count_parameters
+from pipeline.manifest import read_manifest
 from tools.experiments import cifar10, normalisation
 from tools.experiments.cuda_convnet import RECIPES, LocallyConnected, Update, conv_local, layers_18pct
 from tools.experiments.four_layers import Images
 from tools.experiments.small_training import (
     Data,
+    batches,
     centred,
+    load,
     misclassified,
     random_crops,
     train,
@@ -183,6 +186,20 @@ def test_a_test_averages_the_softmax_of_ten_views():
     mean = torch.full((3, 32, 32), 10.0)
     assert misclassified(Corner(), data, mean, 24, tests).tolist() == [False]
     assert misclassified(Corner(), data, mean, 24, [(0, 0, False)]).tolist() == [True]
+
+
+def test_the_mean_image_is_that_of_the_training_images(packed):
+    data = load(packed, read_manifest(packed), torch.device("cpu"))
+    assert (len(data.train), len(data.val)) == (60, 20)
+    np.testing.assert_allclose(data.mean, data.train.pixels.numpy().mean(0), rtol=1e-5)
+
+
+def test_batches_end_with_the_files_of_cifar_10_and_are_the_same_in_each_epoch():
+    first, again, other = (list(batches(25_000, seed)) for seed in (0, 0, 1))
+    assert [len(batch) for batch in first] == [*([128] * 78 + [16]) * 2, *[128] * 39, 8]
+    assert sorted(torch.cat(first).tolist()) == list(range(25_000))
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], other[0])
 
 
 @pytest.mark.parametrize("name", ["layers-18pct", "with normalisation"])

@@ -66,7 +66,9 @@ def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcom
     recipe, device = RECIPES[name], data.mean.device
     torch.manual_seed(seed)
     net = recipe.build(data.train.classes, seed).to(device)
-    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.5 times as fast on a CPU
+    # On one core, the steps of an epoch of layers-18pct take 40 s in this format, 61 s in NCHW, and 55 s or
+    # more if torch.compile is used.
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     update = Update(net, recipe.decays)
     path = folder / f"{name.replace(' ', '-')}-{seed}.pt"
     curve: list[tuple[float, float]] = []
@@ -112,7 +114,7 @@ def _epoch(
     """Train one epoch; return the share of misclassified images."""
     rng = np.random.default_rng(draw)
     misses = torch.zeros((), dtype=torch.int64, device=data.mean.device)
-    for numbers in _batches(len(data.train), draw[0]):
+    for numbers in batches(len(data.train), draw[0]):
         pixels, labels = data.train.pixels[numbers], data.train.labels[numbers]
         if crop:
             pixels = random_crops(pixels, crop, rng)
@@ -123,7 +125,7 @@ def _epoch(
     return float(misses) / len(data.train)
 
 
-def _batches(images: int, seed: int) -> Iterator[Tensor]:
+def batches(images: int, seed: int) -> Iterator[Tensor]:
     """Yield the numbers of the images of each batch. The batches do not cross the files of CIFAR-10."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(images))
     for file in order.split(FILE):
