@@ -60,8 +60,8 @@ def _images(reader: ShardReader, device: torch.device) -> Images:
 def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcome:
     """Train the net of a recipe and test it.
 
-    The state is saved in `folder` after each epoch, and training resumes from it. The images
-    have the same order in each epoch, as in cuda-convnet, which depends on the seed.
+    The state is saved in `folder` after each epoch, and training resumes from it. As in cuda-convnet, the
+    images have the same order in each epoch; it depends on the seed.
     """
     recipe, device = RECIPES[name], data.mean.device
     torch.manual_seed(seed)
