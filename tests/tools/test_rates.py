@@ -10,6 +10,7 @@ from pipeline.reader import ShardReader
 from tests.tools.test_paper import QUICK
 from tools.experiments import rates
 from tools.experiments.held_out import hold_out
+from tools.experiments.rates import Sweep
 from tools.experiments.record import Trial
 from tools.experiments.training import TrainingError
 from trainer.run import Run
@@ -36,7 +37,10 @@ def test_the_last_training_shard_is_held_out(packed, tmp_path):
     np.testing.assert_array_equal(labels, whole.rows["label"])
     assert manifest.pixels == before.pixels
     assert manifest.fingerprint != before.fingerprint
-    assert hold_out(packed, tmp_path) == data  # again
+    (data / manifest.split("train").shards[0].file).unlink()
+    (data / manifest.split("train").shards[0].file).symlink_to(tmp_path / "where the dataset was")
+    assert hold_out(packed, tmp_path) == data
+    assert ShardReader(data, manifest, "train").jpeg(0) == whole.jpeg(0)
 
 
 def test_a_single_shard_has_no_part_to_hold_out(packed, packed_copy, tmp_path):
@@ -48,18 +52,22 @@ def test_a_single_shard_has_no_part_to_hold_out(packed, packed_copy, tmp_path):
 
 
 def test_the_rate_with_the_lowest_error_is_chosen():
-    assert rates.setting(TRIALS, "AlexNet") == ["--learning-rate", "0.01"]
-    assert rates.setting(TRIALS, "tanh") == ["--learning-rate", "0.001"]
-    assert rates.setting([], "tanh") == []
-    assert rates.remarks(TRIALS)[0].startswith(
-        "The best learning rate tried is an end of the range for tanh:"
-    )
-    assert rates.remarks(TRIALS[:3]) == rates.remarks([]) == []
+    found = Sweep(TRIALS, "budget")
+    assert found.setting("AlexNet") == ["--learning-rate", "0.01"]
+    assert found.setting("tanh") == ["--learning-rate", "0.001"]
+    end = "The best learning rate tried is an end of the range for tanh: one beyond it may be better."
+    assert found.remarks() == ["budget", end]
+    assert Sweep(TRIALS[:3], "budget").remarks() == ["budget"]
+    assert Sweep(TRIALS[:1], "budget").remarks() == ["budget"]  # one rate is no range
+
+
+def test_without_rates_the_settings_are_unchanged():
+    assert Sweep([], "").setting("tanh") == Sweep([], "").remarks() == []
 
 
 def test_a_net_that_always_diverges_is_refused():
     with pytest.raises(TrainingError, match="tanh diverged at each of --rates"):
-        rates.best(TRIALS[3:4], "tanh")
+        Sweep(TRIALS[3:4], "").best("tanh")
 
 
 @pytest.mark.slow
@@ -69,9 +77,11 @@ def test_trials_see_only_training_images_and_may_diverge(packed, tmp_path):
     options = parser.parse_args(["--rates", "0.003", "1e9"], argparse.Namespace(jobs=2))
     settings = ["--data", str(packed), *QUICK, "--log-every", "1"]
     found = rates.sweep(options, settings, {"one tower": ["--towers", "1"]}, tmp_path)
-    assert [(trial.system, trial.rate) for trial in found] == [("one tower", 0.003), ("one tower", 1e9)]
-    assert found[0].error is not None
-    assert found[1].error is None
+    learned, diverged = found.trials
+    assert (learned.system, learned.rate, diverged.rate) == ("one tower", 0.003, 1e9)
+    assert learned.error is not None
+    assert diverged.error is None
+    assert "trials of 1 epoch with seed 0, by the error on 20 training images" in found.budget
     used = Run(tmp_path / "one-tower-0.003").settings()
     assert (used.towers, used.learning_rate, used.epochs) == (1, 0.003, 1)
     assert read_manifest(used.data).fingerprint != read_manifest(packed).fingerprint

@@ -142,6 +142,18 @@ def test_the_first_page_lists_claims_machines_and_notes(tmp_path):
     assert first.endswith("Measured on 2 cores (486).\n\nNot reached: 24 %.\n")
 
 
+def test_a_claim_whose_measure_a_net_did_not_reach_is_listed(tmp_path):
+    row = Row(
+        system="tanh", than="AlexNet", claims={"epochs": "With tanh, slower (3.1)"}, signs={"epochs": 1}
+    )
+    record(Row(system="AlexNet", measured={"epochs": FIVE}), row).save(tmp_path)
+    first = report(tmp_path)[tmp_path / "README.md"]
+    assert (
+        "| With tanh, slower (3.1): epochs | higher than AlexNet |  |  | not reached, see the details |"
+        in first
+    )
+
+
 @pytest.mark.parametrize(
     ("title", "expected"),
     [("Fig. 1: ReLU against tanh", "fig-1-relu-against-tanh"), ("CNN*", "cnn"), ("Two GPUs", "two-gpus")],

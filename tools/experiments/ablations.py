@@ -43,14 +43,14 @@ def ablations(target: float) -> list[Ablation]:
             "no LRN",
             "--no-lrn",
             section="3.3",
-            claims={TOP1: "Normalisation lowers the error (3.3)"},
+            claims={TOP1: "Without normalisation, the error is higher (3.3)"},
             published={TOP1: 1.4, TOP5: 1.2},
         ),
         less(
             "non-overlapping pooling",
             "--no-overlapping-pooling",
             section="3.4",
-            claims={TOP1: "Overlapping pooling lowers the error (3.4)"},
+            claims={TOP1: "With pooling that does not overlap, the error is higher (3.4)"},
             published={TOP1: 0.4, TOP5: 0.3},
         ),
         less(
@@ -58,7 +58,7 @@ def ablations(target: float) -> list[Ablation]:
             "--towers",
             "1",
             section="3.2",
-            claims={TOP1: "The net of one GPU has a higher error than that of two (3.2)"},
+            claims={TOP1: "With the net of one GPU, the error is higher (3.2)"},
             published={TOP1: 1.7, TOP5: 1.2},
         ),
         less(
@@ -66,14 +66,14 @@ def ablations(target: float) -> list[Ablation]:
             "--colour",
             "off",
             section="4.1: more than 1",
-            claims={TOP1: "Colour augmentation lowers the error (4.1)"},
+            claims={TOP1: "Without colour augmentation, the error is higher (4.1)"},
             published={TOP1: 1.0},
         ),
         less(
             "no crops or flips",
             "--no-crops-and-flips",
             section="4.1: overfits substantially",
-            claims={GAP: "Without crops and mirror images, the net overfits (4.1)"},
+            claims={GAP: "Without crops and mirror images, the net overfits more (4.1)"},
             signs={GAP: 1},
         ),
         less(
@@ -82,7 +82,7 @@ def ablations(target: float) -> list[Ablation]:
             "off",
             section="4.2: overfits substantially; dropout doubles the iterations",
             claims={
-                GAP: "Without dropout, the net overfits (4.2)",
+                GAP: "Without dropout, the net overfits more (4.2)",
                 early: "Without dropout, the net learns in fewer iterations (4.2)",
             },
             signs={GAP: 1, early: -1},
@@ -92,7 +92,7 @@ def ablations(target: float) -> list[Ablation]:
             "--weight-decay",
             "0",
             section="5",
-            claims={TRAIN: "Weight decay lowers even the training error (5)"},
+            claims={TRAIN: "Without weight decay, even the training error is higher (5)"},
             signs={TRAIN: 1},
         ),
         less(
@@ -100,7 +100,7 @@ def ablations(target: float) -> list[Ablation]:
             "--initial-biases",
             "zeros",
             section="5",
-            claims={early: "Biases that begin at 1 accelerate early learning (5)"},
+            claims={early: "With biases of 0 instead of 1, early learning is slower (5)"},
             signs={early: 1},
         ),
         less(
@@ -108,7 +108,7 @@ def ablations(target: float) -> list[Ablation]:
             "--activation",
             "tanh",
             section="3.1: several times slower",
-            claims={early: "A net learns more slowly with tanh than with ReLU (3.1)"},
+            claims={early: "With tanh, the net learns more slowly (3.1)"},
             signs={early: 1},
         ),
         *(
@@ -159,11 +159,11 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
                 "it removes, or select the other ablations with --only"
             )
     folder = options.out / "ablations"
-    trials = rates.sweep(options, settings, {row.system: own for own, row in chosen}, folder / "rates")
+    sweep = rates.sweep(options, settings, {row.system: own for own, row in chosen}, folder / "rates")
     trainings = [
         Training(
             folder / f"{row.system.replace(' ', '-')}-{seed}",
-            [*settings, "--seed", str(seed), *rates.setting(trials, row.system), *changed],
+            [*settings, "--seed", str(seed), *sweep.setting(row.system), *changed],
         )
         for seed in range(options.seeds)
         for changed, row in chosen
@@ -180,10 +180,10 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
         rows=rows,
         remarks=[
             "The top-1 and top-5 errors are those of ten crops.",
-            *rates.remarks(trials),
+            *sweep.remarks(),
             *slow(rows, options.target),
         ],
-        sweep=trials,
+        sweep=sweep.trials,
         **about(trainings),
     )
 

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
                 wrong=measured(10),
                 published={TOP1: -1.6, TOP5: -1.3},
                 than=CENTRE,
-                claims={TOP1: "Ten crops have a lower error than one (4.1)"},
+                claims={TOP1: "With ten crops instead of one, the error is lower (4.1)"},
             ),
         ],
         **opened[0].about(*opened[1:]),

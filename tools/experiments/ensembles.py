@@ -93,7 +93,7 @@ def rows(
             wrong=wrong([errors(average(nets, weights), labels)]),
             published={} if weights else PUBLISHED.get(name, {}),
             than=singles[0].system,
-            claims={} if weights else {TOP1: f"{name} averaged have a lower error than one (table 2)"},
+            claims={} if weights else {TOP1: f"With the average of {name}, the error is lower (table 2)"},
         )
 
     averages = [averaged(f"{len(scores)} {'CNNs*' if any(stars) else 'CNNs'}", scores)]

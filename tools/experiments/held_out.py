@@ -18,8 +18,8 @@ from pipeline.shards import read_index, write_index
 def hold_out(data: Path, folder: Path) -> Path:
     """Make a dataset below `folder` that holds out the last tenth of the training shards; return its path.
 
-    At least one shard is held out. The dataset is made once. Raises DatasetError if there is a single
-    training shard or the dataset cannot be read, and OSError.
+    At least one shard is held out. The same dataset always gives the same one. Raises DatasetError if there
+    is a single training shard or the dataset cannot be read, and OSError.
     """
     manifest = read_manifest(data)
     whole = manifest.split("train")
@@ -30,29 +30,24 @@ def hold_out(data: Path, folder: Path) -> Path:
             "images in a shard (--shard-samples)"
         )
     target = folder / f"held-out-{manifest.fingerprint}"
-    if target.exists():
-        read_manifest(target)
-        return target
     rows = read_index(data, whole, len(manifest.classes))
     first = count - max(1, round(count / 10))  # the first shard that is held out
     is_held_out = rows["shard"] >= first
     rows["shard"][is_held_out] -= first
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
     for shard in whole.shards:
-        link = unfinished / shard.file
+        link = target / shard.file
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to((data / shard.file).resolve())
+        if not link.exists():
+            link.unlink(missing_ok=True)  # it may lead to where the dataset was
+            link.symlink_to((data / shard.file).resolve())
     splits = {
-        "train": _split(unfinished, "train", whole.shards[:first], rows[~is_held_out]),
-        "val": _split(unfinished, "val", whole.shards[first:], rows[is_held_out]),
+        "train": _split(target, "train", whole.shards[:first], rows[~is_held_out]),
+        "val": _split(target, "val", whole.shards[first:], rows[is_held_out]),
     }
     packed = manifest.packed | {
         "held_out": f"training shards {first} to {count - 1} of {manifest.fingerprint}"
     }
-    write_manifest(unfinished, manifest.model_copy(update={"splits": splits, "packed": packed}))
-    unfinished.rename(target)
+    write_manifest(target, manifest.model_copy(update={"splits": splits, "packed": packed}))
     return target
 
 

@@ -11,14 +11,14 @@ from tools.experiments.finished import open_run
 from tools.experiments.record import TOP1
 from trainer.run import Run
 
-CENTRE = "top-1 error on the centre crop (%)"
-TRAIN = "top-1 error on the centre crop of training images (%)"
-GAP = "validation minus training error on the centre crop (points)"
+CENTRE = "top-1 error, centre crop (%)"
+TRAIN = "training top-1 error, centre crop (%)"
+GAP = "validation minus training error, centre crop (points)"
 
 
 def epochs_measure(target: float) -> str:
     """Return the name of the measure of early learning. target: in percent."""
-    return f"epochs until the validation error is at most {target:g} %"
+    return f"epochs to a validation error of {target:g} %"
 
 
 def measures(runs: Sequence[Path], target: float, out: Path) -> dict[str, Any]:

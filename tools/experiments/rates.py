@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from math import isfinite
 from pathlib import Path
+from typing import NamedTuple
 
+from pipeline.manifest import read_manifest
 from tools.experiments.held_out import hold_out
 from tools.experiments.record import Trial
 from tools.experiments.training import Training, TrainingError, train_all
@@ -30,20 +32,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Sweep(NamedTuple):
+    """The trials of all systems; none if no rates were tried. budget: in words."""
+
+    trials: list[Trial]
+    budget: str
+
+    def best(self, system: str) -> float | None:
+        """Return the system's rate with the lowest error, the lower rate in a tie; None if none was tried.
+
+        Raises TrainingError if all diverged.
+        """
+        own = [trial for trial in self.trials if trial.system == system]
+        if not own:
+            return None
+        found = [(trial.error, trial.rate) for trial in own if trial.error is not None]
+        if not found:
+            raise TrainingError(f"{system} diverged at each of --rates: add lower ones")
+        return min(found)[1]
+
+    def setting(self, system: str) -> list[str]:
+        """Return the setting of the system's best rate, or none if no rates were tried."""
+        rate = self.best(system)
+        return [] if rate is None else ["--learning-rate", str(rate)]
+
+    def remarks(self) -> list[str]:
+        """Return the budget, and the systems whose best rate is an end of the range."""
+        if not self.trials:
+            return []
+        rates = {trial.rate for trial in self.trials}
+        systems = dict.fromkeys(trial.system for trial in self.trials)
+        ends = [name for name in systems if self.best(name) in (min(rates), max(rates))]
+        if len(rates) < 2 or not ends:
+            return [self.budget]
+        which = ", ".join(ends)
+        return [
+            self.budget,
+            f"The best learning rate tried is an end of the range for {which}: one beyond it may be better.",
+        ]
+
+
 def sweep(
     options: argparse.Namespace, settings: Sequence[str], systems: Mapping[str, Sequence[str]], folder: Path
-) -> list[Trial]:
+) -> Sweep:
     """Train each system, given by its own settings, at each of --rates with seed 0.
 
     Without --rates, nothing is trained. The runs are in the folder; those that finished or diverged are not
     repeated. Raises SettingsError, DatasetError and TrainingError.
     """
     if not options.rates:
-        return []
+        return Sweep([], "")
     chosen = load_settings(settings)
-    common = ["--data", str(hold_out(chosen.data, folder)), "--seed", "0"]
-    common += ["--epochs", str(options.rate_epochs or max(1, chosen.epochs // 3))]
-    pairs = list(product(systems, options.rates))
+    epochs = options.rate_epochs or max(1, chosen.epochs // 3)
+    data = hold_out(chosen.data, folder)
+    common = ["--data", str(data), "--seed", "0", "--epochs", str(epochs)]
+    pairs = list(product(systems, sorted(set(options.rates))))
     trainings = [
         Training(
             folder / f"{name.replace(' ', '-')}-{rate:g}",
@@ -53,40 +96,12 @@ def sweep(
     ]
     evaluations = train_all(trainings, options.jobs, may_diverge=True)
     errors = [100 * evaluation["top1_error"] for evaluation in evaluations]
-    return [
-        Trial(system=name, rate=rate, error=error if isfinite(error) else None)
-        for (name, rate), error in zip(pairs, errors, strict=True)
-    ]
-
-
-def best(trials: Sequence[Trial], system: str) -> float | None:
-    """Return the system's rate with the lowest error, the lower rate in a tie; None if none was tried.
-
-    Raises TrainingError if all diverged.
-    """
-    own = [trial for trial in trials if trial.system == system]
-    if not own:
-        return None
-    found = [(trial.error, trial.rate) for trial in own if trial.error is not None]
-    if not found:
-        raise TrainingError(f"{system} diverged at each of --rates: add lower ones")
-    return min(found)[1]
-
-
-def setting(trials: Sequence[Trial], system: str) -> list[str]:
-    """Return the setting of the system's best rate, or none if no rates were tried."""
-    rate = best(trials, system)
-    return [] if rate is None else ["--learning-rate", str(rate)]
-
-
-def remarks(trials: Sequence[Trial]) -> list[str]:
-    """Name the systems whose best rate is an end of the range, beyond which a better one may lie."""
-    rates = [trial.rate for trial in trials]
-    systems = dict.fromkeys(trial.system for trial in trials)
-    ends = [name for name in systems if best(trials, name) in (min(rates), max(rates))]
-    if len(set(rates)) < 2 or not ends:
-        return []
-    return [
-        f"The best learning rate tried is an end of the range for {', '.join(ends)}: "
-        "one beyond it may be better."
-    ]
+    held_out = read_manifest(data).split("val").samples
+    return Sweep(
+        [
+            Trial(system=name, rate=rate, error=error if isfinite(error) else None)
+            for (name, rate), error in zip(pairs, errors, strict=True)
+        ],
+        f"Learning rates were chosen in trials of {epochs} epoch{'s' if epochs > 1 else ''} with seed 0, by "
+        f"the error on {held_out:,} training images that the trials did not learn from.",
+    )

@@ -112,18 +112,15 @@ def _claims(record: Record, details: str) -> Iterator[str]:
         if row.than or not compared
     ]
     for row, measure, text in claims or others:
-        if measure not in row.measures:  # a run did not get so far; a remark says so
-            continue
-        result = record.result(row, measure)
-        signed = result.sign is not None
-        cells = [
-            f"{text}: {measure}",
-            published(row, measure),
-            f"{result.mean:{'+.2f' if signed else '.2f'}}",
-            bounds(result.interval, signed),
-            result.verdict,
-            link,
-        ]
+        compared_with = [record.row(row.than)] if row.than else []
+        if all(measure in one.measures for one in (row, *compared_with)):
+            result = record.result(row, measure)
+            signed = result.sign is not None
+            mean = f"{result.mean:{'+.2f' if signed else '.2f'}}"
+            found = [mean, bounds(result.interval, signed), result.verdict]
+        else:
+            found = ["", "", "not reached, see the details"]
+        cells = [f"{text}: {measure}", published(row, measure), *found, link]
         yield f"| {' | '.join(cells)} |"
 
 

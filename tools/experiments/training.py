@@ -95,7 +95,7 @@ def train_all(
         done += 1
         minutes = (time.monotonic() - begun) / 60
         print(
-            f"{done}/{len(left)} {training.folder.name}: top-1 error {evaluation['top1_error']:.1%}, "
+            f"{done}/{len(left)} {training.folder.name}: {_text(evaluation['top1_error'])}, "
             f"after {minutes:.0f} min, about {minutes / done * (len(left) - done):.0f} min left",
             flush=True,
         )
@@ -104,6 +104,10 @@ def train_all(
     with ThreadPoolExecutor(jobs) as pool:
         trained = pool.map(train_step, left)
         return [evaluation or next(trained) for evaluation in found]
+
+
+def _text(error: float) -> str:
+    return f"top-1 error {error:.1%}" if error < math.inf else "diverged"
 
 
 def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
