@@ -162,7 +162,11 @@ class AlexNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as in section 5: weights are normally distributed, and biases are 0 or 1."""
+        """Initialise as in section 5: weights are normally distributed, and biases are 0 or 1.
+
+        If the net is not as wide as in the paper, weights are divided by the root of the width in all layers
+        whose number of inputs depends on it, so that their outputs vary as much as in the paper's net.
+        """
         stds = dict.fromkeys(("conv3", "conv4", "conv5"), self.preset.conv345_std) | {"conv6": 0.03}
         ones = {"conv2", "conv4", "conv5", "conv6", "fc6", "fc7"}
         # With biases of 1, tanh would start near saturation.
@@ -170,7 +174,8 @@ class AlexNet(nn.Module):
             ones = set()
         for name, layer in self.named_children():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(layer.weight, std=stds.get(name, 0.01))
+                scale = 1.0 if name == "conv1" else self.variant.width**-0.5
+                nn.init.normal_(layer.weight, std=scale * stds.get(name, 0.01))
                 assert layer.bias is not None
                 nn.init.constant_(layer.bias, float(name in ones))
 

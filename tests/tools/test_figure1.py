@@ -3,6 +3,8 @@
 import argparse
 import io
 import math
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ import torch
 from PIL import Image
 
 from model.alexnet import count_parameters
+from pipeline.machine import cpus
 from pipeline.manifest import DatasetError
 from tools.experiments import figure1, four_layers
-from tools.experiments.figure1 import Sweep, remarks, rows
+from tools.experiments.figure1 import Sweep, fastest, remarks, rows, table
 from tools.experiments.four_layers import Images, Trial, epochs_to, is_over, small_images, train
+from tools.experiments.jobs import run_all
+from tools.experiments.training import TrainingError
 
 
 class Reader:
@@ -105,10 +110,44 @@ def test_learning_rates_that_cannot_win_are_given_up(tmp_path, monkeypatch):
         return falls[trial.rate][:epochs]
 
     monkeypatch.setattr(four_layers, "train", learn)
-    options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128, seeds=1)
-    sweep = Sweep(options, None, tmp_path)
-    assert sweep.fastest_rate("relu") == 0.01
+    options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128)
+    tried = Sweep(options, None, tmp_path).try_rates("relu")
+    assert fastest(tried, 25.0) == 0.01
     assert requested == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
+    assert table({"relu": tried}, 25.0).splitlines()[1:] == [
+        "|---|---|---|---|---|",
+        "| ReLU | 80.0% after 3 | 2.3 epochs | 3.0 epochs | diverged |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tried", "rate"),
+    [
+        ({0.1: [0.5, 0.4], 0.01: [0.6, 0.3]}, 0.01),  # neither reaches the target
+        ({0.1: [0.3, math.nan], 0.01: [0.5, 0.4]}, 0.1),  # it came closer before it diverged
+        ({0.1: [math.nan], 0.01: [math.nan]}, 0.1),
+    ],
+)
+def test_the_rate_that_comes_closest_is_chosen_if_none_reaches_the_target(tried, rate):
+    assert fastest(tried, 25.0) == rate
+
+
+def test_images_arrive_in_another_process_unchanged():
+    images = learnable()
+    copy = pickle.loads(pickle.dumps(images))
+    assert copy.mean == images.mean
+    assert copy.classes == images.classes
+    numbers = torch.tensor([3, 5])
+    assert torch.equal(copy.inputs(numbers), images.inputs(numbers))
+    assert copy.pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_jobs_run_in_processes_of_their_own_which_share_the_cpus():
+    assert run_all(pow, (2,), [(3,), (4,)], 1) == [8, 16]
+    assert run_all(torch.get_num_threads, (), [(), ()], 2) == [max(1, cpus() // 2)] * 2
+    with pytest.raises(TrainingError, match="a worker process ended with exit code 3"):
+        run_all(os._exit, (), [(3,)], 2)
 
 
 def test_the_ratio_compares_runs_with_the_same_seed():
@@ -137,5 +176,6 @@ def test_figure_1_of_a_packed_dataset(packed, tmp_path):
     record = figure1.run(options, [])
     assert "12 training images of the first 2 classes" in record.data
     assert [figure.file for figure in record.figures] == ["figure1.png"]
+    assert record.remarks[-1].startswith("| epochs to 25 %, seed 0, at a rate of | 0.01 |")
     with Image.open(tmp_path / "figure1.png") as image:
         image.load()

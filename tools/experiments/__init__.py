@@ -2,5 +2,5 @@
 
 EXPERIMENTS = (  # in the order of the report
     "crops", "ensembles", "cnn-star", "baselines", "ablations",
-    "figure1", "figure3", "figure4", "codes", "towers",
+    "figure1", "cifar10", "normalisation", "figure3", "figure4", "codes", "towers",
 )  # fmt: skip

@@ -82,6 +82,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __reduce__(self) -> tuple[type["Images"], tuple[np.ndarray, np.ndarray, torch.device]]:
+        # Torch would pass the tensors to another process in shared memory, of which containers have 64 MB.
+        return type(self), (self.pixels.cpu().numpy(), self.labels.cpu().numpy(), self.pixels.device)
+
     def inputs(self, numbers: Tensor) -> Tensor:
         return self.pixels[numbers].float() - self.mean
 

@@ -19,8 +19,8 @@ from pipeline.shards import read_index, write_index
 def hold_out(data: Path, folder: Path) -> Path:
     """Make a dataset below `folder` that holds out the last training shards; return its path.
 
-    The same dataset always gives the same one. Raises DatasetError if no shard would be left to train on or the dataset cannot
-    be read, and OSError.
+    The same dataset always gives the same one. Raises DatasetError if no shard would be left to train on or
+    the dataset cannot be read, and OSError.
     """
     manifest = read_manifest(data)
     whole = manifest.split("train")
