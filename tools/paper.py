@@ -15,7 +15,7 @@
     figure4        the five most probable classes of validation images, and their nearest training images
     codes          image retrieval by short binary codes from an auto-encoder
     towers         the net on two devices, as in Fig. 2, compared with the same net on one
-    report         writes results.md: the published and the measured numbers of all experiments that were run
+    report         writes README.md, the paper's claims with verdicts, and results.md, all that was measured
 
 An experiment writes a record, pictures and its training runs to --out. Running the same command again resumes
 an interrupted experiment. `alexnet-train paper NAME --help` lists the options of one experiment.

@@ -246,6 +246,17 @@ def test_initial_logits_differ_between_images(net, request):
         assert 0.003 < spread < 0.03  # three layers have weights a third as large
 
 
+@pytest.mark.parametrize("preset", ["paper", "code2012"])
+def test_the_initial_logits_of_a_narrow_net_vary_as_much_as_those_of_the_whole_net(preset):
+    torch.manual_seed(0)
+    spreads = []
+    for width in (1.0, 0.25):
+        net = AlexNet(100, preset, "off", crop=112, variant=Variant(width=width)).eval()
+        with torch.inference_mode():
+            spreads.append(net(some_pixels(8, 112, torch.float32)).std(0).mean().item())
+    assert 0.5 < spreads[1] / spreads[0] < 2
+
+
 def reference_logits(net: AlexNet, x: Tensor, preset: str) -> Tensor:
     """Compute the forward pass with torch's own layers and two explicit towers."""
     variant, towers, narrower = net.variant, net.variant.towers, int(net.variant.released_pooling)

@@ -176,7 +176,7 @@ def _minutes(run: Run) -> float:
     for row in run.metrics.rows():
         seconds += (row["step"] * batch - images) / row["images_per_second"]
         images = row["step"] * batch
-    return round(seconds / 60, 2)
+    return round(seconds / 60, 4)
 
 
 def packing(data: Path) -> dict[str, Any]:
