@@ -8,6 +8,7 @@ import pytest
 from pipeline.manifest import DatasetError, read_manifest, write_manifest
 from pipeline.reader import ShardReader
 from tests.tools.test_paper import QUICK
+from tests.trees import pack_here
 from tools.experiments import rates
 from tools.experiments.held_out import hold_out
 from tools.experiments.rates import Sweep
@@ -43,11 +44,19 @@ def test_the_last_training_shard_is_held_out(packed, tmp_path):
     assert ShardReader(data, manifest, "train").jpeg(0) == whole.jpeg(0)
 
 
+def test_at_least_a_tenth_of_the_images_is_held_out(pictures, tmp_path):
+    """The 60 images are in 12 shards, of which one holds less than a tenth."""
+    data = tmp_path / "data"
+    pack_here("--input", pictures, "--out", data, "--size", "80", "--shard-samples", "5")
+    splits = read_manifest(hold_out(data, tmp_path)).splits
+    assert {name: split.samples for name, split in splits.items()} == {"train": 50, "val": 10}
+
+
 def test_a_single_shard_has_no_part_to_hold_out(packed, packed_copy, tmp_path):
     manifest = read_manifest(packed)
     one = manifest.split("val")
     write_manifest(packed_copy, manifest.model_copy(update={"splits": {"train": one, "val": one}}))
-    with pytest.raises(DatasetError, match=r"single training shard.*--shard-samples"):
+    with pytest.raises(DatasetError, match=r"none would be left.*--shard-samples"):
         hold_out(packed_copy, tmp_path)
 
 

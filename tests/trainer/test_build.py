@@ -15,9 +15,12 @@ CPU = torch.device("cpu")
 def test_the_net_is_the_published_one_unless_settings_change_it():
     assert build_model(load_settings([]), 10, CPU).variant == Variant()
     changed = ["--activation", "tanh", "--no-lrn", "--no-overlapping-pooling", "--towers", "1", "--conv6"]
-    changed += ["--without", "conv3", "--width", "0.5", "--initial-biases", "zeros"]
+    changed += ["--without", "conv3", "--width", "0.5", "--released-pooling", "--initial-biases", "zeros"]
     net = build_model(load_settings(changed), 10, CPU)
-    assert net.variant == Variant("tanh", False, False, 1, True, "conv3", 0.5, "zeros")
+    expected = Variant(
+        "tanh", False, False, 1, True, "conv3", 0.5, released_pooling=True, initial_biases="zeros"
+    )
+    assert net.variant == expected
 
 
 @pytest.fixture
