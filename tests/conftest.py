@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from tools import verify_shards
 from tools.draw_pictures import class_names, draw
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell makes a background job ignore Ctrl-C. Its children would inherit this, and never be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # No deadlines, as other jobs may share the machine; the same examples on every machine.
 settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
