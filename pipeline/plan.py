@@ -162,15 +162,15 @@ class Plan:
         """
         spans = self._spans(step, rank, world, steps)
         epochs = np.concatenate([np.full(count, epoch) for epoch, _, count in spans])
-        drawn = self._draws_in(spans)
-        if self.crop_chunk > 1:
-            # A chunk begins in the share of this rank or an earlier one.
+        if self.crop_chunk == 1:
+            drawn = self._draws_in(spans)
+        else:  # a chunk begins in the share of this rank or an earlier one
             whole = self._draws_in(self._spans(step, 0, 1, steps))
             images = self.images_per_rank(world)
-            in_step = np.arange(rank * images, (rank + 1) * images)
-            first = in_step - in_step % self.crop_chunk
-            firsts = (self.batch * np.arange(steps)[:, np.newaxis] + first).ravel()
-            drawn = Draws(whole.uniform[firsts], whole.mirror[firsts], drawn.normal)
+            in_step = np.tile(np.arange(rank * images, (rank + 1) * images), steps)
+            own = np.repeat(self.batch * np.arange(steps), images) + in_step
+            first = own - in_step % self.crop_chunk
+            drawn = Draws(whole.uniform[first], whole.mirror[first], whole.normal[own])
         return RankBatch(self._samples_in(spans), epochs, drawn)
 
     def _draws_in(self, spans: Iterable[tuple[int, int, int]]) -> Draws:
