@@ -5,14 +5,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
-from tools.experiments.record import TOP1, TOP5, Measures, TrainedRun
+from tools.experiments.record import TrainedRun
 from tools.options import command_line
 from trainer.run import Run
 from trainer.settings import Settings, load_settings
@@ -108,13 +108,6 @@ def train_all(
 
 def _text(error: float) -> str:
     return f"top-1 error {error:.1%}" if error < math.inf else "diverged"
-
-
-def measured(evaluations: Iterable[dict[str, float]]) -> Measures:
-    """Return the errors of evaluations, in percent."""
-    columns = {TOP1: "top1_error", TOP5: "top5_error"}
-    rows = list(evaluations)
-    return {measure: [100 * row[column] for row in rows] for measure, column in columns.items()}
 
 
 def about(trainings: Sequence[Training]) -> dict[str, Any]:
