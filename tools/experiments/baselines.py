@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
-from tools.experiments.finished import open_run
+from tools.experiments.finished import open_net
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe, packing
 from tools.options import add_seeds, command_line, count
@@ -226,8 +226,7 @@ def _nets(options: argparse.Namespace) -> Row:
 
     found, six = [], False
     for folder in options.nets:
-        one = {"run": folder, "data": options.data, "checkpoint": "newest", "device": "auto"}
-        opened = open_run(argparse.Namespace(**one), "val")
+        opened = open_net(folder, "val", data=options.data)
         found.append(errors_of(opened, "val", 10, options.out))
         six = opened.trained.settings.conv6
     name = "CNN*" if six else "CNN"

@@ -80,15 +80,29 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def open_run(options: argparse.Namespace, *splits: str) -> Finished:
-    """Open the net of options.run. splits: splits that the dataset must have.
+    """Open the net of options.run. splits: splits that the dataset must have. Raises as `open_net` does."""
+    return open_net(
+        options.run, *splits, data=options.data, checkpoint=options.checkpoint, device=options.device
+    )
 
-    Raises SettingsError, DatasetError or RunError, as `load_trained` does, and before importing torch where
-    possible.
+
+def open_net(
+    folder: Path,
+    *splits: str,
+    data: Path | None = None,
+    checkpoint: str = "newest",
+    device: str = "auto",
+) -> Finished:
+    """Open the net of a run.
+
+    splits: splits that the dataset must have. data: a dataset to use instead of the run's own. checkpoint:
+    `newest` or `best`. Raises SettingsError, DatasetError or RunError, as `load_trained` does, and before
+    importing torch where possible.
     """
-    run = Run(options.run)
+    run = Run(folder)
     settings = run.settings()
-    if options.data:
-        settings = settings.model_copy(update={"data": options.data})
+    if data:
+        settings = settings.model_copy(update={"data": data})
     there = read_manifest(settings.data).splits
     for split in splits:
         if split not in there:
@@ -101,12 +115,12 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
     from trainer.precision import resolve_precision
     from trainer.processes import distributed
 
-    world = distributed.join(options.device)
-    trained = load_trained(settings, run, world.device, options.checkpoint == "best")
+    world = distributed.join(device)
+    trained = load_trained(settings, run, world.device, checkpoint == "best")
     print(*trained.notes, sep="\n", end="\n" * bool(trained.notes), file=sys.stderr)
     trained.model.eval()
     precision = resolve_precision(settings.precision, world.device)
-    return Finished(trained, world, precision, options.run.resolve())
+    return Finished(trained, world, precision, folder.resolve())
 
 
 def open_runs(options: argparse.Namespace, *splits: str) -> list[Finished]:
@@ -117,6 +131,5 @@ def open_runs(options: argparse.Namespace, *splits: str) -> list[Finished]:
     opened: list[Finished] = []
     for run in options.runs:
         data = opened[0].trained.settings.data if opened else options.data
-        one = argparse.Namespace(**vars(options) | {"run": run, "data": data})
-        opened.append(open_run(one, *splits))
+        opened.append(open_net(run, *splits, data=data, checkpoint=options.checkpoint, device=options.device))
     return opened

@@ -1,13 +1,12 @@
 """Measure finished runs: errors with ten crops, overfitting, and how soon they learned."""
 
-import argparse
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tools.experiments.finished import open_run
+from tools.experiments.finished import open_net
 from tools.experiments.record import TOP1
 from trainer.run import Run
 
@@ -27,14 +26,13 @@ def measures(runs: Sequence[Path], target: float | None, out: Path) -> dict[str,
     The top-1 and top-5 errors are those of ten crops (section 4.1); training errors are measured on the
     finished net, without dropout and augmentation. The measure of early learning is left out if there is no
     target, in percent, or if a run does not reach it. Predictions are kept under `out`. Raises what
-    `open_run` and `errors_of` raise.
+    `open_net` and `errors_of` raise.
     """
     from tools.experiments.predictions import errors_of, wrong
 
     ten, centre, train = [], [], []
     for folder in runs:
-        one = {"run": folder, "data": None, "checkpoint": "newest", "device": Run(folder).settings().device}
-        opened = open_run(argparse.Namespace(**one), "train", "val")
+        opened = open_net(folder, "train", "val", device=Run(folder).settings().device)
         ten.append(errors_of(opened, "val", 10, out))
         centre.append(errors_of(opened, "val", 1, out))
         train.append(100 * errors_of(opened, "train", 1, out)[0].mean())
