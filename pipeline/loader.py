@@ -6,11 +6,11 @@ and DALI decodes them ahead in its own threads and hands over its outputs withou
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
 BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and the inputs that follow their files
+
+
+class NumberedBatches(Protocol):
+    """Batches of a split.
+
+    samples: the numbers of the images in the batch that was yielded last, int64 [n].
+    """
+
+    samples: np.ndarray
+
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class Dataset:
@@ -126,7 +137,7 @@ def evaluation_loader(
     world: int = 1,
     on_damage: OnDamage | None = None,
     persistent: bool = False,
-) -> Iterable[Batch]:
+) -> NumberedBatches:
     """Load a rank's share of a split in order, each sample once; the last batch may be smaller.
 
     batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].
@@ -213,6 +224,7 @@ class _Stream:
         self.failure: DatasetError | None = None
         # Given to DALI, which has not returned them.
         self.in_flight: deque[tuple[Request, JpegFiles]] = deque()
+        self.samples = np.array([], np.int64)  # numbers of those in the batch that was yielded last
         # DALI does not copy its inputs, and on a GPU it reads them even after it has returned the batch.
         self.inputs: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)
         self.pipeline = build(self._source, options)
@@ -243,8 +255,8 @@ class _Stream:
                 self.in_flight.clear()
                 pipeline = self.build(self._source, self.options)
                 continue
-            (samples, _), _ = self.in_flight.popleft()
-            labels = torch.from_numpy(self.reader.rows["label"][samples].astype(np.int64))
+            (self.samples, _), _ = self.in_flight.popleft()
+            labels = torch.from_numpy(self.reader.rows["label"][self.samples].astype(np.int64))
             # HWC in memory with a CHW shape is torch's channels_last format.
             yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
 

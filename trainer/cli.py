@@ -119,8 +119,18 @@ def _evaluate(arguments: Sequence[str]) -> None:
         default="newest",
         help="Evaluate the newest checkpoint, or the one with the lowest top-1 error. (default: newest)",
     )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="Folder for the errors by class, the confusion matrix and the most confident mistakes.",
+    )
     options = parser.parse_args(arguments)
     settings = Run(options.run).settings()
+    if options.out and (options.out / "settings.json").exists():
+        raise SettingsError(
+            f"--out {options.out} is the folder of a run, whose report it would change: choose another"
+        )
     if options.data:
         settings = settings.model_copy(update={"data": options.data})
     elif not (settings.data / MANIFEST_NAME).is_file():
@@ -133,7 +143,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from trainer.evaluate import evaluate_run
 
     best = options.checkpoint == "best"
-    result = evaluate_run(settings, Run(options.run), options.split, options.crops, best)
+    result = evaluate_run(settings, Run(options.run), options.split, options.crops, best, options.out)
     with printed():
         print(result)
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alexnet import AlexNet
-from pipeline.loader import Batch, Dataset, evaluation_loader
+from pipeline.loader import Batch, Dataset, NumberedBatches, evaluation_loader
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
+from trainer.details import Recorder
 from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.metrics import Metrics
 from trainer.precision import autocast, prepare, resolve_precision
@@ -23,13 +25,15 @@ from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 
 PROTOCOLS = {1: "centre", 10: "ten"}  # names of the numbers of crops
+TOP5_CLASSES = 6  # the fewest classes for which the top-5 error is shown; with fewer, it is always 0
 
 
 @dataclass(frozen=True)
 class Scores:
     """The result of an evaluation: errors from 0 to 1, and the mean cross-entropy.
 
-    With ten crops, the cross-entropy is that of the mean of the predicted probabilities.
+    With fewer than TOP5_CLASSES classes, the top-5 error is 0 and is not to be shown. With ten crops, the
+    cross-entropy is that of the mean of the predicted probabilities.
     """
 
     top1_error: float
@@ -50,13 +54,17 @@ def log_probabilities(model: nn.Module, pixels: Tensor) -> Tensor:
     return F.log_softmax(logits, 1).unflatten(0, (-1, crops)).logsumexp(1) - math.log(crops)
 
 
+def find_best(scores: Tensor) -> Tensor:
+    """Return the labels of the five highest scores of each row [n,classes], highest first: [n,≤5]."""
+    return scores.topk(min(5, scores.shape[1])).indices
+
+
 def find_errors(scores: Tensor, labels: Tensor) -> Tensor:
     """Return which rows are top-1 and which are top-5 errors: bool [2,n].
 
     scores: [n,classes]. labels: [n]. A top-k error is a row whose label is not among its k highest scores.
     """
-    best = scores.topk(min(5, scores.shape[1])).indices
-    hits = best == labels[:, None]
+    hits = find_best(scores) == labels[:, None]
     return torch.stack([~hits[:, 0], ~hits.any(1)])
 
 
@@ -67,11 +75,17 @@ def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, precision: str, batches: Iterable[tuple[Tensor, Tensor]], world: World, metrics: Metrics
+    model: nn.Module,
+    precision: str,
+    batches: Iterable[Batch],
+    world: World,
+    metrics: Metrics,
+    recorder: Recorder | None = None,
 ) -> Scores:
     """Evaluate on this process's batches, and combine the results of all processes.
 
-    The model is in training mode afterwards. If there are no batches, the scores are NaN.
+    recorder: records the details of each batch, for which it waits for the device. The model is in training
+    mode afterwards. If there are no batches, the scores are NaN.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
@@ -82,6 +96,8 @@ def evaluate(
         run_ahead.wait()
         with autocast(precision, world.device):
             scores = log_probabilities(model, prepare(pixels, precision))
+        if recorder is not None:
+            recorder.add(scores, find_best(scores)[:, 0], labels)
         loss = F.nll_loss(scores, labels, reduction="sum")
         sums[:3] += torch.stack([*count_errors(scores, labels), loss])
         sums[3] += len(labels)
@@ -105,7 +121,7 @@ class TrainedNet(NamedTuple):
     step: int  # number of steps that the net was trained for
     notes: list[str]  # messages about damaged checkpoints that were skipped
 
-    def batches(self, split: str, crops: int, world: World) -> Iterable[Batch]:
+    def batches(self, split: str, crops: int, world: World) -> NumberedBatches:
         """Return this process's share of a split, with `crops` crops of each image: 1 or 10."""
         return evaluation_loader(
             self.dataset,
@@ -164,26 +180,34 @@ def load_net(
     return model, step, notes
 
 
-def evaluate_run(settings: Settings, run: Run, split: str, crops: int, best: bool = False) -> str:
+def evaluate_run(
+    settings: Settings, run: Run, split: str, crops: int, best: bool = False, out: Path | None = None
+) -> str:
     """Evaluate the newest or the best checkpoint of a run. Returns the result as text for the user.
 
     The text has a line for each damaged checkpoint that was skipped, and a line with the errors and the loss.
+    out: folder for the details and a report, which the main process writes.
 
-    Raises as `load_trained` does.
+    Raises as `load_trained` does, and OSError.
     """
     world = distributed.join(settings.device)
     try:
         trained = load_trained(settings, run, world.device, best)
         precision = resolve_precision(settings.precision, world.device)
         batches = trained.batches(split, crops, world)
-        scores = evaluate(trained.model, precision, batches, world, Metrics())
+        recorder = Recorder(batches) if out else None
+        scores = evaluate(trained.model, precision, batches, world, Metrics(), recorder)
+        details = recorder.combine(world) if recorder else None
     finally:
         distributed.leave()
-    return "\n".join(
-        [
-            *trained.notes,
-            f"step {trained.step}, {split}, {PROTOCOLS[crops]} crop{'s' if crops > 1 else ''}: top-1 error "
-            f"{scores.top1_error:.2%}, top-5 error {scores.top5_error:.2%}, loss {scores.loss:.4f} "
-            f"over {scores.images:,} images",
-        ]
+    classes = trained.dataset.manifest.classes
+    top5 = f"top-5 error {scores.top5_error:.2%}, " if len(classes) >= TOP5_CLASSES else ""
+    line = (
+        f"step {trained.step}, {split}, {PROTOCOLS[crops]} crop{'s' if crops > 1 else ''}: top-1 error "
+        f"{scores.top1_error:.2%}, {top5}loss {scores.loss:.4f} over {scores.images:,} images"
     )
+    if out and details and world.is_main:
+        from trainer.monitor.details_report import write_evaluation
+
+        write_evaluation(out, f"{run.folder.name}: {line}", details, trained.dataset, split)
+    return "\n".join([*trained.notes, line])

@@ -133,6 +133,9 @@ class Optimisation(Group):
     divides it by ten at --drop-epochs, and cosine lowers it to 0."""
     patience: PositiveInt = 5
     """Number of epochs without improvement that count as a plateau."""
+    stop_after: PositiveInt | None = None
+    """Number of evaluations without a lower top-1 error on the validation set after which the run ends; by
+    default, it never ends early. There is an evaluation every --evaluate-epochs."""
     drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode, Metavar("N,N,…")] = ()
     """Epochs at which --schedule steps divides the learning rate by ten, separated by commas."""
     momentum: Annotated[float, Field(ge=0, lt=1), Metavar("FACTOR")] = 0.9

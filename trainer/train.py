@@ -1,24 +1,21 @@
 """Train a net as in section 5 of the paper: the loop over steps, evaluations and checkpoints."""
 
-import math
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import takewhile
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from pipeline.loader import Batch, Dataset, evaluation_loader, train_loader
+from pipeline.loader import Batch, Dataset, NumberedBatches, evaluation_loader, train_loader
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from trainer import checkpoint
 from trainer.build import build_decoding
 from trainer.damage import DamagedSamples
-from trainer.evaluate import evaluate
 from trainer.forms import resolve_run_form
 from trainer.intervals import Intervals
 from trainer.learner import Learner
@@ -41,6 +38,7 @@ from trainer.saver import Saver
 from trainer.settings import Settings
 from trainer.step import all_finite
 from trainer.tuning import tune
+from trainer.validation import Validation
 
 
 def train(settings: Settings, run: Run) -> None:
@@ -100,9 +98,8 @@ class Trainer:
         self.decoding, tuning_notes = tune(decoding, settings, self.dataset, self.plan, world)
         self.steps = self.plan.steps(settings.epochs)
         self.step = 0
-        self.errors: list[float] = []  # top-1 errors on the validation set, one per evaluation
-        self.evaluated_epochs = 0  # number of epochs done at the last evaluation
         self.stop = StopRequest()
+        self.evaluations = Validation(settings, world, metrics, self.stop)
         self.stopping = False  # whether all processes have agreed to stop
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
@@ -110,7 +107,7 @@ class Trainer:
         self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.damaged = DamagedSamples(settings.max_bad_samples, world, metrics, self.stop, self.display.warn)
-        self.journal = Journal(run, world, metrics, self.display)
+        self.journal = Journal(run, world, metrics, self.display, self.dataset)
         self.saver = Saver(run, settings, metrics, self.display.warn)
         health = Health(settings, len(self.dataset.manifest.classes), self.saver.wait_for_newest, metrics)
         health.restore(self.journal.rewind_to(self.step))
@@ -152,7 +149,7 @@ class Trainer:
                 from trainer.monitor.report import write_report
 
                 self.metrics.record_progress("report")
-                self.display.say(f"done: {write_report(self.run, self.dataset.manifest)}")
+                self.display.say(f"done: {write_report(self.run, self.dataset)}")
 
     def _train(self) -> None:
         batches = self.batches()
@@ -160,14 +157,17 @@ class Trainer:
         save_due = False
         while True:
             best = False
-            if self._evaluation_is_due() and not self.stopping:
-                best = self._evaluate()
+            is_last = self.step == self.steps
+            if self.evaluations.is_due(self.epochs_done, is_last) and not self.stopping:
+                best = self._evaluate(is_last)
                 save_due = True
             if save_due or self.stopping:
                 self._save(best)
             if self.stopping:
                 self._raise_stopped()
-            if self.step == self.steps:
+            if not is_last and self.evaluations.ends_run:
+                self.journal.log_early_end(self.epoch_at(self.step), self.settings)
+            if is_last or self.evaluations.ends_run:
                 break
             with self.metrics.activity("train"):
                 epochs = self.epochs_done
@@ -185,10 +185,6 @@ class Trainer:
                 if save_due or self.stopping:
                     self.intervals.report()  # checks the state that will be saved, and writes its rows
 
-    def _evaluation_is_due(self) -> bool:
-        every = 1 if self.step == self.steps else self.settings.evaluate_epochs
-        return self.epochs_done // every > self.evaluated_epochs // every
-
     def batches(self) -> Iterator[Batch]:
         """Return this process's share of the batch of each step, from the current step on."""
         return train_loader(
@@ -205,7 +201,7 @@ class Trainer:
         )
 
     @cached_property
-    def validation(self) -> Iterable[Batch]:
+    def validation(self) -> NumberedBatches:
         """This process's share of the validation set; each iteration over it is one pass."""
         return evaluation_loader(
             self.dataset,
@@ -228,7 +224,7 @@ class Trainer:
         wait = time.monotonic() - requested
         self.metrics.record_progress("step")
         epoch = self.epoch_at(self.step + 1)
-        self.learning_rate = learning_rate(self.settings, epoch, self.errors)
+        self.learning_rate = learning_rate(self.settings, epoch, self.evaluations.errors)
         unscheduled = unscheduled_rate(self.settings, epoch)
         set_learning_rate(self.learner.optimizer, self.learning_rate, epoch, unscheduled)
         # Dropout depends only on the seed, the step and the rank, so checkpoints need no random state.
@@ -253,31 +249,27 @@ class Trainer:
         self.metrics.record_progress("log")
         self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self, is_last: bool) -> bool:
         """Evaluate the centre crops of the validation set, and report the result.
 
-        If a process is asked to stop meanwhile, the evaluation ends without a result. Returns whether the
-        top-1 error is the lowest so far.
+        is_last: whether training is complete. If a process is asked to stop meanwhile, there is no result.
+        Returns whether the top-1 error is the lowest so far.
         """
         with self.metrics.activity("eval"):
-            batches = takewhile(lambda _: not self.stop.is_made, self.validation)
-            scores = evaluate(self.learner.model, self.learner.precision, batches, self.world, self.metrics)
-        self.stopping = self.world.any(self.stop.is_made)
-        if self.stopping:
+            result = self.evaluations.run(self.learner, self.validation, self.epochs_done, is_last)
+        self.stopping = result is None
+        if result is None:
             return False
-        best = scores.top1_error < min(self.errors, default=math.inf)
-        self.errors.append(scores.top1_error)
-        self.evaluated_epochs = self.epochs_done
-        self.journal.record_evaluation(self.step, self.epoch_at(self.step), scores)
+        self.journal.record_evaluation(self.step, self.epoch_at(self.step), result.scores, result.details)
         self.meter.restart()
-        return best
+        return result.is_best
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
         return {
             "step": self.step,
-            "errors": self.errors,
-            "evaluated": self.evaluated_epochs,
+            "errors": self.evaluations.errors,
+            "evaluated": self.evaluations.epochs,
             "time": time.time(),
             **self.learner.state(),
         }
@@ -306,8 +298,8 @@ class Trainer:
         state, notes = checkpoint.load(self.run.checkpoints, self.world.device)
         if state is not None:
             self.learner.load_state(state)
-            self.step, self.errors = state["step"], state["errors"]
-            self.evaluated_epochs = state["evaluated"]
+            self.step = state["step"]
+            self.evaluations.errors, self.evaluations.epochs = state["errors"], state["evaluated"]
             if self.world.is_main:
                 self.metrics.checkpoint_timestamp.set(state["time"])
             notes.append(

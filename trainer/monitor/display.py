@@ -69,9 +69,10 @@ class Display:
                 f"epoch {epoch:.2f}  step {step}/{self.steps}  {text}  rate {learning_rate:.2g}  {left} left"
             )
 
-    def show_evaluation(self, epoch: float, scores: "Scores") -> None:
+    def show_evaluation(self, epoch: float, scores: "Scores", with_top5: bool) -> None:
         """Show the result of an evaluation after `epoch` epochs."""
+        top5 = f"top-5 error {scores.top5_error:.1%}, " if with_top5 else ""
         self.say(
-            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, "
-            f"top-5 error {scores.top5_error:.1%}, loss {scores.loss:.3f} over {scores.images:,} images"
+            f"epoch {epoch:.2f}  validation: top-1 error {scores.top1_error:.1%}, {top5}"
+            f"loss {scores.loss:.3f} over {scores.images:,} images"
         )

@@ -6,9 +6,11 @@ Every process has its own metrics; only the main process writes the log and the 
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from pipeline.loader import Dataset
 from pipeline.manifest import Manifest
 from pipeline.serving import url_host
-from trainer.evaluate import PROTOCOLS, Scores
+from trainer.details import Details
+from trainer.evaluate import PROTOCOLS, TOP5_CLASSES, Scores
 from trainer.monitor.display import Display
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
@@ -18,10 +20,12 @@ from trainer.settings import Settings
 
 
 class Journal:
-    """Reports the start, the log intervals and the evaluations of one run."""
+    """Reports the start, the log intervals, the evaluations and an early end of one run."""
 
-    def __init__(self, run: Run, world: World, metrics: Metrics, display: Display):
+    def __init__(self, run: Run, world: World, metrics: Metrics, display: Display, dataset: Dataset):
         self.run, self.world, self.metrics, self.display = run, world, metrics, display
+        self.dataset = dataset
+        self.shows_top5 = len(dataset.manifest.classes) >= TOP5_CLASSES
 
     def log_start(
         self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
@@ -54,8 +58,7 @@ class Journal:
         self.run.metrics.truncate(step)
         self.run.evaluations.truncate(step)
         for row in self.run.evaluations.rows()[-1:]:
-            scores = {name: row[name] for name in ("loss", "top1_error", "top5_error")}
-            self.metrics.record_evaluation(PROTOCOLS[1], **scores)
+            self._export(row["loss"], row["top1_error"], row["top5_error"])
         return self.run.metrics.rows()
 
     def record_interval(
@@ -69,11 +72,28 @@ class Journal:
             self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
         self.display.show_interval(step, epoch, learning_rate, interval)
 
-    def record_evaluation(self, step: int, epoch: float, scores: Scores) -> None:
-        """Report an evaluation on the validation set after `step` steps."""
-        self.metrics.record_evaluation(
-            PROTOCOLS[1], loss=scores.loss, top1_error=scores.top1_error, top5_error=scores.top5_error
-        )
+    def record_evaluation(
+        self, step: int, epoch: float, scores: Scores, details: Details | None = None
+    ) -> None:
+        """Report an evaluation on the validation set after `step` steps. Raises OSError.
+
+        details: those of the evaluation that ends the run, which the report shows.
+        """
+        self._export(scores.loss, scores.top1_error, scores.top5_error)
         if self.world.is_main:
             self.run.evaluations.append({"step": step, "epoch": epoch, **asdict(scores)})
-        self.display.show_evaluation(epoch, scores)
+            if details is not None:
+                details.write(self.run.folder, self.dataset.manifest.classes, self.dataset.reader("val"))
+        self.display.show_evaluation(epoch, scores, self.shows_top5)
+
+    def _export(self, loss: float, top1_error: float, top5_error: float) -> None:
+        top5 = top5_error if self.shows_top5 else None
+        self.metrics.record_evaluation(PROTOCOLS[1], loss=loss, top1_error=top1_error, top5_error=top5)
+
+    def log_early_end(self, epoch: float, settings: Settings) -> None:
+        """Log that --stop-after has ended the run after `epoch` epochs."""
+        self.metrics.progress_ratio.set(1)  # as otherwise, monitoring would wait for the rest
+        self.display.say(
+            f"epoch {epoch:.2f}  stopped early: "
+            f"{settings.stop_after} evaluations without a lower validation error"
+        )

@@ -49,16 +49,20 @@ def _time_left(step: float, progress: float, history: Sequence[Interval]) -> str
 
 
 def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
-    """Return the name and the value that each tile shows; a value that is not known yet is a dash."""
+    """Return the name and the value that each tile shows; a value that is not known yet is a dash.
+
+    The top-5 error has a tile only once it is known, because with few classes it never is.
+    """
     tiles = {
         "loss": f"{last.loss:.3f}" if last else "–",
         "training error": f"{last.error:.1%}" if last else "–",
         "input wait": f"{last.wait_ratio:.1%}" if last else "–",
         "learning rate": f"{metrics.value('learning_rate'):.2g}",
     }
-    for k in (1, 5):
-        error = metrics.value("eval_error_ratio", k=str(k), protocol="centre")
-        tiles[f"validation top-{k} error"] = "–" if math.isnan(error) else f"{error:.1%}"
+    top1, top5 = (metrics.value("eval_error_ratio", k=k, protocol="centre") for k in ("1", "5"))
+    tiles["validation top-1 error"] = "–" if math.isnan(top1) else f"{top1:.1%}"
+    if not math.isnan(top5):
+        tiles["validation top-5 error"] = f"{top5:.1%}"
     loss, saved = metrics.value("loss", phase="eval"), metrics.value("checkpoint_timestamp_seconds")
     tiles["validation loss"] = "–" if math.isnan(loss) else f"{loss:.3f}"
     tiles["last checkpoint"] = duration(time.time() - saved) + " ago" if saved else "–"

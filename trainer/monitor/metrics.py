@@ -147,11 +147,18 @@ class Metrics:
             else:
                 self._gpu[name].labels(gpu).set(value)
 
-    def record_evaluation(self, protocol: str, *, loss: float, top1_error: float, top5_error: float) -> None:
-        """Record an evaluation. protocol: `centre` or `ten` crops. The errors are ratios from 0 to 1."""
+    def record_evaluation(
+        self, protocol: str, *, loss: float, top1_error: float, top5_error: float | None
+    ) -> None:
+        """Record an evaluation.
+
+        protocol: `centre` or `ten` crops. The errors are ratios from 0 to 1. top5_error: None if there are so
+        few classes that it is not shown.
+        """
         self._loss.labels("eval").set(loss)
         self.eval_error_ratio.labels(protocol, "1").set(top1_error)
-        self.eval_error_ratio.labels(protocol, "5").set(top5_error)
+        if top5_error is not None:
+            self.eval_error_ratio.labels(protocol, "5").set(top5_error)
 
     def record_ceiling(self, path: str, images_per_second: float) -> None:
         """Record the throughput of the `loader` or the `model` on its own."""

@@ -56,6 +56,13 @@ class World:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, which can be pickled, by rank. All processes must call this."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     @property
     def device_name(self) -> str:
         """The name of the GPU model, or `CPU`."""
