@@ -144,8 +144,9 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
     best = options.checkpoint == "best"
     result = evaluate_run(settings, Run(options.run), options.split, options.crops, best, options.out)
-    with printed():
-        print(result)
+    if not read_ranks().rank:
+        with printed():
+            print(result)
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -119,12 +119,11 @@ class Details(NamedTuple):
             (label, classes[label].id, predicted, classes[predicted].id, images)
             for (label, predicted), images in sorted(self.pairs.items())
         )
-        columns = "label", "id", "name", "images", "errors", "error", "predicted"
-        _write(folder / BY_CLASS, columns, by_class)
-        _write(folder / CONFUSION, ("label", "id", "predicted_label", "predicted_id", "images"), confusion)
-        columns = "sample", "shard", "offset", "key", "label", "id", "predicted_label", "predicted_id"
+        _write(folder / BY_CLASS, "label,id,name,images,errors,error,predicted", by_class)
+        _write(folder / CONFUSION, "label,id,predicted_label,predicted_id,images", confusion)
         mistakes = (self._located(image, classes, reader) for image in self.mistakes)
-        _write(folder / WORST, (*columns, "probability"), mistakes)
+        columns = "sample,shard,offset,key,label,id,predicted_label,predicted_id,probability"
+        _write(folder / WORST, columns, mistakes)
 
     def _located(self, image: Mistake, classes: tuple[Class, ...], reader: ShardReader) -> tuple:
         row = reader.rows[image.sample]
@@ -156,9 +155,9 @@ def read_details(folder: Path, classes: int) -> Details | None:
     )
 
 
-def _write(path: Path, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+def _write(path: Path, columns: str, rows: Iterable[Iterable[object]]) -> None:
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *rows])
+    csv.writer(text).writerows([columns.split(","), *rows])
     content = text.getvalue().encode(errors="backslashreplace")
 
     def write() -> None:

@@ -124,6 +124,15 @@ class Settings(
         return self
 
     @model_validator(mode="after")
+    def _lowers_the_rate_before_it_stops(self) -> Self:
+        if self.schedule == "plateau" and self.stop_after is not None and self.stop_after <= self.patience:
+            raise ValueError(
+                f"--stop-after {self.stop_after} would end the run before --schedule plateau lowers the "
+                f"learning rate: use more than --patience {self.patience}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _varies_only_the_papers_net(self) -> Self:
         fields = type(self).model_fields
         changed = [_flag(name) for name in _marked(PAPER_ONLY) if getattr(self, name) != fields[name].default]

@@ -104,6 +104,8 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--port", "70000"], "--port 70000"),
         (["--crop", "63"], "--crop 63: input should be greater than or equal to 64"),
         (["--evaluate-epochs", "2"], "--evaluate-epochs 2: --schedule plateau needs each epoch's error"),
+        (["--stop-after", "5"], "--stop-after 5 would end the run before --schedule plateau lowers"),
+        (["--stop-after", "0"], "--stop-after 0"),
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),

@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from pipeline.files import path_in_errors
@@ -22,7 +23,9 @@ from trainer.monitor.names import drawn_names
 MATRIX_CLASSES = 30  # the most classes for which the matrix is readable
 _PAIRS = 30  # the most pairs of classes that are drawn
 _TILE, _GAP, _CAPTION, _COLUMNS = 144, 12, 64, 8  # pixels, and tiles in a row
+_LINE = 22  # letters below a tile
 _DPI = 110
+_LTR = "\u200e"  # keeps the order of names that are written from right to left
 _TRUE, _WRONG = "#1a1a1a", "#b3261e"
 
 
@@ -34,11 +37,11 @@ def draw_pairs(path: Path, details: Details, classes: Sequence[Class]) -> None:
     bars = axes.barh(range(len(pairs)), [count for *_, count in pairs], color="#8fb3dc")
     shares = [f"{count:,} of {images[label]:,}" for label, _, count in pairs]
     axes.bar_label(bars, shares, padding=4, fontsize=8)
-    captions = [f"{names[label]} → {names[predicted]}" for label, predicted, _ in pairs]
+    captions = [f"{_LTR}{names[label]}{_LTR} → {names[predicted]}" for label, predicted, _ in pairs]
     axes.set_yticks(range(len(pairs)), captions, fontsize=8, parse_math=False)
     axes.set(xlabel="images of the first class that were taken for the second", ylim=(len(pairs) - 0.4, -0.6))
     axes.margins(x=0.15)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
@@ -46,18 +49,17 @@ def draw_pairs(path: Path, details: Details, classes: Sequence[Class]) -> None:
 def draw_matrix(path: Path, details: Details, classes: Sequence[Class]) -> None:
     """Draw the confusion matrix of at most MATRIX_CLASSES classes. Raises OSError."""
     count = len(classes)
-    counts = np.zeros((count, count), np.int64)
-    for pair, images in details.pairs.items():
-        counts[pair] = images
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    shares = np.zeros((count, count))
+    of_class = details.by_class(count)
+    for (label, predicted), images in details.pairs.items():
+        shares[label, predicted] = images / of_class[label].images
     side = 2.6 + max(0.42, 2 / count) * count  # inches
     figure, axes = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), images in np.ndenumerate(counts):
-        if images:
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            text = f"{images}" if images < 10_000 else f"{images / 1000:.0f}k"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=7)
+    for (label, predicted), images in details.pairs.items():
+        colour = "white" if shares[label, predicted] > 0.5 else "black"
+        text = f"{images}" if images < 10_000 else f"{images / 1000:.0f}k"
+        axes.text(predicted, label, text, ha="center", va="center", color=colour, fontsize=7)
     names = drawn_names(classes, 24)
     axes.set_xticks(range(count), names, rotation=90, fontsize=8, parse_math=False)
     axes.set_yticks(range(count), names, fontsize=8, parse_math=False)
@@ -82,8 +84,8 @@ def draw_mistakes(path: Path, details: Details, classes: Sequence[Class], reader
         tile = _tile(reader, mistake.sample)
         left, top = column * width + (width - tile.width) // 2, row * height + _GAP + (_TILE - tile.height)
         sheet.paste(tile, (left, top))
-        predicted = wrap(f"{names[mistake.predicted]} {mistake.probability:.1%}", 25)
-        true = wrap(names[mistake.label], 25)
+        predicted = [f"{mistake.probability:.1%}", *wrap(names[mistake.predicted], _LINE)]
+        true = wrap(names[mistake.label], _LINE)
         for number, line in enumerate([*predicted, *true]):
             colour = _WRONG if number < len(predicted) else _TRUE
             x, y = (column + 0.5) * width, row * height + _GAP + _TILE + 3 + 12 * number

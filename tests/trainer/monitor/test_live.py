@@ -54,6 +54,15 @@ def test_the_page_shows_the_metrics_of_the_run():
     assert "2 min 30 s left" in text  # 750 steps at 5 per second
 
 
+def test_the_top5_error_has_a_tile_only_if_it_is_known():
+    metrics = Metrics()
+    for known in (None, 0.187):
+        metrics.record_evaluation("centre", loss=1.25, top1_error=0.423, top5_error=known)
+        text = live_page(metrics)
+        assert "validation top-1 error" in text
+        assert ("validation top-5 error" in text) == (known is not None)
+
+
 def test_a_run_folder_of_any_name_is_shown_whole():
     metrics = Metrics()
     metrics.describe({"run": """runs/"a" & 'b' <script>alert(1)</script>"""})
