@@ -7,9 +7,14 @@ Inputs of a training sample, from `fn.external_source`:
 
     jpeg    uint8 [bytes]   the file
     mean    float [3]       the mean minus the image's colour offset (fancy PCA), subtracted from the pixels
-    scale   float []        the divisor of the pixels after the subtraction
+    scale   float [3]       the divisor of the pixels after the subtraction
     x, y    float []        the position of the crop, 0 to 1 over the range of possible offsets
     mirror  int32 []        1 to flip the image left to right, else 0
+
+For random resized crops, there are instead of x and y:
+
+    anchor  float [2]       the top and the left edge of the part of the image, 0 to 1
+    shape   float [2]       the height and the width of the part, 0 to 1
 
 The output of a sample is its pixels [crop,crop,3] (HWC), or [10,crop,crop,3] for ten crops.
 """
@@ -33,6 +38,11 @@ TEN_CROP_POSITIONS = (
     (1.0, 1.0),
     CENTRE,
 )  # each is used twice, once mirrored
+DTYPES = {
+    torch.float32: types.FLOAT,
+    torch.float16: types.FLOAT16,
+    torch.uint8: types.UINT8,
+}  # types of the pixels that DALI can write
 RESERVED_BYTES = 2**31  # most GPU memory to reserve at the start for the decoded images of a batch
 
 # DALI reuses allocations above this size, which is 32 MB by default. With that, the memory of smaller batches
@@ -47,7 +57,9 @@ class Decoding:
 
     crop: side in pixels. threads: number of DALI threads. prefetch: number of batches to prepare ahead.
     hw_decoder_load: fraction of the images that the GPU's JPEG engine decodes, if the GPU has one. cores: the
-    index of the core that each thread is pinned to; if empty, threads are not pinned.
+    index of the core that each thread is pinned to; if empty, threads are not pinned. dtype: the type of the
+    pixels, a key of DTYPES; by default float16 on a GPU and float32 on a CPU, where converting to float16
+    would cost more than cropping, mirroring and normalising together.
     """
 
     crop: int = 224
@@ -56,6 +68,12 @@ class Decoding:
     prefetch: int = 2
     hw_decoder_load: float = 0.65  # DALI's own default
     cores: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+
+    @property
+    def output(self) -> torch.dtype:
+        """The type of the pixels."""
+        return self.dtype or (torch.float32 if self.device_id is None else torch.float16)
 
     @property
     def device_id(self) -> int | None:
@@ -98,20 +116,24 @@ def reserved_size(options: GraphOptions) -> tuple[int, int]:
     return max(1, int(options.max_width * scale)), max(1, int(options.max_height * scale))
 
 
-def _decode(jpeg: Any, options: GraphOptions) -> Any:
-    """Decode JPEG bytes to RGB [h,w,3], and resize the shorter side if the options say so."""
+def _decoder(options: GraphOptions) -> dict[str, Any]:
+    """Return the arguments that all decoders share."""
     on_gpu = options.decoding.device_id is not None
     width, height = reserved_size(options)
-    images = fn.decoders.image(
-        jpeg,
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,  # the packer has done it, and DALI would also obey broken EXIF data
-        affine=False,  # otherwise the threads of all processes would be pinned to the machine's first cores
-        preallocate_width_hint=width if on_gpu else None,
-        preallocate_height_hint=height if on_gpu else None,
-        hw_decoder_load=options.decoding.hw_decoder_load if on_gpu else None,
-    )
+    return {
+        "device": "mixed" if on_gpu else "cpu",
+        "output_type": types.RGB,
+        "adjust_orientation": False,  # the packer has done it, and DALI would also obey broken EXIF data
+        "affine": False,  # otherwise the threads of all processes would be pinned to the machine's first cores
+        "preallocate_width_hint": width if on_gpu else None,
+        "preallocate_height_hint": height if on_gpu else None,
+        "hw_decoder_load": options.decoding.hw_decoder_load if on_gpu else None,
+    }
+
+
+def _decode(jpeg: Any, options: GraphOptions) -> Any:
+    """Decode JPEG bytes to RGB [h,w,3], and resize the shorter side if the options say so."""
+    images = fn.decoders.image(jpeg, **_decoder(options))
     if options.resize_shorter is not None:
         images = fn.resize(
             images,
@@ -124,15 +146,12 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
 
 
 def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
-    """Crop, mirror, subtract the mean, divide and convert in one operator.
-
-    The result is fp16 on a GPU and fp32 on a CPU, where converting to fp16 costs more than all of this.
-    """
+    """Crop, mirror, subtract the mean, divide and convert in one operator."""
     decoding = options.decoding
     return fn.crop_mirror_normalize(
         images,
         crop=(decoding.crop, decoding.crop),
-        dtype=types.FLOAT if decoding.device_id is None else types.FLOAT16,
+        dtype=DTYPES[decoding.output],
         output_layout="HWC",
         **arguments,
     )
@@ -144,26 +163,45 @@ def augment(jpeg: Any, options: GraphOptions, *, mean: Any, scale: Any, x: Any, 
     return _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=mean, std=scale)
 
 
-def _train(source: Callable, options: GraphOptions) -> Any:
-    jpeg, mean, scale, x, y, mirror = fn.external_source(
+def augment_resized(
+    jpeg: Any, options: GraphOptions, *, mean: Any, scale: Any, mirror: Any, anchor: Any, shape: Any
+) -> Any:
+    """Do as `augment` does, but resize a part of the image to the size of the crop.
+
+    Only the part is decoded. Its edges are not blended with what is beyond them, as in torchvision.
+    """
+    images = fn.decoders.image_slice(jpeg, anchor, shape, axes=[0, 1], **_decoder(options))
+    side = options.decoding.crop
+    images = fn.resize(images, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True)
+    return _crop(images, options, mirror=mirror, mean=mean, std=scale)
+
+
+def _train(source: Callable, options: GraphOptions, resized: bool) -> Any:
+    dimensions = 1 if resized else 0  # of the inputs that place the crop
+    jpeg, mean, scale, *place, mirror = fn.external_source(
         source=source,
         num_outputs=6,
         batch=True,
         no_copy=True,
         dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 1, 0, 0, 0, 0],
+        ndim=[1, 1, 1, dimensions, dimensions, 0],
     )
-    return augment(jpeg, options, mean=mean, scale=scale, x=x, y=y, mirror=mirror)
+    given = {"mean": mean, "scale": scale, "mirror": mirror}
+    if resized:
+        return augment_resized(jpeg, options, **given, anchor=place[0], shape=place[1])
+    return augment(jpeg, options, **given, x=place[0], y=place[1])
 
 
-def _evaluate(source: Callable, options: GraphOptions, mean: Sequence[float], ten_crops: bool) -> Any:
+def _evaluate(
+    source: Callable, options: GraphOptions, mean: Sequence[float], std: Sequence[float], ten_crops: bool
+) -> Any:
     [jpeg] = fn.external_source(
         source=source, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
     )
     images = _decode(jpeg, options)
     positions = TEN_CROP_POSITIONS if ten_crops else (CENTRE,)
     crops = [
-        _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=list(mean))
+        _crop(images, options, crop_pos_x=x, crop_pos_y=y, mirror=mirror, mean=list(mean), std=list(std))
         for mirror in ((0, 1) if ten_crops else (0,))
         for x, y in positions
     ]
@@ -211,22 +249,28 @@ def find_undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list
     return refused
 
 
-def train_pipeline(source: Callable, options: GraphOptions) -> Any:
+def train_pipeline(source: Callable, options: GraphOptions, resized: bool = False) -> Any:
     """Build the training pipeline, with random crop, mirror and colour.
 
     source() returns the six inputs of a batch, in the order of the module's list, each with a row per sample.
-    It raises StopIteration at the end.
+    It raises StopIteration at the end. resized: whether the crops are random resized crops.
     """
-    return _build(_train, options, source, options)
+    return _build(_train, options, source, options, resized)
 
 
-def evaluation_pipeline(source: Callable, options: GraphOptions, mean: Sequence[float], crops: int) -> Any:
+def evaluation_pipeline(
+    source: Callable,
+    options: GraphOptions,
+    mean: Sequence[float],
+    crops: int,
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Any:
     """Build the evaluation pipeline, which takes no random draws.
 
-    source() returns a tuple of the input jpeg alone, or raises StopIteration at the end. mean: RGB [3], which
-    is subtracted from the pixels. crops: 1 for the centre, or 10 for the four corners, the centre and their
+    source() returns a tuple of the input jpeg alone, or raises StopIteration at the end. mean, std: RGB [3],
+    subtracted from the pixels, and their divisor after it. crops: 1 for the centre, or 10 for the four corners, the centre and their
     mirror images (section 4.1 of the paper). Raises ValueError for any other number of crops.
     """
     if crops not in (1, 10):
         raise ValueError(f"crops must be 1 (centre) or 10 (corners and centre, also mirrored), not {crops}")
-    return _build(_evaluate, options, source, options, mean, crops == 10)
+    return _build(_evaluate, options, source, options, mean, std, crops == 10)

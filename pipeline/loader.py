@@ -1,7 +1,7 @@
 """Load batches of images by DALI as channels_last torch tensors, for training and for evaluation.
 
-A loader yields (pixels, labels) on its device. pixels: [n,3,crop,crop], fp16 on a GPU and fp32 on a CPU, on
-the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the shards,
+A loader yields (pixels, labels) on its device. pixels: [n,3,crop,crop], by default fp16 on a GPU and fp32 on
+a CPU, on the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the shards,
 and DALI decodes them ahead in its own threads and hands over its outputs without a copy.
 """
 
@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 
 from pipeline.checked import CheckedReader, OnDamage
 from pipeline.colour import colour_divisor, colour_offsets
+from pipeline.dataset import Dataset
 from pipeline.graph import (
     CENTRE,
     Decoding,
@@ -26,9 +26,10 @@ from pipeline.graph import (
     jpeg_batch,
     train_pipeline,
 )
-from pipeline.manifest import RGB, DatasetError, Manifest, read_manifest
-from pipeline.plan import Plan, crop_offsets, share
-from pipeline.reader import JpegFiles, ShardReader
+from pipeline.manifest import RGB, DatasetError, Manifest
+from pipeline.plan import Plan, RankBatch, crop_offsets, share
+from pipeline.reader import JpegFiles
+from pipeline.resized_crop import resized_crops
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
@@ -47,36 +48,18 @@ class NumberedBatches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-class Dataset:
-    """An open dataset: its manifest, and a reader for each split that is used.
-
-    mean: RGB [3], to be subtracted instead of the dataset's own mean, for a net that was trained on another
-    dataset. processes: the number of processes on this machine that open the dataset. Raises DatasetError
-    and OSError as `read_manifest` does.
-    """
-
-    def __init__(self, root: Path, mean: RGB | None = None, processes: int = 1):
-        self.root, self.processes = root, processes
-        self.manifest: Manifest = read_manifest(root)
-        if mean is not None:
-            pixels = self.manifest.pixels.model_copy(update={"mean": mean})
-            self.manifest = self.manifest.model_copy(update={"pixels": pixels})
-        self._readers: dict[str, ShardReader] = {}
-
-    def reader(self, split: str) -> ShardReader:
-        """Return the reader of a split, which is opened at the first call. Raises as `ShardReader` does."""
-        if split not in self._readers:
-            self._readers[split] = ShardReader(self.root, self.manifest, split, self.processes)
-        return self._readers[split]
-
-
 def train_loader(
     dataset: Dataset,
     plan: Plan,
     steps: range,
     decoding: Decoding,
     *,
+    split: str = "train",
+    mean: RGB | None = None,
+    std: RGB = (1.0, 1.0, 1.0),
     crops_and_flips: bool = True,
+    scale: tuple[float, float] | None = None,
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
     colour: str = "off",
     colour_epochs: int | None = None,
     rank: int = 0,
@@ -85,35 +68,42 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Load a rank's share of each step, with random crop, mirror and colour.
 
-    crops_and_flips: if false, each image is its centre crop, as in evaluation. colour: one of COLOURS.
-    colour_epochs: number of epochs after which the colour noise is switched off, or None for never. rank,
-    world: the index of this process, and the number of processes. on_damage: called with each damaged sample,
-    whose place the next sample of the dataset takes, with the same random draws; if None, damage raises
-    DatasetError. Raises ValueError if `world` does not divide the plan's batch, DatasetError if the crop is
-    too large, and OutageError if the storage fails.
+    mean, std: RGB [3] on the 0–255 scale, subtracted from the pixels, and their divisor after it; the default
+    mean is that of the dataset. crops_and_flips: if false, each image is its centre crop, as in evaluation.
+    scale, ratio: if `scale` is given, crops are random resized crops (see `resized_crops`). colour: one of
+    COLOURS. colour_epochs: number of epochs after which the colour noise is switched off, or None for never.
+    rank, world: the index of this process, and the number of processes. on_damage: called with each damaged
+    sample, whose place the next sample of the dataset takes, with the same random draws; if None, damage
+    raises DatasetError. Raises ValueError if `world` does not divide the plan's batch, DatasetError if the
+    crop is too large, and OutageError if the storage fails.
     """
-    reader, pixels = dataset.reader("train"), dataset.manifest.pixels
-    mean = np.array(pixels.mean)
+    reader, pixels = dataset.reader(split), dataset.manifest.pixels
+    subtracted = np.array(pixels.mean if mean is None else mean)
+
+    def places(step: int, steps: int, batch: RankBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs of the graph that place the crops."""
+        rows = reader.rows[batch.samples]
+        if not crops_and_flips:
+            x, y = np.full((2, len(rows)), CENTRE[0])
+            return x, y
+        if scale is None:
+            return _crop_positions(dataset.manifest, rows, batch.draws.uniform, decoding.crop)
+        drawn = plan.step_resizes(step, rank, world, steps)
+        boxes = resized_crops(drawn, rows["width"], rows["height"], scale, ratio)
+        parts = boxes / np.stack((rows["width"], rows["height"]) * 2, 1)
+        return parts[:, 1::-1], parts[:, :1:-1]
 
     def requests() -> Iterator[Request]:
         for first in range(steps.start, steps.stop, steps_per_block):  # a draw for many steps costs less
             block = min(steps_per_block, steps.stop - first)
             batch = plan.step_batch(first, rank, world, block)
-            if crops_and_flips:
-                rows, mirror = reader.rows[batch.samples], batch.draws.mirror
-                x, y = _crop_positions(dataset.manifest, rows, batch.draws.uniform, decoding.crop)
-            else:
-                x, y = np.full((2, len(batch.samples)), CENTRE[0])
-                mirror = np.zeros(len(batch.samples))
-            coloured = batch.epoch < (np.inf if colour_epochs is None else colour_epochs)
-            offsets = np.where(coloured[:, None], colour_offsets(colour, pixels, batch.draws.normal), 0.0)
-            divisor = np.where(coloured, colour_divisor(colour), 1.0)
+            coloured = (batch.epoch < (np.inf if colour_epochs is None else colour_epochs))[:, None]
+            offsets = np.where(coloured, colour_offsets(colour, pixels, batch.draws.normal), 0.0)
             arguments = (
-                (mean - offsets).astype(np.float32),
-                divisor.astype(np.float32),
-                x.astype(np.float32),
-                y.astype(np.float32),
-                mirror.astype(np.int32),
+                (subtracted - offsets).astype(np.float32),
+                (np.where(coloured, colour_divisor(colour), 1.0) * std).astype(np.float32),
+                *(place.astype(np.float32) for place in places(first, block, batch)),
+                (batch.draws.mirror & crops_and_flips).astype(np.int32),
             )
             for start in range(0, block * images, images):
                 step = slice(start, start + images)
@@ -121,9 +111,12 @@ def train_loader(
 
     images = plan.images_per_rank(world)
     steps_per_block = max(1, BLOCK_IMAGES // images)
-    options = graph_options(dataset.manifest, decoding, images)
+    resized = crops_and_flips and scale is not None
+    options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
-    return iter(_Stream(train_pipeline, options, checked, requests, decoding.device))
+    return iter(
+        _Stream(partial(train_pipeline, resized=resized), options, checked, requests, decoding.device)
+    )
 
 
 def evaluation_loader(
@@ -133,6 +126,8 @@ def evaluation_loader(
     decoding: Decoding,
     *,
     crops: int = 1,
+    mean: RGB | None = None,
+    std: RGB = (1.0, 1.0, 1.0),
     rank: int = 0,
     world: int = 1,
     on_damage: OnDamage | None = None,
@@ -141,9 +136,10 @@ def evaluation_loader(
     """Load a rank's share of a split in order, each sample once; the last batch may be smaller.
 
     batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].
-    on_damage: called with each damaged sample, which is then missing; if None, damage raises DatasetError.
-    persistent: keep DALI's memory and threads between iterations, instead of creating them for each. Raises
-    DatasetError if the crop is too large, OutageError if the storage fails, and ValueError for other crops.
+    mean, std: as for `train_loader`. on_damage: called with each damaged sample, which is then missing; if
+    None, damage raises DatasetError. persistent: keep DALI's memory and threads between iterations, instead
+    of creating them for each. Raises DatasetError if the crop is too large, OutageError if the storage fails,
+    and ValueError for other crops.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)
@@ -152,7 +148,8 @@ def evaluation_loader(
         for start in range(mine.start, mine.stop, batch):
             yield np.arange(start, min(start + batch, mine.stop)), ()
 
-    build = partial(evaluation_pipeline, mean=dataset.manifest.pixels.mean, crops=crops)
+    subtracted = dataset.manifest.pixels.mean if mean is None else mean
+    build = partial(evaluation_pipeline, mean=subtracted, std=std, crops=crops)
     options = graph_options(dataset.manifest, decoding, batch)
     checked = CheckedReader(reader, on_damage, replace=False)
     return _Stream(build, options, checked, requests, decoding.device, persistent)
@@ -163,16 +160,19 @@ def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[B
     generator = torch.Generator().manual_seed(0)
     side = decoding.crop
     pixels = torch.randint(-128, 128, (batch, side, side, 3), generator=generator).permute(0, 3, 1, 2)
-    dtype = torch.float16 if decoding.device.type == "cuda" else torch.float32
-    pixels = pixels.to(decoding.device, dtype)
+    pixels = pixels.to(decoding.device, decoding.output)
     labels = torch.randint(classes, (batch,), generator=generator).to(decoding.device)
     while True:
         yield pixels, labels
 
 
-def graph_options(manifest: Manifest, decoding: Decoding, batch: int) -> GraphOptions:
-    """Return a graph's options for a dataset. Raises DatasetError if the crop is larger than its images."""
-    if decoding.crop > manifest.size:
+def graph_options(manifest: Manifest, decoding: Decoding, batch: int, resized: bool = False) -> GraphOptions:
+    """Return a graph's options for a dataset.
+
+    resized: whether crops are resized, and so may be of any size. Otherwise, raises DatasetError if the crop
+    is larger than the dataset's images.
+    """
+    if decoding.crop > manifest.size and not resized:
         raise DatasetError(
             f"a crop of {decoding.crop} px does not fit into images of {manifest.size} px: "
             f"set --crop to {manifest.size} or less, or pack larger images"

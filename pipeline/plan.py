@@ -19,8 +19,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-_ORDER, _AUGMENT = 0, 1  # independent streams of an epoch
+_ORDER, _AUGMENT, _RESIZE = 0, 1, 2  # independent streams of an epoch
 _WORDS = 8  # 64-bit words per position in the augmentation stream; each counter value of Philox gives 4
+_RESIZE_WORDS = 24  # the same in the stream for random resized crops, which need RESIZE_DRAWS of them
+RESIZE_DRAWS = 22
 
 
 @lru_cache(maxsize=8)
@@ -28,8 +30,8 @@ def _key(seed: int, epoch: int, stream: int) -> np.ndarray:
     return np.random.SeedSequence((seed, epoch, stream)).generate_state(2, np.uint64)
 
 
-def _philox(seed: int, epoch: int, stream: int, position: int = 0) -> np.random.Philox:
-    return np.random.Philox(key=_key(seed, epoch, stream), counter=position * (_WORDS // 4))
+def _philox(seed: int, epoch: int, stream: int, position: int = 0, words: int = _WORDS) -> np.random.Philox:
+    return np.random.Philox(key=_key(seed, epoch, stream), counter=position * (words // 4))
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:
@@ -79,6 +81,15 @@ def draws(seed: int, epoch: int, start: int, count: int) -> Draws:
     angle = 2.0 * np.pi * u[:, 6:8]
     normal = np.concatenate((radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])), axis=1)
     return Draws(u[:, 0:2], words[:, 2] >> np.uint64(63) == 1, normal)
+
+
+def resize_draws(seed: int, epoch: int, start: int, count: int) -> np.ndarray:
+    """Return the random numbers for random resized crops, [count,RESIZE_DRAWS] in [0, 1).
+
+    start, count: as for `draws`, whose numbers are independent of these.
+    """
+    words = _philox(seed, epoch, _RESIZE, start, _RESIZE_WORDS).random_raw(count * _RESIZE_WORDS)
+    return _uniform(words.reshape(count, _RESIZE_WORDS)[:, :RESIZE_DRAWS])
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,10 @@ class Plan:
             first = own - in_step % self.crop_chunk
             drawn = Draws(whole.uniform[first], whole.mirror[first], whole.normal[own])
         return RankBatch(self._samples_in(spans), epochs, drawn)
+
+    def step_resizes(self, step: int, rank: int = 0, world: int = 1, steps: int = 1) -> np.ndarray:
+        """Return the numbers of `resize_draws` for the images of `step_batch`."""
+        return np.concatenate([resize_draws(self.seed, *s) for s in self._spans(step, rank, world, steps)])
 
     def _draws_in(self, spans: Iterable[tuple[int, int, int]]) -> Draws:
         drawn = [draws(self.seed, *span) for span in spans]

@@ -106,9 +106,10 @@ def test_the_training_graph_crops_mirrors_and_normalises_as_told(packed_as):
     places[:4] = [[0, 0], [1, 0], [0, 1], [1, 1]] * room[:4]
     mirror = rng.integers(0, 2, len(jpegs), np.int32)
     mean, offset = np.array([120.5, 110.25, 99.0]), rng.normal(0, 12, (len(jpegs), 3))
-    divisor = np.where(rng.integers(0, 2, len(jpegs)), 1.1, 1.0)
+    divisor, std = np.where(rng.integers(0, 2, len(jpegs)), 1.1, 1.0), np.array([1.0, 0.5, 2.0])
     x, y = np.ascontiguousarray((places / room).T, np.float32)
-    inputs = jpegs, (mean - offset).astype(np.float32), divisor.astype(np.float32), x, y, mirror
+    scale = (std * divisor[:, None]).astype(np.float32)
+    inputs = jpegs, (mean - offset).astype(np.float32), scale, x, y, mirror
 
     [pixels] = train_pipeline(lambda: inputs, packed_as.options).run()
     pixels = pixels.as_array()
@@ -116,7 +117,7 @@ def test_the_training_graph_crops_mirrors_and_normalises_as_told(packed_as):
     assert pixels.dtype == np.float32
     for n, image in enumerate(shown):
         expected = (crop(image, *places[n], mirror[n]) - mean + offset[n]) / divisor[n]
-        packed_as.assert_close(pixels[n], expected)
+        packed_as.assert_close(pixels[n] * std, expected)
 
 
 @pytest.mark.parametrize("crops", [1, 10])

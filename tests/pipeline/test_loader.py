@@ -119,7 +119,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
     """The outputs of DALI, which reads its inputs in place, so they must live until their batch is out."""
     inputs, outputs = [], []
 
-    def watched_pipeline(source: Callable, options: GraphOptions) -> object:
+    def watched_pipeline(source: Callable, options: GraphOptions, **rest) -> object:
         def watched_source() -> tuple:
             arrays = source()
             inputs.append([weakref.ref(array) for array in arrays])
@@ -130,7 +130,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
             assert all(array() is not None for array in inputs[len(outputs) - 1])
             return outputs[-1]
 
-        dali = train_pipeline(watched_source, options)
+        dali = train_pipeline(watched_source, options, **rest)
         run, dali.run = dali.run, watched_run
         return dali
 
