@@ -124,7 +124,8 @@ def _decoder(options: GraphOptions) -> dict[str, Any]:
         "device": "mixed" if on_gpu else "cpu",
         "output_type": types.RGB,
         "adjust_orientation": False,  # the packer has done it, and DALI would also obey broken EXIF data
-        "affine": False,  # otherwise the threads of all processes would be pinned to the machine's first cores
+        # Otherwise the threads of all processes would be pinned to the machine's first cores.
+        "affine": False,
         "preallocate_width_hint": width if on_gpu else None,
         "preallocate_height_hint": height if on_gpu else None,
         "hw_decoder_load": options.decoding.hw_decoder_load if on_gpu else None,
@@ -268,8 +269,9 @@ def evaluation_pipeline(
     """Build the evaluation pipeline, which takes no random draws.
 
     source() returns a tuple of the input jpeg alone, or raises StopIteration at the end. mean, std: RGB [3],
-    subtracted from the pixels, and their divisor after it. crops: 1 for the centre, or 10 for the four corners, the centre and their
-    mirror images (section 4.1 of the paper). Raises ValueError for any other number of crops.
+    subtracted from the pixels, and their divisor after it. crops: 1 for the centre, or 10 for the four
+    corners, the centre and their mirror images (section 4.1 of the paper). Raises ValueError for any other
+    number of crops.
     """
     if crops not in (1, 10):
         raise ValueError(f"crops must be 1 (centre) or 10 (corners and centre, also mirrored), not {crops}")

@@ -1,15 +1,15 @@
 """Load batches of images by DALI as channels_last torch tensors, for training and for evaluation.
 
 A loader yields (pixels, labels) on its device. pixels: [n,3,crop,crop], by default fp16 on a GPU and fp32 on
-a CPU, on the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the shards,
-and DALI decodes them ahead in its own threads and hands over its outputs without a copy.
+a CPU, on the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the
+shards, and DALI decodes them ahead in its own threads and hands over its outputs without a copy.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,17 +35,6 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
 BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
 Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and the inputs that follow their files
-
-
-class NumberedBatches(Protocol):
-    """Batches of a split.
-
-    samples: the numbers of the images in the batch that was yielded last, int64 [n].
-    """
-
-    samples: np.ndarray
-
-    def __iter__(self) -> Iterator[Batch]: ...
 
 
 def train_loader(
@@ -132,7 +121,7 @@ def evaluation_loader(
     world: int = 1,
     on_damage: OnDamage | None = None,
     persistent: bool = False,
-) -> NumberedBatches:
+) -> "_Stream":
     """Load a rank's share of a split in order, each sample once; the last batch may be smaller.
 
     batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].

@@ -202,7 +202,7 @@ def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
     return epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
 
 
-def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int) -> np.ndarray:
+def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int | np.ndarray) -> np.ndarray:
     """Return integer offsets of crops in pixels, uniform over 0 to extent − crop inclusive.
 
     uniform: draws in [0, 1). extent: the images' sides in pixels. A crop of 224 px from 256 px has 33

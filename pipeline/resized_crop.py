@@ -33,7 +33,7 @@ def resized_crops(
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspects = np.exp(low + (high - low) * draws[:, _TRIES : 2 * _TRIES])
     widths, heights = np.rint(np.sqrt(areas * aspects)), np.rint(np.sqrt(areas / aspects))
-    fits = (0 < widths) & (widths <= width[:, None]) & (0 < heights) & (heights <= height[:, None])
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
     first = np.arange(len(draws)), fits.argmax(1)
 
     widest = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)

@@ -7,7 +7,8 @@ import torch
 from model.alexnet import AlexNet, Variant
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
-from pipeline.machine import cores, cpus
+from pipeline.loader_options import make_decoding
+from pipeline.machine import cpus
 from trainer.memory import keep_freed_memory
 from trainer.processes.ranks import read_ranks
 from trainer.settings import Settings
@@ -33,21 +34,12 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:
     """Return how to decode images. By default, there is a thread for each CPU in this process's share."""
-    threads = settings.threads or max(1, cpus() // read_ranks().local_world_size)
     load = Decoding.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-    own = local_cores() if device.type == "cpu" else ()
-    return Decoding(
-        settings.crop, device, threads, settings.prefetch, load, own if len(own) == threads else ()
+    return make_decoding(
+        settings.crop,
+        read_ranks(),
+        device=device,
+        threads=settings.threads or None,
+        prefetch=settings.prefetch,
+        hw_decoder_load=load,
     )
-
-
-def local_cores() -> tuple[int, ...]:
-    """Return this process's share of the cores that the run may use on this machine.
-
-    Decoding threads are pinned to them. Otherwise, the thread that feeds the decoder would displace a
-    decoding thread to the core of another one, and the two would share that core while a third core is idle.
-    """
-    allowed, ranks = cores(), read_ranks()
-    count = len(allowed) // ranks.local_world_size
-    first = ranks.local_rank * count
-    return allowed[first : first + count]

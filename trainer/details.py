@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pipeline import EvaluationLoader
 from pipeline.documents import ContentError
 from pipeline.files import atomic_write
-from pipeline.loader import NumberedBatches
 from pipeline.manifest import Class, DatasetError
 from pipeline.reader import ShardReader
 from pipeline.retry import print_to_stderr, read_with_retries, with_retries
@@ -53,7 +53,7 @@ class ClassErrors(NamedTuple):
 class Recorder:
     """Records the details of an evaluation in this process. loader: it yields the batches that are added."""
 
-    def __init__(self, loader: NumberedBatches):
+    def __init__(self, loader: EvaluationLoader):
         self.loader = loader
         self.pairs: Counter[tuple[int, int]] = Counter()
         self.mistakes: list[Mistake] = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.alexnet import AlexNet
-from pipeline.loader import Batch, Dataset, NumberedBatches, evaluation_loader
+from pipeline import Batch, Dataset, EvaluationLoader
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
 from trainer.details import Recorder
@@ -121,16 +121,16 @@ class TrainedNet(NamedTuple):
     step: int  # number of steps that the net was trained for
     notes: list[str]  # messages about damaged checkpoints that were skipped
 
-    def batches(self, split: str, crops: int, world: World) -> NumberedBatches:
+    def batches(self, split: str, crops: int, world: World) -> EvaluationLoader:
         """Return this process's share of a split, with `crops` crops of each image: 1 or 10."""
-        return evaluation_loader(
+        return EvaluationLoader(
             self.dataset,
-            split,
             max(1, self.settings.evaluation_batch // crops),
-            build_decoding(self.settings, world.device),
+            split=split,
             crops=crops,
             rank=world.rank,
             world=world.size,
+            **vars(build_decoding(self.settings, world.device)),
         )
 
 

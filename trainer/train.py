@@ -1,7 +1,6 @@
 """Train a net as in section 5 of the paper: the loop over steps, evaluations and checkpoints."""
 
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -10,9 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from pipeline.loader import Batch, Dataset, NumberedBatches, evaluation_loader, train_loader
-from pipeline.manifest import DatasetError
-from pipeline.plan import Plan
+from pipeline import Batch, Damage, DatasetError, EvaluationLoader, Loader, open_dataset
 from trainer import checkpoint
 from trainer.build import build_decoding
 from trainer.damage import DamagedSamples
@@ -84,19 +81,13 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = Dataset(settings.data, processes=read_ranks().local_world_size)
-        self.plan = Plan(
-            seed=settings.seed,
-            batch=settings.batch,
-            shard_samples=tuple(shard.samples for shard in self.dataset.manifest.split("train").shards),
-            window=settings.shuffle_window,
-            crop_chunk=settings.crop_chunk,
-        )
+        self.dataset = open_dataset(settings.data)
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
         decoding = build_decoding(settings, world.device)
-        self.decoding, tuning_notes = tune(decoding, settings, self.dataset, self.plan, world)
-        self.steps = self.plan.steps(settings.epochs)
+        self.decoding, tuning_notes = tune(decoding, settings, self.dataset, world)
+        self.loader = self._loader()
+        self.steps = self.loader.steps(settings.epochs)
         self.step = 0
         self.stop = StopRequest()
         self.evaluations = Validation(settings, world, metrics, self.stop)
@@ -116,12 +107,12 @@ class Trainer:
 
     def epoch_at(self, step: int) -> float:
         """Return the number of epochs done after `step` steps, as a fraction."""
-        return step * self.plan.batch / self.plan.samples
+        return step * self.loader.batch / self.loader.samples
 
     @property
     def epochs_done(self) -> int:
         """The number of complete epochs."""
-        return self.step * self.plan.batch // self.plan.samples
+        return self.step * self.loader.batch // self.loader.samples
 
     def calibrate(self) -> None:
         """Measure the throughput of the loader and of the model, with an additional loader and net."""
@@ -187,31 +178,38 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """Return this process's share of the batch of each step, from the current step on."""
-        return train_loader(
+        return iter(self.loader.batches(self.step))
+
+    def _loader(self) -> Loader:
+        settings = self.settings
+        return Loader(
             self.dataset,
-            self.plan,
-            range(self.step, sys.maxsize),
-            self.decoding,
-            crops_and_flips=self.settings.crops_and_flips,
-            colour=self.settings.colour,
-            colour_epochs=self.settings.colour_epochs,
+            settings.batch,
+            seed=settings.seed,
+            crops_and_flips=settings.crops_and_flips,
+            colour=settings.colour,
+            colour_epochs=settings.colour_epochs,
+            shuffle_window=settings.shuffle_window,
+            crop_chunk=settings.crop_chunk,
+            on_damage=self._leave_out,
             rank=self.world.rank,
             world=self.world.size,
-            on_damage=self.damaged.add,
+            **vars(self.decoding),
         )
 
+    def _leave_out(self, damage: Damage) -> None:
+        self.damaged.add(damage)
+
     @cached_property
-    def validation(self) -> NumberedBatches:
+    def validation(self) -> EvaluationLoader:
         """This process's share of the validation set; each iteration over it is one pass."""
-        return evaluation_loader(
+        return EvaluationLoader(
             self.dataset,
-            "val",
             self.settings.evaluation_batch,
-            self.decoding,
             rank=self.world.rank,
             world=self.world.size,
-            on_damage=self.damaged.add,
-            persistent=True,
+            on_damage=self._leave_out,
+            **vars(self.decoding),
         )
 
     def train_step(self, batches: Iterator[Batch]) -> None:

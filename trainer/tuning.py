@@ -7,7 +7,6 @@ per core was within noise of the best in every sweep (docs/benchmarks.md).
 import errno
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,11 +16,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from pipeline.checked import Damage
+from pipeline import Damage, Dataset, Loader
 from pipeline.documents import ContentError, read_json
 from pipeline.files import atomic_write
-from pipeline.loader import Dataset, Decoding, train_loader
-from pipeline.plan import Plan
+from pipeline.loader import Decoding
 from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
@@ -42,7 +40,7 @@ class _Cached(TypedDict):
 
 
 def tune(
-    decoding: Decoding, settings: Settings, dataset: Dataset, plan: Plan, world: World
+    decoding: Decoding, settings: Settings, dataset: Dataset, world: World
 ) -> tuple[Decoding, list[str]]:
     """Return the decoding with the values that are fastest on this machine, and notes for the log.
 
@@ -56,7 +54,7 @@ def tune(
         return decoding, []
 
     def images_per_second(candidate: Decoding) -> float:
-        return measure(candidate, dataset, plan, world)
+        return measure(candidate, settings, dataset, world)
 
     def measure_all() -> _Cached:
         images_per_second(decoding)  # reads the images from the disk, so that no measurement includes that
@@ -65,7 +63,7 @@ def tune(
 
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
-    work = [dataset.manifest.fingerprint, decoding.crop, plan.batch, world.size, threads, shares]
+    work = [dataset.manifest.fingerprint, decoding.crop, settings.batch, world.size, threads, shares]
     key, structure = json.dumps([machine, work]), TypeAdapter(_Cached)
     chosen, notes = load_or_measure("decoding.json", key, structure, measure_all, world.local_rank == 0)
     note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
@@ -83,15 +81,21 @@ def fastest(
     return max((replace(best, threads=count) for count in threads), key=images_per_second)
 
 
-def measure(decoding: Decoding, dataset: Dataset, plan: Plan, world: World) -> float:
+def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: World) -> float:
     """Measure the images/s that this process's loader delivers over the first steps of the run."""
-    batches = train_loader(
-        dataset, plan, range(sys.maxsize), decoding, rank=world.rank, world=world.size, on_damage=_ignore
-    )
-    work = loader_work(batches)
-    for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared in advance
-        work()
-    return measure_throughput(work, SECONDS, decoding.device)
+    with Loader(
+        dataset,
+        settings.batch,
+        seed=settings.seed,
+        on_damage=_ignore,
+        rank=world.rank,
+        world=world.size,
+        **vars(decoding),
+    ) as loader:
+        work = loader_work(iter(loader.batches(0)))
+        for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared in advance
+            work()
+        return measure_throughput(work, SECONDS, decoding.device)
 
 
 def _ignore(_damage: Damage) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from pipeline.loader import NumberedBatches
+from pipeline import EvaluationLoader
 from trainer.details import Details, Recorder
 from trainer.evaluate import Scores, evaluate
 from trainer.learner import Learner
@@ -55,7 +55,7 @@ class Validation:
         """Whether the error has not fallen for as many evaluations as --stop-after says."""
         return count_stale(self.errors) >= (self.settings.stop_after or math.inf)
 
-    def run(self, learner: Learner, loader: NumberedBatches, epochs: int, is_last: bool) -> Validated | None:
+    def run(self, learner: Learner, loader: EvaluationLoader, epochs: int, is_last: bool) -> Validated | None:
         """Evaluate after `epochs` complete epochs.
 
         The details take time, so they are recorded only if this evaluation is the last or may end the run.

@@ -134,12 +134,13 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
 
     import torch
 
-    from trainer import cli, train
+    from pipeline import library
+    from trainer import cli
     from trainer.processes import watchdog
 
     torch.set_num_threads(1)  # as torchrun does for several processes
     watchdog.START_UP_SECONDS = SILENCE_SECONDS
-    train.train_loader = recorded(train.train_loader, images)
+    library.train_loader = recorded(library.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
     cli.main()
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pipeline.machine
 from model.alexnet import Variant
 from trainer import build
 from trainer.build import build_decoding, build_model
@@ -28,8 +29,8 @@ def machine(monkeypatch):
     """Pretend to be one of several processes on a machine of eight cores, or with a quota of CPUs."""
 
     def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
-        monkeypatch.setattr(build, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
-        monkeypatch.setattr(build, "cpus", lambda: quota or 8)
+        monkeypatch.setattr(pipeline.machine, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
+        monkeypatch.setattr(pipeline.machine, "cpus", lambda: quota or 8)
         monkeypatch.setattr(build, "read_ranks", lambda: Ranks(rank, processes, rank, processes, True))
 
     return of

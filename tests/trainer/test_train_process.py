@@ -18,10 +18,11 @@ pytestmark = pytest.mark.slow
 # Run alexnet-train and send it a signal when it requests a batch after a given number of steps.
 SIGNALLED = """
 import os, signal, sys
-from trainer import cli, train
+from pipeline import library
+from trainer import cli
 
 number, steps = signal.Signals[sys.argv.pop(1)], int(sys.argv.pop(1))
-load = train.train_loader
+load = library.train_loader
 
 def loader(dataset, plan, numbers, *rest, **options):
     for step, batch in zip(numbers, load(dataset, plan, numbers, *rest, **options)):
@@ -29,7 +30,7 @@ def loader(dataset, plan, numbers, *rest, **options):
             os.kill(os.getpid(), number)
         yield batch
 
-train.train_loader = loader
+library.train_loader = loader
 cli.main()
 """
 

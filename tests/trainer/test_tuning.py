@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipeline.loader import Dataset, Decoding
-from pipeline.plan import Plan
 from trainer import tuning
 from trainer.processes import distributed
 from trainer.settings import Settings
@@ -21,9 +20,7 @@ def dataset(packed):
     return Dataset(packed)
 
 
-@pytest.fixture
-def plan(dataset):
-    return Plan(0, 12, tuple(shard.samples for shard in dataset.manifest.split("train").shards))
+SETTINGS = Settings(batch=12)
 
 
 def test_threads_are_tuned_with_the_best_share_of_the_engine():
@@ -38,7 +35,7 @@ def test_threads_are_tuned_with_the_best_share_of_the_engine():
     assert tried == [(8, 0.65), (8, 0.8), (8, 1.0), (8, 0.8), (6, 0.8), (4, 0.8)]
 
 
-def test_a_loader_is_measured_for_long_enough_on_separate_batches(dataset, plan, monkeypatch):
+def test_a_loader_is_measured_for_long_enough_on_separate_batches(dataset, monkeypatch):
     def measure_throughput(work, seconds: float, device) -> float:
         assert seconds >= 0.5
         assert device == Decoding.device
@@ -46,17 +43,17 @@ def test_a_loader_is_measured_for_long_enough_on_separate_batches(dataset, plan,
 
     monkeypatch.setattr(tuning, "measure_throughput", measure_throughput)
     world = distributed.World(0, 1, 0, Decoding.device)
-    assert tuning.measure(Decoding(crop=67), dataset, plan, world) == 72.0
+    assert tuning.measure(Decoding(crop=67), SETTINGS, dataset, world) == 72.0
 
 
 def test_the_first_share_of_the_engine_is_zero():
     assert tuning.ENGINE_SHARES[0] == 0.0
 
 
-def test_without_a_gpu_nothing_is_measured(dataset, plan, monkeypatch):
+def test_without_a_gpu_nothing_is_measured(dataset, monkeypatch):
     monkeypatch.setattr(tuning, "measure", None)
     world = distributed.join("cpu")
-    assert tuning.tune(Decoding(67), Settings(), dataset, plan, world) == (Decoding(67), [])
+    assert tuning.tune(Decoding(67), SETTINGS, dataset, world) == (Decoding(67), [])
 
 
 @pytest.fixture
@@ -79,38 +76,38 @@ def cuda(local_rank: int = 0):
     return distributed.World(local_rank, 1, local_rank, device), Decoding(67, device, threads=8)
 
 
-def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset, plan):
+def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset):
     world, decoding = cuda()
-    first = tuning.tune(decoding, Settings(), dataset, plan, world)
+    first = tuning.tune(decoding, SETTINGS, dataset, world)
     assert first == (
         replace(decoding, threads=6, hw_decoder_load=0.9),
         ["decoding with 6 threads and 90% on the JPEG engine"],
     )
     measured = len(on_gpu)
-    assert tuning.tune(decoding, Settings(), dataset, plan, world) == first
+    assert tuning.tune(decoding, SETTINGS, dataset, world) == first
     assert len(on_gpu) == measured
-    tuning.tune(decoding, Settings(), dataset, replace(plan, batch=6), world)
+    tuning.tune(decoding, Settings(batch=6), dataset, world)
     assert len(on_gpu) > measured
 
 
-def test_fixed_settings_are_not_tuned(on_gpu, dataset, plan):
+def test_fixed_settings_are_not_tuned(on_gpu, dataset):
     world, decoding = cuda()
     settings = Settings(threads=8, hw_decoder_load=0.65)
-    assert tuning.tune(decoding, settings, dataset, plan, world) == (decoding, [])
+    assert tuning.tune(decoding, settings, dataset, world) == (decoding, [])
     settings = Settings(hw_decoder_load=0.65)
-    chosen, _ = tuning.tune(decoding, settings, dataset, plan, world)
+    chosen, _ = tuning.tune(decoding, settings, dataset, world)
     assert (chosen.threads, chosen.hw_decoder_load) == (6, 0.65)
 
 
-def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, dataset, plan, tmp_path):
+def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, dataset, tmp_path):
     path = tmp_path / "alexnet-train" / "decoding.json"
     path.parent.mkdir()
     path.write_text('{"cut')
     world, decoding = cuda(local_rank=1)
-    assert tuning.tune(decoding, Settings(), dataset, plan, world)[0].threads == 6
+    assert tuning.tune(decoding, SETTINGS, dataset, world)[0].threads == 6
     assert path.read_text() == '{"cut'
     world, decoding = cuda()
-    tuning.tune(decoding, Settings(), dataset, plan, world)
+    tuning.tune(decoding, SETTINGS, dataset, world)
     assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
 
 
@@ -125,34 +122,34 @@ def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, data
         {"threads": 6, "hw_decoder_load": 2},
     ],
 )
-def test_a_damaged_entry_is_measured_again(on_gpu, dataset, plan, tmp_path, entry):
+def test_a_damaged_entry_is_measured_again(on_gpu, dataset, tmp_path, entry):
     world, decoding = cuda()
-    first = tuning.tune(decoding, Settings(), dataset, plan, world)
+    first = tuning.tune(decoding, SETTINGS, dataset, world)
     path = tmp_path / "alexnet-train" / "decoding.json"
     path.write_text(json.dumps(dict.fromkeys(json.loads(path.read_text()), entry)))
-    assert tuning.tune(decoding, Settings(), dataset, plan, world) == first
+    assert tuning.tune(decoding, SETTINGS, dataset, world) == first
 
 
-def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, plan, tmp_path):
+def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, tmp_path):
     (tmp_path / "alexnet-train").write_text("in the way")
     world, decoding = cuda()
-    chosen, notes = tuning.tune(decoding, Settings(), dataset, plan, world)
+    chosen, notes = tuning.tune(decoding, SETTINGS, dataset, world)
     assert chosen.threads == 6
     assert notes[1].startswith("this will be measured again at the next start: ")
 
 
-def test_a_user_without_a_home_directory_is_told_and_can_train(on_gpu, dataset, plan, monkeypatch):
+def test_a_user_without_a_home_directory_is_told_and_can_train(on_gpu, dataset, monkeypatch):
     def homeless() -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    chosen, notes = tuning.tune(cuda()[1], Settings(), dataset, plan, cuda()[0])
+    chosen, notes = tuning.tune(cuda()[1], SETTINGS, dataset, cuda()[0])
     assert chosen.threads == 6
     assert "this user has no home directory: set XDG_CACHE_HOME" in notes[1]
 
 
-def test_an_unreadable_cache_is_not_replaced(on_gpu, dataset, plan, tmp_path, monkeypatch):
+def test_an_unreadable_cache_is_not_replaced(on_gpu, dataset, tmp_path, monkeypatch):
     path = tmp_path / "alexnet-train" / "decoding.json"
     path.parent.mkdir()
     path.write_text('{"another": {}}')
@@ -162,7 +159,7 @@ def test_an_unreadable_cache_is_not_replaced(on_gpu, dataset, plan, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.files.read_fully", stale)
-        chosen, notes = tuning.tune(cuda()[1], Settings(), dataset, plan, cuda()[0])
+        chosen, notes = tuning.tune(cuda()[1], SETTINGS, dataset, cuda()[0])
     assert chosen.threads == 6
     assert f"{path}: Stale file handle" in notes[1]
     assert path.read_text() == '{"another": {}}'

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from model.forms import FORMS
-from pipeline.loader import Batch, Dataset, graph_options, synthetic_loader, train_loader
-from pipeline.plan import Plan
+from pipeline import Batch, Dataset, Loader
+from pipeline.loader import graph_options, synthetic_loader
 from trainer.build import build_decoding
 from trainer.forms import fastest_form
 from trainer.monitor.ceilings import Work, loader_work, measure_throughput, model_work
@@ -56,10 +56,8 @@ class Stages:
         else:
             self.dataset = Dataset(settings.data)
         self.classes = len(self.dataset.manifest.classes)
-        shards = self.dataset.manifest.split("train").shards
-        self.plan = Plan(settings.seed, settings.batch, tuple(shard.samples for shard in shards))
         decoding = build_decoding(settings, self.device)
-        self.decoding, _ = tune(decoding, settings, self.dataset, self.plan, world)
+        self.decoding, _ = tune(decoding, settings, self.dataset, world)
         self.options = graph_options(self.dataset.manifest, self.decoding, settings.batch)
 
     def describe(self) -> dict[str, Any]:
@@ -85,12 +83,15 @@ class Stages:
         make = cache(make)
         return lambda: measure_throughput(make(), self.seconds, self.device)
 
-    def _train_loader(self) -> Iterator[Batch]:
-        endless = range(sys.maxsize)
-        return train_loader(self.dataset, self.plan, endless, self.decoding, colour=self.settings.colour)
+    def _train_loader(self) -> Loader:
+        settings, decoding = self.settings, vars(self.decoding)
+        return Loader(self.dataset, settings.batch, seed=settings.seed, colour=settings.colour, **decoding)
+
+    def _batches(self) -> Iterator[Batch]:
+        return iter(self._train_loader().batches(0))
 
     def _loader(self) -> Work:
-        return loader_work(self._train_loader())
+        return loader_work(self._batches())
 
     @cached_property
     def _settled(self) -> Settings:
@@ -131,11 +132,11 @@ class Stages:
         from tools.benchmarks import dali_peers
 
         steps = iter(range(sys.maxsize))
-        reader = self.dataset.reader("train")
+        reader, sequence = self.dataset.reader("train"), self._train_loader().plan
         plan = partial(
             dali_peers.external_source_bytes,
             reader,
-            lambda: self.plan.step_samples(next(steps)),
+            lambda: sequence.step_samples(next(steps)),
             self.options,
         )
         theirs = partial(dali_peers.dali_reader_bytes, self.dataset, self.options)
@@ -161,7 +162,7 @@ class Stages:
                 "peers needs --loader-peers .loader-peers/bin/python, which `make .loader-peers` installs"
             )
         device = self.device.type
-        stage: Stage = {"loader": partial(loader_peers.rate, self._train_loader(), self.seconds, device)}
+        stage: Stage = {"loader": partial(loader_peers.rate, self._batches(), self.seconds, device)}
         job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads, device)
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers

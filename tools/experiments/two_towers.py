@@ -198,32 +198,30 @@ def _train(
     import torch
 
     from model.alexnet import count_parameters
-    from pipeline.loader import Dataset, train_loader
-    from pipeline.plan import Plan
+    from pipeline import Loader, open_dataset
     from trainer.build import build_decoding
     from trainer.optim import learning_rate, make_optimizer, set_learning_rate, unscheduled_rate
     from trainer.step import Step
 
     torch.backends.cudnn.allow_tf32 = False  # its rounding would hide every other difference
-    dataset = Dataset(settings.data)
-    shards = dataset.manifest.split("train").shards
-    samples = tuple(s.samples for s in shards)
-    plan = Plan(settings.seed, settings.batch, samples, settings.shuffle_window, settings.crop_chunk)
-    batches = train_loader(
+    dataset = open_dataset(settings.data)
+    loader = Loader(
         dataset,
-        plan,
-        range(steps),
-        build_decoding(settings, device),
+        settings.batch,
+        seed=settings.seed,
         crops_and_flips=settings.crops_and_flips,
         colour=settings.colour,
         colour_epochs=settings.colour_epochs,
+        shuffle_window=settings.shuffle_window,
+        crop_chunk=settings.crop_chunk,
+        **vars(build_decoding(settings, device)),
     )
     optimizer = make_optimizer(net, settings)
     step = Step(net, optimizer, settings.precision, device)
     losses, seconds = [], []
-    for number, batch in enumerate(batches, 1):
+    for number, batch in enumerate(loader.batches(0, steps), 1):
         begun = time.perf_counter()
-        epoch = number * plan.batch / plan.samples
+        epoch = number * loader.batch / loader.samples
         rates = learning_rate(settings, epoch, ()), unscheduled_rate(settings, epoch)
         set_learning_rate(optimizer, rates[0], epoch, rates[1])
         pixels, labels = (part.flip(0) for part in batch) if reverse else batch
@@ -231,7 +229,7 @@ def _train(
         seconds.append(time.perf_counter() - begun)
         if name and (number % 10 == 0 or number == steps):
             print(f"{name}: step {number}/{steps}, loss {losses[-1]:.4f}", flush=True)
-    return Trained(losses, plan.batch / median(seconds[1:]), count_parameters(net))
+    return Trained(losses, loader.batch / median(seconds[1:]), count_parameters(net))
 
 
 def _largest(weights: "Weights", others: "Weights") -> float:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from pipeline import Dataset
 from pipeline.files import atomic_write
-from pipeline.loader import Dataset
 from pipeline.manifest import Class
 from trainer.details import BY_CLASS, CONFUSION, WORST, Details
 from trainer.monitor.details_pictures import MATRIX_CLASSES, draw_matrix, draw_mistakes, draw_pairs

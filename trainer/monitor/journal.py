@@ -6,7 +6,7 @@ Every process has its own metrics; only the main process writes the log and the 
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from pipeline.loader import Dataset
+from pipeline import Dataset
 from pipeline.manifest import Manifest
 from pipeline.serving import url_host
 from trainer.details import Details

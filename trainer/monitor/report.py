@@ -7,8 +7,8 @@ import matplotlib
 matplotlib.use("Agg")  # needs no display
 import matplotlib.pyplot as plt
 
+from pipeline import Dataset
 from pipeline.files import atomic_write, path_in_errors
-from pipeline.loader import Dataset
 from pipeline.manifest import Manifest
 from trainer.details import read_details
 from trainer.evaluate import TOP5_CLASSES

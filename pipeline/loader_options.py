@@ -1,0 +1,137 @@
+"""The arguments that the loaders share: their defaults and their checks."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline import machine
+from pipeline.colour import COLOURS
+from pipeline.graph import DTYPES, Decoding
+from pipeline.manifest import RGB
+from pipeline.ranks import Ranks, RanksError, read_ranks
+
+
+class LoaderError(ValueError):
+    """A loader cannot do what it was asked to do; the message says why, in one line."""
+
+
+class DecodingOptions(TypedDict, total=False):
+    """Options that all loaders have, and that change where and how fast images are decoded, but not which.
+
+    dtype: the type of the pixels: torch.float32, torch.float16 or, without `mean` and `std`, torch.uint8; by
+    default float16 on a GPU and float32 on a CPU. device: by default torch's current GPU, or the CPU if there
+    is none. threads: number of decoding threads, by default this process's share of the CPUs. prefetch:
+    number of batches to prepare ahead. hw_decoder_load: fraction of the images that a GPU's JPEG engine
+    decodes. cores: indices of the cores that threads are pinned to; by default one for each thread on a CPU.
+    """
+
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    threads: int | None
+    prefetch: int
+    hw_decoder_load: float
+    cores: tuple[int, ...] | None
+
+
+def make_decoding(
+    crop: int,
+    ranks: Ranks,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    threads: int | None = None,
+    prefetch: int = 2,
+    hw_decoder_load: float = Decoding.hw_decoder_load,
+    cores: tuple[int, ...] | None = None,
+) -> Decoding:
+    """Return how to decode in a process. Raises LoaderError.
+
+    ranks: those of the process, which shares the CPUs with others. Other arguments: see DecodingOptions.
+    """
+    if dtype not in (None, *DTYPES):
+        raise LoaderError(f"dtype must be {' or '.join(map(str, DTYPES))}, not {dtype}")
+    for name, value in (("crop", crop), ("threads", threads), ("prefetch", prefetch)):
+        if value is not None and value < 1:
+            raise LoaderError(f"{name} must be 1 or more, not {value}")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    count = threads or max(1, machine.cpus() // ranks.local_world_size)
+    if cores is None:
+        own = _local_cores(ranks) if chosen.type == "cpu" else ()
+        cores = own if len(own) == count else ()
+    return Decoding(crop, chosen, count, prefetch, hw_decoder_load, cores, dtype)
+
+
+def _local_cores(ranks: Ranks) -> tuple[int, ...]:
+    """Return this process's share of the cores that the processes may use on this machine.
+
+    Decoding threads are pinned to them. Otherwise, the thread that feeds the decoder would displace a
+    decoding thread to the core of another one, and the two would share that core while a third core is idle.
+    """
+    allowed = machine.cores()
+    count = len(allowed) // ranks.local_world_size
+    return allowed[ranks.local_rank * count :][:count]
+
+
+def find_ranks(rank: int | None, world: int | None) -> Ranks:
+    """Return the ranks that were given, or those of torch.distributed or torchrun. Raises LoaderError."""
+    try:
+        launched = read_ranks()
+    except RanksError as error:
+        raise LoaderError(str(error)) from None
+    if rank is None and world is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return launched
+        rank, world = dist.get_rank(), dist.get_world_size()
+    if rank is None or world is None:
+        raise LoaderError("rank and world must be given together")
+    if not 0 <= rank < world:
+        raise LoaderError(f"rank {rank} is not one of the {world} processes, which are counted from 0")
+    if launched.is_launched:
+        return launched._replace(rank=rank, world_size=world)
+    return Ranks(rank, world, rank, world, False)  # all of them are assumed to be on this machine
+
+
+def normalisation(
+    mean: Sequence[float] | None, std: Sequence[float] | None, decoding: Decoding
+) -> dict[str, Any]:
+    """Return the arguments `mean` and `std` of the streams. Raises LoaderError if they cannot be used."""
+    if decoding.output == torch.uint8:
+        if mean is not None or std is not None:
+            raise LoaderError("pixels of type torch.uint8 are not normalised: omit mean and std")
+        mean = 0.0, 0.0, 0.0
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and (np.shape(values) != (3,) or not np.isfinite(values).all()):
+            raise LoaderError(f"{name} must be three numbers, for red, green and blue, not {values}")
+    if std is not None and min(std) < 1:
+        raise LoaderError(
+            f"std is on the 0–255 scale of the pixels, where {tuple(std)} is too small: "
+            "multiply mean and std by 255 if they are on the 0–1 scale"
+        )
+    return {"mean": _rgb(mean), "std": _rgb(std) or (1.0, 1.0, 1.0)}
+
+
+def _rgb(values: Sequence[float] | None) -> RGB | None:
+    return None if values is None else (float(values[0]), float(values[1]), float(values[2]))
+
+
+def check_augmentation(
+    seed: int, scale: tuple[float, float] | None, ratio: tuple[float, float], colour: str, crop_chunk: int
+) -> None:
+    """Raise LoaderError if the arguments of `Loader` cannot be used."""
+    if seed < 0:
+        raise LoaderError(f"the seed must be a whole number from 0, not {seed}")
+    if colour not in COLOURS:
+        raise LoaderError(f"colour must be {', '.join(COLOURS[:-1])} or {COLOURS[-1]}, not {colour}")
+    if scale is None:
+        return
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise LoaderError(f"scale must be two shares of the area, such as (0.08, 1), not {scale}")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise LoaderError(f"ratio must be two bounds of width / height, such as (3/4, 4/3), not {ratio}")
+    if crop_chunk > 1:
+        raise LoaderError("crop_chunk is for crops without resizing: omit crop_chunk or scale")
