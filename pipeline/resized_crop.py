@@ -26,7 +26,8 @@ def resized_crops(
     whose logarithm is uniform between theirs.
 
     The first of ten tries that fits into the image is taken, at a position uniform over whole pixels. If none
-    fits, it is the largest part around the centre whose aspect ratio is within the bounds.
+    fits, the crop is the largest part around the centre whose aspect ratio is within the bounds, and at least
+    one pixel wide and high.
     """
     width, height = width.astype(np.int64), height.astype(np.int64)
     areas = (width * height)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES])
@@ -36,8 +37,8 @@ def resized_crops(
     fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
     first = np.arange(len(draws)), fits.argmax(1)
 
-    widest = np.where(width / height > ratio[1], np.rint(height * ratio[1]), width)
-    highest = np.where(width / height < ratio[0], np.rint(width / ratio[0]), height)
+    widest = np.where(width / height > ratio[1], np.maximum(np.rint(height * ratio[1]), 1), width)
+    highest = np.where(width / height < ratio[0], np.maximum(np.rint(width / ratio[0]), 1), height)
     found = fits.any(1)
     w = np.where(found, widths[first], widest).astype(np.int64)
     h = np.where(found, heights[first], highest).astype(np.int64)
