@@ -248,8 +248,8 @@ class EvaluationLoader(_Closable):
 
     batch: images in a batch of this process. crops: 1 for the centre, or 10 for the corners and the centre,
     also mirrored, for which pixels are [n,10,3,crop,crop]. on_damage: called with each damaged sample, which
-    is then missing. Other arguments and errors are those of `Loader`. samples: the numbers of the images in the
-    batch that was yielded last, int64 [n].
+    is then missing. Other arguments and errors are those of `Loader`. samples: the numbers of the
+    images in the batch that was yielded last, int64 [n].
     """
 
     def __init__(
