@@ -164,7 +164,7 @@ def graph_options(manifest: Manifest, decoding: Decoding, batch: int, resized: b
     if decoding.crop > manifest.size and not resized:
         raise DatasetError(
             f"a crop of {decoding.crop} px does not fit into images of {manifest.size} px: "
-            f"set --crop to {manifest.size} or less, or pack larger images"
+            f"set the crop to {manifest.size} px or less, or pack larger images"
         )
     return GraphOptions(
         decoding=decoding,

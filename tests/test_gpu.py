@@ -29,20 +29,21 @@ def batches(packed):
     shards = dataset.manifest.split("train").shards
     plan = Plan(0, 12, tuple(shard.samples for shard in shards))
 
-    def on(device: torch.device) -> list:
+    def on(device: torch.device, **options) -> list:
         decoding = Decoding(crop=67, device=device)
-        return list(train_loader(dataset, plan, range(8), decoding, colour="code2012"))
+        return list(train_loader(dataset, plan, range(8), decoding, colour="code2012", **options))
 
     return on
 
 
-def test_the_gpu_graph_gives_the_pictures_of_the_cpu_graph(batches, monkeypatch):
-    on_gpu = batches(GPU)
+@pytest.mark.parametrize("scale", [None, (0.08, 1.0)], ids=["crops", "resized crops"])
+def test_the_gpu_graph_gives_the_pictures_of_the_cpu_graph(batches, monkeypatch, scale):
+    on_gpu = batches(GPU, scale=scale)
     # Libjpeg interpolates chroma, which alone makes 14 to 20 levels in one value of a hundred.
     monkeypatch.setattr(
         "pipeline.loader.jpeg_batch", lambda jpegs: jpeg_batch(map(with_nearest_chroma, jpegs))
     )
-    for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, batches(CPU), strict=True):
+    for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, batches(CPU, scale=scale), strict=True):
         assert gpu.dtype == torch.float16
         assert gpu.device == GPU
         assert gpu.is_contiguous(memory_format=torch.channels_last)

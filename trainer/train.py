@@ -115,7 +115,7 @@ class Trainer:
         return self.step * self.loader.batch // self.loader.samples
 
     def calibrate(self) -> None:
-        """Measure the throughput of the loader and of the model, with an additional loader and net."""
+        """Measure the throughput of the loader and of the model, with an additional net."""
         classes, share = len(self.dataset.manifest.classes), self.settings.batch // self.world.size
         model = model_work(self.settings, classes, self.decoding, share, self.learner.precision)
         works = {"loader": loader_work(self.batches()), "model": model}

@@ -14,6 +14,7 @@ from pipeline.graph import (
     Decoding,
     GraphOptions,
     augment,
+    augment_resized,
     evaluation_pipeline,
     reserved_size,
     train_pipeline,
@@ -172,11 +173,15 @@ def test_the_memory_reserved_for_large_images_is_bounded(size):
         assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
 
 
-def test_no_thread_of_a_gpu_graph_is_bound_to_a_core():
+@pytest.mark.parametrize("resized", [False, True])
+def test_no_thread_of_a_gpu_graph_is_bound_to_a_core(resized):
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # another ID needs a GPU
     def graph():
         jpeg = fn.external_source(source=lambda: None)
-        return augment(jpeg, options_of(256, 256), mean=0, scale=1, x=0, y=0, mirror=0)
+        options, given = options_of(256, 256), {"mean": 0, "scale": 1, "mirror": 0}
+        if resized:
+            return augment_resized(jpeg, options, **given, anchor=[0.0, 0.0], shape=[0.5, 0.5])
+        return augment(jpeg, options, **given, x=0, y=0)
 
     serialized = graph().serialize()
     assert b"mixed" in serialized

@@ -282,7 +282,8 @@ def test_too_large_a_crop_is_refused_at_once(dataset):
     for load in loaders.values():
         assert next(iter(load(Decoding(crop=80))))[0].shape[2:] == (80, 80)
         with pytest.raises(
-            DatasetError, match="crop of 81 px does not fit into images of 80 px: set --crop to 80 or less"
+            DatasetError,
+            match="crop of 81 px does not fit into images of 80 px: set the crop to 80 px or less",
         ):
             load(Decoding(crop=81))
 
