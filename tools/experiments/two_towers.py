@@ -214,6 +214,8 @@ def _train(
         colour_epochs=settings.colour_epochs,
         shuffle_window=settings.shuffle_window,
         crop_chunk=settings.crop_chunk,
+        rank=0,  # each device has a tower, and takes whole batches
+        world=1,
         **vars(build_decoding(settings, device)),
     )
     optimizer = make_optimizer(net, settings)
