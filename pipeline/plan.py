@@ -1,7 +1,7 @@
 """Compute the order and the augmentation of images as pure functions of (seed, epoch, position).
 
 Training is one endless sequence of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which each of
-the N samples comes exactly once. Step k takes the B positions k·B to (k+1)·B − 1, whatever their epoch, and
+the N samples comes exactly once or, with a composition, as often as its quotas say. Step k takes the B positions k·B to (k+1)·B − 1, whatever their epoch, and
 rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
 together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
 prefetching.
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+
+from pipeline.composition import Composition
 
 _ORDER, _AUGMENT, _RESIZE = 0, 1, 2  # independent streams of an epoch
 _WORDS = 8  # 64-bit words per position in the augmentation stream; each counter value of Philox gives 4
@@ -39,24 +41,31 @@ def _uniform(words: np.ndarray) -> np.ndarray:
     return (words >> np.uint64(11)) * 2.0**-53
 
 
-def epoch_order(seed: int, epoch: int, shard_samples: Sequence[int], window: int = 0) -> np.ndarray:
-    """Return the epoch's permutation of all samples, int64 [sum(shard_samples)].
+def epoch_order(
+    seed: int,
+    epoch: int,
+    shard_samples: Sequence[int],
+    window: int = 0,
+    composition: Composition | None = None,
+) -> np.ndarray:
+    """Return the epoch's order of the samples, int64 [sum(shard_samples)].
 
     window: number of shards that are shuffled together; 0 means all of them, a global shuffle. Otherwise the
     shards are permuted, and then the samples within each window of shards, so that a dataset larger than
-    memory is read a few shards at a time.
+    memory is read a few shards at a time. composition: chooses the samples; by default, each comes once.
     """
     shards, samples = len(shard_samples), int(np.sum(shard_samples))
     words = _philox(seed, epoch, _ORDER).random_raw(shards + samples)
-    ends = np.cumsum(shard_samples)
-    numbers = np.split(np.arange(samples), ends[:-1])  # the sample numbers of each shard
+    chosen = np.arange(samples) if composition is None else composition.samples(seed, epoch)
+    ends = np.searchsorted(chosen, np.cumsum(shard_samples)[:-1])
+    places = np.split(np.arange(samples), ends)  # the places in `chosen` of each shard's samples
     shard_order = np.argsort(words[:shards], kind="stable")
     windows = []
     for first in range(0, shards, window or shards):
-        chosen = np.sort(shard_order[first:][: window or shards])
-        in_window = np.concatenate([numbers[shard] for shard in chosen])
+        shards_in_window = np.sort(shard_order[first:][: window or shards])
+        in_window = np.concatenate([places[shard] for shard in shards_in_window])
         windows.append(in_window[np.argsort(words[shards + in_window], kind="stable")])
-    return np.concatenate(windows)
+    return chosen[np.concatenate(windows)]
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ class Plan:
 
     shard_samples: number of samples in each shard. batch: number of images in a step over all ranks. window:
     as for `epoch_order`. crop_chunk: number of consecutive images in a step that share the draws of the first
-    one for crop and mirror; the last chunk of a step may be smaller. Raises ValueError if the batch is not
+    one for crop and mirror; the last chunk of a step may be smaller. composition: the shares of classes and
+    datasets in each epoch; by default, each sample comes once. Raises ValueError if the batch is not
     positive.
     """
 
@@ -119,6 +129,7 @@ class Plan:
     shard_samples: tuple[int, ...]
     window: int = 0
     crop_chunk: int = 1
+    composition: Composition | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -130,7 +141,7 @@ class Plan:
         return sum(self.shard_samples)
 
     def steps(self, epochs: int) -> int:
-        """Return the number of steps in which each sample comes at least `epochs` times.
+        """Return the number of steps that contain `epochs` epochs.
 
         The last step is filled up with samples of the next epoch.
         """
@@ -199,7 +210,7 @@ class Plan:
 
 @lru_cache(maxsize=2)
 def _cached_order(plan: Plan, epoch: int) -> np.ndarray:
-    return epoch_order(plan.seed, epoch, plan.shard_samples, plan.window)
+    return epoch_order(plan.seed, epoch, plan.shard_samples, plan.window, plan.composition)
 
 
 def crop_offsets(uniform: np.ndarray, extent: np.ndarray, crop: int | np.ndarray) -> np.ndarray:
