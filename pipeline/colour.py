@@ -11,10 +11,32 @@ eigenvalues λ are computed. On 0–255 the noise would drown the image (the lar
 
 import numpy as np
 
-from pipeline.manifest import Pixels
+from pipeline.manifest import RGB, Pixels
 
 COLOURS = ("paper", "code2012", "off")
 _ALPHA_STD = 0.1
+
+
+def pixel_statistics(mean: np.ndarray, covariance: np.ndarray) -> Pixels:
+    """Return the mean, and the eigenvalues and eigenvectors of the covariance, largest first.
+
+    An eigenvector's sign is arbitrary: it is chosen so that the entry of largest magnitude is positive.
+    """
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
+
+    # Rounding makes the manifest independent of the BLAS, whose last digits may differ.
+    def rounded(row: np.ndarray) -> RGB:
+        red, green, blue = (round(float(value), 6) for value in row)
+        return red, green, blue
+
+    first, second, third = (rounded(row) for row in vectors)
+    return Pixels(
+        mean=rounded(mean),
+        eigenvalues=rounded(values),
+        eigenvectors=(first, second, third),
+    )
 
 
 def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:

@@ -1,12 +1,12 @@
 """Choose the images of each epoch by quota: a share for each dataset, and a share for each class in it.
 
 A group is a class of a dataset or, without balancing, a whole dataset. In every epoch, the number of images
-of a dataset and of a class within it differ by less than one from what their shares say. Fractions of an image
-are owed to the group, and the groups that are owed most get the next whole ones.
+of a dataset, and of a class within it, differs by less than one from what its share says. Fractions of an
+image are owed to the group, and the groups that are owed most get the next whole images.
 
 The images of a group follow each other in a stream of permutations, and an epoch takes up the stream where
-the epoch before it left off. Therefore, all images of a group have been used equally often, to within one. The
-state before an epoch depends only on the number of the epoch.
+the epoch before it left off. Therefore, all images of a group have been used equally often, to within one.
+The state before an epoch depends only on the number of the epoch.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ _BLOCK = 4  # 64-bit words that each counter value of Philox gives
 def apportion(images: int, weights: np.ndarray, owed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Divide images among groups in proportion to their weights, by largest remainders.
 
-    weights: int64, positive. owed: what each group was owed before, in units of 1 / weights.sum() of an image.
-    Returns the number of images of each group, which is its proportional part rounded down or up, and what
-    each is owed now.
+    weights: int64, positive. owed: what each group was owed before, in units of 1 / weights.sum() of an
+    image. Returns the number of images of each group, which is its proportional part rounded down or up, and
+    what each is owed now.
     """
     total = int(weights.sum())
     counts, remainders = np.divmod(images * weights, total)

@@ -1,28 +1,31 @@
-"""Open a packed dataset."""
+"""Open a packed dataset, or several as one."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.manifest import RGB, Class, Manifest, read_manifest
+from pipeline.composition import Composition
+from pipeline.manifest import RGB, Class, Manifest
+from pipeline.mixture import combine, read_sources
 from pipeline.ranks import read_ranks
 from pipeline.reader import ShardReader
 
 
 class Dataset:
-    """An open dataset: its manifest, and a reader for each split that is used.
+    """An open dataset or mixture: its manifest, and a reader for each split that is used.
 
-    mean: RGB [3], to be subtracted instead of the dataset's own mean, for a net that was trained on another
-    dataset. processes: the number of processes on this machine that open the dataset. Raises DatasetError
-    and OSError as `read_manifest` does.
+    root: a folder, or FOLDER=WEIGHT,… for a mixture. mean: RGB [3], to be subtracted instead of the dataset's
+    own mean, for a net that was trained on another dataset. processes: the number of processes on this
+    machine that open the dataset. Raises DatasetError and OSError as `read_sources` does.
 
     A pickled dataset is opened again where it is unpickled.
     """
 
     def __init__(self, root: Path, mean: RGB | None = None, processes: int = 1):
         self.root, self.processes = root, processes
-        self.manifest: Manifest = read_manifest(root)
+        self.sources = read_sources(root)
+        self.manifest: Manifest = combine(self.sources)
         self.fingerprint = self.manifest.fingerprint  # which does not depend on `mean`
         if mean is not None:
             pixels = self.manifest.pixels.model_copy(update={"mean": mean})
@@ -51,10 +54,26 @@ class Dataset:
         return red, green, blue
 
     def reader(self, split: str) -> ShardReader:
-        """Return the reader of a split, which is opened at the first call. Raises as `ShardReader` does."""
+        """Return the reader of a split, which is opened at the first call. Raises as `ShardReader` does.
+
+        The training images of a mixture are those of all datasets, its other splits those of the first one.
+        """
         if split not in self._readers:
-            self._readers[split] = ShardReader(self.root, self.manifest, split, self.processes)
+            (folder, manifest, _), *others = self.sources
+            mixed = [(other.folder, other.manifest) for other in others] if split == "train" else []
+            self._readers[split] = ShardReader(folder, manifest, split, self.processes, mixed)
         return self._readers[split]
+
+    def composition(self, balance: float = 0.0) -> Composition | None:
+        """Return the shares of datasets and classes in each epoch, or None if each image comes once.
+
+        balance: from 0, for the classes as they are, to 1, for equally many images of each class.
+        """
+        if len(self.sources) == 1 and not balance:
+            return None
+        samples = [source.manifest.split("train").samples for source in self.sources]
+        labels = np.split(self.reader("train").rows["label"], np.cumsum(samples)[:-1])
+        return Composition.of(labels, [source.share for source in self.sources], balance)
 
 
 def open_dataset(path: str | os.PathLike[str]) -> Dataset:

@@ -1,10 +1,10 @@
 """Compute the order and the augmentation of images as pure functions of (seed, epoch, position).
 
 Training is one endless sequence of positions. Epoch e is the positions e·N to (e+1)·N − 1, in which each of
-the N samples comes exactly once or, with a composition, as often as its quotas say. Step k takes the B positions k·B to (k+1)·B − 1, whatever their epoch, and
-rank r of W takes the r-th of W equal parts of each step. Therefore every batch is full, all ranks end
-together, a run resumes from one integer, and no random draw depends on the number of ranks, on threads or on
-prefetching.
+the N samples comes exactly once or, with a composition, as often as its quotas say. Step k takes the B
+positions k·B to (k+1)·B − 1, whatever their epoch, and rank r of W takes the r-th of W equal parts of each
+step. Therefore every batch is full, all ranks end together, a run resumes from one integer, and no random
+draw depends on the number of ranks, on threads or on prefetching.
 
 With `crop_chunk`, an image takes its crop and mirror from the first image of its chunk, whose position is
 known, so this remains true.

@@ -4,6 +4,7 @@ import os
 import resource
 import tarfile
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
@@ -57,28 +58,37 @@ class ShardReader:
     is trained on.
 
     A split that fits in memory is cached, each sample from when it is first read. processes: the number of
-    processes on this machine, each of which has its own cache.
+    processes on this machine, each of which has its own cache. others: datasets with the same class ids,
+    whose samples of the split follow those of the first dataset, with the labels of that one.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, split: str, processes: int = 1):
-        self.root = root
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        split: str,
+        processes: int = 1,
+        others: Sequence[tuple[Path, Manifest]] = (),
+    ):
         self.split = manifest.split(split)
-        self.rows = read_index(root, self.split, len(manifest.classes))
-        for side, limit in (("width", manifest.max_width), ("height", manifest.max_height)):
-            if not 0 < self.rows[side].min() <= self.rows[side].max() <= limit:
-                raise DatasetError(
-                    f"the index {root / self.split.index} disagrees with dataset.json, which says that each "
-                    f"{side} is from 1 to {limit}: pack the dataset again"
-                )
+        self.rows = _read_rows(root, manifest, split)
+        self.shards = [(root / shard.file, shard) for shard in self.split.shards]
+        labels = {entry.id: label for label, entry in enumerate(manifest.classes)}
+        for folder, other in others:
+            rows = _read_rows(folder, other, split)
+            rows["label"] = np.array([labels[entry.id] for entry in other.classes])[rows["label"]]
+            rows["shard"] += len(self.shards)
+            self.rows = np.concatenate((self.rows, rows))
+            self.shards += [(folder / shard.file, shard) for shard in other.split(split).shards]
         self._ends = np.cumsum(self.rows["size"], dtype=np.int64)
         self._cache = _allocate_cache(int(self._ends[-1]), processes)
         self._is_cached = np.zeros(len(self.rows), bool)
-        _allow_open_files(len(self.split.shards))
+        _allow_open_files(len(self.shards))
         self._unreadable_shards: set[int] = set()  # those with a sample that stayed unreadable after retries
         self._files: list[int] = []
         weakref.finalize(self, _close_all, self._files)
-        for shard in self.split.shards:
-            open_shard = partial(_open_shard, root / shard.file, shard)
+        for path, shard in self.shards:
+            open_shard = partial(_open_shard, path, shard)
             self._files.append(with_retries(open_shard, print_to_stderr))
 
     def __len__(self) -> int:
@@ -124,7 +134,7 @@ class ShardReader:
         Returns None, or what is wrong, as a predicate, if the bytes are lost. Raises OutageError if the
         storage cannot be read.
         """
-        path = self.root / self.split.shards[shard].file
+        path, _ = self.shards[shard]
 
         def read() -> None:
             try:
@@ -156,8 +166,7 @@ class ShardReader:
     def _reopen(self, shard: int) -> None:
         """Open a shard again if possible, because a descriptor of a lost mount stays invalid."""
         with suppress(OSError, DatasetError):
-            record = self.split.shards[shard]
-            file = _open_shard(self.root / record.file, record)
+            file = _open_shard(*self.shards[shard])
             os.dup2(file, self._files[shard])
             os.close(file)
 
@@ -183,7 +192,7 @@ class ShardReader:
     @property
     def fits_in_page_cache(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""
-        return 2 * sum(shard.bytes for shard in self.split.shards) < memory_bytes()
+        return 2 * sum(shard.bytes for _, shard in self.shards) < memory_bytes()
 
     def key(self, number: int) -> str:
         """Read the sample's key from its tar header. Raises DatasetError if the header is damaged."""
@@ -205,7 +214,21 @@ class ShardReader:
     def location(self, number: int) -> str:
         """Describe where a sample is, for messages: its shard, and the offset of its JPEG in bytes."""
         row = self.rows[number]
-        return f"{self.root / self.split.shards[row['shard']].file} at byte {row['offset']}"
+        path, _ = self.shards[row["shard"]]
+        return f"{path} at byte {row['offset']}"
+
+
+def _read_rows(root: Path, manifest: Manifest, split: str) -> np.ndarray:
+    """Read a split's index, and check the sides of its images. Raises as `read_index` does."""
+    record = manifest.split(split)
+    rows = read_index(root, record, len(manifest.classes))
+    for side, limit in (("width", manifest.max_width), ("height", manifest.max_height)):
+        if not 0 < rows[side].min() <= rows[side].max() <= limit:
+            raise DatasetError(
+                f"the index {root / record.index} disagrees with dataset.json, which says that each "
+                f"{side} is from 1 to {limit}: pack the dataset again"
+            )
+    return rows
 
 
 def _allocate_cache(size: int, processes: int) -> np.ndarray | None:

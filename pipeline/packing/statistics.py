@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import RGB, Pixels
+from pipeline.colour import pixel_statistics
+from pipeline.manifest import Pixels
 
 # Pixels in a dot product. 255² × 256 < 2²⁴, so float32 holds each such sum and each partial sum exactly, in
 # whatever order BLAS adds. For so few pixels, BLAS starts no threads.
@@ -48,23 +49,6 @@ class PixelSums:
         self.products += other.products
 
     def statistics(self) -> Pixels:
-        """Return the mean, and the eigenvalues and eigenvectors of the covariance, largest first.
-
-        An eigenvector's sign is arbitrary: it is chosen so that the entry of largest magnitude is positive.
-        """
+        """Return the mean and the principal components of all pixels."""
         mean = self.total / self.count
-        values, vectors = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))
-        values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
-        vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), range(3)])
-
-        # Rounding makes the manifest independent of the BLAS, whose last digits may differ.
-        def rounded(row: np.ndarray) -> RGB:
-            red, green, blue = (round(float(value), 6) for value in row)
-            return red, green, blue
-
-        first, second, third = (rounded(row) for row in vectors)
-        return Pixels(
-            mean=rounded(mean),
-            eigenvalues=rounded(values),
-            eigenvectors=(first, second, third),
-        )
+        return pixel_statistics(mean, self.products / self.count - np.outer(mean, mean))

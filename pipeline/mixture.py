@@ -1,0 +1,152 @@
+"""Open several packed datasets with the same classes as one, in which each has a share of every epoch.
+
+A mixture is named like a folder, by FOLDER=WEIGHT,FOLDER=WEIGHT,… Its training images are those of all
+datasets, and its other splits are those of the first one.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.colour import pixel_statistics
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Pixels, read_manifest
+
+
+class Source(NamedTuple):
+    """A dataset of a mixture. share: of the images of an epoch, greater than 0; the shares add up to 1."""
+
+    folder: Path
+    manifest: Manifest
+    share: float
+
+
+class MixedManifest(Manifest):
+    """The manifest of a mixture. sources: fingerprint and share of each dataset."""
+
+    sources: tuple[tuple[str, str], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """The first 16 hex digits of a hash of `sources`."""
+        return sha256(json.dumps(self.sources).encode()).hexdigest()[:16]
+
+
+def weights_of(data: Path) -> dict[Path, float]:
+    """Return the folders that `data` names, and the weight of each.
+
+    If `data` has both a comma and an equals sign, it is FOLDER=WEIGHT,…; otherwise, it is one folder. Raises
+    ValueError if a folder has no weight or comes twice, or if a weight is not a number greater than 0.
+    """
+    parts = [part.strip() for part in str(data).split(",") if part.strip()]
+    if str(data) in parts or "=" not in str(data):
+        return {data: 1.0}
+    weights: dict[Path, float] = {}
+    for part in parts:
+        name, _, text = part.rpartition("=")
+        if not name:
+            raise ValueError(f"{part} has no weight: name several datasets as DIR=WEIGHT,DIR=WEIGHT")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
+            raise ValueError(
+                f"the weight of {name} should be a number greater than 0, not {text or repr(text)}"
+            )
+        if Path(name) in weights:
+            raise ValueError(f"{name} is given twice")
+        weights[Path(name)] = weight
+    return weights
+
+
+def is_present(data: Path) -> bool:
+    """Return whether `data` names only folders of datasets. Raises ValueError as `weights_of` does."""
+    return all((folder / MANIFEST_NAME).is_file() for folder in weights_of(data))
+
+
+def change_folders(data: Path, change: Callable[[Path], Path]) -> Path:
+    """Return `data` with each folder changed. Raises ValueError as `weights_of` does."""
+    weights = weights_of(data)
+    if data in weights:
+        return change(data)
+    return Path(",".join(f"{change(folder)}={weight:g}" for folder, weight in weights.items()))
+
+
+def read_sources(data: Path) -> list[Source]:
+    """Read the manifests of the datasets that `data` names.
+
+    Raises DatasetError if they cannot be mixed, and otherwise as `read_manifest` does.
+    """
+    try:
+        weights = weights_of(data)
+    except ValueError as error:
+        raise DatasetError(f"{data}: {error}") from None
+    total = sum(weights.values())
+    sources = [Source(folder, read_manifest(folder), weight / total) for folder, weight in weights.items()]
+    for number, source in enumerate(sources):
+        for earlier in sources[:number]:
+            if source.manifest.fingerprint == earlier.manifest.fingerprint:
+                raise DatasetError(
+                    f"{source.folder} is the same dataset as {earlier.folder}: omit one of them"
+                )
+        _check_alike(sources[0], source)
+    return sources
+
+
+def _check_alike(first: Source, other: Source) -> None:
+    classes, others = ({entry.id for entry in source.manifest.classes} for source in (first, other))
+    for one, its, two, theirs in ((first, classes, other, others), (other, others, first, classes)):
+        if only := sorted(its - theirs):
+            more = f" and {len(only) - 1} more" if len(only) > 1 else ""
+            raise DatasetError(
+                f"{other.folder} and {first.folder} have different classes: "
+                f"{one.folder} has {only[0]}{more}, which {two.folder} lacks"
+            )
+    size, another = ((source.manifest.geometry, source.manifest.size) for source in (first, other))
+    if size != another:
+        raise DatasetError(
+            f"{other.folder} has geometry {another[0]} at {another[1]} px, but {first.folder} has {size[0]} "
+            f"at {size[1]} px: pack them alike"
+        )
+
+
+def combine(sources: Sequence[Source]) -> Manifest:
+    """Return the manifest of a mixture, or that of the only dataset."""
+    first = sources[0].manifest
+    if len(sources) == 1:
+        return first
+    trains = [source.manifest.split("train") for source in sources]
+    train = trains[0].model_copy(
+        update={
+            "samples": sum(split.samples for split in trains),
+            "shards": tuple(shard for split in trains for shard in split.shards),
+        }
+    )
+    return MixedManifest(
+        **dict(first)
+        | {
+            "max_width": max(source.manifest.max_width for source in sources),
+            "max_height": max(source.manifest.max_height for source in sources),
+            "splits": {**first.splits, "train": train},
+            "pixels": mix_pixels([(source.share, source.manifest.pixels) for source in sources]),
+            "sources": [(source.manifest.fingerprint, f"{source.share:.9g}") for source in sources],
+        }
+    )
+
+
+def mix_pixels(parts: Sequence[tuple[float, Pixels]]) -> Pixels:
+    """Return the mean and the principal components of a mixture of pixels, given the share of each part.
+
+    The mean is m = Σ s·mᵢ, and the covariance is Σ s·(Cᵢ + mᵢmᵢᵀ) − mmᵀ.
+    """
+    mean, moments = np.zeros(3), np.zeros((3, 3))
+    for share, pixels in parts:
+        own, vectors = np.array(pixels.mean), np.array(pixels.eigenvectors)
+        mean += share * own
+        moments += share * (vectors * pixels.eigenvalues @ vectors.T + np.outer(own, own))
+    return pixel_statistics(mean, moments - np.outer(mean, mean))
