@@ -9,6 +9,8 @@ eigenvalues λ are computed. On 0–255 the noise would drown the image (the lar
 - `off`       no offset.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pipeline.manifest import RGB, Pixels
@@ -37,6 +39,19 @@ def pixel_statistics(mean: np.ndarray, covariance: np.ndarray) -> Pixels:
         eigenvalues=rounded(values),
         eigenvectors=(first, second, third),
     )
+
+
+def mix_pixels(parts: Sequence[tuple[float, Pixels]]) -> Pixels:
+    """Return the mean and the principal components of a mixture of pixels, given the share of each part.
+
+    The mean is m = Σ s·mᵢ, and the covariance is Σ s·(Cᵢ + mᵢmᵢᵀ) − mmᵀ.
+    """
+    mean, moments = np.zeros(3), np.zeros((3, 3))
+    for share, pixels in parts:
+        own, vectors = np.array(pixels.mean), np.array(pixels.eigenvectors)
+        mean += share * own
+        moments += share * (vectors * pixels.eigenvalues @ vectors.T + np.outer(own, own))
+    return pixel_statistics(mean, moments - np.outer(mean, mean))
 
 
 def colour_deviations(colour: str, pixels: Pixels) -> np.ndarray:

@@ -102,9 +102,9 @@ class Composition:
 
     def _state(self, epoch: int) -> _State:
         if not self._states:
-            owed = tuple(np.zeros_like(weights) for weights in self.weights_within)
+            nothing_within = tuple(np.zeros_like(weights) for weights in self.weights_within)
             used = np.zeros(sum(map(len, self.groups)), np.int64)
-            self._states.append(_State(np.zeros_like(self.weights), owed, used))
+            self._states.append(_State(np.zeros_like(self.weights), nothing_within, used))
         while len(self._states) <= epoch:
             last = self._states[-1]
             shares, owed = apportion(self.images, self.weights, last.owed)

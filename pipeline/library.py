@@ -15,6 +15,7 @@ from pipeline.loader_options import (
     DecodingOptions,
     LoaderError,
     check_augmentation,
+    check_balance,
     find_ranks,
     make_decoding,
     normalisation,
@@ -64,7 +65,8 @@ class Loader(_Closable):
     `crop` pixels at a random position. crops_and_flips: if false, each image is its centre crop. colour,
     colour_epochs: colour noise as in the AlexNet paper, `paper` or `code2012`, and after how many epochs it
     ends. shuffle_window: number of shards that are shuffled together, or 0 for all. crop_chunk: number of
-    consecutive images that share crop and mirror. on_damage: called with each damaged sample, whose place the
+    consecutive images that share crop and mirror. balance: from 0, for the classes as they are, to 1, for equally
+    many images of each class in an epoch (docs/operations.md). on_damage: called with each damaged sample, whose place the
     next one takes; without it, damage raises DatasetError. rank, world: index of this process and number of
     processes; by default those of torch.distributed or, before it is initialised, of torchrun's environment.
 
@@ -89,13 +91,16 @@ class Loader(_Closable):
         colour_epochs: int | None = None,
         shuffle_window: int = 0,
         crop_chunk: int = 1,
+        balance: float = 0.0,
         on_damage: OnDamage | None = None,
         rank: int | None = None,
         world: int | None = None,
         **decoding: Unpack[DecodingOptions],
     ):
         super().__init__()
+        check_balance(balance, split)
         ranks = find_ranks(rank, world)
+        composition = dataset.composition(balance) if split == "train" else None
         shards = dataset.manifest.split(split).shards
         try:
             self.plan = Plan(
@@ -104,12 +109,13 @@ class Loader(_Closable):
                 shard_samples=tuple(shard.samples for shard in shards),
                 window=shuffle_window,
                 crop_chunk=crop_chunk,
+                composition=composition,
             )
             images = self.plan.images_per_rank(ranks.world_size)
         except ValueError as error:
             raise LoaderError(str(error)) from None
         check_augmentation(seed, scale, ratio, colour, crop_chunk)
-        self.dataset, self.split = dataset, split
+        self.dataset, self.split, self.balance = dataset, split, balance
         self.decoding = make_decoding(crop, ranks, **decoding)
         self._options: dict[str, Any] = {
             "split": split,
@@ -223,8 +229,8 @@ class Loader(_Closable):
     def _identity(self) -> dict[str, Any]:
         """Return what the order and the draws depend on, besides the dataset."""
         plan = {field.name: getattr(self.plan, field.name) for field in fields(Plan)}
-        del plan["shard_samples"]  # which the dataset's identity includes
-        return {"split": self.split, **plan}
+        del plan["shard_samples"], plan["composition"]  # which follow from the dataset and the balance
+        return {"split": self.split, "balance": self.balance, **plan}
 
 
 class Batches:

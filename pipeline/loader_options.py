@@ -135,3 +135,11 @@ def check_augmentation(
         raise LoaderError(f"ratio must be two bounds of width / height, such as (3/4, 4/3), not {ratio}")
     if crop_chunk > 1:
         raise LoaderError("crop_chunk is for crops without resizing: omit crop_chunk or scale")
+
+
+def check_balance(balance: float, split: str) -> None:
+    """Raise LoaderError if classes cannot be balanced so."""
+    if not 0 <= balance <= 1:
+        raise LoaderError(f"balance must be from 0 to 1, not {balance}")
+    if balance and split != "train":
+        raise LoaderError(f"only the classes of the split train can be balanced, not those of {split}")

@@ -11,10 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from pipeline.colour import pixel_statistics
-from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Pixels, read_manifest
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
 
 
 class Source(NamedTuple):
@@ -120,6 +117,8 @@ def combine(sources: Sequence[Source]) -> Manifest:
     first = sources[0].manifest
     if len(sources) == 1:
         return first
+    from pipeline.colour import mix_pixels  # numpy would delay the command line's messages
+
     trains = [source.manifest.split("train") for source in sources]
     train = trains[0].model_copy(
         update={
@@ -137,16 +136,3 @@ def combine(sources: Sequence[Source]) -> Manifest:
             "sources": [(source.manifest.fingerprint, f"{source.share:.9g}") for source in sources],
         }
     )
-
-
-def mix_pixels(parts: Sequence[tuple[float, Pixels]]) -> Pixels:
-    """Return the mean and the principal components of a mixture of pixels, given the share of each part.
-
-    The mean is m = Σ s·mᵢ, and the covariance is Σ s·(Cᵢ + mᵢmᵢᵀ) − mmᵀ.
-    """
-    mean, moments = np.zeros(3), np.zeros((3, 3))
-    for share, pixels in parts:
-        own, vectors = np.array(pixels.mean), np.array(pixels.eigenvectors)
-        mean += share * own
-        moments += share * (vectors * pixels.eigenvalues @ vectors.T + np.outer(own, own))
-    return pixel_statistics(mean, moments - np.outer(mean, mean))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
-from pipeline.manifest import MANIFEST_NAME, DatasetError, read_manifest
+from pipeline.manifest import DatasetError
+from pipeline.mixture import combine, is_present, read_sources
 from pipeline.output import printed, secure
 from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
@@ -69,12 +70,12 @@ def _train(arguments: Sequence[str]) -> None:
             f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
         )
     is_in_container = "container" in os.environ  # docker/Dockerfile sets it
-    if is_in_container and not (settings.data / MANIFEST_NAME).is_file():
+    if is_in_container and not is_present(settings.data):
         raise SettingsError(
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
-    manifest = read_manifest(settings.data)
+    manifest = combine(read_sources(settings.data))
     for split in ("train", "val"):
         manifest.split(split)
     if settings.crop > manifest.size:
@@ -133,12 +134,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
     if options.data:
         settings = settings.model_copy(update={"data": options.data})
-    elif not (settings.data / MANIFEST_NAME).is_file():
+    elif not is_present(settings.data):
         raise SettingsError(
             f"{options.run} was trained on {settings.data}, which no longer holds a dataset: "
             "give the folder of the dataset with --data"
         )
-    read_manifest(settings.data).split(options.split)
+    combine(read_sources(settings.data)).split(options.split)
 
     from trainer.evaluate import evaluate_run
 

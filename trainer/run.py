@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.documents import ContentError, message_of, read_json
 from pipeline.files import atomic_write, sync_folder
-from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
+from pipeline.manifest import DatasetError, Manifest
+from pipeline.mixture import change_folders, combine, is_present, read_sources, weights_of
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from trainer.environment import environment
 from trainer.lock import LockedError, open_locked
@@ -102,10 +103,13 @@ class Run:
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
             NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
             record = _identity(settings, manifest.fingerprint, whole=True)
-            if not settings.data.is_absolute():
-                record[_DATA_FROM_RUN] = os.path.relpath(settings.data.resolve(), self.folder.resolve())
+            if not all(folder.is_absolute() for folder in weights_of(settings.data)):
+                record[_DATA_FROM_RUN] = str(change_folders(settings.data, self._path_from_run))
             _write_json(self.folder / _SETTINGS, record)
         return lock
+
+    def _path_from_run(self, path: Path) -> Path:
+        return Path(os.path.relpath(path.resolve(), self.folder.resolve()))
 
     def adopt(self, settings: Settings, net: NetSpec, origin: str) -> None:
         """Create the folder of a run whose weights were trained elsewhere; the caller adds the checkpoint.
@@ -207,9 +211,10 @@ class Run:
         recorded = _Recorded(**self.recorded_settings())
         settings = recorded.settings()
         if recorded.data_from_run is not None:
-            data = (self.folder / recorded.data_from_run).resolve()
-            if (data / MANIFEST_NAME).is_file():
-                return settings.model_copy(update={"data": Path(os.path.relpath(data))})
+            data = change_folders(Path(recorded.data_from_run), lambda path: (self.folder / path).resolve())
+            if is_present(data):
+                data = change_folders(data, lambda path: Path(os.path.relpath(path)))
+                return settings.model_copy(update={"data": data})
         return settings
 
     def recorded_settings(self) -> dict[str, Any]:
@@ -257,7 +262,7 @@ class Run:
                         f"{settings.crop}: restore both from one copy of the run"
                     )
                 return spec
-            return NetSpec.from_manifest(read_manifest(settings.data), settings.crop)
+            return NetSpec.from_manifest(combine(read_sources(settings.data)), settings.crop)
         except SpecError as error:
             raise RunError(str(error)) from None
         except DatasetError as error:

@@ -57,8 +57,10 @@ class Group(BaseModel):
 class DataAndRun(Group):
     """Data and run"""
 
-    data: MayChange[Path] = Path("shards")
-    """Folder of the packed dataset."""
+    data: MayChange[Annotated[Path, Metavar("DIR | DIR=WEIGHT,…")]] = Path("shards")
+    """Folder of the packed dataset, or several with the same classes, such as photos=0.7,drawings=0.3. An
+    epoch has as many images as all of them together, divided by these weights; the first one is used for
+    validation."""
     out: MayChange[Path | None] = None
     """Folder of the run, by default runs/RECIPE. If it already holds this run, the run continues."""
     recipe: MayChange[Annotated[str, Metavar("RECIPE")]] = "paper"
@@ -117,13 +119,17 @@ class BatchesAndAugmentation(Group):
     """Number of epochs after which colour augmentation ends; by default, it never ends."""
     shuffle_window: NonNegativeInt = 0
     """Number of shards whose samples are shuffled together; 0 means all."""
+    balance: Annotated[Fraction, Metavar("FRACTION")] = 0.0
+    """How far to balance the classes of each dataset: 0 takes each image once an epoch, and 1 takes equally
+    many images of each class. In between, a class of n images has a share in proportion to n to the power of
+    1 − balance."""
 
 
 class Optimisation(Group):
     """Optimisation"""
 
     epochs: PositiveInt = 90
-    """Number of passes over the training images."""
+    """Number of epochs; each has as many images as the training set."""
     learning_rate: Annotated[PositiveFloat, Metavar("RATE")] = 0.01
     """Initial learning rate, reached at the end of the warm-up if there is one."""
     warmup_epochs: Annotated[NonNegativeFloat, Metavar("N")] = 0.0

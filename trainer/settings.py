@@ -26,6 +26,7 @@ from pydantic_settings import (
 from pydantic_settings import SettingsError as SourceError
 
 from pipeline.documents import ContentError, read_toml
+from pipeline.mixture import weights_of
 from trainer.setting_groups import (
     MAY_CHANGE,
     PAPER_ONLY,
@@ -86,6 +87,12 @@ class Settings(
             raise ValueError("input should not be true or false")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("input should not contain a zero byte")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _names_datasets(cls, value: Path) -> Path:
+        weights_of(value)
         return value
 
     @field_validator("drop_epochs", mode="before")
@@ -183,6 +190,17 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(message)
 
 
+class _Datasets(argparse.Action):
+    """Join datasets with weights that are given one by one, such as --data a=0.7 --data b=0.3."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object
+    ) -> None:
+        earlier = str(getattr(namespace, self.dest, ""))
+        both = "=" in earlier and "=" in values
+        setattr(namespace, self.dest, f"{earlier},{values}" if both else values)
+
+
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
@@ -218,6 +236,8 @@ def load_settings(
             chosen = [mark.text for mark in field.metadata if isinstance(mark, Metavar)]
             shown = options["metavar"]
             options["metavar"] = chosen[0] if chosen else _METAVARS.get(shown, shown)
+        if dest == "data":
+            options["action"] = _Datasets
         groups[dest].add_argument(*flags, dest=dest, **options)
 
     command_line: Any = CliSettingsSource(

@@ -191,6 +191,7 @@ class Trainer:
             colour_epochs=settings.colour_epochs,
             shuffle_window=settings.shuffle_window,
             crop_chunk=settings.crop_chunk,
+            balance=settings.balance,
             on_damage=self._leave_out,
             rank=self.world.rank,
             world=self.world.size,
