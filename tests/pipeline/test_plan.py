@@ -1,4 +1,8 @@
-"""Each sample comes once per epoch, with any number of ranks, any window, and wherever a run resumes."""
+"""Each sample comes once per epoch, or as its weight says, with any number of ranks, any window, and wherever
+a run resumes.
+"""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -6,19 +10,37 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.plan import Plan, RankBatch, draws, epoch_order, share
+from tests.pipeline.weighted import weighted
 
 seeds = st.integers(0, 2**63)
 layouts = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans_as_is(draw: st.DrawFn) -> Plan:
     return Plan(
         seed=draw(seeds),
         batch=draw(st.integers(1, 40)),
         shard_samples=tuple(draw(layouts)),
         window=draw(st.integers(0, 9)),
         crop_chunk=draw(st.sampled_from([1, 1, 2, 5, 50])),
+    )
+
+
+@st.composite
+def weighted_plans(draw: st.DrawFn) -> Plan:
+    plan = draw(plans_as_is())
+    return dataclasses.replace(plan, composition=draw(weighted(plan.samples)).composition())
+
+
+plans = st.one_of(plans_as_is(), weighted_plans())
+
+
+def forgetful(plan: Plan) -> Plan:
+    """Return the same plan without the state of earlier epochs, as after a restart."""
+    ours = plan.composition
+    return (
+        plan if ours is None else dataclasses.replace(plan, composition=dataclasses.replace(ours, _states=[]))
     )
 
 
@@ -35,7 +57,7 @@ def assert_equal(ours: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
-@given(plans(), st.integers(1, 3))
+@given(plans_as_is(), st.integers(1, 3))
 def test_each_sample_comes_once_an_epoch_with_the_order_and_draws_of_that_epoch(plan, epochs):
     run = joined([plan.step_batch(step) for step in range(plan.steps(epochs))])
     for epoch in range(epochs):
@@ -50,14 +72,14 @@ def test_each_sample_comes_once_an_epoch_with_the_order_and_draws_of_that_epoch(
     assert (run["epoch"][epochs * plan.samples :] >= epochs).all()
 
 
-@given(plans(), st.integers(0, 5))
+@given(plans, st.integers(0, 5))
 def test_a_plan_has_the_fewest_steps_that_cover_its_epochs(plan, epochs):
     steps, images = plan.steps(epochs), epochs * plan.samples
     assert steps * plan.batch >= images
     assert (steps - 1) * plan.batch < images
 
 
-@given(st.data(), plans(), st.integers(0, 20))
+@given(st.data(), plans, st.integers(0, 20))
 def test_ranks_divide_the_batch_of_a_single_process(data, plan, step):
     world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
     parts = [plan.step_batch(step, rank, world) for rank in range(world)]
@@ -65,7 +87,7 @@ def test_ranks_divide_the_batch_of_a_single_process(data, plan, step):
     assert_equal(joined(parts), joined([plan.step_batch(step)]))
 
 
-@given(st.data(), plans(), st.integers(0, 20), st.integers(1, 5))
+@given(st.data(), plans, st.integers(0, 20), st.integers(1, 5))
 def test_several_steps_at_once_equal_the_single_steps(data, plan, step, steps):
     world = data.draw(st.sampled_from([n for n in range(1, plan.batch + 1) if plan.batch % n == 0]))
     for rank in range(world):
@@ -73,7 +95,7 @@ def test_several_steps_at_once_equal_the_single_steps(data, plan, step, steps):
         assert_equal(joined([plan.step_batch(step, rank, world, steps)]), joined(singles))
 
 
-@given(plans(), st.integers(2, 41))
+@given(plans, st.integers(2, 41))
 def test_a_world_that_does_not_divide_the_batch_is_refused(plan, world):
     assume(plan.batch % world)
     with pytest.raises(ValueError, match=f"batch of {plan.batch} images .* {world} processes"):
@@ -86,18 +108,19 @@ def test_a_batch_without_images_is_refused(batch):
         Plan(seed=0, batch=batch, shard_samples=(3,))
 
 
-@given(plans(), st.lists(st.integers(0, 5), min_size=8, max_size=12))
+@given(plans, st.lists(st.integers(0, 5), min_size=8, max_size=12))
 def test_a_step_does_not_depend_on_earlier_steps(plan, steps):
     forwards = {step: joined([plan.step_batch(step)]) for step in range(6)}
     for step in steps:
         batch = plan.step_batch(step)
         assert_equal(joined([batch]), forwards[step])
+        assert_equal(joined([forgetful(plan).step_batch(step)]), forwards[step])
         batch.samples[:] = -1  # which must not change the plan
 
 
-@given(plans(), st.integers(0, 30))
+@given(plans, st.integers(0, 30))
 def test_a_position_has_the_same_image_and_the_draws_of_its_chunk_in_batches_of_any_size(plan, step):
-    one_by_one = Plan(plan.seed, 1, plan.shard_samples, plan.window)
+    one_by_one = dataclasses.replace(plan, batch=1, crop_chunk=1)
     positions = range(step * plan.batch, (step + 1) * plan.batch)
     singles = joined([one_by_one.step_batch(position) for position in positions])
     firsts = [index // plan.crop_chunk * plan.crop_chunk for index in range(plan.batch)]
@@ -154,18 +177,21 @@ def test_both_shards_and_samples_are_shuffled_in_windows():
     assert abs(changes - 50 / 99) < 5 * 0.5 / np.sqrt(99 * 40)
 
 
-@given(seeds, st.integers(0, 9), layouts, st.integers(0, 9))
-def test_samples_are_sorted_by_random_words_within_windows_of_shards(seed, epoch, layout, window):
-    """The first words are those of the shards, which form the windows; each sample follows with its own."""
-    key = np.random.SeedSequence((seed, epoch, 0)).generate_state(2, np.uint64)
-    words = np.random.Philox(key=key).random_raw(len(layout) + sum(layout)).tolist()
+@given(plans, st.integers(0, 9))
+def test_samples_are_sorted_by_random_words_within_windows_of_shards(plan, epoch):
+    """The first words are those of the shards, which form the windows; the others are those of the samples."""
+    layout, samples = plan.shard_samples, plan.samples
+    key = np.random.SeedSequence((plan.seed, epoch, 0)).generate_state(2, np.uint64)
+    words = np.random.Philox(key=key).random_raw(len(layout) + samples).tolist()
     by_word = sorted(range(len(layout)), key=lambda shard: words[shard])
-    window_of = {shard: index // (window or len(layout)) for index, shard in enumerate(by_word)}
+    window_of = {shard: index // (plan.window or len(layout)) for index, shard in enumerate(by_word)}
     shard_of = [shard for shard, samples in enumerate(layout) for _ in range(samples)]
-    expected = sorted(
-        range(sum(layout)), key=lambda sample: (window_of[shard_of[sample]], words[len(layout) + sample])
+    chosen = plan.composition.samples(plan.seed, epoch).tolist() if plan.composition else range(samples)
+    places = sorted(
+        range(samples), key=lambda place: (window_of[shard_of[chosen[place]]], words[len(layout) + place])
     )
-    assert epoch_order(seed, epoch, layout, window).tolist() == expected
+    expected = [chosen[place] for place in places]
+    assert epoch_order(plan.seed, epoch, layout, plan.window, plan.composition).tolist() == expected
 
 
 def test_a_global_shuffle_is_uniform():
