@@ -191,14 +191,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Datasets(argparse.Action):
-    """Join datasets with weights that are given one by one, such as --data a=0.7 --data b=0.3."""
+    """Join datasets that are given one by one, as in --data a=0.7 --data b=0.3; others replace earlier ones."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object
     ) -> None:
         earlier = str(getattr(namespace, self.dest, ""))
-        both = "=" in earlier and "=" in values
-        setattr(namespace, self.dest, f"{earlier},{values}" if both else values)
+        is_one_more = "=" in earlier and "=" in values and "," not in values
+        setattr(namespace, self.dest, f"{earlier},{values}" if is_one_more else values)
 
 
 def _flag(field: str) -> str:
