@@ -65,10 +65,11 @@ class Loader(_Closable):
     `crop` pixels at a random position. crops_and_flips: if false, each image is its centre crop. colour,
     colour_epochs: colour noise as in the AlexNet paper, `paper` or `code2012`, and after how many epochs it
     ends. shuffle_window: number of shards that are shuffled together, or 0 for all. crop_chunk: number of
-    consecutive images that share crop and mirror. balance: from 0, for the classes as they are, to 1, for equally
-    many images of each class in an epoch (docs/operations.md). on_damage: called with each damaged sample, whose place the
-    next one takes; without it, damage raises DatasetError. rank, world: index of this process and number of
-    processes; by default those of torch.distributed or, before it is initialised, of torchrun's environment.
+    consecutive images that share crop and mirror. balance: from 0, for the classes as they are, to 1, for
+    equally many images of each class in an epoch (docs/operations.md). on_damage: called with each damaged
+    sample, whose place the next one takes; without it, damage raises DatasetError. rank, world: index of this
+    process and number of processes; by default those of torch.distributed or, before it is initialised, of
+    torchrun's environment.
 
     Raises LoaderError if an argument cannot be used, DatasetError if the dataset cannot, and OutageError, a
     DatasetError, if the storage fails.

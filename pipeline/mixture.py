@@ -136,3 +136,8 @@ def combine(sources: Sequence[Source]) -> Manifest:
             "sources": [(source.manifest.fingerprint, f"{source.share:.9g}") for source in sources],
         }
     )
+
+
+def read_data(data: Path) -> Manifest:
+    """Return the manifest of the dataset or the mixture that `data` names. Raises as `read_sources` does."""
+    return combine(read_sources(data))

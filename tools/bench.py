@@ -48,7 +48,8 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.manifest import DatasetError, read_manifest
+from pipeline.manifest import DatasetError
+from pipeline.mixture import read_data
 from pipeline.output import printed, secure
 from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
@@ -227,7 +228,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     Raises SettingsError, DatasetError or OSError.
     """
     settings = load_settings(rest, command=program())
-    read_manifest(settings.data)  # a missing dataset is reported before torch is imported
+    read_data(settings.data)  # a missing dataset is reported before torch is imported
 
     from tools.benchmarks.stages import Stages
     from trainer.processes.distributed import join

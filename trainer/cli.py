@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
 from pipeline.manifest import DatasetError
-from pipeline.mixture import combine, is_present, read_sources
+from pipeline.mixture import is_present, read_data
 from pipeline.output import printed, secure
 from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
@@ -75,7 +75,7 @@ def _train(arguments: Sequence[str]) -> None:
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
-    manifest = combine(read_sources(settings.data))
+    manifest = read_data(settings.data)
     for split in ("train", "val"):
         manifest.split(split)
     if settings.crop > manifest.size:
@@ -139,7 +139,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
             f"{options.run} was trained on {settings.data}, which no longer holds a dataset: "
             "give the folder of the dataset with --data"
         )
-    combine(read_sources(settings.data)).split(options.split)
+    read_data(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pipeline.documents import ContentError, message_of, read_json
 from pipeline.files import atomic_write, sync_folder
 from pipeline.manifest import DatasetError, Manifest
-from pipeline.mixture import change_folders, combine, is_present, read_sources, weights_of
+from pipeline.mixture import change_folders, is_present, read_data, weights_of
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from trainer.environment import environment
 from trainer.lock import LockedError, open_locked
@@ -262,7 +262,7 @@ class Run:
                         f"{settings.crop}: restore both from one copy of the run"
                     )
                 return spec
-            return NetSpec.from_manifest(combine(read_sources(settings.data)), settings.crop)
+            return NetSpec.from_manifest(read_data(settings.data), settings.crop)
         except SpecError as error:
             raise RunError(str(error)) from None
         except DatasetError as error:

@@ -191,7 +191,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Datasets(argparse.Action):
-    """Join datasets that are given one by one, as in --data a=0.7 --data b=0.3; others replace earlier ones."""
+    """Join datasets that are given one by one, as in --data a=0.7 --data b=0.3.
+
+    Anything else replaces what was given before, as for other settings.
+    """
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: object
