@@ -71,7 +71,7 @@ def change_folders(data: Path, change: Callable[[Path], Path]) -> Path:
     weights = weights_of(data)
     if data in weights:
         return change(data)
-    return Path(",".join(f"{change(folder)}={weight:g}" for folder, weight in weights.items()))
+    return Path(",".join(f"{change(folder)}={weight}" for folder, weight in weights.items()))
 
 
 def read_sources(data: Path) -> list[Source]:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.plan import Plan
+from pipeline.composition import Composition
+from pipeline.plan import Plan, epoch_order
 
 SAMPLES, SHARDS, WORLD = 1_281_167, 1_282, 512
 WHOLE, REST = divmod(SAMPLES, SHARDS)
@@ -51,3 +52,15 @@ def test_a_window_bounds_the_shards_that_a_rank_reads_in_a_step():
     everywhere = Plan(seed=0, batch=32_768, shard_samples=LAYOUT)
     spread = [len(np.unique(SHARD_OF[part])) for part in parts(everywhere, 0, WORLD)]
     assert min(spread) > 2 * WINDOW  # about 62 for 64 images of 1,282 shards
+
+
+def test_512_ranks_share_balanced_epochs_of_a_thousand_classes():
+    labels = np.sqrt(np.linspace(0, 999.99**2, SAMPLES)).astype(int)  # from 2 images to about 2,560
+    composition = Composition.of([labels], [1.0], balance=1.0)
+    plan = Plan(seed=0, batch=32_768, shard_samples=LAYOUT, composition=composition)
+    for epoch in (0, 30):  # as after a restart
+        step = plan.steps(epoch)
+        [alone] = parts(plan, step, 1)
+        np.testing.assert_array_equal(np.concatenate(parts(plan, step, WORLD)), alone)
+        counts = np.bincount(labels[epoch_order(0, epoch, LAYOUT, composition=composition)])
+        assert set(counts.tolist()) == {SAMPLES // 1_000, SAMPLES // 1_000 + 1}
