@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.composition import Composition, apportion
@@ -54,6 +54,7 @@ def test_an_epoch_does_not_depend_on_which_epochs_were_asked_for_before(case: We
 
 
 @given(st.lists(st.integers(1, 2**30), min_size=1, max_size=40), st.lists(st.integers(0, 500), max_size=30))
+@example([2, 1, 1], [3, 2])  # the first is owed most, but its share of two images is exactly one
 def test_quotas_are_exact_in_each_round_and_nearly_so_over_all(weights, rounds):
     """In integers: an image is sum(weights)."""
     owed, weighed, total = np.zeros(len(weights), np.int64), np.array(weights), sum(weights)
