@@ -40,13 +40,16 @@ class NetSpec(BaseModel):
     classes: Annotated[tuple[Class, ...], Field(min_length=1)]
 
     @classmethod
-    def from_manifest(cls, manifest: Manifest, crop: int) -> "NetSpec":
-        """Return the spec of a net that is trained on a dataset with crops of `crop` pixels."""
+    def from_manifest(cls, manifest: Manifest, crop: int, mean: RGB | None = None) -> "NetSpec":
+        """Return the spec of a net that is trained on a dataset with crops of `crop` pixels.
+
+        mean: to be subtracted instead of the dataset's own mean.
+        """
         return cls(
             geometry=manifest.geometry,
             size=manifest.size,
             crop=crop,
-            mean=manifest.pixels.mean,
+            mean=mean or manifest.pixels.mean,
             classes=manifest.classes,
         )
 

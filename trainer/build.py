@@ -3,33 +3,47 @@
 from dataclasses import fields
 
 import torch
+from torch import nn
 
 from model.alexnet import AlexNet, Variant
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from pipeline.loader_options import make_decoding
 from pipeline.machine import cpus
+from trainer.factory import make_net
 from trainer.memory import keep_freed_memory
 from trainer.processes.ranks import read_ranks
+from trainer.setting_groups import ALEXNET
 from trainer.settings import Settings
 
+CPU = torch.device("cpu")
 
-def build_model(settings: Settings, classes: int, device: torch.device, form: str = "grouped") -> AlexNet:
+
+def build_model(settings: Settings, classes: int, device: torch.device, form: str = "grouped") -> nn.Module:
     """Build the net on the device, in channels_last format, with initial weights drawn from the seed.
 
-    form: how to compute the convolutions, a key of model.forms.FORMS. Also seeds torch's global generator and
-    limits torch's threads to the CPUs that this process may use.
+    form: how to compute AlexNet's convolutions, a key of model.forms.FORMS. Also seeds torch's global
+    generator and limits torch's threads to the CPUs that this process may use. Raises SettingsError as
+    `make_net` does.
     """
     torch.manual_seed(settings.seed)
     torch.set_num_threads(min(torch.get_num_threads(), cpus()))  # torch ignores CPU quotas
     if device.type == "cpu":
         keep_freed_memory()
-    if settings.preset == "torchvision":
-        model: AlexNet = TorchvisionAlexNet(classes, settings.dropout)
+    if settings.net != ALEXNET:
+        model = make_net(settings, classes)
+    elif settings.preset == "torchvision":
+        model = TorchvisionAlexNet(classes, settings.dropout)
     else:
         variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
         model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant, form)
     return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def last_layer(model: nn.Module, settings: Settings, classes: int) -> set[str]:
+    """Return the names of a net's weights whose shape depends on the number of classes."""
+    other = build_model(settings, classes + 1, CPU).state_dict()
+    return {name for name, value in model.state_dict().items() if other[name].shape != value.shape}
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:

@@ -15,11 +15,13 @@ from pipeline.files import close_quietly, held_open
 from pipeline.manifest import DatasetError
 from pipeline.mixture import is_present, read_data
 from pipeline.output import printed, secure
+from trainer.initial import with_initial_net
 from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import PeerLostError, Run, RunError
+from trainer.setting_groups import ALEXNET
 from trainer.settings import SettingsError, load_settings
 
 DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
@@ -62,7 +64,7 @@ def _fail(error: object, code: int) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    settings = load_settings(arguments, description=DESCRIPTION)
+    settings = with_initial_net(load_settings(arguments, description=DESCRIPTION))
     world = world_size(settings)
     if settings.batch % world:
         raise SettingsError(
@@ -80,6 +82,10 @@ def _train(arguments: Sequence[str]) -> None:
         manifest.split(split)
     if settings.crop > manifest.size:
         raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
+    if settings.net != ALEXNET and not read_ranks().rank:
+        from trainer.factory import check_net
+
+        check_net(settings, len(manifest.classes))
     run = Run(settings.run_folder)
     if world > 1 and not read_ranks().is_launched:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.alexnet import AlexNet
 from pipeline import Batch, Dataset, EvaluationLoader
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
@@ -115,7 +114,7 @@ def evaluate(
 class TrainedNet(NamedTuple):
     """A net loaded from a checkpoint, with the settings and the dataset that it was trained with."""
 
-    model: AlexNet
+    model: nn.Module
     settings: Settings
     dataset: Dataset
     step: int  # number of steps that the net was trained for
@@ -144,9 +143,9 @@ def load_trained(settings: Settings, run: Run, device: torch.device, best: bool 
     dataset = Dataset(settings.data, spec.mean)
     model, step, notes = load_net(settings, run, device, best)
     classes = dataset.manifest.classes
-    if model.fc8.out_features != len(classes) or [c.id for c in spec.classes] != [c.id for c in classes]:
+    if [c.id for c in spec.classes] != [c.id for c in classes]:
         raise SettingsError(
-            f"the run in {run.folder} was trained on other classes ({model.fc8.out_features}) than those of "
+            f"the run in {run.folder} was trained on other classes ({len(spec.classes)}) than those of "
             f"{settings.data} ({len(classes)}): give the dataset that it was trained on with --data"
         )
     return TrainedNet(model, settings, dataset, step, notes)
@@ -154,12 +153,12 @@ def load_trained(settings: Settings, run: Run, device: torch.device, best: bool 
 
 def load_net(
     settings: Settings, run: Run, device: torch.device, best: bool = False
-) -> tuple[AlexNet, int, list[str]]:
+) -> tuple[nn.Module, int, list[str]]:
     """Load the net of the newest or the best checkpoint of a run.
 
     Returns the net, its step and a message for each damaged checkpoint that was skipped. Raises SettingsError
-    if there is no checkpoint yet, and RunError if all are damaged or if the newest one does not match the net
-    in the settings.
+    if there is no checkpoint yet or if the net of --net cannot be made, and RunError if all are damaged or if
+    the newest one does not match the net in the settings.
     """
     state, notes = checkpoint.load(run.checkpoints, device, "best" if best else "*")
     if state is None:
@@ -167,7 +166,7 @@ def load_net(
         raise SettingsError(f"no {missing} in {run.checkpoints} yet: continue the run first")
     try:
         weights, step = state["model"], state["step"]
-        model = build_model(settings, len(weights["fc8.bias"]), device)
+        model = build_model(settings, len(run.net(settings).classes), device)
         model.load_state_dict(weights)
     except torch.OutOfMemoryError:
         raise

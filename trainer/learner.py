@@ -13,19 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.manifest import Class
 from trainer import checkpoint
-from trainer.build import build_model
+from trainer.build import build_model, last_layer
 from trainer.optim import make_optimizer
 from trainer.precision import resolve_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
-from trainer.step import Step
+from trainer.step import Step, state_of
+
+_SHOWN = 4  # number of names that an error shows
 
 
 class Learner:
     """The net of this process with its optimizer; after each step, all processes have equal weights."""
 
     def __init__(self, settings: Settings, classes: int, world: World):
+        self.settings, self.world = settings, world
         self.model = build_model(settings, classes, world.device, settings.form)
         self.optimizer = make_optimizer(self.model, settings)
         self.precision = resolve_precision(settings.precision, world.device)
@@ -38,14 +41,14 @@ class Learner:
         if settings.compile:
             trained = torch.compile(trained)
         skip = settings.on_nan == "skip"
-        self.step = Step(trained, self.optimizer, self.precision, world.device, skip)
+        self.step = Step(trained, self.optimizer, self.precision, world.device, skip, state_of(self.model))
 
     def load_initial_weights(self, folder: Path, classes: Sequence[Class], layers: str = "all") -> str:
         """Load the newest weights of another run.
 
-        layers: `all`, of which fc8 is left out if the classes differ, or `convolutions`, of which those that
-        only one of the nets has are left out. Returns a note for the log. Raises SettingsError if there is no
-        such run, or if a layer of its net has another shape.
+        layers: `all`, of which the last is left out if the classes differ, or `convolutions`, of which those
+        that only one of the nets has are left out. Returns a note for the log. Raises SettingsError if there
+        is no such run, or if a layer of its net has another shape.
         """
         run = Run(folder)
         same_classes = [c.id for c in run.net(run.settings()).classes] == [c.id for c in classes]
@@ -57,15 +60,27 @@ class Learner:
             shared = {name for name in ours.keys() & theirs if name.startswith("conv")}
             theirs, note = ours | {name: theirs[name] for name in shared}, ", convolutions only"
         elif not same_classes:
-            theirs |= {name: weights for name, weights in ours.items() if name.startswith("fc8.")}
-            note = ", with a new fc8"
+            last = last_layer(self.model, self.settings, len(classes))
+            theirs |= {name: ours[name] for name in last}
+            note = f", with a new {', '.join(sorted({name.rpartition('.')[0] for name in last}))}"
         shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
         if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+            more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise SettingsError(
-                f"--initial-weights {folder} belongs to another net, which differs in {', '.join(differing)}"
+                f"--initial-weights {folder} belongs to another net, which differs in "
+                f"{', '.join(differing[:_SHOWN])}{more}"
             )
         self.model.load_state_dict(theirs)
         return f"starting from the weights of {folder} after step {state['step']}{note}"
+
+    def share_buffers(self) -> None:
+        """Give all processes the first one's buffers, which its checkpoint holds.
+
+        In training, each process updates buffers by its own images, such as the statistics of BatchNorm.
+        """
+        if self.world.size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint; its tensors are references, not copies."""

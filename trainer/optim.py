@@ -23,15 +23,20 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Group the parameters for the optimizer by what their update depends on.
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
-    rate. The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of
-    an epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0. If a group
-    is `constant`, neither the schedule nor a factor changes its learning rate, except a factor of 0.
+    rate. A bias is a parameter whose name ends with `bias`. Parameters that require no gradient are left out.
+
+    The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of an
+    epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0. If a group is
+    `constant`, neither the schedule nor a factor changes its learning rate, except a factor of 0.
     """
     groups: dict[tuple[bool, bool, Factors], dict] = {}
     for name, parameter in model.named_parameters():
-        bias, first = name.endswith("bias"), "conv1" in name
+        if not parameter.requires_grad:
+            continue
+        bias, first = name.endswith("bias"), name.startswith("conv1.")
         constant = bias and settings.bias_schedule == "constant"
-        factors = layer_factors(settings, name.partition(".")[0])
+        own = (factors for layer in layers_of(name) if (factors := layer_factors(settings, layer)))
+        factors = next(own, ())
         if constant:
             factors = tuple((epoch, float(factor > 0)) for epoch, factor in factors)
         groups.setdefault(
@@ -48,6 +53,12 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     return list(groups.values())
 
 
+def layers_of(parameter: str) -> list[str]:
+    """Return the names of the modules that hold a parameter, the innermost first: layer4.1, layer4."""
+    parts = parameter.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
 def layer_factors(settings: Settings, layer: str) -> Factors:
     """Return the epochs from which a layer has a factor on its learning rate, in order, with the factors."""
     parts = [(key.partition("@"), factor) for key, factor in settings.layer_learning_rates.items()]
@@ -58,7 +69,8 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
     """Make the optimizer, SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
-    for parameter in model.parameters() if settings.momentum else ():
+    trained = [parameter for group in groups for parameter in group["params"]]
+    for parameter in trained if settings.momentum else ():
         # Otherwise, the fused update would allocate u without initialising it. If it then skipped the first
         # step, as it may in fp16, later steps would use uninitialised memory as u.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

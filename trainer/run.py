@@ -101,7 +101,7 @@ class Run:
                 f"{self.folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
             ) from None
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
-            NetSpec.from_manifest(manifest, settings.crop).write(self.folder)
+            NetSpec.from_manifest(manifest, settings.crop, settings.pixel_mean).write(self.folder)
             record = _identity(settings, manifest.fingerprint, whole=True)
             if not all(folder.is_absolute() for folder in weights_of(settings.data)):
                 record[_DATA_FROM_RUN] = str(change_folders(settings.data, self._path_from_run))
@@ -192,6 +192,11 @@ class Run:
         return form
 
     @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.folder / _SETTINGS).exists()
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run is complete, which means that its report has been written."""
         return (self.folder / REPORT).exists()
@@ -262,7 +267,7 @@ class Run:
                         f"{settings.crop}: restore both from one copy of the run"
                     )
                 return spec
-            return NetSpec.from_manifest(read_data(settings.data), settings.crop)
+            return NetSpec.from_manifest(read_data(settings.data), settings.crop, settings.pixel_mean)
         except SpecError as error:
             raise RunError(str(error)) from None
         except DatasetError as error:

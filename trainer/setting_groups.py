@@ -1,7 +1,8 @@
 """Define every setting of a run with its type, default and help text, in the groups that --help shows.
 
-The types `MayChange` and `PaperOnly` mark settings that have a rule in common, and `Metavar` sets what --help
-shows in place of a value. trainer/settings.py collects the groups and applies the rules.
+The types `MayChange`, `PaperOnly`, `AlexNetOnly` and `OtherNets` mark settings that have a rule in common,
+and `Metavar` sets what --help shows in place of a value. trainer/settings.py collects the groups and applies
+the rules.
 """
 
 import re
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 from pydantic_settings import NoDecode
 
 
@@ -21,18 +22,43 @@ class Metavar:
 
 
 _T = TypeVar("_T")
-MAY_CHANGE, PAPER_ONLY = object(), object()
+MAY_CHANGE, PAPER_ONLY, ALEXNET_ONLY, OTHER_NETS = object(), object(), object(), object()
 # A setting that may change when a run is continued, because it does not define what the run computes.
 MayChange = Annotated[_T, MAY_CHANGE]
-# A setting that changes the paper's net, and so cannot be combined with --preset torchvision.
+# A setting that changes the paper's net, and so cannot be combined with the other presets or with --net.
 PaperOnly = Annotated[_T, PAPER_ONLY]
+# A setting of AlexNet that cannot be combined with --net.
+AlexNetOnly = Annotated[_T, ALEXNET_ONLY]
+# A setting that can only be combined with --net.
+OtherNets = Annotated[_T, OTHER_NETS]
+
+ALEXNET = "alexnet"  # the default of --net
+_MIN_CROP = 64  # of AlexNet: a smaller crop leaves no pixels for fc6
 
 
-def _layer_from(key: str) -> str:
-    """Check the name of a layer that may be followed by @ and an epoch."""
-    if not re.fullmatch(r"(conv[1-6]|fc[678])(@\d+(\.\d+)?)?", key):
+def _net_from(name: str) -> str:
+    """Check the name of a net: ALEXNET, or a module and a factory in it."""
+    if name != ALEXNET and not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ValueError(f"input should be {ALEXNET}, or a module and a function in it, such as nets:resnet")
+    return name
+
+
+def _layer_from(key: str, settings: ValidationInfo) -> str:
+    """Check the name of a layer that may be followed by @ and an epoch.
+
+    The layers of another net than AlexNet are not known yet; trainer/factory.py compares the names with them.
+    """
+    layer = r"(conv[1-6]|fc[678])" if settings.data.get("net") == ALEXNET else r"\w+(\.\w+)*"
+    if not re.fullmatch(rf"{layer}(@\d+(\.\d+)?)?", key):
         raise ValueError("input should be a layer, such as conv1, or a layer and an epoch, such as conv1@5")
     return key
+
+
+def _crop_of(side: int, settings: ValidationInfo) -> int:
+    """Check that a crop is large enough for the net."""
+    if settings.data.get("net") == ALEXNET and side < _MIN_CROP:
+        raise ValueError(f"input should be greater than or equal to {_MIN_CROP}")
+    return side
 
 
 # The upper limits keep every number within what torch, DALI and the system's clocks can represent.
@@ -45,6 +71,9 @@ Workers = Annotated[int, Field(ge=1, le=1024)]  # number of processes, threads o
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[PositiveFloat, Metavar("FACTOR")]
 LayerFrom = Annotated[str, AfterValidator(_layer_from)]
+_Intensity = Annotated[float, Field(ge=0, le=255)]
+_RGB = tuple[_Intensity, _Intensity, _Intensity]
+_PositiveRGB = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
 
@@ -72,10 +101,13 @@ class DataAndRun(Group):
 class Net(Group):
     """Net"""
 
-    preset: Literal["paper", "code2012", "torchvision"] = "paper"
-    """Net to train: paper follows the paper's text, code2012 the code that produced the paper's numbers, and
-    torchvision is torchvision's AlexNet, a different net."""
-    dropout: Literal["2012", "inverted", "off"] = "2012"
+    net: Annotated[str, AfterValidator(_net_from), Metavar("MODULE:FACTORY")] = ALEXNET
+    """Net to train: alexnet, or a factory in a Python module, found as `python -m` would find it, that takes
+    the number of classes and returns a torch.nn.Module."""
+    preset: AlexNetOnly[Literal["paper", "code2012", "torchvision"]] = "paper"
+    """Which AlexNet to train: paper follows the paper's text, code2012 the code that produced the paper's
+    numbers, and torchvision is torchvision's AlexNet, a different net."""
+    dropout: AlexNetOnly[Literal["2012", "inverted", "off"]] = "2012"
     """Kind of dropout: 2012 halves the units at test time, inverted doubles them during training, off has
     none."""
     activation: PaperOnly[Literal["relu", "tanh"]] = "relu"
@@ -98,9 +130,16 @@ class Net(Group):
     initial_biases: PaperOnly[Literal["paper", "zeros"]] = "paper"
     """Initial biases: as in the paper, which sets those of some layers to 1 if the activation is relu, or all
     0."""
-    # A smaller crop leaves no pixels for fc6.
-    crop: Annotated[int, Field(ge=64, le=_MAX), Metavar("PIXELS")] = 224
+    crop: Annotated[PositiveInt, AfterValidator(_crop_of), Metavar("PIXELS")] = 224
     """Side of the net's square input in pixels."""
+    pixel_mean: Annotated[_RGB | None, NoDecode, Metavar("R,G,B")] = None
+    """Mean that is subtracted from pixels, on the 0–255 scale; by default, that of the training images."""
+    pixel_std: OtherNets[Annotated[_PositiveRGB, NoDecode, Metavar("R,G,B")]] = (58.395, 57.12, 57.375)
+    """Standard deviation by which another net's input is divided after that, on the 0–255 scale; by default,
+    that of ImageNet in torchvision. AlexNet's input is not divided: its initial weights are for 0–255."""
+    initial_net: bool = False
+    """Train the net of the run in --initial-weights: settings of this group that are not given, and the mean,
+    are those of that run."""
 
 
 class BatchesAndAugmentation(Group):
@@ -155,17 +194,19 @@ class Optimisation(Group):
     bias_schedule: Literal["weights", "constant"] = "weights"
     """Whether the biases' learning rate is lowered with that of the weights, or stays constant after the
     warm-up, as in the paper's code."""
-    freeze_conv1_epoch: Annotated[NonNegativeFloat | None, Metavar("N")] = None
+    freeze_conv1_epoch: AlexNetOnly[Annotated[NonNegativeFloat | None, Metavar("N")]] = None
     """Epoch from which the first convolution is frozen, biases included; by default, it is never frozen."""
     layer_learning_rates: Annotated[
         dict[LayerFrom, NonNegativeFloat], NoDecode, Metavar("LAYER[@EPOCH]=FACTOR,…")
     ] = {}
     """Factors on the learning rates of individual layers, from an epoch on if one is given. For example,
     conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5. With
-    --bias-schedule constant, a factor concerns the layer's biases only if it is 0."""
+    --bias-schedule constant, a factor concerns the layer's biases only if it is 0. The layers of another net
+    are its modules, such as layer4 or layer4.1; if several hold a weight, the innermost counts."""
     initial_weights: Path | None = None
-    """Folder of a run from whose newest weights to start; fc8 starts at random if the classes differ."""
-    initial_layers: Literal["all", "convolutions"] = "all"
+    """Folder of a run from whose newest weights to start; the last layer (AlexNet's fc8) starts at random if
+    the classes differ."""
+    initial_layers: AlexNetOnly[Literal["all", "convolutions"]] = "all"
     """Layers that start from --initial-weights: all, or only the convolutions that both nets have."""
 
 

@@ -28,7 +28,10 @@ from pydantic_settings import SettingsError as SourceError
 from pipeline.documents import ContentError, read_toml
 from pipeline.mixture import weights_of
 from trainer.setting_groups import (
+    ALEXNET,
+    ALEXNET_ONLY,
     MAY_CHANGE,
+    OTHER_NETS,
     PAPER_ONLY,
     BatchesAndAugmentation,
     DataAndRun,
@@ -100,6 +103,14 @@ class Settings(
     def _split_at_commas(cls, value: object) -> object:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("pixel_mean", "pixel_std", mode="before")
+    @classmethod
+    def _has_three_numbers(cls, value: object) -> object:
+        numbers = value.split(",") if isinstance(value, str) else value
+        if numbers is not None and not (isinstance(numbers, (list, tuple)) and len(numbers) == 3):
+            raise ValueError("input should be three numbers, for red, green and blue")
+        return numbers
+
     @field_validator("device")
     @classmethod
     def _is_a_device(cls, value: str) -> str:
@@ -140,12 +151,23 @@ class Settings(
         return self
 
     @model_validator(mode="after")
-    def _varies_only_the_papers_net(self) -> Self:
-        fields = type(self).model_fields
-        changed = [_flag(name) for name in _marked(PAPER_ONLY) if getattr(self, name) != fields[name].default]
-        if self.preset == "torchvision" and changed:
+    def _suits_the_net(self) -> Self:
+        if self.net != ALEXNET and (changed := self._changed(ALEXNET_ONLY, PAPER_ONLY)):
+            raise ValueError(
+                f"--net {self.net} is not AlexNet: omit {', '.join(changed)}, and use a recipe without them"
+            )
+        if self.net == ALEXNET and (changed := self._changed(OTHER_NETS)):
+            raise ValueError(f"{', '.join(changed)} is only for nets that --net names: omit it for AlexNet")
+        if self.preset == "torchvision" and (changed := self._changed(PAPER_ONLY)):
             raise ValueError(f"--preset torchvision is a fixed net: omit {', '.join(changed)}")
+        if self.initial_net and self.initial_weights is None:
+            raise ValueError("--initial-net needs --initial-weights with the folder of a run")
         return self
+
+    def _changed(self, *marks: object) -> list[str]:
+        """Return the flags of the settings with any of the marks that do not have their defaults."""
+        fields, names = type(self).model_fields, (name for mark in marks for name in _marked(mark))
+        return [_flag(name) for name in names if getattr(self, name) != fields[name].default]
 
     @property
     def form(self) -> str:

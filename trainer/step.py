@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from trainer.precision import autocast, prepare
@@ -43,6 +44,12 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([extreme for tensor in tensors for extreme in torch.aminmax(tensor)]).isfinite().all()
 
 
+def state_of(model: nn.Module) -> list[Tensor]:
+    """Return what must be finite in a model: its weights, and buffers such as the statistics of BatchNorm."""
+    values = chain(model.parameters(), model.buffers())
+    return [value for value in values if value.is_floating_point() and value.numel()]
+
+
 class Step:
     """Trains a model batch by batch, without waiting for the device.
 
@@ -50,7 +57,7 @@ class Step:
     In fp16, gradients are scaled, and the update is skipped if they overflow (`GradScaler`).
     skip_not_finite: whether to skip updates whose gradients are not finite in the other precisions, too. This
     includes every step whose loss is not finite. The optimizer must then be a fused one, which decides on the
-    device whether to update.
+    device whether to update. state: tensors that must stay finite, by default the weights in the optimizer.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Step:
         precision: str,
         device: torch.device,
         skip_not_finite: bool = False,
+        state: Sequence[Tensor] = (),
     ):
         torch.backends.cudnn.benchmark = True  # all batches have the same shape
         self.model, self.optimizer = model, optimizer
@@ -68,6 +76,7 @@ class Step:
         self.skip_not_finite = skip_not_finite and precision != "fp16"
         assert not self.skip_not_finite or optimizer.defaults["fused"], "only a fused optimizer can skip"
         self._skips = torch.zeros(2, device=device)  # the values of Skips
+        self._state = list(state) or list(self._parameters())
 
     def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Do one step on pixels [n,3,crop,crop] and labels [n].
@@ -110,6 +119,6 @@ class Step:
 
     def take_condition(self) -> Tensor:
         """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips."""
-        condition = torch.stack([all_finite(self._parameters()), self._scale(), *self._skips]).double()
+        condition = torch.stack([all_finite(self._state), self._scale(), *self._skips]).double()
         self._skips[:1].zero_()  # assigning a number instead would wait for a copy to the device
         return condition

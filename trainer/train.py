@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
-from pipeline import Batch, Damage, DatasetError, EvaluationLoader, Loader, open_dataset
+from pipeline import Batch, Damage, Dataset, DatasetError, EvaluationLoader, Loader
 from trainer import checkpoint
 from trainer.build import build_decoding
 from trainer.damage import DamagedSamples
@@ -33,7 +33,7 @@ from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
 from trainer.saver import Saver
 from trainer.settings import Settings
-from trainer.step import all_finite
+from trainer.step import all_finite, state_of
 from trainer.tuning import tune
 from trainer.validation import Validation
 
@@ -81,7 +81,8 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
-        self.dataset = open_dataset(settings.data)
+        mean = world.broadcast(run.net(settings).mean if world.is_main else None)
+        self.dataset = Dataset(settings.data, mean, processes=read_ranks().local_world_size)
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
         decoding = build_decoding(settings, world.device)
@@ -132,7 +133,7 @@ class Trainer:
             except DatasetError:
                 # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
-                if self.step and not self.stopping and all_finite(self.learner.model.parameters()):
+                if self.step and not self.stopping and all_finite(state_of(self.learner.model)):
                     self._save()
                 raise
             self.saver.drain()
@@ -255,6 +256,7 @@ class Trainer:
         Returns whether the top-1 error is the lowest so far.
         """
         with self.metrics.activity("eval"):
+            self.learner.share_buffers()
             result = self.evaluations.run(self.learner, self.validation, self.epochs_done, is_last)
         self.stopping = result is None
         if result is None:

@@ -59,7 +59,7 @@ def cached_features(opened: Finished, split: str, out: Path) -> Parts:
 def features(opened: Finished, pixels: Tensor) -> np.ndarray:
     """Map pixels [n,3,crop,crop] to the output of fc7 after its ReLU, fp16 [n,4096]. Raises RunError."""
     with autocast(opened.precision, pixels.device):
-        found = opened.trained.model.features(prepare(pixels, opened.precision)).half()
+        found = opened.net.features(prepare(pixels, opened.precision)).half()
     if not found.isfinite().all():
         raise RunError(
             "the net's activations are not finite in fp16: its training diverged, so train it again"

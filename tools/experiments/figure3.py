@@ -49,8 +49,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         raise SettingsError("a run is given twice, which would count its kernels twice")
     opened = finished.open_runs(options)
     nets = [
-        by_tower(model.conv1.weight.detach().float().cpu().numpy(), model.variant.towers)
-        for model in (net.trained.model for net in opened)
+        by_tower(net.conv1.weight.detach().float().cpu().numpy(), net.variant.towers)
+        for net in (each.net for each in opened)
     ]
     if len({net.shape for net in nets}) > 1:
         raise SettingsError("the first layers of these nets have different shapes: give runs of the same net")

@@ -4,17 +4,20 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe, packing, provenance
 from tools.options import command_line
 from trainer.environment import environment
 from trainer.run import Run
+from trainer.setting_groups import ALEXNET
+from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from model.alexnet import AlexNet
     from trainer.evaluate import TrainedNet
     from trainer.processes.distributed import World
 
@@ -29,6 +32,11 @@ class Finished(NamedTuple):
     world: "World"
     precision: str
     folder: Path
+
+    @property
+    def net(self) -> "AlexNet":
+        """The net itself."""
+        return cast("AlexNet", self.trained.model)  # open_net refuses others
 
     def pixels(self, split: str, number: int) -> "Tensor":
         """Return one image as the net takes it: its centre crop [1,3,crop,crop]. Raises DatasetError."""
@@ -101,6 +109,8 @@ def open_net(
     """
     run = Run(folder)
     settings = run.settings()
+    if settings.net != ALEXNET:
+        raise SettingsError(f"{folder} has the net {settings.net}: the paper's experiments need AlexNet")
     if data:
         settings = settings.model_copy(update={"data": data})
     there = read_manifest(settings.data).splits

@@ -17,18 +17,21 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pipeline.manifest import read_manifest
 from tools.experiments.record import Measures, Record, Row
 from tools.experiments.training import TrainingError, describe, packing
 from tools.options import command_line, count
 from trainer.environment import environment
+from trainer.setting_groups import ALEXNET
 from trainer.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from model.alexnet import AlexNet
 
     Weights = dict[str, Tensor]
 
@@ -121,6 +124,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> Record:
 
 def comparable(settings: Settings) -> Settings:
     """Return settings with which the nets compute the same. Raises SettingsError if that is impossible."""
+    if settings.net != ALEXNET:
+        raise SettingsError(f"--net {settings.net} has no towers: remove it")
     if (settings.towers, settings.conv6, settings.without) != (2, False, "none"):
         raise SettingsError("Fig. 2 shows the net with two towers: remove --towers, --conv6 and --without")
     if settings.precision == "fp16":
@@ -176,7 +181,7 @@ def _train_tower(settings: Settings, steps: int, folder: Path) -> Trained:
     if world.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     classes = len(read_manifest(settings.data).classes)
-    tower = Tower(build_model(settings, classes, world.device), world.rank)
+    tower = Tower(cast("AlexNet", build_model(settings, classes, world.device)), world.rank)
     trained = _train(TWO if world.is_main else "", tower, settings, steps, world.device)
     torch.save(tower.state_dict(), folder / f"{world.rank}.pt")
     distributed.leave()

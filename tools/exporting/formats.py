@@ -17,6 +17,7 @@ from tools.import_torchvision import read_pth, read_safetensors
 from trainer.evaluate import TrainedNet, load_trained
 from trainer.processes.distributed import World
 from trainer.run import Run
+from trainer.setting_groups import ALEXNET
 from trainer.settings import Settings
 
 CPU = torch.device("cpu")
@@ -68,9 +69,15 @@ def write_pt2(trained: TrainedNet, spec: NetSpec, file: BinaryIO) -> str:
 
 def traced(trained: TrainedNet) -> torch.export.ExportedProgram:
     """Trace the net to torch's own operators, for any batch size."""
-    crop, shapes = trained.settings.crop, {"x": {0: torch.export.Dim("batch")}}
+    crop, shapes = trained.settings.crop, {0: torch.export.Dim("batch")}
     model = trained.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=shapes)
+    try:
+        return torch.export.export(model, (torch.zeros(2, 3, crop, crop),), dynamic_shapes=(shapes,))
+    except Exception as error:  # it has many kinds
+        if trained.settings.net == ALEXNET:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise NetError(f"torch.export cannot trace {trained.settings.net}: {reason}") from None
 
 
 def compare(trained: TrainedNet, spec: NetSpec, file: BinaryIO, opened: Callable[[Path], Net]) -> str:
@@ -96,7 +103,7 @@ def compare(trained: TrainedNet, spec: NetSpec, file: BinaryIO, opened: Callable
 
 
 def write_pth(trained: TrainedNet, _spec: NetSpec, file: BinaryIO) -> str:
-    state = torchvision_state(trained)
+    state = state_dict(trained)
     torch.save(state, file)
     return compare_state(state, file, read_pth)
 
@@ -106,12 +113,15 @@ def write_safetensors(trained: TrainedNet, spec: NetSpec, file: BinaryIO) -> str
         from safetensors.torch import save
     except ImportError:
         raise NetError("safetensors is missing: pip install 'alexnet-train[export]'") from None
-    state = torchvision_state(trained)
+    state = state_dict(trained)
     file.write(save(state, {NET_NAME: spec.model_dump_json()}))
     return compare_state(state, file, read_safetensors)
 
 
-def torchvision_state(trained: TrainedNet) -> dict[str, Tensor]:
+def state_dict(trained: TrainedNet) -> dict[str, Tensor]:
+    """Return the state dict of another net, or torchvision's. Raises NetError for the paper's net."""
+    if trained.settings.net != ALEXNET:  # safetensors takes no tensor whose memory another one shares
+        return {name: value.clone().contiguous() for name, value in trained.model.state_dict().items()}
     if not isinstance(trained.model, TorchvisionAlexNet):
         raise NetError(
             f"preset {trained.settings.preset} is not torchvision's AlexNet, which has other kernels and no "
