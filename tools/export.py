@@ -7,7 +7,7 @@ The extension of --out chooses the format:
 
     .onnx          for ONNX Runtime and other ONNX readers
     .pt2           torch.export, for PyTorch; opening such a file can run code, so accept none from strangers
-    .safetensors,  torchvision's state dict, for a run made by `alexnet-train import-torchvision`
+    .safetensors,  state dict: torchvision's, for a run with its AlexNet, or that of a net given with --net
     .pth
 
 The first two map `pixels` [N,3,crop,crop], for any N, to `logits` [N,classes], in fp32 as in evaluation. They

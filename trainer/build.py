@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from model.alexnet import AlexNet, Variant
+from model.bvlc_alexnet import BvlcAlexNet
 from model.torchvision_alexnet import TorchvisionAlexNet
 from pipeline.loader import Decoding
 from pipeline.loader_options import make_decoding
@@ -34,6 +35,8 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
         model = make_net(settings, classes)
     elif settings.preset == "torchvision":
         model = TorchvisionAlexNet(classes, settings.dropout)
+    elif settings.preset == "bvlc":
+        model = BvlcAlexNet(classes, settings.dropout, settings.crop)
     else:
         variant = Variant(**{field.name: getattr(settings, field.name) for field in fields(Variant)})
         model = AlexNet(classes, settings.preset, settings.dropout, settings.crop, variant, form)

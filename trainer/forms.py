@@ -24,7 +24,7 @@ from trainer.environment import environment
 from trainer.monitor.ceilings import measure_throughput, model_work
 from trainer.processes.distributed import World
 from trainer.run import Run
-from trainer.setting_groups import ALEXNET, Form
+from trainer.setting_groups import ALEXNET, FIXED, Form
 from trainer.settings import Settings
 from trainer.tuning import load_or_measure
 
@@ -61,7 +61,7 @@ def fastest_form(settings: Settings, world: World) -> tuple[str, list[str]]:
     """Return the form that the settings name, or else the fastest form here, and notes for the log."""
     if settings.convolutions != "auto":
         return settings.convolutions, []
-    if settings.net != ALEXNET or settings.preset == "torchvision":
+    if settings.net != ALEXNET or settings.preset in FIXED:
         return "grouped", []
     if world.device.type == "cpu":  # as measured in docs/benchmarks.md
         return "towers" if (settings.preset, settings.precision) == ("code2012", "fp32") else "grouped", []

@@ -33,6 +33,7 @@ AlexNetOnly = Annotated[_T, ALEXNET_ONLY]
 OtherNets = Annotated[_T, OTHER_NETS]
 
 ALEXNET = "alexnet"  # the default of --net
+FIXED = ("torchvision", "bvlc")  # presets that PaperOnly settings cannot change
 _MIN_CROP = 64  # of AlexNet: a smaller crop leaves no pixels for fc6
 
 
@@ -104,9 +105,9 @@ class Net(Group):
     net: Annotated[str, AfterValidator(_net_from), Metavar("MODULE:FACTORY")] = ALEXNET
     """Net to train: alexnet, or a factory in a Python module, found as `python -m` would find it, that takes
     the number of classes and returns a torch.nn.Module."""
-    preset: AlexNetOnly[Literal["paper", "code2012", "torchvision"]] = "paper"
+    preset: AlexNetOnly[Literal["paper", "code2012", "torchvision", "bvlc"]] = "paper"
     """Which AlexNet to train: paper follows the paper's text, code2012 the code that produced the paper's
-    numbers, and torchvision is torchvision's AlexNet, a different net."""
+    numbers, and torchvision and bvlc are torchvision's and Caffe's AlexNet, which differ from both."""
     dropout: AlexNetOnly[Literal["2012", "inverted", "off"]] = "2012"
     """Kind of dropout: 2012 halves the units at test time, inverted doubles them during training, off has
     none."""

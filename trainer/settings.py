@@ -30,6 +30,7 @@ from pipeline.mixture import weights_of
 from trainer.setting_groups import (
     ALEXNET,
     ALEXNET_ONLY,
+    FIXED,
     MAY_CHANGE,
     OTHER_NETS,
     PAPER_ONLY,
@@ -158,8 +159,8 @@ class Settings(
             )
         if self.net == ALEXNET and (changed := self._changed(OTHER_NETS)):
             raise ValueError(f"{', '.join(changed)} is only for nets that --net names: omit it for AlexNet")
-        if self.preset == "torchvision" and (changed := self._changed(PAPER_ONLY)):
-            raise ValueError(f"--preset torchvision is a fixed net: omit {', '.join(changed)}")
+        if self.preset in FIXED and (changed := self._changed(PAPER_ONLY)):
+            raise ValueError(f"--preset {self.preset} is a fixed net: omit {', '.join(changed)}")
         if self.initial_net and self.initial_weights is None:
             raise ValueError("--initial-net needs --initial-weights with the folder of a run")
         return self

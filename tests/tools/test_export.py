@@ -9,9 +9,10 @@ import torch
 from model.torchvision_alexnet import INPUT_MEAN, NAMES, SIDE, TorchvisionAlexNet, to_torchvision
 from pipeline.manifest import read_manifest
 from pipeline.spec import NetSpec
-from tools import export, import_torchvision
+from tools import export, import_weights
 from tools.classifying.nets import open_export, open_run
 from tools.exporting import formats
+from tools.importing import state_dicts
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.cli import main as alexnet_train
@@ -108,15 +109,15 @@ def theirs(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_torchvisions_weights_are_imported_and_exported_unchanged(theirs, packed, tmp_path, command):
     out = tmp_path / "run"
-    assert "10 classes" in command(import_torchvision.main, theirs, "--out", out, "--data", packed)
+    assert "10 classes" in command(import_weights.main, theirs, "--out", out, "--data", packed)
     spec = NetSpec.read(out)
     assert (spec.mean, spec.size, spec.crop) == (INPUT_MEAN, 256, 224)
     for name in ("back.pth", "back.safetensors"):
         printed = command(export.main, out, "--out", tmp_path / name, "--data", packed)
         assert "equal bit for bit" in printed
-    before = import_torchvision.read_pth(theirs)
-    after = [import_torchvision.read_pth(tmp_path / "back.pth")]
-    after.append(import_torchvision.read_safetensors(tmp_path / "back.safetensors"))
+    before = state_dicts.read_pth(theirs)
+    after = [state_dicts.read_pth(tmp_path / "back.pth")]
+    after.append(state_dicts.read_safetensors(tmp_path / "back.safetensors"))
     for name, value in before.items():
         assert all(torch.equal(state[name], value) for state in after)
     refused = command(alexnet_train, "--data", packed, "--out", out, "--preset", "torchvision", "--crop", 80)
@@ -130,11 +131,11 @@ def test_weights_and_nets_that_are_not_torchvisions_are_refused(theirs, packed, 
     )
     text = tmp_path / "text.pth"
     text.write_text("weights")
-    message = command(import_torchvision.main, text, "--out", tmp_path / "b", "--data", packed)
+    message = command(import_weights.main, text, "--out", tmp_path / "b", "--data", packed)
     assert f"{text} is not a state dict of torchvision's AlexNet" in message
     classes = tmp_path / "classes.txt"
     classes.write_text("n01440764 tench, Tinca tinca\n")
-    message = command(import_torchvision.main, theirs, "--out", tmp_path / "b", "--classes", classes)
+    message = command(import_weights.main, theirs, "--out", tmp_path / "b", "--classes", classes)
     assert f"{theirs} has 10 classes and {classes} has 1" in message
     assert not (tmp_path / "b").exists()
     with pytest.raises(SettingsError, match="is not empty"):
@@ -185,7 +186,7 @@ def test_files_that_are_not_torchvisions_weights_are_refused_with_the_reason(
     content, reason = OTHER_WEIGHTS[what]
     path = tmp_path / f"weights.{extension}"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    message = command(import_torchvision.main, path, "--out", tmp_path / "run", "--data", packed)
+    message = command(import_weights.main, path, "--out", tmp_path / "run", "--data", packed)
     assert f"{path} is not a state dict of torchvision's AlexNet: " in message
     assert reason in message
     assert "\n" not in message
@@ -194,7 +195,7 @@ def test_files_that_are_not_torchvisions_weights_are_refused_with_the_reason(
 
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
 def test_missing_weights_are_named(name, packed, tmp_path, command):
-    message = command(import_torchvision.main, tmp_path / name, "--out", tmp_path / "run", "--data", packed)
+    message = command(import_weights.main, tmp_path / name, "--out", tmp_path / "run", "--data", packed)
     assert f"{tmp_path / name}: No such file or directory" in message
 
 
@@ -212,8 +213,8 @@ def test_a_list_of_classes_is_read_or_refused_with_the_reason(content, expected,
     path = tmp_path / "classes.txt"
     path.write_bytes(content)
     if isinstance(expected, list):
-        assert [(c.id, c.name) for c in import_torchvision.read_classes(path)] == expected
+        assert [(c.id, c.name) for c in import_weights.read_classes(path)] == expected
         return
     with pytest.raises(SettingsError, match=expected) as refused:
-        import_torchvision.read_classes(path)
+        import_weights.read_classes(path)
     assert str(path) in str(refused.value)

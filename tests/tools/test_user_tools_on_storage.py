@@ -39,7 +39,7 @@ def failure(code: int) -> OSError:
     "command",
     [
         ["tools/export.py", "{run}", "--out", "{run}/net.pt2"],
-        ["tools/import_torchvision.py", "net.pth", "--out", "{run}/new"],
+        ["tools/import_weights.py", "net.pth", "--out", "{run}/new"],
         ["tools/classify.py", "{run}", "--run", "{run}"],
     ],
     ids=lambda command: Path(command[0]).stem,

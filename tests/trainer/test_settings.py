@@ -46,10 +46,10 @@ def test_boolean_flags_lists_and_the_run_folder_are_parsed():
 
 def test_every_recipe_is_valid():
     names = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    assert {"paper", "code2012", "fast", "demo", "small"} <= set(names)
+    assert {"paper", "code2012", "fast", "demo", "small", "finetune"} <= set(names)
     for name in names:
         assert read_recipe(name)
-        load_settings(["--recipe", name])
+        load_settings(["--recipe", name, "--initial-weights", "runs/a"])
 
 
 def test_each_setting_of_code2012_says_where_it_stands_in_the_release():
@@ -134,6 +134,20 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--warmup-epochs", "inf"], "--warmup-epochs inf"),
         (["--hw-decoder-load", "nan"], "--hw-decoder-load nan"),
         (["--width", "1e9"], "--width 1e9"),
+        (["--preset", "bvlc", "--conv6"], "--preset bvlc is a fixed net: omit --conv6"),
+        (["--net", "resnet"], "--net resnet: input should be alexnet, or a module and a function in it"),
+        (
+            ["--net", "a:b", "--preset", "code2012", "--no-lrn"],
+            "--net a:b is not AlexNet: omit --preset, --lrn",
+        ),
+        (["--net", "a:b", "--convolutions", "towers"], "--net a:b is not AlexNet: omit --convolutions"),
+        (["--net", "a:b", "--freeze-conv1-epoch", "2"], "omit --freeze-conv1-epoch"),
+        (["--net", "a:b", "--recipe", "fast"], "omit --preset, --dropout, and use a recipe without them"),
+        (["--pixel-std", "1,1,1"], "--pixel-std is only for nets that --net names"),
+        (["--pixel-mean", "1,2"], "--pixel-mean 1,2: input should be three numbers"),
+        (["--pixel-mean", "1,2,x"], "--pixel-mean x"),
+        (["--net", "a:b", "--pixel-std", "1,0,1"], "--pixel-std 0: input should be greater than 0"),
+        (["--initial-net"], "--initial-net needs --initial-weights"),
     ],
 )
 def test_an_error_names_the_invalid_argument(arguments, message):
@@ -190,7 +204,7 @@ def test_unknown_names_in_the_environment_and_in_recipes_are_refused(monkeypatch
         ["tools/draw_pictures.py", "--help"],
         ["tools/bench.py", "--help"],
         ["tools/export.py", "--help"],
-        ["tools/import_torchvision.py", "--help"],
+        ["tools/import_weights.py", "--help"],
         ["tools/classify.py", "--help"],
     ],
 )
@@ -219,7 +233,8 @@ def test_help_and_errors_do_not_import_torch_or_dali(arguments):
         ("lrn = 'maybe'", "lrn = maybe in the recipe"),
         ('data = "a\\u0000b"', "zero byte"),
         ("data = 5", "data = 5 in the recipe"),
-        ("[net]\nlrn = false", "unknown setting 'net' in the recipe"),
+        ("[model]\nlrn = false", "unknown setting 'model' in the recipe"),
+        ("[net]\nlrn = false", "net = {'lrn': False} in the recipe"),
         ("drop_epochs = [1, 'x']", "drop_epochs = x in the recipe"),
         ("layer_learning_rates = [1]", "layer_learning_rates = [1] in the recipe"),
         (

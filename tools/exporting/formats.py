@@ -13,7 +13,7 @@ from model.torchvision_alexnet import TorchvisionAlexNet, to_torchvision
 from pipeline.files import atomic_write
 from pipeline.spec import NET_NAME, NetSpec
 from tools.classifying.nets import Net, NetError, open_onnx, open_pt2
-from tools.import_torchvision import read_pth, read_safetensors
+from tools.importing.state_dicts import read_pth, read_safetensors
 from trainer.evaluate import TrainedNet, load_trained
 from trainer.processes.distributed import World
 from trainer.run import Run
