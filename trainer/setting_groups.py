@@ -44,12 +44,17 @@ def _net_from(name: str) -> str:
     return name
 
 
+def _is_alexnet(settings: ValidationInfo) -> bool:
+    """Return whether the net is AlexNet; --initial-net leaves that open until trainer/initial.py names it."""
+    return settings.data.get("net") == ALEXNET and not settings.data.get("initial_net")
+
+
 def _layer_from(key: str, settings: ValidationInfo) -> str:
     """Check the name of a layer that may be followed by @ and an epoch.
 
     The layers of another net than AlexNet are not known yet; trainer/factory.py compares the names with them.
     """
-    layer = r"(conv[1-6]|fc[678])" if settings.data.get("net") == ALEXNET else r"\w+(\.\w+)*"
+    layer = r"(conv[1-6]|fc[678])" if _is_alexnet(settings) else r"\w+(\.\w+)*"
     if not re.fullmatch(rf"{layer}(@\d+(\.\d+)?)?", key):
         raise ValueError("input should be a layer, such as conv1, or a layer and an epoch, such as conv1@5")
     return key
@@ -57,7 +62,7 @@ def _layer_from(key: str, settings: ValidationInfo) -> str:
 
 def _crop_of(side: int, settings: ValidationInfo) -> int:
     """Check that a crop is large enough for the net."""
-    if settings.data.get("net") == ALEXNET and side < _MIN_CROP:
+    if _is_alexnet(settings) and side < _MIN_CROP:
         raise ValueError(f"input should be greater than or equal to {_MIN_CROP}")
     return side
 
@@ -105,6 +110,9 @@ class Net(Group):
     net: Annotated[str, AfterValidator(_net_from), Metavar("MODULE:FACTORY")] = ALEXNET
     """Net to train: alexnet, or a factory in a Python module, found as `python -m` would find it, that takes
     the number of classes and returns a torch.nn.Module."""
+    initial_net: bool = False
+    """Train the net of the run in --initial-weights: settings of this group that are not given, and the mean,
+    are those of that run."""
     preset: AlexNetOnly[Literal["paper", "code2012", "torchvision", "bvlc"]] = "paper"
     """Which AlexNet to train: paper follows the paper's text, code2012 the code that produced the paper's
     numbers, and torchvision and bvlc are torchvision's and Caffe's AlexNet, which differ from both."""
@@ -138,9 +146,6 @@ class Net(Group):
     pixel_std: OtherNets[Annotated[_PositiveRGB, NoDecode, Metavar("R,G,B")]] = (58.395, 57.12, 57.375)
     """Standard deviation by which another net's input is divided after that, on the 0–255 scale; by default,
     that of ImageNet in torchvision. AlexNet's input is not divided: its initial weights are for 0–255."""
-    initial_net: bool = False
-    """Train the net of the run in --initial-weights: settings of this group that are not given, and the mean,
-    are those of that run."""
 
 
 class BatchesAndAugmentation(Group):

@@ -296,8 +296,19 @@ def load_settings(
             return f"{field} = {text} in the recipe {name}"
         return f"{_flag(field)} {text or repr(text)}"
 
+    return validated({**recipe, **given}, shown)
+
+
+def validated(
+    values: dict[str, Any],
+    shown: Callable[[str, object], str] = lambda field, value: f"{_flag(field)} {value}",
+) -> Settings:
+    """Return the settings with these values, or defaults. Raises SettingsError.
+
+    shown: returns a setting and its value as text.
+    """
     try:
-        return Settings.model_validate({**recipe, **given})
+        return Settings.model_validate(values)
     except ValidationError as error:
         raise SettingsError("; ".join(_explain(detail, shown) for detail in error.errors())) from None
 

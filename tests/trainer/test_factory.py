@@ -1,6 +1,7 @@
 """Training, evaluating and using a net of one's own, which --net names."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from trainer.initial import with_initial_net
 from trainer.learner import Learner
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.processes.distributed import World
-from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
 CPU = torch.device("cpu")
@@ -213,12 +213,42 @@ def test_fine_tuning_takes_the_net_and_the_mean_of_the_other_run_and_a_new_last_
         )
 
 
-def test_a_fine_tuning_that_has_begun_does_not_need_the_other_run(packed, trained, tmp_path):
-    given = {"out": tmp_path / "new", "initial_weights": trained, "initial_net": True}
-    first = with_initial_net(Settings.model_validate(given))
-    Run(first.run_folder).begin(first, read_manifest(packed)).close()
-    gone = with_initial_net(Settings.model_validate(given | {"initial_weights": tmp_path / "gone"}))
-    assert gone.model_dump(exclude={"initial_weights"}) == first.model_dump(exclude={"initial_weights"})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dropout", "inverted"], "tests.small_resnet:ResNet is not AlexNet: omit --dropout"),
+        (["--batch", "12"], "has no weights in fc8; its layers are conv1, bn1, layer1, layer2, fc"),
+        (
+            ["--net", "alexnet", "--layer-learning-rates", "fc=1"],
+            "--layer-learning-rates fc: input should be",
+        ),
+        (["--net", "alexnet", "--crop", "63"], "--crop 63: input should be greater than or equal to 64"),
+    ],
+)
+def test_settings_that_do_not_suit_the_other_runs_net_are_refused(
+    arguments, message, packed, trained, tmp_path, monkeypatch, capsys
+):
+    given = ["--recipe", "finetune", "--initial-weights", str(trained), "--data", str(packed), *arguments]
+    assert main(monkeypatch, ["-m", "trainer.cli", "--out", str(tmp_path / "new"), *given]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_fine_tuning_is_one_command_and_does_not_need_the_other_run_once_it_has_begun(
+    packed, trained, tmp_path, monkeypatch, capsys
+):
+    source, out = shutil.copytree(trained, tmp_path / "source"), tmp_path / "new"
+    arguments = ["-m", "trainer.cli", "--recipe", "finetune", "--initial-weights", str(source)]
+    arguments += ["--data", str(packed), "--out", str(out), "--layer-learning-rates", "fc=10"]
+    arguments += ["--epochs", "1", "--batch", "12", "--device", "cpu", "--precision", "fp32", "--port", "0"]
+    assert main(monkeypatch, arguments) == 0
+    assert f"starting from the weights of {source} after step 10" in capsys.readouterr().out
+    recorded = json.loads((out / "settings.json").read_text())
+    assert (recorded["net"], recorded["crop"]) == (RESNET, 64)
+    shutil.rmtree(source)
+    assert main(monkeypatch, arguments) == 0
+    assert f"continuing {out} after step 5" in capsys.readouterr().out
 
 
 @pytest.mark.slow
