@@ -32,7 +32,7 @@ COMMANDS = {
     "inspect-shards": Command("tools.inspect_shards", "report a dataset's classes, sizes and duplicates"),
     "classify": Command("tools.classify", "classify pictures and videos with a trained net"),
     "export": Command("tools.export", "export a trained net to ONNX, torch.export or torchvision's format"),
-    "import": Command("tools.import_weights", "turn published weights of AlexNet into a run"),
+    "import-weights": Command("tools.import_weights", "turn published weights of AlexNet into a run"),
     "bench": Command("tools.bench", "measure the throughput of each stage on this machine"),
     "paper": Command("tools.paper", "repeat an experiment of the paper, or report on all of them"),
     "compare-recipes": Command("tools.compare_recipes", "compare the errors of recipes over several seeds"),

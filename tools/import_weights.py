@@ -1,7 +1,7 @@
 """Turn weights that were published elsewhere into a run, to evaluate, use, export or fine-tune it.
 
-    alexnet-train import alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
-    alexnet-train import bvlcalexnet-12.onnx --out runs/bvlc --data shards
+    alexnet-train import-weights alexnet-owt-7be5be79.pth --out runs/torchvision --data shards
+    alexnet-train import-weights bvlcalexnet-12.onnx --out runs/bvlc --data shards
     alexnet-train evaluate runs/bvlc
 
 FILE holds one of these nets:
@@ -45,10 +45,10 @@ def main() -> None:
     try:
         print(adopt(options.weights, Run(options.out), options.data, options.classes))
     except (SettingsError, DatasetError) as error:
-        sys.exit(f"import: {error}")
+        sys.exit(f"import-weights: {error}")
     except OSError as error:
         reason = f"{error.filename or options.out}: {error.strerror or error}"
-        sys.exit(f"import: {reason}. Fix the cause and run the same command again")
+        sys.exit(f"import-weights: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,6 +81,9 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
 
     Raises SettingsError, DatasetError or OSError.
     """
+    # Without a folder for temporary files this import fails, and main() reports it in one line.
+    from trainer import checkpoint
+
     read = _read_caffe if weights.suffix == ".onnx" else _read_torchvision
     net = read(weights)
     outputs = len(net.state["fc8.bias"])
@@ -90,9 +93,6 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
     given = {"preset": net.preset, "dropout": "inverted", "crop": net.crop, "out": run.folder, "data": data}
     spec = NetSpec(geometry="256", size=SIZE, crop=net.crop, mean=net.mean, classes=named)
     run.adopt(Settings.model_validate(given), spec, origin=f"of {weights.name}")
-
-    from trainer import checkpoint
-
     checkpoint.write(run.checkpoints, 0, {"step": 0, "model": net.state}, keep=1, best=True)
     parameters = sum(value.numel() for value in net.state.values())
     return f"{run.folder}: {outputs} classes, {parameters:,} parameters"
@@ -108,7 +108,6 @@ class Published(NamedTuple):
 
 
 def _read_torchvision(path: Path) -> Published:
-    # Without a folder for temporary files this import fails, and main() reports it in one line.
     from model.torchvision_alexnet import INPUT_MEAN, from_torchvision
     from tools.importing.state_dicts import read_state
 
