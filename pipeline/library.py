@@ -22,13 +22,14 @@ from pipeline.loader_options import (
 )
 from pipeline.plan import Plan, share
 
+_pid = 0  # the process that uses DALI, which does not work in processes that are forked from it
+
 
 class _Closable:
     """A loader that holds the threads and the memory of a stream until it is closed."""
 
     def __init__(self) -> None:
         self._stream: Any = None
-        self._stream_pid = 0  # the process that started it
         self._is_closed = False
 
     def close(self) -> None:
@@ -44,9 +45,16 @@ class _Closable:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_stream": None}
 
-    def _check_is_open(self) -> None:
+    def _check_is_usable(self) -> None:
         if self._is_closed:
             raise LoaderError("the loader is closed")
+        global _pid
+        if _pid not in (0, os.getpid()):
+            raise LoaderError(
+                "a loader was already in use when this process was forked, and DALI's threads do not "
+                "survive that: start the process with spawn, or before the first batch"
+            )
+        _pid = os.getpid()
 
 
 class Loader(_Closable):
@@ -175,18 +183,12 @@ class Loader(_Closable):
 
     def take(self, step: int) -> Batch:
         """Return the batch of a step. It is fastest if steps are taken in order."""
-        self._check_is_open()
-        if self._stream is not None and self._stream_pid != os.getpid():
-            raise LoaderError(
-                "the loader was already in use when this process was forked, and DALI's threads do not "
-                "survive that: create a loader in this process"
-            )
+        self._check_is_usable()
         if self._stream is None or self._stream_step != step:
             self._stream = None  # ends its threads before others start
             self._stream = train_loader(
                 self.dataset, self.plan, range(step, sys.maxsize), self.decoding, **self._options
             )
-            self._stream_pid = os.getpid()
         try:
             batch = next(self._stream)
         except BaseException:
@@ -298,10 +300,10 @@ class EvaluationLoader(_Closable):
         return len(range(0, self._images, self.batch))
 
     def __iter__(self) -> Iterator[Batch]:
-        self._check_is_open()
+        self._check_is_usable()
         # An iteration owns the stream, and leaves it to the next one when it is complete.
         stream, self._stream = self._stream, None
-        if stream is None or self._stream_pid != os.getpid():
+        if stream is None:
             stream = evaluation_loader(
                 self.dataset, self.split, self.batch, self.decoding, persistent=True, **self._options
             )
@@ -309,4 +311,4 @@ class EvaluationLoader(_Closable):
             self.samples = stream.samples
             yield batch
         if not self._is_closed:
-            self._stream, self._stream_pid = stream, os.getpid()
+            self._stream = stream

@@ -372,9 +372,7 @@ def send_batches(loader: Loader, pipe) -> None:
         pipe.send(str(error))
 
 
-@pytest.mark.parametrize(
-    ("method", "used"), [("fork", False), ("fork", True), ("spawn", False), ("spawn", True)]
-)
+@pytest.mark.parametrize(("method", "used"), [("fork", True), ("spawn", False), ("spawn", True)])
 def test_a_loader_may_go_to_another_process_unless_that_is_forked_from_its_use(
     dataset, loader, reference, method, used
 ):
@@ -391,7 +389,7 @@ def test_a_loader_may_go_to_another_process_unless_that_is_forked_from_its_use(
     finally:
         process.kill()
     if method == "fork" and used:
-        assert received.startswith("the loader was already in use when this process was forked")
+        assert received.startswith("a loader was already in use when this process was forked")
     else:
         assert received == [float(pixels.double().sum()) for pixels, _ in reference[0]]
     assert_same_batches(copies(loader.epoch(0)), reference[0])  # it is unharmed
