@@ -33,6 +33,7 @@ def test_an_interrupted_evaluation_is_repeated(packed, whole, tmp_path, monkeypa
                 for batch in self.batches:
                     if len(rows(out / "evaluations.csv")) == epochs:
                         os.kill(os.getpid(), signal.SIGTERM)
+                    self.samples = self.batches.samples
                     yield batch
 
         with monkeypatch.context() as patch:
