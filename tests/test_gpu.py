@@ -12,7 +12,8 @@ from trainer.monitor.metrics import Metrics
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.processes.distributed import World
 from trainer.run import Run
-from trainer.settings import Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings
 from trainer.step import Step
 from trainer.train import Trainer
 

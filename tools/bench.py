@@ -55,7 +55,8 @@ from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive, program
 from trainer.environment import environment
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
     from tools.benchmarks.stages import Stage, Stages

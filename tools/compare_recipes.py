@@ -24,7 +24,8 @@ from pipeline.output import printed, secure
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import add_jobs, add_seeds, program
 from trainer.run import Run
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 MEASURES = ("top1_error", "top5_error")
 

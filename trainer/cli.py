@@ -22,7 +22,8 @@ from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import PeerLostError, Run, RunError
 from trainer.setting_groups import ALEXNET
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
 in --out. Every setting can also be given as an environment variable: ALEXNET_EPOCHS=90 is the same

@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from model.alexnet import AlexNet
-from trainer.settings import Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "docker/kubernetes"

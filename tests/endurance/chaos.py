@@ -36,7 +36,8 @@ from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
 from tools.options import natural
 from trainer.environment import environment
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 if TYPE_CHECKING:
     from tests.endurance.runs import Tally

@@ -41,7 +41,8 @@ from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import free_port
 from tools.options import count, positive
 from trainer.run import Run
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
 WARM_UP, WINDOW = 0.2, 0.1  # as fractions of the steps

@@ -12,7 +12,8 @@ from tools.experiments.cnn_star import as_in_2012
 from tools.experiments.record import TOP1, Record
 from tools.experiments.training import Training
 from trainer.optim import learning_rate, make_optimizer, set_learning_rate, unscheduled_rate
-from trainer.settings import Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tools.experiments.finished import Finished, open_run
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.run import Run, RunError
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 CPU = torch.device("cpu")
 

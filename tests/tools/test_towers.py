@@ -6,7 +6,8 @@ import pytest
 
 from tools.experiments.record import Record
 from tools.experiments.two_towers import HALF, ONE, TWO, WEIGHT, comparable, run, shared_device
-from trainer.settings import Settings, SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings, SettingsError
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pipeline.manifest import read_manifest
 from tools.experiments import training
 from tools.experiments.training import DivergedError, Training, TrainingError, provenance, train
 from trainer.run import Run
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 
 @pytest.fixture

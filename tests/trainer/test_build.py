@@ -8,7 +8,7 @@ from model.alexnet import Variant
 from trainer import build
 from trainer.build import build_decoding, build_model
 from trainer.processes.ranks import Ranks
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 CPU = torch.device("cpu")
 

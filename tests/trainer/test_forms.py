@@ -16,7 +16,8 @@ from trainer.build import build_model
 from trainer.forms import fastest, fastest_form, measure, resolve_run_form
 from trainer.processes.distributed import World
 from trainer.run import Run
-from trainer.settings import Form, Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Form, Settings
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 GPU = World(0, 1, 0, torch.device("cuda", 0))

@@ -10,7 +10,7 @@ from trainer.monitor.meter import Meter
 from trainer.monitor.metrics import Metrics
 from trainer.processes.distributed import World
 from trainer.run import Run
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 from trainer.train import Trainer
 
 NOTHING = torch.zeros(0, dtype=torch.float64)

@@ -11,7 +11,8 @@ from trainer.optim import (
     set_learning_rate,
     unscheduled_rate,
 )
-from trainer.settings import Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings
 
 
 def settings(**values) -> Settings:

@@ -10,7 +10,8 @@ from pipeline.manifest import read_manifest
 from trainer.precision import resolve_precision, resolve_run_precision
 from trainer.processes.distributed import World
 from trainer.run import Run
-from trainer.settings import Settings, SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings, SettingsError
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)

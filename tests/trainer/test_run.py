@@ -13,14 +13,15 @@ from pipeline.documents import ContentError
 from pipeline.manifest import read_manifest
 from pipeline.spec import NET_NAME, NetSpec
 from trainer.run import Run, RunError
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 HOLDS = """
 import sys, time
 from pathlib import Path
 from pipeline.manifest import read_manifest
 from trainer.run import Run
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 lock = Run(Path(sys.argv[2])).begin(load_settings([]), read_manifest(Path(sys.argv[1])))
 print("begun", flush=True)

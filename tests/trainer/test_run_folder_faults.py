@@ -19,7 +19,7 @@ from tests.helpers import command, main
 from trainer import run as run_module
 from trainer import table as table_module
 from trainer.run import Run, RunError
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 from trainer.table import Table
 
 FOR_EVER = 1000  # calls

@@ -11,7 +11,8 @@ import pytest
 from model.alexnet import Variant
 from tests.helpers import REPO
 from trainer.setting_groups import PAPER_ONLY
-from trainer.settings import RECIPES, Settings, SettingsError, load_settings, read_recipe
+from trainer.setting_sources import RECIPES, load_settings, read_recipe
+from trainer.settings import Settings, SettingsError
 
 
 @pytest.fixture(autouse=True)

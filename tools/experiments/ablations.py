@@ -18,7 +18,8 @@ from tools.experiments.measuring import GAP, TRAIN, epochs_measure, measures
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, train_all
 from tools.options import add_jobs, add_seeds, positive
-from trainer.settings import SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 TAKES_SETTINGS = True
 WHOLE = "AlexNet"

@@ -26,7 +26,7 @@ from tools.experiments.measuring import measures
 from tools.experiments.record import TOP1, TOP5, Record, Result, Row
 from tools.experiments.training import Training, about, describe, train_all
 from tools.options import add_jobs, add_seeds
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 TAKES_SETTINGS = True
 PRETRAINED = "pre-training"

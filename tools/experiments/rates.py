@@ -12,7 +12,7 @@ from tools.experiments.held_out import hold_out
 from tools.experiments.record import Trial
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import count, positive
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ from pipeline.manifest import read_manifest
 from tools.experiments.record import TrainedRun
 from tools.options import command_line
 from trainer.run import Run
-from trainer.settings import Settings, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings
 
 
 class TrainingError(RuntimeError):

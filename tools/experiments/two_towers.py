@@ -25,7 +25,8 @@ from tools.experiments.training import TrainingError, describe, packing
 from tools.options import command_line, count
 from trainer.environment import environment
 from trainer.setting_groups import ALEXNET
-from trainer.settings import Settings, SettingsError, load_settings
+from trainer.setting_sources import load_settings
+from trainer.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
     import torch

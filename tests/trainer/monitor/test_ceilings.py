@@ -7,7 +7,7 @@ import torch
 
 from pipeline.loader import Decoding
 from trainer.monitor import ceilings
-from trainer.settings import load_settings
+from trainer.setting_sources import load_settings
 
 
 def test_rate_is_images_over_seconds(monkeypatch):
