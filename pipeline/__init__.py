@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.checked import Damage
     from pipeline.dataset import Dataset, open_dataset
-    from pipeline.library import EvaluationLoader, Loader
+    from pipeline.evaluation import EvaluationLoader
     from pipeline.loader import Batch
     from pipeline.loader_options import LoaderError
     from pipeline.manifest import DatasetError
     from pipeline.reader import OutageError
+    from pipeline.training import Loader
 
 _MODULES = {
     "Batch": "loader",
     "Damage": "checked",
     "Dataset": "dataset",
     "DatasetError": "manifest",
-    "EvaluationLoader": "library",
-    "Loader": "library",
+    "EvaluationLoader": "evaluation",
+    "Loader": "training",
     "LoaderError": "loader_options",
     "OutageError": "reader",
     "open_dataset": "dataset",

@@ -109,7 +109,7 @@ def main_without_more_images(monkeypatch: pytest.MonkeyPatch, arguments: list[st
         raise DatasetError("too many samples cannot be decoded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.library.train_loader", broken)
+        patch.setattr("pipeline.training.train_loader", broken)
         return main(patch, arguments)
 
 

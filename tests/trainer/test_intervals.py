@@ -53,7 +53,7 @@ def test_an_interval_is_reported_with_the_next_one_and_before_a_checkpoint(
             reported.append(len(rows(tmp_path / "run" / "metrics.csv")))
             yield batch
 
-    monkeypatch.setattr("pipeline.library.train_loader", loader)
+    monkeypatch.setattr("pipeline.training.train_loader", loader)
     arguments = command(packed, tmp_path / "run", "--epochs", "1", "--checkpoint-steps", "3")
     assert main(monkeypatch, arguments) == 0
     assert reported == [0, 0, 1, 3, 3]  # the index is the number of steps done

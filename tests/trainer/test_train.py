@@ -37,7 +37,7 @@ def test_an_interrupted_evaluation_is_repeated(packed, whole, tmp_path, monkeypa
                     yield batch
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.library.evaluation_loader", Interrupted)
+            patch.setattr("pipeline.evaluation.evaluation_loader", Interrupted)
             assert main(patch, command(packed, out)) == 143
         assert len(rows(out / "evaluations.csv")) == epochs
     assert main(monkeypatch, command(packed, out)) == 0
@@ -69,7 +69,7 @@ def test_a_run_continues_bit_for_bit_in_its_form_even_if_another_is_faster_now(
     monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("towers-s2d", ["two towers"]))
     assert main(monkeypatch, command(packed, uninterrupted)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.library.train_loader", stopped)
+        patch.setattr("pipeline.training.train_loader", stopped)
         assert main(patch, command(packed, out)) == 143
     assert "two towers" in capsys.readouterr().out
     monkeypatch.setattr("trainer.forms.fastest_form", lambda *_: ("grouped", []))
@@ -106,7 +106,7 @@ def test_the_rates_and_crops_of_the_release_are_those_of_the_run_and_survive_an_
 
     whole, parts = ([*command(packed, tmp_path / name), *options, "--crop-chunk=5"] for name in "ab")
     assert main(monkeypatch, whole) == 0
-    monkeypatch.setattr("pipeline.library.train_loader", stopped)
+    monkeypatch.setattr("pipeline.training.train_loader", stopped)
     monkeypatch.setattr("trainer.train.set_learning_rate", recording)
     assert main(monkeypatch, parts) == 143
     assert main(monkeypatch, parts) == 0
@@ -217,7 +217,7 @@ def test_a_shard_truncated_during_a_run_ends_it_with_a_checkpoint_and_a_new_copy
     content = shard.read_bytes()
     with monkeypatch.context() as patch:
         cut = damaged_after(7, shard, lambda path: os.truncate(path, 0))
-        patch.setattr("pipeline.library.train_loader", cut)
+        patch.setattr("pipeline.training.train_loader", cut)
         assert main(patch, command(data, out, "--max-bad-samples", "5")) == 1
     output = capsys.readouterr()
     assert output.out.count("left out: the sample in") == 6
@@ -250,7 +250,7 @@ def test_a_shard_that_becomes_unreadable_is_left_out_within_the_limit(packed, tm
 
     metrics = Metrics()
     monkeypatch.setattr("trainer.train.Metrics", lambda: metrics)
-    monkeypatch.setattr("pipeline.library.train_loader", damaged_after(2, shard, fail))
+    monkeypatch.setattr("pipeline.training.train_loader", damaged_after(2, shard, fail))
     assert main(monkeypatch, command(data, out)) == 0
     counted = metrics.registry.get_sample_value("alexnet_input_errors_total", {"reason": "unreadable"})
     output = capsys.readouterr().out

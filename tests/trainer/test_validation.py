@@ -98,7 +98,7 @@ def test_a_run_that_was_interrupted_stops_at_the_same_step(packed, tmp_path, mon
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.library.train_loader", stopped)
+        patch.setattr("pipeline.training.train_loader", stopped)
         assert main(patch, command(packed, out, *options)) == 143
     assert not Run(out).is_finished
     assert main(monkeypatch, command(packed, out, *options)) == 0

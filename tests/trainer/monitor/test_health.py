@@ -103,7 +103,7 @@ def poison(monkeypatch, step: int) -> None:
             changed[3, 0, 5, 5] += math.nan if number == step else 0.0
             yield changed, labels
 
-    monkeypatch.setattr("pipeline.library.train_loader", loader)
+    monkeypatch.setattr("pipeline.training.train_loader", loader)
 
 
 def test_a_run_ends_at_a_bad_step_or_skips_it_if_told_to(packed, tmp_path, monkeypatch, capsys):
