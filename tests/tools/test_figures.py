@@ -25,11 +25,12 @@ from tools.experiments.figure3 import (
     permutation_test,
 )
 from tools.experiments.figure4_drawing import Classified, Picture, plt
-from tools.experiments.finished import Finished, open_run
+from tools.experiments.finished import Finished, open_net, open_run
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.run import Run, RunError
 from trainer.setting_sources import load_settings
+from trainer.settings import Settings, SettingsError
 
 CPU = torch.device("cpu")
 
@@ -294,3 +295,10 @@ def test_impossible_requests_are_refused_in_one_line(
     with pytest.raises(SystemExit) as ended:
         paper.main()
     assert message in f"{ended.value.code}{capsys.readouterr().err}"
+
+
+def test_a_run_of_another_net_is_refused(packed, tmp_path):
+    folder = tmp_path / "run"
+    Run(folder).begin(Settings(data=packed, net="nets:resnet"), read_manifest(packed)).close()
+    with pytest.raises(SettingsError, match=f"{folder} has the net nets:resnet: .* need AlexNet"):
+        open_net(folder)
