@@ -108,12 +108,17 @@ def _kernels_support(alpha: float | None, activation: Activation, window: int) -
     return alpha is not None and activation is F.relu and window == 3
 
 
-@cache  # must be outermost: some versions of Dynamo look below the cache, and must find the constant there
 @torch.compiler.assume_constant_result
 def _has_gpu_kernels() -> bool:
-    """Return whether the kernels can be built on this machine, which requires Triton and a C compiler.
+    """Return whether there are kernels; the cache is out of sight of Dynamo, which would warn about it."""
+    return _build_gpu_kernel()
 
-    The first call builds and runs a small kernel, and warns if that fails.
+
+@cache
+def _build_gpu_kernel() -> bool:
+    """Build and run a small kernel, which requires Triton and a C compiler; return whether that works.
+
+    Warns if it fails.
     """
     if find_spec("triton") is None:
         return False
