@@ -57,9 +57,10 @@ class Decoding:
 
     crop: side in pixels. threads: number of DALI threads. prefetch: number of batches to prepare ahead.
     hw_decoder_load: fraction of the images that the GPU's JPEG engine decodes, if the GPU has one. cores: the
-    index of the core that each thread is pinned to; if empty, threads are not pinned. dtype: the type of the
-    pixels, a key of DTYPES; by default float16 on a GPU and float32 on a CPU, where converting to float16
-    would cost more than cropping, mirroring and normalising together.
+    index of the core that each thread is pinned to; if empty, threads are not pinned. pipelines: number of
+    DALI pipelines that prepare training batches in turn, with so many threads and batches each. dtype: the
+    type of the pixels, a key of DTYPES; by default float16 on a GPU and float32 on a CPU, where converting to
+    float16 would cost more than cropping, mirroring and normalising together.
     """
 
     crop: int = 224
@@ -68,6 +69,7 @@ class Decoding:
     prefetch: int = 2
     hw_decoder_load: float = 0.65  # DALI's own default
     cores: tuple[int, ...] = ()
+    pipelines: int = 1
     dtype: torch.dtype | None = None
 
     @property

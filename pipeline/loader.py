@@ -8,7 +8,7 @@ shards, and DALI decodes them ahead in its own threads and hands over its output
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice, tee
 from typing import Any
 
 import numpy as np
@@ -103,8 +103,12 @@ def train_loader(
     resized = crops_and_flips and scale is not None
     options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
-    return iter(
-        _Stream(partial(train_pipeline, resized=resized), options, checked, requests, decoding.device)
+    build, count = partial(train_pipeline, resized=resized), decoding.pipelines
+    return _in_turn(
+        [
+            _Stream(build, options, checked, partial(islice, copy, first, None, count), decoding.device)
+            for first, copy in enumerate(tee(requests(), count))
+        ]
     )
 
 
@@ -134,6 +138,7 @@ def evaluation_loader(
     mine = share(len(reader), rank, world)
 
     def requests() -> Iterator[Request]:
+        checked.excluded[:] = False  # samples that could not be read may be readable again
         for start in range(mine.start, mine.stop, batch):
             yield np.arange(start, min(start + batch, mine.stop)), ()
 
@@ -191,6 +196,18 @@ def _crop_positions(
     return positions[0], positions[1]
 
 
+def _in_turn(streams: "list[_Stream]") -> Iterator[Batch]:
+    """Yield a batch of each stream in turn, until one of them ends.
+
+    Parts of DALI's work on a batch keep only one thread busy; other pipelines use the others meanwhile.
+    """
+    for batches in cycle([iter(stream) for stream in streams]):
+        try:
+            yield next(batches)
+        except StopIteration:
+            return
+
+
 class _Stream:
     """Feeds requests to a DALI pipeline and yields its batches.
 
@@ -222,7 +239,6 @@ class _Stream:
         device = self.device
         self.requests, self.failure = self._prefetched(self.all_requests()), None
         self.in_flight.clear()
-        self.checked.excluded[:] = False  # samples that could not be read may be readable again
         # The pipeline refers to self. If self also referred to a running pipeline, only the garbage collector
         # would end its threads.
         pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None

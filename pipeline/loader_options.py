@@ -26,6 +26,7 @@ class DecodingOptions(TypedDict, total=False):
     is none. threads: number of decoding threads, by default this process's share of the CPUs. prefetch:
     number of batches to prepare ahead. hw_decoder_load: fraction of the images that a GPU's JPEG engine
     decodes. cores: indices of the cores that threads are pinned to; by default one for each thread on a CPU.
+    pipelines: number of DALI pipelines that prepare training batches in turn, with so many threads each.
     """
 
     dtype: torch.dtype | None
@@ -34,6 +35,7 @@ class DecodingOptions(TypedDict, total=False):
     prefetch: int
     hw_decoder_load: float
     cores: tuple[int, ...] | None
+    pipelines: int
 
 
 def make_decoding(
@@ -46,6 +48,7 @@ def make_decoding(
     prefetch: int = 2,
     hw_decoder_load: float = Decoding.hw_decoder_load,
     cores: tuple[int, ...] | None = None,
+    pipelines: int = 1,
 ) -> Decoding:
     """Return how to decode in a process. Raises LoaderError.
 
@@ -53,7 +56,8 @@ def make_decoding(
     """
     if dtype not in (None, *DTYPES):
         raise LoaderError(f"dtype must be {' or '.join(map(str, DTYPES))}, not {dtype}")
-    for name, value in (("crop", crop), ("threads", threads), ("prefetch", prefetch)):
+    numbers = {"crop": crop, "threads": threads, "prefetch": prefetch, "pipelines": pipelines}
+    for name, value in numbers.items():
         if value is not None and value < 1:
             raise LoaderError(f"{name} must be 1 or more, not {value}")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,7 +67,7 @@ def make_decoding(
     if cores is None:
         own = _local_cores(ranks) if chosen.type == "cpu" else ()
         cores = own if len(own) == count else ()
-    return Decoding(crop, chosen, count, prefetch, hw_decoder_load, cores, dtype)
+    return Decoding(crop, chosen, count, prefetch, hw_decoder_load, cores, pipelines, dtype)
 
 
 def _local_cores(ranks: Ranks) -> tuple[int, ...]:

@@ -240,7 +240,11 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         """Make stages with other settings; the fastest decoding and convolutions are measured only once."""
         settings, found = load_settings([*rest, *more], command=program()), stages.decoding
         share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
-        decoding = {"threads": settings.threads or found.threads, "hw_decoder_load": share}
+        decoding = {
+            "threads": settings.threads or found.threads,
+            "pipelines": settings.pipelines or found.pipelines,
+            "hw_decoder_load": share,
+        }
         return Stages(settings.model_copy(update=decoding), stages.world, options, stages)
 
     about = {"command": " ".join(sys.argv), **stages.describe(), "images_per_second": {}}

@@ -59,4 +59,5 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
         threads=settings.threads or None,
         prefetch=settings.prefetch,
         hw_decoder_load=load,
+        pipelines=settings.pipelines or 1,
     )

@@ -239,7 +239,10 @@ class Hardware(Group):
     compile: bool = False
     """Compile the model with torch.compile."""
     threads: MayChange[Annotated[int, Field(ge=0, le=1024)]] = 0
-    """Number of DALI threads in each process; 0 means one per core or, with a GPU, the fastest number."""
+    """Number of threads of a DALI pipeline; 0 means one per core or, with a GPU, the fastest number."""
+    pipelines: MayChange[Workers | None] = None
+    """Number of DALI pipelines that prepare training batches in turn in each process; by default one or, with
+    a GPU, the fastest number."""
     hw_decoder_load: MayChange[Annotated[Fraction | None, Metavar("FRACTION")]] = None
     """Fraction of the images that a GPU's JPEG engine decodes; by default, the fastest measured one."""
     prefetch: MayChange[Workers] = 2

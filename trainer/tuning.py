@@ -1,4 +1,4 @@
-"""Find the number of threads and the load of the GPU's JPEG engine that decode a dataset fastest.
+"""Find the load of the GPU's JPEG engine and the numbers of pipelines and threads that decode fastest.
 
 They are measured at the first start and cached for later ones. Without a GPU, nothing is measured: one thread
 per core was within noise of the best in every sweep (docs/benchmarks.md).
@@ -7,7 +7,7 @@ per core was within noise of the best in every sweep (docs/benchmarks.md).
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,9 @@ from trainer.setting_groups import Fraction, Workers
 from trainer.settings import Settings
 
 T = TypeVar("T")
+Choices = Mapping[str, Sequence[Any]]  # the values of Decoding to choose from
+
+PIPELINES = (1, 2, 3)
 # Fractions of the images that the engine decodes; threads and the GPU's cores decode the rest.
 ENGINE_SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
 SECONDS = 0.5  # how long to measure each candidate; a shorter time is too noisy
@@ -35,8 +38,9 @@ SECONDS = 0.5  # how long to measure each candidate; a shorter time is too noisy
 class _Cached(TypedDict):
     """An entry of decoding.json."""
 
-    threads: Workers
+    pipelines: Workers
     hw_decoder_load: Fraction
+    threads: Workers
 
 
 def tune(
@@ -49,8 +53,12 @@ def tune(
     threads = [decoding.threads]
     if not settings.threads:
         threads += [max(1, decoding.threads * part // 4) for part in (3, 2)]
-    shares = ENGINE_SHARES if settings.hw_decoder_load is None else (settings.hw_decoder_load,)
-    if decoding.device.type != "cuda" or len(threads) == len(shares) == 1:
+    choices: Choices = {
+        "pipelines": PIPELINES if settings.pipelines is None else (settings.pipelines,),
+        "hw_decoder_load": ENGINE_SHARES if settings.hw_decoder_load is None else (settings.hw_decoder_load,),
+        "threads": threads,
+    }
+    if decoding.device.type != "cuda" or all(len(values) == 1 for values in choices.values()):
         return decoding, []
 
     def images_per_second(candidate: Decoding) -> float:
@@ -58,27 +66,31 @@ def tune(
 
     def measure_all() -> _Cached:
         images_per_second(decoding)  # reads the images from the disk, so that no measurement includes that
-        best = fastest(decoding, shares, threads, images_per_second)
-        return {"threads": best.threads, "hw_decoder_load": best.hw_decoder_load}
+        best = fastest(decoding, choices, images_per_second)
+        return {
+            "pipelines": best.pipelines,
+            "hw_decoder_load": best.hw_decoder_load,
+            "threads": best.threads,
+        }
 
     about = environment(world.device_name)
     machine = [about[name] for name in ("device", "cpu", "cores", "nvidia-dali-cuda130")]
-    work = [dataset.manifest.fingerprint, decoding.crop, settings.batch, world.size, threads, shares]
+    work = [dataset.manifest.fingerprint, decoding.crop, settings.batch, world.size, choices]
     key, structure = json.dumps([machine, work]), TypeAdapter(_Cached)
     chosen, notes = load_or_measure("decoding.json", key, structure, measure_all, world.local_rank == 0)
-    note = f"decoding with {chosen['threads']} threads and {chosen['hw_decoder_load']:.0%} on the JPEG engine"
+    note = (
+        f"decoding in {chosen['pipelines']} pipelines of {chosen['threads']} threads, "
+        f"{chosen['hw_decoder_load']:.0%} on the JPEG engine"
+    )
     return replace(decoding, **chosen), [note, *notes]
 
 
-def fastest(
-    decoding: Decoding,
-    shares: Iterable[float],
-    threads: Iterable[int],
-    images_per_second: Callable[[Decoding], float],
-) -> Decoding:
-    """Return the decoding with the best share of the engine, then with the best number of threads."""
-    best = max((replace(decoding, hw_decoder_load=share) for share in shares), key=images_per_second)
-    return max((replace(best, threads=count) for count in threads), key=images_per_second)
+def fastest(decoding: Decoding, choices: Choices, images_per_second: Callable[[Decoding], float]) -> Decoding:
+    """Return the decoding with the best value of each choice, chosen one after the other."""
+    for name, values in choices.items():
+        candidates = [replace(decoding, **{name: value}) for value in values]
+        decoding = max(candidates, key=images_per_second) if len(values) > 1 else candidates[0]
+    return decoding
 
 
 def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: World) -> float:
@@ -93,7 +105,8 @@ def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: Wor
         **vars(decoding),
     ) as loader:
         work = loader_work(iter(loader.batches(0)))
-        for _ in range(decoding.prefetch + 1):  # skip the batches that were prepared in advance
+        # Skip the batches that were prepared in advance.
+        for _ in range(decoding.pipelines * (decoding.prefetch + 1)):
             work()
         return measure_throughput(work, SECONDS, decoding.device)
 

@@ -167,8 +167,11 @@ def test_a_run_may_begin_at_any_step(dataset, reference, start):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
-def test_neither_threads_nor_prefetching_change_anything(dataset, reference, threads, prefetch):
-    decoding = Decoding(crop=CROP, threads=threads, prefetch=prefetch)
+@pytest.mark.parametrize("pipelines", [1, 2, 3, 9])
+def test_nothing_that_decoding_has_several_of_changes_anything(
+    dataset, reference, threads, prefetch, pipelines
+):
+    decoding = Decoding(crop=CROP, threads=threads, prefetch=prefetch, pipelines=pipelines)
     assert_same_batches(train(dataset, range(8), decoding), reference)
 
 
@@ -222,11 +225,12 @@ def test_a_damaged_sample_ends_training(damaged):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("prefetch", [1, 4])
+@pytest.mark.parametrize("pipelines", [1, 2])
 def test_a_sample_that_is_left_out_is_replaced_by_the_next_one(
-    dataset, damaged, world, prefetch, monkeypatch
+    dataset, damaged, world, prefetch, pipelines, monkeypatch
 ):
     broken, number, location = damaged
-    decoding = Decoding(crop=CROP, prefetch=prefetch)
+    decoding = Decoding(crop=CROP, prefetch=prefetch, pipelines=pipelines)
     left_out: list[list[Damage]] = [[] for _ in range(world)]
     ours = [
         train(broken, range(8), decoding, rank=rank, world=world, on_damage=left_out[rank].append)

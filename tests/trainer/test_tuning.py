@@ -14,6 +14,8 @@ from trainer import tuning
 from trainer.processes import distributed
 from trainer.settings import Settings
 
+ENTRY = {"pipelines": 2, "hw_decoder_load": 0.9, "threads": 6}  # in the cache of `on_gpu`
+
 
 @pytest.fixture
 def dataset(packed):
@@ -23,15 +25,16 @@ def dataset(packed):
 SETTINGS = Settings(batch=12)
 
 
-def test_threads_are_tuned_with_the_best_share_of_the_engine():
+def test_each_choice_is_made_with_the_best_of_the_choices_before_it():
     tried = []
 
     def images_per_second(decoding: Decoding) -> float:
         tried.append((decoding.threads, decoding.hw_decoder_load))
         return 100 - abs(decoding.threads - 6) - 50 * abs(decoding.hw_decoder_load - 0.8)
 
-    best = tuning.fastest(Decoding(threads=8), (0.65, 0.8, 1.0), (8, 6, 4), images_per_second)
-    assert (best.threads, best.hw_decoder_load) == (6, 0.8)
+    choices = {"pipelines": (2,), "hw_decoder_load": (0.65, 0.8, 1.0), "threads": (8, 6, 4)}
+    best = tuning.fastest(Decoding(threads=8), choices, images_per_second)
+    assert (best.pipelines, best.threads, best.hw_decoder_load) == (2, 6, 0.8)
     assert tried == [(8, 0.65), (8, 0.8), (8, 1.0), (8, 0.8), (6, 0.8), (4, 0.8)]
 
 
@@ -58,12 +61,16 @@ def test_without_a_gpu_nothing_is_measured(dataset, monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """Pretend to use a GPU that is fastest with six threads and .9 of its engine; return its measurements."""
+    """Pretend to use a GPU that is fastest with two pipelines of six threads and .9 of its engine.
+
+    Returns its measurements.
+    """
     measured = []
 
     def measure(decoding, *_):
         measured.append(decoding)
-        return -abs(decoding.threads - 6) - abs(decoding.hw_decoder_load - 0.9)
+        distances = (decoding.threads - 6, decoding.hw_decoder_load - 0.9, decoding.pipelines - 2)
+        return -sum(map(abs, distances))
 
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(distributed.World, "device_name", "a GPU")
@@ -80,8 +87,8 @@ def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset):
     world, decoding = cuda()
     first = tuning.tune(decoding, SETTINGS, dataset, world)
     assert first == (
-        replace(decoding, threads=6, hw_decoder_load=0.9),
-        ["decoding with 6 threads and 90% on the JPEG engine"],
+        replace(decoding, pipelines=2, threads=6, hw_decoder_load=0.9),
+        ["decoding in 2 pipelines of 6 threads, 90% on the JPEG engine"],
     )
     measured = len(on_gpu)
     assert tuning.tune(decoding, SETTINGS, dataset, world) == first
@@ -92,7 +99,7 @@ def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset):
 
 def test_fixed_settings_are_not_tuned(on_gpu, dataset):
     world, decoding = cuda()
-    settings = Settings(threads=8, hw_decoder_load=0.65)
+    settings = Settings(threads=8, hw_decoder_load=0.65, pipelines=1)
     assert tuning.tune(decoding, settings, dataset, world) == (decoding, [])
     settings = Settings(hw_decoder_load=0.65)
     chosen, _ = tuning.tune(decoding, settings, dataset, world)
@@ -108,7 +115,7 @@ def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, data
     assert path.read_text() == '{"cut'
     world, decoding = cuda()
     tuning.tune(decoding, SETTINGS, dataset, world)
-    assert list(json.loads(path.read_text()).values()) == [{"threads": 6, "hw_decoder_load": 0.9}]
+    assert list(json.loads(path.read_text()).values()) == [ENTRY]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +125,9 @@ def test_a_damaged_cache_is_rewritten_by_one_process_of_the_machine(on_gpu, data
         [],
         {},
         {"threads": 6},
-        {"threads": 0, "hw_decoder_load": 0.9},
-        {"threads": 6, "hw_decoder_load": 2},
+        {**ENTRY, "threads": 0},
+        {**ENTRY, "pipelines": 0},
+        {**ENTRY, "hw_decoder_load": 2},
     ],
 )
 def test_a_damaged_entry_is_measured_again(on_gpu, dataset, tmp_path, entry):

@@ -70,6 +70,7 @@ class Stages:
             "geometry": self.dataset.manifest.geometry,
             "precision": resolve_precision(self.settings.precision, self.device),
             "threads": self.decoding.threads,
+            "pipelines": self.decoding.pipelines,
             "hw_decoder_load": self.decoding.hw_decoder_load,
         }
 
