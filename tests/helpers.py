@@ -161,7 +161,7 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:
-    """Convert a 4:2:0 JPEG to a PNG in which each block of 2×2 pixels has the chroma stored for it.
+    """Convert a 4:2:0 JPEG to a 4:4:4 JPEG in which each block of 2×2 pixels has the chroma stored for it.
 
     nvJPEG decodes in this way, while libjpeg interpolates the chroma.
     """
@@ -170,5 +170,5 @@ def with_nearest_chroma(jpeg: bytes | memoryview) -> bytes:
     half.draft("YCbCr", (whole.width // 2, whole.height // 2))  # at which chroma is left as it is stored
     chroma = (plane.resize(whole.size, Image.Resampling.NEAREST) for plane in half.split()[1:])
     file = BytesIO()
-    Image.merge("YCbCr", [whole.split()[0], *chroma]).convert("RGB").save(file, "PNG")
+    Image.merge("YCbCr", [whole.split()[0], *chroma]).save(file, "JPEG", quality=100, subsampling=0)
     return file.getvalue()

@@ -204,4 +204,4 @@ def test_nearest_chroma_is_the_chroma_stored_in_the_file(packed):
         ]
         expected = np.asarray(Image.merge("YCbCr", planes).convert("RGB"), int)
         found = np.asarray(Image.open(BytesIO(with_nearest_chroma(jpeg))), int)
-        assert abs(found - expected).max() <= 4  # a level in each plane
+        assert abs(found - expected).max() <= 7  # two levels in each plane

@@ -14,7 +14,7 @@ from trainer import tuning
 from trainer.processes import distributed
 from trainer.settings import Settings
 
-ENTRY = {"pipelines": 2, "hw_decoder_load": 0.9, "threads": 6}  # in the cache of `on_gpu`
+ENTRY = {"pipelines": 2, "hw_decoder_load": 0.5, "threads": 6}  # in the cache of `on_gpu`
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_without_a_gpu_nothing_is_measured(dataset, monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
-    """Pretend to use a GPU that is fastest with two pipelines of six threads and .9 of its engine.
+    """Pretend to use a GPU that is fastest with two pipelines of six threads and half of its engine.
 
     Returns its measurements.
     """
@@ -69,7 +69,7 @@ def on_gpu(monkeypatch, tmp_path):
 
     def measure(decoding, *_):
         measured.append(decoding)
-        distances = (decoding.threads - 6, decoding.hw_decoder_load - 0.9, decoding.pipelines - 2)
+        distances = (decoding.threads - 6, decoding.hw_decoder_load - 0.5, decoding.pipelines - 2)
         return -sum(map(abs, distances))
 
     monkeypatch.setattr(tuning, "measure", measure)
@@ -87,8 +87,8 @@ def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset):
     world, decoding = cuda()
     first = tuning.tune(decoding, SETTINGS, dataset, world)
     assert first == (
-        replace(decoding, pipelines=2, threads=6, hw_decoder_load=0.9),
-        ["decoding in 2 pipelines of 6 threads, 90% on the JPEG engine"],
+        replace(decoding, pipelines=2, threads=6, hw_decoder_load=0.5),
+        ["decoding in 2 pipelines of 6 threads, 50% on the JPEG engine"],
     )
     measured = len(on_gpu)
     assert tuning.tune(decoding, SETTINGS, dataset, world) == first
