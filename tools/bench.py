@@ -151,6 +151,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         metavar="PYTHON",
         help="Python of `make .loader-peers`: .loader-peers/bin/python",
     )
+    add("--resized-crops", action="store_true", help="take random resized crops in the stage peers")
     add(
         "--sweep",
         nargs="+",
@@ -254,6 +255,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     for stage in chosen_stages(options, about["device"]):
         for label, more in at_batches(stage, bool(given) or about["device"] != "cpu"):
             at = make(more) if more else stages
+            label += ", resized crops" * (options.resized_crops and stage == "peers")
             sweep = partial(swept, make, stage, options.sweep)
             with at.closing:
                 part = measured(stage, label, sweep if options.sweep else getattr(at, stage), options, about)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,14 @@ def test_samples_and_files_match_the_train_shards(job):
     assert {(Path(path).parent.name, label) for path, label in files} == {(f"{n:04d}", n) for n in range(10)}
 
 
-def test_share_is_the_crops_part_of_the_area(job):
-    assert job.share == (67 / 80) ** 2
+def test_a_crop_that_is_not_resized_has_a_fixed_part_of_the_area(job):
+    assert job.scale == ((67 / 80) ** 2,) * 2
+    assert job.ratio == (1, 1)
 
 
-def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job):
-    batches = list(itertools.islice(PEERS["dali"][0](job), 5))
+@pytest.mark.parametrize("resized", [False, True])
+def test_dali_delivers_normalised_float_crops_past_the_end_of_an_epoch(job, resized):
+    batches = list(itertools.islice(PEERS["dali"][0](replace(job, resized_crops=resized)), 5))
     for images, labels in batches:
         assert images.shape == (20, 3, 67, 67)
         assert images.dtype == torch.float32
@@ -110,9 +113,10 @@ def states(group: int) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_starts_once_and_is_stopped_between_turns(peer, job):
-    started = Peer(python_of(peer), peer, job, seconds=0.2)
+def test_a_peer_starts_once_and_is_stopped_between_turns(peer, job, resized):
+    started = Peer(python_of(peer), peer, replace(job, resized_crops=resized), seconds=0.2)
     try:
         assert started.versions["torch"]
         assert started.measure() > 0

@@ -67,6 +67,7 @@ class Peer:
         options |= {"threads": job.threads, "device": job.device}
         command = [str(python), "-m", "tools.benchmarks.loader_peers", name, f"--seconds={seconds}"]
         command += [f"--{option}={value}" for option, value in options.items()]
+        command += ["--resized-crops"] * job.resized_crops
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close())
         self.process = self._start(command)
         self.versions: dict[str, str] = self._answer()["versions"]
@@ -156,6 +157,7 @@ def main() -> None:
         default="cpu",
         help="where batches are delivered",
     )
+    parser.add_argument("--resized-crops", action="store_true", help="take random resized crops")
     parser.add_argument(
         "--seconds",
         type=positive,
@@ -169,7 +171,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="loader-peers-") as scratch:
             work = options.data, options.batch, options.crop, options.threads, options.device
-            job = Job(*work, Path(scratch))
+            job = Job(*work, Path(scratch), options.resized_crops)
             serve(options.peer, job, options.seconds, answers)
     except ImportError as error:
         sys.exit(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # the defaults of torchvision, timm and FFCV
+
 
 @dataclass(frozen=True)
 class Job:
@@ -16,6 +18,7 @@ class Job:
     threads: int  # or processes
     device: str = "cpu"  # or cuda: where batches are delivered
     scratch: Path = Path()  # for files converted from the shards
+    resized_crops: bool = False  # random resized crops with SCALE and RATIO, instead of random crops
 
     def check(self) -> None:
         """Raise ValueError if the job cannot be done on this data."""
@@ -47,9 +50,15 @@ class Job:
         return self.manifest["size"]
 
     @property
-    def share(self) -> float:
-        """The crop's share of the area of a packed image."""
-        return (self.crop / self.size) ** 2
+    def scale(self) -> tuple[float, float]:
+        """The bounds of the crop's share of the area of a packed image."""
+        share = (self.crop / self.size) ** 2
+        return SCALE if self.resized_crops else (share, share)
+
+    @property
+    def ratio(self) -> tuple[float, float]:
+        """The bounds of the crop's width divided by its height, before it is resized."""
+        return RATIO if self.resized_crops else (1.0, 1.0)
 
     def samples(self) -> Iterator[tuple[bytes, int]]:
         """Yield JPEG bytes and label, in the order of the shards."""

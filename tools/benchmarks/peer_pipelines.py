@@ -1,7 +1,8 @@
 """The pipelines of `loader_peers.py`, each set up as its own documentation recommends, using all cores.
 
-All do the same work: they decode a JPEG, take a random crop, mirror it with probability ½, and normalise it
-to float32 on the job's device, in endless batches in random order. Each uses a GPU as its documentation
+All do the same work: they decode a JPEG, take a random crop or, if the job says so, a random resized crop,
+mirror it with probability ½, and normalise it to float32 on the job's device, in endless batches in random
+order. Each uses a GPU as its documentation
 shows: all copy from pinned memory, DALI decodes on it, and timm, DALI, SPDL and FFCV normalise on it. The
 datasets measured are small, so epochs are made long wherever the end of one would empty the queues. If a
 pipeline cannot read tars, it gets files or its own format, prepared in advance and not measured.
@@ -53,7 +54,9 @@ def _transform(job: Job) -> Callable[[Any], torch.Tensor]:
 
     return transforms.Compose(
         [
-            transforms.RandomCrop(job.crop),
+            transforms.RandomResizedCrop(job.crop, job.scale, job.ratio)
+            if job.resized_crops
+            else transforms.RandomCrop(job.crop),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(MEAN, STD),
@@ -100,8 +103,8 @@ def timm(job: Job) -> Batches:
             input_size=(3, job.crop, job.crop),
             batch_size=job.batch,
             is_training=True,
-            scale=(job.share, job.share),
-            ratio=(1.0, 1.0),
+            scale=job.scale,
+            ratio=job.ratio,
             color_jitter=None,
             num_workers=job.threads,
             use_multi_epochs_loader=True,
@@ -130,13 +133,20 @@ def dali(job: Job) -> Batches:
     @pipeline_def(batch_size=job.batch, num_threads=job.threads, device_id=0 if job.on_gpu else None)
     def graph() -> tuple:
         jpeg, digits = webdataset_reader(job.tars)
-        pixels = fn.decoders.image_crop(
-            jpeg,
-            device="mixed" if job.on_gpu else "cpu",
-            crop=(job.crop, job.crop),
-            crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
-            crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
-        )
+        device = "mixed" if job.on_gpu else "cpu"
+        if job.resized_crops:
+            pixels = fn.decoders.image_random_crop(
+                jpeg, device=device, random_area=job.scale, random_aspect_ratio=job.ratio
+            )
+            pixels = fn.resize(pixels, size=(job.crop, job.crop))
+        else:
+            pixels = fn.decoders.image_crop(
+                jpeg,
+                device=device,
+                crop=(job.crop, job.crop),
+                crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
+                crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
+            )
         pixels = fn.crop_mirror_normalize(
             pixels,
             dtype=types.FLOAT,
@@ -159,7 +169,11 @@ def spdl(job: Job) -> Batches:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
+    _torchvision()
+    from torchvision.transforms import RandomResizedCrop
+
     files, size = job.files(), job.size
+    whole = torch.empty(1, size, size)
     mean, std = (torch.tensor(x, device=job.device).mul(255).view(3, 1, 1) for x in (MEAN, STD))
 
     def source() -> Iterator[tuple[str, int]]:
@@ -167,9 +181,10 @@ def spdl(job: Job) -> Batches:
             yield from random.sample(files, len(files))
 
     def frame(path: str) -> Any:
-        left, top = (random.randint(0, size - job.crop) for _ in range(2))
+        top, left, height, width = RandomResizedCrop.get_params(whole, list(job.scale), list(job.ratio))
         mirror = "hflip," if random.random() < 0.5 else ""
-        filters = f"crop={job.crop}:{job.crop}:{left}:{top},{mirror}format=pix_fmts=rgb24"
+        resized = f"scale={job.crop}:{job.crop}," if job.resized_crops else ""
+        filters = f"crop={width}:{height}:{left}:{top},{resized}{mirror}format=pix_fmts=rgb24"
         return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=filters)
 
     def decoded(samples: list[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,9 +267,7 @@ def ffcv(job: Job) -> Batches:
     images, beton = ImageFolder(str(job.scratch / "files")), str(job.scratch / "train.beton")
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}
     DatasetWriter(beton, fields, num_workers=job.threads).from_indexed_dataset(images)
-    crop = RandomResizedCropRGBImageDecoder(
-        (job.crop, job.crop), scale=(job.share, job.share), ratio=(1.0, 1.0)
-    )
+    crop = RandomResizedCropRGBImageDecoder((job.crop, job.crop), scale=job.scale, ratio=job.ratio)
     mean, std = 255 * np.array(MEAN), 255 * np.array(STD)
     image = [crop, ops.RandomHorizontalFlip()]
     label = [IntDecoder(), ops.ToTensor(), ops.Squeeze()]

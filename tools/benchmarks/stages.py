@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from model.forms import FORMS
-from pipeline import Batch, Dataset, Loader
+from pipeline import Dataset, Loader
 from pipeline.loader import graph_options, synthetic_loader
 from trainer.build import build_decoding
 from trainer.forms import fastest_form
@@ -49,6 +49,7 @@ class Stages:
         self.images: Path | None = options.input
         self.loader_peers: Path | None = options.loader_peers
         self.pack_peers: Path | None = options.pack_peers
+        self.resized_crops: bool = options.resized_crops
         self.device = world.device
         self.closing: ExitStack = first.closing if first else ExitStack()
         if first and first.settings.data == settings.data:
@@ -84,15 +85,13 @@ class Stages:
         make = cache(make)
         return lambda: measure_throughput(make(), self.seconds, self.device)
 
-    def _train_loader(self) -> Loader:
-        settings, decoding = self.settings, vars(self.decoding)
-        return Loader(self.dataset, settings.batch, seed=settings.seed, colour=settings.colour, **decoding)
-
-    def _batches(self) -> Iterator[Batch]:
-        return iter(self._train_loader().batches(0))
+    def _train_loader(self, scale: tuple[float, float] | None = None) -> Loader:
+        """Return a new loader. scale: if given, it takes random resized crops."""
+        seed, colour, decoding = self.settings.seed, self.settings.colour, vars(self.decoding)
+        return Loader(self.dataset, self.settings.batch, seed=seed, colour=colour, scale=scale, **decoding)
 
     def _loader(self) -> Work:
-        return loader_work(self._batches())
+        return loader_work(iter(self._train_loader().batches(0)))
 
     @cached_property
     def _settled(self) -> Settings:
@@ -155,7 +154,7 @@ class Stages:
 
     def peers(self) -> Stage:
         from tools.benchmarks import loader_peers
-        from tools.benchmarks.peer_job import Job
+        from tools.benchmarks.peer_job import SCALE, Job
         from tools.benchmarks.peer_pipelines import PEERS
 
         if self.loader_peers is None:
@@ -163,8 +162,16 @@ class Stages:
                 "peers needs --loader-peers .loader-peers/bin/python, which `make .loader-peers` installs"
             )
         device = self.device.type
-        stage: Stage = {"loader": partial(loader_peers.rate, self._batches(), self.seconds, device)}
-        job = Job(self.settings.data, self.settings.batch, self.settings.crop, self.decoding.threads, device)
+        batches = iter(self._train_loader(SCALE if self.resized_crops else None).batches(0))
+        stage: Stage = {"loader": partial(loader_peers.rate, batches, self.seconds, device)}
+        job = Job(
+            self.settings.data,
+            self.settings.batch,
+            self.settings.crop,
+            self.decoding.threads,
+            device,
+            resized_crops=self.resized_crops,
+        )
         for name in PEERS:
             python = Path(sys.executable) if name == "dali" else self.loader_peers
             try:
