@@ -253,9 +253,9 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     given = options.sweep or any(word.partition("=")[0] == "--batch" for word in rest)
     record = dict(about)
     for stage in chosen_stages(options, about["device"]):
-        for label, more in at_batches(stage, bool(given) or about["device"] != "cpu"):
-            at = make(more) if more else stages
-            label += ", resized crops" * (options.resized_crops and stage == "peers")
+        suffix = ", resized crops" if options.resized_crops and stage == "peers" else ""
+        for name, more in at_batches(stage, bool(given) or about["device"] != "cpu"):
+            label, at = name + suffix, make(more) if more else stages
             sweep = partial(swept, make, stage, options.sweep)
             with at.closing:
                 part = measured(stage, label, sweep if options.sweep else getattr(at, stage), options, about)
