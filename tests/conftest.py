@@ -31,9 +31,11 @@ from tools import verify_shards
 from tools.draw_pictures import class_names, draw
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell makes a background job ignore Ctrl-C. Its children would inherit this, and never be interrupted.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell makes a background job ignore Ctrl-C, and nohup makes it ignore a hang-up. The processes that tests
+# start would inherit this, and never be interrupted.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 # No deadlines, as other jobs may share the machine; the same examples on every machine.
 settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

@@ -134,13 +134,13 @@ def _live(arguments: Sequence[str], environment: dict[str, str], images: Path, l
 
     import torch
 
-    from pipeline import library
+    from pipeline import training
     from trainer import cli
     from trainer.processes import watchdog
 
     torch.set_num_threads(1)  # as torchrun does for several processes
     watchdog.START_UP_SECONDS = SILENCE_SECONDS
-    library.train_loader = recorded(library.train_loader, images)
+    training.train_loader = recorded(training.train_loader, images)
     sys.argv = ["alexnet-train", *arguments]
     cli.main()
 

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 # Run alexnet-train and send it a signal when it requests a batch after a given number of steps.
 SIGNALLED = """
 import os, signal, sys
-from pipeline import library
+from pipeline import training
 from trainer import cli
 
 number, steps = signal.Signals[sys.argv.pop(1)], int(sys.argv.pop(1))
-load = library.train_loader
+load = training.train_loader
 
 def loader(dataset, plan, numbers, *rest, **options):
     for step, batch in zip(numbers, load(dataset, plan, numbers, *rest, **options)):
@@ -30,7 +30,7 @@ def loader(dataset, plan, numbers, *rest, **options):
             os.kill(os.getpid(), number)
         yield batch
 
-library.train_loader = loader
+training.train_loader = loader
 cli.main()
 """
 
