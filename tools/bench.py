@@ -104,12 +104,12 @@ def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[s
     unit, first = UNITS.get(label, "images/s"), next(iter(figures.values()), [])
     digits = ",.3f" if unit == "s" else ",.1f"
     for name, error in errors.items():
-        yield f"{label:18}{name:20}failed: {error}"
+        yield f"{label:17} {name:20}failed: {error}"
     for name, values in figures.items():
         if not values:
             continue
         spread = f"{min(values):{digits}} to {max(values):{digits}}"
-        line = f"{label:18}{name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
+        line = f"{label:17} {name:20}{median(values):>12{digits}} {unit:8}  {spread:24}"
         if first and values is not first:
             ratio = median(a / b for a, b in zip(first, values, strict=True))
             line += f"{next(iter(figures))} is {ratio:.2f} × this"
@@ -217,8 +217,8 @@ def measured(
     took = round(time.monotonic() - begun, 1)
     unit = UNITS.get(stage, "images/s")
     judged = [] if options.sweep else list(judge(stage, figures, about))
-    gates = (f"{label:18}gate: {judgement.line(unit)}" for judgement in judged)
-    print(*table(label, figures, errors), *gates, f"{label:18}took {took:,} s", sep="\n", flush=True)
+    gates = (f"{label:17} gate: {judgement.line(unit)}" for judgement in judged)
+    print(*table(label, figures, errors), *gates, f"{label:17} took {took:,} s", sep="\n", flush=True)
     part = {RECORDED[unit]: {label: figures}, "took_seconds": {label: took}}
     part |= {"gates": {label: [judgement.record() for judgement in judged]}} if judged else {}
     return part | ({"failed": {label: errors}} if errors else {})
