@@ -32,8 +32,9 @@ from pipeline.packing.progress import Progress
 from pipeline.packing.resume import REPORT
 from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
-from pipeline.packing.storage import Folder, is_url
+from pipeline.packing.storage import Folder
 from pipeline.packing.workers import WorkersError, exit_on_signals, translate_thread_errors
+from pipeline.storage import is_url
 from tools.options import fraction, refuse_old_name, within
 
 

@@ -16,13 +16,13 @@ from io import BytesIO
 import numpy as np
 
 from pipeline.files import atomic_write
-from pipeline.packing.remote_errors import redact
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.sources.compressed import CompressedFile
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.sources.parquet import images_of, is_parquet
 from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.packing.workers import warn
+from pipeline.remote_errors import redact
 
 SUFFIX = ".contents"
 

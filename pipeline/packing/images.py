@@ -12,7 +12,7 @@ Files are judged by their content, never by their name. A file is **rejected** a
                           measurements: nothing says which value is white
     only a preview        it is a TIFF whose first image is marked as a preview, as in RAW files of cameras
     too large             its header claims more than MAX_PIXELS, or MAX_WEBP_PIXELS, and nothing is decoded;
-                          or the file has more than MAX_BYTES (storage.py), and is not read
+                          or the file has more than MAX_BYTES (pipeline/storage.py), and is not read
     out of memory         decoding it takes more memory than there is
     truncated             it ends before the image does
     corrupt               strict decoding fails

@@ -14,8 +14,9 @@ from pipeline.packing.remarks import remarks_about
 from pipeline.packing.shard import ShardTask
 from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
-from pipeline.packing.storage import STATE_FOLDER, Folder, absolute, is_url
+from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.packing.workers import warn
+from pipeline.storage import absolute, is_url
 
 
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:

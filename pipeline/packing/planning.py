@@ -11,7 +11,7 @@ from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import Plan
 from pipeline.packing.shard import ImageOptions, ShardTask, versions
 from pipeline.packing.sources.find import SourceError, SourceImage, Sources
-from pipeline.packing.storage import absolute
+from pipeline.storage import absolute
 
 
 def plan_tasks(options: PackingOptions, sources: Sources) -> dict[str, list[ShardTask]]:

@@ -13,12 +13,12 @@ from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
 from pipeline.packing.contents import PackingError, contents
 from pipeline.packing.images import Geometry, PackedImage, RejectedError, check_image, pack_image
-from pipeline.packing.remote_errors import redact
 from pipeline.packing.shard_results import Event, ShardResult, save_result
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder
 from pipeline.packing.workers import warn
+from pipeline.remote_errors import redact
 from pipeline.retry import with_retries
 from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
 from pipeline.versions import installed_version

@@ -1,96 +1,28 @@
-"""Access files on this machine and, through fsspec, behind URLs (s3://, gs://, hf://, https://, …).
+"""Read the packer's input and write its output, in folders of this machine or behind URLs.
 
-Failed reads, and listings of this machine's file systems, are retried (pipeline/retry.py). For HTTP, each
-request has a time limit, and the proxies of the environment are used.
+Failed reads, and listings of this machine's file systems, are retried (pipeline/retry.py).
 """
 
-import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
 
-import fsspec
-from fsspec.core import url_to_fs
-
-from pipeline.files import path_in_errors, read_file, sync_folder
-from pipeline.packing.remote_errors import as_os_error, redact
+from pipeline.files import path_in_errors, sync_folder
 from pipeline.packing.workers import warn
-from pipeline.retry import StorageError, with_retries
-
-if TYPE_CHECKING:
-    from aiohttp import TraceConfig
+from pipeline.remote_errors import as_os_error
+from pipeline.retry import with_retries
+from pipeline.storage import absolute, file_system, is_url, read_once
 
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
-MAX_BYTES = 1_000_000_000  # of an image file, which is read as a whole
-# Seconds to connect, between two parts of an answer, and for all of it.
-_HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
-
-
-def is_url(name: str) -> bool:
-    """Return whether a name is a URL, and not a local path."""
-    return "://" in name
-
-
-def absolute(name: str) -> str:
-    """Return the absolute path of a file or folder, which any worker can open. URLs are left unchanged."""
-    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100 – unlike Path.absolute, it also collapses `..`
 
 
 def read(file: str, offset: int = 0, size: int | None = None) -> bytes:
     """Read a file from `offset` on: all of it or `size` bytes. Raises OSError, which names the file."""
     return with_retries(partial(read_once, file, offset, size), warn)
-
-
-def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
-    """Read a file as `read` does, but make a single attempt."""
-    if not is_url(file):
-        return _read_local(file, offset, size)
-    with as_os_error(file):
-        fs, path = _file_system(file, MAX_BYTES)
-        content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
-    if size is not None and len(content) > size:  # many static file servers send the whole file
-        raise StorageError(
-            f"{redact(file)}: the server does not support reading parts of files (HTTP ranges)",
-            transient=False,
-        )
-    return content
-
-
-def _read_local(file: str, offset: int, size: int | None) -> bytes:
-    try:
-        return read_file(file, offset, size)
-    except MemoryError:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file) from None
-
-
-def open_file(file: str) -> BinaryIO:
-    """Open a file, given by path or URL, for reading. Raises OSError."""
-    if not is_url(file):
-        return open(file, "rb")
-    with as_os_error(file):
-        fs, path = _file_system(file)
-        return fs.open(path, "rb")
-
-
-def is_accessible(name: str) -> bool:
-    """Return whether this is a file, or a folder that is not empty, that can be accessed."""
-    try:
-        if not is_url(name):
-            if not stat.S_ISDIR(Path(name).stat().st_mode):
-                return True
-            with os.scandir(name) as entries:
-                return any(entries)
-        with as_os_error(name):
-            fs, path = _file_system(name)
-            return fs.info(path)["type"] == "file" or bool(fs.ls(path))
-    except OSError:
-        return False
 
 
 class Folder:
@@ -100,7 +32,7 @@ class Folder:
         self.name = absolute(str(name)).rstrip("/")
         self.is_local = not is_url(self.name)
         with as_os_error(self.name):
-            self.fs, self.path = _file_system(self.name)
+            self.fs, self.path = file_system(self.name)
 
     def __str__(self) -> str:
         return self.name
@@ -170,34 +102,3 @@ def _local_sizes(folder: str) -> dict[str, int]:
             except FileNotFoundError:  # removed since the folder was listed
                 continue
     return sizes
-
-
-def _file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a path or URL, and the path in it.
-
-    max_bytes: an HTTP response that announces more raises StorageError before it is received.
-    """
-    if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
-        return fsspec.filesystem("file"), name
-    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
-    if name.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
-        if max_bytes is not None:
-            options["client_kwargs"]["trace_configs"] = [_size_limit(max_bytes)]
-    return url_to_fs(name, **options)
-
-
-@cache  # because fsspec compares options by their representation, to use a connection again
-def _size_limit(max_bytes: int) -> "TraceConfig":
-    from aiohttp import TraceConfig
-
-    async def refuse_large(session, context, request) -> None:
-        if (request.response.content_length or 0) > max_bytes:
-            request.response.close()
-            raise StorageError(f"{redact(str(request.url))}: too large", "too large", transient=False)
-
-    trace = TraceConfig()
-    trace.on_request_end.append(refuse_large)
-    return trace

@@ -21,10 +21,11 @@ from PIL import Image
 
 from pipeline.files import path_in_errors, read_fully
 from pipeline.manifest import HEAD_BYTES
-from pipeline.packing.storage import is_accessible, read
+from pipeline.packing.storage import read
 from pipeline.packing.workers import warn
 from pipeline.retry import is_outage, with_retries
 from pipeline.shards import INDEX_DTYPE, SampleLocation, dali_index
+from pipeline.storage import is_accessible
 from tools.verifying.findings import Findings, ShardCheck
 
 SAMPLED = 16  # images per shard

@@ -21,6 +21,7 @@ from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_com
 from pipeline.packing.sources.labels import Annotations
 from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.splits import splits_named
+from pipeline.storage import is_url
 
 _BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -108,7 +109,7 @@ def members(file: str, start: int, end: int, read: Read = storage.read) -> Itera
 
 def read_each(path: str, read: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Yield `read(item)` for each item, in order; many are read at once if the path is a URL."""
-    with ThreadPoolExecutor(_CONNECTIONS if storage.is_url(path) else 1) as pool:
+    with ThreadPoolExecutor(_CONNECTIONS if is_url(path) else 1) as pool:
         yield from pool.map(read, items)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
 from pipeline.packing.sources.listing import SourceError
-from pipeline.packing.storage import open_file
+from pipeline.storage import open_file
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.packing.messages import join_names, pluralize
-from pipeline.packing.remote_errors import redact
 from pipeline.packing.sources.class_ids import (
     check_no_lookalikes,
     check_printable,
@@ -21,9 +20,11 @@ from pipeline.packing.sources.folders import find_splits
 from pipeline.packing.sources.listing import InputFolder, LocalFolder, SourceError, SplitFiles
 from pipeline.packing.sources.remote import RemoteFolder
 from pipeline.packing.sources.tables import is_table, read_table
-from pipeline.packing.storage import STATE_FOLDER, absolute, is_url
+from pipeline.packing.storage import STATE_FOLDER
 from pipeline.packing.workers import warn
+from pipeline.remote_errors import redact
 from pipeline.retry import with_retries
+from pipeline.storage import absolute, is_url
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from pipeline.packing import storage
 from pipeline.packing.messages import join_names
 from pipeline.packing.sources.archives import (
     class_tars,
@@ -31,6 +30,7 @@ from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceE
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
 from pipeline.packing.sources.splits import check_splits, split_folders, split_of
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
+from pipeline.storage import is_url
 
 _KAGGLE = "Data/CLS-LOC"
 _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train and val
@@ -218,7 +218,7 @@ def _imagenet_tars(folder: InputFolder) -> dict[str, str]:
 
 def _parent(folder: InputFolder) -> str:
     """Return the input's parent folder, which holds Kaggle's tables if the input is its folder ILSVRC."""
-    if storage.is_url(folder.name):
+    if is_url(folder.name):
         return folder.name.rpartition("/")[0]
     return str(Path(folder.name).absolute().parent)
 

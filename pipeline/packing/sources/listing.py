@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.files import path_in_errors
-from pipeline.packing import storage
 from pipeline.packing.sources.litter import litter_in
 from pipeline.packing.workers import warn
 from pipeline.retry import is_outage, with_retries
+from pipeline.storage import absolute
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")  # endings of names
 
@@ -117,7 +117,7 @@ class LocalFolder(InputFolder):
 
     def __init__(self, root: str):
         super().__init__(root)
-        self.root = Path(storage.absolute(root))
+        self.root = Path(absolute(root))
 
     def entries(self, subfolder: str = "") -> tuple[list[str], list[str]]:
         folders, names = _list_folder(f"{self.root}/{subfolder}")

@@ -17,7 +17,7 @@ from pipeline.files import path_in_errors
 from pipeline.packing.sources.class_ids import class_id
 from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.splits import by_split, check_splits
-from pipeline.packing.storage import open_file
+from pipeline.storage import open_file
 
 if TYPE_CHECKING:
     from pyarrow import Schema

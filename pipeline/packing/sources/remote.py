@@ -9,9 +9,9 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 
 from pipeline.packing import storage
-from pipeline.packing.remote_errors import as_os_error, reason_of
 from pipeline.packing.sources.listing import InputFolder, SourceError, is_image
 from pipeline.packing.workers import warn
+from pipeline.remote_errors import as_os_error, reason_of
 from pipeline.retry import StorageError, is_outage, with_retries
 
 _LINKS = ("link", "other")  # types of entries that are neither files nor folders

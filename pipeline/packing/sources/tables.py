@@ -11,12 +11,12 @@ from io import TextIOWrapper
 from typing import Any
 
 from pipeline.files import path_in_errors
-from pipeline.packing import storage
 from pipeline.packing.messages import pluralize
 from pipeline.packing.sources.class_ids import class_id, without_fractions
 from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 from pipeline.packing.sources.splits import split_of
+from pipeline.storage import is_url, open_file
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -75,7 +75,7 @@ def read_table(
 
 
 def _locate(path: str, folder: str) -> str:
-    return path if storage.is_url(path) or path.startswith("/") else f"{folder}/{path}"
+    return path if is_url(path) or path.startswith("/") else f"{folder}/{path}"
 
 
 def _columns(name: str, found: list[str]) -> list[str]:
@@ -98,7 +98,7 @@ Rows = Iterator[tuple[int, tuple[Any, ...]]]  # row numbers, for messages, and r
 def _text_rows(name: str) -> Rows:
     delimiter = "\t" if name.lower().endswith(".tsv") else ","
     try:
-        with storage.open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        with open_file(name) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
             reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
             reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
             columns = _columns(name, list(reader.fieldnames))

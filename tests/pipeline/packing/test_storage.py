@@ -7,7 +7,9 @@ import pytest
 from pipeline.packing import storage
 from pipeline.packing.contents import READ_AHEAD, contents
 from pipeline.packing.sources.find import SourceImage
-from pipeline.packing.storage import STATE_FOLDER, Folder, StorageError
+from pipeline.packing.storage import STATE_FOLDER, Folder
+from pipeline.retry import StorageError
+from pipeline.storage import absolute
 from tests.events import KILL_ALL, at_picture
 from tests.trees import pack_here, upload
 from tools.make_shards import main
@@ -82,7 +84,7 @@ def test_names_of_local_folders_are_not_taken_for_urls(tmp_path, monkeypatch):
         assert (tmp_path / name / "file").read_bytes() == b"1"
         assert storage.read(f"{name}/file") == b"1"
     assert str(Folder("a/../b")) == str(tmp_path / "b")
-    assert storage.absolute("s3://bucket/a/../b") == "s3://bucket/a/../b"
+    assert absolute("s3://bucket/a/../b") == "s3://bucket/a/../b"
 
 
 def test_an_unsupported_protocol_is_an_error_with_the_url():

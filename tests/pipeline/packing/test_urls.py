@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import retry
+from pipeline import retry, storage
 from pipeline.manifest import DatasetError, Manifest
-from pipeline.packing import contents, storage
-from pipeline.packing.remote_errors import redact
+from pipeline.packing import contents
 from pipeline.packing.sources.find import find_sources
 from pipeline.packing.sources.listing import SourceError
+from pipeline.remote_errors import redact
 from pipeline.retry import StorageError
 from tests.pipeline.packing import faulty_server
 from tests.pipeline.packing.faulty_server import Fault, FaultyServer, once, redirect, serving, status
