@@ -65,12 +65,18 @@ class Shard(_Record):
 
 
 class Split(_Record):
-    """A split of the dataset. index: the name of the file with a row for each sample (pipeline/shards.py)."""
+    """A split of the dataset.
+
+    index: the name of the file with a row for each sample. checksums: the name of the file with a checksum of
+    each sample, which datasets of earlier versions lack (both in pipeline/shards.py).
+    """
 
     samples: PositiveInt
     index: FileName
     index_sha256: str
     shards: tuple[Shard, ...]
+    checksums: FileName | None = None
+    checksums_sha256: str | None = None
 
 
 class Class(_Record):
@@ -113,8 +119,11 @@ class Manifest(_Record):
 
     @property
     def fingerprint(self) -> str:
-        """The first 16 hex digits of a hash of the manifest, to tell datasets apart."""
-        return sha256(self.model_dump_json().encode()).hexdigest()[:16]
+        """The first 16 hex digits of a hash of the manifest, to tell datasets apart.
+
+        Fields that the manifest lacks are not hashed, so a new optional field changes no old fingerprint.
+        """
+        return sha256(self.model_dump_json(exclude_none=True).encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
         """Return the split of that name. Raises DatasetError, which lists the existing splits."""
@@ -126,7 +135,7 @@ class Manifest(_Record):
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write dataset.json into `root` atomically. Raises OSError."""
     with atomic_write(root / MANIFEST_NAME) as file:
-        file.write(json.dumps(manifest.model_dump(), indent=1).encode() + b"\n")
+        file.write(json.dumps(manifest.model_dump(exclude_none=True), indent=1).encode() + b"\n")
 
 
 def read_manifest(root: Path) -> Manifest:

@@ -2,7 +2,8 @@
 
 A sample is `<key>.jpg` and `<key>.cls` (its label in decimal). Each tar has an .idx file for DALI's own
 WebDataset reader, and each split has an index: an array with a row for each sample. Training reads only that
-index and the JPEG bytes.
+index and the JPEG bytes. Each split also has the checksum of each sample, so that a single sample can be
+checked before its whole shard has been read.
 """
 
 import io
@@ -28,8 +29,9 @@ INDEX_DTYPE = np.dtype(
         ("height", "<u2"),
     ]
 )
+CHECKSUM_BYTES = 8  # of the SHA-256 of a JPEG
 _BLOCK = 512  # bytes in a block of a tar
-_NPY_HEADER = 4096  # largest size of the header of an index file, in bytes
+_NPY_HEADER = 4096  # largest size of the header of an .npy file, in bytes
 _HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 
 
@@ -132,10 +134,20 @@ def dali_index(locations: Sequence[SampleLocation]) -> bytes:
     return f"v1.2 {len(locations)}\n{''.join(lines)}".encode()
 
 
-def write_index(path: Path, rows: np.ndarray) -> str:
-    """Write a split's index atomically, and return the SHA-256 of the file. Raises OSError."""
+def checksum(jpeg: bytes | memoryview | np.ndarray) -> bytes:
+    """Return the checksum of a sample: the first CHECKSUM_BYTES of the SHA-256 of its JPEG."""
+    return sha256(jpeg).digest()[:CHECKSUM_BYTES]
+
+
+def checksum_array(checksums: Iterable[bytes]) -> np.ndarray:
+    """Return checksums as an array [samples, CHECKSUM_BYTES] of uint8."""
+    return np.frombuffer(b"".join(checksums), np.uint8).reshape(-1, CHECKSUM_BYTES)
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write a split's index or checksums atomically, and return the SHA-256 of the file. Raises OSError."""
     buffer = io.BytesIO()
-    np.save(buffer, rows)
+    np.save(buffer, array)
     with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return sha256(buffer.getvalue()).hexdigest()
@@ -148,25 +160,43 @@ def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
     the manifest, and OSError, which names the file, if it cannot be read.
     """
     path = root / split.index
-    expected = split.samples * INDEX_DTYPE.itemsize + _NPY_HEADER
-    try:
-        content = read_with_retries(
-            path, expected + 1
-        )  # a larger file is not the index: do not read all of it
-    except FileNotFoundError:
-        raise DatasetError(f"the index {path} is missing: copy it again, or pack the dataset again") from None
-    if sha256(content).hexdigest() != split.index_sha256:
-        raise DatasetError(
-            f"the index {path} does not match its checksum in dataset.json: copy the dataset again"
-        )
-    try:
-        rows = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
-        consistent = _is_consistent(rows, split, classes)
-    except (ValueError, OverflowError, MemoryError):
-        consistent = False
-    if not consistent:
+    rows = _read_array(path, "index", split.index_sha256, split.samples * INDEX_DTYPE.itemsize)
+    if rows is None or not _is_consistent(rows, split, classes):
         raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
     return rows
+
+
+def read_checksums(root: Path, split: Split) -> np.ndarray | None:
+    """Read the checksums of a split's samples, or return None if the dataset has none.
+
+    Returns an array [samples, CHECKSUM_BYTES] of uint8, in the order of the index. Raises DatasetError if the
+    file is missing or disagrees with the manifest, and OSError, which names the file, if it cannot be read.
+    """
+    if split.checksums is None:
+        return None
+    path, shape = root / split.checksums, (split.samples, CHECKSUM_BYTES)
+    found = _read_array(path, "checksum file", split.checksums_sha256, split.samples * CHECKSUM_BYTES)
+    if found is None or found.dtype != np.uint8 or found.shape != shape:
+        raise DatasetError(f"the checksum file {path} disagrees with dataset.json: pack the dataset again")
+    return found
+
+
+def _read_array(path: Path, what: str, digest: str | None, size: int) -> np.ndarray | None:
+    """Read an array of at most `size` bytes, or return None if the file is not a valid array."""
+    try:
+        content = read_with_retries(path, size + _NPY_HEADER + 1)  # of a larger, wrong file, read no more
+    except FileNotFoundError:
+        raise DatasetError(
+            f"the {what} {path} is missing: copy it again, or pack the dataset again"
+        ) from None
+    if sha256(content).hexdigest() != digest:
+        raise DatasetError(
+            f"the {what} {path} does not match its checksum in dataset.json: copy the dataset again"
+        )
+    try:
+        return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, OverflowError, MemoryError):
+        return None
 
 
 def _is_consistent(rows: np.ndarray, split: Split, classes: int) -> bool:

@@ -31,7 +31,7 @@ from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read
 from pipeline.output import secure
 from pipeline.packing.workers import WorkersError, exit_on_signals, pool
 from pipeline.retry import is_outage
-from pipeline.shards import read_index, write_index
+from pipeline.shards import read_index, write_array
 from tools.options import within
 from tools.verifying.checks import SAMPLED, check_shard
 from tools.verifying.findings import Decode, Findings, Problem, ShardCheck
@@ -193,7 +193,7 @@ def repair(root: Path, workers: int) -> list[str]:
     for name, split in manifest.splits.items():
         whole, (known, _) = np.concatenate(rows[name]), check_index(root, split, manifest)
         if known is None or not np.array_equal(known, whole):
-            digest = write_index(root / split.index, whole)
+            digest = write_array(root / split.index, whole)
             splits[name] = split.model_copy(update={"index_sha256": digest})
             written.append(split.index)
     if splits != manifest.splits:

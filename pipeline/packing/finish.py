@@ -16,7 +16,7 @@ from pipeline.packing.shard_results import ShardResult
 from pipeline.packing.sources.find import SourceError, Sources
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import Folder
-from pipeline.shards import write_index
+from pipeline.shards import write_array
 
 _ESCAPES = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})  # file names may contain these
 
@@ -90,11 +90,20 @@ def _write_split(output: Folder, split: str, results: Sequence[ShardResult]) -> 
             f"none of the files for the split '{split}' can be used: {output}/{REPORT} says why. "
             "Fix them, and run the same command again with --overwrite"
         )
-    rows, name = np.concatenate([result.rows for result in results]), f"{split}.index.npy"
+    rows = np.concatenate([result.rows for result in results])
     rows["shard"] = np.repeat(np.arange(len(shards)), [shard.samples for shard in shards])
+    index, checksums = f"{split}.index.npy", f"{split}.checksums.npy"
     with output.staged() as folder:
-        digest = write_index(folder / name, rows)
-    return Split(samples=len(rows), index=name, index_sha256=digest, shards=tuple(shards))
+        return Split(
+            samples=len(rows),
+            index=index,
+            index_sha256=write_array(folder / index, rows),
+            shards=tuple(shards),
+            checksums=checksums,
+            checksums_sha256=write_array(
+                folder / checksums, np.concatenate([result.checksums for result in results])
+            ),
+        )
 
 
 def write_report(

@@ -33,7 +33,7 @@ _LOCK = "lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 10  # attempts to lock a file that other runs remove when they end
 _SHARDS = re.compile(r"(train|val)-\d{6,}\.(tar|idx)")
-_OTHERS = re.compile(rf"(train|val)\.index\.npy|{re.escape(MANIFEST_NAME)}|{re.escape(REPORT)}")
+_OTHERS = re.compile(rf"(train|val)\.(index|checksums)\.npy|{re.escape(MANIFEST_NAME)}|{re.escape(REPORT)}")
 
 Plan = Mapping[str, object]
 

@@ -20,7 +20,7 @@ from pipeline.packing.storage import Folder
 from pipeline.packing.workers import warn
 from pipeline.remote_errors import redact
 from pipeline.retry import with_retries
-from pipeline.shards import INDEX_DTYPE, Sample, describe_shard, write_shard
+from pipeline.shards import INDEX_DTYPE, Sample, checksum, checksum_array, describe_shard, write_shard
 from pipeline.versions import installed_version
 
 DECODE_EVERY = 64  # if headers are trusted, one file in this many is decoded, for the pixel statistics
@@ -86,8 +86,8 @@ def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> S
             f"a worker has {versions()}, but the run began with {image_options.versions}, which may give "
             "different bytes: install the same versions everywhere"
         )
-    sums, events = PixelSums(), list[Event]()
-    images = _accepted_images(task, sums, events, count)
+    sums, events, checksums = PixelSums(), list[Event](), list[bytes]()
+    images = _accepted_images(task, sums, events, checksums, count)
     if task.tar is None:
         samples = (
             Sample(f"{key:09d}", packed.jpeg, source.label, packed.width, packed.height)
@@ -105,17 +105,18 @@ def pack_shard(task: ShardTask, count: Count = lambda size, rejected: None) -> S
         )
         describe = partial(describe_shard, Path(task.output), task.tar, len(rows))
         shard = with_retries(describe, warn) if len(rows) else None
-    result = ShardResult(shard, rows, sums, events)
+    result = ShardResult(shard, rows, checksum_array(checksums), sums, events)
     save_result(output, task.name, result)
     return result
 
 
 def _accepted_images(
-    task: ShardTask, sums: PixelSums, events: list[Event], count: Count
+    task: ShardTask, sums: PixelSums, events: list[Event], checksums: list[bytes], count: Count
 ) -> Iterator[tuple[int, SourceImage, PackedImage]]:
     """Yield the images that are not rejected, with their keys.
 
-    Adds pixels to `sums` and repaired and rejected files to `events`, and calls `count` for each image.
+    Adds pixels to `sums`, repaired and rejected files to `events`, and the checksums of the images that it
+    yields to `checksums`, and calls `count` for each image.
     """
     image_options, accepted = task.image_options, 0
     for key, (source, content) in enumerate(contents(task.sources, task.table), task.first_key):
@@ -139,5 +140,6 @@ def _accepted_images(
         events.extend((name, "repaired", repair) for repair in packed.repairs)
         if task.in_statistics and packed.pixels is not None:
             sums.add_image(packed.pixels)
+        checksums.append(checksum(packed.jpeg))
         accepted += 1
         yield key, source, packed

@@ -11,7 +11,7 @@ from pipeline.files import atomic_write
 from pipeline.manifest import HEAD_BYTES, Shard
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import STATE_FOLDER, Folder
-from pipeline.shards import INDEX_DTYPE
+from pipeline.shards import INDEX_DTYPE, checksum_array
 
 SUFFIX = ".result.json"
 
@@ -23,12 +23,13 @@ class ShardResult:
     """The result of a task.
 
     shard: its record in the manifest, or None if none of its images can be used. rows: its part of the index,
-    [samples] of INDEX_DTYPE. sums: of the pixels that count towards the mean and PCA. events: the repaired
-    and the rejected files.
+    [samples] of INDEX_DTYPE. checksums: those of its samples, [samples, CHECKSUM_BYTES] of uint8. sums: of
+    the pixels that count towards the mean and PCA. events: the repaired and the rejected files.
     """
 
     shard: Shard | None
     rows: np.ndarray
+    checksums: np.ndarray
     sums: PixelSums
     events: list[Event]
 
@@ -43,6 +44,7 @@ def save_result(output: Folder, name: str, result: ShardResult) -> None:
     record = {
         "shard": result.shard and result.shard.model_dump(),
         "rows": result.rows.tolist(),
+        "checksums": [row.tobytes().hex() for row in result.checksums],
         "sums": {
             "count": result.sums.count,
             "total": result.sums.total.tolist(),
@@ -68,6 +70,7 @@ def load_result(
         result = ShardResult(
             shard=shard,
             rows=np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE),
+            checksums=checksum_array(map(bytes.fromhex, record["checksums"])),
             sums=PixelSums(
                 record["sums"]["count"],
                 np.array(record["sums"]["total"], np.int64),

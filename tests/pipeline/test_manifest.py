@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,16 @@ def manifest() -> Manifest:
         max_width=500,
         max_height=400,
         classes=[Class(id="n01440764", name="tench"), Class(id="n02086240", name="Shih-Tzu – 西施犬")],
-        splits={"train": Split(samples=18, index="train.index.npy", index_sha256="c", shards=shards)},
+        splits={
+            "train": Split(
+                samples=18,
+                index="train.index.npy",
+                index_sha256="c",
+                shards=shards,
+                checksums="train.checksums.npy",
+                checksums_sha256="d",
+            )
+        },
         pixels=Pixels(
             mean=(127.3, 119.7, 104.9), eigenvalues=(3.1, 2.0, 0.1), eigenvectors=[[0.1, 0.2, 0.3]] * 3
         ),
@@ -64,6 +74,18 @@ def test_a_manifest_is_read_back_equal_and_rewritten_byte_for_byte(manifest, tmp
 def test_unknown_fields_of_later_versions_are_ignored(manifest, tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(manifest.model_dump() | {"licence": "CC0"}))
     assert read_manifest(tmp_path) == manifest
+
+
+def test_a_dataset_packed_before_samples_had_checksums_keeps_its_file_and_fingerprint(manifest, tmp_path):
+    content = json.loads(json.dumps(manifest.model_dump()))
+    for split in content["splits"].values():
+        del split["checksums"], split["checksums_sha256"]
+    (tmp_path / "dataset.json").write_text(json.dumps(content, indent=1) + "\n")
+    before, old = (tmp_path / "dataset.json").read_bytes(), read_manifest(tmp_path)
+    compact = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    assert old.fingerprint == sha256(compact.encode()).hexdigest()[:16]
+    write_manifest(tmp_path, old)
+    assert (tmp_path / "dataset.json").read_bytes() == before
 
 
 def test_splits_are_found_by_name(manifest):
@@ -121,6 +143,7 @@ WRONG = {
     "splits.train.shards.1.bytes": 0.5,
     "splits.train.shards.0.file": "../elsewhere.tar",
     "splits.train.index": "/elsewhere.npy",
+    "splits.train.checksums": "../elsewhere.npy",
     "pixels.mean": [1, 2],
     "pixels.eigenvalues.0": math.inf,
     "classes": [],

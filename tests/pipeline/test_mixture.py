@@ -18,7 +18,7 @@ from pipeline.mixture import change_folders, combine, read_sources, weights_of
 from pipeline.packing.statistics import PixelSums
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
-from pipeline.shards import write_index
+from pipeline.shards import write_array
 from tests.helpers import assert_same_batches, copies
 from tests.trees import pack_here
 
@@ -36,7 +36,7 @@ def other(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, split in manifest.splits.items():
         rows = np.load(output / split.index)
         rows["label"] = len(manifest.classes) - 1 - rows["label"]
-        splits[name] = split.model_copy(update={"index_sha256": write_index(output / split.index, rows)})
+        splits[name] = split.model_copy(update={"index_sha256": write_array(output / split.index, rows)})
     classes = manifest.classes[::-1]
     write_manifest(output, manifest.model_copy(update={"classes": classes, "splits": splits}))
     return output

@@ -1,9 +1,9 @@
 """Shards are plain tars that tarfile, webdataset and DALI read, and are refused if they are damaged."""
 
-import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,15 @@ from nvidia.dali import fn, pipeline_def, types
 import pipeline.reader
 from pipeline.manifest import Class, DatasetError, Manifest, Pixels, Split, read_manifest
 from pipeline.reader import ShardReader
-from pipeline.shards import INDEX_DTYPE, Sample, write_index, write_shard
+from pipeline.shards import (
+    INDEX_DTYPE,
+    Sample,
+    checksum,
+    checksum_array,
+    read_checksums,
+    write_array,
+    write_shard,
+)
 from tests.helpers import wait_until
 from tests.trees import contents
 
@@ -40,7 +48,7 @@ def written(root: Path, *parts: list[Sample]) -> Manifest:
 
 
 def with_index(root: Path, shards: list, rows: np.ndarray) -> Manifest:
-    digest = write_index(root / "train.index.npy", rows)
+    digest = write_array(root / "train.index.npy", rows)
     samples = sum(shard.samples for shard in shards)
     split = Split(samples=samples, index="train.index.npy", index_sha256=digest, shards=shards)
     axes = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
@@ -83,8 +91,8 @@ def test_the_manifests_entry_describes_the_shard(tmp_path):
     shard, rows = write_shard(tmp_path / "train-000000.tar", samples)
     content = (tmp_path / "train-000000.tar").read_bytes()
     assert (shard.file, shard.samples, shard.bytes) == ("train-000000.tar", 12, len(content))
-    assert shard.sha256 == hashlib.sha256(content).hexdigest()
-    assert shard.head_sha256 == hashlib.sha256(content[:65536]).hexdigest() != shard.sha256
+    assert shard.sha256 == sha256(content).hexdigest()
+    assert shard.head_sha256 == sha256(content[:65536]).hexdigest() != shard.sha256
     assert rows.dtype == INDEX_DTYPE
 
 
@@ -240,10 +248,50 @@ def test_an_index_that_does_not_fit_is_refused(mismatch, tmp_path):
 def test_an_index_that_is_not_an_array_is_refused(tmp_path):
     manifest = written(tmp_path, noise(0, 2))
     (tmp_path / "train.index.npy").write_bytes(b"no array")
-    digest = hashlib.sha256(b"no array").hexdigest()
+    digest = sha256(b"no array").hexdigest()
     split = manifest.split("train").model_copy(update={"index_sha256": digest})
     with pytest.raises(DatasetError, match="disagrees"):
         ShardReader(tmp_path, manifest.model_copy(update={"splits": {"train": split}}), "train")
+
+
+def with_checksums(root: Path, checksums: np.ndarray) -> Split:
+    """Return the split of two samples, to which a checksum file is added."""
+    digest = write_array(root / "sums.npy", checksums)
+    added = {"checksums": "sums.npy", "checksums_sha256": digest}
+    return written(root, noise(0, 2)).split("train").model_copy(update=added)
+
+
+def test_checksums_are_read_back(tmp_path):
+    assert read_checksums(tmp_path, written(tmp_path, noise(0, 2)).split("train")) is None
+    checksums = checksum_array([checksum(b"one"), checksum(b"other")])
+    assert checksums.tobytes() == sha256(b"one").digest()[:8] + sha256(b"other").digest()[:8]
+    found = read_checksums(tmp_path, with_checksums(tmp_path, checksums))
+    np.testing.assert_array_equal(found, checksums)
+
+
+WRONG_CHECKSUMS = {
+    "a missing row": np.zeros((1, 8), np.uint8),
+    "an extra row": np.zeros((3, 8), np.uint8),
+    "shorter checksums": np.zeros((2, 4), np.uint8),
+    "another type": np.zeros((2, 8), np.int8),
+}
+
+
+@pytest.mark.parametrize("mismatch", WRONG_CHECKSUMS)
+def test_checksums_that_do_not_fit_are_refused(mismatch, tmp_path):
+    split = with_checksums(tmp_path, WRONG_CHECKSUMS[mismatch])
+    with pytest.raises(DatasetError, match=f"the checksum file {tmp_path / 'sums.npy'} disagrees .*: pack"):
+        read_checksums(tmp_path, split)
+
+
+def test_a_damaged_or_missing_checksum_file_is_refused(tmp_path):
+    split = with_checksums(tmp_path, np.zeros((2, 8), np.uint8))
+    (tmp_path / "sums.npy").write_bytes((tmp_path / "sums.npy").read_bytes()[:-1] + b"1")
+    with pytest.raises(DatasetError, match="does not match its checksum in dataset.json: copy"):
+        read_checksums(tmp_path, split)
+    (tmp_path / "sums.npy").unlink()
+    with pytest.raises(DatasetError, match="the checksum file .* is missing: copy"):
+        read_checksums(tmp_path, split)
 
 
 def test_a_damaged_tar_header_is_named_instead_of_giving_a_key(tmp_path):

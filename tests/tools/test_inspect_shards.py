@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import Class, Manifest, Pixels, Split, write_manifest
-from pipeline.shards import Sample, write_index, write_shard
+from pipeline.shards import Sample, write_array, write_shard
 from tests.helpers import REPO
 from tools.inspect_shards import inspect, main
 from tools.inspecting.figures import TILE, TILES
@@ -39,7 +39,7 @@ def dataset(root: Path, names: list[str], **splits: list[tuple[int, bytes]]) -> 
         packed = [write_shard(root / f"{split}-{n:06d}.tar", part) for n, part in enumerate(parts)]
         for number, (_, rows) in enumerate(packed):
             rows["shard"] = number
-        digest = write_index(root / f"{split}.index.npy", np.concatenate([rows for _, rows in packed]))
+        digest = write_array(root / f"{split}.index.npy", np.concatenate([rows for _, rows in packed]))
         shards = tuple(shard for shard, _ in packed)
         index = f"{split}.index.npy"
         written[split] = Split(samples=len(samples), index=index, index_sha256=digest, shards=shards)

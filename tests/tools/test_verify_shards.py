@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.manifest import DatasetError, read_manifest
-from pipeline.shards import write_index
+from pipeline.shards import write_array
 from tests.helpers import REPO
 from tests.trees import contents
 from tools import verify_shards
@@ -81,7 +81,7 @@ def with_rows(root: Path, change: Callable[[np.ndarray], None]) -> None:
     """Replace the index of train by what `change` returns, and update dataset.json."""
     rows = np.load(root / "train.index.npy")
     change(rows)
-    digest = write_index(root / "train.index.npy", rows)
+    digest = write_array(root / "train.index.npy", rows)
     with_manifest(root, lambda content: content["splits"]["train"].update(index_sha256=digest))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.manifest import DatasetError, Shard, Split, read_manifest, write_manifest
-from pipeline.shards import read_index, write_index
+from pipeline.shards import read_index, write_array
 
 
 def hold_out(data: Path, folder: Path) -> Path:
@@ -56,5 +56,5 @@ def hold_out(data: Path, folder: Path) -> Path:
 def _split(folder: Path, name: str, shards: Sequence[Shard], rows: np.ndarray) -> Split:
     """Write a split's index, and return its record."""
     index = f"{name}.index.npy"
-    digest = write_index(folder / index, rows)
+    digest = write_array(folder / index, rows)
     return Split(samples=len(rows), index=index, index_sha256=digest, shards=tuple(shards))

@@ -20,7 +20,7 @@ from pipeline.packing.shard import PackingError
 from pipeline.packing.shard_results import SUFFIX, ShardResult
 from pipeline.packing.statistics import PixelSums
 from pipeline.packing.storage import STATE_FOLDER
-from pipeline.shards import INDEX_DTYPE
+from pipeline.shards import INDEX_DTYPE, checksum_array
 from tests.events import INTERRUPT_ALL, KILL_THIS, at_picture
 from tests.helpers import DEADLINE_SECONDS, wait_until
 from tests.trees import contents
@@ -56,7 +56,9 @@ def packing(make_shards, pictures) -> Callable[..., tuple[str, str]]:
 
 
 def result_of(number: int) -> ShardResult:
-    return ShardResult(None, np.zeros(number, INDEX_DTYPE), PixelSums(), [("a", "rejected", "empty")])
+    return ShardResult(
+        None, np.zeros(number, INDEX_DTYPE), checksum_array([]), PixelSums(), [("a", "rejected", "empty")]
+    )
 
 
 def executor_of(pool: ThreadPoolExecutor, work) -> Executor:

@@ -81,7 +81,8 @@ def test_tars_and_class_folders_pack_to_the_same_bytes(datasets):
     one, other = ({path.name: path for path in dataset.iterdir()} for dataset in datasets)
     shards = [f"train-{number:06d}" for number in range(46)] + [f"val-{number:06d}" for number in range(5)]
     names = {f"{shard}.{kind}" for shard in shards for kind in ("tar", "idx")}
-    assert one.keys() == names | {"train.index.npy", "val.index.npy", "report.tsv", "dataset.json"}
+    arrays = {f"{split}.{kind}.npy" for split in ("train", "val") for kind in ("index", "checksums")}
+    assert one.keys() == names | arrays | {"report.tsv", "dataset.json"}
     assert one.keys() == other.keys()
     assert [name for name in one if one[name].read_bytes() != other[name].read_bytes()] == []
 

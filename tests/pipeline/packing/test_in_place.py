@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from pipeline.packing import resume
 from pipeline.packing.progress import Progress
 from pipeline.packing.shard import DECODE_EVERY
 from pipeline.packing.sources.find import SourceError
+from pipeline.shards import read_checksums
 from tests.trees import contents, encode, pack_here
 from tools import inspect_shards
 from tools.make_shards import parse_arguments
@@ -95,7 +97,16 @@ def indexed(foreign, tmp_path) -> Path:
 def test_the_tars_stay_unchanged_and_only_the_index_is_added(foreign, indexed):
     assert tars(indexed) == tars(foreign)
     added = {path.name for path in indexed.iterdir()} - tars(foreign).keys()
-    assert added == {MANIFEST_NAME, "report.tsv", "train.index.npy", "val.index.npy"}
+    arrays = {f"{split}.{kind}.npy" for split in ("train", "val") for kind in ("index", "checksums")}
+    assert added == {MANIFEST_NAME, "report.tsv", *arrays}
+
+
+def test_the_checksums_are_those_of_the_bytes_in_the_tars(indexed):
+    split = read_manifest(indexed).split("train")
+    for row, checksum in zip(np.load(indexed / split.index), read_checksums(indexed, split), strict=True):
+        tar = (indexed / split.shards[row["shard"]].file).read_bytes()
+        jpeg = tar[row["offset"] : row["offset"] + row["size"]]
+        assert checksum.tobytes() == sha256(jpeg).digest()[:8]
 
 
 def test_each_sound_image_is_read_with_its_label(pictures, indexed):

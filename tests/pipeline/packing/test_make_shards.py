@@ -4,6 +4,7 @@ import tarfile
 from collections import Counter
 from hashlib import sha256
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pipeline.manifest import Manifest, read_manifest
 from pipeline.packing.options import PackingOptions
 from pipeline.packing.planning import plan_tasks
 from pipeline.packing.sources.find import SourceImage, Sources
+from pipeline.shards import read_checksums
 from tests.trees import contents
 from tools.draw_pictures import class_names, draw
 
@@ -85,8 +87,24 @@ def test_more_workers_and_another_folder_give_the_same_bytes(source, dataset, ma
     make_shards(source, tmp_path / "again", *SETTINGS, "--workers", "2")
     first, second = contents(dataset), contents(tmp_path / "again")
     assert first.keys() == second.keys()
-    assert {"dataset.json", "report.tsv", "train.index.npy", "train-000002.tar"} <= first.keys()
+    assert {
+        "dataset.json",
+        "report.tsv",
+        "train.index.npy",
+        "val.checksums.npy",
+        "train-000002.tar",
+    } <= first.keys()
     assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_each_split_has_the_checksums_of_its_samples_in_the_order_of_the_index(dataset):
+    manifest = read_manifest(dataset)
+    for split in manifest.splits:
+        files = chain.from_iterable(members(dataset, manifest, split))
+        jpegs = [content for member, content in files if member.name.endswith(".jpg")]
+        stored = np.load(dataset / f"{split}.checksums.npy")
+        assert stored.tobytes() == b"".join(sha256(jpeg).digest()[:8] for jpeg in jpegs)
+        np.testing.assert_array_equal(stored, read_checksums(dataset, manifest.split(split)))
 
 
 def test_every_file_is_packed_or_reported(source, dataset):
