@@ -85,6 +85,7 @@ def train_loader(
     def requests() -> Iterator[Request]:
         for first in range(steps.start, steps.stop, steps_per_block):  # a draw for many steps costs less
             block = min(steps_per_block, steps.stop - first)
+            reader.advance(max(first - steps_behind, steps.start))
             batch = plan.step_batch(first, rank, world, block)
             coloured = (batch.epoch < (np.inf if colour_epochs is None else colour_epochs))[:, None]
             offsets = np.where(coloured, colour_offsets(colour, pixels, batch.draws.normal), 0.0)
@@ -100,10 +101,12 @@ def train_loader(
 
     images = plan.images_per_rank(world)
     steps_per_block = max(1, BLOCK_IMAGES // images)
+    steps_behind = LOOK_AHEAD // images + 1  # requests are made before the samples are read
     resized = crops_and_flips and scale is not None
     options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
     build, count = partial(train_pipeline, resized=resized), decoding.pipelines
+    reader.follow(plan, steps.start, rank, world)
     return _in_turn(
         [
             _Stream(build, options, checked, partial(islice, copy, first, None, count), decoding.device)
@@ -140,7 +143,9 @@ def evaluation_loader(
     def requests() -> Iterator[Request]:
         checked.excluded[:] = False  # samples that could not be read may be readable again
         for start in range(mine.start, mine.stop, batch):
+            reader.read_in_order(range(max(start - LOOK_AHEAD, mine.start), mine.stop))
             yield np.arange(start, min(start + batch, mine.stop)), ()
+        reader.read_in_order(None)
 
     subtracted = dataset.manifest.pixels.mean if mean is None else mean
     build = partial(evaluation_pipeline, mean=subtracted, std=std, crops=crops)

@@ -6,6 +6,7 @@ constants of a particular dataset.
 """
 
 import json
+from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -22,7 +23,9 @@ from pydantic import (
 
 from pipeline.documents import ContentError, parse_record
 from pipeline.files import atomic_write
-from pipeline.retry import read_with_retries
+from pipeline.locations import Location, inside
+from pipeline.remote_errors import redact
+from pipeline.retry import print_to_stderr, read_with_retries, with_retries
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"
@@ -138,24 +141,38 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         file.write(json.dumps(manifest.model_dump(exclude_none=True), indent=1).encode() + b"\n")
 
 
-def read_manifest(root: Path) -> Manifest:
-    """Read `root`/dataset.json.
+def read_manifest(root: Location) -> Manifest:
+    """Read dataset.json in a folder or behind a URL.
 
     Raises DatasetError if it is missing, broken, absurdly large or of a newer format, and OSError, which
     names the file, if it cannot be read.
     """
-    path = root / MANIFEST_NAME
+    path = inside(root, MANIFEST_NAME)
     try:
-        text = read_with_retries(path, MAX_BYTES + 1)
+        text = _read_start(path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        state = "has no dataset.json" if root.is_dir() else "does not exist"
+        if isinstance(root, str):
+            problem = f"{redact(str(path))} does not exist"
+        else:
+            problem = f"the folder {'has no dataset.json' if root.is_dir() else 'does not exist'}"
+        place = redact(str(root))
         raise DatasetError(
-            f"no dataset at {root}: the folder {state}. "
-            f"Pack one: alexnet-train make-shards --input IMAGES --out {root}"
+            f"no dataset at {place}: {problem}. "
+            f"Pack one: alexnet-train make-shards --input IMAGES --out {place}"
         ) from None
+    name = redact(str(path))
     if len(text) > MAX_BYTES:
-        raise DatasetError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
+        raise DatasetError(f"{name} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
     try:
-        return parse_record(Manifest, text, FORMAT, path, "Copy the dataset again, or pack it again")
+        return parse_record(Manifest, text, FORMAT, name, "Copy the dataset again, or pack it again")
     except ContentError as error:
         raise DatasetError(str(error)) from None
+
+
+def _read_start(path: Location, size: int) -> bytes:
+    """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
+    if isinstance(path, Path):
+        return read_with_retries(path, size)
+    from pipeline.storage import read_once  # which imports fsspec: local datasets need not wait for it
+
+    return with_retries(partial(read_once, path), print_to_stderr)[:size]

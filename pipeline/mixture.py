@@ -11,13 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.locations import Location, location_of
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
 
 
 class Source(NamedTuple):
     """A dataset of a mixture. share: of the images of an epoch, greater than 0; the shares add up to 1."""
 
-    folder: Path
+    folder: Location
     manifest: Manifest
     share: float
 
@@ -33,8 +34,8 @@ class MixedManifest(Manifest):
         return sha256(json.dumps(self.sources).encode()).hexdigest()[:16]
 
 
-def weights_of(data: Path) -> dict[Path, float]:
-    """Return the folders that `data` names, and the weight of each.
+def weights_of(data: Location) -> dict[Location, float]:
+    """Return the folders or URLs that `data` names, and the weight of each.
 
     If `data` has both a comma and an equals sign, it is FOLDER=WEIGHT,…; otherwise, it is one folder. Raises
     ValueError if a folder has no weight or comes twice, or if a weight is not a number greater than 0.
@@ -42,7 +43,7 @@ def weights_of(data: Path) -> dict[Path, float]:
     parts = [part.strip() for part in str(data).split(",") if part.strip()]
     if str(data) in parts or "=" not in str(data):
         return {data: 1.0}
-    weights: dict[Path, float] = {}
+    weights: dict[Location, float] = {}
     for part in parts:
         name, _, text = part.rpartition("=")
         if not name:
@@ -55,26 +56,31 @@ def weights_of(data: Path) -> dict[Path, float]:
             raise ValueError(
                 f"the weight of {name} should be a number greater than 0, not {text or repr(text)}"
             )
-        if Path(name) in weights:
+        if location_of(name) in weights:
             raise ValueError(f"{name} is given twice")
-        weights[Path(name)] = weight
+        weights[location_of(name)] = weight
     return weights
 
 
-def is_present(data: Path) -> bool:
-    """Return whether `data` names only folders of datasets. Raises ValueError as `weights_of` does."""
-    return all((folder / MANIFEST_NAME).is_file() for folder in weights_of(data))
+def is_present(data: Location) -> bool:
+    """Return whether the folders that `data` names are datasets; URLs are not looked at.
+
+    Raises ValueError as `weights_of` does.
+    """
+    folders = (folder for folder in weights_of(data) if isinstance(folder, Path))
+    return all((folder / MANIFEST_NAME).is_file() for folder in folders)
 
 
-def change_folders(data: Path, change: Callable[[Path], Path]) -> Path:
-    """Return `data` with each folder changed. Raises ValueError as `weights_of` does."""
+def change_folders(data: Location, change: Callable[[Path], Path]) -> Location:
+    """Return `data` with each folder, but no URL, changed. Raises ValueError as `weights_of` does."""
     weights = weights_of(data)
+    changed = {folder: change(folder) if isinstance(folder, Path) else folder for folder in weights}
     if data in weights:
-        return change(data)
-    return Path(",".join(f"{change(folder)}={weight}" for folder, weight in weights.items()))
+        return changed[data]
+    return location_of(",".join(f"{changed[folder]}={weight}" for folder, weight in weights.items()))
 
 
-def read_sources(data: Path) -> list[Source]:
+def read_sources(data: Location) -> list[Source]:
     """Read the manifests of the datasets that `data` names.
 
     Raises DatasetError if they cannot be mixed, and otherwise as `read_manifest` does.
@@ -138,6 +144,6 @@ def combine(sources: Sequence[Source]) -> Manifest:
     )
 
 
-def read_data(data: Path) -> Manifest:
+def read_data(data: Location) -> Manifest:
     """Return the manifest of the dataset or the mixture that `data` names. Raises as `read_sources` does."""
     return combine(read_sources(data))

@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.files import close_quietly, path_in_errors
 from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
+from pipeline.plan import Plan
 from pipeline.retry import is_outage, print_to_stderr, with_retries
 from pipeline.shards import read_index
 
@@ -87,9 +88,13 @@ class ShardReader:
         self._unreadable_shards: set[int] = set()  # those with a sample that stayed unreadable after retries
         self._files: list[int] = []
         weakref.finalize(self, _close_all, self._files)
-        for path, shard in self.shards:
-            open_shard = partial(_open_shard, path, shard)
-            self._files.append(with_retries(open_shard, print_to_stderr))
+        self._open_shards()
+
+    def _open_shards(self) -> None:
+        self._files += map(self._opened, range(len(self.shards)))
+
+    def _opened(self, shard: int) -> int:
+        return with_retries(partial(open_shard, *self.shards[shard]), print_to_stderr)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,7 +171,7 @@ class ShardReader:
     def _reopen(self, shard: int) -> None:
         """Open a shard again if possible, because a descriptor of a lost mount stays invalid."""
         with suppress(OSError, DatasetError):
-            file = _open_shard(*self.shards[shard])
+            file = open_shard(*self.shards[shard])
             os.dup2(file, self._files[shard])
             os.close(file)
 
@@ -188,6 +193,17 @@ class ShardReader:
         for shard, offset, size, *_ in self.rows[np.sort(numbers)].tolist():  # in the order on the disk
             with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+
+    def follow(self, plan: Plan, step: int, rank: int, world: int) -> None:
+        """Prepare to read the samples of a process in a plan, from a step on. Local shards need no
+        preparation.
+        """
+
+    def advance(self, step: int) -> None:
+        """Note that the plan has been followed up to a step."""
+
+    def read_in_order(self, samples: range | None) -> None:
+        """Prepare to read consecutive samples; None means that they have been read."""
 
     @property
     def fits_in_page_cache(self) -> bool:
@@ -244,7 +260,7 @@ def _allocate_cache(size: int, processes: int) -> np.ndarray | None:
         return None
 
 
-def _open_shard(path: Path, shard: Shard) -> int:
+def open_shard(path: Path, shard: Shard) -> int:
     """Open a shard, check that it is the one that was packed, and return its descriptor."""
     try:
         file = os.open(path, os.O_RDONLY)

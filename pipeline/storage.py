@@ -14,6 +14,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from pipeline.files import read_file
+from pipeline.locations import is_url
 from pipeline.remote_errors import as_os_error, redact
 from pipeline.retry import StorageError
 
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
-
-
-def is_url(name: str) -> bool:
-    """Return whether a name is a URL, and not a local path."""
-    return "://" in name
 
 
 def absolute(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import get_args
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.locations import is_url
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest
 from pipeline.output import secure
@@ -34,7 +35,6 @@ from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder
 from pipeline.packing.workers import WorkersError, exit_on_signals, translate_thread_errors
-from pipeline.storage import is_url
 from tools.options import fraction, refuse_old_name, within
 
 

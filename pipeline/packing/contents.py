@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 
+from pipeline.locations import is_url
 from pipeline.packing.images import RejectedError
 from pipeline.packing.sources.find import SourceImage
 from pipeline.packing.storage import read
 from pipeline.packing.workers import warn
 from pipeline.remote_errors import HOST_NOT_FOUND, host_of, reason_of, redact
 from pipeline.retry import StorageError, is_outage, with_retries
-from pipeline.storage import MAX_BYTES, is_accessible, is_url, read_once
+from pipeline.storage import MAX_BYTES, is_accessible, read_once
 
 READ_AHEAD = 16  # files behind URLs that are requested at once, as each request mostly waits
 _MANY = 16  # if this many files of a shard are from one host and fail, the host is unavailable

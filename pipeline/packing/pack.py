@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pipeline.locations import is_url
 from pipeline.manifest import MANIFEST_NAME, Manifest
 from pipeline.packing import executors, resume
 from pipeline.packing.extraction import extract
@@ -16,7 +17,7 @@ from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
 from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.packing.workers import warn
-from pipeline.storage import absolute, is_url
+from pipeline.storage import absolute
 
 
 def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.files import path_in_errors, sync_folder
+from pipeline.locations import is_url
 from pipeline.packing.workers import warn
 from pipeline.remote_errors import as_os_error
 from pipeline.retry import with_retries
-from pipeline.storage import absolute, file_system, is_url, read_once
+from pipeline.storage import absolute, file_system, read_once
 
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
 

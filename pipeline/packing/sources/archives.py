@@ -16,12 +16,12 @@ from io import BytesIO
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
+from pipeline.locations import is_url
 from pipeline.packing import storage
 from pipeline.packing.sources.compressed import SUFFIXES, CompressedFile, is_compressed
 from pipeline.packing.sources.labels import Annotations
 from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles, is_image
 from pipeline.packing.sources.splits import splits_named
-from pipeline.storage import is_url
 
 _BLOCK = 512  # bytes in a block of a tar
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)

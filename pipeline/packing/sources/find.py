@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.locations import is_url
 from pipeline.packing.messages import join_names, pluralize
 from pipeline.packing.sources.class_ids import (
     check_no_lookalikes,
@@ -24,7 +25,7 @@ from pipeline.packing.storage import STATE_FOLDER
 from pipeline.packing.workers import warn
 from pipeline.remote_errors import redact
 from pipeline.retry import with_retries
-from pipeline.storage import absolute, is_url
+from pipeline.storage import absolute
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from pipeline.locations import is_url
 from pipeline.packing.messages import join_names
 from pipeline.packing.sources.archives import (
     class_tars,
@@ -30,7 +31,6 @@ from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceE
 from pipeline.packing.sources.parquet import find_parquet, parquet_images
 from pipeline.packing.sources.splits import check_splits, split_folders, split_of
 from pipeline.packing.sources.webdataset import find_tars, webdataset_tars
-from pipeline.storage import is_url
 
 _KAGGLE = "Data/CLS-LOC"
 _BASES = ("", _KAGGLE, f"ILSVRC/{_KAGGLE}")  # folders that may contain train and val

@@ -11,12 +11,13 @@ from io import TextIOWrapper
 from typing import Any
 
 from pipeline.files import path_in_errors
+from pipeline.locations import is_url
 from pipeline.packing.messages import pluralize
 from pipeline.packing.sources.class_ids import class_id, without_fractions
 from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images
 from pipeline.packing.sources.splits import split_of
-from pipeline.storage import is_url, open_file
+from pipeline.storage import open_file
 
 _SUFFIXES = (".csv", ".tsv", ".parquet")
 

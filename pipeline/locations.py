@@ -1,0 +1,27 @@
+"""Say where datasets are: in folders of this machine, which are paths, or behind URLs, which are strings.
+
+A URL cannot be a Path, which would make one slash of two.
+"""
+
+from pathlib import Path
+
+Location = Path | str
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is a URL, and not a local path."""
+    return "://" in name
+
+
+def location_of(name: str | Path) -> Location:
+    """Return the location that a name means."""
+    text = str(name)
+    return text.rstrip("/") if is_url(text) else Path(name)
+
+
+def inside(location: Location, name: str) -> Location:
+    """Return the location of a file in a folder. The query of a URL, such as a signature, is kept."""
+    if isinstance(location, Path):
+        return location / name
+    url, mark, query = location.partition("?")
+    return f"{url.rstrip('/')}/{name}{mark}{query}"

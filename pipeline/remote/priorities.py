@@ -1,0 +1,78 @@
+"""Decide which shard is fetched next, and which shards give way for it.
+
+The shards that the plan needs soonest are wanted: for them, shards that are needed later are evicted, those
+first that are needed last (Belady, 1966). Further shards are fetched only into free space, because evicting
+for them so early could evict what is needed before them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.remote.cache import RemoteShard, Room
+from pipeline.remote.schedule import PassUses, TrainingUses, Uses
+
+_IDLE_SECONDS = 3600.0  # after which a shard of another dataset counts as unused
+
+
+class Priorities:
+    """What is to be fetched and evicted. All methods must be called with the fetcher's lock held.
+
+    wanted: paths of the shards that are in use or needed next. demanded: the shards that a reader waits for.
+    present: paths of the shards that are known to be in the cache.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: frozenset[Path] = frozenset()
+        self.demanded: dict[Path, RemoteShard] = {}
+        self.present: set[Path] = set()
+        self._uses: dict[str, tuple[Sequence[RemoteShard | None], Uses]] = {}
+        self._order: list[RemoteShard] | None = None  # by distance; None if it must be computed
+        self._known: frozenset[Path] = frozenset()
+        self._farthest: list[Path] = []
+        self._spare: list[Path] = []  # those that are not wanted, the farthest first
+
+    def set_uses(self, split: str, shards: Sequence[RemoteShard | None], uses: Uses) -> None:
+        """Set the future of a split. shards: None for those that are not behind URLs."""
+        self._uses[split] = shards, uses
+        self.present.update(shard.path for shard in shards if shard is not None and shard.path.exists())
+        self.changed()
+
+    def changed(self) -> None:
+        """Have the order computed again, because the uses have changed."""
+        self._order = None
+
+    def order(self) -> Iterator[tuple[RemoteShard, Room]]:
+        """Yield the shards to fetch, most urgent first, and what may be evicted for each."""
+        if self._order is None:
+            self._order = self._sorted()
+        for path, shard in list(self.demanded.items()):
+            if path not in self.present:
+                yield shard, Room(self._known, [other for other in self._farthest if other != path])
+        for shard in self._order:
+            if shard.path in self.wanted:
+                if shard.path not in self.present:
+                    yield shard, Room(self._known, self._spare)
+            elif shard.path not in self.present:
+                yield shard, Room(self._known, (), _IDLE_SECONDS)
+
+    def _sorted(self) -> list[RemoteShard]:
+        """Return the shards by the distance of their next use, and update what depends on it."""
+        training = [uses for _, uses in self._uses.values() if isinstance(uses, TrainingUses)]
+        pause = min((uses.images_to_epoch_end for uses in training), default=math.inf)
+        found: dict[Path, tuple[float, RemoteShard]] = {}
+        soon = 0
+        for shards, uses in self._uses.values():
+            if isinstance(uses, PassUses):
+                uses.pause = pause
+            distances = uses.distances()
+            soon += uses.soon
+            for distance, shard in zip(distances.tolist(), shards, strict=True):
+                if shard is not None and distance <= found.get(shard.path, (math.inf,))[0]:
+                    found[shard.path] = distance, shard
+        order = sorted(found.values(), key=lambda entry: entry[0])
+        self.wanted = frozenset(shard.path for distance, shard in order[:soon] if distance < math.inf)
+        self._known = frozenset(found)
+        self._farthest = [shard.path for _, shard in reversed(order)]
+        self._spare = [path for path in self._farthest if path not in self.wanted]
+        return [shard for _, shard in order]

@@ -1,0 +1,135 @@
+"""The storage of a process's datasets: the cache, the threads that fill it, and waiting for them."""
+
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+from pipeline.files import atomic_write, read_file
+from pipeline.locations import inside
+from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, write_manifest
+from pipeline.reader import OutageError
+from pipeline.remote.cache import Cache, CacheFullError, RemoteShard
+from pipeline.remote.counters import Counters
+from pipeline.remote.fetcher import Fetcher, warn
+from pipeline.remote.options import CacheOptions
+from pipeline.remote.priorities import Priorities
+from pipeline.remote.requests import FatalError, Requests
+from pipeline.remote_errors import redact
+from pipeline.retry import print_to_stderr, with_retries
+from pipeline.storage import read_once
+
+OUTAGE_SECONDS = (
+    600.0  # for how long a batch waits without a byte from the storage; less than --stall-seconds
+)
+_FULL_SECONDS = 30.0  # for how long it waits for room in the cache, which another process may make
+_POLL_SECONDS = 0.5
+
+
+class RemoteStorage:
+    """Mirrors datasets behind URLs into the cache.
+
+    on_wait: called about twice a second while a batch waits, so that a watchdog knows that this is no hang.
+    counters: what has been fetched. Raises OSError if the cache's folder cannot be used.
+    """
+
+    def __init__(self, options: CacheOptions):
+        self.counters, self.priorities, requests = Counters(), Priorities(), Requests(warn)
+        self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
+        self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
+        self.on_wait: Callable[[], None] = lambda: None
+        self.close = weakref.finalize(self, self.fetcher.close)
+
+    def mirror(self, url: str, manifest: Manifest, split: str) -> Path:
+        """Return the folder in the cache for a dataset, with its dataset.json and the index of a split.
+
+        Raises DatasetError if the index is missing or damaged, and OSError if it cannot be read or written.
+        """
+        name = PurePosixPath(url.partition("?")[0]).name
+        folder = self.cache.folder / f"{name}-{manifest.fingerprint}"
+        record = manifest.split(split)
+        with self.cache.locked():  # other processes begin at the same time
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MANIFEST_NAME).exists():
+                write_manifest(folder, manifest)
+            self._mirror_file(url, folder, record.index, record.index_sha256)
+        return folder
+
+    def _mirror_file(self, url: str, folder: Path, name: str, digest: str) -> None:
+        path, source = folder / name, str(inside(url, name))
+        if path.exists() and sha256(read_file(path)).hexdigest() == digest:
+            return
+        for _ in range(2):  # what was damaged on the way is fetched again
+            try:
+                content = with_retries(partial(read_once, source), print_to_stderr)
+            except FileNotFoundError:
+                raise DatasetError(f"{redact(source)} is missing: upload the dataset again") from None
+            if sha256(content).hexdigest() == digest:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as file:
+                    file.write(content)
+                return
+        raise DatasetError(
+            f"{redact(source)} does not match its checksum in dataset.json: upload the dataset again"
+        )
+
+    def shards(self, url: str, folder: Path, manifest: Manifest, split: str) -> list[RemoteShard]:
+        """Return the shards of a split. folder: the dataset's in the cache."""
+        return [
+            RemoteShard(str(inside(url, record.file)), folder / record.file, record)
+            for record in manifest.split(split).shards
+        ]
+
+    def demand(self, shards: list[RemoteShard]) -> None:
+        """Have shards fetched before all others. The fetcher's lock must be held."""
+        for shard in shards:
+            self.priorities.demanded.setdefault(shard.path, shard)
+            if shard.path in self.priorities.present and not shard.path.exists():
+                self.priorities.present.discard(shard.path)  # another process has evicted it
+        self.fetcher.start()
+        self.fetcher.wake()
+
+    def wait(self, is_ready: Callable[[], bool], shards: list[RemoteShard]) -> None:
+        """Wait until `is_ready`, which is called with the fetcher's lock held.
+
+        shards: those that are waited for. Raises OutageError if nothing arrives for OUTAGE_SECONDS, and
+        DatasetError or OSError if the cache is full or cannot be written.
+        """
+        begun = last = time.monotonic()
+        arrived = self.counters.bytes_fetched
+        with self.fetcher.changed:
+            self.demand(shards)
+            try:
+                while not is_ready():
+                    now = time.monotonic()
+                    if self.counters.bytes_fetched != arrived:
+                        arrived, last = self.counters.bytes_fetched, now
+                    self._check(shards, now - last)
+                    self.on_wait()
+                    self.fetcher.changed.wait(_POLL_SECONDS)
+            finally:
+                for shard in shards:
+                    self.priorities.demanded.pop(shard.path, None)
+                self.counters.wait_seconds += time.monotonic() - begun
+
+    def _check(self, shards: list[RemoteShard], seconds: float) -> None:
+        """Raise an error if waiting makes no sense. seconds: for how long nothing has arrived."""
+        for shard in shards:
+            problem = self.fetcher.problems.get(shard.path)
+            if problem is None or (isinstance(problem, CacheFullError) and seconds < _FULL_SECONDS):
+                continue
+            if isinstance(problem, (FatalError, CacheFullError)) or seconds >= _FULL_SECONDS:
+                raise problem
+        if seconds >= OUTAGE_SECONDS:
+            reason = self.fetcher.requests.problem or "nothing arrives"
+            raise OutageError(
+                f"{redact(shards[0].url)} cannot be fetched: {reason}. "
+                "Run the same command again once it can be"
+            )
+
+
+def _evicted(counters: Counters, priorities: Priorities, path: Path) -> None:
+    counters.evictions += 1
+    priorities.present.discard(path)

@@ -1,0 +1,30 @@
+"""Fixtures of the tests of remote datasets."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.dataset import Dataset, open_dataset
+from tests.pipeline.remote.bucket import Bucket, serving
+from tests.trees import pack_here
+
+
+@pytest.fixture(scope="session")
+def many_shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn pictures, packed at 80×80 px: 60 of train in twelve shards and 20 of val in four."""
+    output = tmp_path_factory.mktemp("many")
+    pack_here("--input", pictures, "--out", output, "--size", "80", "--shard-samples", "5")
+    return output
+
+
+@pytest.fixture
+def bucket(many_shards: Path) -> Iterator[Bucket]:
+    with serving(many_shards) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def remote(bucket: Bucket, tmp_path: Path) -> Callable[..., Dataset]:
+    """remote(size): open the dataset in the bucket with a cache of this size."""
+    return lambda size="1GB": open_dataset(bucket.url, tmp_path / "cache", size)
