@@ -54,7 +54,7 @@ def read_file(path: str | Path, offset: int = 0, size: int | None = None) -> byt
         return content
 
 
-def read_fully(file: BinaryIO | io.FileIO, size: int) -> bytes:
+def read_fully(file: BinaryIO | io.RawIOBase, size: int) -> bytes:
     """Read the next `size` bytes of an unbuffered file, or fewer only if it ends earlier.
 
     Raises OSError, also for EAGAIN, for which Python's own `read` raises nothing.

@@ -6,7 +6,6 @@ constants of a particular dataset.
 """
 
 import json
-from functools import partial
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -23,9 +22,8 @@ from pydantic import (
 
 from pipeline.documents import ContentError, parse_record
 from pipeline.files import atomic_write
-from pipeline.locations import Location, inside
+from pipeline.locations import Location, inside, read_start
 from pipeline.remote_errors import redact
-from pipeline.retry import print_to_stderr, read_with_retries, with_retries
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"
@@ -149,30 +147,21 @@ def read_manifest(root: Location) -> Manifest:
     """
     path = inside(root, MANIFEST_NAME)
     try:
-        text = _read_start(path, MAX_BYTES + 1)
+        text = read_start(path, MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if isinstance(root, str):
-            problem = f"{redact(str(path))} does not exist"
+            problem = f"{redact(path)} does not exist"
         else:
             problem = f"the folder {'has no dataset.json' if root.is_dir() else 'does not exist'}"
-        place = redact(str(root))
+        place = redact(root)
         raise DatasetError(
             f"no dataset at {place}: {problem}. "
             f"Pack one: alexnet-train make-shards --input IMAGES --out {place}"
         ) from None
-    name = redact(str(path))
+    name = redact(path)
     if len(text) > MAX_BYTES:
         raise DatasetError(f"{name} is larger than {MAX_BYTES >> 20} MiB, so it is not a dataset.json")
     try:
         return parse_record(Manifest, text, FORMAT, name, "Copy the dataset again, or pack it again")
     except ContentError as error:
         raise DatasetError(str(error)) from None
-
-
-def _read_start(path: Location, size: int) -> bytes:
-    """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
-    if isinstance(path, Path):
-        return read_with_retries(path, size)
-    from pipeline.storage import read_once  # which imports fsspec: local datasets need not wait for it
-
-    return with_retries(partial(read_once, path), print_to_stderr)[:size]

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 
 from pipeline.retry import StorageError, is_outage
 
@@ -50,16 +51,14 @@ _MEANINGS: dict[str, Meaning] = {
     "ValueError": ("unsupported URL", False, 0),
     "NonHttpUrlClientError": ("unsupported URL", False, 0),  # that a redirect leads to
 }
-_SECRETS = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|key|secret|password|credential|auth)[^=&#]*=)[^&#]+")
+_SECRETS = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|key|secret|password|credential|auth)[^=&#]*=)[^&#\s]+")
+_USER = re.compile(r"://[^/\s]*@")
 
 
-def redact(name: str) -> str:
-    """Return a path or URL for messages: without a password and the secrets of a signed URL."""
-    if "://" not in name:
-        return name
-    scheme, _, rest = name.partition("://")
-    host, slash, path = rest.partition("/")
-    return _SECRETS.sub(r"\1***", f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+def redact(name: str | Path) -> str:
+    """Return a path, URL or text with URLs for messages: without passwords and the secrets of signed URLs."""
+    text = str(name)
+    return _SECRETS.sub(r"\1***", _USER.sub("://", text)) if "://" in text else text
 
 
 def host_of(name: str) -> str:
@@ -90,11 +89,18 @@ def reason_of(name: str, error: OSError) -> str:
     return "HTTP 404" if name.startswith(("http://", "https://")) else "not found"
 
 
+def reason_in_full(error: OSError, place: str | Path) -> str:
+    """Return which file an error concerns, and why, for a message. place: the folder or URL that was read."""
+    if isinstance(error, StorageError):
+        return str(error)  # which names the file
+    return redact(f"{error.filename or place}: {error.strerror or error}")
+
+
 def _storage_error(name: str, error: Exception) -> StorageError:
     reason, transient, retries = _meaning(error)
     text = reason
     if reason in ("unreadable", "unsupported URL", "package not installed"):
-        text = str(error).replace(name, redact(name)) or type(error).__name__
+        text = redact(str(error)) or type(error).__name__
     return StorageError(f"{redact(name)}: {text}", reason, transient, retries, _retry_after(error))
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.files import atomic_write, path_in_errors, read_fully
+from pipeline.locations import Location, inside, read_start
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
-from pipeline.retry import read_with_retries
+from pipeline.remote_errors import redact
 
 INDEX_DTYPE = np.dtype(
     [
@@ -153,20 +154,20 @@ def write_array(path: Path, array: np.ndarray) -> str:
     return sha256(buffer.getvalue()).hexdigest()
 
 
-def read_index(root: Path, split: Split, classes: int) -> np.ndarray:
+def read_index(root: Location, split: Split, classes: int) -> np.ndarray:
     """Read a split's index: an array [samples] of INDEX_DTYPE, in the order of the split's shards.
 
     classes: number of classes of the dataset. Raises DatasetError if the index is missing or disagrees with
     the manifest, and OSError, which names the file, if it cannot be read.
     """
-    path = root / split.index
+    path = inside(root, split.index)
     rows = _read_array(path, "index", split.index_sha256, split.samples * INDEX_DTYPE.itemsize)
     if rows is None or not _is_consistent(rows, split, classes):
-        raise DatasetError(f"the index {path} disagrees with dataset.json: pack the dataset again")
+        raise DatasetError(f"the index {redact(path)} disagrees with dataset.json: pack the dataset again")
     return rows
 
 
-def read_checksums(root: Path, split: Split) -> np.ndarray | None:
+def read_checksums(root: Location, split: Split) -> np.ndarray | None:
     """Read the checksums of a split's samples, or return None if the dataset has none.
 
     Returns an array [samples, CHECKSUM_BYTES] of uint8, in the order of the index. Raises DatasetError if the
@@ -174,24 +175,26 @@ def read_checksums(root: Path, split: Split) -> np.ndarray | None:
     """
     if split.checksums is None:
         return None
-    path, shape = root / split.checksums, (split.samples, CHECKSUM_BYTES)
+    path, shape = inside(root, split.checksums), (split.samples, CHECKSUM_BYTES)
     found = _read_array(path, "checksum file", split.checksums_sha256, split.samples * CHECKSUM_BYTES)
     if found is None or found.dtype != np.uint8 or found.shape != shape:
-        raise DatasetError(f"the checksum file {path} disagrees with dataset.json: pack the dataset again")
+        raise DatasetError(
+            f"the checksum file {redact(path)} disagrees with dataset.json: pack the dataset again"
+        )
     return found
 
 
-def _read_array(path: Path, what: str, digest: str | None, size: int) -> np.ndarray | None:
+def _read_array(path: Location, what: str, digest: str | None, size: int) -> np.ndarray | None:
     """Read an array of at most `size` bytes, or return None if the file is not a valid array."""
     try:
-        content = read_with_retries(path, size + _NPY_HEADER + 1)  # of a larger, wrong file, read no more
+        content = read_start(path, size + _NPY_HEADER + 1)  # of a larger, wrong file, read no more
     except FileNotFoundError:
         raise DatasetError(
-            f"the {what} {path} is missing: copy it again, or pack the dataset again"
+            f"the {what} {redact(path)} is missing: copy it again, or pack the dataset again"
         ) from None
     if sha256(content).hexdigest() != digest:
         raise DatasetError(
-            f"the {what} {path} does not match its checksum in dataset.json: copy the dataset again"
+            f"the {what} {redact(path)} does not match its checksum in dataset.json: copy the dataset again"
         )
     try:
         return np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)

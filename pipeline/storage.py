@@ -65,6 +65,16 @@ def open_file(file: str) -> BinaryIO:
         return fs.open(path, "rb")
 
 
+def size_of(file: str) -> int:
+    """Return the size of a file behind a URL, in bytes. Raises OSError."""
+    with as_os_error(file):
+        fs, path = file_system(file)
+        size = fs.size(path)
+    if size is None:
+        raise StorageError(f"{redact(file)}: the server does not say how large it is", transient=False)
+    return size
+
+
 def is_accessible(name: str) -> bool:
     """Return whether this is a file, or a folder that is not empty, that can be accessed."""
     try:

@@ -1,21 +1,23 @@
 """Check that a packed dataset is complete and undamaged, down to the byte.
 
-    alexnet-train verify-shards --data shards
+    alexnet-train verify-shards --data shards          # or s3://bucket/shards, or any other URL
 
 Every file named in dataset.json is read. Checksums, the structure of each tar, labels, DALI's .idx files and
 the indices are compared with each other, and images are decoded. Each problem is reported with its shard, key
-and byte offset; if changed pixels still decode, the sample cannot be identified and only its shard is named.
-The exit code is 0 if the dataset is sound and 1 if anything is wrong.
+and byte offset. In datasets without checksums of the samples, a sample whose changed pixels still decode
+cannot be identified, and only its shard is named. The exit code is 0 if the dataset is sound and 1 if
+anything is wrong.
 
---repair-index rewrites every .idx file and index that is missing or wrong, using the tars. If the checksum of
-a tar differs from the one in dataset.json, nothing is written: copy that shard or pack it again.
+--repair-index rewrites the .idx files, indices and files of checksums that are missing or wrong, using the
+tars. If the checksum of a tar differs from the one in dataset.json, nothing is written: copy that shard or
+pack it again.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -26,15 +28,18 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import atomic_write
+from pipeline.locations import Location, location_of
 from pipeline.machine import cpus
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, Split, read_manifest, write_manifest
 from pipeline.output import secure
 from pipeline.packing.workers import WorkersError, exit_on_signals, pool
-from pipeline.retry import is_outage
-from pipeline.shards import read_index, write_array
+from pipeline.remote_errors import reason_in_full
+from pipeline.shards import write_array
 from tools.options import within
-from tools.verifying.checks import SAMPLED, check_shard
+from tools.verifying.checks import check_shard
+from tools.verifying.files import ARRAYS, check_checksums, check_dataset, check_index
 from tools.verifying.findings import Decode, Findings, Problem, ShardCheck
+from tools.verifying.samples import SAMPLED
 
 SHOWN = 100  # problems that are printed; the rest are only counted
 
@@ -63,71 +68,25 @@ class Verdict:
         self.count += len(problems) if count is None else count
 
 
-def check_dataset(root: Path, manifest: Manifest) -> list[Problem]:
-    """Find problems without opening a shard: wrong file names and totals, and files that no split names."""
-    problems = []
-    named: set[str] = set()
-    for name, split in manifest.splits.items():
-        tars = [shard.file for shard in split.shards]
-        for file in (split.index, *tars):
-            if not _is_below(file, manifest.in_place):
-                problems.append(Problem(MANIFEST_NAME, f"names {file!a}, which is not a file in its folder"))
-            elif file in named:
-                problems.append(Problem(MANIFEST_NAME, f"names {file} twice"))
-            named.add(file)
-        named |= {f"{Path(tar).stem}.idx" for tar in tars}
-        samples = sum(shard.samples for shard in split.shards)
-        if samples != split.samples:
-            problems.append(
-                Problem(
-                    MANIFEST_NAME,
-                    f"says that {name} has {split.samples} samples, but its shards have {samples}",
-                )
-            )
-    kinds = (".index.npy", ".partial") if manifest.in_place else (".tar", ".idx", ".index.npy", ".partial")
-    strays = (path.name for path in root.iterdir() if path.name.endswith(kinds))
-    problems += [Problem(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
-    return problems
-
-
-def _is_below(file: str, folders: bool) -> bool:
-    """Return whether the packer writes such a file: in the dataset's folder or, with `folders`, below it."""
-    path = PurePosixPath(file)
-    return (folders or path.name == file) and file.isprintable() and path.suffix in (".tar", ".npy")
-
-
-def check_index(root: Path, split: Split, manifest: Manifest) -> tuple[np.ndarray | None, list[Problem]]:
-    """Return a split's rows, or None if they cannot be trusted, and problems. Raises OSError in an outage."""
-    try:
-        rows = read_index(root, split, len(manifest.classes))
-    except (DatasetError, OSError) as error:
-        if isinstance(error, OSError) and is_outage(error):
-            raise
-        return None, [Problem(split.index, str(error))]
-    problems = []
-    for side in ("width", "height"):
-        limit = getattr(manifest, f"max_{side}")
-        if (largest := rows[side].max()) > limit:
-            problems.append(
-                Problem(
-                    MANIFEST_NAME, f"says that no {side} exceeds {limit}, but {split.index} has {largest}"
-                )
-            )
-    return rows, problems
-
-
 def check_shards(
-    root: Path, manifest: Manifest, rows: dict[str, np.ndarray | None], decode: Decode, workers: int
+    root: Location,
+    manifest: Manifest,
+    rows: dict[str, np.ndarray | None],
+    checksums: dict[str, np.ndarray | None],
+    decode: Decode,
+    workers: int,
 ) -> Iterator[tuple[str, Findings]]:
     """Yield the split and the findings of each shard, in the order of dataset.json."""
     tasks = []
     for name, split in manifest.splits.items():
         ends = np.cumsum([shard.samples for shard in split.shards])
-        index = rows[name]
-        parts = [None] * len(ends) if index is None else np.split(index, ends[:-1])
+        parts = [
+            [None] * len(ends) if array is None else np.split(array, ends[:-1])
+            for array in (rows[name], checksums[name])
+        ]
         tasks += [
-            (name, ShardCheck(root, shard, part, len(manifest.classes), decode, manifest.in_place))
-            for shard, part in zip(split.shards, parts, strict=True)
+            (name, ShardCheck(root, shard, *own, len(manifest.classes), decode, manifest.in_place))
+            for shard, *own in zip(split.shards, *parts, strict=True)
         ]
     with (
         Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
@@ -140,19 +99,20 @@ def check_shards(
             yield name, found
 
 
-def verify(root: Path, decode: Decode, workers: int) -> Verdict:
+def verify(root: Location, decode: Decode, workers: int) -> Verdict:
     """Check the whole dataset. Raises DatasetError if there is no dataset.json to check against."""
     manifest, verdict = read_manifest(root), Verdict()
     verdict.add(check_dataset(root, manifest))
     if any(problem.file == MANIFEST_NAME for problem in verdict.problems):
         return verdict
-    rows = {}
+    rows, checksums = {}, {}
     for name, split in manifest.splits.items():
         rows[name], problems = check_index(root, split, manifest)
-        verdict.add(problems)
+        checksums[name], others = check_checksums(root, split)
+        verdict.add(problems + others)
         size = sum(shard.bytes for shard in split.shards)
         verdict.splits[name] = SplitSummary(len(split.shards), split.samples, size)
-    for name, found in check_shards(root, manifest, rows, decode, workers):
+    for name, found in check_shards(root, manifest, rows, checksums, decode, workers):
         verdict.add(found.problems, found.count)
         verdict.splits[name].decoded += found.decoded
         verdict.splits[name].damaged += found.count > 0
@@ -160,7 +120,7 @@ def verify(root: Path, decode: Decode, workers: int) -> Verdict:
 
 
 def repair(root: Path, workers: int) -> list[str]:
-    """Write the .idx and index files that are missing or wrong, and return the names of the files written.
+    """Write the files that are missing or wrong, except tars, and return the names of the files written.
 
     Raises DatasetError if a tar is not the one that was packed, or if the dataset was indexed in place.
     """
@@ -171,15 +131,16 @@ def repair(root: Path, workers: int) -> list[str]:
             f"to index them again, run alexnet-train make-shards --input {root} --in-place --overwrite"
         )
     problems = [problem for problem in check_dataset(root, manifest) if problem.file == MANIFEST_NAME]
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in manifest.splits}
+    findings: dict[str, list[Findings]] = {name: [] for name in manifest.splits}
     files: dict[str, bytes] = {}
     unknown = dict.fromkeys(manifest.splits)
-    for name, found in check_shards(root, manifest, unknown, "none", workers) if not problems else ():
-        number = len(rows[name])
+    checked = () if problems else check_shards(root, manifest, unknown, unknown, "none", workers)
+    for name, found in checked:
+        number = len(findings[name])
         tar = manifest.splits[name].shards[number].file
         problems += [problem for problem in found.problems if problem.file == tar]
         found.rows["shard"] = number
-        rows[name].append(found.rows)
+        findings[name].append(found)
         if found.index is not None:
             files[str(Path(tar).with_suffix(".idx"))] = found.index
     if problems:
@@ -191,15 +152,34 @@ def repair(root: Path, workers: int) -> list[str]:
             index.write(content)
     written, splits = list(files), dict(manifest.splits)
     for name, split in manifest.splits.items():
-        whole, (known, _) = np.concatenate(rows[name]), check_index(root, split, manifest)
-        if known is None or not np.array_equal(known, whole):
-            digest = write_array(root / split.index, whole)
-            splits[name] = split.model_copy(update={"index_sha256": digest})
-            written.append(split.index)
+        splits[name], arrays = _repair_arrays(root, manifest, split, findings[name])
+        written += arrays
     if splits != manifest.splits:
         write_manifest(root, manifest.model_copy(update={"splits": splits}))
         written.append(MANIFEST_NAME)
     return written
+
+
+def _repair_arrays(
+    root: Path, manifest: Manifest, split: Split, findings: list[Findings]
+) -> tuple[Split, list[str]]:
+    """Write the index and the checksums of a split if they are missing or wrong.
+
+    Returns the split's record and the names of the files written.
+    """
+    written = []
+    (rows, _), (checksums, _) = check_index(root, split, manifest), check_checksums(root, split)
+    index = np.concatenate([found.rows for found in findings])
+    if rows is None or not np.array_equal(rows, index):
+        digest = write_array(root / split.index, index)
+        split = split.model_copy(update={"index_sha256": digest})
+        written.append(split.index)
+    whole = np.concatenate([found.checksums for found in findings])
+    if split.checksums is not None and (checksums is None or not np.array_equal(checksums, whole)):
+        digest = write_array(root / split.checksums, whole)
+        split = split.model_copy(update={"checksums_sha256": digest})
+        written.append(split.checksums)
+    return split, written
 
 
 def listed(problems: list[Problem], count: int = 0) -> list[str]:
@@ -221,12 +201,12 @@ def table(splits: dict[str, SplitSummary]) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")
+    add("--data", type=location_of, required=True, metavar="DIR", help="folder or URL of the packed dataset")
     add("--decode", choices=get_args(Decode), default="sampled",
         help=f"which images to decode: all, none, or about {SAMPLED} per shard and every image of a shard "
         "whose checksum is wrong (default sampled)")  # fmt: skip
     add("--repair-index", action="store_true",
-        help="rewrite the .idx files and indices that are missing or wrong")  # fmt: skip
+        help="rewrite the .idx files, indices and checksums that are missing or wrong")  # fmt: skip
     add("--workers", type=within(int, 1, 1024), default=cpus(), metavar="N",
         help="number of worker processes (default: one per CPU)")  # fmt: skip
     return parser.parse_args()
@@ -238,6 +218,10 @@ def main() -> None:
     exit_on_signals()
     try:
         if options.repair_index:
+            if isinstance(options.data, str):
+                raise DatasetError(
+                    "--repair-index works only on a local folder: copy the dataset to one first"
+                )
             written = repair(options.data, options.workers)
             print(f"written: {', '.join(written)}" if written else "nothing to repair")
             return
@@ -245,7 +229,7 @@ def main() -> None:
     except (DatasetError, WorkersError, RecursionError) as error:  # the last for JSON nested too deeply
         sys.exit(f"verify-shards: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.data}: {error.strerror or error}"
+        reason = reason_in_full(error, options.data)
         sys.exit(
             f"verify-shards: {reason}: the check is incomplete: fix the cause and run the same command again"
         )
@@ -259,8 +243,8 @@ def main() -> None:
         return
     print("", *listed(verdict.problems, verdict.count), "", sep="\n")
     print(f"damaged; problems found: {verdict.count:,}")
-    if all(problem.file.endswith((".idx", ".index.npy")) for problem in verdict.problems):
-        print("no tar is damaged: --repair-index rewrites the .idx files and indices")
+    if all(problem.file.endswith((".idx", *ARRAYS)) for problem in verdict.problems):
+        print("no tar is damaged: --repair-index rewrites the .idx files, indices and checksums")
     sys.exit(1)
 
 

@@ -287,10 +287,10 @@ def test_checksums_that_do_not_fit_are_refused(mismatch, tmp_path):
 def test_a_damaged_or_missing_checksum_file_is_refused(tmp_path):
     split = with_checksums(tmp_path, np.zeros((2, 8), np.uint8))
     (tmp_path / "sums.npy").write_bytes((tmp_path / "sums.npy").read_bytes()[:-1] + b"1")
-    with pytest.raises(DatasetError, match="does not match its checksum in dataset.json: copy"):
+    with pytest.raises(DatasetError, match=r"does not match its checksum in dataset.json: copy"):
         read_checksums(tmp_path, split)
     (tmp_path / "sums.npy").unlink()
-    with pytest.raises(DatasetError, match="the checksum file .* is missing: copy"):
+    with pytest.raises(DatasetError, match=r"the checksum file .* is missing: copy"):
         read_checksums(tmp_path, split)
 
 

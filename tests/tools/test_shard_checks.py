@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.manifest import Shard, read_manifest
-from pipeline.shards import Sample, SampleLocation, dali_index, read_index, write_shard
+from pipeline.shards import Sample, SampleLocation, dali_index, read_checksums, read_index, write_shard
 from tools.verifying.checks import check_shard
 from tools.verifying.findings import Decode, ShardCheck
 
@@ -31,7 +31,8 @@ def folder(packed: Path, tmp_path: Path) -> Path:
 
 def task_of(folder: Path, decode: Decode = "sampled") -> ShardCheck:
     split = read_manifest(folder).split("train")
-    return ShardCheck(folder, split.shards[1], read_index(folder, split, 10)[20:40], 10, decode)
+    rows, checksums = read_index(folder, split, 10)[20:40], read_checksums(folder, split)[20:40]
+    return ShardCheck(folder, split.shards[1], rows, checksums, 10, decode)
 
 
 def named(task: ShardCheck) -> list[str]:
@@ -125,7 +126,30 @@ def test_a_wrong_checksum_makes_every_picture_be_decoded(folder):
     found = found_in(folder)
     assert found[0].startswith(f"{TAR}, 000000031.jpg, byte {row['offset']}: cannot be decoded: ")
     assert found[1:] == [f"{TAR}: its sha256 differs from the one in dataset.json"]
-    assert found_in(folder, "none") == found[1:]
+    assert found_in(folder, "none") == [
+        f"{TAR}, 000000031.jpg, byte {row['offset']}: its bytes are not those that were packed",
+        *found[1:],
+    ]
+
+
+@pytest.mark.parametrize("decode", ["all", "none"])
+def test_a_picture_that_still_decodes_is_named_by_its_checksum(folder, decode):
+    """The changed byte is in a table of the JPEG, and makes all of its pixels brighter or darker."""
+    tar, offset = (folder / TAR).read_bytes(), jpeg_at(folder, 11)
+    table = tar.index(b"\xff\xdb", offset) + 5
+    edit(folder / TAR, table, bytes([tar[table] + 1]))
+    shard = f"{TAR}: its sha256 differs from the one in dataset.json"
+    sample = f"{TAR}, 000000031.jpg, byte {offset}: its bytes are not those that were packed"
+    assert found_in(folder, decode) == [sample, shard]
+    assert named(replace(task_of(folder, decode), checksums=None)) == [shard]
+
+
+def test_a_checksum_that_does_not_fit_its_sample_is_found_in_a_sound_shard(folder):
+    task = task_of(folder)
+    swapped = replace(task, checksums=task.checksums[[1, 0, *range(2, 20)]])
+    assert [line.partition(":")[0] for line in named(swapped)] == [
+        f"{TAR}, 0000000{20 + number}.jpg, byte {jpeg_at(folder, number)}" for number in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +171,8 @@ def in_shard(folder: Path, samples: list[Sample], change: Callable[[np.ndarray],
     """Return the findings for a new shard of these samples whose index `change` has altered."""
     shard, rows = write_shard(folder / "new.tar", samples)
     change(rows)
-    return [line.removeprefix("new.tar, ") for line in named(ShardCheck(folder, shard, rows, 10, "sampled"))]
+    found = named(ShardCheck(folder, shard, rows, None, 10, "sampled"))
+    return [line.removeprefix("new.tar, ") for line in found]
 
 
 def test_pictures_that_differ_from_their_index_are_named(tmp_path):
@@ -184,7 +209,7 @@ def test_members_that_belong_to_no_sample_are_named(tmp_path):
     content = (tmp_path / "new.tar").read_bytes()
     digest = sha256(content).hexdigest()  # of the whole and, being less than 64 KiB, of its head
     shard = Shard(file="new.tar", samples=2, bytes=len(content), sha256=digest, head_sha256=digest)
-    assert named(ShardCheck(tmp_path, shard, None, 10, "sampled")) == [
+    assert named(ShardCheck(tmp_path, shard, None, None, 10, "sampled")) == [
         f"new.tar, b.cls, byte {at['b']}: does not follow the .jpg of the same key",
         f"new.tar, c.jpg, byte {at['c']}: is not followed by its .cls",
         f"new.tar, e.cls, byte {at['e']}: does not follow the .jpg of the same key",

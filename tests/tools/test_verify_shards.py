@@ -92,8 +92,29 @@ def test_the_index_of_another_dataset_is_refused(dataset):
     assert "does not match its checksum in dataset.json" in line
 
 
+@pytest.mark.parametrize("damage", ["is missing", "does not match its checksum in dataset.json"])
+def test_a_damaged_file_of_checksums_is_named(dataset, damage):
+    path = dataset / "train.checksums.npy"
+    path.unlink() if damage == "is missing" else shutil.copy(dataset / "val.checksums.npy", path)
+    (line,) = found_in(dataset)
+    assert line.startswith(f"train.checksums.npy: the checksum file {path} {damage}")
+
+
+def test_a_dataset_without_checksums_is_sound(dataset):
+    def remove(content: dict) -> None:
+        for split in content["splits"].values():
+            (dataset / split.pop("checksums")).unlink()
+            del split["checksums_sha256"]
+
+    with_manifest(dataset, remove)
+    assert found_in(dataset, "all") == []
+    before = contents(dataset)
+    assert repair(dataset, 1) == []
+    assert contents(dataset) == before
+
+
 def test_stray_files_are_named(dataset):
-    strays = ("train-000003.tar", "train-000003.idx", "more.index.npy", ".train-000000.tar.partial")
+    strays = ("train-000003.tar", "train-000003.idx", "more.index.npy", "a.checksums.npy", ".a.tar.partial")
     for name in strays:
         (dataset / name).write_bytes(b"")
     assert found_in(dataset) == [f"{name}: is not named by dataset.json" for name in sorted(strays)]
@@ -218,6 +239,8 @@ DAMAGED_INDICES = {
     "a wrong idx": lambda root: (root / "val-000000.idx").write_text("v1.2 0\n"),
     "no index": lambda root: (root / "train.index.npy").unlink(),
     "another index": lambda root: shutil.copy(root / "val.index.npy", root / "train.index.npy"),
+    "no checksums": lambda root: (root / "val.checksums.npy").unlink(),
+    "other checksums": lambda root: shutil.copy(root / "val.checksums.npy", root / "train.checksums.npy"),
     "all of it": lambda root: [path.unlink() for path in root.iterdir() if path.suffix in (".idx", ".npy")],
 }
 

@@ -1,13 +1,13 @@
 """A check of one shard, and its findings."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from pipeline.locations import Location
 from pipeline.manifest import Shard
-from pipeline.shards import INDEX_DTYPE
+from pipeline.shards import INDEX_DTYPE, checksum_array
 
 Decode = Literal["all", "sampled", "none"]
 KEPT = 20  # problems per shard that are listed; the rest are only counted
@@ -32,11 +32,16 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to check. rows: its rows of the index, or None if there is no sound index."""
+    """One shard to check.
 
-    root: Path
+    root: the folder or URL of the dataset. rows, checksums: the shard's part of the index and of the file of
+    checksums, or None if the dataset has no sound one.
+    """
+
+    root: Location
     shard: Shard
     rows: np.ndarray | None
+    checksums: np.ndarray | None
     classes: int
     decode: Decode
     in_place: bool = False  # the tar was indexed in place: only the samples that the index names are checked
@@ -47,13 +52,15 @@ class Findings:
     """The findings in a shard.
 
     problems: the first KEPT out of `count`. rows: the rows that the index must have for the shard, with
-    `shard` left 0. index: the content that its .idx must have, or None if it is correct.
+    `shard` left 0. checksums: those of the same samples. index: the content that its .idx must have, or None
+    if it is correct.
     """
 
     problems: list[Problem] = field(default_factory=list)
     count: int = 0
     decoded: int = 0
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, INDEX_DTYPE))
+    checksums: np.ndarray = field(default_factory=lambda: checksum_array([]))
     index: bytes | None = None
 
     def add(self, *problem) -> None:
