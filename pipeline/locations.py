@@ -22,6 +22,13 @@ def location_of(name: str | Path) -> Location:
     return text.rstrip("/") if is_url(text) else Path(name)
 
 
+def name_of(location: Location) -> str:
+    """Return the name of a folder, which is the last part of its path or URL."""
+    if isinstance(location, Path):
+        return location.resolve().name
+    return location.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+
 def inside(location: Location, name: str) -> Location:
     """Return the location of a file in a folder. The query of a URL, such as a signature, is kept."""
     if isinstance(location, Path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
+from pipeline.locations import location_of
 from pipeline.manifest import DatasetError
 from pipeline.mixture import is_present, read_data
 from pipeline.output import printed, secure
@@ -107,9 +108,15 @@ def _evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="Folder of the run.")
     parser.add_argument(
         "--data",
+        type=location_of,
+        metavar="DIR | URL",
+        help="Dataset to use instead of the one that the run was trained on.",
+    )
+    parser.add_argument(
+        "--cache",
         type=Path,
         metavar="DIR",
-        help="Dataset to use instead of the one that the run was trained on.",
+        help="Folder for the shards of a dataset behind a URL. (default: that of the run)",
     )
     parser.add_argument(
         "--split", default="val", metavar="NAME", help="Split of the dataset to evaluate. (default: val)"
@@ -146,6 +153,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
             f"{options.run} was trained on {settings.data}, which no longer holds a dataset: "
             "give the folder of the dataset with --data"
         )
+    if options.cache:
+        settings = settings.model_copy(update={"cache": options.cache})
     read_data(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run

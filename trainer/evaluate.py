@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Dataset, EvaluationLoader
+from pipeline.remote_errors import redact
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
 from trainer.details import Recorder
@@ -140,13 +141,14 @@ def load_trained(settings: Settings, run: Run, device: torch.device, best: bool 
     not those that the run was trained on, DatasetError if it cannot be read, and otherwise as `load_net`.
     """
     spec = run.net(settings)
-    dataset = Dataset(settings.data, spec.mean)
+    dataset = Dataset(settings.data, spec.mean, cache=settings.cache_options)
     model, step, notes = load_net(settings, run, device, best)
     classes = dataset.manifest.classes
     if [c.id for c in spec.classes] != [c.id for c in classes]:
         raise SettingsError(
             f"the run in {run.folder} was trained on other classes ({len(spec.classes)}) than those of "
-            f"{settings.data} ({len(classes)}): give the dataset that it was trained on with --data"
+            f"{redact(str(settings.data))} ({len(classes)}): give the dataset that it was trained on "
+            "with --data"
         )
     return TrainedNet(model, settings, dataset, step, notes)
 

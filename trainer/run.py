@@ -22,8 +22,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.documents import ContentError, message_of, read_json
 from pipeline.files import atomic_write, sync_folder
+from pipeline.locations import location_of
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.mixture import change_folders, is_present, read_data, weights_of
+from pipeline.remote_errors import redact
 from pipeline.spec import NET_NAME, NetSpec, SpecError
 from trainer.environment import environment
 from trainer.lock import LockedError, open_locked
@@ -103,7 +105,8 @@ class Run:
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
             NetSpec.from_manifest(manifest, settings.crop, settings.pixel_mean).write(self.folder)
             record = _identity(settings, manifest.fingerprint, whole=True)
-            if not all(folder.is_absolute() for folder in weights_of(settings.data)):
+            folders = (folder for folder in weights_of(settings.data) if isinstance(folder, Path))
+            if not all(folder.is_absolute() for folder in folders):
                 record[_DATA_FROM_RUN] = str(change_folders(settings.data, self._path_from_run))
             _write_json(self.folder / _SETTINGS, record)
         return lock
@@ -216,7 +219,9 @@ class Run:
         recorded = _Recorded(**self.recorded_settings())
         settings = recorded.settings()
         if recorded.data_from_run is not None:
-            data = change_folders(Path(recorded.data_from_run), lambda path: (self.folder / path).resolve())
+            data = change_folders(
+                location_of(recorded.data_from_run), lambda path: (self.folder / path).resolve()
+            )
             if is_present(data):
                 data = change_folders(data, lambda path: Path(os.path.relpath(path)))
                 return settings.model_copy(update={"data": data})
@@ -292,6 +297,8 @@ def _identity(settings: Settings, dataset: str, whole: bool = False) -> dict[str
     dataset: its fingerprint. whole: whether to include the settings that may change.
     """
     chosen = settings.model_dump(mode="json") if whole else settings.identity()
+    if whole:
+        chosen["data"] = redact(chosen["data"])
     return {"dataset": dataset, **chosen}
 
 

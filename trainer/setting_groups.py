@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_settings import NoDecode
+
+from pipeline.locations import Location, location_of
+from pipeline.remote.options import parse_size
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,14 @@ def _crop_of(side: int, settings: ValidationInfo) -> int:
     return side
 
 
+def _location(value: object) -> object:
+    return location_of(value) if isinstance(value, str) else value
+
+
+def _bytes_of(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
 # The upper limits keep every number within what torch, DALI and the system's clocks can represent.
 _MAX = 2**31 - 1
 PositiveInt = Annotated[int, Field(ge=1, le=_MAX)]
@@ -80,6 +91,8 @@ LayerFrom = Annotated[str, AfterValidator(_layer_from)]
 _Intensity = Annotated[float, Field(ge=0, le=255)]
 _RGB = tuple[_Intensity, _Intensity, _Intensity]
 _PositiveRGB = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+_Data = Annotated[Location, BeforeValidator(_location), Metavar("DIR | URL | DIR=WEIGHT,…")]
+_Size = Annotated[int | None, BeforeValidator(_bytes_of), Metavar("SIZE")]
 Form = Literal["grouped", "grouped-s2d", "towers", "towers-s2d", "block-diagonal", "block-diagonal-s2d"]
 
 
@@ -92,10 +105,15 @@ class Group(BaseModel):
 class DataAndRun(Group):
     """Data and run"""
 
-    data: MayChange[Annotated[Path, Metavar("DIR | DIR=WEIGHT,…")]] = Path("shards")
-    """Folder of the packed dataset, or several with the same classes, such as photos=0.7,drawings=0.3. An
-    epoch has as many images as all of them together, divided by these weights; the first one is used for
-    validation."""
+    data: MayChange[_Data] = Path("shards")
+    """Folder or URL of the packed dataset, or several with the same classes, such as
+    photos=0.7,drawings=0.3. An epoch has as many images as all of them together, divided by these weights;
+    the first one is used for validation."""
+    cache: MayChange[Path | None] = None
+    """Folder for the shards of a dataset behind a URL, which all processes of a machine share; by default, a
+    folder in the user's cache."""
+    cache_size: MayChange[_Size] = None
+    """How large the cache may become, such as 200GB; by default, nine tenths of the disk's free space."""
     out: MayChange[Path | None] = None
     """Folder of the run, by default runs/RECIPE. If it already holds this run, the run continues."""
     recipe: MayChange[Annotated[str, Metavar("RECIPE")]] = "paper"

@@ -17,6 +17,7 @@ from pydantic_settings import CliSettingsSource, EnvSettingsSource
 from pydantic_settings import SettingsError as SourceError
 
 from pipeline.documents import ContentError, read_toml
+from pipeline.remote_errors import redact
 from trainer.setting_groups import Group, Metavar
 from trainer.settings import PREFIX, Settings, SettingsError, flag_of, nearest, validated
 
@@ -101,7 +102,7 @@ def load_settings(
 
     def shown(field: str, value: object) -> str:
         """Return a setting and its value in the syntax of where it was set."""
-        text = str(value)
+        text = redact(str(value))
         text = f"{text[:_SHOWN]}…" if len(text) > _SHOWN else text
         if field in variables and field not in flags:
             return f"{PREFIX}{field.upper()}={text} in the environment"

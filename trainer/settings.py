@@ -12,7 +12,9 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pipeline.locations import Location
 from pipeline.mixture import weights_of
+from pipeline.remote.options import CacheOptions
 from trainer.setting_groups import (
     ALEXNET,
     ALEXNET_ONLY,
@@ -74,7 +76,7 @@ class Settings(
 
     @field_validator("data")
     @classmethod
-    def _names_datasets(cls, value: Path) -> Path:
+    def _names_datasets(cls, value: Location) -> Location:
         weights_of(value)
         return value
 
@@ -153,6 +155,11 @@ class Settings(
     def form(self) -> str:
         """The form of the convolutions: `grouped`, as the layers are written, until `auto` is resolved."""
         return "grouped" if self.convolutions == "auto" else self.convolutions
+
+    @property
+    def cache_options(self) -> CacheOptions:
+        """Where shards behind URLs are kept."""
+        return CacheOptions(self.cache, self.cache_size)
 
     @property
     def run_folder(self) -> Path:

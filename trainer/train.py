@@ -82,7 +82,10 @@ class Trainer:
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
         mean = world.broadcast(run.net(settings).mean if world.is_main else None)
-        self.dataset = Dataset(settings.data, mean, processes=read_ranks().local_world_size)
+        processes = read_ranks().local_world_size
+        self.dataset = Dataset(settings.data, mean, processes, settings.cache_options)
+        if self.dataset.storage is not None:
+            self.dataset.storage.on_wait = metrics.record_progress
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
         decoding = build_decoding(settings, world.device)

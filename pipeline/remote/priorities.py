@@ -42,6 +42,11 @@ class Priorities:
         """Have the order computed again, because the uses have changed."""
         self._order = None
 
+    def bytes_of_other_splits(self, split: str) -> int:
+        """Return the size of the shards behind URLs of all splits but one, in bytes."""
+        others = (shards for other, (shards, _) in self._uses.items() if other != split)
+        return sum(shard.record.bytes for shards in others for shard in shards if shard is not None)
+
     def order(self) -> Iterator[tuple[RemoteShard, Room]]:
         """Yield the shards to fetch, most urgent first, and what may be evicted for each."""
         if self._order is None:

@@ -63,6 +63,21 @@ class RemoteShardReader(ShardReader):
 
     # ---- What the plan needs
 
+    def check_window(self, window: int) -> None:
+        """Raise DatasetError if the cache is too small for two windows of shards and the other splits."""
+        sizes = sorted((shard.record.bytes for shard in self.remote if shard), reverse=True)
+        needed = sum(sizes[: 2 * window] if window else sizes)
+        needed += self.storage.priorities.bytes_of_other_splits(self._split_name)
+        if needed > self.storage.cache.size:
+            together = (
+                f"two windows of {window} shards" if window else "shards that are shuffled all together"
+            )
+            raise DatasetError(
+                f"the cache {self.storage.cache.folder} may hold {self.storage.cache.size / 1e9:.3g} GB, but "
+                f"{together} take {needed / 1e9:.3g} GB with those for evaluation: use a larger --cache-size, "
+                f"or {'a smaller' if window else 'a'} --shuffle-window"
+            )
+
     def follow(self, plan: Plan, step: int, rank: int, world: int) -> None:
         """Have the shards fetched in the order in which the processes of this machine need them."""
         ranks = read_ranks()

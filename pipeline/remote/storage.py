@@ -5,10 +5,10 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pipeline.files import atomic_write, read_file
-from pipeline.locations import inside
+from pipeline.locations import inside, name_of
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, write_manifest
 from pipeline.reader import OutageError
 from pipeline.remote.cache import Cache, CacheFullError, RemoteShard
@@ -47,8 +47,7 @@ class RemoteStorage:
 
         Raises DatasetError if the index is missing or damaged, and OSError if it cannot be read or written.
         """
-        name = PurePosixPath(url.partition("?")[0]).name
-        folder = self.cache.folder / f"{name}-{manifest.fingerprint}"
+        folder = self.cache.folder / f"{name_of(url)}-{manifest.fingerprint}"
         record = manifest.split(split)
         with self.cache.locked():  # other processes begin at the same time
             folder.mkdir(parents=True, exist_ok=True)

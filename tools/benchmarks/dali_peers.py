@@ -12,12 +12,13 @@ from nvidia.dali import fn, pipeline_def, types
 from pipeline.checked import CheckedReader
 from pipeline.graph import GraphOptions, augment, jpeg_batch
 from pipeline.loader import Dataset
+from pipeline.locations import inside
 from pipeline.reader import ShardReader
 
 
 def _reader(dataset: Dataset, mapped: bool = True) -> tuple[Any, Any]:
     shards = dataset.manifest.split("train").shards
-    return webdataset_reader([str(dataset.root / shard.file) for shard in shards], mapped)
+    return webdataset_reader([str(inside(dataset.root, shard.file)) for shard in shards], mapped)
 
 
 def webdataset_reader(tars: list[str], mapped: bool = True) -> tuple[Any, Any]:

@@ -165,7 +165,7 @@ class Stages:
         batches = iter(self._train_loader(SCALE if self.resized_crops else None).batches(0))
         stage: Stage = {"loader": partial(loader_peers.rate, batches, self.seconds, device)}
         job = Job(
-            self.settings.data,
+            Path(self.settings.data),
             self.settings.batch,
             self.settings.crop,
             self.decoding.threads,

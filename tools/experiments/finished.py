@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from pipeline.locations import Location
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe, packing, provenance
 from tools.options import command_line
@@ -97,7 +98,7 @@ def open_run(options: argparse.Namespace, *splits: str) -> Finished:
 def open_net(
     folder: Path,
     *splits: str,
-    data: Path | None = None,
+    data: Location | None = None,
     checkpoint: str = "newest",
     device: str = "auto",
 ) -> Finished:

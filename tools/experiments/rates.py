@@ -87,7 +87,7 @@ def sweep(
     """
     if not options.rates:
         return Sweep([], "")
-    epochs, data = trial_epochs(options, settings), hold_out(load_settings(settings).data, folder)
+    epochs, data = trial_epochs(options, settings), hold_out(Path(load_settings(settings).data), folder)
     common = ["--data", str(data), "--seed", "0", "--epochs", str(epochs)]
     pairs = list(product(systems, sorted(set(options.rates))))
     trainings = [

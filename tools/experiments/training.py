@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.locations import Location, name_of
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from tools.experiments.record import TrainedRun
@@ -173,11 +174,11 @@ def _minutes(run: Run) -> float:
     return round(seconds / 60, 4)
 
 
-def packing(data: Path) -> dict[str, Any]:
+def packing(data: Location) -> dict[str, Any]:
     """Return a record's field `dataset`: its fingerprint, and how it was packed."""
     manifest = read_manifest(data)
     return {
-        "name": data.resolve().name,
+        "name": name_of(data),
         "fingerprint": manifest.fingerprint,
         "geometry": manifest.geometry,
         "size": manifest.size,
@@ -185,11 +186,11 @@ def packing(data: Path) -> dict[str, Any]:
     }
 
 
-def describe(data: Path) -> str:
+def describe(data: Location) -> str:
     """Describe a dataset in words."""
     manifest = read_manifest(data)
     train, val = (manifest.split(split).samples for split in ("train", "val"))
     return (
-        f"{data.resolve().name}: {train:,} training and {val:,} validation images of "
+        f"{name_of(data)}: {train:,} training and {val:,} validation images of "
         f"{len(manifest.classes):,} classes, {manifest.size} px, fingerprint {manifest.fingerprint[:12]}"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import Dataset, open_dataset
-from tests.pipeline.remote.bucket import Bucket, serving
+from tests.bucket import Bucket, serving
 from tests.trees import pack_here
 
 

@@ -20,6 +20,7 @@ class Bucket(ThreadingHTTPServer):
 
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
         self.files = {
             str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
         }
