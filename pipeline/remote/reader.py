@@ -73,7 +73,7 @@ class RemoteShardReader(ShardReader):
                 f"two windows of {window} shards" if window else "shards that are shuffled all together"
             )
             raise DatasetError(
-                f"the cache {self.storage.cache.folder} may hold {self.storage.cache.size / 1e9:.3g} GB, but "
+                f"the cache {self.storage.cache.folder} holds {self.storage.cache.size / 1e9:.3g} GB, but "
                 f"{together} take {needed / 1e9:.3g} GB with those for evaluation: use a larger --cache-size, "
                 f"or {'a smaller' if window else 'a'} --shuffle-window"
             )
