@@ -39,7 +39,7 @@ class Priorities:
         self.changed()
 
     def changed(self) -> None:
-        """Have the order computed again, because the uses have changed."""
+        """Note that the order must be computed again, because the uses have changed."""
         self._order = None
 
     def bytes_of_other_splits(self, split: str) -> int:
@@ -47,14 +47,18 @@ class Priorities:
         others = (shards for other, (shards, _) in self._uses.items() if other != split)
         return sum(shard.record.bytes for shards in others for shard in shards if shard is not None)
 
-    def order(self) -> Iterator[tuple[RemoteShard, Room]]:
-        """Yield the shards to fetch, most urgent first, and what may be evicted for each."""
+    def update(self) -> None:
+        """Compute the order again if the uses have changed."""
         if self._order is None:
             self._order = self._sorted()
+
+    def order(self) -> Iterator[tuple[RemoteShard, Room]]:
+        """Yield the shards to fetch, most urgent first, and what may be evicted for each."""
+        self.update()
         for path, shard in list(self.demanded.items()):
             if path not in self.present:
                 yield shard, Room(self._known, [other for other in self._farthest if other != path])
-        for shard in self._order:
+        for shard in self._order or ():
             if shard.path in self.wanted:
                 if shard.path not in self.present:
                     yield shard, Room(self._known, self._spare)

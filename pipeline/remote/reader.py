@@ -1,5 +1,6 @@
 """Read samples of datasets behind URLs, by number, from shards that are fetched into the cache."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,8 +51,10 @@ class RemoteShardReader(ShardReader):
         (root, manifest), *others = local
         self._split_name = split
         super().__init__(root, manifest, split, processes, others)
-        self._samples = [record.samples for _, record in self.shards]
-        self._follow(PassUses(self._samples))
+        self._thread = threading.get_ident()
+        self._in_batch: set[int] = set()  # the shards of the batch that is waited for
+        self._follow(PassUses([record.samples for _, record in self.shards]))
+        storage.readers.add(self)
 
     def _open_shards(self) -> None:
         self._is_open = np.zeros(len(self.shards), bool)
@@ -68,13 +71,12 @@ class RemoteShardReader(ShardReader):
         sizes = sorted((shard.record.bytes for shard in self.remote if shard), reverse=True)
         needed = sum(sizes[: 2 * window] if window else sizes)
         needed += self.storage.priorities.bytes_of_other_splits(self._split_name)
-        if needed > self.storage.cache.size:
-            together = (
-                f"two windows of {window} shards" if window else "shards that are shuffled all together"
-            )
+        cache = self.storage.cache
+        if needed > cache.size:
+            what = f"two windows of {window} shards" if window else "all shards, shuffled together,"
             raise DatasetError(
-                f"the cache {self.storage.cache.folder} holds {self.storage.cache.size / 1e9:.3g} GB, but "
-                f"{together} take {needed / 1e9:.3g} GB with those for evaluation: use a larger --cache-size, "
+                f"the cache {cache.folder} has {cache.size / 1e9:.3g} GB, but {what} and those for "
+                f"evaluation take {needed / 1e9:.3g} GB: use a larger --cache-size, "
                 f"or {'a smaller' if window else 'a'} --shuffle-window"
             )
 
@@ -95,16 +97,18 @@ class RemoteShardReader(ShardReader):
                 uses.step = step
                 self.storage.priorities.changed()
         if self._wanted is not self.storage.priorities.wanted:
-            self._close_unwanted()
+            self.release()
 
     def read_in_order(self, samples: range | None) -> None:
         """Have the shards of a pass over consecutive samples fetched; None ends the pass."""
-        if isinstance(self._uses, PassUses):
-            with self.storage.fetcher.changed:
-                self._uses.remaining = samples
-                self.storage.priorities.changed()
-                self.storage.fetcher.start()
-        self._close_unwanted()
+        uses = self._uses
+        if not isinstance(uses, PassUses) or (samples is not None and uses.is_in_same_shard(samples)):
+            return
+        with self.storage.fetcher.changed:
+            uses.remaining = samples
+            self.storage.priorities.changed()
+            self.storage.fetcher.start()
+        self.release()
 
     def _follow(self, uses: TrainingUses | PassUses) -> None:
         self._uses = uses
@@ -116,12 +120,14 @@ class RemoteShardReader(ShardReader):
                 self.storage.fetcher.start()
         self._wanted = self.storage.priorities.wanted
 
-    def _close_unwanted(self) -> None:
-        """Close the shards that are not needed soon, so that they may be evicted."""
+    def release(self) -> None:
+        """Close the shards that are not needed soon, if this is the thread that reads them."""
+        if self._thread != threading.get_ident():
+            return
         self._wanted = wanted = self.storage.priorities.wanted
         for index in np.flatnonzero(self._is_open).tolist():
             shard = self.remote[index]
-            if shard is not None and shard.path not in wanted:
+            if shard is not None and shard.path not in wanted and index not in self._in_batch:
                 file, self._files[index] = self._files[index], _CLOSED
                 self._is_open[index] = False
                 close_quietly(file)
@@ -130,10 +136,12 @@ class RemoteShardReader(ShardReader):
 
     def read(self, numbers: np.ndarray) -> JpegFiles:
         """Read as `ShardReader` does, once the samples' shards are there."""
+        self._thread = threading.get_ident()
         needed = numbers if self._cache is None else numbers[~self._is_cached[numbers]]
         shards = self.rows["shard"][needed]
         is_open = self._is_open[shards]
         if not is_open.all():
+            self._in_batch = set(shards.tolist())
             self._provide(np.unique(shards[~is_open]).tolist())
         self.storage.counters.sample_hits += int(is_open.sum())
         return super().read(numbers)

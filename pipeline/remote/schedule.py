@@ -91,6 +91,13 @@ class PassUses:
         self.remaining: range | None = None
         self.pause = float("inf")
 
+    def is_in_same_shard(self, samples: range) -> bool:
+        """Return whether samples begin in the same shard as those that remain."""
+        if self.remaining is None:
+            return False
+        first, now = np.searchsorted(self._ends, (self.remaining.start, samples.start), "right")
+        return bool(first == now)
+
     @property
     def soon(self) -> int:
         return len(self._ends) if self.remaining is None else 2

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Protocol
 
 from pipeline.files import atomic_write, read_file
 from pipeline.locations import inside, name_of
@@ -28,6 +29,13 @@ _FULL_SECONDS = 30.0  # for how long it waits for room in the cache, which anoth
 _POLL_SECONDS = 0.5
 
 
+class Releasing(Protocol):
+    """A reader, which holds shards open."""
+
+    def release(self) -> None:
+        """Close the shards that are not needed soon, if this is the thread that reads them."""
+
+
 class RemoteStorage:
     """Mirrors datasets behind URLs into the cache.
 
@@ -39,6 +47,7 @@ class RemoteStorage:
         self.counters, self.priorities, requests = Counters(), Priorities(), Requests(warn)
         self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
         self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
+        self.readers: weakref.WeakSet[Releasing] = weakref.WeakSet()
         self.on_wait: Callable[[], None] = lambda: None
         self.close = weakref.finalize(self, self.fetcher.close)
 
@@ -106,12 +115,19 @@ class RemoteStorage:
                     if self.counters.bytes_fetched != arrived:
                         arrived, last = self.counters.bytes_fetched, now
                     self._check(shards, now - last)
+                    self.release()
                     self.on_wait()
                     self.fetcher.changed.wait(_POLL_SECONDS)
             finally:
                 for shard in shards:
                     self.priorities.demanded.pop(shard.path, None)
                 self.counters.wait_seconds += time.monotonic() - begun
+
+    def release(self) -> None:
+        """Have the readers of this thread close what is not needed soon, so that it may be evicted."""
+        self.priorities.update()
+        for reader in self.readers:
+            reader.release()
 
     def _check(self, shards: list[RemoteShard], seconds: float) -> None:
         """Raise an error if waiting makes no sense. seconds: for how long nothing has arrived."""
