@@ -16,6 +16,7 @@ from pipeline.remote.requests import ClosedError, LostError, Requests
 CONNECTIONS = 8
 PART_BYTES = 8 << 20  # size of a request
 _FETCHES = 3  # of a shard that does not match its checksum, after which it counts as lost
+MISMATCH = "does not match its checksum"
 _IDLE_SECONDS = 1.0  # after which threads without work look again: other processes fetch and evict, too
 _CLOSE_SECONDS = 2.0  # how long to wait for threads to end: a request cannot be interrupted
 
@@ -166,7 +167,7 @@ class Fetcher:
                 return
             self._mismatches[shard.path] += 1
             if self._mismatches[shard.path] == _FETCHES:
-                raise LostError("does not match its checksum")
+                raise LostError(MISMATCH)
             self.requests.retries += 1
             download.begin()
 

@@ -1,7 +1,8 @@
 """Read samples of datasets behind URLs, by number, from shards that are fetched into the cache."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,11 +13,15 @@ from pipeline.plan import Plan
 from pipeline.ranks import read_ranks
 from pipeline.reader import JpegFiles, ShardReader, open_shard
 from pipeline.remote.cache import RemoteShard, lock_for_reading
+from pipeline.remote.fetcher import MISMATCH
+from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses
 from pipeline.remote.storage import RemoteStorage
 from pipeline.remote_errors import redact
+from pipeline.shards import read_checksums
 
 _CLOSED = -1
+_LEAST_SHARE = 4  # of the samples that this machine must need to fetch whole shards, as a divisor
 _UPDATES = 16  # of the order of the shards, while the run reads those that it wants now
 
 
@@ -53,8 +58,18 @@ class RemoteShardReader(ShardReader):
         super().__init__(root, manifest, split, processes, others)
         self._thread = threading.get_ident()
         self._in_batch: set[int] = set()  # the shards of the batch that is waited for
+        self._arrived: dict[tuple[int, int], bytes | str] = {}  # what came by range
+        self._ranges = self._make_ranges(local)
         self._follow(PassUses([record.samples for _, record in self.shards]))
         storage.readers.add(self)
+
+    def _make_ranges(self, sources: Sequence[tuple[Path, Manifest]]) -> SplitRanges | None:
+        """Return the samples as ranges of shards, or None if a dataset has no checksums of them."""
+        found = [read_checksums(root, manifest.split(self._split_name)) for root, manifest in sources]
+        checksums = [each for each in found if each is not None]
+        if len(checksums) < len(found):
+            return None
+        return SplitRanges(self.storage.samples, self.rows, self.remote, np.concatenate(checksums))
 
     def _open_shards(self) -> None:
         self._is_open = np.zeros(len(self.shards), bool)
@@ -87,6 +102,9 @@ class RemoteShardReader(ShardReader):
         if ranks.is_launched and world == ranks.world_size:
             first = rank - ranks.local_rank
             together = range(first, first + ranks.local_world_size)
+        if self._ranges is not None:
+            fits = self.storage.priorities.bytes_of_other_splits("") <= self.storage.cache.size
+            self._ranges.always = not fits and len(together) * _LEAST_SHARE < world
         self._follow(TrainingUses(plan, together, world, step))
 
     def advance(self, step: int) -> None:
@@ -113,7 +131,9 @@ class RemoteShardReader(ShardReader):
     def _follow(self, uses: TrainingUses | PassUses) -> None:
         self._uses = uses
         with self.storage.fetcher.changed:
-            self.storage.priorities.set_uses(self._split_name, self.remote, uses)
+            by_range = self._ranges is not None and self._ranges.always
+            shards = [None] * len(self.remote) if by_range else self.remote
+            self.storage.priorities.set_uses(self._split_name, shards, uses)
             if isinstance(uses, TrainingUses):
                 share = uses.soon / len(self.shards)
                 self._steps_between_updates = int(share * len(self.rows) / _UPDATES / uses.plan.batch) + 1
@@ -128,42 +148,95 @@ class RemoteShardReader(ShardReader):
         for index in np.flatnonzero(self._is_open).tolist():
             shard = self.remote[index]
             if shard is not None and shard.path not in wanted and index not in self._in_batch:
-                file, self._files[index] = self._files[index], _CLOSED
-                self._is_open[index] = False
-                close_quietly(file)
+                self._close(index)
 
     # ---- Reading
 
+    def prefetch(self, numbers: np.ndarray) -> None:
+        """Have samples read or fetched, without waiting for them."""
+        super().prefetch(numbers)
+        if self._ranges is None:
+            return
+        late = self._not_open(numbers)
+        if late.size:
+            with self.storage.fetcher.changed:
+                present = self.storage.priorities.present
+                shards = [self.remote[index] for index in self.rows["shard"][late].tolist()]
+                pairs = zip(late.tolist(), shards, strict=True)
+                absent = [number for number, shard in pairs if shard and shard.path not in present]
+                self._ranges.request(absent)
+
     def read(self, numbers: np.ndarray) -> JpegFiles:
-        """Read as `ShardReader` does, once the samples' shards are there."""
+        """Read as `ShardReader` does, once the samples or their shards are there."""
         self._thread = threading.get_ident()
-        needed = numbers if self._cache is None else numbers[~self._is_cached[numbers]]
-        shards = self.rows["shard"][needed]
-        is_open = self._is_open[shards]
-        if not is_open.all():
-            self._in_batch = set(shards.tolist())
-            self._provide(np.unique(shards[~is_open]).tolist())
-        self.storage.counters.sample_hits += int(is_open.sum())
+        self._arrived.clear()
+        late = self._not_open(numbers)
+        self.storage.counters.sample_hits += len(numbers) - len(late)
+        if late.size:
+            self._in_batch = set(self.rows["shard"][numbers].tolist())
+            self._provide(late)
         return super().read(numbers)
 
-    def _provide(self, indices: list[int]) -> None:
-        """Open shards, after waiting until they are there. Those that are lost stay closed."""
-        missing = [index for index in indices if not self._open(index)]
-        self.storage.counters.shard_hits += len(indices) - len(missing)
-        self.storage.counters.shard_misses += len(missing)
-        if missing:
-            shards = [shard for index in missing if (shard := self.remote[index]) is not None]
-            self.storage.wait(lambda: self._have_opened(missing), shards)
+    def _not_open(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the samples that must be read, and whose shards are not open."""
+        if self._cache is not None:
+            numbers = numbers[~self._is_cached[numbers]]
+        return numbers[~self._is_open[self.rows["shard"][numbers]]]
 
-    def _have_opened(self, indices: list[int]) -> bool:
-        """Open those of the shards that are there, and return whether it was all of them."""
-        return sum(map(self._open, indices)) == len(indices)
+    def _provide(self, numbers: np.ndarray) -> None:
+        """Wait until the shards of samples are open, or the samples have arrived, or neither will happen."""
+        of = dict(zip(numbers.tolist(), self.rows["shard"][numbers].tolist(), strict=True))
+        opened = self._open_shards_of(set(of.values()))
+        late = [number for number in of if of[number] not in opened]
+        counters = self.storage.counters
+        counters.shard_hits += len(opened)
+        counters.shard_misses += len(set(of.values())) - len(opened)
+        counters.sample_hits += len(of) - len(late)
+        counters.sample_misses += len(late)
+
+        def is_ready() -> bool:
+            opened = self._open_shards_of({of[number] for number in late})
+            late[:] = [number for number in late if of[number] not in opened and not self._take(number)]
+            refused = late
+            if self._ranges is not None:
+                self._ranges.request([number for number in late if self._is_lost(of[number])], unlimited=True)
+                refused = self._ranges.request(late)
+            self.storage.demand(self._shards(of[number] for number in refused))
+            return not late
+
+        if late:
+            self.storage.wait(is_ready, self._shards(of[number] for number in late))
+
+    def _is_lost(self, index: int) -> bool:
+        shard = self.remote[index]
+        return shard is not None and shard.path in self.storage.fetcher.lost
+
+    def _shards(self, indices: Iterable[int]) -> list[RemoteShard]:
+        return [shard for index in sorted(set(indices)) if (shard := self.remote[index]) is not None]
+
+    def _take(self, number: int) -> bool:
+        """Take a sample that has arrived by range, and return whether it has."""
+        if self._ranges is None:
+            return False
+        found = self._ranges.samples.take(self._ranges.part(number))
+        if found is None:
+            return False
+        shard, offset, *_ = self.rows[number].tolist()
+        self._arrived[shard, offset] = found
+        return True
+
+    def _open_shards_of(self, indices: set[int]) -> set[int]:
+        """Open those of the shards that are there; return them, and those that are lost for good."""
+        return {index for index in indices if self._open(index)}
 
     def _open(self, index: int) -> bool:
         """Open a shard if it is there, and return whether no more can be done for it."""
         shard = self.remote[index]
-        if self._is_open[index] or shard is None or shard.path in self.storage.fetcher.lost:
+        if self._is_open[index] or shard is None:
             return True
+        lost = self.storage.fetcher.lost.get(shard.path)
+        if lost is not None:  # what is intact in a damaged shard can still be fetched
+            return self._ranges is None or lost != MISMATCH
         try:
             file = open_shard(shard.path, shard.record)
         except DatasetError:  # not there, or damaged since it was fetched
@@ -176,15 +249,42 @@ class RemoteShardReader(ShardReader):
         self._is_open[index] = True
         return True
 
+    def _close(self, index: int) -> None:
+        file, self._files[index] = self._files[index], _CLOSED
+        self._is_open[index] = False
+        close_quietly(file)
+
     def _read_with_retries(self, shard: int, target: memoryview, offset: int) -> str | None:
         remote = self.remote[shard]
         if remote is None:
             return super()._read_with_retries(shard, target, offset)
-        if not self._is_open[shard]:
-            self._provide([shard])
-        if not self._is_open[shard]:
-            return f"cannot be read: the shard {self.storage.fetcher.lost[remote.path]}"
-        return super()._read_with_retries(shard, target, offset)
+        for _ in range(2):
+            found = self._arrived.get((shard, offset))
+            if isinstance(found, bytes) and len(found) == len(target):
+                target[:] = found
+                return None
+            if isinstance(found, str):
+                return f"cannot be read: it {found}"
+            if not self._is_open[shard]:
+                self._wait_for_shard(shard)
+            if not self._is_open[shard]:
+                return f"cannot be read: the shard {self.storage.fetcher.lost[remote.path]}"
+            failure = super()._read_with_retries(shard, target, offset)
+            if failure is None:
+                return None
+            self._close(shard)  # it was damaged in the cache: fetch it again
+            self.storage.cache.evict(remote.path)
+        return failure
+
+    def _wait_for_shard(self, index: int) -> None:
+        """Wait until a shard is open or lost."""
+        shards = self._shards([index])
+
+        def is_ready() -> bool:
+            self.storage.demand(shards)
+            return self._open(index) or shards[0].path in self.storage.fetcher.lost
+
+        self.storage.wait(is_ready, shards)
 
     def location(self, number: int) -> str:
         row = self.rows[number]

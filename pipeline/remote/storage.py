@@ -18,6 +18,7 @@ from pipeline.remote.fetcher import Fetcher, warn
 from pipeline.remote.options import CacheOptions
 from pipeline.remote.priorities import Priorities
 from pipeline.remote.requests import FatalError, Requests
+from pipeline.remote.samples import Samples
 from pipeline.remote_errors import redact
 from pipeline.retry import print_to_stderr, with_retries
 from pipeline.storage import read_once
@@ -47,6 +48,7 @@ class RemoteStorage:
         self.counters, self.priorities, requests = Counters(), Priorities(), Requests(warn)
         self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
         self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
+        self.samples = Samples(requests, self.counters, self.fetcher.changed)
         self.readers: weakref.WeakSet[Releasing] = weakref.WeakSet()
         self.on_wait: Callable[[], None] = lambda: None
         self.close = weakref.finalize(self, self.fetcher.close)
@@ -63,6 +65,8 @@ class RemoteStorage:
             if not (folder / MANIFEST_NAME).exists():
                 write_manifest(folder, manifest)
             self._mirror_file(url, folder, record.index, record.index_sha256)
+            if record.checksums is not None and record.checksums_sha256 is not None:
+                self._mirror_file(url, folder, record.checksums, record.checksums_sha256)
         return folder
 
     def _mirror_file(self, url: str, folder: Path, name: str, digest: str) -> None:
@@ -91,24 +95,25 @@ class RemoteStorage:
         ]
 
     def demand(self, shards: list[RemoteShard]) -> None:
-        """Have shards fetched before all others. The fetcher's lock must be held."""
-        for shard in shards:
-            self.priorities.demanded.setdefault(shard.path, shard)
-            if shard.path in self.priorities.present and not shard.path.exists():
+        """Have shards fetched before all others, while a batch waits. The fetcher's lock must be held."""
+        new = [shard for shard in shards if shard.path not in self.priorities.demanded]
+        for shard in new:
+            self.priorities.demanded[shard.path] = shard
+            if not shard.path.exists():
                 self.priorities.present.discard(shard.path)  # another process has evicted it
-        self.fetcher.start()
-        self.fetcher.wake()
+        if new:
+            self.fetcher.start()
+            self.fetcher.wake()
 
     def wait(self, is_ready: Callable[[], bool], shards: list[RemoteShard]) -> None:
         """Wait until `is_ready`, which is called with the fetcher's lock held.
 
-        shards: those that are waited for. Raises OutageError if nothing arrives for OUTAGE_SECONDS, and
+        shards: those that it depends on. Raises OutageError if nothing arrives for OUTAGE_SECONDS, and
         DatasetError or OSError if the cache is full or cannot be written.
         """
         begun = last = time.monotonic()
         arrived = self.counters.bytes_fetched
         with self.fetcher.changed:
-            self.demand(shards)
             try:
                 while not is_ready():
                     now = time.monotonic()
@@ -131,6 +136,8 @@ class RemoteStorage:
 
     def _check(self, shards: list[RemoteShard], seconds: float) -> None:
         """Raise an error if waiting makes no sense. seconds: for how long nothing has arrived."""
+        if self.samples.problem is not None:
+            raise self.samples.problem
         for shard in shards:
             problem = self.fetcher.problems.get(shard.path)
             if problem is None or (isinstance(problem, CacheFullError) and seconds < _FULL_SECONDS):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.remote.samples import Samples
 from tests.bucket import Bucket, serving
 from tests.trees import pack_here
 
@@ -16,6 +17,12 @@ def many_shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("many")
     pack_here("--input", pictures, "--out", output, "--size", "80", "--shard-samples", "5")
     return output
+
+
+@pytest.fixture
+def _whole_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all samples wait for their shards."""
+    monkeypatch.setattr(Samples, "room", 0)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def test_evaluations_give_the_batches_of_the_local_dataset(many_shards, remote):
     assert_same_batches(passes(remote()), passes(open_dataset(many_shards)))
 
 
+@pytest.mark.usefixtures("_whole_shards")
 def test_each_shard_is_fetched_once_and_used_again_by_the_next_run(bucket, remote):
     train_batches(remote(), steps=12)
     shards = {name: len(content) for name, content in bucket.files.items() if name.startswith("train-0")}

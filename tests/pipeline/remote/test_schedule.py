@@ -115,7 +115,7 @@ def batches(dataset, steps=20):
     return found
 
 
-@pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory")
+@pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory", "_whole_shards")
 def test_a_cache_that_is_smaller_than_the_dataset_is_never_larger_and_gives_the_same_batches(
     many_shards, bucket, remote, tmp_path
 ):
