@@ -130,6 +130,12 @@ class Cache:
             raise
         return partial
 
+    def remove(self, path: Path) -> None:
+        """Delete a shard that is damaged, even if processes read it; they go on with what they have open."""
+        with suppress(OSError):
+            path.unlink()
+        self._on_eviction(path)
+
     def evict(self, path: Path) -> bool:
         """Delete a shard unless a process reads it, and return whether it has been deleted."""
         try:

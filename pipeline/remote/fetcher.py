@@ -162,13 +162,14 @@ class Fetcher:
         with self.changed:
             if matches:
                 self._downloads.pop(shard.path, None)
+                self._mismatches.pop(shard.path, None)
                 self.counters.shards_fetched += 1
                 self._arrived(shard.path)
                 return
             self._mismatches[shard.path] += 1
             if self._mismatches[shard.path] == _FETCHES:
                 raise LostError(MISMATCH)
-            self.requests.retries += 1
+            self.requests.count_retry()
             download.begin()
 
     def _arrived(self, path: Path) -> None:

@@ -237,10 +237,12 @@ class RemoteShardReader(ShardReader):
         lost = self.storage.fetcher.lost.get(shard.path)
         if lost is not None:  # what is intact in a damaged shard can still be fetched
             return self._ranges is None or lost != MISMATCH
+        if not shard.path.exists():
+            return False
         try:
             file = open_shard(shard.path, shard.record)
-        except DatasetError:  # not there, or damaged since it was fetched
-            self.storage.cache.evict(shard.path)
+        except DatasetError:  # damaged since it was fetched
+            self.storage.cache.remove(shard.path)
             return False
         if not lock_for_reading(file):
             close_quietly(file)
@@ -273,7 +275,7 @@ class RemoteShardReader(ShardReader):
             if failure is None:
                 return None
             self._close(shard)  # it was damaged in the cache: fetch it again
-            self.storage.cache.evict(remote.path)
+            self.storage.cache.remove(remote.path)
         return failure
 
     def _wait_for_shard(self, index: int) -> None:

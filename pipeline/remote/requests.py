@@ -12,6 +12,7 @@ from threading import Event, Lock
 
 from pipeline.duration import duration
 from pipeline.manifest import DatasetError
+from pipeline.remote.counters import Counters
 from pipeline.remote_errors import host_of, redact
 from pipeline.retry import StorageError
 from pipeline.storage import file_system, read_once
@@ -39,12 +40,12 @@ class ClosedError(Exception):
 class Requests:
     """Makes the requests of a process from several threads.
 
-    warn: called with a message when requests begin to fail repeatedly, and when none does any more. retries:
-    the number of requests that were repeated. problem: why one of them failed last, or an empty string.
+    warn: called with a message when requests begin to fail repeatedly, and when none does any more.
+    counters: where repeated requests are counted. problem: why one of them failed last, or an empty string.
     """
 
-    def __init__(self, warn: Callable[[str], None]):
-        self.warn, self.retries, self.problem = warn, 0, ""
+    def __init__(self, warn: Callable[[str], None], counters: Counters):
+        self.warn, self.counters, self.problem = warn, counters, ""
         self.closed = Event()
         self._lock = Lock()
         self._failing: set[object] = set()  # the requests that have failed several times
@@ -61,7 +62,8 @@ class Requests:
                 try:
                     return self._attempt(url, offset, size)
                 except OSError as error:
-                    short_answers += isinstance(error, StorageError) and error.reason == _SHORT
+                    is_short = isinstance(error, StorageError) and error.reason == _SHORT
+                    short_answers = short_answers + 1 if is_short else 0
                     if short_answers == _SHORT_ANSWERS:
                         raise LostError("ends too early") from None
                     wait = self._pause(error, attempt)
@@ -71,6 +73,11 @@ class Requests:
             raise ClosedError
         finally:
             self._ended(request, url)
+
+    def count_retry(self) -> None:
+        """Count a request that is repeated because of what it brought."""
+        with self._lock:
+            self.counters.retries += 1
 
     def _attempt(self, url: str, offset: int, size: int) -> bytes:
         try:
@@ -97,7 +104,7 @@ class Requests:
 
     def _failed(self, request: object, error: OSError, attempt: int) -> None:
         with self._lock:
-            self.retries += 1
+            self.counters.retries += 1
             self.problem = str(error)
             if attempt != _ATTEMPTS_UNSAID:
                 return

@@ -45,7 +45,8 @@ class RemoteStorage:
     """
 
     def __init__(self, options: CacheOptions):
-        self.counters, self.priorities, requests = Counters(), Priorities(), Requests(warn)
+        self.counters, self.priorities = Counters(), Priorities()
+        requests = Requests(warn, self.counters)
         self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
         self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
         self.samples = Samples(requests, self.counters, self.fetcher.changed)
