@@ -222,19 +222,24 @@ class ShardReader:
                 f"the tar header before {self.location(number)} {failure}: copy the shard again"
             )
         try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            return key_in_header(block)
         except tarfile.HeaderError:
             raise DatasetError(
                 f"there is no tar header before {self.location(number)}: copy the shard again"
             ) from None
-        folder, slash, name = header.name.rpartition("/")
-        return folder + slash + name.partition(".")[0]
 
     def location(self, number: int) -> str:
         """Describe where a sample is, for messages: its shard, and the offset of its JPEG in bytes."""
         row = self.rows[number]
         path, _ = self.shards[row["shard"]]
         return f"{path} at byte {row['offset']}"
+
+
+def key_in_header(block: bytes | bytearray) -> str:
+    """Return the key of the sample whose tar header this is. Raises tarfile.HeaderError if it is none."""
+    header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    folder, slash, name = header.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
 
 
 def _read_rows(root: Path, manifest: Manifest, split: str) -> np.ndarray:

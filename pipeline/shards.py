@@ -135,7 +135,7 @@ def dali_index(locations: Sequence[SampleLocation]) -> bytes:
     return f"v1.2 {len(locations)}\n{''.join(lines)}".encode()
 
 
-def checksum(jpeg: bytes | memoryview | np.ndarray) -> bytes:
+def checksum(jpeg: bytes | memoryview) -> bytes:
     """Return the checksum of a sample: the first CHECKSUM_BYTES of the SHA-256 of its JPEG."""
     return sha256(jpeg).digest()[:CHECKSUM_BYTES]
 

@@ -69,7 +69,13 @@ def size_of(file: str) -> int:
     """Return the size of a file behind a URL, in bytes. Raises OSError."""
     with as_os_error(file):
         fs, path = file_system(file)
-        size = fs.size(path)
+        try:
+            size = fs.size(path)
+        except FileNotFoundError as error:
+            cause = error.__cause__
+            if cause is None or not _is_http(file) or getattr(cause, "status", None) == 404:
+                raise
+            raise cause from None  # fsspec calls every file missing whose request fails
     if size is None:
         raise StorageError(f"{redact(file)}: the server does not say how large it is", transient=False)
     return size
@@ -98,13 +104,17 @@ def file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.Abstrac
     if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
-    if name.startswith(("http://", "https://")):
+    if _is_http(name):
         from aiohttp import ClientTimeout
 
         options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
         if max_bytes is not None:
             options["client_kwargs"]["trace_configs"] = [_size_limit(max_bytes)]
     return url_to_fs(name, **options)
+
+
+def _is_http(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
 
 
 @cache  # because fsspec compares options by their representation, to use a connection again

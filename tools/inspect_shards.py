@@ -1,6 +1,6 @@
 """Show what a packed dataset contains: classes, sizes, samples and duplicates.
 
-    alexnet-train inspect-shards --data shards --out report
+    alexnet-train inspect-shards --data shards --out report       # or --data s3://bucket/shards
 
 This writes report.md with classes.png, sizes.png and samples.png; classes.tsv with the number of samples in
 each class; and duplicates.tsv with the samples that occur more than once, byte for byte after packing.
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +23,13 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import path_in_errors
+from pipeline.locations import Location, location_of
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.output import secure
 from pipeline.packing.workers import WorkersError, translate_thread_errors
-from pipeline.reader import ShardReader
+from pipeline.remote_errors import reason_in_full
+from tools.inspecting.remote import CONNECTIONS, Reader, open_reader
 from tools.options import natural, refuse_old_name
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files list all of them
@@ -39,7 +41,7 @@ class OpenDataset:
     """An open dataset. counts: for each split, the number of samples of each class, [classes]."""
 
     manifest: Manifest
-    readers: dict[str, ShardReader]
+    readers: dict[str, Reader]
     counts: dict[str, np.ndarray]
 
 
@@ -55,10 +57,10 @@ class Copy(NamedTuple):
 Groups = list[list[Copy]]
 
 
-def open_dataset(root: Path) -> OpenDataset:
-    """Open a dataset. Raises DatasetError if it is missing or damaged."""
+def open_dataset(root: Location) -> OpenDataset:
+    """Open a dataset. Raises DatasetError if it is missing or damaged, and OSError."""
     manifest = read_manifest(root)
-    readers = {split: ShardReader(root, manifest, split) for split in manifest.splits}
+    readers = {split: open_reader(root, manifest, split) for split in manifest.splits}
     counts = {
         split: np.bincount(reader.rows["label"], minlength=len(manifest.classes))
         for split, reader in readers.items()
@@ -66,13 +68,13 @@ def open_dataset(root: Path) -> OpenDataset:
     return OpenDataset(manifest, readers, counts)
 
 
-def find_duplicates(readers: dict[str, ShardReader], threads: int) -> Groups:
+def find_duplicates(readers: dict[str, Reader], threads: int) -> Groups:
     """Find the groups of samples with the same bytes, in the order of their first samples.
 
     Threads suffice, because hashing releases Python's global interpreter lock.
     """
 
-    def digests(part: tuple[ShardReader, range]) -> bytes:
+    def digests(part: tuple[Reader, range]) -> bytes:
         reader, numbers = part
         reader.prefetch(np.array(numbers))
         jpegs = reader.jpegs(np.array(numbers))
@@ -226,14 +228,19 @@ def _write_tsv(path: Path, head: Iterable[str], rows: Iterable[Iterable]) -> Non
         csv.writer(file, "excel-tab", lineterminator="\n").writerows([head, *rows])
 
 
-def inspect(data: Path, output: Path, seed: int, threads: int) -> Groups:
+def inspect(data: Location, output: Path, seed: int, threads: int) -> Groups:
     """Write the report and return the duplicates. Raises DatasetError or OSError."""
     dataset = open_dataset(data)
-    groups = find_duplicates(dataset.readers, threads)
+    groups = find_duplicates(dataset.readers, threads if isinstance(data, Path) else CONNECTIONS)
     output.mkdir(parents=True, exist_ok=True)
     with path_in_errors(output):
-        _write(dataset, groups, data.resolve().name, output, seed)
+        _write(dataset, groups, _name_of(data), output, seed)
     return groups
+
+
+def _name_of(data: Location) -> str:
+    """Return the name of the folder that the dataset is in."""
+    return data.resolve().name if isinstance(data, Path) else PurePosixPath(data.partition("?")[0]).name
 
 
 def _write(dataset: OpenDataset, groups: Groups, name: str, output: Path, seed: int) -> None:
@@ -267,7 +274,7 @@ def main() -> None:
     secure()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="folder of the packed dataset")
+    add("--data", type=location_of, required=True, metavar="DIR", help="folder or URL of the packed dataset")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write the report to")
     refuse_old_name(parser, "--output", "--out")
     add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
@@ -278,7 +285,7 @@ def main() -> None:
     except (DatasetError, WorkersError) as error:
         sys.exit(f"inspect-shards: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.data}: {error.strerror or error}"
+        reason = reason_in_full(error, options.data)
         sys.exit(f"inspect-shards: {reason}: fix the cause and run the same command again")
     print(f"{options.out / 'report.md'}: groups of duplicates: {len(groups):,}")
 

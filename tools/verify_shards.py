@@ -85,8 +85,8 @@ def check_shards(
             for array in (rows[name], checksums[name])
         ]
         tasks += [
-            (name, ShardCheck(root, shard, *own, len(manifest.classes), decode, manifest.in_place))
-            for shard, *own in zip(split.shards, *parts, strict=True)
+            (name, ShardCheck(root, shard, own, sums, len(manifest.classes), decode, manifest.in_place))
+            for shard, own, sums in zip(split.shards, *parts, strict=True)
         ]
     with (
         Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
@@ -174,11 +174,11 @@ def _repair_arrays(
         digest = write_array(root / split.index, index)
         split = split.model_copy(update={"index_sha256": digest})
         written.append(split.index)
-    whole = np.concatenate([found.checksums for found in findings])
-    if split.checksums is not None and (checksums is None or not np.array_equal(checksums, whole)):
-        digest = write_array(root / split.checksums, whole)
+    whole, name = np.concatenate([found.checksums for found in findings]), split.checksums
+    if name is not None and (checksums is None or not np.array_equal(checksums, whole)):
+        digest = write_array(root / name, whole)
         split = split.model_copy(update={"checksums_sha256": digest})
-        written.append(split.checksums)
+        written.append(name)
     return split, written
 
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from pipeline.reader import ShardReader
+from tools.inspecting.remote import Reader
 
 TILES = 100  # maximum on the contact sheet
 TILE = 128  # pixels
@@ -71,7 +71,7 @@ def draw_sizes(path: Path, rows: dict[str, np.ndarray]) -> None:
     _save(figure, path)
 
 
-def draw_samples(path: Path, names: list[str], reader: ShardReader, seed: int) -> None:
+def draw_samples(path: Path, names: list[str], reader: Reader, seed: int) -> None:
     """Draw a contact sheet of randomly chosen samples: as many per class as fit, at most ten.
 
     If there are more classes than TILES, it shows one sample of each of TILES random classes.

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.files import path_in_errors, read_fully
 from pipeline.locations import Location, inside
-from pipeline.manifest import HEAD_BYTES
+from pipeline.manifest import HEAD_BYTES, MANIFEST_NAME
 from pipeline.packing.storage import read
 from pipeline.packing.workers import warn
 from pipeline.retry import StorageError, is_outage, with_retries
@@ -68,7 +68,8 @@ def check_shard(task: ShardCheck) -> Findings:
 
 
 def _add_unreadable(found: Findings, task: ShardCheck, file: str, error: OSError) -> None:
-    if is_outage(error) or not is_accessible(str(task.root)):
+    place = task.root if isinstance(task.root, Path) else inside(task.root, MANIFEST_NAME)
+    if is_outage(error) or not is_accessible(str(place)):
         raise error
     if isinstance(error, FileNotFoundError):
         found.add(file, "is missing")

@@ -5,8 +5,11 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline.packing.storage import read
+from pipeline.packing.workers import warn
+from pipeline.retry import with_retries
 from pipeline.storage import size_of
 
 _PART_BYTES = 8 << 20  # size of a request
@@ -18,7 +21,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str, executor: ThreadPoolExecutor):
         self._url, self._executor = url, executor
-        self.size = size_of(url)
+        self.size = with_retries(partial(size_of, url), warn)
         self._offsets = iter(range(0, self.size, _PART_BYTES))
         self._parts: deque[Future[bytes]] = deque()
         self._current = memoryview(b"")

@@ -49,8 +49,8 @@ class FaultyServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, Fault] = {}
         self.requests: Counter[str] = Counter()
@@ -61,8 +61,8 @@ class FaultyServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[FaultyServer]:
-    with FaultyServer() as server:
+def serving(handler: type[Handler] = Handler) -> Iterator[FaultyServer]:
+    with FaultyServer(handler) as server:
         Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
