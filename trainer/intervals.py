@@ -20,7 +20,7 @@ class Intervals:
 
     def __init__(self, world: World, learner: Learner, journal: Journal, health: Health):
         self.world, self.learner, self.journal, self.health = world, learner, journal, health
-        self.meter = Meter(world)
+        self.meter = Meter(world, lambda: journal.metrics.storage_wait_seconds)
         self._unreported: Callable[[], None] | None = None
 
     def end(self, step: int, epoch: float, learning_rate: float) -> None:

@@ -86,6 +86,7 @@ class Trainer:
         self.dataset = Dataset(settings.data, mean, processes, settings.cache_options)
         if self.dataset.storage is not None:
             self.dataset.storage.on_wait = metrics.record_progress
+            metrics.follow_storage(self.dataset.storage.counters)
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
         decoding = build_decoding(settings, world.device)

@@ -36,7 +36,13 @@ ROWS = {
     "Run": rows.run,
     "Packing": packing.packing,
 }
-VERDICTS = {"mixed": GREY, "compute-bound": GREEN, "input-bound": VERMILLION, "host gap": PURPLE}
+VERDICTS = {
+    "mixed": GREY,
+    "compute-bound": GREEN,
+    "input-bound": VERMILLION,
+    "host gap": PURPLE,
+    "storage-bound": VERMILLION,
+}
 
 
 def first_screen() -> list:
@@ -46,7 +52,7 @@ def first_screen() -> list:
         "none",
         "compute-bound: the device is busy 95 % of the time, the best case. input-bound: it waits 5 % of the "
         "time or more, and less than half of the batches are ready; more threads, a faster disk or smaller "
-        "images help. host gap: "
+        "images help. storage-bound: the same, because shards arrive too slowly from the bucket. host gap: "
         "it is idle although batches are ready; a larger batch or --compile helps. mixed: none of these.",
         12,
         8,

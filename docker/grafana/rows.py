@@ -16,6 +16,7 @@ def bottleneck() -> list:
         "avg(rate(alexnet_activity_seconds_total"
         '{job="$job",instance=~"$instance",activity="%s"}[$__rate_interval]))'
     )
+    of_process = '{job="$job",instance=~"$instance"}[$__rate_interval]'
     return [
         curves(
             "Images/s against the ceilings",
@@ -38,7 +39,8 @@ def bottleneck() -> list:
             },
             RATIO,
             "Busy at least 95 %: compute-bound. Otherwise, ready below 50 % and input wait at least 5 %: "
-            "input-bound; ready at least 95 %: host gap.",
+            "input-bound, or storage-bound if reads waited for the bucket half of that time; ready at least "
+            "95 %: host gap.",
             12,
         ),
         buckets(
@@ -62,6 +64,28 @@ def bottleneck() -> list:
             "--prefetch.",
             12,
             log=True,
+        ),
+        curves(
+            "Fetched from the bucket",
+            {"{{instance}}": "sum by (instance) (rate(alexnet_storage_bytes_total" + of_process + "))"},
+            "Bps",
+            "Bytes of shards and samples that arrive, with --data and a URL. At the link's limit while "
+            "storage-bound: only a larger --cache-size or a faster link helps.",
+            12,
+        ),
+        curves(
+            "Cache of the bucket",
+            {
+                "waiting": 'job:alexnet_storage_wait:ratio5m{job="$job"}',
+                "{{result}}": "sum by (result) (rate(alexnet_storage_shard_lookups_total" + of_process + "))",
+                "evictions": "sum(rate(alexnet_storage_evictions_total" + of_process + "))",
+                "retries": "sum(rate(alexnet_storage_retries_total" + of_process + "))",
+            },
+            "none",
+            "Waiting: seconds of waiting for storage per second of training. Shards that were in the cache "
+            "(hit) or not (miss), evictions and repeated requests: per second. Retries mean that the storage "
+            "throttles or fails.",
+            12,
         ),
         stacked(
             curves(

@@ -67,6 +67,8 @@ def test_the_rules_use_the_thresholds_of_the_verdict():
     assert busy == {meter.COMPUTE_BOUND_BUSY}
     assert ready == {meter.INPUT_BOUND_READY, meter.HOST_GAP_READY}
     assert wait == {meter.INPUT_BOUND_WAIT}
+    (storage,) = re.findall(r"job:alexnet_storage_wait:ratio5m >= bool ([\d.]+) \* job:alexnet_wait", rules)
+    assert float(storage) == meter.STORAGE_BOUND_WAIT
 
 
 def test_the_configuration_the_targets_and_the_rules_are_valid(binaries, tmp_path):

@@ -15,6 +15,8 @@ COMPUTE_BOUND_BUSY = 0.95  # the device is the limit if it is busy for at least 
 # The input is the limit if a smaller fraction of the batches was ready, and the loop waited for at least this
 # fraction of the time: without the second, waits of 2 ms before steps of 100 ms would count.
 INPUT_BOUND_READY, INPUT_BOUND_WAIT = 0.5, 0.05
+# Then the storage behind a URL is the limit if batches waited for it for at least this fraction of that time.
+STORAGE_BOUND_WAIT = 0.5
 HOST_GAP_READY = 0.95  # the input is not the limit if at least this fraction of the batches was ready
 
 
@@ -26,7 +28,8 @@ class Interval:
     images. error: fraction of them whose top-1 prediction is wrong. seconds: duration by the device's clock.
 
     The other values are of this process alone. wait_seconds: host time blocked on the loader. busy_seconds:
-    device time spent in steps. ready: number of batches that were ready when requested.
+    device time spent in steps. ready: number of batches that were ready when requested. storage_wait_seconds:
+    time that the loader's reads waited for storage behind a URL, also while the loop did not wait.
     """
 
     steps: int
@@ -37,6 +40,7 @@ class Interval:
     wait_seconds: float
     busy_seconds: float
     ready: int
+    storage_wait_seconds: float = 0.0
 
     @property
     def images_per_second(self) -> float:
@@ -52,26 +56,32 @@ class Interval:
         if self.busy_seconds >= COMPUTE_BOUND_BUSY * self.seconds:
             return "compute-bound"
         if self.ready < INPUT_BOUND_READY * self.steps and self.wait_ratio >= INPUT_BOUND_WAIT:
-            return "input-bound"
+            is_storage = self.storage_wait_seconds >= STORAGE_BOUND_WAIT * self.wait_seconds
+            return "storage-bound" if is_storage else "input-bound"
         return "host gap" if self.ready >= HOST_GAP_READY * self.steps else "mixed"
 
 
 class Meter:
-    """Sums losses and errors on the device; `harvest` copies the sums to the host once per interval."""
+    """Sums losses and errors on the device; `harvest` copies the sums to the host once per interval.
 
-    def __init__(self, world: World):
-        self.world = world
+    storage_wait: returns the time that reads have waited for storage behind a URL so far, in seconds.
+    """
+
+    def __init__(self, world: World, storage_wait: Callable[[], float] = lambda: 0.0):
+        self.world, self._storage_wait = world, storage_wait
         self.restart()
         self._reset()
 
     def restart(self) -> None:
         """Restart the clock of the interval, to exclude a pause in training such as an evaluation."""
         self._start = DeviceEvent(self.world.device)
+        self._storage_before = self._storage_wait()
 
     def _reset(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self._steps = self._images = self._ready = 0
         self._wait_seconds = 0.0
+        self._storage_before = self._storage_wait()
         self._busy: list[tuple[DeviceEvent, DeviceEvent]] = []
 
     def add_wait(self, seconds: float) -> None:
@@ -106,6 +116,7 @@ class Meter:
         start, end, busy = self._start, DeviceEvent(self.world.device), self._busy
         steps, images = self._steps, self._images * self.world.size
         wait_seconds, ready = self._wait_seconds, self._ready
+        storage_wait_seconds = self._storage_wait() - self._storage_before
 
         def read() -> tuple[Interval, list[float]]:
             end.wait()
@@ -119,6 +130,7 @@ class Meter:
                 wait_seconds=wait_seconds,
                 busy_seconds=sum(done.seconds_since(begun) for begun, done in busy),
                 ready=ready,
+                storage_wait_seconds=storage_wait_seconds,
             )
             return interval, others
 

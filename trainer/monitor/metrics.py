@@ -23,8 +23,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
+from pipeline.remote.counters import Counters
 from trainer.monitor.meter import READY_SECONDS, Interval
 
 PHASES = ("train", "eval")
@@ -110,6 +113,8 @@ class Metrics:
         self._ceiling = gauge(
             "ceiling_images_per_second", "Throughput of this process's loader or model on its own.", "path"
         )
+        self._storage = _StorageCollector()
+        registry.register(self._storage)
         self._run_info = Info("alexnet_run", "Description of the run.", registry=registry)
         self.about: dict[str, str] = {}  # the labels of alexnet_run_info
         ProcessCollector(registry=registry)
@@ -164,6 +169,15 @@ class Metrics:
         """Record the throughput of the `loader` or the `model` on its own."""
         self._ceiling.labels(path).set(images_per_second)
 
+    def follow_storage(self, counters: Counters) -> None:
+        """Export what is fetched from storage behind URLs. counters: read at each scrape."""
+        self._storage.counters = counters
+
+    @property
+    def storage_wait_seconds(self) -> float:
+        """The time that reads have waited for storage behind a URL so far."""
+        return self._storage.counters.wait_seconds
+
     def describe(self, about: Mapping[str, str]) -> None:
         """Record a description of the run, as the labels of alexnet_run_info."""
         # A path may contain bytes that are not UTF-8, which the server cannot send.
@@ -193,6 +207,35 @@ class Metrics:
             yield
         finally:
             self._activity[name].inc(time.monotonic() - start)
+
+
+class _StorageCollector(Collector):
+    """Reads the counters of the storage behind URLs only when they are scraped; they are 0 without any."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self.counters
+        totals = {
+            "bytes": ("Bytes fetched.", counters.bytes_fetched),
+            "shards": ("Shards fetched as a whole.", counters.shards_fetched),
+            "samples": ("Samples fetched on their own.", counters.samples_by_range),
+            "evictions": ("Shards deleted from the cache to make room.", counters.evictions),
+            "retries": ("Requests that failed and were repeated.", counters.retries),
+            "wait_seconds": ("Time that batches waited for storage.", counters.wait_seconds),
+        }
+        for name, (help_, value) in totals.items():
+            yield CounterMetricFamily(f"alexnet_storage_{name}", help_, value)
+        lookups = {
+            "shard": ("Shards looked up in the cache.", counters.shard_hits, counters.shard_misses),
+            "sample": ("Samples looked up in the cache.", counters.sample_hits, counters.sample_misses),
+        }
+        for name, (help_, hits, misses) in lookups.items():
+            family = CounterMetricFamily(f"alexnet_storage_{name}_lookups", help_, labels=["result"])
+            family.add_metric(["hit"], hits)
+            family.add_metric(["miss"], misses)
+            yield family
 
 
 def _memory_used(handle: Any) -> float:

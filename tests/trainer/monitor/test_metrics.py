@@ -8,6 +8,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from pipeline.remote.counters import Counters
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 
@@ -146,3 +147,14 @@ def test_a_gauge_is_absent_while_nvml_does_not_report_its_value(gpu, monkeypatch
 def test_without_nvml_a_gpu_has_only_torchs_gauge(gpu, monkeypatch):
     monkeypatch.setattr("trainer.monitor.metrics._nvml_handle", failing(pynvml.NVMLError_LibraryNotFound))
     assert gpu() == {"alexnet_gpu_memory_peak_bytes": 5.0}
+
+
+def test_storage_is_exported_as_it_is_when_scraped():
+    metrics, counters = Metrics(), Counters()
+    assert metrics.value("storage_wait_seconds_total") == 0
+    metrics.follow_storage(counters)
+    counters.bytes_fetched, counters.shard_misses, counters.wait_seconds = 1000, 2, 1.5
+    assert metrics.value("storage_bytes_total") == 1000
+    assert metrics.value("storage_shard_lookups_total", result="miss") == 2
+    assert metrics.value("storage_shard_lookups_total", result="hit") == 0
+    assert metrics.storage_wait_seconds == metrics.value("storage_wait_seconds_total") == 1.5
