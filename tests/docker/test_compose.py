@@ -17,12 +17,16 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.remote.options import CacheOptions
 from tests.helpers import wait_until
+from trainer.setting_sources import load_settings
 from trainer.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "docker"
 COMPOSE, GPU = FOLDER / "compose.yaml", FOLDER / "compose.gpu.yaml"
-VARIABLES = ("BIND", "DATA", "GRAFANA_PASSWORD", "RECIPE", "RUN_AS", "TARGET", "TORCH_INDEX")
+BUCKET = FOLDER / "compose.bucket.yaml"
+VARIABLES = {"BIND", "BUCKET", "DATA", "GRAFANA_PASSWORD", "RECIPE", "RUN_AS", "TARGET", "TORCH_INDEX"}
+VARIABLES |= {"ALEXNET_CACHE_SIZE", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"}
 
 
 def compose(files: list[Path], *arguments: str, **variables: str) -> str:
@@ -71,6 +75,25 @@ def test_the_trainer_uses_the_given_data_or_runs_the_demo(given, mount, command,
     done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == command
     assert environment["ALEXNET_RECIPE"] == "small"
+
+
+def test_with_a_bucket_the_trainer_has_a_cache_and_the_credentials_of_the_shell(monkeypatch):
+    given = {"BUCKET": "s3://bucket/shards", "ALEXNET_CACHE_SIZE": "50GB", "AWS_ACCESS_KEY_ID": "key"}
+    trainer = services(BUCKET, **given)["trainer"]
+    environment = trainer["environment"]
+    assert environment["AWS_ACCESS_KEY_ID"] == "key"
+    assert environment.get("AWS_SESSION_TOKEN") is None
+    assert environment["DATA"]  # so that it does not run the demo
+    (cache,) = (volume for volume in trainer["volumes"] if volume["target"] == "/cache")
+    assert cache["type"] == "volume"
+    assert not cache.get("read_only")
+    for name, value in environment.items():
+        if name.startswith("ALEXNET_"):
+            monkeypatch.setenv(name, value)
+    settings = load_settings([])
+    assert settings.data == given["BUCKET"]
+    assert settings.cache_options == CacheOptions(Path("/cache"), 50 * 10**9)
+    assert services(BUCKET, BUCKET="s3://b")["trainer"]["environment"]["ALEXNET_CACHE_SIZE"] is None
 
 
 def test_ports_match_the_services_and_are_local_by_default():

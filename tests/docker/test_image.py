@@ -14,7 +14,7 @@ from pipeline.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda")}
+LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda", "s3")}
 
 # The restrictions of a strict orchestrator.
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
@@ -46,13 +46,15 @@ def test_a_lock_file_covers_the_projects_dependencies(name):
     versions = locked(name)
     assert "pillow" not in versions
     versions["pillow"] = versions["pillow-simd"].partition(".post")[0]
-    for text in PROJECT["dependencies"]:
+    versions |= locked("s3")
+    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["s3"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 
 def test_the_lock_files_agree():
-    build, cpu, cuda = (locked(name) for name in LOCKS)
+    build, cpu, cuda, s3 = (locked(name) for name in LOCKS)
+    assert not s3.keys() & cuda.keys()
     assert cpu.pop("torch").partition("+")[0] == cuda["torch"]
     assert cpu.items() <= cuda.items()
     assert build["setuptools"] == cuda["setuptools"]

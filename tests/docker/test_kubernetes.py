@@ -38,8 +38,9 @@ def one(kind: str, name: str) -> Manifest:
 
 
 ONE_GPU, MULTI_NODE = one("Job", "imagenet-1gpu"), one("Job", "imagenet-16gpu")
+BUCKET = one("Job", "imagenet-bucket")
 SERVICE, POD_MONITOR = one("Service", "imagenet-16gpu"), one("PodMonitor", "alexnet-train")
-jobs = pytest.mark.parametrize("job", [ONE_GPU, MULTI_NODE], ids=lambda job: job["metadata"]["name"])
+jobs = pytest.mark.parametrize("job", [ONE_GPU, MULTI_NODE, BUCKET], ids=lambda job: job["metadata"]["name"])
 
 
 def pod(job: Manifest) -> Manifest:
@@ -119,7 +120,12 @@ def test_settings_fit_the_volumes_and_the_run_is_named_after_the_job(job, monkey
         if "persistentVolumeClaim" in volume
     }
     places = {mount["mountPath"]: claims.get(mount["name"]) for mount in trainer(job)["volumeMounts"]}
-    assert places[str(got.data)]["readOnly"]
+    if job is BUCKET:
+        storage = one("PersistentVolumeClaim", "alexnet-cache")["spec"]["resources"]["requests"]["storage"]
+        assert places[str(got.cache)] == {"claimName": "alexnet-cache"}
+        assert got.cache_size < int(storage.removesuffix("Gi")) << 30
+    else:
+        assert places[str(got.data)]["readOnly"]
     assert "readOnly" not in places[str(got.run_folder.parent)]
     assert got.run_folder.name == job["metadata"]["name"]
     for claim in claims.values():
@@ -139,6 +145,24 @@ def test_every_process_has_a_gpu_a_share_of_the_batch_and_a_scraped_port(job, mo
     assert got.port == int(re.search(r"EXPOSE (\d+)", DOCKERFILE)[1])
     scraped = {endpoint["port"] for endpoint in POD_MONITOR["spec"]["podMetricsEndpoints"]}
     assert {port["name"] for port in ports} <= scraped
+
+
+def test_credentials_of_the_bucket_come_from_a_secret_that_may_be_missing():
+    assert trainer(BUCKET)["envFrom"] == [{"secretRef": {"name": "alexnet-bucket", "optional": True}}]
+    assert "alexnet-bucket --from-literal AWS_ACCESS_KEY_ID" in (MANIFESTS / "bucket.yaml").read_text()
+
+
+def test_a_job_with_a_bucket_differs_from_the_other_only_in_its_data():
+    """What else is needed on one GPU is explained and tested there."""
+    pair = [copy.deepcopy(job) for job in (ONE_GPU, BUCKET)]
+    for job in pair:
+        name = job["metadata"].pop("name")
+        container, volumes = trainer(job), {"data", "cache"}
+        container["args"] = container["args"][: container["args"].index(f"/runs/{name}")]
+        container.pop("envFrom", None)
+        for holder, key in ((container, "volumeMounts"), (pod(job), "volumes")):
+            holder[key] = [each for each in holder[key] if each["name"] not in volumes]
+    assert pair[0] == pair[1]
 
 
 def test_probes_allow_ten_minutes_for_the_first_process_to_open_its_port():
