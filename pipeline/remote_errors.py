@@ -52,13 +52,13 @@ _MEANINGS: dict[str, Meaning] = {
     "NonHttpUrlClientError": ("unsupported URL", False, 0),  # that a redirect leads to
 }
 _SECRETS = re.compile(r"(?i)([?&][^=&#]*(?:sig|token|key|secret|password|credential|auth)[^=&#]*=)[^&#\s]+")
-_USER = re.compile(r"://[^/\s]*@")
+_USER = re.compile(r"(:/{1,3})[^/\s]*@")  # with any number of slashes that normalising a path leaves
 
 
 def redact(name: str | Path) -> str:
     """Return a path, URL or text with URLs for messages: without passwords and the secrets of signed URLs."""
     text = str(name)
-    return _SECRETS.sub(r"\1***", _USER.sub("://", text)) if "://" in text else text
+    return _SECRETS.sub(r"\1***", _USER.sub(r"\1", text)) if "://" in text else text
 
 
 def host_of(name: str) -> str:

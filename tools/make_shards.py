@@ -35,6 +35,7 @@ from pipeline.packing.shard import DECODE_EVERY, Check, PackingError
 from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder
 from pipeline.packing.workers import WorkersError, exit_on_signals, translate_thread_errors
+from pipeline.remote_errors import redact
 from tools.options import fraction, refuse_old_name, within
 
 
@@ -52,9 +53,9 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
     for outcome, counts in (("repaired", manifest.repaired), ("rejected", manifest.rejected)):
         if counts:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
-            lines.append(f"{outcome}: {reasons}; each is listed in {output}/{REPORT}")
+            lines.append(f"{outcome}: {reasons}; each is listed in {redact(output)}/{REPORT}")
     lines += progress.remarks.notes
-    lines.append(f"train on them: alexnet-train --data {output}")
+    lines.append(f"train on them: alexnet-train --data {redact(output)}")
     return "\n".join(lines)
 
 
@@ -163,7 +164,7 @@ def main() -> None:
 
 def _advice(error: OSError, output: str) -> str:
     """Say what went wrong and what to do about it."""
-    reason = f"{error.strerror}: {error.filename or output}" if error.strerror else str(error)
+    reason = f"{error.strerror}: {redact(error.filename or output)}" if error.strerror else str(error)
     with suppress(OSError):
         if MANIFEST_NAME not in Folder(output).sizes():
             reason += f". The dataset is incomplete until {MANIFEST_NAME} is written"

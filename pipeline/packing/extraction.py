@@ -47,7 +47,7 @@ def extract(tasks: Sequence[ShardTask], sequential: frozenset[str], output: Fold
     def moved(source: SourceImage) -> SourceImage:
         if source.file not in names:
             return source
-        copy = f"{output}/{names[source.file]}"
+        copy = f"{output.name}/{names[source.file]}"
         if source.size is not None:  # a member of a tar
             return replace(source, file=copy)
         start, end = edges[source.file][source.offset : source.offset + 2].tolist()

@@ -17,6 +17,7 @@ from pipeline.packing.shard_results import ShardResult, load_result
 from pipeline.packing.sources.find import SourceError, find_sources
 from pipeline.packing.storage import STATE_FOLDER, Folder
 from pipeline.packing.workers import warn
+from pipeline.remote_errors import redact
 from pipeline.storage import absolute
 
 
@@ -51,7 +52,12 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
 
 
 def _check_folders(options: PackingOptions) -> None:
-    """Raise SourceError if the output would become one of the input's class folders."""
+    """Raise SourceError if the output cannot be written, or would become a class folder of the input."""
+    if options.output.startswith(("http://", "https://")):
+        raise SourceError(
+            f"--out {redact(options.output)} is on a web server, which stores nothing: "
+            "choose a bucket (s3://…) or a folder"
+        )
     if options.val_fraction is None or is_url(options.input) or is_url(options.output):
         return
     if Path(options.output).resolve().is_relative_to(Path(options.input).resolve()):

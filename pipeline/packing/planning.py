@@ -11,6 +11,7 @@ from pipeline.packing.options import PackingOptions
 from pipeline.packing.resume import Plan
 from pipeline.packing.shard import ImageOptions, ShardTask, versions
 from pipeline.packing.sources.find import SourceError, SourceImage, Sources
+from pipeline.remote_errors import redact
 from pipeline.storage import absolute
 
 
@@ -72,7 +73,7 @@ def describe_plan(options: PackingOptions, tasks: Sequence[ShardTask]) -> Plan:
     for task in tasks:
         files.update(f"{task.name} {task.first_key} {task.sources}\n".encode())
     return {
-        "--input": absolute(options.input),
+        "--input": redact(absolute(options.input)),
         "--in-place": options.in_place,
         "--geometry": options.geometry,
         "--size": options.size,

@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.files import path_in_errors, sync_folder
 from pipeline.locations import is_url
 from pipeline.packing.workers import warn
-from pipeline.remote_errors import as_os_error
-from pipeline.retry import with_retries
+from pipeline.remote_errors import as_os_error, redact
+from pipeline.retry import StorageError, with_retries
 from pipeline.storage import absolute, file_system, read_once
 
 STATE_FOLDER = ".packing"  # subfolder of the output with the state of an unfinished run (resume.py)
@@ -36,7 +36,8 @@ class Folder:
             self.fs, self.path = file_system(self.name)
 
     def __str__(self) -> str:
-        return self.name
+        """Return the name for messages, without credentials."""
+        return redact(self.name)
 
     @contextmanager
     def staged(self, subfolder: str = ".") -> Iterator[Path]:
@@ -54,13 +55,19 @@ class Folder:
                 if self.is_local:
                     file.replace(f"{target}/{file.name}")
                 else:
-                    with as_os_error(str(self)):
-                        self.fs.put_file(str(file), f"{target}/{file.name}")
+                    self._put(file, f"{target}/{file.name}")
             if self.is_local:
                 sync_folder(Path(target))
         finally:
             # NFS and FUSE keep files that are removed while open for a moment; the next run removes them.
             shutil.rmtree(staging, ignore_errors=True)
+
+    def _put(self, file: Path, target: str) -> None:
+        try:
+            with as_os_error(self.name):
+                self.fs.put_file(str(file), target)
+        except FileNotFoundError as error:  # the bucket does not exist
+            raise StorageError(f"{self}: {redact(str(error))}", "not found", transient=False) from None
 
     def read(self, name: str, size: int | None = None) -> bytes:
         """Read a file in the folder, or its first `size` bytes."""

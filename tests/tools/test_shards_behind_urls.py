@@ -8,10 +8,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipeline.packing.options import PackingOptions
+from pipeline.packing.planning import describe_plan
+from pipeline.remote_errors import redact
 from tests.helpers import free_port
 from tests.pipeline.packing.faulty_server import FaultyServer, Handler, serving, status
 from tests.trees import contents, upload
-from tools import inspect_shards, verify_shards
+from tools import inspect_shards, make_shards, verify_shards
 
 pytestmark = pytest.mark.usefixtures("_one_process_verifies")
 
@@ -202,3 +205,53 @@ def test_a_damaged_sample_behind_a_url_is_named(server, call, tmp_path):
     done = call(inspect_shards.main, "--data", signed(server), "--out", tmp_path / "report")
     (line,) = done.stderr.splitlines()
     assert f"/shards/{TAR}?X-Amz-Signature=***&id=1 at byte {offset} does not match its checksum" in line
+
+
+# Packing
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://me:pass@127.0.0.1:1/shards?sig=abcdef", "is on a web server, which stores nothing"),
+        ("abfs://me:pass@host/shards?sig=abcdef", "adlfs"),
+        ("gopher://me:pass@host/shards", "Protocol not known: gopher"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_in_one_line(pictures, call, url, reason):
+    done = call(make_shards.main, "--input", pictures, "--out", url)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert reason in line
+    assert not any(secret in done.stdout + line for secret in SECRETS)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_s3_server")
+def test_a_missing_bucket_for_the_output_is_reported_in_one_line(pictures, call):
+    done = call(
+        make_shards.main, "--input", pictures, "--out", "s3://no-such-bucket/shards", "--workers", "1"
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("make-shards: s3://no-such-bucket/shards: ")
+    assert "bucket does not exist" in line
+
+
+def test_credentials_in_the_input_are_not_in_the_plan(tmp_path):
+    options = PackingOptions("https://me:pass@host/a?sig=abcdef", str(tmp_path))
+    assert describe_plan(options, [])["--input"] == "https://host/a?sig=***"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://bucket/a@b?versionId=1", "s3://bucket/a@b?versionId=1"),
+        ("https://me:p@ss@host/a?X-Amz-Credential=abc&n=1", "https://host/a?X-Amz-Credential=***&n=1"),
+        ("https:///me:pass@host/a", "https:///host/a"),
+        ("a of https://me:pass@host/?sig=abc failed", "a of https://host/?sig=*** failed"),
+        ("/local/a:b@c?token=1", "/local/a:b@c?token=1"),
+    ],
+)
+def test_urls_are_shown_without_credentials(text, shown):
+    assert redact(text) == shown
