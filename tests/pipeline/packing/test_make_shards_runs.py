@@ -47,7 +47,10 @@ def files_named(folder: Path) -> set[str]:
     """Return the names of the files that belong to the dataset according to its manifest."""
     splits = read_manifest(folder).splits.values()
     tars = [shard.file for split in splits for shard in split.shards]
-    indices = [*(split.index for split in splits), *(f"{tar[:-4]}.idx" for tar in tars)]
+    indices = [
+        *(name for split in splits for name in (split.index, split.checksums)),
+        *(f"{tar[:-4]}.idx" for tar in tars),
+    ]
     return {"dataset.json", "report.tsv", *tars, *indices}
 
 
