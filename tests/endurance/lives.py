@@ -59,7 +59,12 @@ class ForkedLife:
         self.processes = [
             _forkserver.Process(
                 target=_live,
-                args=(arguments, _environment(rank, world, port), images.with_suffix(f".{rank}"), log),
+                args=(
+                    arguments,
+                    {**os.environ, **_environment(rank, world, port)},
+                    images.with_suffix(f".{rank}"),
+                    log,
+                ),
                 daemon=True,
             )
             for rank in range(world)

@@ -94,6 +94,8 @@ class Strike(NamedTuple):
 class Chaos:
     """Runs of one command, each in its own folder under `folder`."""
 
+    aims: Sequence[str] = AIMS
+
     def __init__(self, settings: Settings, arguments: Sequence[str], folder: Path, seed: int):
         self.arguments, self.folder, self.batch = arguments, folder, settings.batch
         self.samples = read_manifest(settings.data).split("train").samples
@@ -137,6 +139,9 @@ class Chaos:
         launcher = _TORCHRUN if scenario is TORCHRUN else ()
         return CommandLife([*launcher, "-m", "trainer.cli", *arguments], log(run))
 
+    def watch(self, run: Run) -> Watch:
+        return Watch(run, self.batch, self.samples)
+
     def check_codes(self, run: Run, codes: list[int]) -> None:
         if any(codes):
             raise DifferenceError(f"{run.folder} ended by itself with exit codes {codes}: see {log(run)}")
@@ -148,7 +153,7 @@ class Chaos:
         worlds, saved = cycle(scenario.continued), 0
         for number in range(kills + 1):
             world = next(worlds) if saved else scenario.begun
-            watch = Watch(run, self.batch, self.samples)
+            watch = self.watch(run)
             strike = self.draw(world)
             life = self.start(scenario, run, number, world)
             tally.lives += 1
@@ -187,7 +192,7 @@ class Chaos:
     def draw(self, world: int) -> Strike:
         rank = int(self.rng.integers(world))
         return Strike(
-            aim=str(self.rng.choice(AIMS)),
+            aim=str(self.rng.choice(self.aims)),
             delay=self.rng.uniform(),
             nth=int(self.rng.integers(1, 5)),
             rank=rank if world > 1 and self.rng.uniform() < 0.5 else None,

@@ -57,7 +57,8 @@ def fetches(uses: Sequence[int], capacity: int, policy: str) -> np.ndarray:
 
     capacity: number of shards that the cache holds. policy: one of POLICIES.
     """
-    next_use, seen = [len(uses)] * len(uses), {}
+    next_use = [len(uses)] * len(uses)
+    seen: dict[int, int] = {}
     for index in range(len(uses) - 1, -1, -1):
         next_use[index] = seen.get(uses[index], len(uses))
         seen[uses[index]] = index
