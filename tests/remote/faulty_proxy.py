@@ -112,7 +112,12 @@ class FaultyProxy:
     @property
     def bytes_sent(self) -> int:
         """The bytes of all bodies that were sent to clients."""
-        return sum(each.bytes for each in self.traffic.values())
+        return sum(each.bytes for each in list(self.traffic.values()))
+
+    @property
+    def requests(self) -> int:
+        """The number of all requests."""
+        return sum(each.requests for each in list(self.traffic.values()))
 
     @property
     def pending(self) -> int:

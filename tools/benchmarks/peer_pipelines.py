@@ -47,7 +47,7 @@ def _torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-def _transform(job: Job) -> Callable[[Any], torch.Tensor]:
+def make_transform(job: Job) -> Callable[[Any], torch.Tensor]:
     """Return the transform of a PIL image, as in PyTorch's ImageNet example."""
     _torchvision()
     from torchvision import transforms
@@ -81,7 +81,7 @@ def _delivered(loader: Iterable[Any], job: Job) -> Batches:
 
 
 def pytorch(job: Job) -> Batches:
-    transform = _transform(job)
+    transform = make_transform(job)
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
 
@@ -115,7 +115,7 @@ def timm(job: Job) -> Batches:
 
 
 def webdataset(job: Job) -> Batches:
-    transform = _transform(job)
+    transform = make_transform(job)
     from webdataset import WebDataset, WebLoader
 
     samples = WebDataset(job.tars, resampled=True, shardshuffle=False).shuffle(1000).decode("pil")
@@ -206,11 +206,11 @@ def spdl(job: Job) -> Batches:
         yield from pipeline
 
 
-def _chunk(sample: tuple[bytes, int]) -> dict[str, Any]:
+def chunk(sample: tuple[bytes, int]) -> dict[str, Any]:
     return {"image": sample[0], "class": sample[1]}
 
 
-def _opened(jpeg: bytes) -> Any:
+def opened(jpeg: bytes) -> Any:
     """Decode with Pillow, as torchvision's ImageFolder does."""
     from PIL import Image
 
@@ -218,14 +218,14 @@ def _opened(jpeg: bytes) -> Any:
 
 
 def litdata(job: Job) -> Batches:
-    transform = _transform(job)
+    transform = make_transform(job)
     from litdata import StreamingDataLoader, StreamingDataset, optimize
 
     samples, chunks = list(job.samples()), str(job.scratch / "chunks")
-    optimize(fn=_chunk, inputs=samples, output_dir=chunks, num_workers=job.threads, chunk_bytes="64MB")
+    optimize(fn=chunk, inputs=samples, output_dir=chunks, num_workers=job.threads, chunk_bytes="64MB")
 
     def decoded(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        return transform(_opened(sample["image"])), sample["class"]
+        return transform(opened(sample["image"])), sample["class"]
 
     images = StreamingDataset(chunks, transform=decoded, subsample=LONG_EPOCH / len(samples), drop_last=True)
     how = {"multiprocessing_context": "fork"} | _workers(job)
@@ -234,14 +234,14 @@ def litdata(job: Job) -> Batches:
 
 
 def streaming(job: Job) -> Batches:
-    transform = _transform(job)
+    transform = make_transform(job)
     from streaming import MDSWriter, StreamingDataset
     from torch.utils.data import DataLoader
 
     class Images(StreamingDataset):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             sample = super().__getitem__(index)
-            return transform(_opened(sample["image"])), sample["class"]
+            return transform(opened(sample["image"])), sample["class"]
 
     shards = str(job.scratch / "mds")
     with MDSWriter(out=shards, columns={"image": "bytes", "class": "int"}) as writer:
