@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.machine import cpus
 from tools.benchmarks.peer_job import Job
-from tools.benchmarks.peer_pipelines import MEAN, STD, chunk, make_transform, opened
+from tools.benchmarks.peer_pipelines import MEAN, STD, chunk, import_torchvision, make_transform, opened
 from tools.options import count
 
 CHUNK_BYTES = "64MB"  # default of both peers
@@ -71,7 +71,7 @@ def litdata(remote: Remote) -> Epochs:
         remote.url, cache_dir=str(remote.cache), shuffle=True, drop_last=True, transform=decoded
     )
     how: dict[str, Any] = {"num_workers": remote.threads, "persistent_workers": True}
-    loader = StreamingDataLoader(images, remote.batch, multiprocessing_context="fork", **how)
+    loader = StreamingDataLoader(images, batch_size=remote.batch, multiprocessing_context="fork", **how)
     return (loader for _ in range(remote.epochs))
 
 
@@ -102,6 +102,7 @@ def pack_litdata(job: Job, output: Path) -> None:
 
 
 def pack_streaming(job: Job, output: Path) -> None:
+    import_torchvision()  # which the next import needs
     from streaming import MDSWriter
 
     with MDSWriter(out=str(output), columns={"image": "bytes", "class": "int"}) as writer:
@@ -121,7 +122,9 @@ PACKERS = {"litdata": pack_litdata, "streaming": pack_streaming}
 def read(name: str, remote: Remote) -> Iterator[dict[str, Any]]:
     """Yield for each epoch its seconds, the seconds until its first batch, and its number of images."""
     reader, modules = READERS[name]
-    for module in ("torch", *modules):
+    if reader is not ours:
+        import_torchvision()
+    for module in modules:
         import_module(module)
     begun = time.perf_counter()
     for number, batches in enumerate(reader(remote), 1):

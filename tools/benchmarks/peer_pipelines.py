@@ -33,7 +33,7 @@ LONG_EPOCH = 1_000_000  # samples, about ImageNet's
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images [N,3,crop,crop] in any layout, labels [N]
 
 
-def _torchvision() -> None:
+def import_torchvision() -> None:
     """Make torchvision importable with PyTorch's CPU build as well.
 
     Its wheels on PyPI are built for CUDA, so their operators do not load with a CPU build. The import fails
@@ -49,7 +49,7 @@ def _torchvision() -> None:
 
 def make_transform(job: Job) -> Callable[[Any], torch.Tensor]:
     """Return the transform of a PIL image, as in PyTorch's ImageNet example."""
-    _torchvision()
+    import_torchvision()
     from torchvision import transforms
 
     return transforms.Compose(
@@ -93,7 +93,7 @@ def pytorch(job: Job) -> Batches:
 
 
 def timm(job: Job) -> Batches:
-    _torchvision()
+    import_torchvision()
     from timm.data import create_dataset, create_loader
 
     job.files()
@@ -253,7 +253,7 @@ def streaming(job: Job) -> Batches:
 
 
 def ffcv(job: Job) -> Batches:
-    _torchvision()
+    import_torchvision()
     import numpy as np
     from ffcv import transforms as ops
     from ffcv.fields import IntField, RGBImageField
