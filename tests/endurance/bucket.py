@@ -3,8 +3,8 @@
     python tests/endurance/bucket.py --faults 200 --kills 50 --seed 0 --record runs/bucket.jsonl
 
 Drawn pictures are packed into many small shards and uploaded to an S3 server on this machine, SeaweedFS,
-which checks signatures. The runs read them through a proxy with some latency, with a cache of a third of the
-shards and a shuffle window, so that they fetch and evict until the end.
+which checks signatures. The runs read them through a proxy with some latency, with a small cache and a
+shuffle window, so that they fetch and evict until the end.
 
     faults   a run whose requests fail, in all ways of tests/remote/faulty_proxy.py, and whose link is broken
              for seconds
@@ -34,7 +34,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.chaos import SETTINGS
 from tests.endurance.lives import DifferenceError
-from tools.options import natural, positive
+from tools.options import count, natural, positive
 from trainer.environment import environment
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
@@ -54,6 +54,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--delay", type=positive, default=0.02, metavar="S", help="latency of a request (default .02)")
     add("--window", type=natural, default=4, metavar="N", help="--shuffle-window of the runs (default 4)")
     add("--pictures", type=natural, default=60, metavar="N", help="in each of ten classes (default 60)")
+    add("--shard-samples", type=count, default=10, metavar="N", help="pictures in a shard (default 10)")
+    add("--share", type=positive, default=1 / 3, metavar="X", help="of the shards in the cache (default 1/3)")
     add("--seed", type=natural, default=0, metavar="N", help="seed of faults and kills (default 0)")
     folder = Path("runs/bucket")
     add("--folder", type=Path, default=folder, metavar="DIR", help="of the runs (default runs/bucket)")
@@ -61,15 +63,16 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def pack_pictures(folder: Path, pictures: int) -> Path:
-    """Draw and pack pictures, ten in each shard; return the dataset's folder."""
+def pack_pictures(folder: Path, pictures: int, shard_samples: int) -> Path:
+    """Draw and pack pictures of ten classes; return the dataset's folder."""
     from pipeline.packing.options import PackingOptions
     from pipeline.packing.pack import pack
     from tests.endurance.faults import draw_input
 
     draw_input(folder, classes=10, train=pictures, val=2)
-    pack(PackingOptions(str(folder / "in"), str(folder / "shards"), size=80, shard_samples=10, workers=1))
-    return folder / "shards"
+    output = folder / "shards"
+    pack(PackingOptions(str(folder / "in"), str(output), size=80, shard_samples=shard_samples, workers=1))
+    return output
 
 
 def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
@@ -83,9 +86,10 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     from tests.trees import upload
 
     work = options.folder.resolve()
-    data = pack_pictures(work / "pictures", options.pictures)
+    data = pack_pictures(work / "pictures", options.pictures, options.shard_samples)
     shards = read_manifest(data).split("train").shards
     results: dict[str, Any] = {"shards": len(shards), "bytes": sum(shard.bytes for shard in shards)}
+    cache_bytes = int(results["bytes"] * options.share)
     arguments = [*SETTINGS, "--shuffle-window", str(options.window), *rest]
     settings = load_settings([*arguments, "--data", str(data)], command="bucket.py")
     with ExitStack() as stack:
@@ -93,7 +97,7 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         upload(data, "s3://bucket/shards")
         proxy = stack.enter_context(FaultyProxy(server, delay=options.delay, stall_seconds=options.stall))
         os.environ["AWS_ENDPOINT_URL"] = proxy.url  # until `served` restores the environment
-        place = Place("s3://bucket/shards", data, work / "cache", results["bytes"] // 3, proxy)
+        place = Place("s3://bucket/shards", data, work / "cache", cache_bytes, proxy)
         runs = BucketRuns(settings, arguments, work / "runs", options.seed, place)
         if options.faults:
             done = runs.disturb(ONE, options.faults, options.ratio, options.outages, options.seed)
