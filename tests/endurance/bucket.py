@@ -24,7 +24,6 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         runs = BucketRuns(settings, arguments, work / "runs", options.seed, place)
         if options.faults:
             done = runs.disturb(ONE, options.faults, options.ratio, options.outages, options.seed)
-            results["faults"] = asdict(done)
+            results["faults"] = vars(done)
             print(f"{done.faults.total()} faults, {done.outages} outages: same result as without", flush=True)
         for scenario in (ONE, TWO):
             if kills := options.kills // 2 + options.kills % 2 * (scenario is ONE):

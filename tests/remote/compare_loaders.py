@@ -68,9 +68,8 @@ class Comparison:
         numbers = {"batch": self.options.batch, "crop": self.options.crop, "epochs": self.options.epochs}
         arguments = [f"--url={url}", f"--cache={cache}"]
         arguments += [f"--{option}={number}" for option, number in numbers.items()]
-        # Streaming takes the server from its own variable, and LitData must be allowed to use plain HTTP.
-        environment = {**os.environ, "AWS_ENDPOINT_URL": self.proxy.url, "AWS_ALLOW_HTTP": "true"}
-        environment["S3_ENDPOINT_URL"] = self.proxy.url
+        # Streaming takes the server from its own variable.
+        environment = {**os.environ, "AWS_ENDPOINT_URL": self.proxy.url, "S3_ENDPOINT_URL": self.proxy.url}
         before = self.proxy.bytes_sent, self.proxy.requests
         with subprocess.Popen(
             [*self.command("read", name), *arguments],

@@ -61,7 +61,9 @@ def ours(remote: Remote) -> Epochs:
 
 def litdata(remote: Remote) -> Epochs:
     from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming import downloader
 
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # for which it has no option
     transform = make_transform(remote.job)
 
     def decoded(sample: dict[str, Any]) -> tuple[Any, int]:
