@@ -10,6 +10,7 @@ Requests are forwarded with the client's own Host header, so their signatures st
 """
 
 import io
+import re
 import socket
 import struct
 import threading
@@ -125,14 +126,14 @@ class FaultyProxy:
         return len(self._single) + len(self._random)
 
     def fail(self, kind: str, path: str = "", times: int = 1, place: float = 0.5) -> None:
-        """Give a fault to each of the next `times` GET requests whose path contains `path`."""
+        """Give a fault to each of the next `times` GET requests whose path matches the pattern `path`."""
         with self._lock:
             self._single += [(path, Fault(kind, place))] * times
 
     def fail_at_random(
         self, seed: int, count: int, ratio: float, kinds: Sequence[str] = KINDS, path: str = ""
     ) -> None:
-        """Give faults to a share `ratio` of the GET requests whose path contains `path`, `count` in all.
+        """Give faults to a share `ratio` of the GET requests whose path matches `path`, `count` in all.
 
         Kinds are equally frequent. The seed determines the faults, their order, and how many requests lie
         between them.
@@ -172,11 +173,11 @@ class FaultyProxy:
     def take_fault(self, path: str) -> Fault | None:
         """Return the fault of a new GET request, or None."""
         with self._lock:
-            for index, (part, fault) in enumerate(self._single):
-                if part in path:
+            for index, (pattern, fault) in enumerate(self._single):
+                if re.search(pattern, path):
                     del self._single[index]
                     return fault
-            if self._random and self._path in path and self._rng.uniform() < self._ratio:
+            if self._random and re.search(self._path, path) and self._rng.uniform() < self._ratio:
                 return self._random.pop()
         return None
 
