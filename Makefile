@@ -5,6 +5,7 @@
 # make lint    check style and types
 # make bench   measure the throughput of each stage on the demo's pictures
 # make chaos   check that runs killed 200 times give the same result as undisturbed ones
+# make bucket  check that runs from a bucket, through 200 faults and 50 kills, give the same result as local ones
 # make faults  pack and train while each file-system call fails in turn; takes hours
 # make gpu     checks that need a GPU: tests, goals, sweeps, accuracy; DATA=shards chooses your data; parts below
 # make image   build the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
@@ -22,7 +23,7 @@ PILLOW_PACKAGES := libjpeg-dev zlib1g-dev libwebp-dev libtiff-dev liblcms2-dev
 PILLOW_FLAGS := -C webp=enable -C tiff=enable -C lcms=enable
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos faults image image-test
+.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos bucket faults image image-test
 .PHONY: gpu gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 
 setup: $(VENV)/.ready
@@ -66,6 +67,9 @@ chaos: setup
 		$(BIN)/alexnet-train draw-pictures --out $(DATA)-pictures --train 6 --val 2 && \
 		$(BIN)/alexnet-train make-shards --input $(DATA)-pictures --out $(DATA) --size 80; }
 	$(BIN)/python tests/endurance/chaos.py --data $(DATA) --record runs/chaos.jsonl
+
+bucket: setup
+	$(BIN)/python tests/endurance/bucket.py --record runs/bucket.jsonl
 
 faults: setup
 	$(BIN)/python tests/endurance/faults.py packing
