@@ -38,6 +38,8 @@ from trainer.environment import environment
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
+LONGER = ["--batch", "32", "--epochs", "24"]  # so that there are enough requests
+
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
@@ -46,15 +48,15 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     add = parser.add_argument
     add("--faults", type=natural, default=200, metavar="N", help="requests that fail (default 200)")
-    add("--ratio", type=positive, default=0.3, metavar="X", help="their share of requests (default .3)")
+    add("--ratio", type=positive, default=0.8, metavar="X", help="their share of requests (default .8)")
     add("--outages", type=natural, default=3, metavar="N", help="outages of the link (default 3)")
     add("--stall", type=positive, default=5.0, metavar="S", help="length of a stall (default 5)")
     add("--kills", type=natural, default=50, metavar="N", help="kills (default 50)")
     add("--delay", type=positive, default=0.02, metavar="S", help="latency of a request (default .02)")
     add("--window", type=natural, default=4, metavar="N", help="--shuffle-window of the runs (default 4)")
-    add("--pictures", type=natural, default=60, metavar="N", help="in each of ten classes (default 60)")
-    add("--shard-samples", type=count, default=10, metavar="N", help="pictures in a shard (default 10)")
-    add("--share", type=positive, default=1 / 3, metavar="X", help="of the shards in the cache (default 1/3)")
+    add("--pictures", type=natural, default=240, metavar="N", help="in each of ten classes (default 240)")
+    add("--shard-samples", type=count, default=40, metavar="N", help="pictures in a shard (default 40)")
+    add("--share", type=positive, default=0.6, metavar="X", help="of the shards in the cache (default .6)")
     add("--seed", type=natural, default=0, metavar="N", help="seed of faults and kills (default 0)")
     folder = Path("runs/bucket")
     add("--folder", type=Path, default=folder, metavar="DIR", help="of the runs (default runs/bucket)")
@@ -89,7 +91,7 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     shards = read_manifest(data).split("train").shards
     results: dict[str, Any] = {"shards": len(shards), "bytes": sum(shard.bytes for shard in shards)}
     cache_bytes = int(results["bytes"] * options.share)
-    arguments = [*SETTINGS, "--shuffle-window", str(options.window), *rest]
+    arguments = [*SETTINGS, *LONGER, "--shuffle-window", str(options.window), *rest]
     settings = load_settings([*arguments, "--data", str(data)], command="bucket.py")
     with ExitStack() as stack:
         server = stack.enter_context(served(work / "server"))
