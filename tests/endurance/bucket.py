@@ -49,6 +49,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--faults", type=natural, default=200, metavar="N", help="requests that fail (default 200)")
     add("--ratio", type=positive, default=0.3, metavar="X", help="their share of requests (default .3)")
+    add("--path", default=r"\.tar$", metavar="REGEX", help=r"objects whose requests fail (default \.tar$)")
     add("--outages", type=natural, default=3, metavar="N", help="outages of the link (default 3)")
     add("--stall", type=positive, default=5.0, metavar="S", help="length of a stall (default 5)")
     add("--kills", type=natural, default=50, metavar="N", help="kills (default 50)")
@@ -101,7 +102,8 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         place = Place("s3://bucket/shards", data, work / "cache", cache_bytes, proxy)
         runs = BucketRuns(settings, arguments, work / "runs", options.seed, place)
         if options.faults:
-            done = runs.disturb(ONE, options.faults, options.ratio, options.outages, options.seed)
+            proxy.fail_at_random(options.seed, options.faults, options.ratio, path=options.path)
+            done = runs.disturb(ONE, options.outages)
             results["faults"] = vars(done)
             print(f"{done.faults.total()} faults, {done.outages} outages: same result as without", flush=True)
         for scenario in (ONE, TWO):

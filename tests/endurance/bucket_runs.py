@@ -112,18 +112,16 @@ class BucketRuns(Chaos):
         self.place.check_cache()
         return killed
 
-    def disturb(self, scenario: Scenario, faults: int, ratio: float, outages: int, seed: int) -> Disturbed:
-        """Train through faults and outages, and compare the run with the local one.
+    def disturb(self, scenario: Scenario, outages: int) -> Disturbed:
+        """Train through the proxy's faults, and through outages, and compare the run with the local one.
 
-        faults: number in all, of all kinds, at a share `ratio` of the requests. outages: their number; they
-        last for seconds and come at equal distances. Raises DifferenceError if the runs differ.
+        outages: their number; they last for seconds and come at equal distances. Raises DifferenceError if
+        the runs differ.
         """
         reference = self.reference(scenario)
         run, proxy, done = self.run("disturbed"), self.place.proxy, Disturbed()
         shutil.rmtree(self.place.cache, ignore_errors=True)
         before, injected = proxy.bytes_sent, Counter(proxy.injected)
-        # dataset.json has no checksum that could tell a wrong byte.
-        proxy.fail_at_random(seed, faults, ratio, path=r"/(train|val)[^/]*$")
         begun, steps = time.monotonic(), len(reference.images)
         life = self.start(scenario, run, 0, scenario.begun)
         while not life.is_over():
