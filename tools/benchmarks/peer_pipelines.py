@@ -169,7 +169,7 @@ def spdl(job: Job) -> Batches:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    _torchvision()
+    import_torchvision()
     from torchvision.transforms import RandomResizedCrop
 
     files, size = job.files(), job.size
