@@ -57,7 +57,10 @@ class Priorities:
         self.update()
         for path, shard in list(self.demanded.items()):
             if path not in self.present:
-                yield shard, Room(self._known, [other for other in self._farthest if other != path])
+                yield (
+                    shard,
+                    Room(self._known, [other for other in self._farthest if other not in self.demanded]),
+                )
         for shard in self._order or ():
             if shard.path in self.wanted:
                 if shard.path not in self.present:

@@ -97,12 +97,13 @@ class RemoteStorage:
 
     def demand(self, shards: list[RemoteShard]) -> None:
         """Have shards fetched before all others, while a batch waits. The fetcher's lock must be held."""
-        new = [shard for shard in shards if shard.path not in self.priorities.demanded]
-        for shard in new:
-            self.priorities.demanded[shard.path] = shard
-            if not shard.path.exists():
-                self.priorities.present.discard(shard.path)  # another process has evicted it
-        if new:
+        demanded, present = self.priorities.demanded, self.priorities.present
+        new = {shard.path: shard for shard in shards if shard.path not in demanded}
+        # Another process may evict a shard at any time until it is open.
+        gone = {shard.path for shard in shards if shard.path in present and not shard.path.exists()}
+        demanded.update(new)
+        present.difference_update(gone)
+        if new or gone:
             self.fetcher.start()
             self.fetcher.wake()
 

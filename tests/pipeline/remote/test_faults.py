@@ -18,6 +18,7 @@ import pipeline.remote.requests
 import pipeline.remote.storage
 from pipeline import DatasetError, Loader, OutageError, open_dataset
 from pipeline.manifest import HEAD_BYTES
+from pipeline.remote.fetcher import Fetcher
 from tests.helpers import assert_same_batches, copies
 
 
@@ -207,6 +208,26 @@ def test_a_shard_that_becomes_shorter_in_the_cache_is_fetched_again(bucket, remo
         file.truncate(1000)
     assert bytes(reader.jpeg(0)) == first
     assert path.read_bytes() == bucket.files[path.name]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("_whole_shards")
+@pytest.mark.parametrize("before", [False, True], ids=["once known", "before it is known"])
+def test_a_shard_that_is_evicted_before_it_is_open_is_fetched_again(remote, many_shards, monkeypatch, before):
+    arrived, evicted = Fetcher._arrived, set()
+
+    def arrived_and_evicted(self, path):
+        is_first = path not in evicted
+        evicted.add(path)
+        if before and is_first:
+            self.cache.evict(path)  # by another thread, which makes room
+        arrived(self, path)
+        if not before and is_first:
+            path.unlink()  # by another process
+
+    monkeypatch.setattr(Fetcher, "_arrived", arrived_and_evicted)
+    assert_same_batches(batches(remote()), batches(open_dataset(many_shards)))
+    assert evicted
 
 
 def test_the_first_step_does_not_wait_for_shards(bucket, remote, many_shards):
