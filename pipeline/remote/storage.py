@@ -74,7 +74,7 @@ class RemoteStorage:
         path, source = folder / name, str(inside(url, name))
         if path.exists() and sha256(read_file(path)).hexdigest() == digest:
             return
-        for _ in range(2):  # what was damaged on the way is fetched again
+        for _ in range(3):  # what was damaged on the way is fetched again
             try:
                 content = with_retries(partial(read_once, source), print_to_stderr)
             except FileNotFoundError:
