@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
+_S3_SECONDS = {"connect_timeout": 15, "read_timeout": 30}
 
 
 def absolute(name: str) -> str:
@@ -104,6 +105,8 @@ def file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.Abstrac
     if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
+    if name.startswith("s3://"):
+        options["config_kwargs"] = _S3_SECONDS
     if _is_http(name):
         from aiohttp import ClientTimeout
 
