@@ -32,6 +32,15 @@ def bucket(many_shards: Path) -> Iterator[Bucket]:
 
 
 @pytest.fixture
-def remote(bucket: Bucket, tmp_path: Path) -> Callable[..., Dataset]:
+def remote(bucket: Bucket, tmp_path: Path) -> Iterator[Callable[..., Dataset]]:
     """remote(size): open the dataset in the bucket with a cache of this size."""
-    return lambda size="1GB": open_dataset(bucket.url, tmp_path / "cache", size)
+    opened = []
+
+    def open_in_bucket(size: str = "1GB") -> Dataset:
+        opened.append(open_dataset(bucket.url, tmp_path / "cache", size))
+        return opened[-1]
+
+    yield open_in_bucket
+    for dataset in opened:
+        assert dataset.storage is not None
+        dataset.storage.close()  # or its threads would ask a server that is gone, and say so in other tests
