@@ -3,10 +3,7 @@
 A URL cannot be a Path, which would make one slash of two.
 """
 
-from functools import partial
 from pathlib import Path
-
-from pipeline.retry import print_to_stderr, read_with_retries, with_retries
 
 Location = Path | str
 
@@ -35,12 +32,3 @@ def inside(location: Location, name: str) -> Location:
         return location / name
     url, mark, query = location.partition("?")
     return f"{url.rstrip('/')}/{name}{mark}{query}"
-
-
-def read_start(location: Location, size: int) -> bytes:
-    """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
-    if isinstance(location, Path):
-        return read_with_retries(location, size)
-    from pipeline.storage import read_once  # which imports fsspec: local datasets need not wait for it
-
-    return with_retries(partial(read_once, location), print_to_stderr)[:size]

@@ -22,8 +22,9 @@ from pydantic import (
 
 from pipeline.documents import ContentError, parse_record
 from pipeline.files import atomic_write
-from pipeline.locations import Location, inside, read_start
+from pipeline.locations import Location, inside
 from pipeline.remote_errors import redact
+from pipeline.storage import read_start
 
 FORMAT = 1
 MANIFEST_NAME = "dataset.json"

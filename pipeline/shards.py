@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.files import atomic_write, path_in_errors, read_fully
-from pipeline.locations import Location, inside, read_start
+from pipeline.locations import Location, inside
 from pipeline.manifest import HEAD_BYTES, DatasetError, Shard, Split
 from pipeline.remote_errors import redact
+from pipeline.storage import read_start
 
 INDEX_DTYPE = np.dtype(
     [

@@ -6,20 +6,18 @@ For HTTP, each request has a time limit, and the proxies of the environment are 
 import errno
 import os
 import stat
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import fsspec
-from fsspec.core import url_to_fs
-
 from pipeline.files import read_file
-from pipeline.locations import is_url
+from pipeline.locations import Location, is_url
 from pipeline.remote_errors import as_os_error, redact
-from pipeline.retry import StorageError
+from pipeline.retry import StorageError, print_to_stderr, read_with_retries, with_retries
 
 if TYPE_CHECKING:
     from aiohttp import TraceConfig
+    from fsspec import AbstractFileSystem
 
 MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
@@ -97,11 +95,20 @@ def is_accessible(name: str) -> bool:
         return False
 
 
-def file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
+def read_start(location: Location, size: int) -> bytes:
+    """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
+    if isinstance(location, Path):
+        return read_with_retries(location, size)
+    return with_retries(partial(read_once, location), print_to_stderr)[:size]
+
+
+def file_system(name: str, max_bytes: int | None = None) -> "tuple[AbstractFileSystem, str]":
     """Return the file system of a path or URL, and the path in it.
 
     max_bytes: an HTTP response that announces more raises StorageError before it is received.
     """
+    import fsspec  # here, because programs that read local datasets need not wait for it
+
     if not is_url(name):  # even if the path contains `::`, with which fsspec chains URLs
         return fsspec.filesystem("file"), name
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
@@ -113,7 +120,7 @@ def file_system(name: str, max_bytes: int | None = None) -> tuple[fsspec.Abstrac
         options["client_kwargs"] = {"trust_env": True, "timeout": ClientTimeout(**_HTTP_SECONDS)}
         if max_bytes is not None:
             options["client_kwargs"]["trace_configs"] = [_size_limit(max_bytes)]
-    return url_to_fs(name, **options)
+    return fsspec.url_to_fs(name, **options)
 
 
 def _is_http(name: str) -> bool:
