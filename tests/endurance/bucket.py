@@ -18,7 +18,6 @@ setting of `alexnet-train train`.
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -33,8 +32,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.chaos import SETTINGS
 from tests.endurance.lives import DifferenceError
+from tests.endurance.record import write_record
 from tools.options import count, natural, positive
-from trainer.environment import environment
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -124,17 +123,7 @@ def main() -> None:
         results = disturb_all(options, rest)
     except (SettingsError, DatasetError, OSError, DifferenceError) as error:
         sys.exit(f"bucket: {error}")
-    record = {
-        "command": " ".join(sys.argv),
-        "seconds": round(time.monotonic() - begun),
-        "environment": environment("CPU"),
-    }
-    line = json.dumps(record | results)
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.record, "a") as file:
-            print(line, file=file)
-    print(line)
+    write_record(begun, results, options.record)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ train`.
 """
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -34,8 +33,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
+from tests.endurance.record import write_record
 from tools.options import natural
-from trainer.environment import environment
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -120,18 +119,8 @@ def main() -> None:
     finally:
         if tallies:
             print(*table(tallies), sep="\n")
-    record = {
-        "command": " ".join(sys.argv),
-        "seconds": round(time.monotonic() - begun),
-        "environment": environment("CPU"),
-        "scenarios": {name: vars(tally) for name, tally in tallies.items()},
-    }
-    line = json.dumps(record)
-    if options.record:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.record, "a") as file:
-            print(line, file=file)
-    print(line)
+    scenarios = {name: vars(tally) for name, tally in tallies.items()}
+    write_record(begun, {"scenarios": scenarios}, options.record)
 
 
 if __name__ == "__main__":
