@@ -101,11 +101,12 @@ def train_loader(
 
     images = plan.images_per_rank(world)
     steps_per_block = max(1, BLOCK_IMAGES // images)
-    steps_behind = LOOK_AHEAD // images + 1  # requests are made before the samples are read
     resized = crops_and_flips and scale is not None
     options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
     build, count = partial(train_pipeline, resized=resized), decoding.pipelines
+    # Each pipeline makes requests before it reads their samples.
+    steps_behind = count * (LOOK_AHEAD // images + 1)
     reader.follow(plan, steps.start, rank, world)
     return _in_turn(
         [
