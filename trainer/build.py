@@ -1,6 +1,7 @@
-"""Build the net and the description of the decoding from settings, for both training and evaluation."""
+"""Build the net, its loader and the description of the decoding from settings, to train and to evaluate."""
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 from model.alexnet import AlexNet, Variant
 from model.bvlc_alexnet import BvlcAlexNet
 from model.torchvision_alexnet import TorchvisionAlexNet
+from pipeline import Dataset, Loader
 from pipeline.loader import Decoding
 from pipeline.loader_options import make_decoding
 from pipeline.machine import cpus
@@ -60,4 +62,24 @@ def build_decoding(settings: Settings, device: torch.device) -> Decoding:
         prefetch=settings.prefetch,
         hw_decoder_load=load,
         pipelines=settings.pipelines or 1,
+    )
+
+
+def build_loader(settings: Settings, dataset: Dataset, decoding: Decoding, **more: Any) -> Loader:
+    """Return the loader of the training images that the settings describe. Raises as `Loader` does.
+
+    more: further arguments of `Loader`, such as `rank`, `world` and `on_damage`.
+    """
+    return Loader(
+        dataset,
+        settings.batch,
+        seed=settings.seed,
+        crops_and_flips=settings.crops_and_flips,
+        colour=settings.colour,
+        colour_epochs=settings.colour_epochs,
+        shuffle_window=settings.shuffle_window,
+        crop_chunk=settings.crop_chunk,
+        balance=settings.balance,
+        **vars(decoding),
+        **more,
     )

@@ -11,7 +11,7 @@ import torch
 
 from pipeline import Batch, Damage, Dataset, DatasetError, EvaluationLoader, Loader
 from trainer import checkpoint
-from trainer.build import build_decoding
+from trainer.build import build_decoding, build_loader
 from trainer.damage import DamagedSamples
 from trainer.forms import resolve_run_form
 from trainer.intervals import Intervals
@@ -186,21 +186,14 @@ class Trainer:
         return iter(self.loader.batches(self.step))
 
     def _loader(self) -> Loader:
-        settings = self.settings
-        return Loader(
+        world = self.world
+        return build_loader(
+            self.settings,
             self.dataset,
-            settings.batch,
-            seed=settings.seed,
-            crops_and_flips=settings.crops_and_flips,
-            colour=settings.colour,
-            colour_epochs=settings.colour_epochs,
-            shuffle_window=settings.shuffle_window,
-            crop_chunk=settings.crop_chunk,
-            balance=settings.balance,
+            self.decoding,
+            rank=world.rank,
+            world=world.size,
             on_damage=self._leave_out,
-            rank=self.world.rank,
-            world=self.world.size,
-            **vars(self.decoding),
         )
 
     def _leave_out(self, damage: Damage) -> None:

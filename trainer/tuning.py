@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
-from pipeline import Damage, Dataset, Loader
+from pipeline import Damage, Dataset
 from pipeline.documents import ContentError, read_json
 from pipeline.files import atomic_write
 from pipeline.loader import Decoding
+from trainer.build import build_loader
 from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
 from trainer.processes.distributed import World
@@ -95,14 +96,8 @@ def fastest(decoding: Decoding, choices: Choices, images_per_second: Callable[[D
 
 def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: World) -> float:
     """Measure the images/s that this process's loader delivers over the first steps of the run."""
-    with Loader(
-        dataset,
-        settings.batch,
-        seed=settings.seed,
-        on_damage=_ignore,
-        rank=world.rank,
-        world=world.size,
-        **vars(decoding),
+    with build_loader(
+        settings, dataset, decoding, rank=world.rank, world=world.size, on_damage=_ignore
     ) as loader:
         work = loader_work(iter(loader.batches(0)))
         # Skip the batches that were prepared in advance.

@@ -19,7 +19,7 @@ import torch
 from model.forms import FORMS
 from pipeline import Dataset, Loader
 from pipeline.loader import graph_options, synthetic_loader
-from trainer.build import build_decoding
+from trainer.build import build_decoding, build_loader
 from trainer.forms import fastest_form
 from trainer.monitor.ceilings import Work, loader_work, measure_throughput, model_work
 from trainer.monitor.metrics import Metrics
@@ -87,8 +87,7 @@ class Stages:
 
     def _train_loader(self, scale: tuple[float, float] | None = None) -> Loader:
         """Return a new loader. scale: if given, it takes random resized crops."""
-        seed, colour, decoding = self.settings.seed, self.settings.colour, vars(self.decoding)
-        return Loader(self.dataset, self.settings.batch, seed=seed, colour=colour, scale=scale, **decoding)
+        return build_loader(self.settings, self.dataset, self.decoding, scale=scale)
 
     def _loader(self) -> Work:
         return loader_work(iter(self._train_loader().batches(0)))

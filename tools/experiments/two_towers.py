@@ -204,26 +204,15 @@ def _train(
     import torch
 
     from model.alexnet import count_parameters
-    from pipeline import Loader, open_dataset
-    from trainer.build import build_decoding
+    from pipeline import open_dataset
+    from trainer.build import build_decoding, build_loader
     from trainer.optim import learning_rate, make_optimizer, set_learning_rate, unscheduled_rate
     from trainer.step import Step
 
     torch.backends.cudnn.allow_tf32 = False  # its rounding would hide every other difference
     dataset = open_dataset(settings.data)
-    loader = Loader(
-        dataset,
-        settings.batch,
-        seed=settings.seed,
-        crops_and_flips=settings.crops_and_flips,
-        colour=settings.colour,
-        colour_epochs=settings.colour_epochs,
-        shuffle_window=settings.shuffle_window,
-        crop_chunk=settings.crop_chunk,
-        rank=0,  # each device has a tower, and takes whole batches
-        world=1,
-        **vars(build_decoding(settings, device)),
-    )
+    # Each device has a tower, and takes whole batches.
+    loader = build_loader(settings, dataset, build_decoding(settings, device), rank=0, world=1)
     optimizer = make_optimizer(net, settings)
     step = Step(net, optimizer, settings.precision, device)
     losses, seconds = [], []
