@@ -61,7 +61,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def command(data: Path, out: Path, *arguments: str) -> list[str]:
+def command(data: Path | str, out: Path, *arguments: str) -> list[str]:
     """Return the arguments of `python` that train a tiny run; `arguments` are more settings."""
     return ["-m", "trainer.cli", "--data", str(data), "--out", str(out), "--port", "0", *TINY, *arguments]
 

@@ -78,6 +78,7 @@ class FaultyProxy:
         delay: float = 0.0,
         bytes_per_second: float = float("inf"),
         stall_seconds: float = 60.0,
+        address: str = "127.0.0.1",
     ):
         self.upstream = urlsplit(upstream).netloc
         self.delay, self.bytes_per_second, self.stall_seconds = delay, bytes_per_second, stall_seconds
@@ -91,8 +92,8 @@ class FaultyProxy:
         self._is_up, self._is_closing = threading.Event(), threading.Event()
         self._is_up.set()
         self._is_silent = False
-        self._server = _Server(self)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = _Server(self, address)
+        self.url = f"http://{address}:{self._server.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -212,10 +213,10 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, proxy: FaultyProxy):
+    def __init__(self, proxy: FaultyProxy, address: str):
         self.proxy = proxy
         self.sockets: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__((address, 0), _Handler)
 
     def cut(self) -> None:
         """Close all connections."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import DEADLINE_SECONDS, command, exact, rows, wait_until
+from tests.remote.faulty_proxy import FaultyProxy
 from trainer import checkpoint
 from trainer.processes.watchdog import EXIT_STALLED
 
@@ -35,9 +36,10 @@ class Host:
     """A network namespace. The first, 10.77.6.1, has rank 0 and is where torchrun's processes meet."""
 
     def __init__(self, number: int, folder: Path):
-        self.name, self.address = f"host-{os.getpid()}-{number}", f"10.77.6.{number}"
+        self.number, self.name, self.address = number, f"host-{os.getpid()}-{number}", f"10.77.6.{number}"
         self.is_first, self.log = number == 1, folder / f"host-{number}.log"
         self.process: subprocess.Popen | None = None
+        self.environment: dict[str, str] = {}
 
     def start(self, arguments: list[str], restarts: int = 0) -> None:
         """Start this host's part of a run and write its output to a log of its own."""
@@ -51,7 +53,7 @@ class Host:
                 ["ip", "netns", "exec", self.name, *torchrun],
                 stdout=log,
                 stderr=log,
-                env=os.environ | network,
+                env=os.environ | network | self.environment,
             )
 
     def pids(self) -> list[int]:
@@ -77,6 +79,17 @@ class Host:
 
     def link(self, state: str) -> None:
         ip("-n", self.name, "link", "set", "eth0", state)
+
+    def connect_to_this_machine(self, stack: ExitStack) -> str:
+        """Lay a cable to this machine, and return the address of its end here."""
+        end, here, there = f"{self.name[5:]}-host", f"10.77.7{self.number}.1", f"10.77.7{self.number}.2"
+        ip("link", "add", end, "type", "veth", "peer", "name", "eth1", "netns", self.name)
+        stack.callback(ip, "link", "delete", end)
+        ip("address", "add", f"{here}/24", "dev", end)
+        ip("link", "set", end, "up")
+        ip("-n", self.name, "address", "add", f"{there}/24", "dev", "eth1")
+        ip("-n", self.name, "link", "set", "eth1", "up")
+        return here
 
 
 @pytest.fixture
@@ -164,3 +177,23 @@ def test_a_long_network_failure_ends_both_hosts_with_stacks_and_the_same_command
     assert ended(hosts) == [0, 0], first.log.read_text() + second.log.read_text()
     assert "continuing" in first.log.read_text()
     assert exact(metrics) == exact(one_host / "metrics.csv")
+
+
+def test_each_host_fetches_every_shard_once_from_a_bucket_and_learns_as_from_its_disk(
+    hosts, packed, packed_url, seaweedfs_url, one_host, tmp_path
+):
+    with ExitStack() as stack:
+        proxies = []
+        for host in hosts:
+            address = host.connect_to_this_machine(stack)
+            proxies.append(stack.enter_context(FaultyProxy(seaweedfs_url, address=address)))
+            host.environment = {"AWS_ENDPOINT_URL": proxies[-1].url, "NO_PROXY": address}
+            cache = str(tmp_path / f"cache-{host.number}")
+            host.start(command(packed_url, tmp_path / "run", *SETTINGS, "--cache", cache))
+        assert ended(hosts) == [0, 0], hosts[0].log.read_text() + hosts[1].log.read_text()
+    assert exact(tmp_path / "run/metrics.csv") == exact(one_host / "metrics.csv")
+    shards = {path.name: path.stat().st_size for path in packed.glob("train-*.tar")}
+    for proxy in proxies:
+        sent = {Path(path).name: traffic.bytes for path, traffic in proxy.traffic.items()}
+        # In 40 epochs each shard came once, and beside it the samples of the first steps.
+        assert all(size <= sent[name] < 2 * size for name, size in shards.items())
