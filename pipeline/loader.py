@@ -85,7 +85,6 @@ def train_loader(
     def requests() -> Iterator[Request]:
         for first in range(steps.start, steps.stop, steps_per_block):  # a draw for many steps costs less
             block = min(steps_per_block, steps.stop - first)
-            reader.advance(max(first - steps_behind, steps.start))
             batch = plan.step_batch(first, rank, world, block)
             coloured = (batch.epoch < (np.inf if colour_epochs is None else colour_epochs))[:, None]
             offsets = np.where(coloured, colour_offsets(colour, pixels, batch.draws.normal), 0.0)
@@ -95,8 +94,9 @@ def train_loader(
                 *(place.astype(np.float32) for place in places(first, block, batch)),
                 (batch.draws.mirror & crops_and_flips).astype(np.int32),
             )
-            for start in range(0, block * images, images):
-                step = slice(start, start + images)
+            for number in range(block):
+                reader.advance(max(first + number - steps_behind, steps.start))
+                step = slice(number * images, (number + 1) * images)
                 yield batch.samples[step], tuple(argument[step] for argument in arguments)
 
     images = plan.images_per_rank(world)
