@@ -1,6 +1,7 @@
 """Train a tiny net for a long time and check whether memory, open files or threads grow.
 
     python tests/endurance/soak.py --out runs/soak
+    python tests/endurance/soak.py --out runs/soak --bucket
 
 The trainer runs in its own process, with evaluations, checkpoints and its metrics server, and with a narrow
 net: steps are short and 1 % of its memory is little. Meanwhile pages are requested from its server, and the
@@ -11,6 +12,10 @@ process and all its children are sampled together with the step:
     shared_bytes      mapped shared memory, and System V segments that the processes created
     open_files        file descriptors
     threads           threads of all processes
+    connections       established TCP connections
+
+With --bucket, the run reads the dataset from an S3 server on this machine, SeaweedFS, through a cache for 60 %
+of it, so that it fetches and evicts until the end.
 
 The first fifth of the steps is the warm-up. Growth is the median of a series over the last tenth of the
 steps, compared with the median over the tenth after the warm-up, so what comes and goes with a checkpoint
@@ -27,7 +32,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,14 +44,17 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import free_port
+from tests.remote.seaweedfs import served
+from tests.trees import upload
 from tools.options import count, positive
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
-SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads")
+SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "threads", "connections")
 WARM_UP, WINDOW = 0.2, 0.1  # as fractions of the steps
 LEAST = 5  # least number of samples in a window
+CACHE_SHARE = 0.6  # of the dataset, with --bucket
 SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--width", "0.0625", "--batch", "8", "--threads", "1"]
 SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
 
@@ -71,6 +79,8 @@ def sample(pid: int) -> dict[str, float]:
             figures["shared_bytes"] += 1024 * int(kilobytes["Pss_Shmem:"])
             figures["open_files"] += process.num_fds()
             figures["threads"] += process.num_threads()
+            connections = process.net_connections("tcp")
+            figures["connections"] += sum(each.status == psutil.CONN_ESTABLISHED for each in connections)
         except (OSError, psutil.Error):
             if process is parent:
                 raise
@@ -157,8 +167,7 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, 2, figsize=(11, 8.4), layout="constrained")
-    axes.flat[-1].set_axis_off()
-    for panel, (name, figures) in zip(axes.flat, grown.items(), strict=False):
+    for panel, (name, figures) in zip(axes.flat, grown.items(), strict=True):
         scale, unit = (1e6, "MB") if name.endswith("_bytes") else (1, None)
         panel.plot(samples["step"], [value / scale for value in samples[name]], color="tab:blue", linewidth=1)
         for begin, value in ((WARM_UP, figures["before"]), (1 - WINDOW, figures["after"])):
@@ -172,14 +181,24 @@ def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps
     plt.close(figure)
 
 
-def prepare(out: Path) -> Path:
+def prepare(out: Path, shard_samples: int) -> Path:
     """Draw and pack a thousand training pictures; return the dataset's folder."""
     pictures, shards = out / "pictures", out / "shards"
     drawn = ["--out", pictures, "--train", "100", "--val", "10"]
-    packed = ["--input", pictures, "--out", shards, "--size", "80", "--shard-samples", "250"]
+    packed = ["--input", pictures, "--out", shards, "--size", "80", "--shard-samples", shard_samples]
     for command in (["tools.draw_pictures", *drawn], ["tools.make_shards", *packed]):
         subprocess.run([sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return shards
+
+
+def upload_to_bucket(data: Path, out: Path, stack: ExitStack) -> list[str]:
+    """Serve a dataset from a bucket; return the settings with which a run reads it through a small cache."""
+    stack.enter_context(served(out / "server"))
+    upload(data, "s3://bucket/shards")
+    manifest = read_manifest(data)
+    size = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    cache = ["--cache", str(out / "cache"), "--cache-size", str(int(CACHE_SHARE * size))]
+    return ["--data", "s3://bucket/shards", "--shuffle-window", "2", *cache]
 
 
 def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
@@ -191,15 +210,17 @@ def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], 
     if run.exists():
         raise SoakError(f"{run} already exists: choose another --out, or delete it")
     options.out.mkdir(parents=True, exist_ok=True)
-    data = options.data or prepare(options.out)
-    given = ["--data", str(data), "--out", str(run), "--address", "127.0.0.1", "--port", str(port)]
-    arguments = [*SHORT_STEPS, *rest, *given]
-    batch = load_settings(arguments, command="soak.py").batch
-    samples_an_epoch = read_manifest(data).split("train").samples
-    epochs = -(-options.steps * batch // samples_an_epoch)
-    steps = -(-epochs * samples_an_epoch // batch)
-    command = [sys.executable, "-m", "trainer.cli", *arguments, "--epochs", str(epochs)]
-    samples = watch(command, port, steps, options.seconds, options.out / "trainer.log")
+    data = options.data or prepare(options.out, 50 if options.bucket else 250)
+    with ExitStack() as stack:
+        source = upload_to_bucket(data, options.out, stack) if options.bucket else ["--data", str(data)]
+        given = [*source, "--out", str(run), "--address", "127.0.0.1", "--port", str(port)]
+        arguments = [*SHORT_STEPS, *rest, *given]
+        batch = load_settings(arguments, command="soak.py").batch
+        samples_an_epoch = read_manifest(data).split("train").samples
+        epochs = -(-options.steps * batch // samples_an_epoch)
+        steps = -(-epochs * samples_an_epoch // batch)
+        command = [sys.executable, "-m", "trainer.cli", *arguments, "--epochs", str(epochs)]
+        samples = watch(command, port, steps, options.seconds, options.out / "trainer.log")
     grown = growth(samples, steps)
     about = Run(run).starts()[-1]
     record = {"command": " ".join(sys.argv), "environment": about, "steps": steps, "batch": batch}
@@ -217,6 +238,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for the run and the results")
     add("--steps", type=count, default=20_000, metavar="N", help="least number of steps (default 20,000)")
     add("--data", type=Path, metavar="DIR", help="packed dataset (default: pictures are drawn)")
+    add("--bucket", action="store_true", help="read the dataset from a bucket")
     add("--seconds", type=positive, default=1.0, metavar="S", help="time between samples (default 1)")
     add("--limit", type=positive, default=1.0, metavar="PERCENT", help="growth that is allowed (default 1)")
     return parser.parse_known_args()

@@ -14,7 +14,7 @@ from tests.endurance import soak
 from tests.events import at_event
 from tests.helpers import free_port
 
-FLAT = dict(zip(soak.SERIES, (5e8, 2e8, 0.0, 10.0, 9.0), strict=True))
+FLAT = dict(zip(soak.SERIES, (5e8, 2e8, 0.0, 10.0, 9.0, 2.0), strict=True))
 STEPS = 1000
 
 HOLDS = """
