@@ -14,8 +14,8 @@ process and all its children are sampled together with the step:
     threads           threads of all processes
     connections       established TCP connections
 
-With --bucket, the run reads the dataset from an S3 server on this machine, SeaweedFS, through a cache for 60 %
-of it, so that it fetches and evicts until the end.
+With --bucket, the run reads the dataset from an S3 server on this machine, SeaweedFS, through a cache for
+60 % of it, so that it fetches and evicts until the end.
 
 The first fifth of the steps is the warm-up. Growth is the median of a series over the last tenth of the
 steps, compared with the median over the tenth after the warm-up, so what comes and goes with a checkpoint

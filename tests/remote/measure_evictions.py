@@ -2,10 +2,11 @@
 
     python tests/remote/measure_evictions.py --data shards --cache 0.333 --shuffle-window 4
 
-The dataset is uploaded to SeaweedFS on this machine. One process reads training batches of it by `Loader`, with
-a cache for a part of the training shards. For each epoch, a line has the bytes of training shards that were
-sent, and what the simulation of tools/benchmarks/traffic.py fetches by the same plan if it evicts the shard
-that is needed last, which is the least possible for whole shards, or the one that was used least recently.
+The dataset is uploaded to SeaweedFS on this machine. One process reads training batches of it by `Loader`,
+with a cache for a part of the training shards. For each epoch, a line has the bytes of training shards that
+were sent, and what the simulation of tools/benchmarks/traffic.py fetches by the same plan if it evicts the
+shard that is needed last, which is the least possible for whole shards, or the one that was used least
+recently.
 """
 
 import argparse
