@@ -6,6 +6,7 @@ datasets, and its other splits are those of the first one.
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,11 @@ from typing import NamedTuple
 
 from pipeline.locations import Location, location_of
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, read_manifest
+from pipeline.remote_errors import redact
+
+_QUERY = re.compile(r"://.*\?")
+_WEIGHT = re.compile(r"=\s*[\d.]+(?:e[+-]?\d+)?\s*$")
+_NEXT = re.compile(r"\s*(?:\w+://|[./~])")
 
 
 class Source(NamedTuple):
@@ -21,6 +27,11 @@ class Source(NamedTuple):
     folder: Location
     manifest: Manifest
     share: float
+
+    @property
+    def place(self) -> str:
+        """The folder or URL, for messages."""
+        return redact(self.folder)
 
 
 class MixedManifest(Manifest):
@@ -37,15 +48,17 @@ class MixedManifest(Manifest):
 def weights_of(data: Location) -> dict[Location, float]:
     """Return the folders or URLs that `data` names, and the weight of each.
 
-    If `data` has both a comma and an equals sign, it is FOLDER=WEIGHT,…; otherwise, it is one folder. Raises
-    ValueError if a folder has no weight or comes twice, or if a weight is not a number greater than 0.
+    If `data` has both a comma and an equals sign, it is FOLDER=WEIGHT,…; otherwise, it is one folder. Commas
+    that belong to a URL, such as those of a signature, do not count. Raises ValueError if a folder has no
+    weight or comes twice, or if a weight is not a number greater than 0.
     """
-    parts = [part.strip() for part in str(data).split(",") if part.strip()]
+    parts = [part.strip() for part in _split(str(data)) if part.strip()]
     if str(data) in parts or "=" not in str(data):
         return {data: 1.0}
     weights: dict[Location, float] = {}
     for part in parts:
         name, _, text = part.rpartition("=")
+        shown = redact(name)
         if not name:
             raise ValueError(f"{part} has no weight: name several datasets as DIR=WEIGHT,DIR=WEIGHT")
         try:
@@ -54,12 +67,26 @@ def weights_of(data: Location) -> dict[Location, float]:
             weight = math.nan
         if not 0 < weight < math.inf:
             raise ValueError(
-                f"the weight of {name} should be a number greater than 0, not {text or repr(text)}"
+                f"the weight of {shown} should be a number greater than 0, not {text or repr(text)}"
             )
         if location_of(name) in weights:
-            raise ValueError(f"{name} is given twice")
+            raise ValueError(f"{shown} is given twice")
         weights[location_of(name)] = weight
     return weights
+
+
+def _split(data: str) -> list[str]:
+    """Split the names of datasets at commas.
+
+    In the query of a URL, only a comma between a weight and the beginning of another URL or path separates.
+    """
+    parts: list[str] = []
+    for part in data.split(","):
+        if parts and _QUERY.search(parts[-1]) and not (_WEIGHT.search(parts[-1]) and _NEXT.match(part)):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def is_present(data: Location) -> bool:
@@ -88,15 +115,13 @@ def read_sources(data: Location) -> list[Source]:
     try:
         weights = weights_of(data)
     except ValueError as error:
-        raise DatasetError(f"{data}: {error}") from None
+        raise DatasetError(f"{redact(data)}: {error}") from None
     total = sum(weights.values())
     sources = [Source(folder, read_manifest(folder), weight / total) for folder, weight in weights.items()]
     for number, source in enumerate(sources):
         for earlier in sources[:number]:
             if source.manifest.fingerprint == earlier.manifest.fingerprint:
-                raise DatasetError(
-                    f"{source.folder} is the same dataset as {earlier.folder}: omit one of them"
-                )
+                raise DatasetError(f"{source.place} is the same dataset as {earlier.place}: omit one of them")
         _check_alike(sources[0], source)
     return sources
 
@@ -107,13 +132,13 @@ def _check_alike(first: Source, other: Source) -> None:
         if only := sorted(its - theirs):
             more = f" and {len(only) - 1} more" if len(only) > 1 else ""
             raise DatasetError(
-                f"{other.folder} and {first.folder} have different classes: "
-                f"{one.folder} has {only[0]}{more}, which {two.folder} lacks"
+                f"{other.place} and {first.place} have different classes: "
+                f"{one.place} has {only[0]}{more}, which {two.place} lacks"
             )
     size, another = ((source.manifest.geometry, source.manifest.size) for source in (first, other))
     if size != another:
         raise DatasetError(
-            f"{other.folder} has geometry {another[0]} at {another[1]} px, but {first.folder} has {size[0]} "
+            f"{other.place} has geometry {another[0]} at {another[1]} px, but {first.place} has {size[0]} "
             f"at {size[1]} px: pack them alike"
         )
 

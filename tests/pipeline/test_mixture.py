@@ -71,6 +71,32 @@ def test_datasets_are_named_with_their_weights(data, expected):
     }
 
 
+SIGNED = "https://host/shards?list=a,b&expires=5&sig=Zm9v,YmFy="
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (SIGNED, {SIGNED: 1}),
+        ("https://host/shards?expires=5,sig=7", {"https://host/shards?expires=5,sig=7": 1}),
+        (f"{SIGNED}=0.7,s3://bucket/x=0.3", {SIGNED: 0.7, "s3://bucket/x": 0.3}),
+        (f"shards=.7, {SIGNED}=1e-1", {Path("shards"): 0.7, SIGNED: 0.1}),
+        (f"{SIGNED}=1,{SIGNED}x=2,/x/y=3", {SIGNED: 1, f"{SIGNED}x": 2, Path("/x/y"): 3}),
+        ("s3://a/b=.7,s3://c/d=.3", {"s3://a/b": 0.7, "s3://c/d": 0.3}),
+    ],
+)
+def test_commas_and_equals_signs_of_a_signature_do_not_make_a_mixture(data, expected):
+    assert weights_of(data) == expected
+    assert weights_of(change_folders(data, lambda folder: folder)) == expected
+
+
+def test_messages_about_mixtures_hide_signatures():
+    with pytest.raises(DatasetError) as error:
+        read_sources(f"{SIGNED}=0,s3://bucket/x=1")
+    assert "host" in str(error.value)
+    assert "Zm9v" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
