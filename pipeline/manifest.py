@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST_NAME = "dataset.json"
 MAX_BYTES = 1 << 28  # largest dataset.json that is read; a million shards take about as much
 MAX_SIDE = 65535  # largest side of an image, in pixels, that a JPEG and the index can hold
+_READINGS = 5  # of a dataset.json behind a URL, after which it is given up
 HEAD_BYTES = 65536  # the part of a shard that is hashed when it is opened, to detect a replaced shard
 
 RGB = tuple[FiniteFloat, FiniteFloat, FiniteFloat]  # one value per channel
@@ -143,12 +144,12 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 def read_manifest(root: Location) -> Manifest:
     """Read dataset.json in a folder or behind a URL.
 
-    Raises DatasetError if it is missing, broken, absurdly large or of a newer format, and OSError, which
-    names the file, if it cannot be read.
+    Raises DatasetError if it is missing, broken, absurdly large, of a newer format or different at each
+    reading, and OSError, which names the file, if it cannot be read.
     """
     path = inside(root, MANIFEST_NAME)
     try:
-        text = read_start(path, MAX_BYTES + 1)
+        text = _read(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         if isinstance(root, str):
             problem = f"{redact(path)} does not exist"
@@ -166,3 +167,22 @@ def read_manifest(root: Location) -> Manifest:
         return parse_record(Manifest, text, FORMAT, name, "Copy the dataset again, or pack it again")
     except ContentError as error:
         raise DatasetError(str(error)) from None
+
+
+def _read(path: Location) -> bytes:
+    """Read dataset.json, and a little more if it is too large.
+
+    It has the checksums of all other files, but none of its own, and may be garbled on its way from a URL.
+    Therefore it is read until it arrives twice alike. Raises DatasetError if it never does.
+    """
+    text = read_start(path, MAX_BYTES + 1)
+    if isinstance(path, Path):
+        return text
+    for _ in range(_READINGS - 1):
+        previous, text = text, read_start(path, MAX_BYTES + 1)
+        if text == previous:
+            return text
+    raise DatasetError(
+        f"{redact(path)} arrives differently each time it is read: check the network, or run again once the "
+        "upload is complete"
+    )

@@ -17,7 +17,7 @@ import pipeline.remote.fetcher
 import pipeline.remote.requests
 import pipeline.remote.storage
 from pipeline import DatasetError, Loader, OutageError, open_dataset
-from pipeline.manifest import HEAD_BYTES
+from pipeline.manifest import HEAD_BYTES, read_manifest
 from pipeline.remote.fetcher import Fetcher
 from tests.helpers import assert_same_batches, copies
 
@@ -82,6 +82,47 @@ def test_passing_faults_of_all_kinds_change_no_batch(many_shards, bucket, remote
     assert_same_batches(batches(dataset), batches(open_dataset(many_shards)))
     assert len(set(faults)) == 8
     assert dataset.storage.counters.wait_seconds > 0
+
+
+@pytest.mark.parametrize("kind", ["cut", "short", "another mean"])
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_garbled_manifest_is_read_again(bucket, many_shards, kind, which):
+    content, count = bucket.files["dataset.json"], 0
+
+    def fault(handler, name, part) -> bool:
+        nonlocal count
+        count += 1
+        if count != which:
+            return False
+        if kind == "cut":
+            cut(handler, content)
+        elif kind == "short":
+            handler.send(content[: len(content) // 2])
+        else:
+            start = content.index(b".", content.index(b'"mean"')) + 1  # of the decimals
+            handler.send(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
+        return True
+
+    bucket.fault = fault
+    assert read_manifest(bucket.url) == read_manifest(many_shards)
+    assert count > 2
+
+
+def test_a_manifest_that_stays_garbled_is_named(bucket):
+    content, count = bucket.files["dataset.json"], 0
+
+    def fault(handler, name, part) -> bool:
+        nonlocal count
+        count += 1
+        handler.send(content[:-count])
+        return True
+
+    bucket.fault = fault
+    with pytest.raises(DatasetError, match=rf"^{bucket.url}/dataset.json arrives differently each time"):
+        read_manifest(bucket.url)
+    bucket.fault = lambda handler, name, part: handler.send(content[:-9]) or True
+    with pytest.raises(DatasetError, match=rf"^{bucket.url}/dataset.json is not valid JSON"):
+        read_manifest(bucket.url)
 
 
 @pytest.mark.usefixtures("_whole_shards")
