@@ -11,12 +11,11 @@ from pipeline.manifest import DatasetError
 from pipeline.remote.cache import Cache, CacheFullError, Partial, RemoteShard
 from pipeline.remote.counters import Counters
 from pipeline.remote.priorities import Priorities
-from pipeline.remote.requests import ClosedError, LostError, Requests
+from pipeline.remote.requests import MISMATCH, ClosedError, LostError, Requests
 
 CONNECTIONS = 8
 PART_BYTES = 8 << 20  # size of a request
 _FETCHES = 3  # of a shard that does not match its checksum, after which it counts as lost
-MISMATCH = "does not match its checksum"
 _IDLE_SECONDS = 1.0  # after which threads without work look again: other processes fetch and evict, too
 _CLOSE_SECONDS = 2.0  # how long to wait for threads to end: a request cannot be interrupted
 

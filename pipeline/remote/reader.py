@@ -13,7 +13,7 @@ from pipeline.plan import Plan
 from pipeline.ranks import read_ranks
 from pipeline.reader import JpegFiles, ShardReader, open_shard
 from pipeline.remote.cache import RemoteShard, lock_for_reading
-from pipeline.remote.fetcher import MISMATCH
+from pipeline.remote.requests import MISMATCH
 from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses
 from pipeline.remote.storage import RemoteStorage

@@ -20,6 +20,7 @@ from pipeline.storage import file_system, read_once
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0  # seconds
 _ATTEMPTS_UNSAID = 4  # a single error that passes is not worth a message
 _SHORT_ANSWERS = 4  # in succession, after which a file counts as too short
+MISMATCH = "does not match its checksum"  # a predicate, as those of LostError
 _SHORT = "the answer ends too early"
 _REFUSED = {"HTTP 401", "HTTP 403", "access denied"}
 _GONE = {"HTTP 404", "HTTP 410", "HTTP 416", "not found"}

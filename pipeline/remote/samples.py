@@ -6,7 +6,7 @@ small part of each shard, and for what is left of a shard that does not match it
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.manifest import DatasetError
 from pipeline.remote.cache import RemoteShard
 from pipeline.remote.counters import Counters
-from pipeline.remote.requests import ClosedError, LostError, Requests
+from pipeline.remote.requests import MISMATCH, ClosedError, LostError, Requests
 from pipeline.shards import checksum
 
 CONNECTIONS = 16
@@ -23,6 +23,8 @@ _SHARE = 8  # the part of what is fetched that goes to such samples, as a diviso
 _FETCHES = 3  # of a sample that does not match its checksum, after which it counts as damaged
 _IDLE_SECONDS = 10.0  # after which a thread without work looks whether it should end
 _HELD_BYTES = 512 << 20  # of samples that no batch has taken yet
+_GAP_BYTES = 256 << 10  # between two samples that are fetched by one request
+_REQUEST_BYTES = 2 << 20  # largest size of such a request
 
 
 class Range(NamedTuple):
@@ -33,9 +35,13 @@ class Range(NamedTuple):
     size: int
     checksum: bytes
 
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
 
 class Samples:
-    """Fetches samples in threads of its own.
+    """Fetches samples in threads of its own, and those that are near each other by one request.
 
     changed: the lock of all attributes; it is notified when a sample has arrived. found: the bytes of each
     sample, or why it cannot be had, as a predicate. problem: why requests can never succeed, if that is so.
@@ -46,24 +52,19 @@ class Samples:
         self.found: dict[Range, bytes | str] = {}
         self.problem: Exception | None = None
         self.bytes_requested = 0
-        self._waiting: deque[Range] = deque()
+        self._waiting: deque[list[Range]] = deque()
         self._known: set[Range] = set()  # those that are waiting, being fetched, or found
         self._threads: list[threading.Thread] = []
 
     def request(self, ranges: Iterable[Range]) -> None:
         """Have samples fetched, unless they have been requested. The lock must be held."""
-        for part in ranges:
-            if part not in self._known:
-                self._known.add(part)
-                self._waiting.append(part)
-                self.bytes_requested += part.size
+        new = set(ranges) - self._known
+        self._known |= new
+        for group in _neighbours(new):
+            self._waiting.append(group)
+            self.bytes_requested += group[-1].end - group[0].offset
         self._start()
         self.changed.notify_all()
-
-    def forget(self, part: Range) -> None:
-        """Drop a sample that is no longer needed, unless it is on its way."""
-        if self.found.pop(part, None) is not None:
-            self._known.discard(part)
 
     def is_known(self, part: Range) -> bool:
         """Return whether a sample has been requested, and not been taken."""
@@ -94,34 +95,66 @@ class Samples:
                 if not self._waiting:
                     self.changed.wait(_IDLE_SECONDS)
                     continue
-                part = self._waiting.popleft()
+                group = self._waiting.popleft()
             try:
-                found = self._fetch(part)
+                found = self._fetch(group)
             except ClosedError:
                 return
             except (DatasetError, OSError) as error:
                 with self.changed:
                     self.problem = error
-                    self._known.discard(part)
+                    self._known.difference_update(group)
                     self.changed.notify_all()
                 continue
             with self.changed:
-                self.found[part] = found
+                self.found |= found
                 self.changed.notify_all()
 
-    def _fetch(self, part: Range) -> bytes | str:
-        """Return the bytes of a sample, or why it cannot be had."""
-        for _ in range(_FETCHES):
-            try:
-                data = self.requests.read(part.url, part.offset, part.size)
-            except LostError as error:
-                return str(error)
-            with self.changed:
-                self.counters.bytes_fetched += len(data)
-                self.counters.samples_by_range += 1
-            if checksum(data) == part.checksum:
-                return data
-        return "does not match its checksum"
+    def _fetch(self, group: list[Range]) -> dict[Range, bytes | str]:
+        """Return the bytes of each sample of a group, or why it cannot be had."""
+        found = self._read(group)
+        for _ in range(_FETCHES - 1):
+            for part in group:
+                if part not in found:
+                    self.requests.count_retry()
+                    found |= self._read([part])
+        return dict.fromkeys(group, MISMATCH) | found
+
+    def _read(self, group: list[Range]) -> dict[Range, bytes | str]:
+        """Request samples together, and return those that match their checksums.
+
+        Of a sample that is requested alone, returns why it is not in the storage, if that is so.
+        """
+        start = group[0].offset
+        try:
+            data = self.requests.read(group[0].url, start, group[-1].end - start)
+        except LostError as error:
+            return {group[0]: str(error)} if len(group) == 1 else {}
+        found: dict[Range, bytes | str] = {}
+        for part in group:
+            content = data[part.offset - start : part.end - start]
+            if checksum(content) == part.checksum:
+                found[part] = content
+        with self.changed:
+            self.counters.bytes_fetched += len(data)
+            self.counters.samples_by_range += len(found)
+        return found
+
+
+def _neighbours(ranges: Iterable[Range]) -> Iterator[list[Range]]:
+    """Group ranges of the same file that are near each other, each group in the order of the file."""
+    group: list[Range] = []
+    for part in sorted(ranges):
+        if group and (
+            part.url != group[-1].url
+            or part.offset > group[-1].end + _GAP_BYTES
+            or part.end > group[0].offset + _REQUEST_BYTES
+        ):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 class SplitRanges:
