@@ -40,6 +40,8 @@ def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
     with as_os_error(file):
         fs, path = file_system(file, MAX_BYTES)
         content = fs.cat_file(path, start=offset, end=None if size is None else offset + size)
+        if content is None:  # s3fs has closed its connections, because this process is ending
+            raise StorageError(f"{redact(file)}: broken off", "broken off")
     if size is not None and len(content) > size:  # many static file servers send the whole file
         raise StorageError(
             f"{redact(file)}: the server does not support reading parts of files (HTTP ranges)",
