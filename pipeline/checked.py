@@ -40,17 +40,29 @@ class CheckedReader:
     """Reads samples without the damaged ones.
 
     on_damage: called once with each damaged sample that is found; if None, damage raises DatasetError.
-    replace: if true, the next sample of the dataset takes the place of a damaged one; if false, batches with
-    damaged samples are smaller.
+    replace: if true, as in training, the next sample of the dataset takes the place of a damaged one; if
+    false, as in an evaluation, batches with damaged samples are smaller.
     """
 
     def __init__(self, reader: ShardReader, on_damage: OnDamage | None, replace: bool):
         self.reader, self.on_damage, self.replace = reader, on_damage, replace
         self.excluded = np.zeros(len(reader), bool)
+        self._unreadable = np.zeros(len(reader), bool)  # those that were excluded for that reason
         # The offset in each file, in bytes, at which it gives the size of its image; 0 until it is known.
         self._size_offsets = np.zeros(len(reader), np.int64)
         sizes = np.stack((reader.rows["height"], reader.rows["width"]), 1).astype(">u2").view(np.uint8)
         self._expected = np.insert(sizes, [0, 0], tuple(START), 1)  # each file's bytes at _OFFSETS
+
+    def begin_epoch(self) -> None:
+        """Admit excluded samples again that may be readable again.
+
+        In training, these are unreadable ones of shards that may be restored; in an evaluation, all.
+        """
+        returning = self.reader.retry_lost() & self._unreadable
+        if self.replace:
+            self.excluded &= ~returning
+        else:
+            self.excluded[:] = self._unreadable[:] = False
 
     def unread(self, samples: np.ndarray) -> np.ndarray:
         """Return the samples, given by number, that have not been read yet."""
@@ -72,7 +84,7 @@ class CheckedReader:
                 self.exclude(number, damage)
 
     def exclude(self, number: int, damage: Damage) -> None:
-        """Exclude a sample from now on, and report its damage to `on_damage`.
+        """Exclude a sample, and report its damage to `on_damage`, unless it stayed unreadable.
 
         Raises DatasetError if damage is not tolerated, or if no sample would remain.
         """
@@ -80,9 +92,11 @@ class CheckedReader:
             return
         if self.on_damage is None or self.excluded.sum() == len(self.excluded) - 1:
             raise DatasetError(f"{damage}: copy the shard again")
+        is_known, self._unreadable[number] = self._unreadable[number], damage.reason == "unreadable"
         self.excluded[number] = True
         self.reader.evict(number)
-        self.on_damage(damage)
+        if not is_known:
+            self.on_damage(damage)
 
     def exclude_undecodable(self, number: int) -> None:
         """Exclude a sample that passed the checks but that the decoder refused. Raises as `exclude` does."""

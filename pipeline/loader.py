@@ -83,9 +83,13 @@ def train_loader(
         return parts[:, 1::-1], parts[:, :1:-1]
 
     def requests() -> Iterator[Request]:
+        epoch = steps.start * plan.batch // plan.samples
         for first in range(steps.start, steps.stop, steps_per_block):  # a draw for many steps costs less
             block = min(steps_per_block, steps.stop - first)
             batch = plan.step_batch(first, rank, world, block)
+            if batch.epoch[-1] > epoch:
+                epoch = batch.epoch[-1]
+                checked.begin_epoch()
             coloured = (batch.epoch < (np.inf if colour_epochs is None else colour_epochs))[:, None]
             offsets = np.where(coloured, colour_offsets(colour, pixels, batch.draws.normal), 0.0)
             arguments = (
@@ -142,7 +146,7 @@ def evaluation_loader(
     mine = share(len(reader), rank, world)
 
     def requests() -> Iterator[Request]:
-        checked.excluded[:] = False  # samples that could not be read may be readable again
+        checked.begin_epoch()
         for start in range(mine.start, mine.stop, batch):
             reader.read_in_order(range(max(start - LOOK_AHEAD, mine.start), mine.stop))
             yield np.arange(start, min(start + batch, mine.stop)), ()

@@ -208,6 +208,13 @@ class ShardReader:
     def read_in_order(self, samples: range | None) -> None:
         """Prepare to read consecutive samples; None means that they have been read."""
 
+    def retry_lost(self) -> np.ndarray:
+        """Have lost shards looked for again, and return which samples that may bring back: bool [samples].
+
+        A local shard is not restored while it is open.
+        """
+        return np.zeros(len(self), bool)
+
     @property
     def fits_in_page_cache(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""

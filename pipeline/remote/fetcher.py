@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,8 +52,8 @@ class Fetcher:
     """Fetches shards in threads of its own, until it is closed.
 
     changed: the lock of everything that the threads share; it is notified when a shard has arrived or is
-    lost. lost: why shards cannot be had at all, as predicates, by path. problems: why they cannot be had at
-    present.
+    lost. lost: why shards are not fetched any more, as predicates, by path. problems: why they cannot be had
+    at present.
     """
 
     def __init__(self, cache: Cache, requests: Requests, counters: Counters, priorities: Priorities):
@@ -78,6 +79,12 @@ class Fetcher:
         """Have the threads look for work now. The lock must be held."""
         self._idle_until = 0.0
         self.changed.notify_all()
+
+    def retry_lost(self, paths: Set[Path]) -> None:
+        """Have shards fetched once more that were lost. The lock must be held."""
+        for path in self.lost.keys() & paths:
+            del self.lost[path]
+        self.wake()
 
     def close(self) -> None:
         """End the threads, and delete what is incomplete."""
@@ -166,7 +173,7 @@ class Fetcher:
                 self._arrived(shard.path)
                 return
             self._mismatches[shard.path] += 1
-            if self._mismatches[shard.path] == _FETCHES:
+            if self._mismatches[shard.path] >= _FETCHES:
                 raise LostError(MISMATCH)
             self.requests.count_retry()
             download.begin()

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses
 from pipeline.remote.storage import RemoteStorage
 from pipeline.remote_errors import redact
-from pipeline.shards import read_checksums
 
 _CLOSED = -1
 _LEAST_SHARE = 4  # of the samples that this machine must need to fetch whole shards, as a divisor
@@ -56,20 +54,14 @@ class RemoteShardReader(ShardReader):
         (root, manifest), *others = local
         self._split_name = split
         super().__init__(root, manifest, split, processes, others)
+        self._is_remote = np.array([shard is not None for shard in self.remote])[self.rows["shard"]]
         self._thread = threading.get_ident()
         self._in_batch: set[int] = set()  # the shards of the batch that is waited for
         self._arrived: dict[tuple[int, int], bytes | str] = {}  # what came by range
-        self._ranges = self._make_ranges(local)
+        splits = [(root, manifest.split(split)) for root, manifest in local]
+        self._ranges = SplitRanges.of(storage.samples, self.rows, self.remote, splits)
         self._follow(PassUses([record.samples for _, record in self.shards]))
         storage.readers.add(self)
-
-    def _make_ranges(self, sources: Sequence[tuple[Path, Manifest]]) -> SplitRanges | None:
-        """Return the samples as ranges of shards, or None if a dataset has no checksums of them."""
-        found = [read_checksums(root, manifest.split(self._split_name)) for root, manifest in sources]
-        checksums = [each for each in found if each is not None]
-        if len(checksums) < len(found):
-            return None
-        return SplitRanges(self.storage.samples, self.rows, self.remote, np.concatenate(checksums))
 
     def _open_shards(self) -> None:
         self._is_open = np.zeros(len(self.shards), bool)
@@ -128,6 +120,12 @@ class RemoteShardReader(ShardReader):
             self.storage.fetcher.start()
         self.release()
 
+    def retry_lost(self) -> np.ndarray:
+        with self.storage.fetcher.changed:
+            self.storage.fetcher.retry_lost({shard.path for shard in self.remote if shard is not None})
+            self.storage.samples.forget_failures()
+        return self._is_remote
+
     def _follow(self, uses: TrainingUses | PassUses) -> None:
         self._uses = uses
         with self.storage.fetcher.changed:
@@ -175,7 +173,10 @@ class RemoteShardReader(ShardReader):
         if late.size:
             self._in_batch = set(self.rows["shard"][numbers].tolist())
             self._provide(late)
-        return super().read(numbers)
+        files = super().read(numbers)
+        if self._ranges is not None:
+            self._ranges.forget(numbers[self._is_remote[numbers]].tolist())
+        return files
 
     def _not_open(self, numbers: np.ndarray) -> np.ndarray:
         """Return the samples that must be read, and whose shards are not open."""
@@ -267,10 +268,8 @@ class RemoteShardReader(ShardReader):
                 return None
             if isinstance(found, str):
                 return f"cannot be read: it {found}"
-            if not self._is_open[shard]:
-                self._wait_for_shard(shard)
-            if not self._is_open[shard]:
-                return f"cannot be read: the shard {self.storage.fetcher.lost[remote.path]}"
+            if not self._is_open[shard] and (lost := self._wait_for_shard(shard)):
+                return f"cannot be read: the shard {lost}"
             failure = super()._read_with_retries(shard, target, offset)
             if failure is None:
                 return None
@@ -278,15 +277,18 @@ class RemoteShardReader(ShardReader):
             self.storage.cache.remove(remote.path)
         return failure
 
-    def _wait_for_shard(self, index: int) -> None:
-        """Wait until a shard is open or lost."""
-        shards = self._shards([index])
+    def _wait_for_shard(self, index: int) -> str | None:
+        """Wait until a shard is open or lost; return why it is lost, if it is."""
+        shards, lost = self._shards([index]), None
 
         def is_ready() -> bool:
+            nonlocal lost
             self.storage.demand(shards)
-            return self._open(index) or shards[0].path in self.storage.fetcher.lost
+            lost = self.storage.fetcher.lost.get(shards[0].path)
+            return lost is not None or self._open(index)
 
         self.storage.wait(is_ready, shards)
+        return lost
 
     def location(self, number: int) -> str:
         row = self.rows[number]

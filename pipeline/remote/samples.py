@@ -7,15 +7,16 @@ small part of each shard, and for what is left of a shard that does not match it
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from pipeline.manifest import DatasetError
+from pipeline.manifest import DatasetError, Split
 from pipeline.remote.cache import RemoteShard
 from pipeline.remote.counters import Counters
 from pipeline.remote.requests import MISMATCH, ClosedError, LostError, Requests
-from pipeline.shards import checksum
+from pipeline.shards import checksum, read_checksums
 
 CONNECTIONS = 16
 START_BYTES = 256 << 20  # of samples that are fetched before their shards, besides the share of all bytes
@@ -66,6 +67,21 @@ class Samples:
         self._start()
         self.changed.notify_all()
 
+    def forget(self, part: Range) -> None:
+        """Drop a sample that is not needed any more."""
+        self._known.discard(part)
+        self.found.pop(part, None)
+
+    def forget_failures(self) -> None:
+        """Drop what has been found of samples that cannot be had, so that they are fetched again."""
+        for part in [part for part, found in self.found.items() if isinstance(found, str)]:
+            self.forget(part)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sample is known: all that were requested have been taken or dropped."""
+        return not self._known
+
     def is_known(self, part: Range) -> bool:
         """Return whether a sample has been requested, and not been taken."""
         return part in self._known
@@ -79,9 +95,10 @@ class Samples:
 
     def take(self, part: Range) -> bytes | str | None:
         """Return what has been found of a sample, and forget it, or None if it has not arrived."""
-        if part in self.found:
-            self._known.discard(part)
-        return self.found.pop(part, None)
+        found = self.found.get(part)
+        if found is not None:
+            self.forget(part)
+        return found
 
     def _start(self) -> None:
         while len(self._threads) < min(CONNECTIONS, len(self._waiting)):
@@ -95,9 +112,9 @@ class Samples:
                 if not self._waiting:
                     self.changed.wait(_IDLE_SECONDS)
                     continue
-                group = self._waiting.popleft()
+                group = [part for part in self._waiting.popleft() if part in self._known]
             try:
-                found = self._fetch(group)
+                found = self._fetch(group) if group else {}
             except ClosedError:
                 return
             except (DatasetError, OSError) as error:
@@ -107,7 +124,7 @@ class Samples:
                     self.changed.notify_all()
                 continue
             with self.changed:
-                self.found |= found
+                self.found |= {part: found[part] for part in group if part in self._known}
                 self.changed.notify_all()
 
     def _fetch(self, group: list[Range]) -> dict[Range, bytes | str]:
@@ -170,12 +187,36 @@ class SplitRanges:
         self.samples, self.rows, self.shards, self.checksums = samples, rows, shards, checksums
         self.always = False
 
+    @classmethod
+    def of(
+        cls,
+        samples: Samples,
+        rows: np.ndarray,
+        shards: Sequence[RemoteShard | None],
+        splits: Sequence[tuple[Path, Split]],
+    ) -> Self | None:
+        """Return the samples of a split, or None if a dataset has no checksums of them.
+
+        splits: the folders of the datasets, and their records of the split.
+        """
+        found = [read_checksums(root, split) for root, split in splits]
+        checksums = [each for each in found if each is not None]
+        return cls(samples, rows, shards, np.concatenate(checksums)) if len(checksums) == len(found) else None
+
     def part(self, number: int) -> Range:
         """Return where a sample is, by number."""
         index, offset, size, *_ = self.rows[number].tolist()
         shard = self.shards[index]
         assert shard is not None
         return Range(shard.url, offset, size, self.checksums[number].tobytes())
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Drop samples that have been read, from wherever they came."""
+        if self.samples.is_idle:
+            return
+        with self.samples.changed:
+            for number in numbers:
+                self.samples.forget(self.part(number))
 
     def request(self, numbers: Iterable[int], unlimited: bool = False) -> list[int]:
         """Request samples, and return those that must wait for their shards. The lock must be held.

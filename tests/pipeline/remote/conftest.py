@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import pipeline.loader
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.remote.samples import Samples
 from tests.bucket import Bucket, serving
@@ -23,6 +24,13 @@ def many_shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def _whole_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have all samples wait for their shards."""
     monkeypatch.setattr(Samples, "room", 0)
+
+
+@pytest.fixture
+def _short_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have loaders plan twelve images ahead, instead of several epochs of these datasets."""
+    monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 12)
+    monkeypatch.setattr(pipeline.loader, "BLOCK_IMAGES", 12)
 
 
 @pytest.fixture

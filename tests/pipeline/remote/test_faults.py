@@ -171,6 +171,35 @@ def test_samples_of_a_lost_shard_are_damage(bucket, remote, problem):
         batches(remote())
 
 
+@pytest.mark.usefixtures("_short_look_ahead")
+@pytest.mark.parametrize("by_range", [False, True])
+@pytest.mark.parametrize("problem", ["corrupt", "missing", "shorter"])
+def test_a_lost_shard_is_looked_for_again_in_each_epoch(
+    bucket, remote, many_shards, request, problem, by_range
+):
+    """Until it is restored, its samples are named once. Then they are used as if nothing had happened."""
+    if not by_range:
+        request.getfixturevalue("_whole_shards")
+        without_checksums(bucket)
+    name = "train-000004.tar"
+    content = bucket.files[name]
+    wrong = {"corrupt": bytes(len(content)), "shorter": content[:600]}
+    bucket.files[name] = wrong.get(problem)
+    damages = []
+    options = {"seed": 7, "device": "cpu", "dtype": torch.float32}
+    with Loader(remote(), 12, 64, on_damage=damages.append, **options) as loader:
+        batches = iter(loader.batches(0))
+        copies(islice(batches, 11))
+        before = bucket.requests[name]
+        bucket.files[name] = content
+        copies(islice(batches, 9))
+        restored = copies(islice(batches, 5))
+    assert before > 1 or problem == "missing"
+    assert len({damage.location for damage in damages}) == len(damages) == 5
+    with Loader(open_dataset(many_shards), 12, 64, **options) as loader:
+        assert_same_batches(restored, copies(islice(loader.batches(20), 5)))
+
+
 @pytest.mark.usefixtures("_whole_shards")
 def test_an_object_that_is_replaced_in_mid_run_is_never_decoded(bucket, remote, many_shards):
     other = bucket.files["train-000001.tar"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import pipeline.loader
 from pipeline import DatasetError, EvaluationLoader, Loader, open_dataset
 from pipeline.manifest import Shard
 from pipeline.plan import Plan
@@ -97,12 +96,6 @@ def test_the_order_fetches_less_than_least_recently_used_shards_and_little_more_
     print(f"by plan {by_plan(True)}, on demand {by_plan(False)}, least {least}, LRU {recent}")
     assert least <= by_plan(ahead=True) < 0.9 * recent
     assert by_plan(ahead=True) <= 1.15 * least
-
-
-@pytest.fixture
-def _short_look_ahead(monkeypatch):
-    monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 12)
-    monkeypatch.setattr(pipeline.loader, "BLOCK_IMAGES", 12)
 
 
 def batches(dataset, steps=20):
