@@ -28,7 +28,7 @@ from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
 from trainer.processes.ranks import read_ranks
-from trainer.processes.stop import Stopped, StopRequest
+from trainer.processes.stop import Stopped, StopRequest, WaitEndedError
 from trainer.processes.watchdog import Watchdog
 from trainer.run import Run
 from trainer.saver import Saver
@@ -81,11 +81,12 @@ class Trainer:
     ):
         self.settings, self.run, self.world = settings, run, world
         self.metrics, self.port = metrics, port
+        self.stop = StopRequest()
         mean = world.broadcast(run.net(settings).mean if world.is_main else None)
         processes = read_ranks().local_world_size
         self.dataset = Dataset(settings.data, mean, processes, settings.cache_options)
         if self.dataset.storage is not None:
-            self.dataset.storage.on_wait = metrics.record_progress
+            self.dataset.storage.on_wait = self._wait_on
             metrics.follow_storage(self.dataset.storage.counters)
         for split in ("train", "val"):
             self.dataset.reader(split)  # finds a damaged dataset before training begins
@@ -94,7 +95,6 @@ class Trainer:
         self.loader = self._loader()
         self.steps = self.loader.steps(settings.epochs)
         self.step = 0
-        self.stop = StopRequest()
         self.evaluations = Validation(settings, world, metrics, self.stop)
         self.stopping = False  # whether all processes have agreed to stop
 
@@ -134,11 +134,13 @@ class Trainer:
             )
             try:
                 self._train()
-            except DatasetError:
+            except DatasetError as error:
                 # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
                 if self.step and not self.stopping and all_finite(state_of(self.learner.model)):
                     self._save()
+                if isinstance(error, WaitEndedError):
+                    self._raise_stopped(alone=True)
                 raise
             self.saver.drain()
             if self.world.is_main:
@@ -278,18 +280,28 @@ class Trainer:
                 self.saver.save(self.state(), best)
         self.meter.restart()
 
-    def _raise_stopped(self) -> NoReturn:
+    def _raise_stopped(self, alone: bool = False) -> NoReturn:
         """Wait until the checkpoint is saved, and raise Stopped.
 
-        Raises RunError instead if it cannot be saved, and DatasetError if damaged samples made the run stop.
+        alone: whether the other processes may not know yet that the run stops. Raises RunError instead if the
+        checkpoint cannot be saved, and DatasetError if damaged samples made the run stop.
         """
         self.saver.drain()
-        # The processes wait for each other, because torchrun ends the others as soon as one of them ends.
-        damage = self.world.any(self.stop.error is not None)
+        damage = self.stop.error is not None
+        if not alone:
+            # The processes wait for each other, because torchrun ends the others as soon as one of them ends.
+            damage = self.world.any(damage)
         number = self.stop.signal or signal.SIGTERM
         why = "damaged samples" if damage else number.name
-        self.display.say(f"{why}: saved after step {self.step}; run the same command again to continue")
+        done = f"saved after step {self.step}" if self.step else "stopped before the first step"
+        self.display.say(f"{why}: {done}; run the same command again to continue")
         raise self.stop.error or Stopped(number)
+
+    def _wait_on(self) -> None:
+        """Called again and again while a batch waits for storage. Raises WaitEndedError if it should not."""
+        self.metrics.record_progress()
+        if self.stop.is_made:
+            raise WaitEndedError("the run was asked to stop")
 
     def _resume(self) -> list[str]:
         """Load the newest intact checkpoint, or else any initial weights. Returns notes for the log."""

@@ -4,6 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
+from pipeline.manifest import DatasetError
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -13,6 +15,10 @@ class Stopped(Exception):  # noqa: N818 – not an error
     def __init__(self, by: signal.Signals):
         super().__init__(f"stopped by {by.name}")
         self.exit_code = 128 + by  # as a shell reports a process ended by a signal
+
+
+class WaitEndedError(DatasetError):
+    """The run was asked to stop while a batch waited for storage, so this batch will not come."""
 
 
 class StopRequest:
