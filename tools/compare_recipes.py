@@ -3,16 +3,19 @@
     alexnet-train compare-recipes fast code2012 --data shards --seeds 3 --within 1.0
 
 Errors are those of the last validation, in percent: the mean over the seeds, with the minimum and the
-maximum. With --within POINTS the exit code is 1 if the first recipe's mean top-1 error exceeds another's by
-more than POINTS percentage points. Recipes are names or TOML files; any other option is a setting of
-`alexnet-train train`, the same for all recipes. Running the same command again resumes interrupted runs and
-does not repeat finished ones.
+maximum. The differences from the first recipe have a 95 % interval over the seeds, if there are several and
+scipy is installed. With --within POINTS the exit code is 1 if the first recipe's mean top-1 error exceeds
+another's by more than POINTS percentage points. With --rates, the learning rate of each recipe is first
+chosen on training images that are held out. Recipes are names or TOML files; any other option is a setting
+of `alexnet-train train`, the same for all recipes. Running the same command again resumes interrupted runs
+and does not repeat finished ones.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
@@ -21,8 +24,10 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError
 from pipeline.output import printed, secure
+from tools.experiments import rates
+from tools.experiments.intervals import interval
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import add_jobs, add_seeds, program
+from tools.options import add_jobs, add_seeds, command_line, program
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
@@ -53,6 +58,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         help="folder for the run folders (default runs/compared)",
     )
     add_jobs(parser)
+    rates.add_arguments(parser)
     add(
         "--within",
         type=float,
@@ -65,13 +71,15 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     return options, settings
 
 
-def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Scores]:
-    """Train the recipes and return the scores of each, in percent."""
-    names = [Path(recipe).stem for recipe in options.recipes]
+def compare(
+    options: argparse.Namespace, settings: list[str], systems: dict[str, list[str]]
+) -> dict[str, Scores]:
+    """Train the recipes and return the scores of each, in percent. systems: each recipe's own settings."""
+    names = list(systems)
     trainings = [
-        Training(options.out / f"{name}-{seed}", ["--recipe", recipe, "--seed", str(seed), *settings])
+        Training(options.out / f"{name}-{seed}", [*own, "--seed", str(seed), *settings])
         for seed in range(options.seeds)
-        for name, recipe in zip(names, options.recipes, strict=True)
+        for name, own in systems.items()
     ]
     evaluations = train_all(trainings, options.jobs)
     return {
@@ -85,31 +93,45 @@ def compare(options: argparse.Namespace, settings: list[str]) -> dict[str, Score
 
 def table(scores: dict[str, Scores]) -> Iterator[str]:
     """Yield a line for each recipe; points are its mean top-1 error minus the first recipe's."""
-    first = mean(next(iter(scores.values()))["top1_error"])
+    first, *_ = scores
     for name, measured in scores.items():
         columns = (
             f"{measure[:4]} {mean(values):5.1f} % ({min(values):.1f} to {max(values):.1f})"
             for measure, values in measured.items()
         )
-        points = mean(measured["top1_error"]) - first
-        yield f"{name:20}{'   '.join(columns)}   {points:+.1f} points"
+        pairs = zip(measured["top1_error"], scores[first]["top1_error"], strict=True)
+        points = [own - other for own, other in pairs]
+        line = f"{name:20}{'   '.join(columns)}   {mean(points):+.1f} points"
+        if name != first and len(points) > 1 and find_spec("scipy"):
+            _, low, high = interval(points)
+            line += f" ({low:+.1f} to {high:+.1f})"
+        yield line
 
 
 def main() -> None:
     secure()
     options, settings = parse_arguments()
     try:
-        for recipe in options.recipes:
-            load_settings(["--recipe", recipe, *settings], command=program())
-        scores = compare(options, settings)
-        about = Run(options.out / f"{next(iter(scores))}-0").starts()[-1]
+        systems = {Path(recipe).stem: ["--recipe", recipe] for recipe in options.recipes}
+        for own in systems.values():
+            load_settings([*own, *settings], command=program())
+        first = next(iter(systems.values()))
+        sweep = rates.sweep(options, [*first, *settings], systems, options.out / "rates")
+        systems = {name: [*own, *sweep.setting(name)] for name, own in systems.items()}
+        scores = compare(options, settings, systems)
+        record = {
+            "command": command_line(),
+            "environment": Run(options.out / f"{next(iter(scores))}-0").starts()[-1],
+            "trials": [trial.model_dump() for trial in sweep.trials],
+            "percent": scores,
+        }
         with printed():
-            print(*table(scores), sep="\n")
-            print(json.dumps({"command": " ".join(sys.argv), "environment": about, "percent": scores}))
+            print(*sweep.remarks(), *table(scores), sep="\n")
+            print(json.dumps(record))
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare-recipes: {error}")
-    first, *others = (mean(measured["top1_error"]) for measured in scores.values())
-    sys.exit(options.within is not None and any(first - other > options.within for other in others))
+    error, *others = (mean(measured["top1_error"]) for measured in scores.values())
+    sys.exit(options.within is not None and any(error - other > options.within for other in others))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper's update rule and learning rate schedules, by means of torch's SGD.
+"""The paper's update rule and learning rate schedules, by means of torch's SGD. trainer/lars.py has LARS.
 
 Section 5 of the paper:  v ← .9·v − .0005·ε·w − ε·g,  w ← w + v, with the learning rate ε inside v.
 `torch.optim.SGD` keeps u with v = −ε·u. The two are the same while ε is constant. When ε changes, u must be
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from trainer.lars import Lars
 from trainer.settings import Settings
 
 DROP = 0.1  # "divide the learning rate by 10 when the validation error stops improving"
@@ -23,17 +24,20 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Group the parameters for the optimizer by what their update depends on.
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
-    rate. A bias is a parameter whose name ends with `bias`. Parameters that require no gradient are left out.
+    rate. A bias is a parameter whose name ends with `bias`; for LARS, every parameter of one dimension is one.
+    Parameters that require no gradient are left out.
 
     The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of an
     epoch and a factor, whose epoch is done. From its `freeze_epoch` on, if it has one, it is 0. If a group is
     `constant`, neither the schedule nor a factor changes its learning rate, except a factor of 0.
     """
     groups: dict[tuple[bool, bool, Factors], dict] = {}
+    is_lars = settings.optimizer == "lars"
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         bias, first = name.endswith("bias"), name.startswith("conv1.")
+        bias |= is_lars and parameter.ndim == 1
         constant = bias and settings.bias_schedule == "constant"
         own = (factors for layer in layers_of(name) if (factors := layer_factors(settings, layer)))
         factors = next(own, ())
@@ -48,6 +52,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
                 "constant": constant,
                 "freeze_epoch": settings.freeze_conv1_epoch if first else None,
                 "weight_decay": settings.weight_decay if settings.bias_decay or not bias else 0.0,
+                **({"trust_coefficient": settings.trust_coefficient} if is_lars and not bias else {}),
             },
         )["params"].append(parameter)
     return list(groups.values())
@@ -66,9 +71,10 @@ def layer_factors(settings: Settings, layer: str) -> Factors:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.SGD:
-    """Make the optimizer, SGD with momentum; its learning rate is 0 until `set_learning_rate` is called."""
+    """Make the optimizer, with momentum; its learning rate is 0 until `set_learning_rate` is called."""
     groups = parameter_groups(model, settings)
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, fused=True)
+    rule = Lars if settings.optimizer == "lars" else torch.optim.SGD
+    optimizer = rule(groups, lr=0.0, momentum=settings.momentum, fused=True)
     trained = [parameter for group in groups for parameter in group["params"]]
     for parameter in trained if settings.momentum else ():
         # Otherwise, the fused update would allocate u without initialising it. If it then skipped the first
@@ -124,8 +130,8 @@ def plateau_drops(errors: Sequence[float], patience: int) -> int:
 def unscheduled_rate(settings: Settings, epoch: float) -> float:
     """Return ε after `epoch` epochs, a fraction, as if there were a warm-up but no schedule."""
     if epoch < settings.warmup_epochs:
-        return settings.learning_rate * epoch / settings.warmup_epochs
-    return settings.learning_rate
+        return settings.peak_learning_rate * epoch / settings.warmup_epochs
+    return settings.peak_learning_rate
 
 
 def learning_rate(settings: Settings, epoch: float, errors: Sequence[float]) -> float:

@@ -194,7 +194,12 @@ class Optimisation(Group):
     epochs: PositiveInt = 90
     """Number of epochs; each has as many images as the training set."""
     learning_rate: Annotated[PositiveFloat, Metavar("RATE")] = 0.01
-    """Initial learning rate, reached at the end of the warm-up if there is one."""
+    """Initial learning rate, reached at the end of the warm-up if there is one; --rate-rule may multiply it."""
+    rate_rule: Literal["fixed", "sqrt", "linear"] = "fixed"
+    """How the learning rate follows the batch size: fixed ignores it, sqrt multiplies --learning-rate by the
+    square root of --batch / --base-batch, and linear by --batch / --base-batch."""
+    base_batch: PositiveInt = 128
+    """Batch size for which --learning-rate is meant, if --rate-rule is sqrt or linear."""
     warmup_epochs: Annotated[NonNegativeFloat, Metavar("N")] = 0.0
     """Number of epochs over which the learning rate rises from 0; fractions are allowed."""
     schedule: Literal["plateau", "steps", "cosine"] = "plateau"
@@ -207,10 +212,18 @@ class Optimisation(Group):
     default, it never ends early. There is an evaluation every --evaluate-epochs."""
     drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode, Metavar("N,N,…")] = ()
     """Epochs at which --schedule steps divides the learning rate by ten, separated by commas."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """Update rule: sgd is the paper's; lars scales the step of each layer's weights by the ratio of the norms
+    of the weights and of their gradient (arXiv:1708.03888), for large batches. Biases, and other parameters of
+    one dimension, are updated by SGD at the learning rate of the biases."""
+    trust_coefficient: Factor = 0.001
+    """Trust coefficient of LARS: without momentum, a step changes a layer's weights by at most this factor
+    times the learning rate times their norm."""
     momentum: Annotated[float, Field(ge=0, lt=1), Metavar("FACTOR")] = 0.9
-    """Momentum of SGD."""
+    """Momentum of the update rule."""
     weight_decay: Annotated[NonNegativeFloat, Metavar("FACTOR")] = 0.0005
-    """Weight decay of SGD: each step shrinks every weight by this factor times the learning rate."""
+    """Weight decay: each step of SGD shrinks every weight by this factor times the learning rate; LARS scales
+    it together with the gradient."""
     bias_learning_rate: Factor = 1.0
     """Learning rate of the biases, as a multiple of that of the weights."""
     bias_decay: bool = True

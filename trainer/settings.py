@@ -115,6 +115,14 @@ class Settings(
         return self
 
     @model_validator(mode="after")
+    def _has_what_its_options_are_for(self) -> Self:
+        if self.optimizer != "lars" and self._differs("trust_coefficient"):
+            raise ValueError("--trust-coefficient is only for LARS: add --optimizer lars, or omit it")
+        if self.rate_rule == "fixed" and self._differs("base_batch"):
+            raise ValueError("--base-batch has no effect: add --rate-rule sqrt or linear, or omit it")
+        return self
+
+    @model_validator(mode="after")
     def _evaluates_often_enough_for_the_schedule(self) -> Self:
         if self.schedule == "plateau" and self.evaluate_epochs != 1:
             raise ValueError(
@@ -148,8 +156,17 @@ class Settings(
 
     def _changed(self, *marks: object) -> list[str]:
         """Return the flags of the settings with any of the marks that do not have their defaults."""
-        fields, names = type(self).model_fields, (name for mark in marks for name in _marked(mark))
-        return [flag_of(name) for name in names if getattr(self, name) != fields[name].default]
+        return [flag_of(name) for mark in marks for name in _marked(mark) if self._differs(name)]
+
+    def _differs(self, name: str) -> bool:
+        """Return whether a setting does not have its default."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up and before the schedule lowers it, which follows the batch size."""
+        exponent = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}[self.rate_rule]
+        return self.learning_rate * (self.batch / self.base_batch) ** exponent
 
     @property
     def form(self) -> str:

@@ -16,6 +16,7 @@ COMMON += ("--width", "0.125", "--device", "cpu", "--precision", "fp32")
 
 
 def test_points_are_differences_from_the_first_recipes_mean():
+    """The two differences are +2 and −6; with one degree of freedom, t is 12.706 for 95 %."""
     scores = {
         "a": {"top1_error": [40.0, 50.0], "top5_error": [10.0, 10.0]},
         "b": {"top1_error": [42.0, 44.0], "top5_error": [8.0, 12.0]},
@@ -23,7 +24,8 @@ def test_points_are_differences_from_the_first_recipes_mean():
     first, second = compare_recipes.table(scores)
     assert "45.0 % (40.0 to 50.0)" in first
     assert first.endswith("+0.0 points")
-    assert second.endswith("-2.0 points")
+    half = 12.7062 * 4  # the standard error is the half of the range of two values
+    assert second.endswith(f"-2.0 points ({-2 - half:+.1f} to {-2 + half:+.1f})")
 
 
 @pytest.mark.slow
