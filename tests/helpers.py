@@ -33,6 +33,25 @@ TINY = ["--recipe", "demo", "--crop", "67", "--width", "0.125", "--batch", "12",
 TINY += ["--log-every", "1", "--device", "cpu", "--precision", "fp32"]
 EXACT = ("step", "epoch", "loss", "error", "learning_rate")
 
+# Run alexnet-train and send it a signal when it requests a batch after a given number of steps.
+SIGNALLED = """
+import os, signal, sys
+from pipeline import training
+from trainer import cli
+
+number, steps = signal.Signals[sys.argv.pop(1)], int(sys.argv.pop(1))
+load = training.train_loader
+
+def loader(dataset, plan, numbers, *rest, **options):
+    for step, batch in zip(numbers, load(dataset, plan, numbers, *rest, **options)):
+        if step == steps:
+            os.kill(os.getpid(), number)
+        yield batch
+
+training.train_loader = loader
+cli.main()
+"""
+
 
 def wait_until(
     condition: Callable[[], object],
@@ -89,6 +108,12 @@ def run(*arguments: str) -> str:
         pytest.fail(f"not done after {2 * DEADLINE_SECONDS:.0f} s\n{output}\n{error}")
     assert process.returncode == 0, error
     return output
+
+
+def signalled(name: str, steps: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the arguments of `command`, and send the process a signal when it requests the batch of a step."""
+    script = [sys.executable, "-c", SIGNALLED, name, str(steps), *arguments[2:]]
+    return subprocess.run(script, capture_output=True, text=True, check=False)
 
 
 def main(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:

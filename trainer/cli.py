@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.documents import ContentError
@@ -72,6 +73,10 @@ def _train(arguments: Sequence[str]) -> None:
         raise SettingsError(
             f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
             f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
+        )
+    if settings.tensorboard and find_spec("tensorboard") is None:
+        raise SettingsError(
+            "--tensorboard needs the package tensorboard: run pip install 'alexnet-train[tensorboard]'"
         )
     is_in_container = "container" in os.environ  # docker/Dockerfile sets it
     if is_in_container and not is_present(settings.data):

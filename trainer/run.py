@@ -5,6 +5,7 @@ net.json           everything that is needed to use the net; see pipeline/spec.p
 environment.json   versions, commit and hardware of each start
 metrics.csv        one row per log interval
 evaluations.csv    one row per evaluation
+tensorboard/       the rows of both as an event file, with --tensorboard
 other tables       what the last evaluation found; see trainer/details.py
 checkpoints/       see trainer/checkpoint.py
 report.md, *.png   written at the end of the run

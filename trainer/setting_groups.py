@@ -306,6 +306,8 @@ class Monitoring(Group):
     """Measure the throughput of the loader and of the model separately at the start, for the dashboard."""
     log_every: MayChange[PositiveInt] = 20
     """Log the metrics every N steps."""
+    tensorboard: MayChange[bool] = False
+    """Also write the metrics for TensorBoard, into the folder tensorboard of the run."""
     checkpoint_steps: MayChange[NonNegativeInt] = 0
     """Also save a checkpoint every N steps; 0 saves one only at the end of each epoch."""
     checkpoint_seconds: MayChange[Annotated[NonNegativeInt, Metavar("SECONDS")]] = 0

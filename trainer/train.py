@@ -103,7 +103,7 @@ class Trainer:
         self.notes = [*notes, *tuning_notes, *self._resume()]
         self.display = Display(self.steps, self.step, silent=not world.is_main)
         self.damaged = DamagedSamples(settings.max_bad_samples, world, metrics, self.stop, self.display.warn)
-        self.journal = Journal(run, world, metrics, self.display, self.dataset)
+        self.journal = Journal(run, world, metrics, self.display, self.dataset, settings.tensorboard)
         self.saver = Saver(run, settings, metrics, self.display.warn)
         health = Health(settings, len(self.dataset.manifest.classes), self.saver.wait_for_newest, metrics)
         health.restore(self.journal.rewind_to(self.step))

@@ -10,34 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import command, exact, free_port, rows, run, wait_until
+from tests.helpers import command, exact, free_port, rows, run, signalled, wait_until
 
 pytestmark = pytest.mark.slow
-
-
-# Run alexnet-train and send it a signal when it requests a batch after a given number of steps.
-SIGNALLED = """
-import os, signal, sys
-from pipeline import training
-from trainer import cli
-
-number, steps = signal.Signals[sys.argv.pop(1)], int(sys.argv.pop(1))
-load = training.train_loader
-
-def loader(dataset, plan, numbers, *rest, **options):
-    for step, batch in zip(numbers, load(dataset, plan, numbers, *rest, **options)):
-        if step == steps:
-            os.kill(os.getpid(), number)
-        yield batch
-
-training.train_loader = loader
-cli.main()
-"""
-
-
-def signalled(name: str, steps: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, "-c", SIGNALLED, name, str(steps), *arguments[2:]]
-    return subprocess.run(script, capture_output=True, text=True, check=False)
 
 
 def test_a_run_that_is_killed_twice_has_the_losses_of_an_uninterrupted_one(packed, tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 Every process has its own metrics; only the main process writes the log and the tables.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from pipeline import Dataset
 from pipeline.manifest import Manifest
@@ -18,14 +19,31 @@ from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings
 
+if TYPE_CHECKING:
+    from trainer.monitor.tensorboard import EventFile  # its package is optional
+
 
 class Journal:
-    """Reports the start, the log intervals, the evaluations and an early end of one run."""
+    """Reports the start, the log intervals, the evaluations and an early end of one run.
 
-    def __init__(self, run: Run, world: World, metrics: Metrics, display: Display, dataset: Dataset):
+    tensorboard: whether to write the rows of the tables as TensorBoard's events, too.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        world: World,
+        metrics: Metrics,
+        display: Display,
+        dataset: Dataset,
+        tensorboard: bool = False,
+    ):
         self.run, self.world, self.metrics, self.display = run, world, metrics, display
         self.dataset = dataset
         self.shows_top5 = len(dataset.manifest.classes) >= TOP5_CLASSES
+        self.tables = {"train": run.metrics, "eval": run.evaluations}
+        self.tensorboard = tensorboard
+        self.events: EventFile | None = None
 
     def log_start(
         self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
@@ -55,8 +73,13 @@ class Journal:
         """
         if not self.world.is_main:
             return []
-        self.run.metrics.truncate(step)
-        self.run.evaluations.truncate(step)
+        for table in self.tables.values():
+            table.truncate(step)
+        if self.tensorboard:
+            from trainer.monitor.tensorboard import EventFile
+
+            hidden = () if self.shows_top5 else ("top5_error",)
+            self.events = EventFile(self.run.folder / "tensorboard", self.tables, hidden)
         for row in self.run.evaluations.rows()[-1:]:
             self._export(row["loss"], row["top1_error"], row["top5_error"])
         return self.run.metrics.rows()
@@ -69,7 +92,7 @@ class Journal:
         if self.world.is_main:
             row = {"step": step, "epoch": epoch, "loss": interval.loss, "error": interval.error}
             row |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
-            self.run.metrics.append(row | {"wait_ratio": interval.wait_ratio})
+            self._append("train", row | {"wait_ratio": interval.wait_ratio})
         self.display.show_interval(step, epoch, learning_rate, interval)
 
     def record_evaluation(
@@ -81,10 +104,15 @@ class Journal:
         """
         self._export(scores.loss, scores.top1_error, scores.top5_error)
         if self.world.is_main:
-            self.run.evaluations.append({"step": step, "epoch": epoch, **asdict(scores)})
+            self._append("eval", {"step": step, "epoch": epoch, **asdict(scores)})
             if details is not None:
                 details.write(self.run.folder, self.dataset.manifest.classes, self.dataset.reader("val"))
         self.display.show_evaluation(epoch, scores, self.shows_top5)
+
+    def _append(self, table: str, row: Mapping[str, Any]) -> None:
+        self.tables[table].append(row)
+        if self.events is not None:
+            self.events.append(table, row)
 
     def _export(self, loss: float, top1_error: float, top5_error: float) -> None:
         top5 = top5_error if self.shows_top5 else None
