@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Group the parameters for the optimizer by what their update depends on.
 
     Weights and biases are in separate groups, and so are the first layer and layers with their own learning
-    rate. A bias is a parameter whose name ends with `bias`; for LARS, every parameter of one dimension is one.
+    rate. A bias is a parameter whose name ends with `bias` or, for LARS, any parameter of one dimension.
     Parameters that require no gradient are left out.
 
     The learning rate of a group is multiplied by its `scale` and by the last of its `factors`, pairs of an

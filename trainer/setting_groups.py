@@ -194,7 +194,7 @@ class Optimisation(Group):
     epochs: PositiveInt = 90
     """Number of epochs; each has as many images as the training set."""
     learning_rate: Annotated[PositiveFloat, Metavar("RATE")] = 0.01
-    """Initial learning rate, reached at the end of the warm-up if there is one; --rate-rule may multiply it."""
+    """Initial learning rate, reached at the end of the warm-up if there is one."""
     rate_rule: Literal["fixed", "sqrt", "linear"] = "fixed"
     """How the learning rate follows the batch size: fixed ignores it, sqrt multiplies --learning-rate by the
     square root of --batch / --base-batch, and linear by --batch / --base-batch."""
@@ -213,9 +213,9 @@ class Optimisation(Group):
     drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode, Metavar("N,N,…")] = ()
     """Epochs at which --schedule steps divides the learning rate by ten, separated by commas."""
     optimizer: Literal["sgd", "lars"] = "sgd"
-    """Update rule: sgd is the paper's; lars scales the step of each layer's weights by the ratio of the norms
-    of the weights and of their gradient (arXiv:1708.03888), for large batches. Biases, and other parameters of
-    one dimension, are updated by SGD at the learning rate of the biases."""
+    """Update rule: sgd is the paper's; lars, for large batches, scales the step of each layer's weights by the
+    ratio of the norms of the weights and of their gradient (arXiv:1708.03888). Biases, and other parameters
+    of one dimension, are updated by SGD at the learning rate of the biases."""
     trust_coefficient: Factor = 0.001
     """Trust coefficient of LARS: without momentum, a step changes a layer's weights by at most this factor
     times the learning rate times their norm."""

@@ -164,7 +164,7 @@ class Settings(
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate after the warm-up and before the schedule lowers it, which follows the batch size."""
+        """The learning rate after the warm-up, before the schedule lowers it; it follows the batch size."""
         exponent = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}[self.rate_rule]
         return self.learning_rate * (self.batch / self.base_batch) ** exponent
 

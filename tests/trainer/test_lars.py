@@ -37,8 +37,9 @@ class Layers(nn.Module):
 def gradients(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     """Return the gradients of all steps; in the second and third, fc6 has none."""
     generator = torch.Generator().manual_seed(1)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     steps = [
-        {name: torch.randn(p.shape, generator=generator, dtype=p.dtype) for name, p in model.named_parameters()}
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
         for _ in RATES
     ]
     for step in steps[1:3]:
@@ -85,7 +86,7 @@ def test_the_update_is_the_formula_in_numpy():
             if name.startswith("fc7"):
                 rate *= 0.5
             v[name] = MOMENTUM * v[name] + rate * change
-            w -= v[name]
+            expected[name] = w - v[name]
     train(model, optimizer)
     for name, found in weights(model).items():
         np.testing.assert_allclose(found, expected[name], rtol=1e-12, err_msg=name)

@@ -151,6 +151,17 @@ def test_the_steps_schedule_follows_the_log_of_2012():
     assert [learning_rate(run, epoch, []) for epoch in epochs] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("rule", "peak"), [("fixed", 0.02), ("sqrt", 0.16), ("linear", 1.28)])
+def test_the_learning_rate_follows_the_batch_by_the_rule(rule, peak):
+    """From 128 to 8,192 the batch grows 64 times, and its root 8 times."""
+    base = {} if rule == "fixed" else {"base_batch": 128}
+    options = {"schedule": "cosine", "learning_rate": 0.02, "warmup_epochs": 4, "epochs": 12}
+    run = settings(**options, rate_rule=rule, batch=8192, **base)
+    rates = [learning_rate(run, epoch, []) for epoch in (1, 4, 8, 12)]
+    assert rates == pytest.approx([peak / 4, peak, peak / 2, 0.0])
+    assert unscheduled_rate(run, 8) == pytest.approx(peak)
+
+
 def test_warm_up_is_linear_and_cosine_ends_at_zero():
     run = settings(schedule="cosine", learning_rate=0.4, warmup_epochs=2, epochs=10)
     assert [learning_rate(run, epoch, []) for epoch in (0.5, 1.0, 2.0, 6.0, 10.0)] == pytest.approx(

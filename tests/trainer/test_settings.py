@@ -47,7 +47,7 @@ def test_boolean_flags_lists_and_the_run_folder_are_parsed():
 
 def test_every_recipe_is_valid():
     names = sorted(path.stem for path in RECIPES.glob("*.toml"))
-    assert {"paper", "code2012", "fast", "demo", "small", "finetune"} <= set(names)
+    assert {"paper", "code2012", "fast", "large-batch", "demo", "small", "finetune"} <= set(names)
     for name in names:
         assert read_recipe(name)
         load_settings(["--recipe", name, "--initial-weights", "runs/a"])
@@ -107,6 +107,11 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--evaluate-epochs", "2"], "--evaluate-epochs 2: --schedule plateau needs each epoch's error"),
         (["--stop-after", "5"], "--stop-after 5 would end the run before --schedule plateau lowers"),
         (["--stop-after", "0"], "--stop-after 0"),
+        (["--optimizer", "adam"], "--optimizer adam: input should be 'sgd' or 'lars'"),
+        (["--trust-coefficient", "0.1"], "--trust-coefficient is only for LARS: add --optimizer lars"),
+        (["--trust-coefficient", "0", "--optimizer", "lars"], "--trust-coefficient 0: "),
+        (["--rate-rule", "cubic"], "--rate-rule cubic: input should be 'fixed', 'sqrt' or 'linear'"),
+        (["--base-batch", "256"], "--base-batch has no effect: add --rate-rule sqrt or linear"),
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),

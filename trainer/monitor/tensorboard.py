@@ -19,7 +19,7 @@ class EventFile:
     """The only event file of a folder. Each row of the tables is one event, with a scalar for each column.
 
     At each start of a run, a new file is written from the tables, and older ones are deleted. So it has each
-    row exactly once, however the run ended before. The events keep the times at which they were first written.
+    row exactly once, however the run ended before. Events keep the times at which they were first written.
 
     tables: the tables, by the prefix of their tags: `train` gives train/loss. hidden: columns without a tag.
     """

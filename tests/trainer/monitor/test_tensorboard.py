@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("tensorboard", reason="pip install 'alexnet-train[tensorboard]'")
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
 from tests.helpers import command, main, rows, run, signalled
 from trainer.monitor.tensorboard import EventFile
 from trainer.table import Table
@@ -22,8 +23,8 @@ def reader(folder: Path) -> EventAccumulator:
 
 def shown(events: EventAccumulator) -> dict[str, list[tuple[int, float]]]:
     """Return the steps and values that TensorBoard shows of each tag, read up to now."""
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()[SCALARS]}
+    tags = events.Reload().Tags()[SCALARS]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def written(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -14,17 +14,18 @@ pytestmark = pytest.mark.slow
 # Dropout depends on the rank. With 20 epochs a run cannot end between a check and a signal.
 WITHOUT_DROPOUT = ["--dropout", "off", "--epochs", "20"]
 CLOSE = {"fp32": 1e-3, "bf16": 2**-6}  # relative difference of losses; bf16 rounds by up to 2**-9
+LARS = ["--optimizer", "lars", "--trust-coefficient", "0.1", "--learning-rate", "0.05"]
 
 
 def torchrun(*arguments: str) -> str:
     return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments)
 
 
-@pytest.mark.parametrize("precision", CLOSE)
-def test_two_processes_train_like_one(precision, packed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("precision", "more"), [("fp32", []), ("bf16", []), ("fp32", LARS)])
+def test_two_processes_train_like_one(precision, more, packed, tmp_path, monkeypatch):
     """They see the same images in the same steps and have the same mean gradient, up to the order of sums."""
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = [*WITHOUT_DROPOUT, "--epochs", "2", "--precision", precision]
+    settings = [*WITHOUT_DROPOUT, "--epochs", "2", "--precision", precision, *more]
     torchrun(*command(packed, two, *settings))
     assert main(monkeypatch, command(packed, one, *settings)) == 0
     one_loss, two_loss = ([float(row["loss"]) for row in rows(out / "metrics.csv")] for out in (one, two))
