@@ -213,7 +213,7 @@ class Optimisation(Group):
     drop_epochs: Annotated[tuple[PositiveFloat, ...], NoDecode, Metavar("N,N,…")] = ()
     """Epochs at which --schedule steps divides the learning rate by ten, separated by commas."""
     optimizer: Literal["sgd", "lars"] = "sgd"
-    """Update rule: sgd is the paper's; lars, for large batches, scales the step of each layer's weights by the
+    """Update rule: sgd is the paper's; lars, for large batches, scales the step of a layer's weights by the
     ratio of the norms of the weights and of their gradient (arXiv:1708.03888). Biases, and other parameters
     of one dimension, are updated by SGD at the learning rate of the biases."""
     trust_coefficient: Factor = 0.001
