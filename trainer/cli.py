@@ -36,7 +36,8 @@ def main() -> None:
     """Run the command line.
 
     An error that the user can fix is one line on stderr and exit code 1 or 2. A run that was asked to stop
-    and has saved its checkpoint exits with 143 after SIGTERM, 130 after SIGINT and 129 after SIGHUP.
+    and has saved its checkpoint exits with 143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP and 138
+    after SIGUSR1.
     """
     secure()
     commands = {"train": _train, "evaluate": _evaluate, "demo": _demo}

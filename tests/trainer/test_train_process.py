@@ -29,7 +29,7 @@ def test_a_run_that_is_killed_twice_has_the_losses_of_an_uninterrupted_one(packe
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 138)])
 def test_a_signal_saves_a_checkpoint_and_the_same_command_continues(packed, whole, tmp_path, name, code):
     out = tmp_path / "run"
     stopped = signalled(name, 7, command(packed, out))

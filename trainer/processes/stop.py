@@ -6,7 +6,8 @@ from typing import Self
 
 from pipeline.manifest import DatasetError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_REPEATABLE = (signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *_REPEATABLE)
 
 
 class Stopped(Exception):  # noqa: N818 – not an error
@@ -26,8 +27,9 @@ class StopRequest:
 
     A second SIGTERM or SIGINT has its usual effect. The two are counted separately because Ctrl-C sends
     SIGINT to torchrun and its processes, and torchrun then sends SIGTERM to the processes as well. A second
-    SIGHUP is ignored, because both a closed terminal and its shell send one. If SIGHUP was ignored before, as
-    under nohup, it stays ignored.
+    SIGHUP is ignored, because both a closed terminal and its shell send one, and so is a second SIGUSR1, by
+    which a batch system announces that it will end the job. If one of these two was ignored before, as SIGHUP
+    is under nohup, it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -40,8 +42,8 @@ class StopRequest:
         return self.signal is not None or self.error is not None
 
     def __enter__(self) -> Self:
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        recorded = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        ignored = [number for number in _REPEATABLE if signal.getsignal(number) == signal.SIG_IGN]
+        recorded = [number for number in SIGNALS if number not in ignored]
         self._previous = {number: signal.signal(number, self._record) for number in recorded}
         return self
 
@@ -51,4 +53,4 @@ class StopRequest:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else self._previous[self.signal])
+        signal.signal(number, signal.SIG_IGN if number in _REPEATABLE else self._previous[self.signal])

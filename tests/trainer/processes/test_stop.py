@@ -37,21 +37,22 @@ def test_ctrl_c_and_the_sigterm_that_torchrun_then_sends_are_one_request():
         assert request.is_made
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 @pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
-def test_sighup_may_be_repeated_and_requests_a_stop_unless_it_was_ignored(before):
-    own = signal.signal(signal.SIGHUP, before)
+def test_a_signal_that_may_be_repeated_requests_a_stop_unless_it_was_ignored(number, before):
+    own = signal.signal(number, before)
     try:
         with StopRequest() as request:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             if before == signal.SIG_DFL:
-                assert request.signal == signal.SIGHUP
-                os.kill(os.getpid(), signal.SIGHUP)  # as the shell does after the terminal
+                assert request.signal == number
+                os.kill(os.getpid(), number)  # as the shell does after the terminal
             assert request.is_made == (before == signal.SIG_DFL)
-        assert signal.getsignal(signal.SIGHUP) == before
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGHUP, own)
+        signal.signal(number, own)
 
 
 def test_the_exit_code_is_that_of_a_process_ended_by_the_signal():
-    codes = [Stopped(number).exit_code for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    assert codes == [143, 130, 129]
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    assert [Stopped(number).exit_code for number in numbers] == [143, 130, 129, 138]
