@@ -128,7 +128,7 @@ class Trainer:
 
     def run_to_end(self) -> None:
         """Train to the last step, and write the report. Raises as `train` does."""
-        with self.display, self.stop, self.saver:
+        with self.display, self.stop, self.saver, self.journal.trainjob:
             self.journal.log_start(
                 self.settings, self.dataset.manifest, self.learner.precision, self.port, self.notes
             )
@@ -148,6 +148,7 @@ class Trainer:
 
                 self.metrics.record_progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset)}")
+                self.journal.trainjob.complete()
 
     def _train(self) -> None:
         batches = self.batches()

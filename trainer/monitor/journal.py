@@ -1,4 +1,4 @@
-"""Report each log interval and evaluation to the log, to Prometheus and to the tables of the run folder.
+"""Report each log interval and evaluation to the log, Prometheus, Kubeflow and the tables of the run folder.
 
 Every process has its own metrics; only the main process writes the log and the tables.
 """
@@ -15,6 +15,7 @@ from trainer.evaluate import PROTOCOLS, TOP5_CLASSES, Scores
 from trainer.monitor.display import Display
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.trainjob import TrainJob
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings
@@ -39,6 +40,7 @@ class Journal:
         tensorboard: bool = False,
     ):
         self.run, self.world, self.metrics, self.display = run, world, metrics, display
+        self.trainjob = TrainJob(display.steps, display.warn, silent=not world.is_main)
         self.dataset = dataset
         self.shows_top5 = len(dataset.manifest.classes) >= TOP5_CLASSES
         self.tables = {"train": run.metrics, "eval": run.evaluations}
@@ -94,6 +96,7 @@ class Journal:
             row |= {"learning_rate": learning_rate, "images_per_second": interval.images_per_second}
             self._append("train", row | {"wait_ratio": interval.wait_ratio})
         self.display.show_interval(step, epoch, learning_rate, interval)
+        self.trainjob.show_interval(step, learning_rate, interval)
 
     def record_evaluation(
         self, step: int, epoch: float, scores: Scores, details: Details | None = None
@@ -108,6 +111,7 @@ class Journal:
             if details is not None:
                 details.write(self.run.folder, self.dataset.manifest.classes, self.dataset.reader("val"))
         self.display.show_evaluation(epoch, scores, self.shows_top5)
+        self.trainjob.show_evaluation(scores, self.shows_top5)
 
     def _append(self, table: str, row: Mapping[str, Any]) -> None:
         self.tables[table].append(row)
