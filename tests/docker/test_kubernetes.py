@@ -1,4 +1,4 @@
-"""The manifests agree with the schemas of Kubernetes, the trainer's settings, the image, and each other.
+"""The manifests agree with the schemas of Kubernetes and its operators, the settings, the image, and each other.
 
 Nothing is scheduled, as tests have no cluster; tests/trainer tests that a run resumes.
 """
@@ -38,7 +38,7 @@ def one(kind: str, name: str) -> Manifest:
 
 
 ONE_GPU, MULTI_NODE = one("Job", "imagenet-1gpu"), one("Job", "imagenet-16gpu")
-BUCKET = one("Job", "imagenet-bucket")
+BUCKET, TRAIN_JOB = one("Job", "imagenet-bucket"), one("TrainJob", "imagenet-trainjob")
 SERVICE, POD_MONITOR = one("Service", "imagenet-16gpu"), one("PodMonitor", "alexnet-train")
 jobs = pytest.mark.parametrize("job", [ONE_GPU, MULTI_NODE, BUCKET], ids=lambda job: job["metadata"]["name"])
 
@@ -52,9 +52,9 @@ def trainer(job: Manifest) -> Manifest:
     return container
 
 
-def torchrun() -> dict[str, str]:
-    """Return torchrun's options in the pods of the Job with several nodes."""
-    words = shlex.split(trainer(MULTI_NODE)["args"][0])
+def torchrun(container: Manifest | None = None) -> dict[str, str]:
+    """Return torchrun's options in a container, by default that of the Job with several nodes."""
+    words = shlex.split((container or trainer(MULTI_NODE))["args"][0])
     flags = words[words.index("torchrun") + 1 : words.index("-m")]
     return dict(zip(flags[::2], flags[1::2], strict=True))
 
@@ -87,12 +87,17 @@ def checkpoint_bytes() -> int:
 
 
 def complaint(manifest: Manifest) -> str:
-    """Return what Kubernetes, or Prometheus Operator for its own kind, finds wrong with a manifest."""
-    if manifest["kind"] == "PodMonitor":
-        from cloudcoil.models.prometheus_operator.v1 import PodMonitor  # 60,000 lines, so only if needed
+    """Return what Kubernetes, or the operator for its own kind, finds wrong with a manifest."""
+    if manifest["kind"] in ("PodMonitor", "TrainJob"):  # whose models import much, so only if needed
+        if manifest["kind"] == "PodMonitor":
+            from cloudcoil.models.prometheus_operator.v1 import PodMonitor
 
-        known = PodMonitor.model_validate(manifest)
-        again = known.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            known = PodMonitor.model_validate(manifest)
+            again = known.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        else:
+            from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+
+            again = TrainerV1alpha1TrainJob.from_dict(manifest).to_dict()
         return "" if again == manifest else f"only this is known of it: {again}"
     try:
         kubernetes_validate.validate(manifest, "1.37", strict=True)
@@ -229,3 +234,31 @@ def test_the_nodes_meet_at_the_first_pod_by_its_service_name():
     assert pod(MULTI_NODE)["subdomain"] == SERVICE["metadata"]["name"]
     assert flags["--rdzv-endpoint"].split(":")[0] == f"{name}-0.{SERVICE['metadata']['name']}"
     assert SERVICE["spec"]["clusterIP"] == "None"
+
+
+def test_a_trainjob_gives_its_pods_what_the_plain_job_does_except_what_kubeflow_adds():
+    """The operator rejects a manager without a domain, and the variables that it sets itself."""
+    spec, name = TRAIN_JOB["spec"], TRAIN_JOB["metadata"]["name"]
+    (patch,) = spec["runtimePatches"]
+    assert re.fullmatch(r"[a-z0-9.-]+\.[a-z]+/[a-z-]+", patch["manager"])
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    patched = node["template"]["spec"]["template"]["spec"]
+    (container,) = patched.pop("containers")
+    assert node["name"] == container.pop("name") == "node"  # as in the runtime torch-distributed
+    plain = trainer(MULTI_NODE)
+    assert patched == {key: pod(MULTI_NODE)[key] for key in patched}
+    assert patched.keys() >= {"volumes", "securityContext", "terminationGracePeriodSeconds"}
+    assert container == {key: plain[key] for key in ("securityContext", "volumeMounts")}
+    given = spec["trainer"]
+    assert given["resourcesPerNode"] == plain["resources"]
+    assert {key: given[key] for key in ("image", "command", "env")} == {
+        key: plain[key] for key in ("image", "command", "env")
+    }
+    flags = torchrun()
+    assert str(given["numNodes"]) == flags.pop("--nnodes")
+    assert str(given["numProcPerNode"]) == flags.pop("--nproc-per-node")
+    flags |= {"--rdzv-id": name, "--rdzv-endpoint": "$PET_MASTER_ADDR:$PET_MASTER_PORT"}
+    flags["--rdzv-conf"] = flags["--rdzv-conf"].replace("JOB_COMPLETION_INDEX", "PET_NODE_RANK")
+    assert torchrun(given) == flags
+    settings_of = [container["args"][0].partition("-m trainer.cli")[2] for container in (given, plain)]
+    assert settings_of[0] == settings_of[1].replace(MULTI_NODE["metadata"]["name"], name)

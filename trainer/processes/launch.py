@@ -97,7 +97,8 @@ def launch(command: Sequence[str], processes: int, restarts: int) -> int:
     """Run a command in several processes, each with its rank in the environment. Returns the exit code.
 
     restarts: how often to restart all of them if that may help. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are
-    passed on; a second SIGTERM or SIGINT ends this process, and the others with it.
+    passed on. A second SIGINT, or a second SIGTERM after more than a second, ends this process, and the
+    others with it.
     """
     with StopRequest() as stop:
         for restart in range(1, restarts + 2):

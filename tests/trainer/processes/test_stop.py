@@ -5,17 +5,19 @@ import signal
 
 import pytest
 
+from trainer.processes import stop
 from trainer.processes.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number):
+def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number, monkeypatch):
     class SecondSignalError(Exception):
         pass
 
     def before(*_: object) -> None:
         raise SecondSignalError
 
+    monkeypatch.setitem(stop.REPEAT_SECONDS, signal.SIGTERM, 0.0)
     own = signal.signal(number, before)
     try:
         with StopRequest() as request:
@@ -28,6 +30,13 @@ def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number):
         assert signal.getsignal(number) is before
     finally:
         signal.signal(number, own)
+
+
+def test_the_two_sigterms_that_slurm_sends_are_one_request():
+    with StopRequest() as request:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signal == signal.SIGTERM
 
 
 def test_ctrl_c_and_the_sigterm_that_torchrun_then_sends_are_one_request():
