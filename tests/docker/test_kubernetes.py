@@ -1,4 +1,4 @@
-"""The manifests agree with the schemas of Kubernetes and its operators, the settings, the image, and each other.
+"""The manifests agree with the schemas of Kubernetes and its operators, with settings, image and each other.
 
 Nothing is scheduled, as tests have no cluster; tests/trainer tests that a run resumes.
 """
