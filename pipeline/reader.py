@@ -216,6 +216,11 @@ class ShardReader:
         return np.zeros(len(self), bool)
 
     @property
+    def is_kept_in_memory(self) -> bool:
+        """Whether each sample is kept in this process's memory once it has been read."""
+        return self._cache is not None
+
+    @property
     def fits_in_page_cache(self) -> bool:
         """Whether the split, once read, can be expected to stay in the page cache."""
         return 2 * sum(shard.bytes for _, shard in self.shards) < memory_bytes()

@@ -33,6 +33,9 @@ COMMANDS = {
     "classify": Command("tools.classify", "classify pictures and videos with a trained net"),
     "export": Command("tools.export", "export a trained net to ONNX, torch.export or torchvision's format"),
     "import-weights": Command("tools.import_weights", "turn published weights of AlexNet into a run"),
+    "doctor": Command(
+        "tools.doctor", "say whether a run can work here, what limits it and how long it takes"
+    ),
     "bench": Command("tools.bench", "measure the throughput of each stage on this machine"),
     "paper": Command("tools.paper", "repeat an experiment of the paper, or report on all of them"),
     "compare-recipes": Command("tools.compare_recipes", "compare the errors of recipes over several seeds"),

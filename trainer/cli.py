@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 
 from pipeline.documents import ContentError
@@ -18,12 +17,12 @@ from pipeline.manifest import DatasetError
 from pipeline.mixture import is_present, read_data
 from pipeline.output import printed, secure
 from trainer.initial import with_initial_net
+from trainer.preflight import check_data
 from trainer.processes.launch import launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import PeerLostError, Run, RunError
-from trainer.setting_groups import ALEXNET
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -70,30 +69,7 @@ def _fail(error: object, code: int) -> None:
 def _train(arguments: Sequence[str]) -> None:
     settings = with_initial_net(load_settings(arguments, description=DESCRIPTION))
     world = world_size(settings)
-    if settings.batch % world:
-        raise SettingsError(
-            f"--batch {settings.batch} cannot be divided evenly among {world} processes: "
-            f"use {settings.batch // world * world or world} or {(settings.batch // world + 1) * world}"
-        )
-    if settings.tensorboard and find_spec("tensorboard") is None:
-        raise SettingsError(
-            "--tensorboard needs the package tensorboard: run pip install 'alexnet-train[tensorboard]'"
-        )
-    is_in_container = "container" in os.environ  # docker/Dockerfile sets it
-    if is_in_container and not is_present(settings.data):
-        raise SettingsError(
-            f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
-            "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
-        )
-    manifest = read_data(settings.data)
-    for split in ("train", "val"):
-        manifest.split(split)
-    if settings.crop > manifest.size:
-        raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
-    if settings.net != ALEXNET and not read_ranks().rank:
-        from trainer.factory import check_net
-
-        check_net(settings, len(manifest.classes))
+    manifest = check_data(settings, world)
     run = Run(settings.run_folder)
     if world > 1 and not read_ranks().is_launched:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts

@@ -21,7 +21,7 @@ from model.alexnet import Variant
 from model.forms import GROUPS
 from trainer.build import build_decoding
 from trainer.environment import environment
-from trainer.monitor.ceilings import measure_throughput, model_work
+from trainer.monitor.ceilings import measure_model
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.setting_groups import ALEXNET, FIXED, Form
@@ -118,7 +118,4 @@ def measure(settings: Settings, world: World) -> float:
 def _images_per_second(settings: Settings, world: World) -> float:
     images = settings.batch // world.size
     decoding = build_decoding(settings, world.device)
-    work = model_work(settings, CLASSES, decoding, images, settings.precision)
-    for _ in range(3):  # compile it, and let cuDNN find the fastest algorithms
-        work()
-    return measure_throughput(work, SECONDS, world.device)
+    return measure_model(settings, CLASSES, decoding, images, settings.precision, SECONDS)

@@ -22,7 +22,7 @@ from typing import Any, TextIO, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipeline.documents import ContentError, message_of, read_json
-from pipeline.files import atomic_write, sync_folder
+from pipeline.files import atomic_write, close_quietly, sync_folder
 from pipeline.locations import location_of
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.mixture import change_folders, is_present, read_data, weights_of
@@ -97,12 +97,7 @@ class Run:
         """
         is_new = self.check_is_new(settings, manifest)
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = open_locked(self.folder / _LOCK)
-        except LockedError as owner:
-            raise RunError(
-                f"{self.folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
-            ) from None
+        lock = self._lock()
         if is_new and self.check_is_new(settings, manifest):  # another process may have begun it in between
             NetSpec.from_manifest(manifest, settings.crop, settings.pixel_mean).write(self.folder)
             record = _identity(settings, manifest.fingerprint, whole=True)
@@ -111,6 +106,20 @@ class Run:
                 record[_DATA_FROM_RUN] = str(change_folders(settings.data, self._path_from_run))
             _write_json(self.folder / _SETTINGS, record)
         return lock
+
+    def _lock(self) -> TextIO:
+        """Lock the folder, which exists, and return the lock. Raises RunError as `begin` does."""
+        try:
+            return open_locked(self.folder / _LOCK)
+        except LockedError as owner:
+            raise RunError(
+                f"{self.folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
+            ) from None
+
+    def check_is_idle(self) -> None:
+        """Raise RunError if another process is training the run."""
+        if (self.folder / _LOCK).exists():
+            close_quietly(self._lock())
 
     def _path_from_run(self, path: Path) -> Path:
         return Path(os.path.relpath(path.resolve(), self.folder.resolve()))

@@ -94,7 +94,9 @@ def fastest(decoding: Decoding, choices: Choices, images_per_second: Callable[[D
     return decoding
 
 
-def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: World) -> float:
+def measure(
+    decoding: Decoding, settings: Settings, dataset: Dataset, world: World, seconds: float = SECONDS
+) -> float:
     """Measure the images/s that this process's loader delivers over the first steps of the run."""
     with build_loader(
         settings, dataset, decoding, rank=world.rank, world=world.size, on_damage=_ignore
@@ -103,7 +105,7 @@ def measure(decoding: Decoding, settings: Settings, dataset: Dataset, world: Wor
         # Skip the batches that were prepared in advance.
         for _ in range(decoding.pipelines * (decoding.prefetch + 1)):
             work()
-        return measure_throughput(work, SECONDS, decoding.device)
+        return measure_throughput(work, seconds, decoding.device)
 
 
 def _ignore(_damage: Damage) -> None:

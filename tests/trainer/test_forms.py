@@ -14,6 +14,7 @@ from pipeline.manifest import read_manifest
 from trainer import forms
 from trainer.build import build_model
 from trainer.forms import fastest, fastest_form, measure, resolve_run_form
+from trainer.monitor import ceilings
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.setting_sources import load_settings
@@ -65,7 +66,7 @@ def test_a_form_is_measured_with_whole_training_steps(monkeypatch):
         return images / 2
 
     monkeypatch.setattr("trainer.monitor.ceilings.build_model", build)
-    monkeypatch.setattr(forms, "measure_throughput", measure_throughput)
+    monkeypatch.setattr(ceilings, "measure_throughput", measure_throughput)
     assert measure(Settings(**NARROW, convolutions="towers-s2d"), World(0, 2, 0, ALONE.device)) == 1.0
     assert [net.form for net in made] == [FORMS["towers-s2d"]]
 
@@ -74,7 +75,7 @@ def test_a_form_that_fails_is_skipped(monkeypatch):
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(forms, "model_work", too_large)
+    monkeypatch.setattr(ceilings, "model_work", too_large)
     with pytest.warns(UserWarning, match="cannot compute convolutions as block-diagonal: out of memory"):
         assert measure(Settings(**NARROW, convolutions="block-diagonal"), ALONE) == 0.0
     with pytest.raises(torch.OutOfMemoryError):  # because training would fail as well

@@ -16,6 +16,7 @@ from trainer.step import Step
 Work = Callable[[], int]  # processes one batch, and returns its number of images
 
 CALIBRATION_SECONDS = 5.0  # how long to measure each ceiling
+FIRST_STEPS = 3  # in which a model is compiled and cuDNN finds the fastest algorithms
 
 
 def measure_throughput(work: Work, seconds: float, device: torch.device) -> float:
@@ -72,3 +73,13 @@ def model_work(
         return len(labels)
 
     return work
+
+
+def measure_model(
+    settings: Settings, classes: int, decoding: Decoding, images: int, precision: str, seconds: float
+) -> float:
+    """Return the images/s of `model_work`, measured for `seconds` after its first steps."""
+    work = model_work(settings, classes, decoding, images, precision)
+    for _ in range(FIRST_STEPS):
+        work()
+    return measure_throughput(work, seconds, decoding.device)

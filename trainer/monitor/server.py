@@ -1,13 +1,12 @@
 """The pages of a training process: /metrics for Prometheus, /healthz for supervisors, and / for a browser."""
 
-import errno
-
 from pipeline.serving import PLAIN, PageServer, Response
 from trainer.monitor.live import live_page
 from trainer.monitor.metrics import Metrics
+from trainer.preflight import port_error
 from trainer.processes.distributed import World
 from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
-from trainer.settings import Settings, SettingsError
+from trainer.settings import Settings
 
 
 class MetricsServer(PageServer):
@@ -40,8 +39,4 @@ def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsS
     try:
         return MetricsServer(metrics, settings.address, port, settings.stall_seconds)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise SettingsError(f"--address {settings.address} --port {port}: {error.strerror}") from error
-        raise SettingsError(
-            f"port {port} is in use: choose another with --port, or use --port 0 to disable the server"
-        ) from error
+        raise port_error(settings, port, error) from error
