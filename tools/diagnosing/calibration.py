@@ -42,6 +42,7 @@ from trainer.tuning import measure
 
 # Shares of the time to measure.
 _LOADER, _NET, _TRAINING, _EVALUATION = 0.1, 0.2, 0.55, 0.15
+_FIRST_STEPS = 2  # the first compiles and allocates, and the second tells how long a step takes
 _INTERVALS = 5  # of training
 
 
@@ -55,8 +56,7 @@ def calibrate(settings: Settings, begun: float, seconds: float) -> Calibration:
     settings, notes = resolve_run_form(settings, run, world)
     trainer = Trainer(settings, run, world, Metrics(), port=None, notes=notes)
     trainer.display.silent = True
-    start = time.monotonic() - begun
-    intervals = _train(trainer, _TRAINING * seconds)
+    intervals, started = _train(trainer, _TRAINING * seconds)
     evaluation = _evaluate(trainer, _EVALUATION * seconds)
     saved = _save(trainer)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -74,19 +74,20 @@ def calibrate(settings: Settings, begun: float, seconds: float) -> Calibration:
         rates.append(net(settings.model_copy(update={"compile": False})))
     loader, compiled, *plain = world.all_reduce(torch.tensor(rates, device=world.device)).tolist()
     by_interval = [interval.images_per_second for interval in intervals]
+    step = sum(each.seconds for each in intervals) / sum(each.steps for each in intervals)
     return Calibration(
         processes=world.size,
         device=world.device_name,
         precision=settings.precision,
         notes=notes,
-        start_seconds=start,
+        start_seconds=max(0.0, started - begun - _FIRST_STEPS * step),
         loader=loader,
         net=compiled,
         plain_net=plain[0] if plain else None,
-        training=sum(each.images for each in intervals) / sum(each.seconds for each in intervals),
+        training=settings.batch / step,
         slowest=min(by_interval),
         fastest=max(by_interval),
-        step_seconds=sum(each.seconds for each in intervals) / sum(each.steps for each in intervals),
+        step_seconds=step,
         verdict=mode(each.verdict for each in intervals),
         evaluation_seconds=evaluation,
         memory_bytes=memory,
@@ -95,8 +96,11 @@ def calibrate(settings: Settings, begun: float, seconds: float) -> Calibration:
     )
 
 
-def _train(trainer: Trainer, seconds: float) -> list[Interval]:
-    """Train for about `seconds` after the first steps, and return the log intervals."""
+def _train(trainer: Trainer, seconds: float) -> tuple[list[Interval], float]:
+    """Train for about `seconds` after the first steps.
+
+    Returns the log intervals, and time.monotonic() after the first steps.
+    """
     batches, history = trainer.batches(), trainer.metrics.history
 
     def train(steps: int) -> None:
@@ -104,9 +108,10 @@ def _train(trainer: Trainer, seconds: float) -> list[Interval]:
             trainer.train_step(batches)
         trainer.log()
 
-    for _ in range(2):  # the first step compiles and allocates; the second tells how long a step takes
+    for _ in range(_FIRST_STEPS):
         train(1)
     trainer.intervals.report()
+    started = time.monotonic()
     steps = max(1, round(seconds / _INTERVALS / history[-1].seconds))
     steps = trainer.world.broadcast(steps)  # all processes must take the same number
     history.clear()
@@ -114,7 +119,7 @@ def _train(trainer: Trainer, seconds: float) -> list[Interval]:
     for _ in range(_INTERVALS):
         train(steps)
     trainer.intervals.report()
-    return list(history)
+    return list(history), started
 
 
 def _evaluate(trainer: Trainer, seconds: float) -> float:

@@ -70,12 +70,16 @@ class Forecast:
 
 
 def forecast(settings: Settings, measured: Calibration, data: Data, measured_val: int) -> Forecast:
-    """Return how long a run will take. measured_val: validation images of the dataset that was measured."""
+    """Return how long a run will take, apart from its report.
+
+    measured_val: number of validation images of the dataset that was measured.
+    """
     evaluation = measured.evaluation_seconds * data.val / measured_val
     steps = data.train / measured.training
     evaluations = math.ceil(settings.epochs / settings.evaluate_epochs)
     run = measured.start_seconds + evaluations * evaluation
     run += settings.epochs * (steps + measured.checkpoint_delay)
+    run += measured.checkpoint_seconds - measured.checkpoint_delay  # the last checkpoint is waited for
     return Forecast(steps + evaluation + measured.checkpoint_delay, evaluation, run)
 
 

@@ -83,33 +83,42 @@ def accelerator(settings: Settings, hardware: dict[str, Any], root: Path = ROOT)
     stops: Status = "problem" if settings.device.startswith("cuda") else "note"
     if settings.device == "cpu":
         yield Finding("GPU", "not used: --device cpu")
-    elif "error" in nvml and on_pci:
-        yield Finding("GPU", f"{on_pci} of NVIDIA, but no driver ({nvml['error']})", stops, _DRIVER)
-    elif "error" in nvml:
-        yield Finding("GPU", "none")
-    else:
+    elif "error" not in nvml:
         for gpu in nvml["gpus"]:
             engine = "no JPEG engine" if gpu["jpeg_engine"] is None else "a JPEG engine"
             used = f"{size(gpu['used'])} of {size(gpu['bytes'])} in use"
             yield Finding("GPU", f"{gpu['name']}; {used}; NVML reports {engine}")
-        driver = f"{nvml['driver']}, for CUDA up to {nvml['cuda'] // 1000}.{nvml['cuda'] % 1000 // 10}"
-        if hardware["cuda"] is None:
-            yield Finding(
-                "driver", f"{driver}; this torch has no CUDA", stops, "install torch's build for CUDA 13"
-            )
-        elif nvml["cuda"] // 1000 < int(hardware["cuda"].partition(".")[0]):
-            yield Finding("driver", f"{driver}; torch needs {hardware['cuda']}", stops, _DRIVER)
-        elif nvml["gpus"] and not seen:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            text = f"{driver}; torch finds no GPU (CUDA_VISIBLE_DEVICES={visible})"
-            yield Finding("driver", text, stops, "unset CUDA_VISIBLE_DEVICES, or set it to the GPUs' indices")
-        else:
-            yield Finding("driver", driver)
-    yield Finding(
-        "trains on", f"{f'{seen} GPU' + 's' * (seen > 1) if seen else 'CPU'}, in {hardware['precision']}"
-    )
+        yield _driver(hardware, stops)
+    elif seen:
+        remedy = "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        yield Finding("GPU", f"{seen}, without metrics ({nvml['error']})", "note", remedy)
+    elif on_pci:
+        yield Finding("GPU", f"{on_pci} of NVIDIA, but no driver ({nvml['error']})", stops, _DRIVER)
+    else:
+        yield Finding("GPU", "none")
+    gpus = f"{seen} GPU{'s' * (seen > 1)}" if seen else "the CPU"
+    yield Finding("trains on", f"{gpus}, in {hardware['precision']} unless --precision says otherwise")
     if not seen:
         yield from _cpu_training(settings, hardware)
+
+
+def _driver(hardware: dict[str, Any], stops: Status) -> Finding:
+    """Describe the driver, and why torch may find no GPU. stops: the status of a finding that prevents that."""
+    version = hardware["nvml"]["cuda"]
+    text = f"{hardware['nvml']['driver']}, for CUDA up to {version // 1000}.{version % 1000 // 10}"
+    if hardware["cuda"] is None:
+        return Finding(
+            "driver", f"{text}; this torch has no CUDA", stops, "install torch's build for CUDA 13"
+        )
+    if version // 1000 < int(hardware["cuda"].partition(".")[0]):
+        return Finding("driver", f"{text}; torch needs {hardware['cuda']}", stops, _DRIVER)
+    if hardware["gpus"] or not hardware["nvml"]["gpus"]:
+        return Finding("driver", text)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    remedy = "python -c 'import torch; torch.cuda.init()' says why"
+    if visible is not None:
+        remedy = f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it, or set it to indices of GPUs"
+    return Finding("driver", f"{text}; torch finds no GPU", stops, remedy)
 
 
 def _cpu_training(settings: Settings, hardware: dict[str, Any]) -> Iterator[Finding]:
