@@ -103,7 +103,7 @@ def accelerator(settings: Settings, hardware: dict[str, Any], root: Path = ROOT)
 
 
 def _driver(hardware: dict[str, Any], stops: Status) -> Finding:
-    """Describe the driver, and why torch may find no GPU. stops: the status of a finding that prevents that."""
+    """Describe the driver, and why torch finds no GPU. stops: the status if it finds none."""
     version = hardware["nvml"]["cuda"]
     text = f"{hardware['nvml']['driver']}, for CUDA up to {version // 1000}.{version % 1000 // 10}"
     if hardware["cuda"] is None:
