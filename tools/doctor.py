@@ -65,6 +65,8 @@ def main() -> None:
         settings = with_initial_net(load_settings(rest, command=program()))
         with printed():
             found = examine(settings, rest, options.seconds, report)
+            count = len(report.problems)
+            report.say(f"\n{count} of these (✗) would stop this run" if count else "\nthis run can work")
             if options.json:
                 findings = {name: [each._asdict() for each in part] for name, part in report.findings.items()}
                 print(json.dumps({"can_run": not report.problems, "findings": findings, **found}, indent=1))
@@ -84,7 +86,7 @@ def examine(settings: Settings, arguments: Sequence[str], seconds: float, report
     hardware, failed = machine.ask_hardware(settings.device)
     report.add(MACHINE, failed)
     figures: dict[str, Any] = {"environment": environment("")}
-    if hardware is None:
+    if hardware is None:  # whatever asks the driver now would hang
         return figures
     report.add(MACHINE, ask("GPU", lambda: machine.accelerator(settings, hardware)))
     report.add(MACHINE, ask("/dev/shm", lambda: machine.shared_memory(hardware["gpus"])))
@@ -121,8 +123,6 @@ def examine(settings: Settings, arguments: Sequence[str], seconds: float, report
     report.add(RUN, ask("port", lambda: preparation.ports(settings, processes)))
     if can_train:
         figures |= measure(settings, arguments, data, seconds, report)
-    count = len(report.problems)
-    report.say("\nthis run can work" if not count else f"\n{count} of these (✗) would stop this run")
     return figures
 
 

@@ -12,12 +12,12 @@ from tools.diagnosing.findings import Finding, size
 from tools.diagnosing.preparation import IMAGENET, Data
 from trainer.settings import Settings
 
-LIMITS = {
-    "compute-bound": "the net: the device computes without a pause, and a faster loader would gain nothing",
+LIMITS = {  # by the trainer's verdict
+    "compute-bound": "the net: the device computes without a pause",
     "input-bound": "the loader: the device waits for images",
     "storage-bound": "the storage behind the URL, as long as shards still arrive",
-    "host gap": "the host: images are ready, and the device waits for the host to start its work",
-    "mixed": "nothing alone: loader, host and device take turns",
+    "host gap": "the host: images are ready, but the device waits for the host to start its work",
+    "mixed": "nothing alone: the device waits now for images, now for the host",
 }
 _LOST_SECONDS = 1800.0  # of work that a kill may cost before it is worth saving more often
 _SAVED_SECONDS = 600  # between checkpoints, where an epoch is longer than that
@@ -94,10 +94,19 @@ def rates(settings: Settings, measured: Calibration) -> Iterator[Finding]:
     many = f" in {measured.processes} processes" if measured.processes > 1 else ""
     together = f"loader and net together{many}"
     yield Finding("training", f"{number(measured.training)} images/s ({spread}), {together}")
-    yield Finding("limit", LIMITS[measured.verdict])
+    yield Finding("limit", _limit(measured))
     gpu = "" if measured.gpu_memory is None else f"; {measured.gpu_memory:.0%} of the GPU's memory"
     yield Finding("takes", f"{size(measured.memory_bytes)} of memory in each process at most{gpu}")
     yield from (Finding("note", text) for text in measured.notes)
+
+
+def _limit(measured: Calibration) -> str:
+    """Say what limits training. On a CPU, loader and net share the cores, and neither waits for the other."""
+    loader, net = measured.training / measured.loader, measured.training / measured.net
+    limit = LIMITS[measured.verdict]
+    if measured.device == "CPU" and measured.verdict != "storage-bound":
+        limit = f"{'the loader' if loader > net else 'the net'}, which shares the cores with the other"
+    return f"{limit}; of this time, the loader alone would take {loader:.0%}, and the net alone {net:.0%}"
 
 
 def times(settings: Settings, measured: Calibration, expected: Forecast, data: Data) -> Iterator[Finding]:

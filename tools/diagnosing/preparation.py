@@ -22,6 +22,7 @@ from trainer.settings import Settings
 
 _COLD_SECONDS = 3.0  # how long to read from the disk
 _COLD_BYTES = 1 << 30  # at most
+_BATCH = 128  # images
 _OTHER_FILES = 64  # open files of a run besides its shards, with some to spare
 
 
@@ -106,7 +107,7 @@ def read_cold(reader: ShardReader, seconds: float = _COLD_SECONDS) -> float:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     order = np.random.default_rng(0).permutation(len(reader))
-    batches = np.array_split(order, max(1, len(order) // 128))
+    batches = np.array_split(order, max(1, len(order) // _BATCH))
     begun, count = time.monotonic(), 0
     reader.prefetch(batches[0])
     for batch, following in zip(batches, [*batches[1:], batches[0][:0]], strict=True):
