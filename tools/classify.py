@@ -34,7 +34,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import atomic_write, path_in_errors
 from pipeline.output import printed, secure
-from tools.classifying.inputs import InputError, Source, as_text, errors_of, find
+from pipeline.printable import as_text
+from tools.classifying.inputs import InputError, Source, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import read, views

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline import EvaluationLoader
@@ -48,6 +49,22 @@ class ClassErrors(NamedTuple):
     def error(self) -> float:
         """The top-1 error, from 0 to 1. There must be images."""
         return self.errors / self.images
+
+
+class Tally:
+    """Counts the images and the top-1 errors of each class on the device, without making the host wait."""
+
+    def __init__(self, classes: int, device: torch.device):
+        self._counts = torch.zeros(2, classes, dtype=torch.int64, device=device)
+
+    def add(self, labels: Tensor, wrong: Tensor) -> None:
+        """Add a batch. labels: int64 [n]. wrong: bool [n], whether the prediction is wrong."""
+        self._counts.index_add_(1, labels, torch.stack([torch.ones_like(labels), wrong.long()]))
+
+    def combine(self, world: World) -> tuple[list[int], list[int]]:
+        """Return the images and the errors by label, over all processes. All processes must call this."""
+        images, errors = world.all_reduce(self._counts).tolist()
+        return images, errors
 
 
 class Recorder:

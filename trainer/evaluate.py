@@ -15,7 +15,7 @@ from pipeline import Batch, Dataset, EvaluationLoader
 from pipeline.remote_errors import redact
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
-from trainer.details import Recorder
+from trainer.details import Recorder, Tally
 from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.metrics import Metrics
 from trainer.precision import autocast, prepare, resolve_precision
@@ -68,11 +68,6 @@ def find_errors(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([~hits[:, 0], ~hits.any(1)])
 
 
-def count_errors(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count the top-1 and the top-5 errors, as `find_errors` defines them: the result is [2]."""
-    return find_errors(scores, labels).sum(1)
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -81,11 +76,13 @@ def evaluate(
     world: World,
     metrics: Metrics,
     recorder: Recorder | None = None,
+    tally: Tally | None = None,
 ) -> Scores:
     """Evaluate on this process's batches, and combine the results of all processes.
 
-    recorder: records the details of each batch, for which it waits for the device. The model is in training
-    mode afterwards. If there are no batches, the scores are NaN.
+    recorder: records the details of each batch, for which it waits for the device. tally: counts the errors
+    by class of this process, for which nothing waits. The model is in training mode afterwards. If there are
+    no batches, the scores are NaN.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
@@ -98,8 +95,10 @@ def evaluate(
             scores = log_probabilities(model, prepare(pixels, precision))
         if recorder is not None:
             recorder.add(scores, find_best(scores)[:, 0], labels)
-        loss = F.nll_loss(scores, labels, reduction="sum")
-        sums[:3] += torch.stack([*count_errors(scores, labels), loss])
+        errors, loss = find_errors(scores, labels), F.nll_loss(scores, labels, reduction="sum")
+        if tally is not None:
+            tally.add(labels, errors[0])
+        sums[:3] += torch.stack([*errors.sum(1), loss])
         sums[3] += len(labels)
         metrics.images["eval"].inc(len(labels))
         metrics.record_progress()

@@ -11,6 +11,7 @@ from pipeline.manifest import Manifest
 from pipeline.mixture import is_present, read_data
 from pipeline.serving import PageServer
 from trainer.processes.ranks import read_ranks
+from trainer.run import Run
 from trainer.setting_groups import ALEXNET
 from trainer.settings import Settings, SettingsError
 
@@ -40,6 +41,8 @@ def check_data(settings: Settings, processes: int) -> Manifest:
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
+    if settings.compare and not Run(settings.compare).begun:
+        raise SettingsError(f"--compare {settings.compare}: the folder holds no run")
     manifest = read_data(settings.data)
     for split in ("train", "val"):
         manifest.split(split)

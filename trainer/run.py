@@ -35,13 +35,13 @@ from trainer.table import Table
 
 T = TypeVar("T")
 REPORT = "report.md"
-_SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
+SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
 # In settings.json: what `auto` resolved to when the run began, and the dataset's path from the run folder.
 _RESOLVED, _DATA_FROM_RUN = "resolved", "data_from_run"
 _STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
 # Files that may remain if the first start is killed early.
-_BEFORE_SETTINGS = {_LOCK, f".{_SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
+_BEFORE_SETTINGS = {_LOCK, f".{SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
 
 
 class RunError(ValueError):
@@ -104,7 +104,7 @@ class Run:
             folders = (folder for folder in weights_of(settings.data) if isinstance(folder, Path))
             if not all(folder.is_absolute() for folder in folders):
                 record[_DATA_FROM_RUN] = str(change_folders(settings.data, self._path_from_run))
-            _write_json(self.folder / _SETTINGS, record)
+            _write_json(self.folder / SETTINGS, record)
         return lock
 
     def _lock(self) -> TextIO:
@@ -135,7 +135,7 @@ class Run:
             raise SettingsError(f"{self.folder} is not empty: choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         net.write(self.folder)
-        _write_json(self.folder / _SETTINGS, _identity(settings, origin, whole=True))
+        _write_json(self.folder / SETTINGS, _identity(settings, origin, whole=True))
 
     def check_is_new(self, settings: Settings, manifest: Manifest) -> bool:
         """Check that the folder is free or holds this run, and return whether it is free.
@@ -163,7 +163,7 @@ class Run:
             return False
         if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} - _BEFORE_SETTINGS:
             raise SettingsError(
-                f"{self.folder} is not empty and has no {_SETTINGS}, so it is not a run: choose another --out"
+                f"{self.folder} is not empty and has no {SETTINGS}, so it is not a run: choose another --out"
             )
         return True
 
@@ -176,7 +176,7 @@ class Run:
         held = self.recorded_settings()
         began = held.get(_RESOLVED)
         if began is None:  # the run is new, or begun by an earlier version, which did not record it
-            _write_json(self.folder / _SETTINGS, {**held, _RESOLVED: dict(resolved)})
+            _write_json(self.folder / SETTINGS, {**held, _RESOLVED: dict(resolved)})
             return
         changed = [name for name in resolved if resolved[name] != began[name]]
         if settings.device != "auto" and "device" in changed:
@@ -201,13 +201,13 @@ class Run:
         if "convolutions" in began:
             return began["convolutions"]
         form = choose()
-        _write_json(self.folder / _SETTINGS, {**held, _RESOLVED: {**began, "convolutions": form}})
+        _write_json(self.folder / SETTINGS, {**held, _RESOLVED: {**began, "convolutions": form}})
         return form
 
     @property
     def begun(self) -> bool:
         """Whether the folder holds a run."""
-        return (self.folder / _SETTINGS).exists()
+        return (self.folder / SETTINGS).exists()
 
     @property
     def is_finished(self) -> bool:
@@ -244,12 +244,12 @@ class Run:
         """
         held = self._recorded()
         if held is None:
-            raise SettingsError(f"no run in {self.folder}: it has no {_SETTINGS}")
+            raise SettingsError(f"no run in {self.folder}: it has no {SETTINGS}")
         return held
 
     def _recorded(self) -> dict[str, Any] | None:
         """Return the content of settings.json, or None without one. Raises as `recorded_settings` does."""
-        path, remedy = self.folder / _SETTINGS, "restore it from a copy"
+        path, remedy = self.folder / SETTINGS, "restore it from a copy"
         recorded = _read_json(path, _RECORDED, remedy)
         if recorded is None:
             return None
@@ -262,7 +262,7 @@ class Run:
                     f"{path} has the setting '{detail['loc'][0]}', which this version does not know: "
                     "use the version of alexnet-train that began the run"
                 ) from None
-            where = ".".join([_SETTINGS, *map(str, detail["loc"][:1])])
+            where = ".".join([SETTINGS, *map(str, detail["loc"][:1])])
             raise RunError(f"{path} is damaged ({where}: {message_of(error)}): {remedy}") from None
         return recorded.model_dump(mode="json", exclude_unset=True)
 
@@ -278,7 +278,7 @@ class Run:
                 spec = NetSpec.read(self.folder)
                 if spec.crop != settings.crop:
                     raise RunError(
-                        f"{self.folder / NET_NAME} says crops of {spec.crop} pixels, but {_SETTINGS} says "
+                        f"{self.folder / NET_NAME} says crops of {spec.crop} pixels, but {SETTINGS} says "
                         f"{settings.crop}: restore both from one copy of the run"
                     )
                 return spec

@@ -302,6 +302,11 @@ class Monitoring(Group):
     """Port of the metrics server; the process with local rank r uses port + r, and 0 disables the server."""
     address: MayChange[Annotated[str, Metavar("ADDRESS")]] = "0.0.0.0"
     """Address that the metrics server binds to."""
+    compare: MayChange[Annotated[Path | None, Metavar("RUN")]] = None
+    """Folder of an earlier run that the live page compares this one with; by default, the run beside this one
+    that was begun last before it with the same recipe and dataset."""
+    show_images: MayChange[bool] = True
+    """Show a few images of the current batch, and their classes, on the live page."""
     calibrate: MayChange[bool] = False
     """Measure the throughput of the loader and of the model separately at the start, for the dashboard."""
     log_every: MayChange[PositiveInt] = 20

@@ -223,6 +223,7 @@ class Trainer:
         pixels, labels = next(batches)
         wait = time.monotonic() - requested
         self.metrics.record_progress("step")
+        self.metrics.live.batch.offer(pixels, labels, self.step, self.epoch_at(self.step))
         epoch = self.epoch_at(self.step + 1)
         self.learning_rate = learning_rate(self.settings, epoch, self.evaluations.errors)
         unscheduled = unscheduled_rate(self.settings, epoch)
@@ -261,7 +262,7 @@ class Trainer:
         self.stopping = result is None
         if result is None:
             return False
-        self.journal.record_evaluation(self.step, self.epoch_at(self.step), result.scores, result.details)
+        self.journal.record_evaluation(self.step, self.epoch_at(self.step), result)
         self.meter.restart()
         return result.is_best
 

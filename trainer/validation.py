@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from pipeline import EvaluationLoader
-from trainer.details import Details, Recorder
+from trainer.details import Details, Recorder, Tally
 from trainer.evaluate import Scores, evaluate
 from trainer.learner import Learner
 from trainer.monitor.metrics import Metrics
@@ -23,10 +23,12 @@ def count_stale(errors: Sequence[float]) -> int:
 class Validated(NamedTuple):
     """The result of an evaluation.
 
-    is_best: whether its top-1 error is the lowest so far. details: of the evaluation that ends the run.
+    by_class: numbers of images and of top-1 errors, by label. is_best: whether its top-1 error is the lowest
+    so far. details: of the evaluation that ends the run.
     """
 
     scores: Scores
+    by_class: tuple[list[int], list[int]]
     is_best: bool
     details: Details | None
 
@@ -63,12 +65,16 @@ class Validation:
         """
         may_end_run = count_stale(self.errors) + 1 >= (self.settings.stop_after or math.inf)
         recorder = Recorder(loader) if is_last or may_end_run else None
+        tally = Tally(len(loader.dataset.manifest.classes), self.world.device)
         batches = takewhile(lambda _: not self.stop.is_made, loader)
-        scores = evaluate(learner.model, learner.precision, batches, self.world, self.metrics, recorder)
+        scores = evaluate(
+            learner.model, learner.precision, batches, self.world, self.metrics, recorder, tally
+        )
         if self.world.any(self.stop.is_made):
             return None
         is_best = scores.top1_error < min(self.errors, default=math.inf)
         self.errors.append(scores.top1_error)
         self.epochs = epochs
         ends = is_last or self.ends_run
-        return Validated(scores, is_best, recorder.combine(self.world) if recorder and ends else None)
+        details = recorder.combine(self.world) if recorder and ends else None
+        return Validated(scores, tally.combine(self.world), is_best, details)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.packing.sources.litter import litter_in
+from pipeline.printable import in_line
 from pipeline.retry import is_outage
 
 PICTURES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
@@ -57,16 +58,6 @@ def errors_of(path: Path) -> Iterator[None]:
     except Exception as error:  # broken files make decoders raise anything
         reason = str(error).partition("\n")[0]
         raise InputError(f"{in_line(path)}: {type(error).__name__}: {reason}") from error
-
-
-def as_text(path: str | Path) -> str:
-    """Return a path as valid Unicode, in which bytes that are not UTF-8 are written as \\xNN."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def in_line(path: str | Path) -> str:
-    """Return a path as text without the characters that would break a line or control a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in as_text(path))
 
 
 def find(inputs: Iterable[Path]) -> Found:

@@ -7,8 +7,8 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from pipeline.printable import in_line
 from pipeline.spec import NetSpec
-from tools.classifying.inputs import in_line
 
 COLUMNS = ("file", "start_seconds", "end_seconds", "frames", "rank", "class", "name", "probability")
 

@@ -6,9 +6,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.packing.images import FORMATS, RejectedError, read_image, resize_and_crop
+from pipeline.printable import in_line
 from pipeline.retry import read_with_retries
 from pipeline.spec import NetSpec
-from tools.classifying.inputs import InputError, errors_of, in_line
+from tools.classifying.inputs import InputError, errors_of
 
 # Crop offsets in x and y, as fractions of the free space.
 CENTRE = ((0.5, 0.5),)

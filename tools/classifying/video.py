@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.packing.images import MAX_ASPECT, MAX_PIXELS
-from tools.classifying.inputs import InputError, as_text, errors_of, in_line
+from pipeline.printable import as_text, in_line
+from tools.classifying.inputs import InputError, errors_of
 from tools.classifying.nets import BATCH, Net
 from tools.classifying.output import Result, Window, best
 from tools.classifying.overlay import draw_bars, reduced, with_bars

@@ -18,7 +18,7 @@ from pipeline.files import path_in_errors
 from pipeline.manifest import Class, DatasetError
 from pipeline.reader import OutageError, ShardReader
 from trainer.details import Details
-from trainer.monitor.names import drawn_names
+from trainer.monitor.drawn_names import drawn_names
 
 MATRIX_CLASSES = 30  # the most classes for which the matrix is readable
 _PAIRS = 30  # the most pairs of classes that are drawn

@@ -10,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 from pipeline import Dataset
 from pipeline.manifest import Manifest
 from pipeline.serving import url_host
-from trainer.details import Details
-from trainer.evaluate import PROTOCOLS, TOP5_CLASSES, Scores
+from trainer.evaluate import PROTOCOLS, TOP5_CLASSES
+from trainer.monitor.comparison import find_earlier
 from trainer.monitor.display import Display
+from trainer.monitor.live_data import ClassErrors
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.names import plain_names
 from trainer.monitor.trainjob import TrainJob
 from trainer.processes.distributed import World
 from trainer.run import Run
 from trainer.settings import Settings
+from trainer.validation import Validated
+
+_NAME = 40  # the most characters of a class's name on the live page
 
 if TYPE_CHECKING:
     from trainer.monitor.tensorboard import EventFile  # its package is optional
@@ -46,6 +51,8 @@ class Journal:
         self.tables = {"train": run.metrics, "eval": run.evaluations}
         self.tensorboard = tensorboard
         self.events: EventFile | None = None
+        self.live = metrics.live
+        self.live.names = plain_names(dataset.manifest.classes, _NAME)
 
     def log_start(
         self, settings: Settings, manifest: Manifest, precision: str, port: int | None, notes: Iterable[str]
@@ -58,6 +65,8 @@ class Journal:
         if self.world.is_main:
             description = {"run": str(self.run.folder), "recipe": settings.recipe, "precision": precision}
             self.metrics.describe(description | self.run.record_environment(name))
+            self.live.earlier, problem = find_earlier(self.run, settings)
+            notes = [*notes, problem] if problem else notes
         train, val = (manifest.split(split).samples for split in ("train", "val"))
         self.display.say(
             f"{self.run.folder}: recipe {settings.recipe}, {train:,} training and {val:,} validation "
@@ -73,18 +82,20 @@ class Journal:
 
         Returns the remaining rows of metrics.csv, or an empty list in all processes but the main one.
         """
-        if not self.world.is_main:
-            return []
-        for table in self.tables.values():
-            table.truncate(step)
-        if self.tensorboard:
-            from trainer.monitor.tensorboard import EventFile
+        evaluations = None
+        if self.world.is_main:
+            for table in self.tables.values():
+                table.truncate(step)
+            if self.tensorboard:
+                from trainer.monitor.tensorboard import EventFile
 
-            hidden = () if self.shows_top5 else ("top5_error",)
-            self.events = EventFile(self.run.folder / "tensorboard", self.tables, hidden)
-        for row in self.run.evaluations.rows()[-1:]:
+                hidden = () if self.shows_top5 else ("top5_error",)
+                self.events = EventFile(self.run.folder / "tensorboard", self.tables, hidden)
+            evaluations = self.run.evaluations.rows()
+        self.live.evaluations = self.world.broadcast(evaluations)
+        for row in self.live.evaluations[-1:]:
             self._export(row["loss"], row["top1_error"], row["top5_error"])
-        return self.run.metrics.rows()
+        return self.run.metrics.rows() if self.world.is_main else []
 
     def record_interval(
         self, step: int, epoch: float, learning_rate: float, scale: float, interval: Interval
@@ -98,18 +109,18 @@ class Journal:
         self.display.show_interval(step, epoch, learning_rate, interval)
         self.trainjob.show_interval(step, learning_rate, interval)
 
-    def record_evaluation(
-        self, step: int, epoch: float, scores: Scores, details: Details | None = None
-    ) -> None:
-        """Report an evaluation on the validation set after `step` steps. Raises OSError.
-
-        details: those of the evaluation that ends the run, which the report shows.
-        """
+    def record_evaluation(self, step: int, epoch: float, result: Validated) -> None:
+        """Report an evaluation on the validation set after `step` steps. Raises OSError."""
+        scores = result.scores
+        row = {"step": step, "epoch": epoch, **asdict(scores)}
         self._export(scores.loss, scores.top1_error, scores.top5_error)
+        self.live.class_errors = ClassErrors(epoch, *result.by_class)
+        self.live.evaluations = [*self.live.evaluations, row]
         if self.world.is_main:
-            self._append("eval", {"step": step, "epoch": epoch, **asdict(scores)})
-            if details is not None:
-                details.write(self.run.folder, self.dataset.manifest.classes, self.dataset.reader("val"))
+            self._append("eval", row)
+            if result.details is not None:
+                classes, reader = self.dataset.manifest.classes, self.dataset.reader("val")
+                result.details.write(self.run.folder, classes, reader)
         self.display.show_evaluation(epoch, scores, self.shows_top5)
         self.trainjob.show_evaluation(scores, self.shows_top5)
 

@@ -1,7 +1,8 @@
 """The live page that the metrics server of a process serves at /: the process's metrics in a browser.
 
 One response holds the whole page, including its style and script; the script requests it again every two
-seconds. The page shows the most important values of /metrics, and curves over the latest log intervals.
+seconds. The page shows the most important values of /metrics, curves over the latest log intervals, and what
+evaluations found. Images of the current batch come from /batch, which the script requests far less often.
 """
 
 import math
@@ -9,34 +10,43 @@ import time
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 from pipeline.duration import duration
+from trainer.monitor.live_sections import sections
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.templates import template
 
-_PAGE = Template(Path(__file__).with_name("live.html").read_text(encoding="utf-8"))
+_PAGE = template(Path(__file__).with_name("live.html"))
 _WIDTH, _HEIGHT = 600, 90  # of a curve, in SVG units
 _ABOUT = ("run", "recipe", "device", "precision")
+_BATCH = """<section><h2>the current batch as the net sees it</h2>
+<div id="batch"><p>waiting for a step</p></div></section>"""
 
 
-def live_page(metrics: Metrics) -> str:
-    """Return the page as HTML. A value that does not exist yet is shown as a dash."""
+def live_page(metrics: Metrics, show_images: bool = True) -> str:
+    """Return the page as HTML. A value that does not exist yet is shown as a dash.
+
+    show_images: whether there is a section for images of the current batch.
+    """
     history, about = list(metrics.history), metrics.about
     last = history[-1] if history else None
-    step, progress = metrics.value("step"), metrics.value("progress_ratio")
+    step, progress, epoch = (metrics.value(name) for name in ("step", "progress_ratio", "epoch"))
+    with_top5 = not math.isnan(metrics.value("eval_error_ratio", k="5", protocol="centre"))
     return _PAGE.substitute(
         about=escape(" · ".join(about[name] for name in _ABOUT if name in about) or "starting"),
         rate=f"{last.images_per_second:,.1f}" if last else "–",
         verdict=last.verdict if last else "starting",
         percent=f"{progress:.1%}",
-        position=f"epoch {metrics.value('epoch'):.2f} · step {step:,.0f} · {progress:.1%}",
+        position=f"epoch {epoch:.2f} · step {step:,.0f} · {progress:.1%}",
         left=_time_left(step, progress, history),
         tiles="\n".join(
             f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _tiles(metrics, last).items()
         ),
         rates=_curve([interval.images_per_second for interval in history]),
         losses=_curve([interval.loss for interval in history]),
+        sections=sections(metrics.live, with_top5, epoch, last),
+        batch=_BATCH if show_images else "",
     )
 
 
@@ -49,24 +59,15 @@ def _time_left(step: float, progress: float, history: Sequence[Interval]) -> str
 
 
 def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
-    """Return the name and the value that each tile shows; a value that is not known yet is a dash.
-
-    The top-5 error has a tile only once it is known, because with few classes it never is.
-    """
-    tiles = {
+    """Return the name and the value that each tile shows; a value that is not known yet is a dash."""
+    saved = metrics.value("checkpoint_timestamp_seconds")
+    return {
         "loss": f"{last.loss:.3f}" if last else "–",
         "training error": f"{last.error:.1%}" if last else "–",
         "input wait": f"{last.wait_ratio:.1%}" if last else "–",
         "learning rate": f"{metrics.value('learning_rate'):.2g}",
+        "last checkpoint": duration(time.time() - saved) + " ago" if saved else "–",
     }
-    top1, top5 = (metrics.value("eval_error_ratio", k=k, protocol="centre") for k in ("1", "5"))
-    tiles["validation top-1 error"] = "–" if math.isnan(top1) else f"{top1:.1%}"
-    if not math.isnan(top5):
-        tiles["validation top-5 error"] = f"{top5:.1%}"
-    loss, saved = metrics.value("loss", phase="eval"), metrics.value("checkpoint_timestamp_seconds")
-    tiles["validation loss"] = "–" if math.isnan(loss) else f"{loss:.3f}"
-    tiles["last checkpoint"] = duration(time.time() - saved) + " ago" if saved else "–"
-    return tiles
 
 
 def _curve(values: Sequence[float]) -> str:

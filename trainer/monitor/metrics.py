@@ -28,6 +28,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from pipeline.remote.counters import Counters
+from trainer.monitor.live_data import LiveData
 from trainer.monitor.meter import READY_SECONDS, Interval
 
 PHASES = ("train", "eval")
@@ -119,6 +120,7 @@ class Metrics:
         self.about: dict[str, str] = {}  # the labels of alexnet_run_info
         ProcessCollector(registry=registry)
         self.history: deque[Interval] = deque(maxlen=_HISTORY)
+        self.live = LiveData()
         self.current_activity = "start-up"
         self._last_progress = time.monotonic()
 

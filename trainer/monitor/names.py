@@ -1,10 +1,7 @@
-"""Short names of classes for tables and pictures."""
+"""Short names of classes for tables and pages."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cache
-
-from matplotlib.font_manager import findfont, get_font
 
 from pipeline.manifest import Class
 
@@ -33,35 +30,11 @@ def shorten(name: str, length: int) -> str:
 
 def plain_names(classes: Sequence[Class], length: int) -> list[str]:
     """Return a short name for each class; those that would be alike have their label in front of them."""
-    return _unlike([shorten(each.name or each.id, length) for each in classes])
+    return unlike([shorten(each.name or each.id, length) for each in classes])
 
 
-def drawn_names(classes: Sequence[Class], length: int) -> list[str]:
-    """Return names as `plain_names` does, in letters that matplotlib's own font has.
-
-    A class has its id instead of a name in other letters, or else `class` and its label.
-    """
-    return _unlike(
-        [
-            next(
-                (shorten(name, length) for name in (each.name, each.id) if _is_drawable(name)),
-                f"class {label}",
-            )
-            for label, each in enumerate(classes)
-        ]
-    )
-
-
-def _unlike(names: Iterable[str]) -> list[str]:
+def unlike(names: Iterable[str]) -> list[str]:
+    """Return the names, with the label in front of those that are alike."""
     names = list(names)
     times = Counter(names)
     return [f"{label} {name}" if times[name] > 1 else name for label, name in enumerate(names)]
-
-
-@cache
-def _letters() -> frozenset[int]:
-    return frozenset(get_font(findfont("DejaVu Sans")).get_charmap())
-
-
-def _is_drawable(name: str) -> bool:
-    return bool(name) and all(letter.isspace() or ord(letter) in _letters() for letter in name)

@@ -1,4 +1,4 @@
-"""The pages of a training process: /metrics for Prometheus, /healthz for supervisors, and / for a browser."""
+"""The pages of a process: /metrics for Prometheus, /healthz for supervisors, / and /batch for a browser."""
 
 from pipeline.serving import PLAIN, PageServer, Response
 from trainer.monitor.live import live_page
@@ -8,15 +8,20 @@ from trainer.processes.distributed import World
 from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
 from trainer.settings import Settings
 
+HTML = "text/html; charset=utf-8"
+
 
 class MetricsServer(PageServer):
     """Serves from its own thread until it is closed. Raises OSError as PageServer does.
 
     port: port to bind to; 0 lets the system choose one. stall_seconds: time limit of the watchdog; after
     UNHEALTHY_FRACTION of the time that the watchdog allows without progress, /healthz responds with 503.
+    show_images: whether there is /batch, which shows images of the current batch.
     """
 
-    def __init__(self, metrics: Metrics, address: str, port: int, stall_seconds: float):
+    def __init__(
+        self, metrics: Metrics, address: str, port: int, stall_seconds: float, show_images: bool = True
+    ):
         def health() -> Response:
             stalled = metrics.stalled_seconds()
             if stalled < UNHEALTHY_FRACTION * allowed_seconds(metrics, stall_seconds):
@@ -24,10 +29,12 @@ class MetricsServer(PageServer):
             return 503, PLAIN, f"no progress for {stalled:.0f} seconds\n"
 
         pages = {
-            "/": lambda: (200, "text/html; charset=utf-8", live_page(metrics)),
+            "/": lambda: (200, HTML, live_page(metrics, show_images)),
             "/metrics": lambda: (200, metrics.CONTENT_TYPE, metrics.exposition()),
             "/healthz": health,
         }
+        if show_images:
+            pages["/batch"] = lambda: (200, HTML, metrics.live.batch.html(metrics.live.names))
         super().__init__(pages, address, port)
 
 
@@ -37,6 +44,6 @@ def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsS
         return None
     port = settings.port + world.local_rank
     try:
-        return MetricsServer(metrics, settings.address, port, settings.stall_seconds)
+        return MetricsServer(metrics, settings.address, port, settings.stall_seconds, settings.show_images)
     except OSError as error:
         raise port_error(settings, port, error) from error

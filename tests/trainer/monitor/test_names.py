@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.manifest import Class
-from trainer.monitor.names import drawn_names, plain_names, shorten
+from trainer.monitor.drawn_names import drawn_names
+from trainer.monitor.names import plain_names, shorten
 
 
 @pytest.mark.parametrize(
