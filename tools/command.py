@@ -30,6 +30,7 @@ COMMANDS = {
     "make-shards": Command("tools.make_shards", "pack images into WebDataset shards"),
     "verify-shards": Command("tools.verify_shards", "check every byte of a packed dataset"),
     "inspect-shards": Command("tools.inspect_shards", "report a dataset's classes, sizes and duplicates"),
+    "runs": Command("tools.runs", "list runs with their errors and speed, in the terminal or as a page"),
     "classify": Command("tools.classify", "classify pictures and videos with a trained net"),
     "export": Command("tools.export", "export a trained net to ONNX, torch.export or torchvision's format"),
     "import-weights": Command("tools.import_weights", "turn published weights of AlexNet into a run"),

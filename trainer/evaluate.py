@@ -18,6 +18,7 @@ from trainer.build import build_decoding, build_model
 from trainer.details import Recorder, Tally
 from trainer.monitor.device_events import RunAheadLimit
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.summary import TOP5_CLASSES
 from trainer.precision import autocast, prepare, resolve_precision
 from trainer.processes import distributed
 from trainer.processes.distributed import World
@@ -25,7 +26,6 @@ from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 
 PROTOCOLS = {1: "centre", 10: "ten"}  # names of the numbers of crops
-TOP5_CLASSES = 6  # the fewest classes for which the top-5 error is shown; with fewer, it is always 0
 
 
 @dataclass(frozen=True)

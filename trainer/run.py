@@ -35,13 +35,13 @@ from trainer.table import Table
 
 T = TypeVar("T")
 REPORT = "report.md"
-SETTINGS, _ENVIRONMENT, _LOCK = "settings.json", "environment.json", ".lock"
+SETTINGS, _ENVIRONMENT, LOCK = "settings.json", "environment.json", ".lock"
 # In settings.json: what `auto` resolved to when the run began, and the dataset's path from the run folder.
 _RESOLVED, _DATA_FROM_RUN = "resolved", "data_from_run"
 _STARTS = TypeAdapter(list[dict[str, str]])  # the structure of environment.json
 _ONLY_FORM = {"convolutions": "grouped"}  # of the versions that did not record the form
 # Files that may remain if the first start is killed early.
-_BEFORE_SETTINGS = {_LOCK, f".{SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
+BEFORE_SETTINGS = {LOCK, f".{SETTINGS}.partial", NET_NAME, f".{NET_NAME}.partial"}
 
 
 class RunError(ValueError):
@@ -110,7 +110,7 @@ class Run:
     def _lock(self) -> TextIO:
         """Lock the folder, which exists, and return the lock. Raises RunError as `begin` does."""
         try:
-            return open_locked(self.folder / _LOCK)
+            return open_locked(self.folder / LOCK)
         except LockedError as owner:
             raise RunError(
                 f"{self.folder} is being trained by {owner}: wait for it, stop it, or choose another --out"
@@ -118,7 +118,7 @@ class Run:
 
     def check_is_idle(self) -> None:
         """Raise RunError if another process is training the run."""
-        if (self.folder / _LOCK).exists():
+        if (self.folder / LOCK).exists():
             close_quietly(self._lock())
 
     def _path_from_run(self, path: Path) -> Path:
@@ -161,7 +161,7 @@ class Run:
                     "choose another --out, or use that run's settings to continue it"
                 )
             return False
-        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} - _BEFORE_SETTINGS:
+        if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} - BEFORE_SETTINGS:
             raise SettingsError(
                 f"{self.folder} is not empty and has no {SETTINGS}, so it is not a run: choose another --out"
             )

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from pipeline import Dataset
 from pipeline.manifest import Manifest
 from pipeline.serving import url_host
-from trainer.evaluate import PROTOCOLS, TOP5_CLASSES
+from trainer.evaluate import PROTOCOLS
 from trainer.monitor.comparison import find_earlier
 from trainer.monitor.display import Display
 from trainer.monitor.live_data import ClassErrors
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.names import plain_names
+from trainer.monitor.summary import TOP5_CLASSES
 from trainer.monitor.trainjob import TrainJob
 from trainer.processes.distributed import World
 from trainer.run import Run

@@ -11,8 +11,8 @@ from pipeline import Dataset
 from pipeline.files import atomic_write, path_in_errors
 from pipeline.manifest import Manifest
 from trainer.details import read_details
-from trainer.evaluate import TOP5_CLASSES
 from trainer.monitor.details_report import describe
+from trainer.monitor.summary import TOP5_CLASSES
 from trainer.run import REPORT, Run, RunError
 
 Series = list[tuple[str, list[float], list[float]]]  # name, epochs, values

@@ -16,6 +16,7 @@ from trainer.setting_sources import read_recipe
 from trainer.settings import CHANGEABLE, Settings, SettingsError
 
 Row = Mapping[str, float]
+TOP5_CLASSES = 6  # the fewest classes for which the top-5 error is shown; with fewer, it is always 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Summary:
     def last(self) -> Row | None:
         """The last evaluation."""
         return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def with_top5(self) -> bool:
+        """Whether the top-5 error is to be shown."""
+        return self.classes is not None and self.classes >= TOP5_CLASSES
 
     @property
     def images_per_second(self) -> float:
