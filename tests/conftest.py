@@ -18,6 +18,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -32,6 +33,9 @@ from tests.remote.seaweedfs import credentials, executable, seaweedfs
 from tests.trees import TEST_DATA, pack_here, upload
 from tools import verify_shards
 from tools.draw_pictures import class_names, draw
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # otherwise a command would start a process for each GPU
 # A shell makes a background job ignore Ctrl-C, and nohup makes it ignore a hang-up. The processes that tests
@@ -48,6 +52,21 @@ settings.load_profile("shared machine")
 PHOTOS = TEST_DATA / "photos"
 OBLONG = (144, 120), (120, 138), (132, 120), (120, 126), (143, 110), (110, 132), (121, 110), (125, 140)
 OBLONG += (90, 126), (117, 90)  # width and height in pixels
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    """Debian's Chromium without a window."""
+    chromium = shutil.which("chromium") or missing("chromium", "apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        yield launched
+        launched.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,17 @@ from pipeline.graph import Decoding
 from pipeline.loader import Dataset, evaluation_loader
 from pipeline.manifest import Class
 from trainer import details as details_module
-from trainer.details import BY_CLASS, CONFUSION, WORST, ClassErrors, Details, Mistake, Recorder, read_details
+from trainer.details import (
+    BY_CLASS,
+    CONFUSION,
+    WORST,
+    ClassErrors,
+    Details,
+    Mistake,
+    Recorder,
+    Tally,
+    read_details,
+)
 from trainer.evaluate import evaluate
 from trainer.monitor.metrics import Metrics
 from trainer.processes.distributed import World
@@ -156,8 +166,8 @@ def test_details_count_each_image_once_and_leave_out_damaged_ones(packed_copy, l
             file.seek(reader.rows["offset"][number])
             file.write(b"damage")
     loader = evaluation_loader(dataset, "val", batch, Decoding(crop=64), on_damage=damages.append)
-    recorder = Recorder(loader)
-    scores = evaluate(Always(), "fp32", loader, world, Metrics(), recorder)
+    recorder, tally = Recorder(loader), Tally(10, world.device)
+    scores = evaluate(Always(), "fp32", loader, world, Metrics(), recorder, tally)
     details = recorder.combine(world)
     intact = np.delete(np.arange(20), list(lost))
     labels = reader.rows["label"][intact]
@@ -165,5 +175,7 @@ def test_details_count_each_image_once_and_leave_out_damaged_ones(packed_copy, l
     assert details.pairs == {(label, 3): np.count_nonzero(labels == label) for label in set(labels.tolist())}
     wrong = [(int(label), int(sample)) for label, sample in zip(labels, intact, strict=True) if label != 3]
     assert [(image.label, image.sample) for image in details.mistakes] == wrong
+    images = np.bincount(labels, minlength=10).tolist()
+    assert tally.combine(world) == (images, [count * (label != 3) for label, count in enumerate(images)])
     assert scores.top1_error == len(wrong) / scores.images
     assert scores.images == len(intact)

@@ -77,7 +77,6 @@ COLUMNS = (
         "time", "training time", lambda run: run.training_seconds, lambda value: duration(float(value)), True
     ),
     Column("changed", "last change", lambda run: run.changed, _time, True),
-    Column("begun", "begun", lambda run: run.begun, _time, True),
     Column("loss", "validation loss", lambda run: _of(run.last, "loss"), lambda value: f"{value:.3f}"),
     Column(
         "top5",

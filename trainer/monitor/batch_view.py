@@ -87,8 +87,8 @@ def _drawn(copy: _Copy, names: Sequence[str]) -> str:
     )
     return (
         f"<p>The first {len(values)} images of step {copy.step + 1:,}, after {copy.epoch:.2f} epochs: "
-        f"{values.shape[-1]} × {values.shape[-2]} pixels with values from {values.min():,.4g} to "
-        f"{values.max():,.4g}. Medium grey is 0, the mean that was subtracted.</p>"
+        f"{values.shape[-1]} × {values.shape[-2]} pixels with values from {values.min():.4g} to "
+        f"{values.max():.4g}. Medium grey is 0, the mean that was subtracted.</p>".replace("-", "−")
         f'<div class="sheet">{figures}</div>'
     )
 

@@ -33,8 +33,8 @@ def _errors_by_epoch(evaluations: Sequence[Row], earlier: Earlier | None) -> str
     if earlier:
         name = as_text(earlier.summary.folder.name)
         lines.insert(0, Line(name, _points(earlier.summary.evaluations), "earlier"))
-    drawn = chart("validation top-1 error by epoch", lines, percent)
-    return f"<section><h2>validation</h2>{drawn}{legend(lines[::-1]) if earlier else ''}</section>"
+    drawn = chart("validation top-1 error", lines, percent)
+    return f"<section>{drawn}{legend(lines[::-1]) if earlier else ''}</section>"
 
 
 def _points(evaluations: Iterable[Row]) -> list[tuple[float, float]]:
@@ -69,7 +69,7 @@ def _comparison(evaluations: Sequence[Row], earlier: Earlier, epoch: float, last
         ours = evaluations[-1]
         when = f"{ours['epoch']:.2f} epochs"
         if abs(ours["epoch"] - row["epoch"]) > 0.01:
-            when += f" (there, {row['epoch']:.2f})"
+            when += f" (earlier run: {row['epoch']:.2f})"
         rows[f"top-1 error after {when}"] = f"{ours['top1_error']:.2%}", f"{row['top1_error']:.2%}"
     if theirs.best:
         best = best_of(evaluations)
@@ -77,11 +77,11 @@ def _comparison(evaluations: Sequence[Row], earlier: Earlier, epoch: float, last
         rows["best top-1 error"] = f"{best['top1_error']:.2%}" if best else "–", after
     if theirs.steps:
         here = f"{last.images_per_second:,.1f}" if last else "–"
-        rows["images/s (there, the median)"] = here, f"{theirs.images_per_second:,.1f}"
+        rows["images/s (earlier run: median)"] = here, f"{theirs.images_per_second:,.1f}"
     name = as_text(theirs.folder.name)
     differing = f"Here, {earlier.differing}." if earlier.differing else "Its settings are the same."
     note = f"{as_text(theirs.folder)}: recipe {theirs.recipe}, {theirs.state}. {differing}"
-    return _section(f"compared with {name}", "measure", ["this run", name], rows, note)
+    return _section(f"compared with {name}", "measure", ["this run", "earlier run"], rows, note)
 
 
 def _classes(found: ClassErrors, names: Sequence[str]) -> str:
@@ -95,13 +95,13 @@ def _classes(found: ClassErrors, names: Sequence[str]) -> str:
     which = f"of the {len(worst)} worst of {len(tested):,} classes"
     which = "by class" if len(worst) == len(tested) else which
     rows = "".join(
-        f'<tr><th scope="row">{escape(names[label])}</th>'
+        f'<tr><th scope="row" class="name">{escape(names[label])}</th>'
         f'<td><div style="width:{error:.1%}"></div></td><td>{error:.1%} of {images:,}</td></tr>'
         for error, images, label in worst
     )
     return (
         f'<section class="classes"><h2>errors {which}, after {found.epoch:.2f} epochs</h2><table><thead><tr>'
-        '<th scope="col">class</th><td></td><th scope="col">top-1 error of images</th></tr></thead>'
+        '<th scope="col">class</th><td></td><th scope="col">top-1 error</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></section>"
     )
 

@@ -21,9 +21,9 @@ TOP5_CLASSES = 6  # the fewest classes for which the top-5 error is shown; with 
 
 @dataclass(frozen=True)
 class Summary:
-    """The recorded settings of a run, the rows of its tables, and when it was begun and last changed.
+    """The recorded settings of a run, the rows of its tables, and when it was last changed.
 
-    classes: number of classes, or None if the folder does not say. begun, changed: Unix times.
+    classes: number of classes, or None if the folder does not say. changed: a Unix time.
     """
 
     folder: Path
@@ -32,7 +32,6 @@ class Summary:
     steps: Sequence[Row]
     evaluations: Sequence[Row]
     is_finished: bool
-    begun: float
     changed: float
 
     @property
@@ -120,7 +119,6 @@ def read_summary(folder: Path) -> Summary:
         run.metrics.rows(),
         run.evaluations.rows(),
         run.is_finished,
-        begun=begun_at(folder),
         changed=max(path.stat().st_mtime for path in paths if path.exists()),
     )
 

@@ -1,19 +1,21 @@
 """The live page as text and in a real browser."""
 
-import os
 import re
-import shutil
 import time
 from xml.etree import ElementTree
 
 import pytest
 import torch
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from tests.run_folders import write_run
+from trainer.monitor.comparison import Earlier
 from trainer.monitor.live import live_page
+from trainer.monitor.live_data import ClassErrors
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer
+from trainer.monitor.summary import read_summary
 
 CPU = torch.device("cpu")
 
@@ -39,28 +41,76 @@ def test_the_page_shows_the_metrics_of_the_run():
     metrics.epoch.set(2.5)
     metrics.progress_ratio.set(0.25)
     metrics.record_interval(interval(1234.5), 0.01, 1.0, CPU)
-    metrics.record_evaluation("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
     text = live_page(metrics)
     assert "runs/a&lt;b&gt; · paper · CPU · fp32" in text
-    for shown in (
-        ">1,234.5 ",
-        ">compute-bound<",
-        "epoch 2.50 · step 250 · 25.0%",
-        ">42.3%<",
-        ">18.7%<",
-        ">1.250<",
-    ):
+    for shown in (">1,234.5 ", ">compute-bound<", "epoch 2.50 · step 250 · 25.0%", ">2.000<", ">50.0%<"):
         assert shown in text
     assert "2 min 30 s left" in text  # 750 steps at 5 per second
+    assert "validation" not in text  # until there is an evaluation
 
 
-def test_the_top5_error_has_a_tile_only_if_it_is_known():
+def evaluated(metrics: Metrics, errors: list[float], top5_error: float | None = None) -> None:
+    """Record an evaluation after each epoch, as the journal does."""
+    metrics.live.evaluations = [
+        {"epoch": epoch, "top1_error": error, "top5_error": top5_error or 0.0, "loss": 2 * error}
+        for epoch, error in enumerate(errors, 1)
+    ]
+    metrics.record_evaluation("centre", loss=0.0, top1_error=errors[-1], top5_error=top5_error)
+
+
+def table(text: str, heading: str) -> list[list[str]]:
+    """Return the cells of the table under a heading."""
+    section = re.search(rf"<h2>{re.escape(heading)}</h2><table>.*?</table>", text)[0]
+    rows = re.findall("<tr>(.*?)</tr>", section)
+    return [re.findall(r"<t[hd][^>]*>(?:<div.*?</div>)?(.*?)</t[hd]>", row) for row in rows]
+
+
+@pytest.mark.parametrize("top5_error", [None, 0.125])
+def test_the_last_and_the_best_evaluation_are_shown(top5_error):
     metrics = Metrics()
-    for known in (None, 0.187):
-        metrics.record_evaluation("centre", loss=1.25, top1_error=0.423, top5_error=known)
-        text = live_page(metrics)
-        assert "validation top-1 error" in text
-        assert ("validation top-5 error" in text) == (known is not None)
+    evaluated(metrics, [0.5, 0.25, 0.375], top5_error)
+    rows = table(live_page(metrics), "evaluations")
+    top5 = [] if top5_error is None else ["12.50%"]  # with few classes, it is not known
+    assert rows == [
+        ["evaluation", "after", "top-1 error", *["top-5 error"] * len(top5), "loss"],
+        ["last", "3.00 epochs", "37.50%", *top5, "0.750"],
+        ["best", "2.00 epochs", "25.00%", *top5, "0.500"],
+    ]
+
+
+def test_the_classes_with_the_highest_errors_are_shown():
+    metrics = Metrics()
+    metrics.live.names = ["cat", "<b>dog</b>", "none", "owl"]
+    metrics.live.class_errors = ClassErrors(3.0, [4, 10, 0, 8], [1, 9, 0, 2])
+    assert table(live_page(metrics), "errors by class, after 3.00 epochs") == [
+        ["class", "", "top-1 error"],
+        ["&lt;b&gt;dog&lt;/b&gt;", "", "90.0% of 10"],
+        ["owl", "", "25.0% of 8"],
+        ["cat", "", "25.0% of 4"],
+    ]
+    metrics.live.names = [f"class {label}" for label in range(1000)]
+    metrics.live.class_errors = ClassErrors(1.0, [100] * 1000, [label % 100 for label in range(1000)])
+    rows = table(live_page(metrics), "errors of the 20 worst of 1,000 classes, after 1.00 epochs")
+    assert [row[0] for row in rows[1:3]] == ["class 99", "class 199"]
+    assert len(rows) == 21
+
+
+def test_an_earlier_run_is_compared_at_the_same_epoch(tmp_path):
+    metrics = Metrics()
+    earlier = write_run(tmp_path / "<old>", [0.5, 0.25, 0.125], is_finished=True)
+    metrics.live.earlier = Earlier(read_summary(earlier), "seed is 1 instead of 0")
+    metrics.record_interval(interval(1234.5), 0.01, 1.0, CPU)
+    metrics.epoch.set(2.5)
+    evaluated(metrics, [0.5, 0.375])
+    text = live_page(metrics)
+    assert table(text, "compared with &lt;old&gt;") == [
+        ["measure", "this run", "earlier run"],
+        ["training loss after 2.50 epochs", "2.000", "2.800"],
+        ["top-1 error after 2.00 epochs", "37.50%", "25.00%"],
+        ["best top-1 error", "37.50%", "12.50%, after 3.00 epochs"],
+        ["images/s (earlier run: median)", "1,234.5", "200.0"],
+    ]
+    assert "recipe demo, finished. Here, seed is 1 instead of 0.</p>" in text
 
 
 def test_a_run_folder_of_any_name_is_shown_whole():
@@ -87,21 +137,6 @@ def test_a_loss_that_is_not_finite_leaves_a_gap_in_the_curve():
     assert [x for x, _ in curve(live_page(metrics), "loss")] == [0, 600]
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        assert not os.environ.get("CI"), "CI has to install chromium"
-        pytest.skip("no chromium on the PATH: apt-get install chromium")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        yield launched
-        launched.close()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
 def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme, dark):
@@ -119,7 +154,14 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
         metrics.record_interval(interval(222.5), 0.01, 1.0, CPU)
         expect(tab.locator(".rate")).to_contain_text("222.5")
         assert tab.title().startswith("222.5 images/s")
-        assert set(requests) == {f"http://127.0.0.1:{server.port}/"}
+        tab.evaluate("document.querySelector('#values').innerHTML = ''")  # the page fills it again
+        expect(tab.locator(".rate")).to_contain_text("222.5")
+        for step in range(200):  # until the page's request has been answered
+            metrics.live.batch.offer(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]), step, 0.0)
+            if tab.locator(".sheet img").count() == 2:
+                break
+        assert tab.evaluate("[...document.images].every(image => image.naturalWidth === 8)")
+        assert set(requests) == {f"http://127.0.0.1:{server.port}/{path}" for path in ("", "batch")}
         assert errors == []
         ground, ink = (
             tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color")
@@ -137,12 +179,11 @@ def test_a_browser_sees_values_change_and_contacts_no_other_host(browser, scheme
 def test_every_value_fits_on_one_line_of_its_tile(browser, width, seconds):
     metrics = Metrics()
     metrics.checkpoint_timestamp.set(time.time() - seconds)
-    metrics.record_evaluation("centre", loss=1.25, top1_error=0.423, top5_error=0.187)
     tab = browser.new_page(viewport={"width": width, "height": 800})
     tab.set_content(live_page(metrics))
     size = "value => [value.offsetHeight, value.clientWidth - value.scrollWidth]"
     tiles = tab.evaluate(f"[...document.querySelectorAll('dd')].map({size})")
-    assert len(tiles) == 8
+    assert len(tiles) == 5
     assert len({height for height, _ in tiles}) == 1
     assert all(room >= 0 for _, room in tiles)
 
@@ -150,3 +191,20 @@ def test_every_value_fits_on_one_line_of_its_tile(browser, width, seconds):
 def brightness(colour: str) -> float:
     """Return the brightness of a CSS rgb() colour, 0 to 255."""
     return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_long_names_fit_into_the_page(browser, tmp_path, width):
+    metrics = Metrics()
+    metrics.describe({"run": "runs/" + "x" * 200})
+    metrics.live.names = ["Dreizehnbuchstabig" * 4, "two words " * 9]
+    metrics.live.class_errors = ClassErrors(3.0, [1_000_000] * 2, [999_999, 3])
+    metrics.live.earlier = Earlier(read_summary(write_run(tmp_path / ("y" * 200), [0.5, 0.25])), "z" * 300)
+    metrics.record_interval(interval(123_456.7), 0.01, 1.0, CPU)
+    metrics.epoch.set(2.0)
+    evaluated(metrics, [0.5, 0.375], 0.125)
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.set_content(live_page(metrics))
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert tab.locator("polyline").count() == 2
