@@ -48,8 +48,8 @@ def _cell(column: Column, run: Summary, index: int) -> str:
     if column.name == "run":
         checked = " checked" if index < _DRAWN else ""
         box = f'<input type="checkbox" data-run="{index}"{checked}>'
-        name = text.replace("/", "/<wbr>")
-        return f'<th scope="row"{known}><label>{box} {swatch(_style(index))} <span class="name">{name}</span></label></th>'
+        name = f'<span class="name">{text.replace("/", "/<wbr>")}</span>'
+        return f'<th scope="row"{known}><label>{box} {swatch(_style(index))} {name}</label></th>'
     return f'<td class="{"text" if column.is_text else "number"}"{known}>{text}</td>'
 
 

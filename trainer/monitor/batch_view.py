@@ -85,10 +85,11 @@ def _drawn(copy: _Copy, names: Sequence[str]) -> str:
         f'<figure><img src="{_as_url(image)}" alt=""><figcaption>{escape(name)}</figcaption></figure>'
         for image, name in zip(visible(values), shown, strict=True)
     )
+    lowest, highest = (f"{value:.4g}".replace("-", "−") for value in (values.min(), values.max()))
     return (
         f"<p>The first {len(values)} images of step {copy.step + 1:,}, after {copy.epoch:.2f} epochs: "
-        f"{values.shape[-1]} × {values.shape[-2]} pixels with values from {values.min():.4g} to "
-        f"{values.max():.4g}. Medium grey is 0, the mean that was subtracted.</p>".replace("-", "−")
+        f"{values.shape[-1]} × {values.shape[-2]} pixels with values from {lowest} to "
+        f"{highest}. Medium grey is 0, the mean that was subtracted.</p>"
         f'<div class="sheet">{figures}</div>'
     )
 
