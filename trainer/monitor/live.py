@@ -66,7 +66,7 @@ def _tiles(metrics: Metrics, last: Interval | None) -> dict[str, str]:
         "training error": f"{last.error:.1%}" if last else "–",
         "input wait": f"{last.wait_ratio:.1%}" if last else "–",
         "learning rate": f"{metrics.value('learning_rate'):.2g}",
-        "last checkpoint": duration(time.time() - saved) + " ago" if saved else "–",
+        "checkpoint": duration(time.time() - saved) + " ago" if saved else "–",
     }
 
 

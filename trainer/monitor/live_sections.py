@@ -81,7 +81,7 @@ def _comparison(evaluations: Sequence[Row], earlier: Earlier, epoch: float, last
     name = as_text(theirs.folder.name)
     differing = f"Here, {earlier.differing}." if earlier.differing else "Its settings are the same."
     note = f"{as_text(theirs.folder)}: recipe {theirs.recipe}, {theirs.state}. {differing}"
-    return _section(f"compared with {name}", "measure", ["this run", "earlier run"], rows, note)
+    return _section(f"compared with {name}", "measure", ["this\u00a0run", "earlier\u00a0run"], rows, note)
 
 
 def _classes(found: ClassErrors, names: Sequence[str]) -> str:

@@ -104,7 +104,7 @@ def test_an_earlier_run_is_compared_at_the_same_epoch(tmp_path):
     evaluated(metrics, [0.5, 0.375])
     text = live_page(metrics)
     assert table(text, "compared with &lt;old&gt;") == [
-        ["measure", "this run", "earlier run"],
+        ["measure", "this\u00a0run", "earlier\u00a0run"],
         ["training loss after 2.50 epochs", "2.000", "2.800"],
         ["top-1 error after 2.00 epochs", "37.50%", "25.00%"],
         ["best top-1 error", "37.50%", "12.50%, after 3.00 epochs"],
