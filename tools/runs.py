@@ -66,7 +66,7 @@ def main() -> None:
                 file.write(page(runs, found.problems, column, options.reverse).encode())
             say(f"wrote {in_line(options.html)}")
     except OSError as error:
-        sys.exit(f"alexnet-train: {in_line(error.filename or options.html)}: {error.strerror or error}")
+        found.problems.append(in_line(f"{error.filename or options.html}: {error.strerror or error}"))
     for problem in found.problems:
         say(problem)
     sys.exit(1 if found.problems else 0)

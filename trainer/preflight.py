@@ -41,7 +41,7 @@ def check_data(settings: Settings, processes: int) -> Manifest:
             f"no dataset at {settings.data}: mount one with -v $PWD/shards:{settings.data}:ro, and a folder "
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
-    if settings.compare and not Run(settings.compare).begun:
+    if settings.compare and not read_ranks().rank and not Run(settings.compare).begun:
         raise SettingsError(f"--compare {settings.compare}: the folder holds no run")
     manifest = read_data(settings.data)
     for split in ("train", "val"):

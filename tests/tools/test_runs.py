@@ -118,8 +118,10 @@ def test_a_folder_that_is_given_twice_is_listed_once(three, listed):
 
 
 def test_a_page_that_cannot_be_written_is_one_line(three, listed):
-    code, _, errors = listed("--html", "gone/runs.html")
-    assert str(code).startswith("alexnet-train: gone/") or errors[-1].startswith("alexnet-train: gone/")
+    code, lines, (error,) = listed("--html", "gone/runs.html")
+    assert (code, len(lines)) == (1, 4)
+    assert error.startswith("alexnet-train: gone/")
+    assert error.endswith("No such file or directory")
 
 
 def test_names_cannot_control_a_terminal(tmp_path, listed):

@@ -32,7 +32,7 @@ def find_earlier(run: Run, settings: Settings) -> tuple[Earlier | None, str]:
         try:
             summary = read_summary(settings.compare)
         except _UNREADABLE as error:
-            return None, f"not compared with {in_line(settings.compare)}: {error}"
+            return None, in_line(f"not compared with {settings.compare}: {error}")
         return _compared(recorded, summary), ""
     for folder in _beside(run.folder):
         with suppress(*_UNREADABLE):
