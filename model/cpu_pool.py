@@ -21,7 +21,7 @@ def open_library(path: str) -> ctypes.CDLL:
     return library
 
 
-_spec = find_spec("model._cpu_pool")
+_spec = find_spec(f"{__package__}._cpu_pool")
 if _spec is None or _spec.origin is None:
     raise OSError("it was not built; install a C compiler and reinstall the package to build it")
 _LIBRARY = open_library(_spec.origin)  # after torch is loaded, so that both share OpenMP's threads

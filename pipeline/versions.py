@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_version(package: str) -> str:
-    """Return a package's version, or `not installed`, which is also true of this project in a plain clone."""
+    """Return a package's version, or `not installed`."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
+from alexnet_train import __version__
 from pipeline.output import secure
 
 
@@ -22,6 +23,8 @@ class Command(NamedTuple):
     summary: str
 
 
+# What precedes the name of each package: nothing in a checkout, and `alexnet_train.` in a wheel.
+_ROOT = (__package__ or "").removesuffix("tools")
 TRAINER = "trainer.cli"  # handles its own commands, and trains where none is named
 COMMANDS = {
     "train": Command(TRAINER, "train AlexNet on packed shards, or resume a run"),
@@ -53,9 +56,7 @@ def main() -> None:
         print(usage())
         return
     if name == "--version":
-        from pipeline.versions import installed_version
-
-        print(f"alexnet-train {installed_version('alexnet-train')}")
+        print(f"alexnet-train {__version__}")
         return
     if not name or name.startswith("-"):
         name = "train"
@@ -67,7 +68,7 @@ def main() -> None:
     module = COMMANDS[name].module
     if module != TRAINER:
         sys.argv = [f"alexnet-train {name}", *arguments[1:]]  # argparse calls the program by sys.argv[0]
-    import_module(module).main()
+    import_module(_ROOT + module).main()
 
 
 def usage() -> str:

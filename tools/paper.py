@@ -32,6 +32,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.manifest import DatasetError
 from pipeline.output import secure
+from tools import experiments
 from tools.experiments import EXPERIMENTS
 from tools.experiments.details import section
 from tools.experiments.record import Record, RecordError
@@ -54,7 +55,7 @@ def main() -> None:
     experiment = parser.parse_args(sys.argv[1:2]).experiment
     if not find_spec("scipy"):
         sys.exit("paper: confidence intervals need scipy: run pip install 'alexnet-train[paper]'")
-    module = import_module(f"tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
+    module = import_module(f"{experiments.__name__}.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
     parser = argparse.ArgumentParser(
         prog=f"{program()} {experiment}",

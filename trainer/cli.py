@@ -73,7 +73,7 @@ def _train(arguments: Sequence[str]) -> None:
     run = Run(settings.run_folder)
     if world > 1 and not read_ranks().is_launched:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts
-        command = [sys.executable, "-m", "trainer.cli", "train", *arguments]
+        command = [sys.executable, "-m", "alexnet_train", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
     with nullcontext() if read_ranks().rank else held_open(run.begin(settings, manifest)):
         from trainer.train import train

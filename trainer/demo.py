@@ -36,7 +36,7 @@ def _announced(command: Iterable[object]) -> list[str]:
     """Print a command as the user can type it, and return one that also works where nothing is installed."""
     arguments = list(map(str, command))
     print("$", shlex.join([_program(), *arguments]), flush=True)
-    return [sys.executable, "-m", "tools.command", *arguments]
+    return [sys.executable, "-m", "alexnet_train", *arguments]
 
 
 def _program() -> str:

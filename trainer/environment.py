@@ -5,10 +5,11 @@ import platform
 import subprocess
 from pathlib import Path
 
+from alexnet_train import __version__
 from pipeline.versions import installed_version
 
 _COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
-_PACKAGES = ("alexnet-train", "torch", "nvidia-dali-cuda130", "numpy")
+_PACKAGES = ("torch", "nvidia-dali-cuda130", "numpy")
 
 
 def environment(device: str) -> dict[str, str]:
@@ -22,6 +23,7 @@ def environment(device: str) -> dict[str, str]:
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         "commit": _git_commit(),
+        "alexnet-train": __version__,
         **{package: installed_version(package) for package in _PACKAGES},
     }
 

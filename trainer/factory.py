@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainer.optim import layers_of
 from trainer.settings import Settings, SettingsError
 
-_OWN_PACKAGES = ("model", "pipeline", "tools", "trainer")  # they hide modules of the same name
+# They hide modules of the same name. In a wheel, only alexnet_train lies at the top.
+_OWN_PACKAGES = ("model", "pipeline", "tools", "trainer") if __package__ == "trainer" else ("alexnet_train",)
 _SHOWN = 3  # number of names that an error shows
 
 

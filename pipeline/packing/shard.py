@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import PIL
 
+from alexnet_train import __version__
 from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
 from pipeline.packing.contents import PackingError, contents
@@ -21,7 +22,6 @@ from pipeline.packing.workers import warn
 from pipeline.remote_errors import redact
 from pipeline.retry import with_retries
 from pipeline.shards import INDEX_DTYPE, Sample, checksum, checksum_array, describe_shard, write_shard
-from pipeline.versions import installed_version
 
 DECODE_EVERY = 64  # if headers are trusted, one file in this many is decoded, for the pixel statistics
 
@@ -31,7 +31,7 @@ Check = Literal["decode", "headers"]
 def versions() -> dict[str, str]:
     """Return the versions of the software that determines the bytes of a shard."""
     return {
-        "alexnet-train": installed_version("alexnet-train"),
+        "alexnet-train": __version__,
         "pillow": PIL.__version__,
         **library_versions(),
     }

@@ -28,6 +28,7 @@ from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 from tools.options import count, positive
 
+MODULE = f"{__package__}.loader_peers"
 REPO = Path(__file__).resolve().parents[2]
 LEAD_SECONDS = 1.0  # before each measurement
 
@@ -62,10 +63,12 @@ class Peer:
     """
 
     def __init__(self, python: Path, name: str, job: Job, seconds: float):
+        if MODULE != "tools.benchmarks.loader_peers" and str(python) != sys.executable:
+            raise PeerError("another Python needs a checkout, whose modules it can import")
         self.name, self.seconds = name, seconds
         options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop}
         options |= {"threads": job.threads, "device": job.device}
-        command = [str(python), "-m", "tools.benchmarks.loader_peers", name, f"--seconds={seconds}"]
+        command = [str(python), "-m", MODULE, name, f"--seconds={seconds}"]
         command += [f"--{option}={value}" for option, value in options.items()]
         command += ["--resized-crops"] * job.resized_crops
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in close())

@@ -248,7 +248,15 @@ class Stages:
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
             given |= {"log_every": 1, "port": 0}
             recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
-            command = [sys.executable, "-m", "trainer.cli", "--recipe", str(recipe), "--out", f"{folder}/run"]
+            command = [
+                sys.executable,
+                "-m",
+                "alexnet_train",
+                "--recipe",
+                f"{recipe}",
+                "--out",
+                f"{folder}/run",
+            ]
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or f"{folder}/cache"}
             start, before = time.perf_counter(), self._taken()
             with open(log, "w") as output:

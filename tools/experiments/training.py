@@ -61,7 +61,7 @@ def train(training: Training, jobs: int = 1) -> dict[str, float]:
         raise DivergedError(f"{folder.name} has diverged, see {log}; delete the log to train it again")
     environment = {"OMP_NUM_THREADS": str(max(1, cpus() // jobs)), **os.environ}
     with open(log, "a") as file:
-        command = [sys.executable, "-m", "trainer.cli", "--out", str(folder), "--port", "0", *settings]
+        command = [sys.executable, "-m", "alexnet_train", "--out", str(folder), "--port", "0", *settings]
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
         last = _last_line(log)
