@@ -8,22 +8,29 @@
 # make bucket  check that runs from a bucket, through 200 faults and 50 kills, give the same result as local ones
 # make faults  pack and train while each file-system call fails in turn; takes hours
 # make gpu     checks that need a GPU: tests, goals, sweeps, accuracy; DATA=shards chooses your data; parts below
+# make lock    resolve the dependencies of pyproject.toml into the exact versions of the image and of .venv
+# make release build and check wheel, sdist, SBOM and checksums of the last commit in dist/
 # make image   build the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
+# make images  build the images for x86-64 and arm64, see docker/compose.images.yaml
 # make image-test   test the image and compose.yaml on a real Docker engine
 # make setup   only create the environment in .venv, which the other targets do when needed
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The same version as pillow in pyproject.toml, which it replaces.
-PILLOW_SIMD := pillow-simd==12.1.1.post0
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' alexnet_train/__init__.py)
+REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
+# pillow-simd replaces pillow of the same version.
+PILLOW := 12.1.1
+PILLOW_SIMD := pillow-simd==$(PILLOW).post0
 # The libraries that decode FORMATS (pipeline/packing/codecs.py). Without the flags, a build omits those it lacks.
 PILLOW_HEADERS := jpeglib.h zlib.h webp/decode.h webp/demux.h webp/mux.h tiffio.h lcms2.h
 PILLOW_PACKAGES := libjpeg-dev zlib1g-dev libwebp-dev libtiff-dev liblcms2-dev
 PILLOW_FLAGS := -C webp=enable -C tiff=enable -C lcms=enable
 AVX2 := $(shell grep -qs avx2 /proc/cpuinfo && echo -mavx2)
 
-.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos bucket faults image image-test
+.PHONY: setup demo test test-all test-spread test-avx2 test-busy lint bench chaos bucket faults
+.PHONY: lock release image images image-test
 .PHONY: gpu gpu-tests gpu-model gpu-forms gpu-loader gpu-train gpu-start gpu-sweep-loader gpu-sweep-batch gpu-peers gpu-accuracy
 
 setup: $(VENV)/.ready
@@ -141,15 +148,40 @@ test-all: $(if $(shell command -v npm),.npm/.ready)
 		fastargs==1.2.0 terminaltables==3.1.10 assertpy==1.1 psutil==7.2.2 || { rm -r $@; exit 1; }
 	$@/bin/pip install --quiet --no-deps ffcv==1.0.2 || echo "FFCV is skipped: it could not be compiled"
 
+# uv keeps the versions that are in the files, unless pyproject.toml excludes them or UPGRADE=--upgrade is given. The
+# versions for arm64 are the same, and the hashes are those of all platforms.
+UV_LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command 'make lock' --python-version 3.11 $(UPGRADE)
+IMAGE_LOCK = $(UV_LOCK) --generate-hashes --python-platform x86_64-manylinux_2_28
+PROJECT_LOCK = $(IMAGE_LOCK) --extra s3 --no-emit-package pillow pyproject.toml
+# A page or a folder of torch's CPU builds.
+TORCH_WHEELS ?= $(or $(PIP_FIND_LINKS),https://download.pytorch.org/whl/cpu/torch/)
+lock: setup
+	$(PROJECT_LOCK) --output-file docker/requirements-cuda.txt
+	torch=$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' docker/requirements-cuda.txt) && echo "torch==$$torch+cpu" | \
+		$(PROJECT_LOCK) - --constraint docker/requirements-cuda.txt --find-links $(TORCH_WHEELS) --output-file docker/requirements-cpu.txt
+	printf '%s\n' setuptools pybind11 | \
+		$(IMAGE_LOCK) - --constraint docker/requirements-cuda.txt --output-file docker/requirements-build.txt
+	printf '%s\n' '$(PILLOW_SIMD); platform_machine == "x86_64"' 'pillow==$(PILLOW); platform_machine != "x86_64"' | \
+		$(UV_LOCK) - --generate-hashes --universal --output-file docker/requirements-pillow.txt
+	echo pillow==$(PILLOW) | $(UV_LOCK) pyproject.toml - --universal --extra dev \
+		--constraint docker/requirements-cuda.txt --output-file .ci/requirements.txt
+
+release: setup
+	VENV=$(VENV) .ci/release
+
 image: TARGET ?= cuda
 image:
-	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train --build-arg TARGET=$(TARGET) \
-		--build-arg REVISION=$$(git describe --always --dirty --abbrev=40 --exclude='*') $(BUILD_OPTIONS) .
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train -t alexnet-train:$(TARGET) \
+		--build-arg TARGET=$(TARGET) --build-arg CPU_FLAGS=$(AVX2) --build-arg VERSION=$(VERSION) \
+		--build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) .
+
+images:
+	VERSION=$(VERSION) REVISION=$(REVISION) docker compose -f docker/compose.images.yaml build $(BUILD_OPTIONS)
 
 image-test: setup
 	TEST_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
 
-$(VENV)/.ready: pyproject.toml Makefile model/cpu_pool.c
+$(VENV)/.ready: pyproject.toml setup.py .ci/requirements.txt Makefile model/cpu_pool.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
@@ -164,7 +196,7 @@ $(VENV)/.ready: pyproject.toml Makefile model/cpu_pool.c
 		missing="$$missing $$header"; done; test -z "$$missing" || \
 		{ echo "headers that pillow-simd is built with are missing:$$missing: apt-get install $(PILLOW_PACKAGES)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint .ci/requirements.txt
 	CC="cc $(AVX2)" $(BIN)/pip install --quiet --no-deps --no-cache-dir --force-reinstall --no-binary pillow-simd \
 		$(PILLOW_FLAGS) $(PILLOW_SIMD)
 	@touch $@

@@ -1,11 +1,11 @@
 """Put the packages of a wheel into `alexnet_train`; pyproject.toml has everything else about the build.
 
-In a checkout, the folders of the repository are top-level packages: `from pipeline import Loader`. A wheel must
-not install such names, because they belong to nobody: PyPI has other distributions that install `trainer` or
-`tools`, and pip would overwrite the files of one with those of the other. So a wheel has
-`alexnet_train.pipeline` and so on, and the import statements of its modules are changed accordingly. Strings are
-not changed: a module that names another in a string takes the prefix from `__package__`. An editable installation
-is a checkout, and keeps its names.
+In a checkout, the folders of the repository are top-level packages: `from pipeline import Loader`. A wheel
+must not install such names, because they belong to nobody: PyPI has other distributions that install
+`trainer` or `tools`, and pip would overwrite the files of one with those of the other. So a wheel has
+`alexnet_train.pipeline` and so on, and setup.py changes the import statements of its modules. It does not
+change strings: a module that names another in a string takes the prefix from `__package__`. An editable
+installation is a checkout, and keeps its names.
 """
 
 import ast

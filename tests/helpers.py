@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,19 @@ def missing(what: str, command: str) -> NoReturn:
     """Skip the test because something that the command installs is missing; in CI, fail instead."""
     give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
     give_up(f"{what} is missing: install it by `{command}`")
+
+
+def project_copy(folder: Path) -> Path:
+    """Copy the files that are, or could be, under version control to a new folder, and return it."""
+    if not (REPO / ".git").exists():
+        pytest.skip("this is not a checkout")
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (REPO / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, folder / name)
+    return folder
 
 
 def free_port() -> int:

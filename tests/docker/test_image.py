@@ -1,20 +1,26 @@
 """The image: its lock files and Dockerfile and, in tests marked `image`, its behaviour on a real engine."""
 
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from alexnet_train import __version__
 from pipeline.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda", "s3")}
+LOCKS = {name: ROOT / f"docker/requirements-{name}.txt" for name in ("build", "cpu", "cuda", "pillow")}
+DOCKERFILE = ROOT / "docker/Dockerfile"
+CI_LOCK = ROOT / ".ci/requirements.txt"
 
 # The restrictions of a strict orchestrator.
 HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
@@ -35,7 +41,9 @@ def locked(name: str) -> dict[str, str]:
     for line in text.replace("\\\n", "").split("\n"):
         if not line:
             continue
-        pinned = re.fullmatch(r"([\w.-]+)==(\S+)((?: +--hash=sha256:[0-9a-f]{64})+) *", line)
+        pinned = re.fullmatch(
+            r"([\w.-]+)==(\S+)(?: ; platform_machine .= 'x86_64')?((?: +--hash=sha256:[0-9a-f]{64})+) *", line
+        )
         assert pinned, f"{name}: {line}"
         versions[canonicalize_name(pinned[1])] = pinned[2]
     return versions
@@ -44,24 +52,66 @@ def locked(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_a_lock_file_covers_the_projects_dependencies(name):
     versions = locked(name)
-    assert "pillow" not in versions
-    versions["pillow"] = versions["pillow-simd"].partition(".post")[0]
-    versions |= locked("s3")
+    assert not versions.keys() & locked("pillow").keys()
+    versions |= locked("pillow")
     for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["s3"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
 
 def test_the_lock_files_agree():
-    build, cpu, cuda, s3 = (locked(name) for name in LOCKS)
-    assert not s3.keys() & cuda.keys()
+    build, cpu, cuda, pillow = (locked(name) for name in LOCKS)
     assert cpu.pop("torch").partition("+")[0] == cuda["torch"]
     assert cpu.items() <= cuda.items()
     assert build["setuptools"] == cuda["setuptools"]
+    assert pillow.pop("pillow-simd").partition(".post")[0] == pillow["pillow"]
+    tested = dict(re.findall(r"^([\w.-]+)==([^ \n]+)", CI_LOCK.read_text(), re.MULTILINE))
+    assert cuda.items() | pillow.items() <= tested.items()
+
+
+def test_the_versions_of_make_setup_satisfy_every_extra():
+    """`make lock` chooses them anew if this fails."""
+    locked = re.findall(r"^([\w.-]+)==([^ \n]+)", CI_LOCK.read_text(), re.MULTILINE)
+    assert "--hash" not in CI_LOCK.read_text()  # with hashes, pip refuses editable installations
+    texts = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+    for requirement in map(Requirement, texts):
+        versions = [version for name, version in locked if name == canonicalize_name(requirement.name)]
+        assert versions or requirement.name == PROJECT["name"], f"{requirement} is not locked: run make lock"
+        assert all(map(requirement.specifier.contains, versions)), f"{requirement}: run make lock"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_images_are_built_for_both_architectures_without_flags_for_one(target):
+    command = [Path(sys.executable).with_name("docker-compose"), "-f", ROOT / "docker/compose.images.yaml"]
+    done = subprocess.run(
+        [*command, "config", "--format", "json"],
+        env=os.environ | {"REGISTRY": "r/", "VERSION": "1.2.3", "REVISION": "abc"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    service = json.loads(done.stdout)["services"][target]
+    build = service["build"]
+    assert (service["image"], build["tags"]) == (
+        f"r/alexnet-train:1.2.3-{target}",
+        [f"r/alexnet-train:{target}"],
+    )
+    assert sorted(build["platforms"]) == ["linux/amd64", "linux/arm64"]
+    declared = re.findall(r"^ARG (\w+)", DOCKERFILE.read_text(), re.MULTILINE)
+    assert build["args"].items() >= {"TARGET": target, "VERSION": "1.2.3", "REVISION": "abc"}.items()
+    assert build["args"].keys() <= set(declared)
+    assert "CPU_FLAGS" not in build["args"]
+    assert ROOT / build["context"] == ROOT
+    assert build["dockerfile"] == "docker/Dockerfile"
+
+
+def test_the_dockerfile_has_no_flags_for_one_architecture():
+    assert not re.search(
+        r"-m(avx|sse|arch|tune|cpu)\S* ", re.sub("^#.*", "", DOCKERFILE.read_text(), flags=re.M)
+    )
+    assert 'CC="gcc $CPU_FLAGS"' in DOCKERFILE.read_text()
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile():
-    command = [Path(sys.executable).with_name("hadolint"), ROOT / "docker/Dockerfile"]
+    command = [Path(sys.executable).with_name("hadolint"), DOCKERFILE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
@@ -84,7 +134,7 @@ def test_the_image_has_the_projects_labels_and_a_user_other_than_root(docker, im
         "title": PROJECT["name"],
         "description": PROJECT["description"],
         "licenses": PROJECT["license"],
-        "version": PROJECT["version"],
+        "version": __version__,
     }
     for label, value in expected.items():
         assert inspect(f'index .Config.Labels "org.opencontainers.image.{label}"') == value
@@ -102,7 +152,7 @@ def test_the_image_has_pillow_simd_and_a_compiler_only_for_cuda(docker, image):
 
 @pytest.mark.image
 def test_the_image_has_the_kernel_for_cpus(docker, image):
-    docker("run", "--rm", "--entrypoint", "python", image, "-c", "import model.cpu_pool")
+    docker("run", "--rm", "--entrypoint", "python", image, "-c", "import alexnet_train.model.cpu_pool")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +261,7 @@ def test_the_run_records_the_commit_of_the_image(docker, demo, image):
 @pytest.mark.image
 def test_no_process_runs_as_root(docker, demo):
     users = docker("top", demo.id, "-eo", "uid,pid,args").stdout.splitlines()[1:]
-    assert any("tools.command" in user for user in users)
+    assert any("alexnet_train" in user for user in users)
     assert all(int(user.split()[0]) > 0 for user in users)
 
 

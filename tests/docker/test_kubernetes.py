@@ -69,7 +69,7 @@ def settings(job: Manifest, monkeypatch: pytest.MonkeyPatch) -> Settings:
             section, resource = variable["valueFrom"]["resourceFieldRef"]["resource"].split(".")
             monkeypatch.setenv(variable["name"], str(trainer(job)["resources"][section][resource]))
     words = [word for argument in trainer(job)["args"] for word in shlex.split(argument)]
-    return load_settings(words[words.index("trainer.cli") + 1 :] if "trainer.cli" in words else words)
+    return load_settings(words[words.index("alexnet_train") + 1 :] if "alexnet_train" in words else words)
 
 
 def labels(job: Manifest) -> dict[str, str]:

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+from alexnet_train import __version__
 from pipeline.packing import shard
 from tests.helpers import REPO
+from trainer.environment import environment
 
 COMMANDS = sorted(
     str(path.relative_to(REPO)) for path in REPO.glob("tools/*.py") if "ArgumentParser(" in path.read_text()
@@ -16,7 +17,9 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize(
-    "command", [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"]], ids=" ".join
+    "command",
+    [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"], ["-m", "alexnet_train"]],
+    ids=" ".join,
 )
 def test_help_works_in_a_clone(command):
     """Use -S, which ignores the .pth files by which site-packages may point to the clone."""
@@ -28,9 +31,7 @@ def test_help_works_in_a_clone(command):
     assert done.stdout.startswith("usage: ")
 
 
-def test_packing_works_without_an_installed_version(monkeypatch):
-    def version(package: str) -> str:
-        raise PackageNotFoundError(package)
-
-    monkeypatch.setattr("pipeline.versions.version", version)
-    assert shard.versions()["alexnet-train"] == "not installed"
+def test_records_have_the_version_of_the_code_even_if_another_one_is_installed(monkeypatch):
+    monkeypatch.setattr("pipeline.versions.version", lambda _package: "0.0.1")
+    assert shard.versions()["alexnet-train"] == __version__
+    assert environment("cpu")["alexnet-train"] == __version__

@@ -1,0 +1,219 @@
+"""The wheel: what it contains, under which names, and that it works where nothing else of the project is."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import setup
+from alexnet_train import __version__
+from tests.helpers import REPO, TINY, project_copy
+
+DATA_FILES = {".c": False, ".html": True, ".toml": True, ".typed": True}  # whether a wheel has them
+BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+
+
+def build(source: Path, kind: str, output: Path, **environment: str) -> Path:
+    """Build `sdist` or `wheel` as pip does, but with the setuptools of this environment."""
+    command = [sys.executable, "-c", BUILD, f"build_{kind}", str(output)]
+    done = subprocess.run(
+        command, cwd=source, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The unpacked sdist, from which the wheels are built."""
+    folder = tmp_path_factory.mktemp("source")
+    sdist = build(project_copy(folder / "checkout"), "sdist", folder)
+    with tarfile.open(sdist) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / f"alexnet_train-{__version__}"
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+
+
+def installed(wheel: Path, folder: Path) -> dict[str, str]:
+    """Unpack a wheel; return an environment in which it can be imported, and the checkout cannot."""
+    for name in setup.FOLDERS:
+        (folder / "refused").mkdir(exist_ok=True)
+        (folder / "refused" / f"{name}.py").write_text(f"raise ImportError('{name} of the checkout')\n")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{folder / 'refused'}"}
+
+
+@pytest.fixture
+def python(wheel, tmp_path):
+    """python(*arguments): run Python with the wheel, and without the checkout; return what it prints."""
+    environment = installed(wheel, tmp_path)
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def metadata(wheel: Path, name: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(f"alexnet_train-{__version__}.dist-info/{name}").decode()
+
+
+@pytest.mark.slow
+def test_every_file_of_the_wheel_is_in_its_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        folders = {Path(name).parts[0] for name in archive.namelist()}
+    assert folders == {"alexnet_train", f"alexnet_train-{__version__}.dist-info"}
+    recorded = {line.split("/")[0] for line in metadata(wheel, "RECORD").splitlines()}
+    assert recorded == folders
+    assert metadata(wheel, "top_level.txt").split() == ["alexnet_train"]
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_module_and_data_file(wheel):
+    expected = {str(path.relative_to(REPO)) for path in (REPO / "alexnet_train").glob("*.py")}
+    for folder in setup.FOLDERS:
+        for path in (REPO / folder).rglob("*"):
+            if path.suffix == ".py" or DATA_FILES.get(path.suffix):
+                expected.add(f"alexnet_train/{path.relative_to(REPO)}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if name.startswith("alexnet_train/")}
+    assert names - expected == {"alexnet_train/model/_cpu_pool.abi3.so"}
+    assert expected <= names
+
+
+@pytest.mark.slow
+def test_the_wheels_metadata_have_the_version_and_ranges(wheel):
+    message = message_from_string(metadata(wheel, "METADATA"))
+    assert message["Version"] == __version__
+    requirements = [Requirement(text) for text in message.get_all("Requires-Dist", [])]
+    used = [each for each in requirements if "extra" not in str(each.marker or "")]
+    assert {each.name for each in used} >= {"torch", "numpy", "pillow"}
+    for each in used:
+        assert {part.operator for part in each.specifier} <= {"~=", ">="}, f"{each} is not a range"
+
+
+@pytest.mark.slow
+def test_a_run_with_two_processes_of_the_wheel(python, packed, tmp_path):
+    """It starts other processes by their modules' names, reads a recipe, and uses the C kernel."""
+    run = ["--data", str(packed), "--out", "run", "--port", "0", "--processes", "2", *TINY, "--epochs", "1"]
+    python("-m", "alexnet_train", *run)
+    assert f'"alexnet-train": "{__version__}"' in (tmp_path / "run/environment.json").read_text()
+    assert python("-m", "alexnet_train", "evaluate", "run").startswith("top-1 error")
+    assert "alexnet_train" in python(
+        "-c", "from alexnet_train.model import cpu_pool; print(cpu_pool.__name__)"
+    )
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_wheel(python, pictures):
+    code = f"import sys; sys.argv[0] = 'alexnet-train'; {entry_point('alexnet-train')}"
+    assert python("-c", code, "--version") == f"alexnet-train {__version__}\n"
+    pack = ["make-shards", "--input", str(pictures), "--out", "shards", "--size", "80", "--workers", "2"]
+    python("-c", code, *pack)
+    assert "images" in python("-c", code, "inspect-shards", "--data", "shards")
+    assert python("-c", entry_point("make-shards"), "--help").startswith("usage: ")
+
+
+def entry_point(script: str) -> str:
+    """Return the code that pip puts into the script."""
+    target = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"][script]
+    module, function = setup.moved(target).split(":")
+    return f"from {module} import {function}; {function}()"
+
+
+@pytest.mark.slow
+def test_the_scripts_of_the_wheel_start_what_pyproject_names(wheel):
+    lines = metadata(wheel, "entry_points.txt").splitlines()
+    scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
+    assert [line for line in lines if "=" in line] == [
+        f"{name} = {setup.moved(target)}" for name, target in scripts.items()
+    ]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_has_no_kernel_and_works(source, tmp_path):
+    wheel = build(source, "wheel", tmp_path, CC="false")
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    code = "import torch; from alexnet_train.model.fused import normalise_and_pool as f; "
+    code += "print(f(torch.ones(1, 16, 13, 13), 1e-4).shape)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=installed(wheel, tmp_path), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "torch.Size([1, 16, 6, 6])\n"
+    assert "no compiled CPU kernel, so the net will be slower: it was not built" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("from model import lrn", "from alexnet_train.model import lrn"),
+        (
+            "from pipeline.packing.pack import (\n    a,\n)",
+            "from alexnet_train.pipeline.packing.pack import (\n    a,\n)",
+        ),
+        (
+            "def f():\n    from tools.paper import main",
+            "def f():\n    from alexnet_train.tools.paper import main",
+        ),
+        ("from models import a", "from models import a"),
+        ("from torch.trainer import a", "from torch.trainer import a"),
+        ("from alexnet_train.model import lrn", "from alexnet_train.model import lrn"),
+        ("x = 'trainer.cli'", "x = 'trainer.cli'"),
+    ],
+)
+def test_imports_are_moved(before, after):
+    assert setup.with_moved_imports(before) == after
+
+
+@pytest.mark.parametrize("source", ["import trainer", "import os, model.lrn", "x = 1; from tools import a"])
+def test_an_import_that_cannot_be_moved_is_refused(source):
+    with pytest.raises(ValueError, match=r"line 1: write `from (trainer|model\.lrn|tools) import …`"):
+        setup.with_moved_imports(source)
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """Yield the path and the name of each module."""
+    for folder in setup.FOLDERS:
+        for path in sorted((REPO / folder).rglob("*.py")):
+            yield path, ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_names_another_in_a_string():
+    """Strings are not moved, so a wheel would not find such a module."""
+    names = {name for _, name in modules() if "." in name}
+    for path, own in modules():
+        if own == "tools.command":  # which adds the prefix
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant):
+                assert node.value not in names, f"{path}:{node.lineno}: take the prefix from __package__"
+
+
+def test_no_document_starts_a_module_that_a_wheel_lacks():
+    folders = "|".join(setup.FOLDERS)
+    for path in [REPO / "README.md", *(REPO / "docs").glob("*.md"), *(REPO / "docker").rglob("*.y*ml")]:
+        found = re.findall(rf"-m (?:{folders})\.\S+", path.read_text())
+        assert set(found) <= {"-m tools.benchmarks.traffic"}, f"{path}: use -m alexnet_train"
