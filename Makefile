@@ -163,8 +163,11 @@ lock: setup
 		$(IMAGE_LOCK) - --constraint docker/requirements-cuda.txt --output-file docker/requirements-build.txt
 	printf '%s\n' '$(PILLOW_SIMD); platform_machine == "x86_64"' 'pillow==$(PILLOW); platform_machine != "x86_64"' | \
 		$(UV_LOCK) - --generate-hashes --universal --output-file docker/requirements-pillow.txt
+	cp .ci/requirements.txt $(VENV)
 	echo pillow==$(PILLOW) | $(UV_LOCK) pyproject.toml - --universal --extra dev \
-		--constraint docker/requirements-cuda.txt --output-file .ci/requirements.txt
+		--constraint docker/requirements-cuda.txt --output-file $(VENV)/requirements.txt
+	@# An unchanged file keeps its time, after which $(VENV) would be made again.
+	cmp -s $(VENV)/requirements.txt .ci/requirements.txt || cp $(VENV)/requirements.txt .ci
 
 release: setup
 	VENV=$(VENV) .ci/release
