@@ -6,7 +6,7 @@ Drawn pictures are packed into many small shards and uploaded to an S3 server on
 which checks signatures. The runs read them through a proxy with some latency, with a small cache and a
 shuffle window, so that they fetch and evict until the end.
 
-    faults   a run whose requests fail, in all ways of tests/remote/faulty_proxy.py, and whose link is broken
+    faults   a run whose requests fail, in all ways of tests/remote/faults.py, and whose link is broken
              for seconds
     kills    runs on one and on two processes that get SIGKILL while they start, fetch, evict and train, and
              that the same command continues with the same cache
@@ -101,7 +101,7 @@ def disturb_all(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         place = Place("s3://bucket/shards", data, work / "cache", cache_bytes, proxy)
         runs = BucketRuns(settings, arguments, work / "runs", options.seed, place)
         if options.faults:
-            proxy.fail_at_random(options.seed, options.faults, options.ratio, path=options.path)
+            proxy.faults.fail_at_random(options.seed, options.faults, options.ratio, path=options.path)
             done = runs.disturb(ONE, options.outages)
             results["faults"] = vars(done)
             print(f"{done.faults.total()} faults, {done.outages} outages: same result as without", flush=True)

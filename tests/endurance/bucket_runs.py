@@ -121,7 +121,7 @@ class BucketRuns(Chaos):
         reference = self.reference(scenario)
         run, proxy, done = self.run("disturbed"), self.place.proxy, Disturbed()
         shutil.rmtree(self.place.cache, ignore_errors=True)
-        before, injected = proxy.bytes_sent, Counter(proxy.injected)
+        before, injected = proxy.bytes_sent, Counter(proxy.faults.injected)
         begun, steps = time.monotonic(), len(reference.images)
         life = self.start(scenario, run, 0, scenario.begun)
         while not life.is_over():
@@ -129,20 +129,20 @@ class BucketRuns(Chaos):
                 done.outages + 1
             ):
                 done.outages += 1
-                proxy.outage_for(float(self.rng.uniform(1, 10)), silent=done.outages % 2 == 0)
+                proxy.link.outage_for(float(self.rng.uniform(1, 10)), silent=done.outages % 2 == 0)
             time.sleep(0.05)
         self.check_codes(run, life.join())
         done.seconds = time.monotonic() - begun
         done.bytes_fetched = proxy.bytes_sent - before
-        done.faults = Counter(proxy.injected) - injected
+        done.faults = Counter(proxy.faults.injected) - injected
         images, _ = read_images(records(run), self.batch)
         done.steps, done.images = steps, sum(map(len, reference.images.values()))
         done.wrong_images = count_wrong(images, reference.images)
         done.lost_steps = len(reference.images.keys() - images.keys())
         check_end(run, reference.run, same_world=True)
         self.place.check_cache()
-        if proxy.pending:
-            raise DifferenceError(f"{proxy.pending} faults were left at the end: choose more epochs")
+        if proxy.faults.pending:
+            raise DifferenceError(f"{proxy.faults.pending} faults were left at the end: choose more epochs")
         return done
 
 

@@ -12,7 +12,8 @@ from tests.endurance import bucket
 from tests.endurance.bucket_runs import CacheWatch, Place, count_wrong
 from tests.endurance.lives import DifferenceError
 from tests.helpers import missing
-from tests.remote.faulty_proxy import KINDS, FaultyProxy
+from tests.remote.faults import KINDS
+from tests.remote.faulty_proxy import FaultyProxy
 from tests.remote.seaweedfs import executable
 from trainer.run import Run
 

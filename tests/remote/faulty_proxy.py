@@ -1,58 +1,32 @@
 """A proxy for tests between an S3 client and its server, with a slow link and answers that fail.
 
     with FaultyProxy("http://127.0.0.1:8333", delay=0.05) as proxy:
-        proxy.fail("truncated", path="train-000001.tar")
-        proxy.fail_at_random(seed=0, count=200, ratio=0.1)
+        proxy.faults.fail("truncated", path="train-000001.tar")
+        proxy.faults.fail_at_random(seed=0, count=200, ratio=0.1)
         ...  # with AWS_ENDPOINT_URL set to proxy.url
-        print(proxy.injected, proxy.traffic)
+        print(proxy.faults.injected, proxy.traffic)
 
 Requests are forwarded with the client's own Host header, so their signatures stay valid.
 """
 
 import io
-import re
 import socket
 import struct
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import IO, Any, Self
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
+from tests.remote.faults import STATUSES, Fault, Faults
+from tests.remote.link import Link
 
-_STATUSES = {  # kind → status, code and message of S3's answer
-    "error": (500, "InternalError", "We encountered an internal error. Please try again."),
-    "slow down": (503, "SlowDown", "Please reduce your request rate."),
-    "expired": (400, "ExpiredToken", "The provided token has expired."),
-}
-KINDS = (
-    *_STATUSES,
-    "reset",  # instead of an answer
-    "reset in body",
-    "stall",  # in the body, and then a reset
-    "truncated",  # the connection is closed before all announced bytes were sent
-    "short",  # fewer bytes than the client asked for are announced and sent
-    "wrong bytes",  # one byte of the body is inverted
-)
 _CHUNK_BYTES = 1 << 16
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A fault of one request. kind: one of KINDS. place: 0 to 1, where in the body it happens."""
-
-    kind: str
-    place: float = 0.5
-
-    def __post_init__(self) -> None:
-        assert self.kind in KINDS, self.kind
 
 
 @dataclass
@@ -67,8 +41,8 @@ class FaultyProxy:
     """A context manager that runs the proxy in threads of this process.
 
     upstream: the server's URL. delay: seconds added to each request. bytes_per_second: of the link that all
-    connections share. stall_seconds: the length of a stall. url: the proxy's URL. traffic: by path, such as
-    /bucket/object. injected: the number of faults so far, by kind.
+    connections share. stall_seconds: the length of a stall. url: the proxy's URL. faults: those of requests.
+    link: between the proxy and its clients. traffic: by path, such as /bucket/object.
     """
 
     def __init__(
@@ -80,18 +54,10 @@ class FaultyProxy:
         stall_seconds: float = 60.0,
         address: str = "127.0.0.1",
     ):
-        self.upstream = urlsplit(upstream).netloc
-        self.delay, self.bytes_per_second, self.stall_seconds = delay, bytes_per_second, stall_seconds
+        self.upstream, self.stall_seconds = urlsplit(upstream).netloc, stall_seconds
+        self.faults, self.link = Faults(), Link(delay, bytes_per_second)
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
-        self.injected: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._single: list[tuple[str, Fault]] = []
-        self._random: list[Fault] = []
-        self._ratio, self._path, self._rng = 0.0, "", np.random.default_rng(0)
-        self._link_is_free_at = 0.0
-        self._is_up, self._is_closing = threading.Event(), threading.Event()
-        self._is_up.set()
-        self._is_silent = False
         self._server = _Server(self, address)
         self.url = f"http://{address}:{self._server.server_port}"
 
@@ -100,16 +66,9 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._is_closing.set()
-        self._is_up.set()
         self._server.shutdown()
         self._server.server_close()
-        self._server.cut()
-
-    @property
-    def connections(self) -> int:
-        """The number of clients' connections that are open."""
-        return len(self._server.sockets)
+        self.link.close()
 
     @property
     def bytes_sent(self) -> int:
@@ -121,92 +80,10 @@ class FaultyProxy:
         """The number of all requests."""
         return sum(each.requests for each in list(self.traffic.values()))
 
-    @property
-    def pending(self) -> int:
-        """The number of faults that were ordered and have not been injected yet."""
-        return len(self._single) + len(self._random)
-
-    def fail(self, kind: str, path: str = "", times: int = 1, place: float = 0.5) -> None:
-        """Give a fault to each of the next `times` GET requests whose path matches the pattern `path`."""
-        with self._lock:
-            self._single += [(path, Fault(kind, place))] * times
-
-    def fail_at_random(
-        self, seed: int, count: int, ratio: float, kinds: Sequence[str] = KINDS, path: str = ""
-    ) -> None:
-        """Give faults to a share `ratio` of the GET requests whose path matches `path`, `count` in all.
-
-        Kinds are equally frequent. The seed determines the faults, their order, and how many requests lie
-        between them.
-        """
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(count)
-        faults = [Fault(kinds[number % len(kinds)], rng.uniform()) for number in order]
-        with self._lock:
-            self._random, self._ratio, self._path, self._rng = faults, ratio, path, rng
-
-    @contextmanager
-    def outage(self, silent: bool = False) -> Iterator[None]:
-        """Break the link during the block.
-
-        Connections are reset, or, if `silent`, nothing is sent until the end of the block.
-        """
-        self._is_silent = silent
-        self._is_up.clear()
-        if not silent:
-            self._server.cut()
-        try:
-            yield
-        finally:
-            self._is_up.set()
-
-    def outage_for(self, seconds: float, silent: bool = False) -> threading.Thread:
-        """Break the link for some seconds, in the background; return the thread, which ends with it."""
-
-        def break_link() -> None:
-            with self.outage(silent):
-                self._is_closing.wait(seconds)
-
-        thread = threading.Thread(target=break_link, daemon=True)
-        thread.start()
-        return thread
-
-    def take_fault(self, path: str) -> Fault | None:
-        """Return the fault of a new GET request, or None."""
-        with self._lock:
-            for index, (pattern, fault) in enumerate(self._single):
-                if re.search(pattern, path):
-                    del self._single[index]
-                    return fault
-            if self._random and re.search(self._path, path) and self._rng.uniform() < self._ratio:
-                return self._random.pop()
-        return None
-
     def count(self, path: str, *, requests: int = 0, size: int = 0) -> None:
         with self._lock:
             self.traffic[path].requests += requests
             self.traffic[path].bytes += size
-
-    def count_fault(self, kind: str) -> None:
-        with self._lock:
-            self.injected[kind] += 1
-
-    def pass_link(self, size: int) -> bool:
-        """Wait until `size` bytes have passed the link; return False if the link is broken."""
-        if not self._is_up.is_set():
-            if not self._is_silent:
-                return False
-            self._is_up.wait()
-        if self.bytes_per_second < float("inf"):
-            with self._lock:
-                begin = max(time.monotonic(), self._link_is_free_at)
-                self._link_is_free_at = begin + size / self.bytes_per_second
-                pause = self._link_is_free_at - time.monotonic()
-            self._is_closing.wait(pause)
-        return not self._is_closing.is_set()
-
-    def stall(self) -> None:
-        self._is_closing.wait(self.stall_seconds)
 
 
 class _Server(ThreadingHTTPServer):
@@ -215,17 +92,10 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, proxy: FaultyProxy, address: str):
         self.proxy = proxy
-        self.sockets: set[socket.socket] = set()
         super().__init__((address, 0), _Handler)
 
-    def cut(self) -> None:
-        """Close all connections."""
-        for connection in list(self.sockets):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients close connections whenever they like, and so does `cut`."""
+        """Say nothing: clients close connections whenever they like, and so does the link."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -238,11 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.proxy = self.server.proxy
-        self.server.sockets.add(self.connection)
+        self.proxy.link.sockets.add(self.connection)
         self.upstream = HTTPConnection(self.proxy.upstream)
 
     def finish(self) -> None:
-        self.server.sockets.discard(self.connection)
+        self.proxy.link.sockets.discard(self.connection)
         self.upstream.close()
         super().finish()
 
@@ -253,15 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
         path, proxy = unquote(urlsplit(self.path).path), self.proxy
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         proxy.count(path, requests=1)
-        time.sleep(proxy.delay)
-        if not proxy.pass_link(0):
+        time.sleep(proxy.link.delay)
+        if not proxy.link.transmit(0):
             return self._reset()
-        fault = proxy.take_fault(path) if self.command == "GET" else None
-        if fault and fault.kind in _STATUSES:
-            proxy.count_fault(fault.kind)
-            return self._refuse(path, *_STATUSES[fault.kind])
+        fault = proxy.faults.take_fault(path) if self.command == "GET" else None
+        if fault and fault.kind in STATUSES:
+            return self._refuse(path, *STATUSES[fault.kind])
         if fault and fault.kind == "reset":
-            proxy.count_fault(fault.kind)
             return self._reset()
         try:
             answer = self._ask(content)
@@ -300,7 +168,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(cut if fault and fault.kind == "short" else length))
         self.end_headers()
         if fault:
-            self.proxy.count_fault(fault.kind)
             self._send_faulty(path, body, length, cut, fault.kind)
         elif self.command != "HEAD":
             self._send(path, body, length)
@@ -314,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(path, body, length - cut - len(byte))
             return
         if kind == "stall":
-            self.proxy.stall()
+            self.proxy.link.pause(self.proxy.stall_seconds)
         if kind in ("reset in body", "stall"):
             self._reset()
             return
@@ -325,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Send `size` bytes of a body; return False if the connection is broken."""
         while size:
             chunk = body.read(min(size, _CHUNK_BYTES))
-            if not chunk or not self.proxy.pass_link(len(chunk)):
+            if not chunk or not self.proxy.link.transmit(len(chunk)):
                 self._reset()
                 return False
             self.proxy.count(path, size=len(chunk))
@@ -349,6 +216,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         with suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.server.sockets.discard(self.connection)
+        self.proxy.link.sockets.discard(self.connection)
         self.rfile.close()  # so that nothing holds the socket open
         self.connection.close()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.remote.faulty_proxy import KINDS, FaultyProxy
+from tests.remote.faults import KINDS
+from tests.remote.faulty_proxy import FaultyProxy
 
 CONTENT = bytes(range(256)) * 1_000
 
@@ -60,7 +61,7 @@ def test_a_connection_is_kept_for_several_requests(server):
             answer = connection.getresponse()
             assert int(answer.headers["Content-Length"]) == len(CONTENT)
             assert len(answer.read()) == size
-        assert proxy.connections == 1
+        assert len(proxy.link.sockets) == 1
         connection.close()
 
 
@@ -69,18 +70,18 @@ def test_a_connection_is_kept_for_several_requests(server):
 )
 def test_an_error_status_is_sent_instead_of_the_object(server, kind, status, code):
     with FaultyProxy(server) as proxy:
-        proxy.fail(kind)
+        proxy.faults.fail(kind)
         got, body = get(proxy)
         assert got == status
         assert code in body
         assert get(proxy) == (200, CONTENT)
-        assert proxy.injected == {kind: 1}
+        assert proxy.faults.injected == {kind: 1}
 
 
 @pytest.mark.parametrize("kind", ["reset", "reset in body", "stall"])
 def test_a_connection_is_reset(server, kind):
     with FaultyProxy(server, stall_seconds=0.3) as proxy:
-        proxy.fail(kind)
+        proxy.faults.fail(kind)
         begun = time.monotonic()
         with pytest.raises(ConnectionResetError):
             get(proxy)
@@ -90,13 +91,13 @@ def test_a_connection_is_reset(server, kind):
 
 def test_a_body_is_truncated_shortened_or_altered(server):
     with FaultyProxy(server) as proxy:
-        proxy.fail("truncated", place=0.25)
+        proxy.faults.fail("truncated", place=0.25)
         with pytest.raises(IncompleteRead) as error:
             get(proxy)
         assert error.value.partial == CONTENT[: len(CONTENT) // 4]
-        proxy.fail("short", place=0.25)
+        proxy.faults.fail("short", place=0.25)
         assert get(proxy) == (200, CONTENT[: len(CONTENT) // 4])
-        proxy.fail("wrong bytes", place=0.25)
+        proxy.faults.fail("wrong bytes", place=0.25)
         body = get(proxy)[1]
         different = [index for index, byte in enumerate(CONTENT) if body[index] != byte]
         assert len(body) == len(CONTENT)
@@ -105,7 +106,7 @@ def test_a_body_is_truncated_shortened_or_altered(server):
 
 def test_a_fault_waits_for_a_request_of_its_object(server):
     with FaultyProxy(server) as proxy:
-        proxy.fail("error", path="two", times=2)
+        proxy.faults.fail("error", path="two", times=2)
         assert [get(proxy, path)[0] for path in ("/one", "/two", "/one", "/two", "/two")] == [
             200,
             500,
@@ -113,15 +114,15 @@ def test_a_fault_waits_for_a_request_of_its_object(server):
             500,
             200,
         ]
-        assert proxy.pending == 0
+        assert proxy.faults.pending == 0
 
 
 def test_random_faults_are_of_all_kinds_and_follow_the_seed(server):
     def faults(seed: int) -> list[tuple[int, str]]:
         with FaultyProxy(server) as proxy:
-            proxy.fail_at_random(seed, count=3 * len(KINDS), ratio=0.5)
-            taken = [(number, proxy.take_fault("/one")) for number in range(200)]
-            assert not proxy.pending
+            proxy.faults.fail_at_random(seed, count=3 * len(KINDS), ratio=0.5)
+            taken = [(number, proxy.faults.take_fault("/one")) for number in range(200)]
+            assert not proxy.faults.pending
             return [(number, fault.kind) for number, fault in taken if fault]
 
     assert Counter(kind for _, kind in faults(0)) == dict.fromkeys(KINDS, 3)
@@ -150,7 +151,7 @@ def test_during_an_outage_connections_are_reset(server):
         connection = HTTPConnection(proxy.url.removeprefix("http://"))
         connection.request("GET", "/one")
         assert connection.getresponse().read() == CONTENT
-        with proxy.outage():
+        with proxy.link.outage():
             with pytest.raises(OSError, match=r"reset|closed|Broken pipe"):
                 get(proxy)
             with suppress(BrokenPipeError):
@@ -163,7 +164,7 @@ def test_during_an_outage_connections_are_reset(server):
 def test_during_a_silent_outage_requests_wait(server):
     with FaultyProxy(server) as proxy:
         begun = time.monotonic()
-        outage = proxy.outage_for(0.5, silent=True)
+        outage = proxy.link.outage_for(0.5, silent=True)
         time.sleep(0.1)
         assert get(proxy) == (200, CONTENT)
         assert time.monotonic() - begun >= 0.5
