@@ -194,8 +194,10 @@ class ShardReader:
             with suppress(OSError):  # reading will report it
                 os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
-    def check_window(self, window: int) -> None:
-        """Raise DatasetError if the split cannot be read with `window` shards shuffled together (0: all)."""
+    def check_window(self, window: int, rank: int, world: int) -> None:
+        """Raise DatasetError if a process cannot read its part of the split with `window` shards shuffled
+        together (0: all).
+        """
 
     def follow(self, plan: Plan, step: int, rank: int, world: int) -> None:
         """Prepare to read the samples of a process in a plan, from a step on. Local shards need no

@@ -102,7 +102,8 @@ class Loader(Closable):
             "on_damage": on_damage,
             **normalisation(mean, std, self.decoding),
         }
-        dataset.reader(split).check_window(shuffle_window)  # finds a damaged dataset now
+        # Opening the split finds a damaged dataset now.
+        dataset.reader(split).check_window(shuffle_window, ranks.rank, ranks.world_size)
         graph_options(dataset.manifest, self.decoding, images, crops_and_flips and scale is not None)
         self.step = 0  # of the batch that follows the last one that was taken
         self._resumed = 0  # step at which the loaded state continues

@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pipeline.remote.cache import RemoteShard, Room
+from pipeline.manifest import DatasetError
+from pipeline.remote.cache import Cache, RemoteShard, Room
 from pipeline.remote.schedule import PassUses, TrainingUses, Uses
 
 _IDLE_SECONDS = 3600.0  # after which a shard of another dataset counts as unused
@@ -88,3 +89,25 @@ class Priorities:
         self._farthest = [shard.path for _, shard in reversed(order)]
         self._spare = [path for path in self._farthest if path not in self.wanted]
         return [shard for _, shard in order]
+
+
+def check_size(cache: Cache, shards: Sequence[RemoteShard], window: int, others: int) -> None:
+    """Raise DatasetError if a cache is too small for two windows of shards (0: all of them) and other splits.
+
+    The processes of a machine read the same windows, so they need no more than one process. shards: those of
+    the split that are fetched whole; none if all of its samples are fetched on their own. others: the size of
+    the other splits, in bytes.
+    """
+    sizes = sorted((shard.record.bytes for shard in shards), reverse=True)
+    needed = sum(sizes[: 2 * window] if window else sizes) + others
+    if needed <= cache.size:
+        return
+    what, remedy = "the shards for evaluation", "use a larger --cache-size"
+    if shards:
+        windows = f"two windows of {window} shards" if window else "all shards, shuffled together,"
+        what = f"{windows} and those for evaluation"
+        remedy += f", or {'a smaller' if window else 'a'} --shuffle-window"
+    raise DatasetError(
+        f"the cache {cache.folder} has {cache.size / 1e9:.3g} GB, but {what} take {needed / 1e9:.3g} GB: "
+        f"{remedy}"
+    )

@@ -9,12 +9,12 @@ from pipeline.files import close_quietly
 from pipeline.locations import Location
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.plan import Plan
-from pipeline.ranks import read_ranks
 from pipeline.reader import JpegFiles, ShardReader, open_shard
 from pipeline.remote.cache import RemoteShard, lock_for_reading
+from pipeline.remote.priorities import check_size
 from pipeline.remote.requests import MISMATCH
 from pipeline.remote.samples import SplitRanges
-from pipeline.remote.schedule import PassUses, TrainingUses
+from pipeline.remote.schedule import PassUses, TrainingUses, ranks_here
 from pipeline.remote.storage import RemoteStorage
 from pipeline.remote_errors import redact
 
@@ -73,30 +73,26 @@ class RemoteShardReader(ShardReader):
 
     # ---- What the plan needs
 
-    def check_window(self, window: int) -> None:
-        """Raise DatasetError if the cache is too small for two windows of shards and the other splits."""
-        sizes = sorted((shard.record.bytes for shard in self.remote if shard), reverse=True)
-        needed = sum(sizes[: 2 * window] if window else sizes)
-        needed += self.storage.priorities.bytes_of_other_splits(self._split_name)
-        cache = self.storage.cache
-        if needed > cache.size:
-            what = f"two windows of {window} shards" if window else "all shards, shuffled together,"
-            raise DatasetError(
-                f"the cache {cache.folder} has {cache.size / 1e9:.3g} GB, but {what} and those for "
-                f"evaluation take {needed / 1e9:.3g} GB: use a larger --cache-size, "
-                f"or {'a smaller' if window else 'a'} --shuffle-window"
-            )
+    def check_window(self, window: int, rank: int, world: int) -> None:
+        priorities = self.storage.priorities
+        shards = [shard for shard in self.remote if shard is not None]
+        if self._takes_samples(ranks_here(rank, world), world):
+            shards = []
+        check_size(self.storage.cache, shards, window, priorities.bytes_of_other_splits(self._split_name))
+
+    def _takes_samples(self, ranks: range, world: int) -> bool:
+        """Return whether all samples are fetched on their own, because few of each shard are needed here.
+
+        ranks: of the processes of this machine.
+        """
+        fits = self.storage.priorities.bytes_of_other_splits("") <= self.storage.cache.size
+        return self._ranges is not None and not fits and len(ranks) * _LEAST_SHARE < world
 
     def follow(self, plan: Plan, step: int, rank: int, world: int) -> None:
         """Have the shards fetched in the order in which the processes of this machine need them."""
-        ranks = read_ranks()
-        together = range(world)
-        if ranks.is_launched and world == ranks.world_size:
-            first = rank - ranks.local_rank
-            together = range(first, first + ranks.local_world_size)
+        together = ranks_here(rank, world)
         if self._ranges is not None:
-            fits = self.storage.priorities.bytes_of_other_splits("") <= self.storage.cache.size
-            self._ranges.always = not fits and len(together) * _LEAST_SHARE < world
+            self._ranges.always = self._takes_samples(together, world)
         self._follow(TrainingUses(plan, together, world, step))
 
     def advance(self, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.plan import Plan, epoch_order
+from pipeline.ranks import read_ranks
 
 
 class Uses(Protocol):
@@ -109,3 +110,12 @@ class PassUses:
         distances = np.maximum(self._starts - start, 0.0)
         distances[(self._ends <= start) | (self._starts >= stop)] = np.inf
         return distances
+
+
+def ranks_here(rank: int, world: int) -> range:
+    """Return the ranks of the processes of this machine."""
+    ranks = read_ranks()
+    if not ranks.is_launched or world != ranks.world_size:
+        return range(world)
+    first = rank - ranks.local_rank
+    return range(first, first + ranks.local_world_size)

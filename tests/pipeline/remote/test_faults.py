@@ -8,7 +8,6 @@ import time
 from hashlib import sha256
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 
@@ -314,17 +313,3 @@ def test_the_first_step_does_not_wait_for_shards(bucket, remote, many_shards):
     assert dataset.storage.counters.shards_fetched == 0
     assert dataset.storage.counters.samples_by_range >= 12
     assert_same_batches(first, batches(open_dataset(many_shards), steps=1))
-
-
-def test_a_machine_that_needs_a_small_part_of_each_shard_fetches_only_samples(bucket, remote, many_shards):
-    bucket.sent.clear()
-    dataset = remote(str(sum(map(len, bucket.files.values())) // 2))
-    options = {"rank": 2, "world": 6, "shuffle_window": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        ranks = {"RANK": 2, "WORLD_SIZE": 6, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        for name, value in (ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": 1}).items():
-            patch.setenv(name, str(value))
-        assert_same_batches(batches(dataset, **options), batches(open_dataset(many_shards), **options))
-    assert dataset.storage.counters.shards_fetched == 0
-    used = dataset.storage.counters.samples_by_range
-    assert used <= 2 * 10 + np.ceil(1024 / 2)
