@@ -10,17 +10,19 @@ process and all its children are sampled together with the step:
     resident_bytes    RSS, part of which are pages of files that the kernel may reclaim
     anonymous_bytes   the rest: allocated memory, where leaks show
     shared_bytes      mapped shared memory, and System V segments that the processes created
-    open_files        file descriptors
+    open_files        file descriptors without those of connections
     threads           threads of all processes
-    connections       established TCP connections
+    connections       TCP sockets
 
 With --bucket, the run reads the dataset from an S3 server on this machine, SeaweedFS, through a cache for
 60 % of it, so that it fetches and evicts until the end.
 
 The first fifth of the steps is the warm-up. Growth is the median of a series over the last tenth of the
 steps, compared with the median over the tenth after the warm-up, so what comes and goes with a checkpoint
-does not count. If anything grew by more than --limit, it is named and the exit code is 1. Any other option is
-a setting of `alexnet-train train`. --out must be a new folder; soak.json and soak.png are written to it.
+does not count. Connections are kept open for a while and used again, so their largest number counts instead,
+compared with that until then. If anything grew by more than --limit, it is named and the exit code is 1. Any
+other option is a setting of `alexnet-train train`. --out must be a new folder; soak.json and soak.png are
+written to it.
 """
 
 import argparse
@@ -77,10 +79,10 @@ def sample(pid: int) -> dict[str, float]:
             figures["resident_bytes"] += 1024 * int(kilobytes["Rss:"])
             figures["anonymous_bytes"] += 1024 * int(kilobytes["Pss_Anon:"])
             figures["shared_bytes"] += 1024 * int(kilobytes["Pss_Shmem:"])
-            figures["open_files"] += process.num_fds()
+            connections = len(process.net_connections("tcp"))
+            figures["connections"] += connections
+            figures["open_files"] += process.num_fds() - connections
             figures["threads"] += process.num_threads()
-            connections = process.net_connections("tcp")
-            figures["connections"] += sum(each.status == psutil.CONN_ESTABLISHED for each in connections)
         except (OSError, psutil.Error):
             if process is parent:
                 raise
@@ -146,7 +148,10 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
         )
     grown = {}
     for name in SERIES:
-        before, after = (median(samples[name][n] for n in window) for window in (first, last))
+        if name == "connections":
+            before, after = max(samples[name][: first[-1] + 1]), max(samples[name][n] for n in last)
+        else:
+            before, after = (median(samples[name][n] for n in window) for window in (first, last))
         grown[name] = {"before": before, "after": after, "percent": 100 * (after - before) / max(before, 1)}
     return grown
 
@@ -160,7 +165,7 @@ def table(grown: dict[str, dict[str, float]], limit: float) -> Iterator[str]:
 
 
 def draw(path: Path, samples: Samples, grown: dict[str, dict[str, float]], steps: int) -> None:
-    """Draw a panel for each series, with its two medians over their windows."""
+    """Draw a panel for each series, with the two numbers that are compared over their windows."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: there may be no screen

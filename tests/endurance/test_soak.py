@@ -59,6 +59,8 @@ def main(monkeypatch, *arguments: object) -> object:
         ({"open_files": lambda step: 10 + step // 500, "threads": lambda step: 9 + step // 100},
          ["open_files", "threads"]),
         ({"shared_bytes": lambda step: 4096.0 * (step > 800)}, ["shared_bytes"]),
+        ({"connections": lambda step: 4.0 if step > 800 else 8.0 * (step < 100)}, []),  # some are closed
+        ({"connections": lambda step: 2.0 + step // 300}, ["connections"]),
     ],
 )  # fmt: skip
 def test_a_series_that_grows_is_named_and_fails_the_soak(changed, grew, monkeypatch, tmp_path, capsys):
