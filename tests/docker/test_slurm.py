@@ -34,7 +34,7 @@ cli.main()
 """
 
 
-# Stand-ins: srun ends with $CODE, or with 138 after SIGUSR1 if that is empty; scontrol records a requeued job.
+# srun ends with $CODE, or with 138 after SIGUSR1 if that is empty; scontrol records a job that it requeues.
 SRUN = """#!/bin/bash
 trap 'exit 138' USR1
 touch started
