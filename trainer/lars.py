@@ -23,11 +23,12 @@ class Lars(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step. It changes the gradients, and does not wait for the device."""
+        assert closure is None, "a closure would compute the gradients after they are scaled"
         self._unscale()
         for group in self.param_groups:
             if "trust_coefficient" in group:
                 _scale_gradients(group)
-        return super().step(closure)
+        return super().step()
 
     def _unscale(self) -> None:
         """Divide the gradients by the loss scale of fp16, if GradScaler has left that to this optimizer."""

@@ -9,6 +9,8 @@ import pytest
 
 from tests.helpers import REPO
 from tools import compare_recipes
+from tools.experiments import rates
+from trainer.setting_sources import load_settings
 
 # A narrow net on the CPU, whose checkpoints have 2 MB; those of the paper's net are 100 times as large.
 COMMON = ("--crop", "64", "--epochs", "1", "--batch", "12", "--warmup-epochs", "0")
@@ -26,6 +28,27 @@ def test_points_are_differences_from_the_first_recipes_mean():
     assert first.endswith("+0.0 points")
     half = 12.7062 * 4  # the standard error is the half of the range of two values
     assert second.endswith(f"-2.0 points ({-2 - half:+.1f} to {-2 + half:+.1f})")
+
+
+def test_each_recipe_is_trained_at_the_best_rate_of_its_own_trials(packed, tmp_path, monkeypatch, call):
+    best, trained = {"demo": 0.2, "small": 0.1}, []
+
+    def train_all(trainings, *_, **__):
+        chosen = [load_settings(training.settings) for training in trainings]
+        trained.append({(run.recipe, run.learning_rate, run.seed) for run in chosen})
+        errors = [abs(run.learning_rate - best[run.recipe]) for run in chosen]
+        return [dict.fromkeys(compare_recipes.MEASURES, error) for error in errors]
+
+    monkeypatch.setattr(rates, "train_all", train_all)
+    monkeypatch.setattr(compare_recipes, "train_all", train_all)
+    monkeypatch.setattr(compare_recipes.Run, "starts", lambda run: [{}])
+    arguments = [*best, "--data", packed, "--seeds", "2", "--rates", "0.1", "0.2", "--out", tmp_path]
+    done = call(compare_recipes.main, *arguments)
+    assert done.returncode == 0, done.stderr
+    trials, runs = trained
+    assert trials == {(name, rate, 0) for name in best for rate in (0.1, 0.2)}
+    assert runs == {(name, rate, seed) for name, rate in best.items() for seed in (0, 1)}
+    assert [trial["rate"] for trial in json.loads(done.stdout.splitlines()[-1])["trials"]] == [0.1, 0.2] * 2
 
 
 @pytest.mark.slow
