@@ -130,8 +130,8 @@ def main() -> None:
             print(json.dumps(record))
     except (SettingsError, DatasetError, TrainingError, OSError) as error:
         sys.exit(f"compare-recipes: {error}")
-    error, *others = (mean(measured["top1_error"]) for measured in scores.values())
-    sys.exit(options.within is not None and any(error - other > options.within for other in others))
+    leading, *others = (mean(measured["top1_error"]) for measured in scores.values())
+    sys.exit(options.within is not None and any(leading - other > options.within for other in others))
 
 
 if __name__ == "__main__":
