@@ -102,7 +102,7 @@ def test_a_busy_processor_and_a_limit_on_threads_are_noted(tmp_path, monkeypatch
     files = {"proc/cpuinfo": CPUINFO, "proc/pressure/cpu": PRESSURE.format("63.00")}
     files |= {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "400000 100000"}
     found = by_subject(machine.processor(write(tmp_path, files)))
-    assert "4 of 8 by quota cores; AVX2, AVX-512, bf16" in found["CPU"].text
+    assert "4 of 8 cores, by quota; AVX2, AVX-512, bf16" in found["CPU"].text
     assert "63% of the last 10 s" in found["load"].text
     assert "off 3 of 4 cores" in found["threads"].text
     assert {found[name].status for name in ("load", "threads")} == {"note"}

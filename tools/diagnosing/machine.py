@@ -32,8 +32,10 @@ def processor(root: Path = ROOT) -> Iterator[Finding]:
     about, count = environment(""), cpus(root)
     words = _text(root / "proc/cpuinfo").split()
     features = dict.fromkeys(name for flag, name in _FEATURES.items() if flag in words)
-    allowed = f"{count} of {about['cores']} by quota" if count < int(about["cores"]) else about["cores"]
-    yield Finding("CPU", "; ".join(filter(None, (about["cpu"], f"{allowed} cores", ", ".join(features)))))
+    cores = f"{about['cores']} cores"
+    if count < int(about["cores"]):
+        cores = f"{count} of {cores}, by quota"
+    yield Finding("CPU", "; ".join(filter(None, (about["cpu"], cores, ", ".join(features)))))
     yield Finding(
         "versions",
         ", ".join(f"{name} {about[name]}" for name in about if name not in ("device", "cpu", "cores")),
