@@ -70,9 +70,11 @@ def main() -> None:
             if options.json:
                 findings = {name: [each._asdict() for each in part] for name, part in report.findings.items()}
                 print(json.dumps({"can_run": not report.problems, "findings": findings, **found}, indent=1))
-    except SettingsError as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        sys.exit(2)
+    except REFUSALS as error:
+        print(f"doctor: {problem('', error).text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, SettingsError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(bool(report.problems))
 
 
@@ -93,13 +95,12 @@ def examine(settings: Settings, arguments: Sequence[str], seconds: float, report
     report.add(MACHINE, ask("Docker", lambda: machine.docker(hardware["gpus"])))
 
     given = any(word.partition("=")[0] == "--data" for word in arguments)
-    has_data = given or is_present(settings.data)
     processes, data = 1, None
 
     def check_run() -> Iterator[Finding]:
         nonlocal processes, data
         processes = world_size(settings)
-        if not has_data:
+        if not given and not is_present(settings.data):
             yield Finding(
                 "dataset",
                 f"none at {settings.data}: drawn pictures of {DRAWN_SIZE} px are measured instead, "
@@ -118,8 +119,8 @@ def examine(settings: Settings, arguments: Sequence[str], seconds: float, report
                 dataset.storage.close()
 
     report.add(RUN, ask("dataset", check_run))
-    can_train = not report.problems
-    report.add(RUN, ask("run folder", lambda: preparation.run_folder(settings, has_data and can_train)))
+    report.add(RUN, ask("run folder", lambda: preparation.run_folder(settings, data is not None)))
+    can_train = not report.problems  # a port that is in use does not prevent measuring
     report.add(RUN, ask("port", lambda: preparation.ports(settings, processes)))
     if can_train:
         figures |= measure(settings, arguments, data, seconds, report)

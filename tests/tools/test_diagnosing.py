@@ -247,6 +247,23 @@ def test_images_are_read_from_the_disk_once_for_some_time(packed, monkeypatch):
 reader_read = ShardReader.read
 
 
+@pytest.mark.slow
+def test_a_cache_smaller_than_a_dataset_in_a_bucket_is_noted(packed_url, tmp_path):
+    sizes = {"200GB": "ok", "300kB": "note"}
+    for cache_size, status in sizes.items():
+        settings = Settings(
+            data=packed_url, cache=tmp_path / "cache", cache_size=cache_size, shuffle_window=1
+        )
+        dataset = Dataset(settings.data, cache=settings.cache_options)
+        data = preparation.measure_data(dataset)
+        found = by_subject(preparation.describe(settings, dataset, data))
+        dataset.storage.close()
+        assert (data.train, data.cold) == (60, None)
+        assert list(found) == ["dataset", "cache"]
+        assert found["cache"].status == status
+    assert "--cache-size" in found["cache"].remedy
+
+
 def test_too_low_a_limit_on_open_files_is_a_problem(packed, monkeypatch):
     dataset, data = Dataset(packed), Data(60, 20)
     dataset.reader("train"), dataset.reader("val")
@@ -369,6 +386,7 @@ ADVICE = {
     # 15 s for the evaluation and 50.5 s for the rest: every third epoch makes it 15 of 166.5 s.
     "long evaluations": (COSINE, {"evaluation_seconds": 15.0}, {}, ["--evaluate-epochs 3"]),
     "long evaluations, but rare": (COSINE | {"evaluate_epochs": 3}, {"evaluation_seconds": 15.0}, {}, []),
+    "long evaluations of a short run": (COSINE | {"epochs": 3}, {"evaluation_seconds": 15.0}, {}, []),
     "a schedule that needs them": ({"schedule": "plateau"}, {"evaluation_seconds": 15.0}, {}, []),
     "long epochs": (COSINE, {}, {"train": 180_000}, ["--checkpoint-seconds 600"]),
     "long epochs, saved": (COSINE | {"checkpoint_steps": 500}, {}, {"train": 180_000}, []),

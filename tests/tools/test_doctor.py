@@ -1,4 +1,4 @@
-"""`alexnet-train doctor`: real runs on drawn pictures and on a dataset, and what would stop a run."""
+"""`alexnet-train doctor`: a real measurement, what it foretells, and what would stop a run."""
 
 import json
 import signal
@@ -11,6 +11,7 @@ from tests.helpers import TINY
 from tools import doctor
 from tools.diagnosing import machine, rehearsal
 from tools.diagnosing.findings import Ended
+from tools.diagnosing.forecast import Calibration
 
 CPU = {"cuda": None, "precision": "fp32", "kernel": True, "gpus": 0, "nvml": {"error": "not found"}}
 
@@ -56,17 +57,39 @@ def test_without_a_dataset_drawn_pictures_are_measured_and_nothing_is_left(call,
 
 
 @pytest.mark.slow
-def test_the_real_machine_is_asked_and_a_dataset_is_measured(call, packed, tmp_path):
-    out = tmp_path / "runs" / "a"
-    arguments = ("--data", packed, "--out", out, "--seconds", "1", "--port", "0", *TINY)
+def test_the_real_machine_is_asked_and_a_run_on_a_dataset_is_foretold(call, packed, tmp_path, monkeypatch):
+    measured = Calibration(
+        processes=1,
+        device="CPU",
+        precision="fp32",
+        notes=[],
+        start_seconds=5.0,
+        loader=1000.0,
+        net=12.0,
+        plain_net=None,
+        training=10.0,
+        slowest=9.0,
+        fastest=11.0,
+        step_seconds=1.2,
+        verdict="compute-bound",
+        evaluation_seconds=2.0,
+        checkpoint_bytes=2_000_000,
+        checkpoint_delay=1.0,
+        checkpoint_seconds=2.0,
+        memory_bytes=10**9,
+        gpu_memory=None,
+    )
+    monkeypatch.setattr(doctor, "rehearse", lambda *_, drawn: (measured, 20))
+    arguments = ("--data", packed, "--out", tmp_path / "runs" / "a", "--port", "0", *TINY)
     done = call(doctor.main, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line and line[0] not in " !✗"]
-    assert lines[:3] == ["this machine", "the run", "measuring for about 21 s …"]
-    assert lines[3:5] == ["measured", "expected"]
-    assert lines[-1] == "this run can work"
-    assert "60 training and 20 validation images in 10 classes" in done.stdout
-    assert "for 3 epochs of recipe demo" in done.stdout
+    titles = [line for line in done.stdout.splitlines() if line and line[0] not in " !✗"]
+    expected = ["this machine", "the run", "measuring for about 70 s …", "measured", "expected"]
+    assert titles == [*expected, "this run can work"]
+    text = " ".join(done.stdout.split())
+    assert "60 training and 20 validation images in 10 classes" in text
+    assert "an epoch 9 s for 60 images" in text  # 60 / 10 + 2 + 1
+    assert "the run 33 s for 3 epochs of recipe demo" in text  # 5 + 3 × 9 + 2 − 1
     assert not list(tmp_path.iterdir())  # no folder of a run
 
 

@@ -23,6 +23,7 @@ _LOST_SECONDS = 1800.0  # of work that a kill may cost before it is worth saving
 _SAVED_SECONDS = 600  # between checkpoints, where an epoch is longer than that
 _LINE_SECONDS = 120.0  # between two lines of the log, from which they are worth having more often
 _EVALUATING = 0.1  # share of a run's time that evaluations take, from which they are worth having less often
+_WORTH_SECONDS = 60.0  # that a setting must save to be advised
 _FASTER = 1.05  # how much faster another way must be to be advised
 
 
@@ -134,12 +135,13 @@ def advice(settings: Settings, measured: Calibration, expected: Forecast) -> Ite
     evaluation, training = expected.evaluation_seconds, expected.epoch_seconds - expected.evaluation_seconds
     share = evaluation / expected.epoch_seconds
     every = min(settings.epochs, math.ceil(evaluation * (1 - _EVALUATING) / (_EVALUATING * training)))
-    if settings.schedule != "plateau" and every > settings.evaluate_epochs:
-        fewer = math.ceil(settings.epochs / settings.evaluate_epochs) - math.ceil(settings.epochs / every)
+    evaluations = math.ceil(settings.epochs / settings.evaluate_epochs)
+    saved = evaluation * (evaluations - math.ceil(settings.epochs / every))
+    if settings.schedule != "plateau" and every > settings.evaluate_epochs and saved > _WORTH_SECONDS:
         yield Finding(
             f"--evaluate-epochs {every}",
             f"an evaluation after each epoch takes {share:.0%} of the time; "
-            f"this saves {duration(fewer * evaluation)} of the run",
+            f"this saves {duration(saved)} of the run",
         )
     saves_in_between = settings.checkpoint_seconds or settings.checkpoint_steps
     if not saves_in_between and expected.epoch_seconds > _LOST_SECONDS:
