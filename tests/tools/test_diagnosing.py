@@ -440,6 +440,10 @@ def test_the_figures_are_shown_with_what_they_are_for():
     [
         ({}, "the net, which shares the cores"),
         ({"loader": 105.0}, "the loader, which shares the cores"),
+        ({"processes": 2}, "the net, which shares the cores"),
+        ({"processes": 2, "net": 200.0}, "the net, which shares the cores"),
+        ({"processes": 2, "net": 300.0}, "the exchange of gradients"),
+        ({"net": 300.0}, "the net, which shares the cores"),
         ({"verdict": "storage-bound"}, "the storage"),
         ({"device": "H200"}, "the net: the device computes"),
         ({"device": "H200", "verdict": "input-bound"}, "the loader: the device waits"),
@@ -449,7 +453,8 @@ def test_the_limit_is_the_verdict_or_on_a_cpu_what_takes_most_of_the_cores(chang
     measured = replace(MEASURED, **changed)
     found = by_subject(forecast.rates(Settings(), measured))["limit"].text
     assert found.startswith(limit)
-    assert found.endswith(f"loader alone would take {100 / measured.loader:.0%}, and the net alone 91%")
+    loader, net = measured.training / measured.loader, measured.training / measured.net
+    assert found.endswith(f"loader alone would take {loader:.0%}, and the net alone {net:.0%}")
 
 
 @pytest.mark.parametrize(

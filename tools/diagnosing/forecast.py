@@ -102,11 +102,17 @@ def rates(settings: Settings, measured: Calibration) -> Iterator[Finding]:
 
 
 def _limit(measured: Calibration) -> str:
-    """Say what limits training. On a CPU, loader and net share the cores, and neither waits for the other."""
+    """Say what limits training.
+
+    On a CPU, loader and net share the cores, and neither waits for the other; several processes also wait for
+    each other's gradients.
+    """
     loader, net = measured.training / measured.loader, measured.training / measured.net
     limit = LIMITS[measured.verdict]
     if measured.device == "CPU" and measured.verdict != "storage-bound":
         limit = f"{'the loader' if loader > net else 'the net'}, which shares the cores with the other"
+        if measured.processes > 1 and 1 - loader - net > max(loader, net):
+            limit = "the exchange of gradients, for which the processes wait"
     return f"{limit}; of this time, the loader alone would take {loader:.0%}, and the net alone {net:.0%}"
 
 
