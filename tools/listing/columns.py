@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pipeline.duration import duration
 from pipeline.printable import as_text
-from trainer.monitor.summary import Row, Summary, settings_beside_recipe, shown_setting
+from trainer.monitor.summary import Row, Summary, changed_settings, shown_setting
 
 Value = str | float  # NaN or an empty string if it is not known
 UNKNOWN = "–"
@@ -61,7 +61,7 @@ def _duration(value: Value) -> str:
 
 
 def _settings(run: Summary) -> str:
-    different = settings_beside_recipe(run.recorded).items()
+    different = changed_settings(run.recorded).items()
     return ", ".join(f"{name} {shown_setting(value)}" for name, value in different)
 
 
@@ -85,6 +85,6 @@ COLUMNS = (
         _percent,
     ),
     Column("recipe", "recipe", lambda run: as_text(run.recipe), is_text=True),
-    Column("settings", "settings beside the recipe", _settings, is_text=True),
+    Column("settings", "changed settings", _settings, is_text=True),
 )
 BY_NAME = {column.name: column for column in COLUMNS}

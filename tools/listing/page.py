@@ -36,9 +36,10 @@ def _head(column: Column, sorted_by: Column, reverse: bool) -> str:
     if column is sorted_by:
         direction = "descending" if column.largest_first != reverse else "ascending"
     first = "descending" if column.largest_first else "ascending"
+    heading = escape(column.heading).replace("-", "&#8209;")  # no line may end within top-1
     return (
         f'<th scope="col" class="{"text" if column.is_text else "number"}" aria-sort="{direction}">'
-        f'<button type="button" data-first="{first}">{escape(column.heading)}</button></th>'
+        f'<button type="button" data-first="{first}">{heading}</button></th>'
     )
 
 

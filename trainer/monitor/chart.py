@@ -9,7 +9,7 @@ from typing import NamedTuple
 Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 600, 180  # of the plot, in SVG units
 _MOST_POINTS = 300  # of a curve; more would not be visible
-_LABELS = 4  # the most intervals between the labels of an axis
+_LABELS = 5  # the most intervals between the labels of an axis
 
 
 class Line(NamedTuple):

@@ -59,7 +59,7 @@ def _beside(folder: Path) -> list[Path]:
     begun = {}
     with suppress(OSError):
         here = begun_at(folder)
-        for path in folder.resolve().parent.iterdir():
+        for path in folder.parent.iterdir():
             with suppress(OSError):
                 if Run(path).begun and not path.samefile(folder) and begun_at(path) <= here:
                     begun[path] = begun_at(path)

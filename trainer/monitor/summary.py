@@ -138,7 +138,7 @@ def differences(recorded: Mapping[str, Any], other: Mapping[str, Any]) -> dict[s
     return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
-def settings_beside_recipe(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def changed_settings(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that define what a run computes and that are not those of its recipe.
 
     They are empty if the recipe can no longer be read.

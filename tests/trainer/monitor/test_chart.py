@@ -30,7 +30,7 @@ def test_curves_share_axes_that_begin_at_zero():
     ]
     assert b == [(0, 180), (600, pytest.approx(180 * (1 - 0.25 / top), abs=0.05))]
     assert labels(html, "x") == ["0", "1", "2", "3", "4"]
-    assert labels(html, "y") == ["0%", "50%", "100%"]
+    assert labels(html, "y") == ["0%", "20%", "40%", "60%", "80%", "100%"]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_curves_share_axes_that_begin_at_zero():
     [
         (0.03, ["0%", "1%", "2%", "3%"]),
         (0.79, ["0%", "20%", "40%", "60%"]),
-        (1e-9, ["0%", "5e-08%", "1e-07%"]),
+        (1e-9, ["0%", "2e-08%", "4e-08%", "6e-08%", "8e-08%", "1e-07%"]),
     ],
 )
 def test_labels_are_round_numbers(highest, expected):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.run_folders import write_run
 from trainer.monitor.comparison import find_earlier
-from trainer.monitor.summary import read_summary, row_at, settings_beside_recipe
+from trainer.monitor.summary import changed_settings, read_summary, row_at
 from trainer.run import Run
 from trainer.settings import validated
 
@@ -60,7 +60,7 @@ def test_rows_are_found_by_epoch(here):
     assert row_at(99, rows)["top1_error"] == 0.2
 
 
-def test_settings_beside_the_recipe_are_those_that_were_given(tmp_path):
+def test_the_changed_settings_are_those_that_were_given(tmp_path):
     recorded = read_summary(write_run(tmp_path / "x", seed=7, epochs=9, log_every=3, dropout="2012")).recorded
-    assert settings_beside_recipe(recorded) == {"seed": 7, "dropout": "2012", "epochs": 9}
-    assert settings_beside_recipe({**recorded, "recipe": "gone.toml"}) == {}
+    assert changed_settings(recorded) == {"seed": 7, "dropout": "2012", "epochs": 9}
+    assert changed_settings({**recorded, "recipe": "gone.toml"}) == {}
