@@ -92,8 +92,8 @@ def _classes(found: ClassErrors, names: Sequence[str]) -> str:
         if images
     ]
     worst = sorted(tested, key=lambda each: (-each[0], -each[1], each[2]))[:_CLASSES]
-    which = f"of the {len(worst)} worst of {len(tested):,} classes"
-    which = "by class" if len(worst) == len(tested) else which
+    all_shown = len(worst) == len(tested)
+    which = "by class" if all_shown else f"of the {len(worst)} worst of {len(tested):,} classes"
     rows = "".join(
         f'<tr><th scope="row" class="name">{escape(names[label])}</th>'
         f'<td><div style="width:{error:.1%}"></div></td><td>{error:.1%} of {images:,}</td></tr>'
