@@ -62,7 +62,7 @@ test-python%:
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy pipeline model trainer tools docker/grafana/*.py
+	$(BIN)/mypy alexnet_train pipeline model trainer tools setup.py docker/grafana/*.py
 
 # The preset `paper` can also be built from torch's own layers, for comparison.
 bench: demo

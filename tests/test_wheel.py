@@ -200,7 +200,8 @@ def test_no_module_names_another_in_a_string():
                 continue
             for name in names.findall(path.read_text()):
                 module = REPO / name.replace(".", "/")
-                assert not (module.is_dir() or module.with_suffix(".py").exists()), f"{path} names {name}"
+                exists = module.is_dir() or module.with_suffix(".py").exists()
+                assert not exists, f"{path} names {name}"
 
 
 def test_no_document_starts_a_module_that_a_wheel_lacks():
