@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = "alexnet_train"
@@ -30,9 +30,12 @@ def with_moved_imports(source: str) -> str:
     """Return a module's source with changed imports. Raises ValueError if an import has another form."""
     source = _IMPORT.sub(rf"\1{ROOT}.", source)
     for node in ast.walk(ast.parse(source)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
+        else:
+            continue
         for name in names:
             if moved(name) != name:
                 raise ValueError(
@@ -43,6 +46,11 @@ def with_moved_imports(source: str) -> str:
 
 class MovingDistribution(Distribution):
     """What pyproject.toml describes, with moved packages unless the installation is editable."""
+
+    packages: list[str]
+    package_data: dict[str, list[str]]
+    entry_points: dict[str, list[str]]
+    ext_modules: list[Extension]
 
     def parse_config_files(self, *arguments, **options) -> None:
         super().parse_config_files(*arguments, **options)
