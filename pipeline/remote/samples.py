@@ -24,8 +24,8 @@ _SHARE = 8  # the part of what is fetched that goes to such samples, as a diviso
 _FETCHES = 3  # of a sample that does not match its checksum, after which it counts as damaged
 _IDLE_SECONDS = 10.0  # after which a thread without work looks whether it should end
 _HELD_BYTES = 512 << 20  # of samples that no batch has taken yet
-# Largest gap between two samples that are fetched by one request. It takes .3 ms on a link of 200 MB/s, whereas
-# 16 connections with a latency of 50 ms complete a request every 3 ms.
+# Largest gap between two samples that are fetched by one request. It takes .3 ms on a link of 200 MB/s,
+# whereas 16 connections with a latency of 50 ms complete a request every 3 ms.
 _GAP_BYTES = 64 << 10
 _REQUEST_BYTES = 2 << 20  # largest size of such a request
 

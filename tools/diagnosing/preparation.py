@@ -68,7 +68,7 @@ def describe(settings: Settings, dataset: Dataset, data: Data) -> Iterator[Findi
         f"{len(manifest.classes):,} classes; shorter side {manifest.size} px; {size(total)} in "
         f"{len(shards):,} shards",
     )
-    reader.check_window(settings.shuffle_window)
+    reader.check_window(settings.shuffle_window, rank=0, world=1)  # several processes here share the room
     if dataset.storage is not None:
         cache = dataset.storage.cache
         text = f"{cache.folder} may grow to {size(cache.size)}"
