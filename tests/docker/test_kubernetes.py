@@ -260,5 +260,6 @@ def test_a_trainjob_gives_its_pods_what_the_plain_job_does_except_what_kubeflow_
     flags |= {"--rdzv-id": name, "--rdzv-endpoint": "$PET_MASTER_ADDR:$PET_MASTER_PORT"}
     flags["--rdzv-conf"] = flags["--rdzv-conf"].replace("JOB_COMPLETION_INDEX", "PET_NODE_RANK")
     assert torchrun(given) == flags
-    settings_of = [container["args"][0].partition("-m trainer.cli")[2] for container in (given, plain)]
+    settings_of = [container["args"][0].partition("-m alexnet_train")[2] for container in (given, plain)]
+    assert settings_of[1]
     assert settings_of[0] == settings_of[1].replace(MULTI_NODE["metadata"]["name"], name)

@@ -176,7 +176,7 @@ def main() -> None:
         processes = world_size(settings)
         if processes > 1 and not read_ranks().is_launched:
             sys.exit(
-                launch([sys.executable, "-m", "tools.diagnosing.calibration", *sys.argv[1:]], processes, 0)
+                launch([sys.executable, "-m", f"{__package__}.calibration", *sys.argv[1:]], processes, 0)
             )
         calibration = calibrate(settings, begun, seconds)
     except (*REFUSALS, RuntimeError) as error:  # the latter from torch, its compiler or a library

@@ -142,7 +142,7 @@ def _cpu_training(settings: Settings, hardware: dict[str, Any]) -> Iterator[Find
 
 def ask_hardware(device: str) -> tuple[dict[str, Any] | None, list[Finding]]:
     """Return what tools/diagnosing/hardware.py prints, or None and the problem. device: the setting."""
-    ended = run_program([sys.executable, "-m", "tools.diagnosing.hardware", device], _HARDWARE_SECONDS)
+    ended = run_program([sys.executable, "-m", f"{__package__}.hardware", device], _HARDWARE_SECONDS)
     if ended.code == 0:
         return json.loads(ended.output), []
     if ended.code is None:

@@ -44,7 +44,7 @@ def rehearse(arguments: Sequence[str], parent: Path, seconds: float, drawn: bool
         close_quietly(Run(settings.run_folder).begin(settings, manifest))
         ended = run_program(
             [
-                *(sys.executable, "-m", "tools.diagnosing.calibration"),
+                *(sys.executable, "-m", f"{__package__}.calibration"),
                 *(str(result), str(begun), str(seconds), *command_line),
             ],
             _LIMIT_SECONDS + _LIMIT_FACTOR * seconds,
