@@ -1,5 +1,6 @@
 """Show the tables of a run in TensorBoard: write their rows as an event file, too."""
 
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -16,10 +17,11 @@ from trainer.table import Table
 
 
 class EventFile:
-    """The only event file of a folder. Each row of the tables is one event, with a scalar for each column.
+    """The only event file of a folder that is not empty. Each row of the tables is one event in it.
 
-    At each start of a run, a new file is written from the tables, and older ones are deleted. So it has each
-    row exactly once, however the run ended before. Events keep the times at which they were first written.
+    At each start of a run, a new file is written from the tables, and the previous one is emptied. So each row
+    is there exactly once, however the run ended before. Events keep the times at which they were first
+    written. An event has a scalar for each column of its row.
 
     tables: the tables, by the prefix of their tags: `train` gives train/loss. hidden: columns without a tag.
     """
@@ -49,9 +51,12 @@ class EventFile:
         old = sorted(self._folder.glob("*tfevents*"))
         times = {event.step: event.wall_time for path in old for event in _read(path)}
         for path in old:
-            path.unlink()
+            if path.stat().st_size:
+                os.truncate(path, 0)  # a TensorBoard that has it open stops at a deleted file
+            else:
+                path.unlink()
         now = time.time()
-        # A TensorBoard that has read the deleted files forgets their events at this start of a session.
+        # A TensorBoard that has read the earlier events forgets them at this start of a session.
         start = SessionLog(status=SessionLog.START)
         events = [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, session_log=start)]
         for prefix, table in self._tables.items():
