@@ -19,8 +19,8 @@ from trainer.table import Table
 class EventFile:
     """The only event file of a folder that is not empty. Each row of the tables is one event in it.
 
-    At each start of a run, a new file is written from the tables, and the previous one is emptied. So each row
-    is there exactly once, however the run ended before. Events keep the times at which they were first
+    At each start of a run, a new file is written from the tables, and the previous one is emptied. So each
+    row is there exactly once, however the run ended before. Events keep the times at which they were first
     written. An event has a scalar for each column of its row.
 
     tables: the tables, by the prefix of their tags: `train` gives train/loss. hidden: columns without a tag.
