@@ -61,7 +61,6 @@ def edited(path: str, before: str, after: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda checkout: (checkout / "model/lrn.py").unlink(), "the working tree has changes: commit"),
         (lambda checkout: (checkout / "model/new.py").touch(), "the working tree has changes: commit"),
         (
             edited("alexnet_train/__init__.py", __version__, "98.7.6"),
@@ -77,7 +76,7 @@ def edited(path: str, before: str, after: str) -> Callable[[Path], None]:
         ),
         (lambda checkout: shutil.rmtree(checkout / ".git"), "fatal: not a git repository"),
     ],
-    ids=["missing file", "new file", "no section", "no date", "no version", "no git"],
+    ids=["new file", "no section", "no date", "no version", "no git"],
 )
 def test_a_release_is_refused(change, message, checkout):
     (checkout / "dist").mkdir()

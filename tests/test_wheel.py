@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 from email import message_from_string
@@ -19,33 +17,24 @@ import setup
 from alexnet_train import __version__
 from tests.helpers import REPO, TINY, project_copy
 
-DATA_FILES = {".c": False, ".html": True, ".toml": True, ".typed": True}  # whether a wheel has them
-BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+SUFFIXES = (".html", ".py", ".toml", ".typed")  # of what a wheel has
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
 
-def build(source: Path, kind: str, output: Path, **environment: str) -> Path:
-    """Build `sdist` or `wheel` as pip does, but with the setuptools of this environment."""
-    command = [sys.executable, "-c", BUILD, f"build_{kind}", str(output)]
+def build(folder: Path, **environment: str) -> Path:
+    """Build a wheel as pip does, but with the setuptools of this environment."""
+    source = project_copy(folder / "checkout")
+    command = [sys.executable, "-c", BUILD, str(folder)]
     done = subprocess.run(
         command, cwd=source, env=os.environ | environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return output / done.stdout.splitlines()[-1]
+    return folder / done.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """The unpacked sdist, from which the wheels are built."""
-    folder = tmp_path_factory.mktemp("source")
-    sdist = build(project_copy(folder / "checkout"), "sdist", folder)
-    with tarfile.open(sdist) as tar:
-        tar.extractall(folder, filter="data")
-    return folder / f"alexnet_train-{__version__}"
-
-
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
+def wheel(tmp_path_factory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"))
 
 
 def installed(wheel: Path, folder: Path) -> dict[str, str]:
@@ -94,7 +83,7 @@ def test_the_wheel_has_every_module_and_data_file(wheel):
     expected = {str(path.relative_to(REPO)) for path in (REPO / "alexnet_train").glob("*.py")}
     for folder in setup.FOLDERS:
         for path in (REPO / folder).rglob("*"):
-            if path.suffix == ".py" or DATA_FILES.get(path.suffix):
+            if path.suffix in SUFFIXES:
                 expected.add(f"alexnet_train/{path.relative_to(REPO)}")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("alexnet_train/")}
@@ -148,9 +137,8 @@ def test_the_scripts_of_the_wheel_start_what_pyproject_names(wheel):
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_wheel_has_no_kernel_and_works(source, tmp_path):
-    fresh = shutil.copytree(source, tmp_path / "fresh", ignore=shutil.ignore_patterns("build"))
-    wheel = build(fresh, "wheel", tmp_path, CC="false")
+def test_without_a_compiler_the_wheel_has_no_kernel_and_works(tmp_path):
+    wheel = build(tmp_path, CC="false")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
     code = "import torch; from alexnet_train.model.fused import normalise_and_pool as f; "
