@@ -42,7 +42,8 @@ def chart(title: str, lines: Iterable[Line], shown: Callable[[float], str], unit
 
     grid = "".join(f'<path class="grid" d="M{place(0, y)}H{_WIDTH}"/>' for y in rows)
     curves = "".join(
-        f'<polyline class="{line.style}" {line.data} points="{" ".join(place(*p) for p in line.points)}">'
+        f'<polyline class="{line.style}{" dot" if len(line.points) == 1 else ""}" {line.data} '
+        f'points="{" ".join(place(*p) for p in [*line.points, line.points[-1]])}">'
         f"<title>{escape(line.name)}</title></polyline>"
         for line in drawn
     )

@@ -11,7 +11,8 @@ from trainer.monitor.chart import Line, chart, number, percent
 def drawn(html: str) -> list[list[tuple[float, float]]]:
     """Return the points of each curve in SVG units, of which there are 600 × 180."""
     curves = re.findall(r'points="([^"]*)"', html)
-    return [[tuple(map(float, point.split(","))) for point in curve.split()] for curve in curves]
+    # The last point comes twice, so that a curve with a single point is drawn, too.
+    return [[tuple(map(float, point.split(","))) for point in curve.split()[:-1]] for curve in curves]
 
 
 def labels(html: str, axis: str) -> list[str]:
@@ -57,6 +58,13 @@ def test_a_long_curve_is_thinned_to_means():
     (curve,) = drawn(chart("loss", [Line("a", points, "x")], number))
     assert len(curve) == 300
     assert len({y for _, y in curve}) == 1
+
+
+def test_a_single_point_beside_a_curve_is_a_dot():
+    html = chart("error", [Line("a", [(0, 1.0), (2, 1.0)], "x"), Line("b", [(1, 0.51)], "y")], percent)
+    assert drawn(html)[1] == [(300, 90)]
+    assert 'class="y dot"' in html
+    assert 'class="x"' in html
 
 
 @pytest.mark.parametrize("points", [[], [(1, 0.5)], [(0, math.nan), (1, math.nan)]])
