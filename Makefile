@@ -18,7 +18,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' alexnet_train/__init__.py)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' pipeline/__init__.py)
 REVISION = $(shell git describe --always --dirty --abbrev=40 --exclude='*')
 # pillow-simd replaces pillow of the same version.
 PILLOW := 12.1.1
@@ -62,7 +62,7 @@ test-python%:
 lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy alexnet_train pipeline model trainer tools setup.py docker/grafana/*.py
+	$(BIN)/mypy pipeline model trainer tools setup.py docker/grafana/*.py
 
 # The preset `paper` can also be built from torch's own layers, for comparison.
 bench: demo

@@ -5,7 +5,8 @@ must not install such names, because they belong to nobody: PyPI has other distr
 `trainer` or `tools`, and pip would overwrite the files of one with those of the other. So a wheel has
 `alexnet_train.pipeline` and so on, and setup.py changes the import statements of its modules. It does not
 change strings: a module that names another in a string takes the prefix from `__package__`. An editable
-installation is a checkout, and keeps its names.
+installation is a checkout, and keeps its names. Both have the package `alexnet_train` itself, from the folder
+tools/package, for `python -m alexnet_train`.
 """
 
 import ast
@@ -54,10 +55,12 @@ class MovingDistribution(Distribution):
 
     def parse_config_files(self, *arguments, **options) -> None:
         super().parse_config_files(*arguments, **options)
+        self.package_dir = {ROOT: "tools/package"}
         if "editable_wheel" in sys.argv:
+            self.packages.append(ROOT)
             return
-        self.package_dir = {moved(name): name for name in FOLDERS}
-        self.packages = [moved(name) for name in self.packages]
+        self.package_dir |= {moved(name): name for name in FOLDERS}
+        self.packages = [ROOT, *(moved(name) for name in self.packages)]
         self.package_data = {moved(name): patterns for name, patterns in self.package_data.items()}
         for module in self.ext_modules:
             module.name = moved(module.name)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.reader import OutageError
     from pipeline.training import Loader
 
+__version__ = "0.1.0"  # of the whole project
+
 _MODULES = {
     "Batch": "loader",
     "Damage": "checked",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_train import __version__
+from pipeline import __version__
 from tests.helpers import missing, project_copy
 
 TOOLS = ("auditwheel", "check-wheel-contents", "cyclonedx-py", "patchelf", "pyproject-build", "twine")
@@ -63,7 +63,7 @@ def edited(path: str, before: str, after: str) -> Callable[[Path], None]:
     [
         (lambda checkout: (checkout / "model/new.py").touch(), "the working tree has changes: commit"),
         (
-            edited("alexnet_train/__init__.py", __version__, "98.7.6"),
+            edited("pipeline/__init__.py", __version__, "98.7.6"),
             "CHANGELOG.md has no section '## [98.7.6] - YYYY-MM-DD': ",
         ),
         (
@@ -71,8 +71,8 @@ def edited(path: str, before: str, after: str) -> Callable[[Path], None]:
             "CHANGELOG.md has no section",
         ),
         (
-            edited("alexnet_train/__init__.py", "__version__", "VERSION"),
-            "alexnet_train/__init__.py has no line",
+            edited("pipeline/__init__.py", "__version__", "VERSION"),
+            "pipeline/__init__.py has no line",
         ),
         (lambda checkout: shutil.rmtree(checkout / ".git"), "fatal: not a git repository"),
     ],

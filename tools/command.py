@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
-from alexnet_train import __version__
+from pipeline import __version__
 from pipeline.output import secure
 
 

@@ -5,7 +5,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from alexnet_train import __version__
+from pipeline import __version__
 from pipeline.versions import installed_version
 
 _COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import PIL
 
-from alexnet_train import __version__
+from pipeline import __version__
 from pipeline.files import path_in_errors
 from pipeline.packing.codecs import library_versions
 from pipeline.packing.contents import PackingError, contents

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from alexnet_train import __version__
+from pipeline import __version__
 from pipeline.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]

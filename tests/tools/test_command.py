@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alexnet_train import __version__
+from pipeline import __version__
 from tests.helpers import REPO
 from tools import command
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from alexnet_train import __version__
+from pipeline import __version__
 from pipeline.packing import shard
 from tests.helpers import REPO
 from trainer.environment import environment
