@@ -152,7 +152,7 @@ test-all: $(if $(shell command -v npm),.npm/.ready)
 # versions for arm64 are the same, and the hashes are those of all platforms.
 UV_LOCK = $(BIN)/uv pip compile --quiet --custom-compile-command 'make lock' --python-version 3.11 $(UPGRADE)
 IMAGE_LOCK = $(UV_LOCK) --generate-hashes --python-platform x86_64-manylinux_2_28
-PROJECT_LOCK = $(IMAGE_LOCK) --extra s3 --no-emit-package pillow pyproject.toml
+PROJECT_LOCK = $(IMAGE_LOCK) --extra s3 --extra tensorboard --no-emit-package pillow pyproject.toml
 # A page or a folder of torch's CPU builds.
 TORCH_WHEELS ?= $(or $(PIP_FIND_LINKS),https://download.pytorch.org/whl/cpu/torch/)
 lock: setup

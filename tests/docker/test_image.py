@@ -54,7 +54,8 @@ def test_a_lock_file_covers_the_projects_dependencies(name):
     versions = locked(name)
     assert not versions.keys() & locked("pillow").keys()
     versions |= locked("pillow")
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["s3"]):
+    extras = PROJECT["optional-dependencies"]
+    for text in (*PROJECT["dependencies"], *extras["s3"], *extras["tensorboard"]):
         requirement = Requirement(text)
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), text
 
