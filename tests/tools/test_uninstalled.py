@@ -18,7 +18,7 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize(
     "command",
-    [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"], ["-m", "alexnet_train"]],
+    [*([name] for name in COMMANDS), ["-m", "trainer.cli"], ["-m", "tools.command"], ["-m", "tools.package"]],
     ids=" ".join,
 )
 def test_help_works_in_a_clone(command):

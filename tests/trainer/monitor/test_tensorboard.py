@@ -105,7 +105,7 @@ def test_hidden_columns_have_no_tag(table, tmp_path):
 
 
 def test_without_the_package_the_setting_is_refused_in_one_line(packed, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("trainer.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("trainer.preflight.find_spec", lambda name: None)
     assert main(monkeypatch, command(packed, tmp_path / "run", "--tensorboard")) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.endswith("run pip install 'alexnet-train[tensorboard]'")
