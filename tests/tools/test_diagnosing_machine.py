@@ -68,6 +68,16 @@ def test_a_finding_is_shown_with_its_mark_and_below_it_what_to_do(monkeypatch):
     assert arrow == " " * 16 + "→ use another"
 
 
+def test_a_command_is_not_broken_at_its_hyphens(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in range(12):
+        finding = Finding(
+            "dataset", "none", "problem", "now " * words + "alexnet-train make-shards --val-fraction 0.1"
+        )
+        text = "\n".join(rows(finding)).split()
+        assert {"alexnet-train", "make-shards", "--val-fraction"} <= set(text)
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(999, "999 B"), (1000, "1 kB"), (18_370_560, "18.4 MB"), (25.3e9, "25.3 GB"), (4e15, "4e+03 TB")],

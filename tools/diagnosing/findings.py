@@ -140,10 +140,10 @@ def rows(finding: Finding) -> Iterator[str]:
     width = min(max(shutil.get_terminal_size((100, 24)).columns, _WIDTHS[0]), _WIDTHS[1])
     indent = " " * (_SUBJECT + 4)
     head = f"{_MARKS[finding.status]} {finding.subject:{_SUBJECT}}  "
-    yield from textwrap.wrap(finding.text, width, initial_indent=head, subsequent_indent=indent)
+    yield from _wrapped(finding.text, width, head, indent)
     if finding.remedy:
         arrow, below = f"{indent}→ ", f"{indent}  "
-        yield from textwrap.wrap(finding.remedy, width, initial_indent=arrow, subsequent_indent=below)
+        yield from _wrapped(finding.remedy, width, arrow, below)
 
 
 def size(count: float) -> str:
@@ -152,3 +152,15 @@ def size(count: float) -> str:
     while count >= 1000 and len(units) > 1:
         count, _ = count / 1000, units.pop()
     return f"{count:.3g} {units[-1]}"
+
+
+def _wrapped(text: str, width: int, first: str, below: str) -> list[str]:
+    """Wrap a text at spaces only, so that commands and options stay whole."""
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=below,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
