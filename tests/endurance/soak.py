@@ -57,6 +57,9 @@ SERIES = ("resident_bytes", "anonymous_bytes", "shared_bytes", "open_files", "th
 WARM_UP, WINDOW = 0.2, 0.1  # as fractions of the steps
 LEAST = 5  # least number of samples in a window
 CACHE_SHARE = 0.6  # of the dataset, with --bucket
+TRAIN = "from trainer.cli import main; main()"
+# Otherwise the dataset would be kept in memory, and nothing would be fetched after the first epoch.
+NOT_IN_MEMORY = "from pipeline import reader; reader.memory_bytes = lambda: 0; "
 SHORT_STEPS = ["--recipe", "demo", "--crop", "64", "--width", "0.0625", "--batch", "8", "--threads", "1"]
 SHORT_STEPS += ["--log-every", "10", "--checkpoint-steps", "50"]
 
@@ -224,7 +227,8 @@ def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], 
         samples_an_epoch = read_manifest(data).split("train").samples
         epochs = -(-options.steps * batch // samples_an_epoch)
         steps = -(-epochs * samples_an_epoch // batch)
-        command = [sys.executable, "-m", "trainer.cli", *arguments, "--epochs", str(epochs)]
+        program = NOT_IN_MEMORY + TRAIN if options.bucket else TRAIN
+        command = [sys.executable, "-c", program, *arguments, "--epochs", str(epochs)]
         samples = watch(command, port, steps, options.seconds, options.out / "trainer.log")
     grown = growth(samples, steps)
     about = Run(run).starts()[-1]

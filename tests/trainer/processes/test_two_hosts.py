@@ -195,6 +195,5 @@ def test_each_host_fetches_every_shard_once_from_a_bucket_and_learns_as_from_its
     shards = {path.name: path.stat().st_size for path in packed.glob("train-*.tar")}
     for proxy in proxies:
         sent = {Path(path).name: traffic.bytes for path, traffic in proxy.traffic.items()}
-        # In 40 epochs each shard came once. Beside it came samples of the first steps, together with what lies
-        # between them.
+        # In 40 epochs each shard came once, and beside it samples of the first steps with what lies between.
         assert all(size <= sent[name] < 10 * size for name, size in shards.items())
