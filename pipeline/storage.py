@@ -23,6 +23,8 @@ MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 _S3_SECONDS = {"connect_timeout": 15, "read_timeout": 30}
+# By default, all threads of a process share ten, so that samples would wait for the parts of shards.
+_S3_CONNECTIONS = {"max_pool_connections": 64}
 
 
 def absolute(name: str) -> str:
@@ -115,7 +117,7 @@ def file_system(name: str, max_bytes: int | None = None) -> "tuple[AbstractFileS
         return fsspec.filesystem("file"), name
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to it, too
     if name.startswith("s3://"):
-        options["config_kwargs"] = _S3_SECONDS
+        options["config_kwargs"] = _S3_SECONDS | _S3_CONNECTIONS
     if _is_http(name):
         from aiohttp import ClientTimeout
 

@@ -8,13 +8,14 @@ import pytest
 
 import pipeline.remote.requests
 from pipeline.dataset import open_dataset
+from pipeline.remote import fetcher
 from pipeline.remote import samples as module
 from pipeline.remote.counters import Counters
 from pipeline.remote.requests import Requests
 from pipeline.remote.samples import Range, Samples, _neighbours
 from pipeline.retry import StorageError
 from pipeline.shards import checksum
-from pipeline.storage import read_once
+from pipeline.storage import file_system, read_once
 
 CONTENT = np.random.default_rng(0).bytes(5000)
 NAME = "samples.tar"
@@ -116,3 +117,8 @@ def test_a_connection_that_is_closed_because_the_process_ends_is_no_answer(monke
     monkeypatch.setattr("pipeline.storage.file_system", lambda *_: (closed, "x"))
     with pytest.raises(StorageError, match="broken off"):
         read_once("s3://bucket/x", 0, 10)
+
+
+def test_samples_do_not_wait_for_the_connections_of_shards():
+    fs, _ = file_system("s3://bucket/shards")
+    assert fs.config_kwargs["max_pool_connections"] >= fetcher.CONNECTIONS + module.CONNECTIONS
