@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pipeline.reader import OutageError
     from pipeline.training import Loader
 
-__version__ = "0.1.0"  # of the whole project
+# The version of the whole project.
+__version__ = "0.1.0"
 
 _MODULES = {
     "Batch": "loader",
