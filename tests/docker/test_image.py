@@ -204,7 +204,7 @@ EACH_FORMAT = """
 import sys
 from pathlib import Path
 from PIL import Image
-from pipeline.packing.images import FORMATS
+from alexnet_train.pipeline.packing.images import FORMATS
 picture = Image.radial_gradient("L").convert("RGB")
 TIFF = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "packbits", "jpeg", "zstd", "webp", "lzma")
 for split in ("train", "val"):
