@@ -19,10 +19,10 @@ With --bucket, the run reads the dataset from an S3 server on this machine, Seaw
 
 The first fifth of the steps is the warm-up. Growth is the median of a series over the last tenth of the
 steps, compared with the median over the tenth after the warm-up, so what comes and goes with a checkpoint
-does not count. Connections are kept open for a while and used again, so their largest number counts instead,
-compared with that until then. If anything grew by more than --limit, it is named and the exit code is 1. Any
-other option is a setting of `alexnet-train train`. --out must be a new folder; soak.json and soak.png are
-written to it.
+does not count. Of open files and connections the largest number counts instead, compared with that until
+then: a run from a bucket opens shards and closes them, and keeps connections for a while. If anything grew by
+more than --limit, it is named and the exit code is 1. Any other option is a setting of `alexnet-train train`.
+--out must be a new folder; soak.json and soak.png are written to it.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def growth(samples: Samples, steps: int) -> dict[str, dict[str, float]]:
         )
     grown = {}
     for name in SERIES:
-        if name == "connections":
+        if name in ("open_files", "connections"):
             before, after = max(samples[name][: first[-1] + 1]), max(samples[name][n] for n in last)
         else:
             before, after = (median(samples[name][n] for n in window) for window in (first, last))
