@@ -165,7 +165,7 @@ lock: setup
 		$(UV_LOCK) - --generate-hashes --universal --output-file docker/requirements-pillow.txt
 	cp .ci/requirements.txt $(VENV)
 	echo pillow==$(PILLOW) | $(UV_LOCK) pyproject.toml - --universal --extra dev \
-		--constraint docker/requirements-cuda.txt --output-file $(VENV)/requirements.txt
+		--constraint docker/requirements-cuda.txt --no-emit-package triton --output-file $(VENV)/requirements.txt
 	@# An unchanged file keeps its time, after which $(VENV) would be made again.
 	cmp -s $(VENV)/requirements.txt .ci/requirements.txt || cp $(VENV)/requirements.txt .ci
 

@@ -77,7 +77,9 @@ def test_the_versions_of_make_setup_satisfy_every_extra():
     texts = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
     for requirement in map(Requirement, texts):
         versions = [version for name, version in locked if name == canonicalize_name(requirement.name)]
-        assert versions or requirement.name == PROJECT["name"], f"{requirement} is not locked: run make lock"
+        # torch's CUDA build says which triton; its CPU build takes any.
+        if requirement.name not in (PROJECT["name"], "triton"):
+            assert versions, f"{requirement} is not locked: run make lock"
         assert all(map(requirement.specifier.contains, versions)), f"{requirement}: run make lock"
 
 
