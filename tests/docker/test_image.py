@@ -67,6 +67,7 @@ def test_the_lock_files_agree():
     assert build["setuptools"] == cuda["setuptools"]
     assert pillow.pop("pillow-simd").partition(".post")[0] == pillow["pillow"]
     tested = dict(re.findall(r"^([\w.-]+)==([^ \n]+)", CI_LOCK.read_text(), re.MULTILINE))
+    del cuda["triton"]  # which torch's CPU build, of which tests are run, does not ask for
     assert cuda.items() | pillow.items() <= tested.items()
 
 
