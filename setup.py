@@ -4,9 +4,9 @@ In a checkout, the folders of the repository are top-level packages: `from pipel
 must not install such names, because they belong to nobody: PyPI has other distributions that install
 `trainer` or `tools`, and pip would overwrite the files of one with those of the other. So a wheel has
 `alexnet_train.pipeline` and so on, and setup.py changes the import statements of its modules. It does not
-change strings: a module that names another in a string takes the prefix from `__package__`. An editable
-installation is a checkout, and keeps its names. Both have the package `alexnet_train` itself, from the folder
-tools/package, for `python -m alexnet_train`.
+change strings: a module that names another in a string takes the prefix from `pipeline.names` or from
+`__package__`. An editable installation is a checkout, and keeps its names. Both have the package
+`alexnet_train` itself, from the folder tools/package, for `python -m alexnet_train`.
 """
 
 import ast

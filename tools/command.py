@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from pipeline import __version__
+from pipeline.names import ROOT
 from pipeline.output import secure
 
 
@@ -23,8 +24,6 @@ class Command(NamedTuple):
     summary: str
 
 
-# What precedes the name of each package: nothing in a checkout, and `alexnet_train.` in a wheel.
-_ROOT = (__package__ or "").removesuffix("tools")
 TRAINER = "trainer.cli"  # handles its own commands, and trains where none is named
 COMMANDS = {
     "train": Command(TRAINER, "train AlexNet on packed shards, or resume a run"),
@@ -68,7 +67,7 @@ def main() -> None:
     module = COMMANDS[name].module
     if module != TRAINER:
         sys.argv = [f"alexnet-train {name}", *arguments[1:]]  # argparse calls the program by sys.argv[0]
-    import_module(_ROOT + module).main()
+    import_module(ROOT + module).main()
 
 
 def usage() -> str:

@@ -31,8 +31,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.manifest import DatasetError
+from pipeline.names import ROOT
 from pipeline.output import secure
-from tools import experiments
 from tools.experiments import EXPERIMENTS
 from tools.experiments.details import section
 from tools.experiments.record import Record, RecordError
@@ -55,7 +55,7 @@ def main() -> None:
     experiment = parser.parse_args(sys.argv[1:2]).experiment
     if not find_spec("scipy"):
         sys.exit("paper: confidence intervals need scipy: run pip install 'alexnet-train[paper]'")
-    module = import_module(f"{experiments.__name__}.{MODULES.get(experiment, experiment.replace('-', '_'))}")
+    module = import_module(f"{ROOT}tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
     parser = argparse.ArgumentParser(
         prog=f"{program()} {experiment}",

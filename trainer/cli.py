@@ -15,6 +15,7 @@ from pipeline.files import close_quietly, held_open
 from pipeline.locations import location_of
 from pipeline.manifest import DatasetError
 from pipeline.mixture import is_present, read_data
+from pipeline.names import ROOT
 from pipeline.output import printed, secure
 from trainer.initial import with_initial_net
 from trainer.preflight import check_data
@@ -73,7 +74,7 @@ def _train(arguments: Sequence[str]) -> None:
     run = Run(settings.run_folder)
     if world > 1 and not read_ranks().is_launched:
         close_quietly(run.begin(settings, manifest))  # reports errors before any process starts
-        command = [sys.executable, "-m", "alexnet_train", "train", *arguments]
+        command = [sys.executable, "-m", f"{ROOT}trainer.cli", "train", *arguments]
         sys.exit(launch(command, world, settings.max_restarts))
     with nullcontext() if read_ranks().rank else held_open(run.begin(settings, manifest)):
         from trainer.train import train

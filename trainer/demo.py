@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.manifest import MANIFEST_NAME
+from pipeline.names import ROOT
 
 PROGRAM = "alexnet-train"
 
@@ -36,7 +37,7 @@ def _announced(command: Iterable[object]) -> list[str]:
     """Print a command as the user can type it, and return one that also works where nothing is installed."""
     arguments = list(map(str, command))
     print("$", shlex.join([_program(), *arguments]), flush=True)
-    return [sys.executable, "-m", "alexnet_train", *arguments]
+    return [sys.executable, "-m", f"{ROOT}tools.command", *arguments]
 
 
 def _program() -> str:

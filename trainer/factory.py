@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline.names import ROOT
 from trainer.optim import layers_of
 from trainer.settings import Settings, SettingsError
 
 # They hide modules of the same name. In a wheel, only alexnet_train lies at the top.
-_OWN_PACKAGES = ("model", "pipeline", "tools", "trainer") if __package__ == "trainer" else ("alexnet_train",)
+_OWN_PACKAGES = ("model", "pipeline", "tools", "trainer") if not ROOT else (ROOT.strip("."),)
 _SHOWN = 3  # number of names that an error shows
 
 

@@ -1,6 +1,7 @@
 """A clone works if only its dependencies are installed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,12 @@ def test_help_works_in_a_clone(command):
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
+
+
+def test_no_process_is_started_by_a_name_that_only_an_installation_has():
+    for folder in ("model", "pipeline", "tools", "trainer"):
+        for path in (REPO / folder).rglob("*.py"):
+            assert not re.search(r"""["']alexnet_train["']""", path.read_text()), path
 
 
 def test_records_have_the_version_of_the_code_even_if_another_one_is_installed(monkeypatch):

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.machine import cpus
+from pipeline.names import ROOT
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import MEAN, STD, chunk, import_torchvision, make_transform, opened
 from tools.options import count
 
-_ROOT = (__package__ or "").removesuffix("tools.benchmarks")  # what precedes the name of each package
 CHUNK_BYTES = "64MB"  # default of both peers
 
 
@@ -115,7 +115,7 @@ def pack_streaming(job: Job, output: Path) -> None:
 
 # Each loader, and the modules whose import is not measured.
 READERS: dict[str, tuple[Callable[[Remote], Epochs], tuple[str, ...]]] = {
-    "alexnet-train": (ours, ("nvidia.dali.fn", f"{_ROOT}pipeline.training", f"{_ROOT}pipeline.dataset")),
+    "alexnet-train": (ours, ("nvidia.dali.fn", f"{ROOT}pipeline.training", f"{ROOT}pipeline.dataset")),
     "litdata": (litdata, ("litdata",)),
     "streaming": (streaming, ("streaming",)),
 }

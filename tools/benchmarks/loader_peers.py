@@ -24,6 +24,7 @@ from typing import IO, Any
 import torch
 
 from pipeline.machine import cpus
+from pipeline.names import ROOT
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
 from tools.options import count, positive
@@ -63,7 +64,7 @@ class Peer:
     """
 
     def __init__(self, python: Path, name: str, job: Job, seconds: float):
-        if MODULE.startswith("alexnet_train") and str(python) != sys.executable:
+        if ROOT and str(python) != sys.executable:
             raise PeerError("another Python needs a checkout, whose modules it can import")
         self.name, self.seconds = name, seconds
         options = {"data": job.data.resolve(), "batch": job.batch, "crop": job.crop}

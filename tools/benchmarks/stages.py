@@ -19,6 +19,7 @@ import torch
 from model.forms import FORMS
 from pipeline import Dataset, Loader
 from pipeline.loader import graph_options, synthetic_loader
+from pipeline.names import ROOT
 from trainer.build import build_decoding, build_loader
 from trainer.forms import fastest_form
 from trainer.monitor.ceilings import Work, loader_work, measure_throughput, model_work
@@ -248,15 +249,8 @@ class Stages:
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
             given |= {"log_every": 1, "port": 0}
             recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
-            command = [
-                sys.executable,
-                "-m",
-                "alexnet_train",
-                "--recipe",
-                f"{recipe}",
-                "--out",
-                f"{folder}/run",
-            ]
+            command = [sys.executable, "-m", f"{ROOT}trainer.cli"]
+            command += ["--recipe", str(recipe), "--out", f"{folder}/run"]
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or f"{folder}/cache"}
             start, before = time.perf_counter(), self._taken()
             with open(log, "w") as output:

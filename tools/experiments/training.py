@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pipeline.locations import Location, name_of
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
+from pipeline.names import ROOT
 from tools.experiments.record import TrainedRun
 from tools.options import command_line
 from trainer.run import Run
@@ -61,7 +62,7 @@ def train(training: Training, jobs: int = 1) -> dict[str, float]:
         raise DivergedError(f"{folder.name} has diverged, see {log}; delete the log to train it again")
     environment = {"OMP_NUM_THREADS": str(max(1, cpus() // jobs)), **os.environ}
     with open(log, "a") as file:
-        command = [sys.executable, "-m", "alexnet_train", "--out", str(folder), "--port", "0", *settings]
+        command = [sys.executable, "-m", f"{ROOT}trainer.cli", "--out", str(folder), "--port", "0", *settings]
         done = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False)
     if done.returncode:
         last = _last_line(log)
