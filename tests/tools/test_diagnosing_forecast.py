@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.calibrations import MEASURED
 from tools.diagnosing import forecast, rehearsal
 from tools.diagnosing.findings import Finding
 from tools.diagnosing.forecast import Calibration
@@ -16,27 +17,6 @@ def by_subject(findings) -> dict[str, Finding]:
     return {finding.subject: finding for finding in findings}
 
 
-MEASURED = Calibration(
-    processes=1,
-    device="CPU",
-    precision="fp32",
-    notes=["a note"],
-    start_seconds=5.0,
-    loader=1000.0,
-    net=110.0,
-    plain_net=None,
-    training=100.0,
-    slowest=90.0,
-    fastest=105.0,
-    step_seconds=1.28,
-    verdict="compute-bound",
-    evaluation_seconds=2.0,
-    checkpoint_bytes=10**8,
-    checkpoint_delay=0.5,
-    checkpoint_seconds=3.5,
-    memory_bytes=2 * 10**9,
-    gpu_memory=None,
-)
 DATA = Data(train=5000, val=400, image_bytes=20_000.0, stays_in_memory=True, cold=5e6)
 
 

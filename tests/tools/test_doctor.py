@@ -3,15 +3,16 @@
 import json
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.calibrations import MEASURED
 from tests.helpers import TINY
 from tools import doctor
 from tools.diagnosing import machine, rehearsal
 from tools.diagnosing.findings import Ended
-from tools.diagnosing.forecast import Calibration
 
 CPU = {"cuda": None, "precision": "fp32", "kernel": True, "gpus": 0, "nvml": {"error": "not found"}}
 
@@ -58,27 +59,7 @@ def test_without_a_dataset_drawn_pictures_are_measured_and_nothing_is_left(call,
 
 @pytest.mark.slow
 def test_the_real_machine_is_asked_and_a_run_on_a_dataset_is_foretold(call, packed, tmp_path, monkeypatch):
-    measured = Calibration(
-        processes=1,
-        device="CPU",
-        precision="fp32",
-        notes=[],
-        start_seconds=5.0,
-        loader=1000.0,
-        net=12.0,
-        plain_net=None,
-        training=10.0,
-        slowest=9.0,
-        fastest=11.0,
-        step_seconds=1.2,
-        verdict="compute-bound",
-        evaluation_seconds=2.0,
-        checkpoint_bytes=2_000_000,
-        checkpoint_delay=1.0,
-        checkpoint_seconds=2.0,
-        memory_bytes=10**9,
-        gpu_memory=None,
-    )
+    measured = replace(MEASURED, training=10.0, checkpoint_delay=1.0, checkpoint_seconds=2.0)
     monkeypatch.setattr(doctor, "rehearse", lambda *_, drawn: (measured, 20))
     arguments = ("--data", packed, "--out", tmp_path / "runs" / "a", "--port", "0", *TINY)
     done = call(doctor.main, *arguments)

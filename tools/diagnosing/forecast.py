@@ -33,11 +33,11 @@ class Calibration:
 
     Images/s are those of all processes together. loader, net: the loader and the training step, each on its
     own. plain_net: the same step without --compile, if the settings have it. training: real steps, of which
-    the slowest and the fastest fifth are given, too. step_seconds: of one of them. verdict: that of
-    the trainer. start_seconds: from the
-    command to the first step. evaluation_seconds: for the whole validation set. checkpoint_delay: seconds by
-    which saving delays training. checkpoint_seconds: until it is on the disk. memory_bytes: the largest
-    resident memory of a process. gpu_memory: share of the GPU's memory in use, if there is one.
+    the slowest and the fastest fifth are given, too. step_seconds: of one of them. verdict: that of the
+    trainer. start_seconds: from the command to the first step. evaluation_seconds: for the whole validation
+    set. checkpoint_delay: seconds by which saving delays training. checkpoint_seconds: until it is on the
+    disk. memory_bytes: the largest resident memory of a process. gpu_memory: share of the GPU's memory in
+    use, if there is one.
     """
 
     processes: int

@@ -73,9 +73,7 @@ COLUMNS = (
     Column("epoch", "epochs done", lambda run: run.epoch, lambda value: f"{value:.2f}", True),
     Column("state", "state", lambda run: run.state, is_text=True),
     Column("rate", "images/s", lambda run: run.images_per_second, lambda value: f"{value:,.1f}", True),
-    Column(
-        "time", "training time", lambda run: run.training_seconds, lambda value: duration(float(value)), True
-    ),
+    Column("time", "training time", lambda run: run.training_seconds, _duration, True),
     Column("changed", "last change", lambda run: run.changed, _time, True),
     Column("loss", "validation loss", lambda run: _of(run.last, "loss"), lambda value: f"{value:.3f}"),
     Column(

@@ -5,13 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.documents import ContentError
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.printable import in_line
-from pipeline.spec import SpecError
-from trainer.monitor.summary import Summary, read_summary
-from trainer.run import BEFORE_SETTINGS, LOCK, SETTINGS, RunError
-from trainer.settings import SettingsError
+from trainer.monitor.summary import UNREADABLE, Summary, read_summary
+from trainer.run import BEFORE_SETTINGS, LOCK, SETTINGS
 
 
 class Found(NamedTuple):
@@ -33,7 +30,7 @@ def find(folders: Iterable[Path]) -> Found:
         for folder in _candidates(given, problems):
             try:
                 runs.setdefault(folder.resolve(), read_summary(folder))
-            except (SettingsError, RunError, SpecError, ContentError) as error:
+            except UNREADABLE as error:
                 problems.append(in_line(str(error)))
             except OSError as error:
                 problems.append(in_line(f"{error.filename or folder}: {error.strerror or error}"))

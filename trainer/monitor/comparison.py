@@ -4,14 +4,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.documents import ContentError
 from pipeline.printable import in_line
-from pipeline.spec import SpecError
-from trainer.monitor.summary import Summary, begun_at, differences, read_summary, shown_setting
-from trainer.run import Run, RunError
-from trainer.settings import Settings, SettingsError
-
-_UNREADABLE = (SettingsError, RunError, SpecError, ContentError, OSError)
+from trainer.monitor.summary import UNREADABLE, Summary, begun_at, differences, read_summary, shown_setting
+from trainer.run import Run
+from trainer.settings import Settings
 
 
 class Earlier(NamedTuple):
@@ -31,11 +27,11 @@ def find_earlier(run: Run, settings: Settings) -> tuple[Earlier | None, str]:
     if settings.compare is not None:
         try:
             summary = read_summary(settings.compare)
-        except _UNREADABLE as error:
+        except (*UNREADABLE, OSError) as error:
             return None, in_line(f"not compared with {settings.compare}: {error}")
         return _compared(recorded, summary), ""
     for folder in _beside(run.folder):
-        with suppress(*_UNREADABLE):
+        with suppress(*UNREADABLE, OSError):
             theirs = Run(folder).recorded_settings()
             if all(theirs.get(name) == recorded.get(name) for name in ("recipe", "dataset")):
                 summary = read_summary(folder)

@@ -24,10 +24,10 @@ from trainer.run import Run
 from trainer.settings import Settings
 from trainer.validation import Validated
 
-_NAME = 40  # the most characters of a class's name on the live page
-
 if TYPE_CHECKING:
     from trainer.monitor.tensorboard import EventFile  # its package is optional
+
+_NAME = 40  # the most characters of a class's name on the live page
 
 
 class Journal:

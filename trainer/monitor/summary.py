@@ -10,12 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.spec import NET_NAME, NetSpec
-from trainer.run import REPORT, SETTINGS, Run
+from pipeline.documents import ContentError
+from pipeline.spec import NET_NAME, NetSpec, SpecError
+from trainer.run import REPORT, SETTINGS, Run, RunError
 from trainer.setting_sources import read_recipe
 from trainer.settings import CHANGEABLE, Settings, SettingsError
 
 Row = Mapping[str, float]
+UNREADABLE = SettingsError, RunError, SpecError, ContentError  # what read_summary raises, besides OSError
 TOP5_CLASSES = 6  # the fewest classes for which the top-5 error is shown; with fewer, it is always 0
 
 
