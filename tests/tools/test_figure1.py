@@ -75,6 +75,21 @@ def test_the_epoch_of_the_target_is_interpolated_between_epochs():
     assert not is_over([], 0.25)
 
 
+def test_a_curve_is_given_up_once_a_straight_line_misses_the_deadline():
+    def falling(by: float) -> list[float]:
+        return [0.6 - by * epoch for epoch in range(6)]
+
+    # At the middle of the sixth epoch, 5.5, the error is .6 - 5·fall and falls on by 10·fall until 15.5.
+    assert not is_over(falling(0.024), 0.25, 15.5)  # to .24
+    assert is_over(falling(0.023), 0.25, 15.5)  # to .255
+    assert is_over(falling(-0.01), 0.25, 15.5)  # it rises
+    assert not is_over([0.8] * 5, 0.25, 15.5)  # too short for a line
+    assert is_over([0.8] * 5, 0.25, 4.5)  # late
+    assert is_over([0.3, 0.28, 0.27, 0.26, 0.26, 0.29], 0.25, 4)
+    assert is_over([math.nan], 0.25, 15.5)
+    assert is_over([0.2], 0.25, 15.5)
+
+
 def learnable() -> Images:
     """Images of two classes of noise, dark and bright."""
     labels = np.arange(60) % 2
@@ -103,17 +118,16 @@ def test_a_run_that_diverges_ends(tmp_path):
 
 def test_learning_rates_that_cannot_win_are_given_up(tmp_path, monkeypatch):
     falls = {0.1: [math.nan], 0.03: [0.6, 0.4, 0.3, 0.2], 0.01: [0.7, 0.5, 0.2], 0.003: [0.8] * 9}
-    requested = []
 
-    def learn(_images, trial, _folder, _batch, _target, epochs):
-        requested.append((trial.rate, epochs))
-        return falls[trial.rate][:epochs]
+    def learn(_images, _net, optimizer, _batch, draw):
+        return falls[optimizer.param_groups[0]["lr"]][draw[1]]
 
-    monkeypatch.setattr(four_layers, "train", learn)
+    monkeypatch.setattr(four_layers, "_epoch", learn)
     options = argparse.Namespace(rates=list(falls), epochs=9, target=25.0, batch=128)
-    tried = Sweep(options, None, tmp_path).try_rates("relu")
+    tried = Sweep(options, learnable(), tmp_path).try_rates("relu")
     assert fastest(tried, 25.0) == 0.01
-    assert requested == [(0.1, 9), (0.03, 9), (0.01, 4), (0.003, 3)]
+    # The third rate came to 25 % after 2.3 epochs, and the middle of the fourth's third epoch is at 2.5.
+    assert [len(errors) for errors in tried.values()] == [1, 4, 3, 3]
     assert table({"relu": tried}, 25.0).splitlines()[1:] == [
         "|---|---|---|---|---|",
         "| ReLU | 80.0% after 3 | 2.3 epochs | 3.0 epochs | diverged |",

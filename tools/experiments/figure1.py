@@ -3,10 +3,11 @@
     alexnet-train paper figure1 --data shards
 
 The training images are reduced to 32 px, as in CIFAR-10, and learned without regularisation. For each
-activation, the learning rates of --rates are tried in order with the first seed; a rate is given up once it
-needs more epochs than the best so far. The rate that reaches --target first is then trained with the other
-seeds. Images are kept in memory, 3 KB each. Finished runs are not repeated, and interrupted ones resume.
-On CIFAR-10 itself, an epoch takes a CPU core less than a minute.
+activation, the learning rates of --rates are tried in order with the first seed. A rate is given up once it
+would need more epochs than the best so far even if its error went on falling as fast as it does. The rate
+that reaches --target first is then trained with the other seeds. Images are kept in memory, 3 KB each.
+Finished runs are not repeated, and interrupted ones resume. On CIFAR-10 itself, an epoch takes a CPU core
+about a minute.
 """
 
 import argparse
@@ -139,17 +140,20 @@ class Sweep:
         tried: Tried = {}
         for rate in self.options.rates:
             best = min((epochs_to(errors, self.target) for errors in tried.values()), default=math.inf)
-            # A rate that needs more epochs than this is slower than the best so far.
-            enough = min(self.options.epochs, math.ceil(min(best, self.options.epochs) + 0.5))
-            tried[rate] = self.train(enough, activation, rate, 0)
+            tried[rate] = self.train(self.options.epochs, activation, rate, 0, best)
         return tried
 
-    def train(self, epochs: int, activation: str, rate: float, seed: int) -> list[float]:
-        """Return the training errors of a run until the target is reached, of at most so many epochs."""
+    def train(
+        self, epochs: int, activation: str, rate: float, seed: int, deadline: float = math.inf
+    ) -> list[float]:
+        """Return the training errors of a run until the target is reached, of at most so many epochs.
+
+        deadline: the number of epochs in which the run must reach the target, lest it is given up.
+        """
         from tools.experiments.four_layers import Trial, epochs_to, train
 
         trial = Trial(activation, rate, seed)
-        errors = train(self.images, trial, self.folder, self.options.batch, self.target, epochs)
+        errors = train(self.images, trial, self.folder, self.options.batch, self.target, epochs, deadline)
         reached = epochs_to(errors, self.target)
         came = f"{self.options.target:g} % after {reached:.1f}" if reached < math.inf else "given up"
         print(f"{trial}: {came}, training error {errors[-1]:.1%} after {len(errors)} epochs", flush=True)

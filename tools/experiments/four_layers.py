@@ -17,6 +17,7 @@ from pipeline.reader import ShardReader
 
 SIDE = 32  # pixels of an image's side, as in CIFAR-10
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+_SPAN = 5  # epochs over which it is measured how fast the training error falls
 DEVIATIONS = 0.0001, 0.01, 0.01, 0.01  # standard deviations of the initial weights, by layer
 
 
@@ -102,11 +103,20 @@ class Trial:
         return f"{self.activation}-{self.rate:g}-{self.seed}"
 
 
-def train(images: Images, trial: Trial, folder: Path, batch: int, target: float, epochs: int) -> list[float]:
+def train(
+    images: Images,
+    trial: Trial,
+    folder: Path,
+    batch: int,
+    target: float,
+    epochs: int,
+    deadline: float = math.inf,
+) -> list[float]:
     """Train until the training error is at most `target`; return the error (0 to 1) of each epoch.
 
     An epoch's error is measured while it trains. There are at most `epochs` errors; the last one is NaN if
-    training diverged. The state is saved in `folder` after each epoch, and training resumes from it.
+    training diverged. A run that cannot reach the target by `deadline`, in epochs, is given up. The state is
+    saved in `folder` after each epoch, and training resumes from it.
     """
     device = images.labels.device
     net = four_layers(images.classes, trial.activation, trial.seed).to(device)
@@ -119,12 +129,15 @@ def train(images: Images, trial: Trial, folder: Path, batch: int, target: float,
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
         errors = kept["errors"]
-    while len(errors) < epochs and not is_over(errors, target):
-        errors.append(_epoch(images, net, optimizer, batch, (trial.seed, len(errors))))
-        state = {"errors": errors, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic_write(path) as file:
-            torch.save(state, file)
-    return errors[:epochs]
+    done = 0
+    while done < epochs and not is_over(errors[:done], target, deadline):
+        if done == len(errors):
+            errors.append(_epoch(images, net, optimizer, batch, (trial.seed, done)))
+            state = {"errors": errors, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            with atomic_write(path) as file:
+                torch.save(state, file)
+        done += 1
+    return errors[:done]
 
 
 def _epoch(
@@ -147,9 +160,21 @@ def _epoch(
     return float(misses) / len(images) if torch.isfinite(loss) else math.nan
 
 
-def is_over(errors: list[float], target: float) -> bool:
-    """Say whether the last error is at most the target, or NaN."""
-    return bool(errors) and not errors[-1] > target
+def is_over(errors: list[float], target: float, deadline: float = math.inf) -> bool:
+    """Say whether the last error is at most the target, or NaN, or too large to reach it by the deadline.
+
+    deadline: in epochs. A curve flattens at a constant learning rate, so one that would miss the deadline
+    even if it went on falling as over its last epochs is given up.
+    """
+    if not errors or not errors[-1] > target:
+        return bool(errors)
+    remaining = deadline - (len(errors) - 0.5)
+    if remaining <= 0:
+        return True
+    if len(errors) <= _SPAN or math.isinf(deadline):
+        return False
+    fall = (errors[-1 - _SPAN] - errors[-1]) / _SPAN
+    return errors[-1] - fall * remaining > target
 
 
 def epochs_to(errors: list[float], target: float) -> float:
