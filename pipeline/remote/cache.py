@@ -69,6 +69,11 @@ class Partial:
                 count = os.pwrite(self._file, view, offset)
                 view, offset = view[count:], offset + count
 
+    def read(self, offset: int, size: int) -> bytes:
+        """Read what has been written."""
+        with path_in_errors(self._partial):
+            return os.pread(self._file, size, offset)
+
     def publish(self, sha256: str) -> bool:
         """Give the shard its final name, if the bytes have this hash; return whether they do."""
         with path_in_errors(self._partial), open(self._file, "rb", closefd=False) as file:

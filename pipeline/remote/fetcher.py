@@ -3,49 +3,29 @@
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Set
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.manifest import DatasetError
-from pipeline.remote.cache import Cache, CacheFullError, Partial, RemoteShard
+from pipeline.remote.cache import Cache, CacheFullError, RemoteShard, Room
 from pipeline.remote.counters import Counters
+from pipeline.remote.download import Download
 from pipeline.remote.priorities import Priorities
 from pipeline.remote.requests import MISMATCH, ClosedError, LostError, Requests
 
 CONNECTIONS = 8
-PART_BYTES = 8 << 20  # size of a request
+# Sizes of a request. On a slow link, parts are short, so that few samples are fetched by themselves although
+# they are on their way; on a fast one, latency counts less the longer the parts are.
+LEAST_PART_BYTES, PART_BYTES = 256 << 10, 8 << 20
+_PART_SECONDS = 0.5
+_REQUEST_SECONDS = 0.03  # what a request takes besides its bytes, roughly
+_FIRST_RATE = 2e6  # bytes per second of a connection, before any has been measured
+_WAIT_SECONDS = 5.0  # for bytes that another thread fetches, before they are fetched once more
+_OPEN = 64  # the number of incomplete shards up to which samples may begin further ones
 _FETCHES = 3  # of a shard that does not match its checksum, after which it counts as lost
 _IDLE_SECONDS = 1.0  # after which threads without work look again: other processes fetch and evict, too
 _CLOSE_SECONDS = 2.0  # how long to wait for threads to end: a request cannot be interrupted
-
-
-@dataclass
-class _Download:
-    """A shard that is being fetched, in parts.
-
-    offsets: of the parts that nobody fetches yet. missing: number of parts that have not been written.
-    users: number of threads that fetch a part. is_given_up: whether it is to be discarded, once they have
-    ended.
-    """
-
-    shard: RemoteShard
-    partial: Partial
-    offsets: deque[int] = field(default_factory=deque)
-    missing: int = 0
-    users: int = 0
-    is_given_up: bool = False
-
-    def begin(self) -> None:
-        """Have all parts fetched."""
-        self.offsets.extend(range(0, self.shard.record.bytes, PART_BYTES))
-        self.missing = len(self.offsets)
-
-    def take(self) -> int:
-        """Return the offset of the next part, which the caller fetches."""
-        self.users += 1
-        return self.offsets.popleft()
 
 
 class Fetcher:
@@ -61,7 +41,8 @@ class Fetcher:
         self.changed = threading.Condition(threading.RLock())
         self.lost: dict[Path, str] = {}
         self.problems: dict[Path, Exception] = {}
-        self._downloads: dict[Path, _Download] = {}
+        self._downloads: dict[Path, Download] = {}
+        self._rate = _FIRST_RATE
         self._mismatches: Counter[Path] = Counter()
         self._idle_until = 0.0
         self._threads: list[threading.Thread] = []
@@ -100,73 +81,167 @@ class Fetcher:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
 
+    def read_through(self, url: str, start: int, stop: int) -> bytes | None:
+        """Return bytes of a shard that is wanted, and keep them, with the rest of their blocks, in its file.
+
+        Returns None if they cannot be kept. Raises FatalError and ClosedError.
+        """
+        with self.changed:
+            download = self._join(url)
+            if download is None:
+                return None
+            part = download.claim(start, stop)
+        failure = None
+        try:
+            if part is not None:
+                self._fetch(download, part)
+            with self.changed:
+                if not self.changed.wait_for(lambda: download.has(start, stop), _WAIT_SECONDS):
+                    return None
+            return download.partial.read(start, stop - start)
+        except LostError:
+            return None
+        except OSError as error:
+            failure = error
+            return None
+        finally:
+            if part is not None:
+                with self.changed:
+                    download.release(part)
+            self._leave(download, failure)
+
+    def is_here(self, url: str) -> bool:
+        """Return whether a wanted shard has arrived, so that it can be opened now or once it is checked."""
+        shard, _ = self.priorities.wanted_shard(url)
+        if shard is None:
+            return False
+        download = self._downloads.get(shard.path)
+        return download.is_complete if download is not None else shard.path.exists()
+
+    def distrust(self, url: str, start: int, stop: int) -> None:
+        """Have bytes of a shard that is not complete fetched again, because they are damaged."""
+        with self.changed:
+            download = self._join(url)
+            if download is None:
+                return
+            download.distrust(start, stop)
+        self._leave(download)
+
+    def _join(self, url: str) -> Download | None:
+        """Begin to use the download of a wanted shard, which is begun if it can be; None if it cannot."""
+        shard, room = self.priorities.wanted_shard(url)
+        if shard is None or shard.path in self.priorities.present or shard.path in self.lost:
+            return None
+        download = self._downloads.get(shard.path)
+        if download is None and len(self._downloads) < _OPEN:
+            try:
+                download = self._begin(shard, room)
+            except (CacheFullError, OSError):
+                return None
+            self.wake()
+        if download is None or download.is_complete or download.is_over:
+            return None
+        download.users += 1
+        return download
+
     def _work(self) -> None:
         while not self.requests.closed.is_set():
             with self.changed:
-                part = self._next_part()
-                if part is None:
+                found = self._next_part()
+                if found is None:
                     self.changed.wait(_IDLE_SECONDS)
                     continue
-            download, offset = part
+            download, part = found
+            begun, failure = time.monotonic(), None
             try:
-                self._fetch_part(download, offset)
+                self._fetch(download, part)
             except (ClosedError, LostError, DatasetError, OSError) as error:
-                with self.changed:
-                    self._give_up(download, error)
-            finally:
-                with self.changed:
-                    download.users -= 1
-                    if download.is_given_up and not download.users:
-                        download.partial.discard()
+                failure = error
+            self._leave(download, failure)
+            self._rate = len(part) / (time.monotonic() - begun)
 
-    def _next_part(self) -> tuple[_Download, int] | None:
+    def _next_part(self) -> tuple[Download, range] | None:
         """Return what to fetch next, or None if there is nothing, or no room for it."""
         for download in self._downloads.values():
-            if download.offsets:
-                return download, download.take()
+            if part := self._part_of(download):
+                return download, part
         if time.monotonic() < self._idle_until:
             return None
         started = self._start_download()
-        if started is not None:
-            return started, started.take()
+        if started is not None and (part := self._part_of(started)):
+            return started, part
         self._idle_until = time.monotonic() + _IDLE_SECONDS / 2
         return None
 
-    def _start_download(self) -> _Download | None:
+    def _part_of(self, download: Download) -> range | None:
+        """Return the next part of a download, which this thread uses from now on; None if there is none."""
+        if download.is_over:
+            return None
+        limit = min(PART_BYTES, max(LEAST_PART_BYTES, int(self._rate * _PART_SECONDS)))
+        part = download.next_part(limit, int(self._rate * _REQUEST_SECONDS))
+        if part is not None:
+            download.users += 1
+        return part
+
+    def _start_download(self) -> Download | None:
         """Begin with the most urgent shard that no process is fetching, if there is room for it."""
         for shard, room in self.priorities.order():
             if shard.path in self._downloads or shard.path in self.lost:
                 continue
             try:
-                partial = self.cache.begin(shard.path, shard.record.bytes, room)
+                download = self._begin(shard, room)
             except (CacheFullError, OSError) as error:
                 self.problems[shard.path] = error
                 return None
             self.problems.pop(shard.path, None)
-            if partial is not None:
-                download = self._downloads[shard.path] = _Download(shard, partial)
-                download.begin()
+            if download is not None:
                 return download
             if shard.path.exists():
                 self._arrived(shard.path)
         return None
 
-    def _fetch_part(self, download: _Download, offset: int) -> None:
-        """Fetch a part, and publish the shard if it was the last one."""
-        shard = download.shard
-        data = self.requests.read(shard.url, offset, min(PART_BYTES, shard.record.bytes - offset))
+    def _begin(self, shard: RemoteShard, room: Room) -> Download | None:
+        partial = self.cache.begin(shard.path, shard.record.bytes, room)
+        if partial is None:
+            return None
+        download = self._downloads[shard.path] = Download(shard, partial)
+        return download
+
+    def _fetch(self, download: Download, part: range) -> None:
+        """Fetch a part into the file. Raises as `Requests.read` does, and OSError if it cannot be written."""
+        data = self.requests.read(download.shard.url, part.start, len(part))
         with self.changed:
             self.counters.bytes_fetched += len(data)
-            if download.is_given_up:
-                return
-        download.partial.write(data, offset)
+        download.partial.write(data, part.start)
         with self.changed:
-            download.missing -= 1
-            if download.missing or download.is_given_up:
+            download.arrived(part)
+            self.changed.notify_all()
+
+    def _leave(self, download: Download, failure: Exception | None = None) -> None:
+        """End this thread's use of a download. The last one publishes it if it is complete, and discards it
+        if it has been given up.
+        """
+        with self.changed:
+            if failure is not None:
+                self._give_up(download, failure)
+            if download.users > 1 or download.is_over or not download.is_complete:
+                download.users -= 1
+                if download.is_over and not download.users:
+                    download.partial.discard()
                 return
+        try:
+            self._publish(download)
+        except (LostError, OSError) as error:
+            failure = error
+        self._leave(download, failure)
+
+    def _publish(self, download: Download) -> None:
+        """Give a shard its name, or have it fetched again if it does not match its checksum."""
+        shard = download.shard
         matches = download.partial.publish(shard.record.sha256)
         with self.changed:
             if matches:
+                download.is_over = True
                 self._downloads.pop(shard.path, None)
                 self._mismatches.pop(shard.path, None)
                 self.counters.shards_fetched += 1
@@ -176,15 +251,14 @@ class Fetcher:
             if self._mismatches[shard.path] >= _FETCHES:
                 raise LostError(MISMATCH)
             self.requests.count_retry()
-            download.begin()
+            download.restart()
 
     def _arrived(self, path: Path) -> None:
         self.priorities.present.add(path)
         self.changed.notify_all()
 
-    def _give_up(self, download: _Download, error: Exception) -> None:
-        download.is_given_up = True
-        download.offsets.clear()
+    def _give_up(self, download: Download, error: Exception) -> None:
+        download.is_over = True
         self._downloads.pop(download.shard.path, None)
         if isinstance(error, LostError):
             self.lost[download.shard.path] = str(error)

@@ -29,6 +29,7 @@ class Priorities:
         self.present: set[Path] = set()
         self._uses: dict[str, tuple[Sequence[RemoteShard | None], Uses]] = {}
         self._order: list[RemoteShard] | None = None  # by distance; None if it must be computed
+        self._wanted_by_url: dict[str, RemoteShard] = {}
         self._known: frozenset[Path] = frozenset()
         self._farthest: list[Path] = []
         self._spare: list[Path] = []  # those that are not wanted, the farthest first
@@ -47,6 +48,11 @@ class Priorities:
         """Return the size of the shards behind URLs of all splits but one, in bytes."""
         others = (shards for other, (shards, _) in self._uses.items() if other != split)
         return sum(shard.record.bytes for shards in others for shard in shards if shard is not None)
+
+    def wanted_shard(self, url: str) -> tuple[RemoteShard | None, Room]:
+        """Return a shard, if it is wanted, and what may be evicted for it."""
+        self.update()
+        return self._wanted_by_url.get(url), Room(self._known, self._spare)
 
     def update(self) -> None:
         """Compute the order again if the uses have changed."""
@@ -84,7 +90,9 @@ class Priorities:
                 if shard is not None and distance <= found.get(shard.path, (math.inf,))[0]:
                     found[shard.path] = distance, shard
         order = sorted(found.values(), key=lambda entry: entry[0])
-        self.wanted = frozenset(shard.path for distance, shard in order[:soon] if distance < math.inf)
+        wanted = [shard for distance, shard in order[:soon] if distance < math.inf]
+        self._wanted_by_url = {shard.url: shard for shard in wanted}
+        self.wanted = frozenset(shard.path for shard in wanted)
         self._known = frozenset(found)
         self._farthest = [shard.path for _, shard in reversed(order)]
         self._spare = [path for path in self._farthest if path not in self.wanted]

@@ -14,13 +14,13 @@ import numpy as np
 
 from pipeline.manifest import DatasetError, Split
 from pipeline.remote.cache import RemoteShard
-from pipeline.remote.counters import Counters
-from pipeline.remote.requests import MISMATCH, ClosedError, LostError, Requests
+from pipeline.remote.fetcher import Fetcher
+from pipeline.remote.requests import MISMATCH, ClosedError, LostError
 from pipeline.shards import checksum, read_checksums
 
 CONNECTIONS = 16
-START_BYTES = 256 << 20  # of samples that are fetched before their shards, besides the share of all bytes
-_SHARE = 8  # the part of what is fetched that goes to such samples, as a divisor: shards should not be slowed
+START_BYTES = 256 << 20  # of samples that come again with their shards, besides the share of all bytes
+_SHARE = 8  # the part of what is fetched that such samples may be, as a divisor: shards should not be slowed
 _FETCHES = 3  # of a sample that does not match its checksum, after which it counts as damaged
 _IDLE_SECONDS = 10.0  # after which a thread without work looks whether it should end
 _HELD_BYTES = 512 << 20  # of samples that no batch has taken yet
@@ -50,11 +50,12 @@ class Samples:
     sample, or why it cannot be had, as a predicate. problem: why requests can never succeed, if that is so.
     """
 
-    def __init__(self, requests: Requests, counters: Counters, changed: threading.Condition):
-        self.requests, self.counters, self.changed = requests, counters, changed
+    def __init__(self, fetcher: Fetcher):
+        self.fetcher, self.changed = fetcher, fetcher.changed
+        self.requests, self.counters = fetcher.requests, fetcher.counters
         self.found: dict[Range, bytes | str] = {}
         self.problem: Exception | None = None
-        self.bytes_requested = 0
+        self.bytes_unkept = 0  # which come again with their shards
         self._waiting: deque[list[Range]] = deque()
         self._known: set[Range] = set()  # those that are waiting, being fetched, or found
         self._threads: list[threading.Thread] = []
@@ -63,9 +64,7 @@ class Samples:
         """Have samples fetched, unless they have been requested. The lock must be held."""
         new = set(ranges) - self._known
         self._known |= new
-        for group in _neighbours(new):
-            self._waiting.append(group)
-            self.bytes_requested += group[-1].end - group[0].offset
+        self._waiting.extend(_neighbours(new))
         self._start()
         self.changed.notify_all()
 
@@ -92,7 +91,7 @@ class Samples:
     def room(self) -> int:
         """The number of bytes that may be requested without slowing the shards down."""
         held = sum(part.size for part in self._known)
-        allowed = START_BYTES + self.counters.bytes_fetched // _SHARE - self.bytes_requested
+        allowed = START_BYTES + self.counters.bytes_fetched // _SHARE - self.bytes_unkept
         return min(allowed, _HELD_BYTES - held)
 
     def take(self, part: Range) -> bytes | str | None:
@@ -115,6 +114,10 @@ class Samples:
                     self.changed.wait(_IDLE_SECONDS)
                     continue
                 group = [part for part in self._waiting.popleft() if part in self._known]
+                if group and self.fetcher.is_here(group[0].url):  # its reader opens it
+                    self._known.difference_update(group)
+                    self.changed.notify_all()
+                    continue
             try:
                 found = self._fetch(group) if group else {}
             except ClosedError:
@@ -131,7 +134,15 @@ class Samples:
 
     def _fetch(self, group: list[Range]) -> dict[Range, bytes | str]:
         """Return the bytes of each sample of a group, or why it cannot be had."""
-        found = self._read(group)
+        url, start, stop = group[0].url, group[0].offset, group[-1].end
+        data = self.fetcher.read_through(url, start, stop)
+        if data is None:
+            found = self._read(group)
+        else:
+            found = self._matching(group, data)
+            for part in group:
+                if part not in found:
+                    self.fetcher.distrust(url, part.offset, part.end)
         for _ in range(_FETCHES - 1):
             for part in group:
                 if part not in found:
@@ -149,13 +160,19 @@ class Samples:
             data = self.requests.read(group[0].url, start, group[-1].end - start)
         except LostError as error:
             return {group[0]: str(error)} if len(group) == 1 else {}
-        found: dict[Range, bytes | str] = {}
+        with self.changed:
+            self.counters.bytes_fetched += len(data)
+            self.bytes_unkept += len(data)
+        return self._matching(group, data)
+
+    def _matching(self, group: list[Range], data: bytes) -> dict[Range, bytes | str]:
+        """Return the samples that match their checksums. data: from the first one to the last."""
+        start, found = group[0].offset, dict[Range, bytes | str]()
         for part in group:
             content = data[part.offset - start : part.end - start]
             if checksum(content) == part.checksum:
                 found[part] = content
         with self.changed:
-            self.counters.bytes_fetched += len(data)
             self.counters.samples_by_range += len(found)
         return found
 

@@ -49,7 +49,7 @@ class RemoteStorage:
         requests = Requests(warn, self.counters)
         self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
         self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
-        self.samples = Samples(requests, self.counters, self.fetcher.changed)
+        self.samples = Samples(self.fetcher)
         self.readers: weakref.WeakSet[Releasing] = weakref.WeakSet()
         self.on_wait: Callable[[], None] = lambda: None
         self.close = weakref.finalize(self, self.fetcher.close)

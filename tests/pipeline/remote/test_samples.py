@@ -1,21 +1,27 @@
 """Samples that are near each other come by one request, and each is checked on its own."""
 
-import threading
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import pipeline.remote.requests
-from pipeline.dataset import open_dataset
-from pipeline.remote import fetcher
+from pipeline import Loader, open_dataset
+from pipeline.remote import download, fetcher
 from pipeline.remote import samples as module
+from pipeline.remote.cache import Cache
 from pipeline.remote.counters import Counters
+from pipeline.remote.fetcher import Fetcher
+from pipeline.remote.options import CacheOptions
+from pipeline.remote.priorities import Priorities
 from pipeline.remote.requests import Requests
 from pipeline.remote.samples import Range, Samples, _neighbours
 from pipeline.retry import StorageError
 from pipeline.shards import checksum
 from pipeline.storage import file_system, read_once
+from tests.helpers import assert_same_batches, copies
 
 CONTENT = np.random.default_rng(0).bytes(5000)
 NAME = "samples.tar"
@@ -26,12 +32,13 @@ def part(offset: int, size: int, url: str = "") -> Range:
 
 
 @pytest.fixture
-def samples(bucket):
+def samples(bucket, tmp_path):
     """Samples of a bucket that has CONTENT under NAME, and whose requests are counted from here."""
     bucket.files[NAME] = CONTENT
     bucket.requests.clear()
     counters = Counters()
-    samples = Samples(Requests(lambda text: None, counters), counters, threading.Condition(threading.RLock()))
+    requests, cache = Requests(lambda text: None, counters), Cache(CacheOptions(tmp_path / "cache", 10**6))
+    samples = Samples(Fetcher(cache, requests, counters, Priorities()))
     yield samples
     samples.requests.closed.set()
 
@@ -98,6 +105,52 @@ def test_the_loss_of_a_sample_is_not_that_of_its_neighbours(bucket, samples, mon
     else:
         bucket.files[NAME] = content
     assert fetch(samples, parts) == expected
+
+
+@pytest.fixture
+def only_samples(monkeypatch):
+    """No thread fetches shards, and blocks are smaller than samples."""
+    monkeypatch.setattr(fetcher, "CONNECTIONS", 0)
+    monkeypatch.setattr(download, "BLOCK_BYTES", 512)
+    monkeypatch.setattr(module, "_GAP_BYTES", 0)
+
+
+def epoch(dataset) -> list[tuple[torch.Tensor, ...]]:
+    with Loader(dataset, 12, 64, seed=7, device="cpu", dtype=torch.float32) as loader:
+        return copies(islice(loader.batches(0), 5))
+
+
+@pytest.mark.usefixtures("only_samples")
+def test_what_came_with_samples_is_not_fetched_again(bucket, remote, many_shards):
+    dataset = remote()
+    rows = dataset.reader("train").rows[["shard", "offset", "size"]].tolist()
+    bucket.sent.clear()
+    assert_same_batches(epoch(dataset), epoch(open_dataset(many_shards)))
+    needed = {
+        (shard, block)
+        for shard, offset, size in rows
+        for block in range(offset // 512, (offset + size - 1) // 512 + 1)
+    }
+    assert sum(sent for name, sent in bucket.sent.items() if name.endswith(".tar")) == 512 * len(needed)
+
+
+@pytest.mark.usefixtures("only_samples")
+def test_a_sample_that_arrives_damaged_is_not_kept(bucket, remote, many_shards):
+    dataset, faulty = remote(), []
+
+    def fault(handler, name, part) -> bool:
+        if not name.startswith("train-000004") or faulty:
+            return False
+        faulty.append(part)
+        data = bytearray(bucket.files[name][part.start : part.stop])
+        data[len(data) // 2] ^= 1
+        handler.send(bytes(data))
+        return True
+
+    bucket.fault = fault
+    assert_same_batches(epoch(dataset), epoch(open_dataset(many_shards)))
+    assert faulty
+    assert dataset.storage.counters.retries == 1
 
 
 def test_an_evaluation_asks_for_consecutive_samples_together(bucket, remote, many_shards):

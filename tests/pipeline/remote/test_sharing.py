@@ -17,11 +17,11 @@ _RUN = """
     import sys
     import numpy as np
     from pipeline.dataset import open_dataset
-    from pipeline.remote import fetcher
+    from pipeline.remote import download, fetcher
     from pipeline.remote.samples import Samples
 
     url, cache = sys.argv[1:]
-    fetcher.PART_BYTES = 4000
+    fetcher.PART_BYTES, download.BLOCK_BYTES = 4000, 1000
     Samples.room = 0
     reader = open_dataset(url, cache, "1GB").reader("train")
     for jpeg in reader.jpegs(np.arange(len(reader))):

@@ -1,0 +1,69 @@
+"""The parts of a shard that are fetched, among blocks that have arrived by themselves."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.remote import download as module
+from pipeline.remote.cache import RemoteShard
+from pipeline.remote.download import Download
+
+
+@pytest.fixture
+def download(monkeypatch):
+    """Of a shard with 9 blocks of 100 bytes and one of 50."""
+    monkeypatch.setattr(module, "BLOCK_BYTES", 100)
+    return Download(RemoteShard("url", Path("a.tar"), SimpleNamespace(bytes=950)), None)
+
+
+def parts(download: Download, limit: int, join: int = 0) -> list[range]:
+    found = []
+    while part := download.next_part(limit, join):
+        found.append(part)
+    return found
+
+
+def test_parts_have_the_limit_or_one_block(download):
+    assert parts(download, 399) == [range(0, 300), range(300, 600), range(600, 900), range(900, 950)]
+    assert download.next_part(399, 0) is None
+    download.restart()
+    assert parts(download, 10)[-2:] == [range(800, 900), range(900, 950)]
+
+
+def test_what_has_arrived_is_left_out_unless_it_is_short(download):
+    for arrived in (range(0, 100), range(300, 400), range(500, 800)):
+        download.arrived(arrived)
+    assert parts(download, 1000) == [range(100, 300), range(400, 500), range(800, 950)]
+    download.distrust(120, 130)
+    assert parts(download, 1000, join=100) == [range(100, 500), range(800, 950)]
+
+
+def test_samples_claim_whole_blocks_that_nobody_else_has_claimed(download):
+    download.arrived(range(100, 200))
+    assert download.claim(150, 420) == range(200, 500)
+    assert download.claim(320, 600) == range(500, 600)
+    assert download.claim(210, 220) is None
+    assert download.claim(120, 200) is None
+    assert download.claim(901, 949) == range(900, 950)
+    assert parts(download, 1000) == [range(0, 100), range(600, 900)]
+    assert download.has(120, 200)
+    assert not download.has(150, 201)
+
+
+def test_what_a_claim_did_not_bring_is_fetched_by_others(download):
+    claim = download.claim(150, 420)
+    assert parts(download, 1000) == [range(0, 100), range(500, 950)]
+    download.arrived(range(200, 300))
+    download.release(claim)
+    assert [download.next_part(200, 0) for _ in range(2)] == [range(100, 200), range(300, 500)]
+
+
+def test_a_shard_is_complete_once_all_blocks_have_arrived_in_any_order(download):
+    download.arrived(range(500, 950))
+    assert not download.is_complete
+    download.arrived(range(0, 500))
+    assert download.is_complete
+    download.distrust(949, 950)
+    assert not download.is_complete
+    assert parts(download, 1000) == [range(900, 950)]
