@@ -34,13 +34,12 @@ class Download:
         limit: their largest number, unless a block has more. join: the largest number of bytes that have
         arrived and are fetched once more rather than left out.
         """
-        blocks = self._missing - self._claimed
-        start = next((block for block in range(self._begun, self._count) if block in blocks), None)
+        start = next(filter(self._is_free, range(self._begun, self._count)), None)
         if start is None:
             return None
         stop = start + 1
         for block in range(stop, min(self._count, start + limit // BLOCK_BYTES)):
-            if block in blocks:
+            if self._is_free(block):
                 if (block - stop) * BLOCK_BYTES > join:
                     break
                 stop = block + 1
@@ -56,8 +55,7 @@ class Download:
 
         Returns None if all of them are in the file, or are fetched by other threads.
         """
-        free = self._missing - self._claimed
-        blocks = [block for block in _blocks(start, stop) if block in free]
+        blocks = list(filter(self._is_free, _blocks(start, stop)))
         if not blocks:
             return None
         self._claimed.update(blocks)
@@ -78,6 +76,9 @@ class Download:
         blocks = _blocks(start, stop)
         self._missing.update(blocks)
         self._begun = min(self._begun, blocks.start)
+
+    def _is_free(self, block: int) -> bool:
+        return block in self._missing and block not in self._claimed
 
     def _bytes(self, start: int, stop: int) -> range:
         return range(start * BLOCK_BYTES, min(stop * BLOCK_BYTES, self.shard.record.bytes))

@@ -96,7 +96,8 @@ class Fetcher:
             if part is not None:
                 self._fetch(download, part)
             with self.changed:
-                if not self.changed.wait_for(lambda: download.has(start, stop), _WAIT_SECONDS):
+                self.changed.wait_for(lambda: download.is_over or download.has(start, stop), _WAIT_SECONDS)
+                if not download.has(start, stop):
                     return None
             return download.partial.read(start, stop - start)
         except LostError:
@@ -138,7 +139,6 @@ class Fetcher:
                 download = self._begin(shard, room)
             except (CacheFullError, OSError):
                 return None
-            self.wake()
         if download is None or download.is_complete or download.is_over:
             return None
         download.users += 1
@@ -158,7 +158,8 @@ class Fetcher:
             except (ClosedError, LostError, DatasetError, OSError) as error:
                 failure = error
             self._leave(download, failure)
-            self._rate = len(part) / (time.monotonic() - begun)
+            if len(part) >= LEAST_PART_BYTES:  # or it was latency that took most of the time
+                self._rate = len(part) / (time.monotonic() - begun)
 
     def _next_part(self) -> tuple[Download, range] | None:
         """Return what to fetch next, or None if there is nothing, or no room for it."""
@@ -205,6 +206,7 @@ class Fetcher:
         if partial is None:
             return None
         download = self._downloads[shard.path] = Download(shard, partial)
+        self.wake()
         return download
 
     def _fetch(self, download: Download, part: range) -> None:
