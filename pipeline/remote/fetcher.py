@@ -163,7 +163,8 @@ class Fetcher:
 
     def _next_part(self) -> tuple[Download, range] | None:
         """Return what to fetch next, or None if there is nothing, or no room for it."""
-        for download in self._downloads.values():
+        demanded = self.priorities.demanded
+        for download in sorted(self._downloads.values(), key=lambda each: each.shard.path not in demanded):
             if part := self._part_of(download):
                 return download, part
         if time.monotonic() < self._idle_until:

@@ -6,8 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.remote import download as module
-from pipeline.remote.cache import RemoteShard
+from pipeline.remote.cache import ANYTHING, Cache, RemoteShard
+from pipeline.remote.counters import Counters
 from pipeline.remote.download import Download
+from pipeline.remote.fetcher import Fetcher
+from pipeline.remote.options import CacheOptions
+from pipeline.remote.priorities import Priorities
+from pipeline.remote.requests import Requests
 
 
 @pytest.fixture
@@ -67,3 +72,17 @@ def test_a_shard_is_complete_once_all_blocks_have_arrived_in_any_order(download)
     download.distrust(949, 950)
     assert not download.is_complete
     assert parts(download, 1000) == [range(900, 950)]
+
+
+def test_a_shard_that_a_batch_waits_for_comes_first(tmp_path):
+    counters, priorities = Counters(), Priorities()
+    cache, requests = Cache(CacheOptions(tmp_path, 10**6)), Requests(lambda text: None, counters)
+    fetcher = Fetcher(cache, requests, counters, priorities)
+    first, second = (RemoteShard(name, tmp_path / name, SimpleNamespace(bytes=950)) for name in ("a", "b"))
+    with fetcher.changed:
+        for shard in (first, second):
+            fetcher._begin(shard, ANYTHING)
+        priorities.demanded[second.path] = second
+        taken = [fetcher._next_part() for _ in range(2)]
+        assert [download.shard.url for download, _ in taken] == ["b", "a"]
+        assert fetcher._next_part() is None
