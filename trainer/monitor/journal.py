@@ -13,7 +13,7 @@ from pipeline.serving import url_host
 from trainer.evaluate import PROTOCOLS
 from trainer.monitor.comparison import find_earlier
 from trainer.monitor.display import Display
-from trainer.monitor.live_data import ClassErrors
+from trainer.monitor.live_data import ErrorsByClass
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.names import plain_names
@@ -115,7 +115,7 @@ class Journal:
         scores = result.scores
         row = {"step": step, "epoch": epoch, **asdict(scores)}
         self._export(scores.loss, scores.top1_error, scores.top5_error)
-        self.live.class_errors = ClassErrors(epoch, *result.by_class)
+        self.live.class_errors = ErrorsByClass(epoch, *result.by_class)
         self.live.evaluations = [*self.live.evaluations, row]
         if self.world.is_main:
             self._append("eval", row)

@@ -12,7 +12,7 @@ from trainer.monitor.comparison import Earlier
 from trainer.monitor.summary import Row
 
 
-class ClassErrors(NamedTuple):
+class ErrorsByClass(NamedTuple):
     """Numbers of images and of top-1 errors by class, of the evaluation after `epoch` epochs."""
 
     epoch: float
@@ -30,6 +30,6 @@ class LiveData:
 
     names: Sequence[str] = ()
     evaluations: Sequence[Row] = ()
-    class_errors: ClassErrors | None = None
+    class_errors: ErrorsByClass | None = None
     earlier: Earlier | None = None
     batch: BatchView = field(default_factory=BatchView)

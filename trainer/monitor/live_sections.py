@@ -6,7 +6,7 @@ from html import escape
 from pipeline.printable import as_text
 from trainer.monitor.chart import Line, chart, legend, percent
 from trainer.monitor.comparison import Earlier
-from trainer.monitor.live_data import ClassErrors, LiveData
+from trainer.monitor.live_data import ErrorsByClass, LiveData
 from trainer.monitor.meter import Interval
 from trainer.monitor.summary import Row, best_of, row_at
 
@@ -84,7 +84,7 @@ def _comparison(evaluations: Sequence[Row], earlier: Earlier, epoch: float, last
     return _section(f"compared with {name}", "measure", ["this\u00a0run", "earlier\u00a0run"], rows, note)
 
 
-def _classes(found: ClassErrors, names: Sequence[str]) -> str:
+def _classes(found: ErrorsByClass, names: Sequence[str]) -> str:
     """Show the classes with the highest errors; of equal errors, the class with more images comes first."""
     tested = [
         (errors / images, images, label)

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 from tests.run_folders import write_run
 from trainer.monitor.comparison import Earlier
 from trainer.monitor.live import live_page
-from trainer.monitor.live_data import ClassErrors
+from trainer.monitor.live_data import ErrorsByClass
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer
@@ -81,7 +81,7 @@ def test_the_last_and_the_best_evaluation_are_shown(top5_error):
 def test_the_classes_with_the_highest_errors_are_shown():
     metrics = Metrics()
     metrics.live.names = ["cat", "<b>dog</b>", "none", "owl"]
-    metrics.live.class_errors = ClassErrors(3.0, [4, 10, 0, 8], [1, 9, 0, 2])
+    metrics.live.class_errors = ErrorsByClass(3.0, [4, 10, 0, 8], [1, 9, 0, 2])
     assert table(live_page(metrics), "errors by class, after 3.00 epochs") == [
         ["class", "", "top-1 error"],
         ["&lt;b&gt;dog&lt;/b&gt;", "", "90.0% of 10"],
@@ -89,7 +89,7 @@ def test_the_classes_with_the_highest_errors_are_shown():
         ["cat", "", "25.0% of 4"],
     ]
     metrics.live.names = [f"class {label}" for label in range(1000)]
-    metrics.live.class_errors = ClassErrors(1.0, [100] * 1000, [label % 100 for label in range(1000)])
+    metrics.live.class_errors = ErrorsByClass(1.0, [100] * 1000, [label % 100 for label in range(1000)])
     rows = table(live_page(metrics), "errors of the 20 worst of 1,000 classes, after 1.00 epochs")
     assert [row[0] for row in rows[1:3]] == ["class 99", "class 199"]
     assert len(rows) == 21
@@ -199,7 +199,7 @@ def test_long_names_fit_into_the_page(browser, tmp_path, width):
     metrics = Metrics()
     metrics.describe({"run": "runs/" + "x" * 200})
     metrics.live.names = ["Dreizehnbuchstabig" * 4, "two words " * 9]
-    metrics.live.class_errors = ClassErrors(3.0, [1_000_000] * 2, [999_999, 3])
+    metrics.live.class_errors = ErrorsByClass(3.0, [1_000_000] * 2, [999_999, 3])
     metrics.live.earlier = Earlier(read_summary(write_run(tmp_path / ("y" * 200), [0.5, 0.25])), "z" * 300)
     metrics.record_interval(interval(123_456.7), 0.01, 1.0, CPU)
     metrics.epoch.set(2.0)
