@@ -21,18 +21,19 @@ class Download:
         """Have everything fetched again."""
         self._count = -(-self.shard.record.bytes // BLOCK_BYTES)
         self._missing = set(range(self._count))
-        self._claimed: set[int] = set()  # those of them that are fetched for samples
-        self._begun = 0  # the blocks before this one have arrived or are being fetched
+        self._claimed: set[int] = set()  # those of them that a thread fetches
+        self._begun = 0  # no block before this one is free
 
     @property
     def is_complete(self) -> bool:
         return not self._missing
 
     def next_part(self, limit: int, join: int) -> range | None:
-        """Return the next bytes that have not arrived and that no thread fetches; None if there are none.
+        """Return the next bytes that this thread must fetch, in whole blocks; None if there are none.
 
-        limit: their largest number, unless a block has more. join: the largest number of bytes that have
-        arrived and are fetched once more rather than left out.
+        They have not arrived, and no other thread fetches them. limit: their largest number, unless a block
+        has more. join: the largest number of bytes that have arrived and are fetched once more rather than
+        left out.
         """
         start = next(filter(self._is_free, range(self._begun, self._count)), None)
         if start is None:
@@ -44,16 +45,17 @@ class Download:
                     break
                 stop = block + 1
         self._begun = stop
+        self._claimed.update(range(start, stop))
         return self._bytes(start, stop)
 
     def has(self, start: int, stop: int) -> bool:
         """Return whether the bytes from `start` to `stop` are in the file."""
         return self._missing.isdisjoint(_blocks(start, stop))
 
-    def claim(self, start: int, stop: int) -> range | None:
-        """Return the bytes, in whole blocks, that this thread must fetch for samples.
+    def part_with(self, start: int, stop: int) -> range | None:
+        """Return the bytes that this thread must fetch for those from `start` to `stop`, in whole blocks.
 
-        Returns None if all of them are in the file, or are fetched by other threads.
+        Returns None if all of them have arrived, or are fetched by other threads.
         """
         blocks = list(filter(self._is_free, _blocks(start, stop)))
         if not blocks:
@@ -62,13 +64,13 @@ class Download:
         return self._bytes(blocks[0], blocks[-1] + 1)
 
     def release(self, part: range) -> None:
-        """End the claim of a thread. What has not arrived is fetched by others."""
+        """Note that a thread has ended to fetch a part. Others fetch what has not arrived of it."""
         blocks = _blocks(part.start, part.stop)
         self._claimed.difference_update(blocks)
-        self._begun = min(self._begun, *(self._missing.intersection(blocks) or (self._begun,)))
+        self._begun = min({self._begun, *self._missing.intersection(blocks)})
 
     def arrived(self, part: range) -> None:
-        """Note that bytes, in whole blocks, are in the file."""
+        """Note that a part is in the file."""
         self._missing.difference_update(_blocks(part.start, part.stop))
 
     def distrust(self, start: int, stop: int) -> None:

@@ -20,7 +20,7 @@ CONNECTIONS = 8
 LEAST_PART_BYTES, PART_BYTES = 256 << 10, 8 << 20
 _PART_SECONDS = 0.5
 _REQUEST_SECONDS = 0.03  # what a request takes besides its bytes, roughly
-_FIRST_RATE = 2e6  # bytes per second of a connection, before any has been measured
+_FIRST_RATE = 5e5  # bytes per second of a connection, before any has been measured
 _WAIT_SECONDS = 5.0  # for bytes that another thread fetches, before they are fetched once more
 _OPEN = 64  # the number of incomplete shards up to which samples may begin further ones
 _FETCHES = 3  # of a shard that does not match its checksum, after which it counts as lost
@@ -90,7 +90,7 @@ class Fetcher:
             download = self._join(url)
             if download is None:
                 return None
-            part = download.claim(start, stop)
+            part = download.part_with(start, stop)
         failure = None
         try:
             if part is not None:
@@ -106,9 +106,6 @@ class Fetcher:
             failure = error
             return None
         finally:
-            if part is not None:
-                with self.changed:
-                    download.release(part)
             self._leave(download, failure)
 
     def is_here(self, url: str) -> bool:
@@ -212,13 +209,17 @@ class Fetcher:
 
     def _fetch(self, download: Download, part: range) -> None:
         """Fetch a part into the file. Raises as `Requests.read` does, and OSError if it cannot be written."""
-        data = self.requests.read(download.shard.url, part.start, len(part))
-        with self.changed:
-            self.counters.bytes_fetched += len(data)
-        download.partial.write(data, part.start)
-        with self.changed:
-            download.arrived(part)
-            self.changed.notify_all()
+        try:
+            data = self.requests.read(download.shard.url, part.start, len(part))
+            with self.changed:
+                self.counters.bytes_fetched += len(data)
+            download.partial.write(data, part.start)
+            with self.changed:
+                download.arrived(part)
+        finally:
+            with self.changed:
+                download.release(part)
+                self.changed.notify_all()
 
     def _leave(self, download: Download, failure: Exception | None = None) -> None:
         """End this thread's use of a download. The last one publishes it if it is complete, and discards it

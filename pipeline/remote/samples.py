@@ -1,7 +1,8 @@
 """Fetch single samples by ranges of their shards, each checked against its own checksum.
 
 This is for the first steps of a run, which need a few samples of many shards, for hosts that need only a
-small part of each shard, and for what is left of a shard that does not match its checksum.
+small part of each shard, and for what is left of a shard that does not match its checksum. What arrives of a
+shard that is wanted as a whole is kept in its file (pipeline/remote/fetcher.py).
 """
 
 import threading
