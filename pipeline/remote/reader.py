@@ -154,11 +154,13 @@ class RemoteShardReader(ShardReader):
         late = self._not_open(numbers)
         if late.size:
             with self.storage.fetcher.changed:
-                present = self.storage.priorities.present
+                always, priorities = self._ranges.always, self.storage.priorities
+                priorities.update()
+                # Samples of shards that are not wanted yet would come again with them.
+                coming = priorities.wanted - priorities.present
                 shards = [self.remote[index] for index in self.rows["shard"][late].tolist()]
                 pairs = zip(late.tolist(), shards, strict=True)
-                absent = [number for number, shard in pairs if shard and shard.path not in present]
-                self._ranges.request(absent)
+                self._ranges.request([n for n, shard in pairs if shard and (always or shard.path in coming)])
 
     def read(self, numbers: np.ndarray) -> JpegFiles:
         """Read as `ShardReader` does, once the samples or their shards are there."""

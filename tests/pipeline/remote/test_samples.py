@@ -9,6 +9,7 @@ import torch
 
 import pipeline.remote.requests
 from pipeline import Loader, open_dataset
+from pipeline.plan import Plan
 from pipeline.remote import download, fetcher
 from pipeline.remote import samples as module
 from pipeline.remote.cache import Cache
@@ -21,7 +22,7 @@ from pipeline.remote.samples import Range, Samples, _neighbours
 from pipeline.retry import StorageError
 from pipeline.shards import checksum
 from pipeline.storage import file_system, read_once
-from tests.helpers import assert_same_batches, copies
+from tests.helpers import assert_same_batches, copies, wait_until
 
 CONTENT = np.random.default_rng(0).bytes(5000)
 NAME = "samples.tar"
@@ -132,6 +133,18 @@ def test_what_came_with_samples_is_not_fetched_again(bucket, remote, many_shards
         for block in range(offset // 512, (offset + size - 1) // 512 + 1)
     }
     assert sum(sent for name, sent in bucket.sent.items() if name.endswith(".tar")) == 512 * len(needed)
+
+
+@pytest.mark.usefixtures("only_samples")
+def test_only_samples_of_the_next_two_windows_come_before_their_shards(bucket, remote):
+    reader = remote().reader("train")
+    plan = Plan(seed=3, batch=10, shard_samples=(5,) * 12, window=2)
+    reader.follow(plan, 0, 0, 1)
+    reader.prefetch(np.arange(60))
+    first = {number // 5 for step in range(2) for number in plan.step_samples(step, 0, 1).tolist()}
+    names = {f"train-{shard:06}.tar" for shard in first}
+    wait_until(lambda: {name for name in bucket.requests if name.endswith(".tar")} == names)
+    assert len(names) == 4
 
 
 @pytest.mark.usefixtures("only_samples")
