@@ -110,11 +110,12 @@ class Fetcher:
 
     def is_here(self, url: str) -> bool:
         """Return whether a wanted shard has arrived, so that it can be opened now or once it is checked."""
-        shard, _ = self.priorities.wanted_shard(url)
-        if shard is None:
-            return False
-        download = self._downloads.get(shard.path)
-        return download.is_complete if download is not None else shard.path.exists()
+        with self.changed:
+            shard, _ = self.priorities.wanted_shard(url)
+            if shard is None:
+                return False
+            download = self._downloads.get(shard.path)
+            return download.is_complete if download is not None else shard.path.exists()
 
     def distrust(self, url: str, start: int, stop: int) -> None:
         """Have bytes of a shard that is not complete fetched again, because they are damaged."""

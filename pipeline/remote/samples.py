@@ -115,10 +115,6 @@ class Samples:
                     self.changed.wait(_IDLE_SECONDS)
                     continue
                 group = [part for part in self._waiting.popleft() if part in self._known]
-                if group and self.fetcher.is_here(group[0].url):  # its reader opens it
-                    self._known.difference_update(group)
-                    self.changed.notify_all()
-                    continue
             try:
                 found = self._fetch(group) if group else {}
             except ClosedError:
@@ -130,14 +126,22 @@ class Samples:
                     self.changed.notify_all()
                 continue
             with self.changed:
-                self.found |= {part: found[part] for part in group if part in self._known}
+                if found is None:
+                    self._known.difference_update(group)
+                else:
+                    self.found |= {part: found[part] for part in group if part in self._known}
                 self.changed.notify_all()
 
-    def _fetch(self, group: list[Range]) -> dict[Range, bytes | str]:
-        """Return the bytes of each sample of a group, or why it cannot be had."""
+    def _fetch(self, group: list[Range]) -> dict[Range, bytes | str] | None:
+        """Return the bytes of each sample of a group, or why it cannot be had.
+
+        Returns None if their shard has arrived meanwhile: its reader opens it.
+        """
         url, start, stop = group[0].url, group[0].offset, group[-1].end
         data = self.fetcher.read_through(url, start, stop)
         if data is None:
+            if self.fetcher.is_here(url):
+                return None
             found = self._read(group)
         else:
             found = self._matching(group, data)
