@@ -37,6 +37,7 @@ class Download:
         """
         start = next(filter(self._is_free, range(self._begun, self._count)), None)
         if start is None:
+            self._begun = self._count
             return None
         stop = start + 1
         for block in range(stop, min(self._count, start + limit // BLOCK_BYTES)):

@@ -111,7 +111,7 @@ class Fetcher:
     def is_here(self, url: str) -> bool:
         """Return whether a wanted shard has arrived, so that it can be opened now or once it is checked."""
         with self.changed:
-            shard, _ = self.priorities.wanted_shard(url)
+            shard = self.priorities.wanted_shard(url)
             if shard is None:
                 return False
             download = self._downloads.get(shard.path)
@@ -120,24 +120,23 @@ class Fetcher:
     def distrust(self, url: str, start: int, stop: int) -> None:
         """Have bytes of a shard that is not complete fetched again, because they are damaged."""
         with self.changed:
-            download = self._join(url)
-            if download is None:
-                return
-            download.distrust(start, stop)
-        self._leave(download)
+            shard = self.priorities.wanted_shard(url)
+            download = self._downloads.get(shard.path) if shard is not None else None
+            if download is not None and not download.is_complete:
+                download.distrust(start, stop)
 
     def _join(self, url: str) -> Download | None:
         """Begin to use the download of a wanted shard, which is begun if it can be; None if it cannot."""
-        shard, room = self.priorities.wanted_shard(url)
+        shard = self.priorities.wanted_shard(url)
         if shard is None or shard.path in self.priorities.present or shard.path in self.lost:
             return None
         download = self._downloads.get(shard.path)
         if download is None and len(self._downloads) < _OPEN:
             try:
-                download = self._begin(shard, room)
+                download = self._begin(shard, self.priorities.room)
             except (CacheFullError, OSError):
                 return None
-        if download is None or download.is_complete or download.is_over:
+        if download is None or download.is_complete:
             return None
         download.users += 1
         return download
@@ -175,8 +174,6 @@ class Fetcher:
 
     def _part_of(self, download: Download) -> range | None:
         """Return the next part of a download, which this thread uses from now on; None if there is none."""
-        if download.is_over:
-            return None
         limit = min(PART_BYTES, max(LEAST_PART_BYTES, int(self._rate * _PART_SECONDS)))
         part = download.next_part(limit, int(self._rate * _REQUEST_SECONDS))
         if part is not None:
@@ -201,6 +198,12 @@ class Fetcher:
         return None
 
     def _begin(self, shard: RemoteShard, room: Room) -> Download | None:
+        """Begin to fetch a shard, unless it is there, another process fetches it, or this one ends.
+
+        Raises as `Cache.begin` does.
+        """
+        if self.requests.closed.is_set():
+            return None
         partial = self.cache.begin(shard.path, shard.record.bytes, room)
         if partial is None:
             return None

@@ -49,10 +49,15 @@ class Priorities:
         others = (shards for other, (shards, _) in self._uses.items() if other != split)
         return sum(shard.record.bytes for shards in others for shard in shards if shard is not None)
 
-    def wanted_shard(self, url: str) -> tuple[RemoteShard | None, Room]:
-        """Return a shard, if it is wanted, and what may be evicted for it."""
+    def wanted_shard(self, url: str) -> RemoteShard | None:
+        """Return the shard behind a URL, if it is wanted."""
         self.update()
-        return self._wanted_by_url.get(url), Room(self._known, self._spare)
+        return self._wanted_by_url.get(url)
+
+    @property
+    def room(self) -> Room:
+        """What may be evicted for a shard that is wanted."""
+        return Room(self._known, self._spare)
 
     def update(self) -> None:
         """Compute the order again if the uses have changed."""
@@ -71,7 +76,7 @@ class Priorities:
         for shard in self._order or ():
             if shard.path in self.wanted:
                 if shard.path not in self.present:
-                    yield shard, Room(self._known, self._spare)
+                    yield shard, self.room
             elif shard.path not in self.present:
                 yield shard, Room(self._known, (), _IDLE_SECONDS)
 

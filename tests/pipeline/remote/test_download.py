@@ -76,15 +76,30 @@ def test_a_shard_is_complete_once_all_blocks_have_arrived_in_any_order(download)
     assert parts(download, 1000) == [range(900, 950)]
 
 
-def test_a_shard_that_a_batch_waits_for_comes_first(tmp_path):
-    counters, priorities = Counters(), Priorities()
+@pytest.fixture
+def fetcher(tmp_path):
+    counters = Counters()
     cache, requests = Cache(CacheOptions(tmp_path, 10**6)), Requests(lambda text: None, counters)
-    fetcher = Fetcher(cache, requests, counters, priorities)
-    first, second = (RemoteShard(name, tmp_path / name, SimpleNamespace(bytes=950)) for name in ("a", "b"))
+    return Fetcher(cache, requests, counters, Priorities())
+
+
+def shard(name: str, folder: Path) -> RemoteShard:
+    return RemoteShard(name, folder / name, SimpleNamespace(bytes=950))
+
+
+def test_a_shard_that_a_batch_waits_for_comes_first(fetcher, tmp_path):
+    first, second = shard("a", tmp_path), shard("b", tmp_path)
     with fetcher.changed:
-        for shard in (first, second):
-            fetcher._begin(shard, ANYTHING)
-        priorities.demanded[second.path] = second
+        for each in (first, second):
+            fetcher._begin(each, ANYTHING)
+        fetcher.priorities.demanded[second.path] = second
         taken = [fetcher._next_part() for _ in range(2)]
         assert [download.shard.url for download, _ in taken] == ["b", "a"]
         assert fetcher._next_part() is None
+
+
+def test_nothing_is_begun_once_the_threads_are_to_end(fetcher, tmp_path):
+    fetcher.close()
+    with fetcher.changed:
+        assert fetcher._begin(shard("a", tmp_path), ANYTHING) is None
+    assert not list(tmp_path.glob(".*.partial"))
