@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import math
 import os
 import pickle
@@ -110,6 +111,15 @@ def test_an_interrupted_run_resumes_as_if_uninterrupted(tmp_path):
     torch.testing.assert_close(kept[0], kept[1], rtol=0, atol=0)
 
 
+def test_the_time_of_an_interrupted_run_is_added_up(tmp_path, monkeypatch):
+    clock = itertools.count(step=60)  # each epoch reads it twice
+    monkeypatch.setattr(four_layers.time, "monotonic", lambda: next(clock))
+    trial = Trial("relu", 0.001, 0)
+    train(learnable(), trial, tmp_path, 16, -1, 1)
+    train(learnable(), trial, tmp_path, 16, -1, 3)
+    assert trial.minutes(tmp_path) == 3
+
+
 def test_a_run_that_diverges_ends(tmp_path):
     errors = train(learnable(), Trial("relu", 1e20, 0), tmp_path, 16, 0.0, 5)
     assert math.isnan(errors[-1])
@@ -185,11 +195,16 @@ def test_the_ratio_compares_runs_with_the_same_seed():
 def test_figure_1_of_a_packed_dataset(packed, tmp_path):
     parser = argparse.ArgumentParser()
     figure1.add_arguments(parser)
-    given = ["--data", str(packed), "--classes", "2", "--epochs", "1", "--seeds", "1", "--rates", "0.01"]
-    options = parser.parse_args([*given, "--device", "cpu"], argparse.Namespace(out=tmp_path))
-    record = figure1.run(options, [])
+    given = f"--data {packed} --classes 2 --epochs 1 --seeds 2 --rates 0.01 0.001 --device cpu".split()
+    record = figure1.run(parser.parse_args(given, argparse.Namespace(out=tmp_path)), [])
     assert "12 training images of the first 2 classes" in record.data
     assert [figure.file for figure in record.figures] == ["figure1.png"]
-    assert record.remarks[-1].startswith("| epochs to 25 %, seed 0, at a rate of | 0.01 |")
+    assert record.remarks[-1].startswith("| epochs to 25 %, seed 0, at a rate of | 0.001 | 0.01 |")
+    assert [(run.name, run.seed) for run in record.runs] == [
+        *[("relu", 0), ("relu", 0), ("tanh", 0), ("tanh", 0)],
+        *[("relu", 1), ("tanh", 1)],
+    ]
+    assert [run.settings["learning_rate"] for run in record.runs[:4]] == [0.01, 0.001, 0.01, 0.001]
+    assert all(run.minutes > 0 for run in record.runs)
     with Image.open(tmp_path / "figure1.png") as image:
         image.load()

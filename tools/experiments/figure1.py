@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.manifest import read_manifest
 from pipeline.reader import ShardReader
-from tools.experiments.record import Figure, Record, Row
+from tools.experiments.record import Figure, Record, Row, TrainedRun
 from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count, positive
 from trainer.environment import environment
@@ -113,6 +113,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         environment=environment(world.device_name),
         dataset=packing(options.data),
         settings={"epochs": options.epochs, "batch": options.batch, "precision": "fp32"},
+        runs=sweep.runs(tried, rates),
         rows=rows(curves, options.target, steps),
         figures=[Figure(file="figure1.png", caption=caption(rates, options.target))],
         remarks=[*remarks(curves, rates, options), table(tried, options.target)],
@@ -158,6 +159,22 @@ class Sweep:
         came = f"{self.options.target:g} % after {reached:.1f}" if reached < math.inf else "given up"
         print(f"{trial}: {came}, training error {errors[-1]:.1%} after {len(errors)} epochs", flush=True)
         return errors
+
+    def runs(self, tried: dict[str, Tried], rates: dict[str, float]) -> list[TrainedRun]:
+        """Return the runs with seed 0 at all rates, and those with the other seeds at the chosen rates."""
+        from tools.experiments.four_layers import Trial
+
+        trials = [Trial(activation, rate, 0) for activation in tried for rate in tried[activation]]
+        trials += [Trial(a, rate, seed) for a, rate in rates.items() for seed in range(1, self.options.seeds)]
+        return [
+            TrainedRun(
+                name=trial.activation,
+                seed=trial.seed,
+                settings={"learning_rate": trial.rate},
+                minutes=trial.minutes(self.folder),
+            )
+            for trial in trials
+        ]
 
 
 def fastest(tried: Tried, target: float) -> float:

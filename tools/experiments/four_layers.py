@@ -1,6 +1,7 @@
 """The four-layer net of Fig. 1, the small images it learns, and its training."""
 
 import math
+import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -102,6 +103,14 @@ class Trial:
     def __str__(self) -> str:
         return f"{self.activation}-{self.rate:g}-{self.seed}"
 
+    def state(self, folder: Path) -> Path:
+        """Return the file that keeps the run's state."""
+        return folder / f"{self}.pt"
+
+    def minutes(self, folder: Path) -> float:
+        """Return how long the run has trained so far."""
+        return torch.load(self.state(folder), map_location="cpu", weights_only=True)["seconds"] / 60
+
 
 def train(
     images: Images,
@@ -122,18 +131,22 @@ def train(
     net = four_layers(images.classes, trial.activation, trial.seed).to(device)
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(net.parameters(), trial.rate, momentum=0.9)
-    path = folder / f"{trial}.pt"
+    path = trial.state(folder)
     errors: list[float] = []
+    seconds = 0.0
     if path.exists():
         kept = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
-        errors = kept["errors"]
+        errors, seconds = kept["errors"], kept["seconds"]
     done = 0
     while done < epochs and not is_over(errors[:done], target, deadline):
         if done == len(errors):
+            begun = time.monotonic()
             errors.append(_epoch(images, net, optimizer, batch, (trial.seed, done)))
-            state = {"errors": errors, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            seconds += time.monotonic() - begun
+            state = {"errors": errors, "seconds": seconds, "net": net.state_dict()}
+            state["optimizer"] = optimizer.state_dict()
             with atomic_write(path) as file:
                 torch.save(state, file)
         done += 1
