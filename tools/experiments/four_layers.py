@@ -18,7 +18,7 @@ from pipeline.reader import ShardReader
 
 SIDE = 32  # pixels of an image's side, as in CIFAR-10
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
-_SPAN = 5  # epochs over which it is measured how fast the training error falls
+SPAN = 5  # epochs that show how fast a training error falls
 DEVIATIONS = 0.0001, 0.01, 0.01, 0.01  # standard deviations of the initial weights, by layer
 
 
@@ -184,9 +184,9 @@ def is_over(errors: list[float], target: float, deadline: float = math.inf) -> b
     remaining = deadline - (len(errors) - 0.5)
     if remaining <= 0:
         return True
-    if len(errors) <= _SPAN or math.isinf(deadline):
+    if len(errors) <= SPAN or math.isinf(deadline):
         return False
-    fall = (errors[-1 - _SPAN] - errors[-1]) / _SPAN
+    fall = (errors[-1 - SPAN] - errors[-1]) / SPAN
     return errors[-1] - fall * remaining > target
 
 
