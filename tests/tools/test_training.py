@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, write_manifest
 from tools.experiments import training
-from tools.experiments.training import DivergedError, Training, TrainingError, provenance, train
+from tools.experiments.training import DivergedError, Training, TrainingError, describe, provenance, train
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 
@@ -69,3 +69,10 @@ def test_a_record_says_what_runs_have_in_common_and_in_what_they_differ(packed, 
     assert (first.name, first.seed, first.settings) == ("before", 7, {"learning_rate": 0.5})
     assert second.settings == {"learning_rate": 0.003, "lrn": False, "initial_weights": "before"}
     assert second.minutes == 10 * 12 / 4 / 60
+
+
+def test_a_record_tells_originals_from_resized_images(packed_copy):
+    assert "60 training and 20 validation images of 10 classes, 80 px, " in describe(packed_copy)
+    originals = {"geometry": "original", "max_width": 500, "max_height": 375}
+    write_manifest(packed_copy, read_manifest(packed_copy).model_copy(update=originals))
+    assert " classes, originals of at most 500×375 px, " in describe(packed_copy)

@@ -191,7 +191,10 @@ def describe(data: Location) -> str:
     """Describe a dataset in words."""
     manifest = read_manifest(data)
     train, val = (manifest.split(split).samples for split in ("train", "val"))
+    size = f"{manifest.size} px"
+    if manifest.geometry == "original":
+        size = f"originals of at most {manifest.max_width}×{manifest.max_height} px"
     return (
         f"{name_of(data)}: {train:,} training and {val:,} validation images of "
-        f"{len(manifest.classes):,} classes, {manifest.size} px, fingerprint {manifest.fingerprint[:12]}"
+        f"{len(manifest.classes):,} classes, {size}, fingerprint {manifest.fingerprint[:12]}"
     )
