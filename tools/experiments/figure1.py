@@ -137,7 +137,8 @@ class Sweep:
     def try_rates(self, activation: str) -> Tried:
         """Train with each learning rate and seed 0; return the training errors of each epoch.
 
-        Few epochs of each show which one may be the fastest. With it, the others are soon given up.
+        A few epochs show which rate is likely to be the fastest. After that one, the others are soon
+        given up.
         """
         from tools.experiments.four_layers import SPAN, epochs_to
 
