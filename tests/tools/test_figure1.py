@@ -120,6 +120,19 @@ def test_the_time_of_an_interrupted_run_is_added_up(tmp_path, monkeypatch):
     assert trial.minutes(tmp_path) == 3
 
 
+def test_a_run_of_version_0_1_0_goes_on_without_its_time(tmp_path, monkeypatch):
+    images, trial = learnable(), Trial("relu", 0.001, 0)
+    errors = train(images, trial, tmp_path, 16, -1, 2)
+    state = torch.load(trial.state(tmp_path))
+    del state["seconds"]
+    torch.save(state, trial.state(tmp_path))
+    assert trial.minutes(tmp_path) == 0
+    clock = itertools.count(step=60)
+    monkeypatch.setattr(four_layers.time, "monotonic", lambda: next(clock))
+    assert train(images, trial, tmp_path, 16, -1, 3)[:2] == errors
+    assert trial.minutes(tmp_path) == 1
+
+
 def test_a_run_that_diverges_ends(tmp_path):
     errors = train(learnable(), Trial("relu", 1e20, 0), tmp_path, 16, 0.0, 5)
     assert math.isnan(errors[-1])

@@ -108,8 +108,8 @@ class Trial:
         return folder / f"{self}.pt"
 
     def minutes(self, folder: Path) -> float:
-        """Return how long the run has trained so far."""
-        return torch.load(self.state(folder), map_location="cpu", weights_only=True)["seconds"] / 60
+        """Return how long the run has trained so far; version 0.1.0 did not count its epochs' time."""
+        return torch.load(self.state(folder), map_location="cpu", weights_only=True).get("seconds", 0.0) / 60
 
 
 def train(
@@ -138,7 +138,7 @@ def train(
         kept = torch.load(path, map_location=device, weights_only=True)
         net.load_state_dict(kept["net"])
         optimizer.load_state_dict(kept["optimizer"])
-        errors, seconds = kept["errors"], kept["seconds"]
+        errors, seconds = kept["errors"], kept.get("seconds", 0.0)
     done = 0
     while done < epochs and not is_over(errors[:done], target, deadline):
         if done == len(errors):
