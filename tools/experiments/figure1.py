@@ -164,7 +164,8 @@ class Sweep:
         errors = train(self.images, trial, self.folder, self.options.batch, self.target, epochs, deadline)
         reached = epochs_to(errors, self.target)
         came = f", {self.options.target:g} % after {reached:.1f}" if reached < math.inf else ""
-        print(f"{trial}: training error {errors[-1]:.1%} after {len(errors)} epochs{came}", flush=True)
+        state = "diverged" if math.isnan(errors[-1]) else f"training error {errors[-1]:.1%}"
+        print(f"{trial}: {state} after {len(errors)} epoch{'s' * (len(errors) > 1)}{came}", flush=True)
         return errors
 
     def runs(self, tried: dict[str, Tried], rates: dict[str, float]) -> list[TrainedRun]:
