@@ -34,6 +34,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import atomic_write, path_in_errors
 from pipeline.output import printed, secure
+from pipeline.packing.messages import pluralize
 from pipeline.printable import as_text
 from tools.classifying.inputs import InputError, Source, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run
@@ -66,8 +67,8 @@ def main() -> None:
         sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
     except KeyboardInterrupt:
         sys.exit(130)
-    skipped = f"; {others} other files skipped" if others else ""
-    report(f"{len(sources) + len(errors)} files, {failed} failed{skipped}")
+    skipped = f"; {pluralize(others, 'other file', 'other files')} skipped" if others else ""
+    report(f"{pluralize(len(sources) + len(errors), 'file', 'files')}, {failed} failed{skipped}")
     sys.exit(1 if failed else 0)
 
 

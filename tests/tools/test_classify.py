@@ -132,7 +132,7 @@ def test_broken_files_are_named_and_the_others_classified(tmp_path, run_classify
         f"classify: {text}: not an image: it is none of JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, "
         "and its extension is not that of a video",
         f"classify: {folder}/movie.mp4: not a video: Invalid data found when processing input",
-        "classify: 6 files, 3 failed; 1 other files skipped",
+        "classify: 6 files, 3 failed; 1 other file skipped",
     ]
     with open(output, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -111,10 +111,12 @@ def open_folder(name: str) -> InputFolder:
     name = name.removeprefix("file://")  # fsspec does not follow links there
     if is_url(name):
         return RemoteFolder(name)
+    problem = "does not exist"
     with suppress(FileNotFoundError, NotADirectoryError):
         if stat.S_ISDIR(with_retries(Path(name).stat, warn).st_mode):
             return LocalFolder(name)
-    raise SourceError(f"--input {name} is neither a folder nor a table (.csv, .tsv or .parquet)")
+        problem = "is neither a folder nor a table (.csv, .tsv or .parquet)"
+    raise SourceError(f"--input {name} {problem}")
 
 
 def describe_unlisted(folders: Mapping[str, str]) -> str:

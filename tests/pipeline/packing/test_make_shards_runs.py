@@ -165,7 +165,7 @@ def test_any_file_name_takes_one_row_of_the_report(tmp_path):
 
 def test_a_missing_input_is_one_line(make_shards, tmp_path):
     run = make_shards(tmp_path / "missing", tmp_path / "out", code=1)
-    assert_one_line(run, "--input", "is neither a folder nor a table")
+    assert_one_line(run, "--input", "does not exist")
     assert not (tmp_path / "out").exists()
 
 

@@ -88,7 +88,7 @@ def test_the_seed_decides_what_is_held_out(tmp_path):
 
 
 ERRORS = {
-    "no folder": ([], None, "missing", "is neither a folder nor a table"),
+    "no folder": ([], None, "missing", "does not exist"),
     "a file": (["missing"], None, "missing", "is neither a folder nor a table"),
     "only train": (["train/a/1.jpg"], None, "", "has train, but no folder is named val"),
     "val, and a fraction": (["train/a/1.jpg", "val/a/1.jpg"], 0.1, "", "omit --val-fraction"),

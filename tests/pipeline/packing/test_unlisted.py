@@ -67,7 +67,7 @@ def check(found: Sources | str, whole: Sources, name: str, reason: str, context:
     """
     if isinstance(found, str):
         assert name in found, context
-        assert reason in found or "is neither a folder nor a table" in found, context
+        assert reason in found or "does not exist" in found, context
         return False
     missing = files_of(whole) - files_of(found)
     covered = {file for file in missing if any(file.startswith(f"{path}/") for path in found.unlisted)}
