@@ -1,5 +1,6 @@
 """The wheel: what it contains, under which names, and that it works where nothing else of the project is."""
 
+import json
 import os
 import re
 import subprocess
@@ -120,6 +121,8 @@ def test_the_commands_of_the_wheel(python, pictures, tmp_path):
     pack = ["--input", str(pictures), "--out", "shards", "--size", "80", "--workers", "2"]
     python("-c", entry_point("make-shards"), *pack)
     assert f'"by": "alexnet-train {__version__}"' in (tmp_path / "shards/dataset.json").read_text()
+    doctor = json.loads(python("-m", "alexnet_train.tools.diagnosing.hardware", "cpu"))
+    assert doctor["kernel"] is True
 
 
 def entry_point(script: str) -> str:

@@ -8,7 +8,6 @@ The argument is the setting --device; with `cpu`, no GPU is touched.
 
 import json
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pynvml
@@ -26,10 +25,19 @@ def describe(device: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "precision": resolve_precision("auto", chosen),
         "threads": torch.get_num_threads(),
-        "kernel": find_spec("model._cpu_pool") is not None,
+        "kernel": _has_kernel(),
         "gpus": torch.cuda.device_count() if on_gpu else 0,
         "nvml": {} if device == "cpu" else _nvml(),
     }
+
+
+def _has_kernel() -> bool:
+    """Return whether the kernel in C was built, and can be loaded."""
+    try:
+        from model import cpu_pool  # noqa: F401
+    except OSError:
+        return False
+    return True
 
 
 def _nvml() -> dict[str, Any]:
