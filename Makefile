@@ -184,13 +184,13 @@ images:
 image-test: setup
 	TEST_IMAGE=alexnet-train $(BIN)/pytest -m image tests/docker
 
-$(VENV)/.ready: pyproject.toml setup.py .ci/requirements.txt Makefile model/cpu_pool.c
+$(VENV)/.ready: pyproject.toml setup.py .ci/requirements.txt Makefile model/cpu_pool.c pipeline/cpu_crop.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 		{ echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@command -v cc >/dev/null || \
-		{ echo "a C compiler is missing, which pillow-simd and model/cpu_pool.c are built with: apt-get install build-essential"; exit 1; }
+		{ echo "a C compiler is missing, which pillow-simd and this package are built with: apt-get install build-essential"; exit 1; }
 	@echo '#include <Python.h>' | cc -E $$($(PYTHON) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))') - >/dev/null 2>&1 || \
 		{ echo "Python's headers are missing, which pillow-simd is built with: apt-get install python3-dev"; exit 1; }
 	@command -v pkg-config >/dev/null || \

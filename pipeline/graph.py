@@ -8,15 +8,16 @@ Inputs of a training sample, from `fn.external_source`:
     jpeg    uint8 [bytes]   the file
     mean    float [3]       the mean minus the image's colour offset (fancy PCA), subtracted from the pixels
     scale   float [3]       the divisor of the pixels after the subtraction
-    x, y    float []        the position of the crop, 0 to 1 over the range of possible offsets
     mirror  int32 []        1 to flip the image left to right, else 0
+    x, y    float []        the position of the crop, 0 to 1 over the range of possible offsets
 
 For random resized crops, there are instead of x and y:
 
     anchor  float [2]       the top and the left edge of the part of the image, 0 to 1
     shape   float [2]       the height and the width of the part, 0 to 1
 
-The output of a sample is its pixels [crop,crop,3] (HWC), or [10,crop,crop,3] for ten crops.
+The output of a sample is its pixels [crop,crop,3] (HWC), or [10,crop,crop,3] for ten crops. A pipeline that
+only decodes, for cpu_crop.py, has neither mean, scale and mirror nor x and y, and gives uint8 [h,w,3].
 """
 
 import math
@@ -148,6 +149,11 @@ def _decode(jpeg: Any, options: GraphOptions) -> Any:
     return images
 
 
+def _decode_part(jpeg: Any, options: GraphOptions, anchor: Any, shape: Any) -> Any:
+    """Decode a part of an image to RGB [h,w,3]."""
+    return fn.decoders.image_slice(jpeg, anchor, shape, axes=[0, 1], **_decoder(options))
+
+
 def _crop(images: Any, options: GraphOptions, **arguments: Any) -> Any:
     """Crop, mirror, subtract the mean, divide and convert in one operator."""
     decoding = options.decoding
@@ -173,22 +179,30 @@ def augment_resized(
 
     Only the part is decoded. Its edges are not blended with what is beyond them, as in torchvision.
     """
-    images = fn.decoders.image_slice(jpeg, anchor, shape, axes=[0, 1], **_decoder(options))
-    side = options.decoding.crop
+    images, side = _decode_part(jpeg, options, anchor, shape), options.decoding.crop
     images = fn.resize(images, size=(side, side), interp_type=types.INTERP_LINEAR, antialias=True)
     return _crop(images, options, mirror=mirror, mean=mean, std=scale)
 
 
-def _train(source: Callable, options: GraphOptions, resized: bool) -> Any:
-    dimensions = 1 if resized else 0  # of the inputs that place the crop
-    jpeg, mean, scale, *place, mirror = fn.external_source(
+def _inputs(source: Callable, *others: tuple[Any, int]) -> Any:
+    """Return the files and other inputs. others: the type and the number of dimensions of each."""
+    return fn.external_source(
         source=source,
-        num_outputs=6,
+        num_outputs=1 + len(others),
         batch=True,
         no_copy=True,
-        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        ndim=[1, 1, 1, dimensions, dimensions, 0],
+        dtype=[types.UINT8, *(dtype for dtype, _ in others)],
+        ndim=[1, *(dimensions for _, dimensions in others)],
     )
+
+
+def _train(source: Callable, options: GraphOptions, resized: bool, only_decode: bool) -> Any:
+    place = 2 * [(types.FLOAT, 1 if resized else 0)]
+    if only_decode:
+        jpeg, *part = _inputs(source, *(place if resized else ()))
+        return _decode_part(jpeg, options, *part) if resized else _decode(jpeg, options)
+    colours = 2 * [(types.FLOAT, 1)]
+    jpeg, mean, scale, mirror, *place = _inputs(source, *colours, (types.INT32, 0), *place)
     given = {"mean": mean, "scale": scale, "mirror": mirror}
     if resized:
         return augment_resized(jpeg, options, **given, anchor=place[0], shape=place[1])
@@ -198,9 +212,7 @@ def _train(source: Callable, options: GraphOptions, resized: bool) -> Any:
 def _evaluate(
     source: Callable, options: GraphOptions, mean: Sequence[float], std: Sequence[float], ten_crops: bool
 ) -> Any:
-    [jpeg] = fn.external_source(
-        source=source, num_outputs=1, batch=True, no_copy=True, dtype=[types.UINT8], ndim=[1]
-    )
+    [jpeg] = _inputs(source)
     images = _decode(jpeg, options)
     positions = TEN_CROP_POSITIONS if ten_crops else (CENTRE,)
     crops = [
@@ -252,13 +264,16 @@ def find_undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list
     return refused
 
 
-def train_pipeline(source: Callable, options: GraphOptions, resized: bool = False) -> Any:
+def train_pipeline(
+    source: Callable, options: GraphOptions, resized: bool = False, only_decode: bool = False
+) -> Any:
     """Build the training pipeline, with random crop, mirror and colour.
 
-    source() returns the six inputs of a batch, in the order of the module's list, each with a row per sample.
-    It raises StopIteration at the end. resized: whether the crops are random resized crops.
+    source() returns the inputs of a batch, in the order of the module's list, each with a row per sample. It
+    raises StopIteration at the end. resized: whether the crops are random resized crops. only_decode: whether
+    to leave everything after decoding, and after resizing whole images, to cpu_crop.py.
     """
-    return _build(_train, options, source, options, resized)
+    return _build(_train, options, source, options, resized, only_decode)
 
 
 def evaluation_pipeline(

@@ -2,14 +2,14 @@
 
 A loader yields (pixels, labels) on its device. pixels: [n,3,crop,crop], by default fp16 on a GPU and fp32 on
 a CPU, on the 0–255 scale minus the training mean. labels: int64 [n]. The main thread reads the files from the
-shards, and DALI decodes them ahead in its own threads and hands over its outputs without a copy.
+shards, and DALI decodes them ahead in its own threads and hands over its outputs without a copy. For fp32 on
+a CPU, DALI's part ends with decoding, and cpu_crop.py makes the pixels of a batch when it is taken.
 """
 
-from collections import deque
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, cycle, islice, tee
-from typing import Any
+from itertools import islice, tee
 
 import numpy as np
 import torch
@@ -22,19 +22,14 @@ from pipeline.graph import (
     Decoding,
     GraphOptions,
     evaluation_pipeline,
-    find_undecodable,
-    jpeg_batch,
     train_pipeline,
 )
 from pipeline.manifest import RGB, DatasetError, Manifest
 from pipeline.plan import Plan, RankBatch, crop_offsets, share
-from pipeline.reader import JpegFiles
 from pipeline.resized_crop import resized_crops
+from pipeline.stream import LOOK_AHEAD, Batch, Request, Stream, as_tensor, in_turn
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
 BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
-Request = tuple[np.ndarray, tuple[np.ndarray, ...]]  # sample numbers, and the inputs that follow their files
 
 
 def train_loader(
@@ -95,26 +90,37 @@ def train_loader(
             arguments = (
                 (subtracted - offsets).astype(np.float32),
                 (np.where(coloured, colour_divisor(colour), 1.0) * std).astype(np.float32),
-                *(place.astype(np.float32) for place in places(first, block, batch)),
                 (batch.draws.mirror & crops_and_flips).astype(np.int32),
+                *(place.astype(np.float32) for place in places(first, block, batch)),
             )
             for number in range(block):
                 reader.advance(max(first + number - steps_behind, steps.start))
                 step = slice(number * images, (number + 1) * images)
-                yield batch.samples[step], tuple(argument[step] for argument in arguments)
+                given = tuple(argument[step] for argument in arguments)
+                yield Request(batch.samples[step], given[later:], given[:later])
 
     images = plan.images_per_rank(world)
     steps_per_block = max(1, BLOCK_IMAGES // images)
     resized = crops_and_flips and scale is not None
     options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
-    build, count = partial(train_pipeline, resized=resized), decoding.pipelines
+    cropper = _cropper(decoding)
+    later = 0 if cropper is None else 3 if resized else 5  # arguments that the cropper takes
+    build = partial(train_pipeline, resized=resized, only_decode=cropper is not None)
+    count = decoding.pipelines
     # Each pipeline makes requests before it reads their samples.
     steps_behind = count * (LOOK_AHEAD // images + 1)
     reader.follow(plan, steps.start, rank, world)
-    return _in_turn(
+    return in_turn(
         [
-            _Stream(build, options, checked, partial(islice, copy, first, None, count), decoding.device)
+            Stream(
+                build,
+                options,
+                checked,
+                partial(islice, copy, first, None, count),
+                decoding.device,
+                finish=cropper or as_tensor,
+            )
             for first, copy in enumerate(tee(requests(), count))
         ]
     )
@@ -133,7 +139,7 @@ def evaluation_loader(
     world: int = 1,
     on_damage: OnDamage | None = None,
     persistent: bool = False,
-) -> "_Stream":
+) -> Stream:
     """Load a rank's share of a split in order, each sample once; the last batch may be smaller.
 
     batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].
@@ -149,14 +155,14 @@ def evaluation_loader(
         checked.begin_epoch()
         for start in range(mine.start, mine.stop, batch):
             reader.read_in_order(range(max(start - LOOK_AHEAD, mine.start), mine.stop))
-            yield np.arange(start, min(start + batch, mine.stop)), ()
+            yield Request(np.arange(start, min(start + batch, mine.stop)))
         reader.read_in_order(None)
 
     subtracted = dataset.manifest.pixels.mean if mean is None else mean
     build = partial(evaluation_pipeline, mean=subtracted, std=std, crops=crops)
     options = graph_options(dataset.manifest, decoding, batch)
     checked = CheckedReader(reader, on_damage, replace=False)
-    return _Stream(build, options, checked, requests, decoding.device, persistent)
+    return Stream(build, options, checked, requests, decoding.device, persistent)
 
 
 def synthetic_loader(batch: int, classes: int, decoding: Decoding) -> Iterator[Batch]:
@@ -206,115 +212,13 @@ def _crop_positions(
     return positions[0], positions[1]
 
 
-def _in_turn(streams: "list[_Stream]") -> Iterator[Batch]:
-    """Yield a batch of each stream in turn, until one of them ends.
-
-    Parts of DALI's work on a batch keep only one thread busy; other pipelines use the others meanwhile.
-    """
-    for batches in cycle([iter(stream) for stream in streams]):
-        try:
-            yield next(batches)
-        except StopIteration:
-            return
-
-
-class _Stream:
-    """Feeds requests to a DALI pipeline and yields its batches.
-
-    build(source, options) makes the pipeline. requests() yields the requests of one iteration. persistent:
-    whether the next iteration uses the same pipeline.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[Callable, GraphOptions], Any],
-        options: GraphOptions,
-        checked: CheckedReader,
-        requests: Callable[[], Iterator[Request]],
-        device: torch.device,
-        persistent: bool = False,
-    ):
-        self.build, self.options, self.device, self.persistent = build, options, device, persistent
-        self.checked, self.reader = checked, checked.reader
-        self.all_requests = requests
-        self.failure: DatasetError | None = None
-        # Given to DALI, which has not returned them.
-        self.in_flight: deque[tuple[Request, JpegFiles]] = deque()
-        self.samples = np.array([], np.int64)  # numbers of those in the batch that was yielded last
-        # DALI does not copy its inputs, and on a GPU it reads them even after it has returned the batch.
-        self.inputs: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)
-        self.pipeline = build(self._source, options)
-
-    def __iter__(self) -> Iterator[Batch]:
-        device = self.device
-        self.requests, self.failure = self._prefetched(self.all_requests()), None
-        self.in_flight.clear()
-        # The pipeline refers to self. If self also referred to a running pipeline, only the garbage collector
-        # would end its threads.
-        pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
-        while True:
-            # On a GPU the outputs are ordered on torch's stream, so the host does not wait for them.
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-            try:
-                [pixels] = pipeline.run(stream)
-            except StopIteration:
-                if self.failure is not None:
-                    raise self.failure from None
-                if self.persistent:
-                    pipeline.reset()
-                    self.pipeline = pipeline
-                return
-            except RuntimeError as error:
-                self._exclude_undecodable(error)
-                self.requests = chain([request for request, _ in self.in_flight], self.requests)
-                self.in_flight.clear()
-                pipeline = self.build(self._source, self.options)
-                continue
-            (self.samples, _), _ = self.in_flight.popleft()
-            labels = torch.from_numpy(self.reader.rows["label"][self.samples].astype(np.int64))
-            # HWC in memory with a CHW shape is torch's channels_last format.
-            yield torch.from_dlpack(pixels.as_tensor()).movedim(-1, -3), labels.to(device, non_blocking=True)
-
-    def _prefetched(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Yield the requests, and have the kernel prefetch the samples of later ones meanwhile.
-
-        The kernel does many reads at a time, whereas this process waits for one read after another.
-        """
-        waiting: deque[Request] = deque()
-        samples, once = 0, self.reader.fits_in_page_cache
-        for request in requests:
-            numbers = request[0]
-            self.reader.prefetch(self.checked.unread(numbers) if once else numbers)
-            waiting.append(request)
-            samples += len(numbers)
-            while samples - len(waiting[0][0]) >= LOOK_AHEAD:
-                samples -= len(waiting[0][0])
-                yield waiting.popleft()
-        yield from waiting
-
-    def _source(self) -> tuple:
-        """Return DALI's next inputs."""
-        samples = np.array([], np.int64)
-        while not samples.size:
-            wanted, arguments = next(self.requests)
-            try:
-                samples, files = self.checked.read(wanted)
-            except DatasetError as error:
-                self.failure = error  # raised once the batches before it have been yielded
-                raise StopIteration from None
-        self.in_flight.append(((samples, arguments), files))
-        self.inputs.append((jpeg_batch(files.jpegs), *arguments))
-        return self.inputs[-1]
-
-    def _exclude_undecodable(self, error: RuntimeError) -> None:
-        """Exclude the samples in flight that DALI cannot decode, after it refused a batch with this error."""
-        candidates = [
-            (number, jpeg)
-            for (samples, _), files in self.in_flight
-            for number, jpeg in zip(samples.tolist(), files.jpegs, strict=True)
-        ]
-        indices = find_undecodable([jpeg for _, jpeg in candidates], self.options)
-        if not indices:
-            raise DatasetError(f"DALI cannot decode a batch: {error}") from error
-        for index in indices:
-            self.checked.exclude_undecodable(candidates[index][0])
+def _cropper(decoding: Decoding) -> Callable[..., torch.Tensor] | None:
+    """Return the kernel that crops and normalises decoded images, or None if the graph should do it."""
+    if decoding.device_id is not None or decoding.output != torch.float32:
+        return None
+    try:
+        from pipeline.cpu_crop import Cropper
+    except OSError as error:
+        warnings.warn(f"no compiled CPU kernel, so images load more slowly: {error}", stacklevel=2)
+        return None
+    return Cropper(decoding.crop, decoding.threads)

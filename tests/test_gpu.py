@@ -42,7 +42,7 @@ def test_the_gpu_graph_gives_the_pictures_of_the_cpu_graph(batches, monkeypatch,
     on_gpu = batches(GPU, scale=scale)
     # Libjpeg interpolates chroma, which alone makes 14 to 20 levels in one value of a hundred.
     monkeypatch.setattr(
-        "pipeline.loader.jpeg_batch", lambda jpegs: jpeg_batch(map(with_nearest_chroma, jpegs))
+        "pipeline.stream.jpeg_batch", lambda jpegs: jpeg_batch(map(with_nearest_chroma, jpegs))
     )
     for (gpu, gpu_labels), (cpu, cpu_labels) in zip(on_gpu, batches(CPU, scale=scale), strict=True):
         assert gpu.dtype == torch.float16

@@ -155,8 +155,9 @@ def test_the_image_has_pillow_simd_and_a_compiler_only_for_cuda(docker, image):
 
 
 @pytest.mark.image
-def test_the_image_has_the_kernel_for_cpus(docker, image):
-    docker("run", "--rm", "--entrypoint", "python", image, "-c", "import alexnet_train.model.cpu_pool")
+@pytest.mark.parametrize("kernel", ["model.cpu_pool", "pipeline.cpu_crop"])
+def test_the_image_has_the_kernels_for_cpus(docker, image, kernel):
+    docker("run", "--rm", "--entrypoint", "python", image, "-c", f"import alexnet_train.{kernel}")
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_the_training_graph_crops_mirrors_and_normalises_as_told(packed_as):
     divisor, std = np.where(rng.integers(0, 2, len(jpegs)), 1.1, 1.0), np.array([1.0, 0.5, 2.0])
     x, y = np.ascontiguousarray((places / room).T, np.float32)
     scale = (std * divisor[:, None]).astype(np.float32)
-    inputs = jpegs, (mean - offset).astype(np.float32), scale, x, y, mirror
+    inputs = jpegs, (mean - offset).astype(np.float32), scale, mirror, x, y
 
     [pixels] = train_pipeline(lambda: inputs, packed_as.options).run()
     pixels = pixels.as_array()

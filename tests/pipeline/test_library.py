@@ -248,8 +248,9 @@ def test_the_standard_deviations_are_those_of_the_pixels(dataset):
     np.testing.assert_allclose(dataset.mean, pixels.mean(0), rtol=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("geometry", ["256", "short256", "original"])
-def test_a_random_resized_crop_is_what_pillow_makes_of_the_same_part(oblong, tmp_path, geometry):
+def test_a_random_resized_crop_is_what_pillow_makes_of_the_same_part(oblong, tmp_path, geometry, dtype):
     """They differ by rounding, and by the chroma at the edges of a part that is decoded alone.
 
     A part one pixel away would differ by more than one level on average.
@@ -258,7 +259,9 @@ def test_a_random_resized_crop_is_what_pillow_makes_of_the_same_part(oblong, tmp
     dataset = open_dataset(tmp_path)
     reader = dataset.reader("train")
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
-    with Loader(dataset, 10, scale=scale, dtype=torch.uint8, **CPU | {"crop": 48}) as loader:
+    options = {"scale": scale, "dtype": dtype, **CPU, "crop": 48}
+    options |= {} if dtype == torch.uint8 else {"mean": (0, 0, 0)}
+    with Loader(dataset, 10, **options) as loader:
         shapes = set()
         for step, (pixels, _) in enumerate(loader.batches(0, 20)):
             batch = loader.plan.step_batch(step)

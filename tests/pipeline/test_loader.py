@@ -140,7 +140,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Outputs]:
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_tensors_share_dalis_memory_in_channels_last_format(dataset, watched, prefetch):
-    decoding = Decoding(crop=CROP, prefetch=prefetch)
+    decoding = Decoding(crop=CROP, prefetch=prefetch, dtype=torch.float16)
     batches = list(train_loader(dataset, plan_of(dataset), range(8), decoding))
     assert len(watched) == 8
     for batch, outputs in zip(batches, watched, strict=True):

@@ -118,7 +118,7 @@ def test_free_memory_is_limited_by_the_control_group(tmp_path):
 H200 = {"name": "NVIDIA H200", "bytes": 150e9, "used": 1e9, "jpeg_engine": 0}
 DRIVER = {"driver": "580.65", "cuda": 13000, "gpus": [H200]}
 MISSING = {"error": "NVML Shared Library Not Found"}
-CPU_ONLY = {"cuda": None, "precision": "fp32", "kernel": True, "gpus": 0, "nvml": MISSING}
+CPU_ONLY = {"cuda": None, "precision": "fp32", "kernels": True, "gpus": 0, "nvml": MISSING}
 WITH_GPU = CPU_ONLY | {"cuda": "13.0", "precision": "bf16", "gpus": 1, "nvml": DRIVER}
 GPUS = {
     "none": (CPU_ONLY, [], {}, ("GPU", "ok", "none", "")),
@@ -147,7 +147,7 @@ GPUS = {
     "torch for CPUs": (CPU_ONLY | {"nvml": DRIVER}, [], {}, ("driver", "note", "no CUDA", "CUDA 13")),
     "hidden": (WITH_GPU | {"gpus": 0}, [], {}, ("driver", "note", "torch finds no GPU", "is '-1'")),
     "emulated bf16": (CPU_ONLY, [], {"precision": "bf16"}, ("precision", "note", "emulates", "--precision")),
-    "no kernel": (CPU_ONLY | {"kernel": False}, [], {}, ("kernel", "note", "not built", "compiler")),
+    "no kernels": (CPU_ONLY | {"kernels": False}, [], {}, ("kernels", "note", "not built", "compiler")),
 }
 
 

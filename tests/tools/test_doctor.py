@@ -14,7 +14,7 @@ from tools import doctor
 from tools.diagnosing import machine, rehearsal
 from tools.diagnosing.findings import Ended
 
-CPU = {"cuda": None, "precision": "fp32", "kernel": True, "gpus": 0, "nvml": {"error": "not found"}}
+CPU = {"cuda": None, "precision": "fp32", "kernels": True, "gpus": 0, "nvml": {"error": "not found"}}
 
 
 @pytest.fixture

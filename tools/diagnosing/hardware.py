@@ -25,16 +25,17 @@ def describe(device: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "precision": resolve_precision("auto", chosen),
         "threads": torch.get_num_threads(),
-        "kernel": _has_kernel(),
+        "kernels": _has_kernels(),
         "gpus": torch.cuda.device_count() if on_gpu else 0,
         "nvml": {} if device == "cpu" else _nvml(),
     }
 
 
-def _has_kernel() -> bool:
-    """Return whether the kernel in C was built, and can be loaded."""
+def _has_kernels() -> bool:
+    """Return whether the kernels in C were built, and can be loaded."""
     try:
         from model import cpu_pool  # noqa: F401
+        from pipeline import cpu_crop  # noqa: F401
     except OSError:
         return False
     return True

@@ -124,10 +124,10 @@ def _driver(hardware: dict[str, Any], stops: Status) -> Finding:
 
 
 def _cpu_training(settings: Settings, hardware: dict[str, Any]) -> Iterator[Finding]:
-    if not hardware["kernel"]:
+    if not hardware["kernels"]:
         yield Finding(
-            "kernel",
-            "the kernel in C for normalisation and pooling was not built, so the net is slower",
+            "kernels",
+            "the kernels in C were not built, so the net and the loader are slower",
             "note",
             "install a C compiler, and install this package again",
         )

@@ -1,0 +1,198 @@
+/* Crop or resize decoded images, mirror them, subtract a mean and divide, in one pass per image on a CPU.
+ *
+ * Inputs are uint8 RGB in HWC order, outputs fp32 in HWC order. `resize` and `crop_mirror_normalize` in graph.py define
+ * the result, which is bitwise the same with any number of threads. Resized values are rounded to whole levels, as they
+ * are there.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A version of each function is compiled for each of these instruction sets, and the dynamic loader chooses one. All
+ * give bitwise the same results, because fused multiply-adds are disabled. */
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define EACH_INSTRUCTION_SET __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EACH_INSTRUCTION_SET
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Pixel __attribute__((vector_size(16))); /* red, green, blue and an unused value */
+typedef uint8_t Bytes __attribute__((vector_size(4)));
+
+/* pixels: the first pixel of the part of an image that is used, of height × width pixels in rows `stride` bytes apart.
+ * Parts that do not have the size of the crop are resized. */
+typedef struct {
+    const uint8_t *pixels;
+    float *output;
+    int64_t stride;
+    int32_t height, width, mirror;
+    float mean[3], divisor[3];
+} Image;
+
+/* The weights with which values along one side are added up: `taps` for each output, from the value `first` on. */
+typedef struct {
+    int taps;
+    int *first;
+    float *weights;
+} Filter;
+
+/* Return the number of values that an output depends on: those nearer to its centre than 1, in units of the larger of
+ * the two distances between values, of the input and of the output. */
+static int count_taps(int from, int to) {
+    int taps = from > to ? (2 * from + to - 1) / to : 2;
+    return taps < from ? taps : from;
+}
+
+/* Fill in a triangular filter that resizes `from` values to `to`. Values beyond the ends do not count. */
+static void fill_filter(Filter *f, int from, int to) {
+    double scale = (double)from / to, radius = scale > 1 ? scale : 1;
+    for (int i = 0; i < to; i++) {
+        double centre = (i + 0.5) * scale - 0.5, sum = 0;
+        int first = (int)ceil(centre - radius), last = from - f->taps;
+        f->first[i] = first < 0 ? 0 : first > last ? last : first;
+        float *weights = f->weights + (size_t)i * f->taps;
+        for (int k = 0; k < f->taps; k++) {
+            double distance = fabs(f->first[i] + k - centre) / radius;
+            weights[k] = distance < 1 ? 1 - distance : 0;
+            sum += weights[k];
+        }
+        for (int k = 0; k < f->taps; k++) weights[k] /= sum;
+    }
+}
+
+/* Round to the nearest whole number, ties to even: at 1.5 × 2^23, the distance between floats is 1. */
+INLINE Pixel rounded(Pixel value) {
+    const float large = 12582912;
+    return value + large - large;
+}
+
+/* Convert a row of RGB bytes to pixels. */
+INLINE void load_row(const uint8_t *from, int width, Pixel *restrict row) {
+    Bytes bytes = {0};
+    for (int x = 0; x < width - 1; x++) {
+        memcpy(&bytes, from + 3 * x, 4);
+        row[x] = __builtin_convertvector(bytes, Pixel);
+    }
+    memcpy(&bytes, from + 3 * (width - 1), 3); /* the fourth byte may be beyond the end of the image */
+    row[width - 1] = __builtin_convertvector(bytes, Pixel);
+}
+
+/* Resize a row of pixels. */
+INLINE void resize_row(const Pixel *restrict row, Filter f, int width, Pixel *restrict resized) {
+    for (int x = 0; x < width; x++) {
+        const Pixel *from = row + f.first[x];
+        const float *weights = f.weights + (size_t)x * f.taps;
+        Pixel sum = from[0] * weights[0];
+        for (int k = 1; k < f.taps; k++) sum += from[k] * weights[k];
+        resized[x] = sum;
+    }
+}
+
+/* Return the bytes of a filter, a multiple of the size of a pixel. */
+static size_t filter_size(int taps, int outputs) {
+    size_t pixels = ((size_t)outputs * (taps * sizeof(float) + sizeof(int)) + sizeof(Pixel) - 1) / sizeof(Pixel);
+    return pixels * sizeof(Pixel);
+}
+
+static Filter make_filter(char *memory, int taps, int from, int to) {
+    Filter f = {taps, (int *)memory, (float *)(memory + to * sizeof(int))};
+    fill_filter(&f, from, to);
+    return f;
+}
+
+/* Resize a part to side × side pixels. Rows are resized across when they are first needed, and kept in a ring of as
+ * many rows as an output row depends on. Returns 1 if memory runs out. */
+EACH_INSTRUCTION_SET
+static int resize_part(const Image *image, int side) {
+    int width = image->width, height = image->height;
+    int across_taps = count_taps(width, side), down_taps = count_taps(height, side);
+    size_t across_size = filter_size(across_taps, side), down_size = filter_size(down_taps, side);
+    size_t pixels = width + (size_t)(down_taps + 1) * side;
+    char *memory = aligned_alloc(sizeof(Pixel), across_size + down_size + pixels * sizeof(Pixel));
+    if (memory == NULL) return 1;
+    Filter across = make_filter(memory, across_taps, width, side);
+    Filter down = make_filter(memory + across_size, down_taps, height, side);
+    Pixel *row = (Pixel *)(memory + across_size + down_size), *sums = row + width, *ring = sums + side;
+    Pixel mean = {image->mean[0], image->mean[1], image->mean[2]};
+    Pixel factor = {1 / image->divisor[0], 1 / image->divisor[1], 1 / image->divisor[2]};
+    for (int y = 0, resized = 0; y < side; y++) {
+        for (; resized < down.first[y] + down_taps; resized++) {
+            load_row(image->pixels + resized * image->stride, width, row);
+            resize_row(row, across, side, ring + (size_t)(resized % down_taps) * side);
+        }
+        memset(sums, 0, side * sizeof *sums);
+        for (int k = 0; k < down_taps; k++) {
+            const Pixel *restrict from = ring + (size_t)((down.first[y] + k) % down_taps) * side;
+            float weight = down.weights[(size_t)y * down_taps + k];
+            for (int x = 0; x < side; x++) sums[x] += from[x] * weight;
+        }
+        float *output = image->output + (size_t)y * side * 3;
+        for (int x = 0; x < side; x++) {
+            Pixel result = (rounded(sums[image->mirror ? side - 1 - x : x]) - mean) * factor;
+            memcpy(output + 3 * x, &result, 3 * sizeof(float));
+        }
+    }
+    free(memory);
+    return 0;
+}
+
+/* Copy a part that has the size of the crop. Returns 1 if memory runs out. */
+EACH_INSTRUCTION_SET
+static int copy_part(const Image *image, int side) {
+    int count = 3 * side;
+    float *means = malloc(count * (2 * sizeof(float) + 1)), *factors = means + count;
+    uint8_t *mirrored = (uint8_t *)(factors + count);
+    if (means == NULL) return 1;
+    for (int i = 0; i < count; i++) {
+        means[i] = image->mean[i % 3];
+        factors[i] = 1 / image->divisor[i % 3];
+    }
+    for (int y = 0; y < side; y++) {
+        const uint8_t *restrict row = image->pixels + y * image->stride;
+        float *restrict output = image->output + (size_t)y * count;
+        if (image->mirror) {
+            for (int x = 0; x < side; x++) memcpy(mirrored + 3 * x, row + 3 * (side - 1 - x), 3);
+            row = mirrored;
+        }
+        for (int i = 0; i < count; i++) output[i] = (row[i] - means[i]) * factors[i];
+    }
+    free(means);
+    return 0;
+}
+
+/* What one thread does: from the image `first` on, each `step`-th. */
+typedef struct {
+    const Image *images;
+    int count, first, step, side, failed, started;
+    pthread_t thread;
+} Work;
+
+static void *do_work(void *argument) {
+    Work *work = argument;
+    for (int i = work->first; i < work->count; i += work->step) {
+        const Image *image = work->images + i;
+        int is_copied = image->height == work->side && image->width == work->side;
+        work->failed |= is_copied ? copy_part(image, work->side) : resize_part(image, work->side);
+    }
+    return NULL;
+}
+
+/* Process all images in `threads` threads, of which this is one. They end with the call, because threads that wait for
+ * the next batch would be lost in a fork. Returns 1 if memory runs out. */
+int crop_images(const Image *images, int count, int side, int threads) {
+    Work works[threads];
+    int failed = 0;
+    for (int i = threads - 1; i >= 0; i--) {
+        works[i] = (Work){.images = images, .count = count, .first = i, .step = threads, .side = side};
+        works[i].started = i > 0 && pthread_create(&works[i].thread, NULL, do_work, works + i) == 0;
+        if (!works[i].started) do_work(works + i);
+    }
+    for (int i = 0; i < threads; i++) {
+        if (works[i].started) pthread_join(works[i].thread, NULL);
+        failed |= works[i].failed;
+    }
+    return failed;
+}
