@@ -20,7 +20,6 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float Pixel __attribute__((vector_size(16))); /* red, green, blue and an unused value */
-typedef uint8_t Bytes __attribute__((vector_size(4)));
 
 /* pixels: the first pixel of the part of an image that is used, of height × width pixels in rows `stride` bytes apart.
  * Parts that do not have the size of the crop are resized. */
@@ -46,21 +45,29 @@ static int count_taps(int from, int to) {
     return taps < from ? taps : from;
 }
 
-/* Fill in a triangular filter that resizes `from` values to `to`. Values beyond the ends do not count. */
-static void fill_filter(Filter *f, int from, int to) {
+/* Return the bytes of a filter. */
+static size_t filter_size(int taps, int outputs) { return (size_t)outputs * (taps * sizeof(float) + sizeof(int)); }
+
+/* Make a triangular filter that resizes `from` values to `to`, in reverse order if `mirror` is set. Values beyond the
+ * ends do not count. */
+static Filter make_filter(char *memory, int taps, int from, int to, int mirror) {
+    Filter f = {taps, (int *)memory, (float *)(memory + to * sizeof(int))};
     double scale = (double)from / to, radius = scale > 1 ? scale : 1;
     for (int i = 0; i < to; i++) {
+        int output = mirror ? to - 1 - i : i;
         double centre = (i + 0.5) * scale - 0.5, sum = 0;
-        int first = (int)ceil(centre - radius), last = from - f->taps;
-        f->first[i] = first < 0 ? 0 : first > last ? last : first;
-        float *weights = f->weights + (size_t)i * f->taps;
-        for (int k = 0; k < f->taps; k++) {
-            double distance = fabs(f->first[i] + k - centre) / radius;
+        int first = (int)ceil(centre - radius), last = from - taps;
+        first = first < 0 ? 0 : first > last ? last : first;
+        float *weights = f.weights + (size_t)output * taps;
+        for (int k = 0; k < taps; k++) {
+            double distance = fabs(first + k - centre) / radius;
             weights[k] = distance < 1 ? 1 - distance : 0;
             sum += weights[k];
         }
-        for (int k = 0; k < f->taps; k++) weights[k] /= sum;
+        for (int k = 0; k < taps; k++) weights[k] /= sum;
+        f.first[output] = first;
     }
+    return f;
 }
 
 /* Round to the nearest whole number, ties to even: at 1.5 × 2^23, the distance between floats is 1. */
@@ -69,38 +76,19 @@ INLINE Pixel rounded(Pixel value) {
     return value + large - large;
 }
 
-/* Convert a row of RGB bytes to pixels. */
-INLINE void load_row(const uint8_t *from, int width, Pixel *restrict row) {
-    Bytes bytes = {0};
-    for (int x = 0; x < width - 1; x++) {
-        memcpy(&bytes, from + 3 * x, 4);
-        row[x] = __builtin_convertvector(bytes, Pixel);
-    }
-    memcpy(&bytes, from + 3 * (width - 1), 3); /* the fourth byte may be beyond the end of the image */
-    row[width - 1] = __builtin_convertvector(bytes, Pixel);
-}
-
-/* Resize a row of pixels. */
-INLINE void resize_row(const Pixel *restrict row, Filter f, int width, Pixel *restrict resized) {
+/* Resize a row, of which `row` holds the RGB values and one more. */
+INLINE void resize_row(const float *restrict row, Filter f, const int taps, int width, Pixel *restrict resized) {
     for (int x = 0; x < width; x++) {
-        const Pixel *from = row + f.first[x];
-        const float *weights = f.weights + (size_t)x * f.taps;
-        Pixel sum = from[0] * weights[0];
-        for (int k = 1; k < f.taps; k++) sum += from[k] * weights[k];
+        const float *from = row + 3 * f.first[x], *weights = f.weights + (size_t)x * taps;
+        Pixel sum, pixel;
+        memcpy(&pixel, from, sizeof pixel);
+        sum = pixel * weights[0];
+        for (int k = 1; k < taps; k++) {
+            memcpy(&pixel, from + 3 * k, sizeof pixel);
+            sum += pixel * weights[k];
+        }
         resized[x] = sum;
     }
-}
-
-/* Return the bytes of a filter, a multiple of the size of a pixel. */
-static size_t filter_size(int taps, int outputs) {
-    size_t pixels = ((size_t)outputs * (taps * sizeof(float) + sizeof(int)) + sizeof(Pixel) - 1) / sizeof(Pixel);
-    return pixels * sizeof(Pixel);
-}
-
-static Filter make_filter(char *memory, int taps, int from, int to) {
-    Filter f = {taps, (int *)memory, (float *)(memory + to * sizeof(int))};
-    fill_filter(&f, from, to);
-    return f;
 }
 
 /* Resize a part to side × side pixels. Rows are resized across when they are first needed, and kept in a ring of as
@@ -110,29 +98,40 @@ static int resize_part(const Image *image, int side) {
     int width = image->width, height = image->height;
     int across_taps = count_taps(width, side), down_taps = count_taps(height, side);
     size_t across_size = filter_size(across_taps, side), down_size = filter_size(down_taps, side);
-    size_t pixels = width + (size_t)(down_taps + 1) * side;
-    char *memory = aligned_alloc(sizeof(Pixel), across_size + down_size + pixels * sizeof(Pixel));
+    size_t pixels = (size_t)(down_taps + 1) * side, values = 3 * width + 1;
+    char *memory = malloc(pixels * sizeof(Pixel) + across_size + down_size + values * sizeof(float));
     if (memory == NULL) return 1;
-    Filter across = make_filter(memory, across_taps, width, side);
-    Filter down = make_filter(memory + across_size, down_taps, height, side);
-    Pixel *row = (Pixel *)(memory + across_size + down_size), *sums = row + width, *ring = sums + side;
+    Pixel *sums = (Pixel *)memory, *ring = sums + side;
+    char *filters = (char *)(sums + pixels);
+    Filter across = make_filter(filters, across_taps, width, side, image->mirror);
+    Filter down = make_filter(filters + across_size, down_taps, height, side, 0);
+    float *row = (float *)(filters + across_size + down_size);
+    row[3 * width] = 0;
     Pixel mean = {image->mean[0], image->mean[1], image->mean[2]};
     Pixel factor = {1 / image->divisor[0], 1 / image->divisor[1], 1 / image->divisor[2]};
     for (int y = 0, resized = 0; y < side; y++) {
         for (; resized < down.first[y] + down_taps; resized++) {
-            load_row(image->pixels + resized * image->stride, width, row);
-            resize_row(row, across, side, ring + (size_t)(resized % down_taps) * side);
+            Pixel *to = ring + (size_t)(resized % down_taps) * side;
+            const uint8_t *restrict bytes = image->pixels + resized * image->stride;
+            for (int i = 0; i < 3 * width; i++) row[i] = bytes[i];
+            if (across_taps == 2)
+                resize_row(row, across, 2, side, to); /* unrolled */
+            else
+                resize_row(row, across, across_taps, side, to);
         }
-        memset(sums, 0, side * sizeof *sums);
         for (int k = 0; k < down_taps; k++) {
             const Pixel *restrict from = ring + (size_t)((down.first[y] + k) % down_taps) * side;
             float weight = down.weights[(size_t)y * down_taps + k];
-            for (int x = 0; x < side; x++) sums[x] += from[x] * weight;
+            for (int x = 0; x < side; x++) sums[x] = k ? sums[x] + from[x] * weight : from[x] * weight;
         }
         float *output = image->output + (size_t)y * side * 3;
         for (int x = 0; x < side; x++) {
-            Pixel result = (rounded(sums[image->mirror ? side - 1 - x : x]) - mean) * factor;
-            memcpy(output + 3 * x, &result, 3 * sizeof(float));
+            Pixel result = (rounded(sums[x]) - mean) * factor;
+            /* The fourth value is overwritten by the next pixel, but would be beyond the end of the row. */
+            if (x < side - 1)
+                memcpy(output + 3 * x, &result, sizeof result);
+            else
+                memcpy(output + 3 * x, &result, 3 * sizeof(float));
         }
     }
     free(memory);
