@@ -1,11 +1,9 @@
 /* Crop or resize decoded images, mirror them, subtract a mean and divide, in one pass per image on a CPU.
  *
  * Inputs are uint8 RGB in HWC order, outputs fp32 in HWC order. `resize` and `crop_mirror_normalize` in graph.py define
- * the result, which is bitwise the same with any number of threads. Resized values are rounded to whole levels, as they
- * are there.
+ * the result. Resized values are rounded to whole levels, as they are there.
  */
 #include <math.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -162,36 +160,11 @@ static int copy_part(const Image *image, int side) {
     return 0;
 }
 
-/* What one thread does: from the image `first` on, each `step`-th. */
-typedef struct {
-    const Image *images;
-    int count, first, step, side, failed, started;
-    pthread_t thread;
-} Work;
-
-static void *do_work(void *argument) {
-    Work *work = argument;
-    for (int i = work->first; i < work->count; i += work->step) {
-        const Image *image = work->images + i;
-        int is_copied = image->height == work->side && image->width == work->side;
-        work->failed |= is_copied ? copy_part(image, work->side) : resize_part(image, work->side);
+/* Process images. Returns 1 if memory runs out. */
+int crop_images(const Image *images, int count, int side) {
+    for (const Image *image = images; image < images + count; image++) {
+        int is_copied = image->height == side && image->width == side;
+        if (is_copied ? copy_part(image, side) : resize_part(image, side)) return 1;
     }
-    return NULL;
-}
-
-/* Process all images in `threads` threads, of which this is one. They end with the call, because threads that wait for
- * the next batch would be lost in a fork. Returns 1 if memory runs out. */
-int crop_images(const Image *images, int count, int side, int threads) {
-    Work works[threads];
-    int failed = 0;
-    for (int i = threads - 1; i >= 0; i--) {
-        works[i] = (Work){.images = images, .count = count, .first = i, .step = threads, .side = side};
-        works[i].started = i > 0 && pthread_create(&works[i].thread, NULL, do_work, works + i) == 0;
-        if (!works[i].started) do_work(works + i);
-    }
-    for (int i = 0; i < threads; i++) {
-        if (works[i].started) pthread_join(works[i].thread, NULL);
-        failed |= works[i].failed;
-    }
-    return failed;
+    return 0;
 }

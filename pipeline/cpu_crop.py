@@ -10,7 +10,9 @@ import ctypes
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ _IMAGE = np.dtype(
 def open_library(path: str) -> ctypes.CDLL:
     """Load the shared library that has the kernel. Raises OSError if that fails."""
     library = ctypes.CDLL(path)
-    library.crop_images.argtypes = [ctypes.c_void_p, *3 * [ctypes.c_int]]
+    library.crop_images.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     return library
 
 
@@ -51,6 +53,8 @@ class Cropper:
 
     def __init__(self, side: int, threads: int):
         self.side, self.threads = side, threads
+        self._pool = ThreadPoolExecutor(threads)
+        weakref.finalize(self, self._pool.shutdown).atexit = False
         # Memory that is new to the process is faulted in page by page, which takes longer than the kernel.
         self._unused: deque[np.ndarray] = deque(maxlen=2)
 
@@ -89,7 +93,7 @@ class Cropper:
         records["mean"], records["divisor"], records["mirror"] = mean, divisor, mirror
         output = self._allocate(len(records))
         records["output"] = output.ctypes.data + np.arange(len(records), dtype=np.uintp) * output[0].nbytes
-        if _LIBRARY.crop_images(records.ctypes.data, len(records), self.side, self.threads):
+        if any(self._pool.map(_crop, np.array_split(records, self.threads), repeat(self.side))):
             raise MemoryError(f"not enough memory for a few rows of {width.max()} pixels")
         return torch.from_numpy(output).permute(0, 3, 1, 2)
 
@@ -102,3 +106,8 @@ class Cropper:
         lent = memory.view()
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
+
+
+def _crop(images: np.ndarray, side: int) -> int:
+    """Process some images. Returns 1 if memory runs out."""
+    return _LIBRARY.crop_images(images.ctypes.data, len(images), side)

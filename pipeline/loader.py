@@ -27,7 +27,7 @@ from pipeline.graph import (
 from pipeline.manifest import RGB, DatasetError, Manifest
 from pipeline.plan import Plan, RankBatch, crop_offsets, share
 from pipeline.resized_crop import resized_crops
-from pipeline.stream import LOOK_AHEAD, Batch, Request, Stream, as_tensor, in_turn
+from pipeline.stream import LOOK_AHEAD, Batch, Request, Stream, in_turn
 
 BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
 
@@ -104,9 +104,9 @@ def train_loader(
     resized = crops_and_flips and scale is not None
     options = graph_options(dataset.manifest, decoding, images, resized)
     checked = CheckedReader(reader, on_damage, replace=True)
-    cropper = _cropper(decoding)
-    later = 0 if cropper is None else 3 if resized else 5  # arguments that the cropper takes
-    build = partial(train_pipeline, resized=resized, only_decode=cropper is not None)
+    make_cropper = _find_cropper(decoding)
+    later = 0 if make_cropper is None else 3 if resized else 5  # arguments that the cropper takes
+    build = partial(train_pipeline, resized=resized, only_decode=make_cropper is not None)
     count = decoding.pipelines
     # Each pipeline makes requests before it reads their samples.
     steps_behind = count * (LOOK_AHEAD // images + 1)
@@ -119,7 +119,7 @@ def train_loader(
                 checked,
                 partial(islice, copy, first, None, count),
                 decoding.device,
-                finish=cropper or as_tensor,
+                make_cropper=make_cropper,
             )
             for first, copy in enumerate(tee(requests(), count))
         ]
@@ -212,8 +212,8 @@ def _crop_positions(
     return positions[0], positions[1]
 
 
-def _cropper(decoding: Decoding) -> Callable[..., torch.Tensor] | None:
-    """Return the kernel that crops and normalises decoded images, or None if the graph should do it."""
+def _find_cropper(decoding: Decoding) -> Callable[[], Callable[..., torch.Tensor]] | None:
+    """Return what makes a `Cropper`, or None if the graph should crop and normalise."""
     if decoding.device_id is not None or decoding.output != torch.float32:
         return None
     try:
@@ -221,4 +221,4 @@ def _cropper(decoding: Decoding) -> Callable[..., torch.Tensor] | None:
     except OSError as error:
         warnings.warn(f"no compiled CPU kernel, so images load more slowly: {error}", stacklevel=2)
         return None
-    return Cropper(decoding.crop, decoding.threads)
+    return partial(Cropper, decoding.crop, decoding.threads)

@@ -51,8 +51,8 @@ class Stream:
     """Feeds requests to a DALI pipeline and yields its batches.
 
     build(source, options) makes the pipeline. requests() yields the requests of one iteration. persistent:
-    whether the next iteration uses the same pipeline. finish(output, *rest) makes the pixels from the
-    pipeline's output.
+    whether the next iteration uses the same pipeline. make_cropper() returns, for an iteration, a function of
+    the pipeline's output and of `rest` that makes the pixels; without it, the output is the pixels.
     """
 
     def __init__(
@@ -63,12 +63,11 @@ class Stream:
         requests: Callable[[], Iterator[Request]],
         device: torch.device,
         persistent: bool = False,
-        finish: Callable[..., torch.Tensor] = as_tensor,
+        make_cropper: Callable[[], Callable[..., torch.Tensor]] | None = None,
     ):
-        self.finish = finish
         self.build, self.options, self.device, self.persistent = build, options, device, persistent
         self.checked, self.reader = checked, checked.reader
-        self.all_requests = requests
+        self.all_requests, self.make_cropper = requests, make_cropper
         self.failure: DatasetError | None = None
         # Given to DALI, which has not returned them.
         self.in_flight: deque[tuple[Request, JpegFiles]] = deque()
@@ -81,9 +80,10 @@ class Stream:
         device = self.device
         self.requests, self.failure = self._prefetched(self.all_requests()), None
         self.in_flight.clear()
-        # The pipeline refers to self. If self also referred to a running pipeline, only the garbage collector
-        # would end its threads.
+        # The pipeline and the requests refer to self. If self also referred to a running pipeline, or to a
+        # cropper, only the garbage collector would end their threads.
         pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
+        crop = self.make_cropper() if self.make_cropper else as_tensor
         while True:
             # On a GPU the outputs are ordered on torch's stream, so the host does not wait for them.
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -105,7 +105,7 @@ class Stream:
             request, _ = self.in_flight.popleft()
             self.samples = request.samples
             labels = torch.from_numpy(self.reader.rows["label"][self.samples].astype(np.int64))
-            yield self.finish(output, *request.rest), labels.to(device, non_blocking=True)
+            yield crop(output, *request.rest), labels.to(device, non_blocking=True)
 
     def _prefetched(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield the requests, and have the kernel prefetch the samples of later ones meanwhile.
