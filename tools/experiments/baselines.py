@@ -23,6 +23,7 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
+from pipeline.packing.messages import pluralize
 from tools.experiments.finished import open_net
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe, packing
@@ -181,7 +182,7 @@ def _budget(options: argparse.Namespace) -> str:
     return (
         f"{describe(options.data)}{limit}; SIFT every {options.step} px at up to {options.scales} scales, "
         f"{options.gaussians} Gaussians, {options.atoms} atoms, {options.vocabulary:,} descriptors to learn "
-        f"from, {options.epochs} epochs, {options.seeds} seed{'s' if options.seeds > 1 else ''}"
+        f"from, {options.epochs} epochs, {pluralize(options.seeds, 'seed', 'seeds')}"
     )
 
 

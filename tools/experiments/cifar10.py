@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.manifest import read_manifest
+from pipeline.packing.messages import pluralize
 from tools.experiments.record import Figure, Record, Row, TrainedRun, Wrong
 from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         source="cuda-convnet, to which section 3.3 refers: layers-18pct.cfg and layer-params-18pct.cfg",
         data=f"{describe(options.data)}; whole images of 32 px minus the mean image, batch 128, learning "
         f"rates .001 and, for biases, .002, divided by 10 after 6/7 and 13/14 of {options.epochs} epochs, "
-        f"{options.seeds} seeds",
+        f"{pluralize(options.seeds, 'seed', 'seeds')}",
         rows=[
             Row(
                 system=NET,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.manifest import read_manifest
+from pipeline.packing.messages import pluralize
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row, TrainedRun
 from tools.experiments.training import describe, packing
@@ -107,8 +108,8 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         title="Fig. 1: ReLU against tanh",
         source="Fig. 1 and section 3.1, on CIFAR-10",
         data=f"{describe(options.data)}; {len(images):,} training images of the first {images.classes} "
-        f"classes at 32 px, batch {options.batch}, {options.seeds} seeds; for each net the fastest of the "
-        f"learning rates {', '.join(f'{rate:g}' for rate in options.rates)}",
+        f"classes at 32 px, batch {options.batch}, {pluralize(options.seeds, 'seed', 'seeds')}; for each net "
+        f"the fastest of the learning rates {', '.join(f'{rate:g}' for rate in options.rates)}",
         command=command_line(),
         environment=environment(world.device_name),
         dataset=packing(options.data),

@@ -12,6 +12,7 @@ resume.
 
 import argparse
 
+from pipeline.packing.messages import pluralize
 from tools.experiments.cifar10 import TEST, add_common_arguments, curves, measures, trained
 from tools.experiments.record import Record, Row
 from tools.experiments.training import describe
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
         source="section 3.3: 13 % without normalisation, 11 % with it",
         data=f"{describe(options.data)}; random crops of 24 px and reflections, tested on ten views; batch "
         f"128, learning rates .001, divided by 10 after 8 and 9 tenths of {options.epochs} epochs, and for "
-        f"biases .002 throughout, {options.seeds} seeds",
+        f"biases .002 throughout, {pluralize(options.seeds, 'seed', 'seeds')}",
         rows=[
             Row(
                 system=WITHOUT,
