@@ -93,7 +93,9 @@ class Cropper:
         records["mean"], records["divisor"], records["mirror"] = mean, divisor, mirror
         output = self._allocate(len(records))
         records["output"] = output.ctypes.data + np.arange(len(records), dtype=np.uintp) * output[0].nbytes
-        if any(self._pool.map(_crop, np.array_split(records, self.threads), repeat(self.side))):
+        parts = np.array_split(records, self.threads)
+        failures = list(self._pool.map(_crop, parts, repeat(self.side), repeat((arrays, output))))
+        if any(failures):
             raise MemoryError(f"not enough memory for a few rows of {width.max()} pixels")
         return torch.from_numpy(output).permute(0, 3, 1, 2)
 
@@ -108,6 +110,9 @@ class Cropper:
         return lent
 
 
-def _crop(images: np.ndarray, side: int) -> int:
-    """Process some images. Returns 1 if memory runs out."""
+def _crop(images: np.ndarray, side: int, _used: object) -> int:
+    """Process some images. Returns 1 if memory runs out.
+
+    _used: what the images refer to, which must live until this ends, even if the caller is interrupted.
+    """
     return _LIBRARY.crop_images(images.ctypes.data, len(images), side)
