@@ -166,7 +166,7 @@ class Sweep:
         reached = epochs_to(errors, self.target)
         came = f", {self.options.target:g} % after {reached:.1f}" if reached < math.inf else ""
         state = "diverged" if math.isnan(errors[-1]) else f"training error {errors[-1]:.1%}"
-        print(f"{trial}: {state} after {len(errors)} epoch{'s' * (len(errors) > 1)}{came}", flush=True)
+        print(f"{trial}: {state} after {pluralize(len(errors), 'epoch', 'epochs')}{came}", flush=True)
         return errors
 
     def runs(self, tried: dict[str, Tried], rates: dict[str, float]) -> list[TrainedRun]:
