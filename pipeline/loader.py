@@ -27,7 +27,7 @@ from pipeline.graph import (
 from pipeline.manifest import RGB, DatasetError, Manifest
 from pipeline.plan import Plan, RankBatch, crop_offsets, share
 from pipeline.resized_crop import resized_crops
-from pipeline.stream import LOOK_AHEAD, Batch, Request, Stream, in_turn
+from pipeline.stream import Batch, Request, Stream, in_turn
 
 BLOCK_IMAGES = 2048  # images for which random numbers are drawn at a time
 
@@ -109,7 +109,7 @@ def train_loader(
     build = partial(train_pipeline, resized=resized, only_decode=make_cropper is not None)
     count = decoding.pipelines
     # Each pipeline makes requests before it reads their samples.
-    steps_behind = count * (LOOK_AHEAD // images + 1)
+    steps_behind = count * (Stream.look_ahead // images + 1)
     reader.follow(plan, steps.start, rank, world)
     return in_turn(
         [
@@ -154,7 +154,7 @@ def evaluation_loader(
     def requests() -> Iterator[Request]:
         checked.begin_epoch()
         for start in range(mine.start, mine.stop, batch):
-            reader.read_in_order(range(max(start - LOOK_AHEAD, mine.start), mine.stop))
+            reader.read_in_order(range(max(start - Stream.look_ahead, mine.start), mine.stop))
             yield Request(np.arange(start, min(start + batch, mine.stop)))
         reader.read_in_order(None)
 

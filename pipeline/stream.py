@@ -14,7 +14,6 @@ from pipeline.manifest import DatasetError
 from pipeline.reader import JpegFiles
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-LOOK_AHEAD = 1024  # samples to prefetch into the page cache before DALI asks for them
 
 
 class Request(NamedTuple):
@@ -54,6 +53,8 @@ class Stream:
     whether the next iteration uses the same pipeline. make_cropper() returns, for an iteration, a function of
     the pipeline's output and of `rest` that makes the pixels; without it, the output is the pixels.
     """
+
+    look_ahead = 1024  # samples to prefetch into the page cache before DALI asks for them
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Stream:
             self.reader.prefetch(self.checked.unread(numbers) if once else numbers)
             waiting.append(request)
             samples += len(numbers)
-            while samples - len(waiting[0].samples) >= LOOK_AHEAD:
+            while samples - len(waiting[0].samples) >= self.look_ahead:
                 samples -= len(waiting[0].samples)
                 yield waiting.popleft()
         yield from waiting

@@ -6,7 +6,8 @@ ends, so after a kill at any instant, only partial files may be incomplete, and 
 it anew. A process that reads a shard holds it locked for reading, and shards that are locked are not evicted.
 
 The size of a partial file is that of the shard from the beginning, so the sizes of all files add up to what
-the cache takes, whichever process writes them. The file `.lock` is locked while room is made.
+the cache takes, whichever process writes them. The file `.lock` is locked while room is made and while
+a file gets its final name.
 """
 
 import errno
@@ -56,10 +57,11 @@ class CacheFullError(DatasetError):
 
 
 class Partial:
-    """A shard that is being fetched. Its methods raise OSError, which names the file."""
+    """A shard that is being fetched into a cache. Its methods raise OSError, which names the file."""
 
-    def __init__(self, path: Path, file: int):
+    def __init__(self, cache: Path, path: Path, file: int):
         self.path, self._partial, self._file = path, _partial_of(path), file
+        self._cache = cache  # its folder
 
     def write(self, data: bytes, offset: int) -> None:
         """Write a part of the shard. Several threads may write different parts at the same time."""
@@ -81,7 +83,8 @@ class Partial:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 return False
         sync(self._file, self._partial)
-        self._partial.replace(self.path)
+        with locked(self._cache):  # or a process that adds up the sizes would miss the file
+            self._partial.replace(self.path)
         self._close()
         sync_folder(self.path.parent)
         return True
@@ -108,7 +111,7 @@ class Cache:
         self._on_eviction = on_eviction
         self.folder = options.path
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.locked():
+        with locked(self.folder):
             self._remove_abandoned()
         self.size = options.size or default_size(self.folder, sum(self._sizes().values()))
 
@@ -122,12 +125,12 @@ class Cache:
         file = _lock_partial(_partial_of(path))
         if file is None:
             return None
-        partial = Partial(path, file)
+        partial = Partial(self.folder, path, file)
         try:
             if path.exists():  # another process has just completed it
                 partial.discard()
                 return None
-            with self.locked():
+            with locked(self.folder):
                 os.ftruncate(file, 0)  # what a killed process had fetched
                 self._reserve(file, path, size, room)
         except BaseException:
@@ -214,12 +217,13 @@ class Cache:
                     partial.unlink()
                 close_quietly(file)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from changing the folder at the same time."""
-        with open(self.folder / _LOCK, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes, and other threads, from changing what is in a folder at the same time."""
+    with open(folder / _LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def lock_for_reading(file: int) -> bool:

@@ -56,7 +56,7 @@ class RemoteShardReader(ShardReader):
         super().__init__(root, manifest, split, processes, others)
         self._is_remote = np.array([shard is not None for shard in self.remote])[self.rows["shard"]]
         self._thread = threading.get_ident()
-        self._in_batch: set[int] = set()  # the shards of the batch that is waited for
+        self._in_batch: set[int] = set()  # the shards of the batch that is being read, if some were not open
         self._arrived: dict[tuple[int, int], bytes | str] = {}  # what came by range
         splits = [(root, manifest.split(split)) for root, manifest in local]
         self._ranges = SplitRanges.of(storage.samples, self.rows, self.remote, splits)
@@ -138,10 +138,11 @@ class RemoteShardReader(ShardReader):
         """Close the shards that are not needed soon, if this is the thread that reads them."""
         if self._thread != threading.get_ident():
             return
-        self._wanted = wanted = self.storage.priorities.wanted
+        priorities = self.storage.priorities
+        self._wanted, kept = priorities.wanted, priorities.open
         for index in np.flatnonzero(self._is_open).tolist():
             shard = self.remote[index]
-            if shard is not None and shard.path not in wanted and index not in self._in_batch:
+            if shard is not None and shard.path not in kept and index not in self._in_batch:
                 self._close(index)
 
     # ---- Reading
@@ -172,6 +173,7 @@ class RemoteShardReader(ShardReader):
             self._in_batch = set(self.rows["shard"][numbers].tolist())
             self._provide(late)
         files = super().read(numbers)
+        self._in_batch = set()
         if self._ranges is not None:
             self._ranges.forget(numbers[self._is_remote[numbers]].tolist())
         return files

@@ -12,7 +12,7 @@ from pipeline.files import atomic_write, read_file
 from pipeline.locations import inside, name_of
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, write_manifest
 from pipeline.reader import OutageError
-from pipeline.remote.cache import Cache, CacheFullError, RemoteShard
+from pipeline.remote.cache import Cache, CacheFullError, RemoteShard, locked
 from pipeline.remote.counters import Counters
 from pipeline.remote.fetcher import Fetcher, warn
 from pipeline.remote.options import CacheOptions
@@ -61,8 +61,8 @@ class RemoteStorage:
         """
         folder = self.cache.folder / f"{name_of(url)}-{manifest.fingerprint}"
         record = manifest.split(split)
-        with self.cache.locked():  # other processes begin at the same time
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):  # other processes begin at the same time
             if not (folder / MANIFEST_NAME).exists():
                 write_manifest(folder, manifest)
             self._mirror_file(url, folder, record.index, record.index_sha256)

@@ -24,6 +24,7 @@ from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, synthet
 from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
+from pipeline.stream import Stream
 from tests.helpers import assert_same_batches, copies
 from tests.trees import pack_here
 
@@ -307,7 +308,7 @@ def test_a_synthetic_batch_has_the_form_of_a_real_one(reference):
 def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypatch):
     """Each is fetched before its first use, or before each use if the dataset does not stay in memory."""
     fetched: list[int] = []
-    monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 20)
+    monkeypatch.setattr(Stream, "look_ahead", 20)
     monkeypatch.setattr(ShardReader, "fits_in_page_cache", stays)
     monkeypatch.setattr(ShardReader, "prefetch", lambda self, numbers: fetched.extend(numbers.tolist()))
     plan = plan_of(dataset, batch)

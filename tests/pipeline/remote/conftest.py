@@ -8,6 +8,7 @@ import pytest
 import pipeline.loader
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.remote.samples import Samples
+from pipeline.stream import Stream
 from tests.bucket import Bucket, serving
 from tests.trees import pack_here
 
@@ -29,7 +30,7 @@ def _whole_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _short_look_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have loaders plan twelve images ahead, instead of several epochs of these datasets."""
-    monkeypatch.setattr(pipeline.loader, "LOOK_AHEAD", 12)
+    monkeypatch.setattr(Stream, "look_ahead", 12)
     monkeypatch.setattr(pipeline.loader, "BLOCK_IMAGES", 12)
 
 

@@ -9,10 +9,11 @@ import textwrap
 import time
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
-from pipeline.remote.cache import ANYTHING, Cache, CacheFullError, Room, lock_for_reading
+from pipeline.remote.cache import ANYTHING, Cache, CacheFullError, Room, lock_for_reading, locked
 from pipeline.remote.options import CacheOptions, parse_size
 from tests.helpers import REPO
 
@@ -55,6 +56,19 @@ def test_a_shard_appears_only_once_it_is_complete(cache):
     partial.write(BYTES[:50], 0)
     assert partial.publish(DIGEST)
     assert (cache.folder / "a.tar").read_bytes() == BYTES
+
+
+def test_a_shard_gets_its_name_while_nobody_adds_up_the_sizes(cache):
+    partial = cache.begin(cache.folder / "a.tar", len(BYTES))
+    partial.write(BYTES, 0)
+    thread = Thread(target=partial.publish, args=(DIGEST,))
+    with locked(cache.folder):
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert not (cache.folder / "a.tar").exists()
+    thread.join()
+    assert (cache.folder / "a.tar").exists()
 
 
 def test_a_shard_is_fetched_by_one_at_a_time(cache):

@@ -11,7 +11,7 @@ import torch
 from pipeline import DatasetError, EvaluationLoader, Loader, open_dataset
 from pipeline.manifest import Shard
 from pipeline.plan import Plan
-from pipeline.remote.cache import RemoteShard
+from pipeline.remote.cache import RemoteShard, locked
 from pipeline.remote.priorities import Priorities
 from pipeline.remote.schedule import PassUses, TrainingUses
 from tests.helpers import assert_same_batches, copies
@@ -109,21 +109,25 @@ def batches(dataset, steps=20):
 
 
 @pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory", "_whole_shards")
-def test_a_cache_that_is_smaller_than_the_dataset_is_never_larger_and_gives_the_same_batches(
+def test_the_smallest_cache_that_is_accepted_is_never_larger_and_gives_the_same_batches(
     many_shards, bucket, remote, tmp_path
 ):
     sizes = {name: len(content) for name, content in bucket.files.items() if name.endswith(".tar")}
-    limit = sum(sizes.values()) * 6 // 10
+    train = sorted((size for name, size in sizes.items() if name.startswith("train")), reverse=True)
+    limit = sum(train[:4]) + sum(size for name, size in sizes.items() if name.startswith("val"))
+    with pytest.raises(DatasetError, match="use a larger --cache-size"):
+        batches(remote(str(limit - 1)))
     largest = 0
 
     def watch(*_: object) -> bool:
         nonlocal largest
-        present = (path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar*") if path.exists())
-        largest = max(largest, sum(present))
+        with locked(tmp_path / "cache"):  # or a shard and another one that replaces it would both count
+            present = (path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar*") if path.exists())
+            largest = max(largest, sum(present))
         return False
 
-    bucket.fault = watch
     dataset = remote(str(limit))
+    bucket.fault = watch
     assert_same_batches(batches(dataset), batches(open_dataset(many_shards)))
     assert largest <= limit
     counters = dataset.storage.counters

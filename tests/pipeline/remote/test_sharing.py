@@ -1,5 +1,6 @@
 """Processes that share a cache fetch each shard once, and one that is killed leaves nothing wrong."""
 
+import fcntl
 import subprocess
 import sys
 import textwrap
@@ -42,6 +43,21 @@ def samples(root: Path) -> list[str]:
 def slowly(*_: object) -> bool:
     time.sleep(0.02)
     return False
+
+
+def test_others_can_make_room_while_an_index_is_fetched(bucket, remote, tmp_path):
+    seen = []
+
+    def lock_cache(_handler: object, name: str, _part: range) -> bool:
+        if name.endswith(".npy"):
+            seen.append(name)
+            with open(tmp_path / "cache" / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+
+    bucket.fault = lock_cache
+    remote().reader("val")
+    assert "val.index.npy" in seen
 
 
 @pytest.mark.slow
