@@ -33,8 +33,8 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import atomic_write, path_in_errors
+from pipeline.messages import pluralize
 from pipeline.output import printed, secure
-from pipeline.packing.messages import pluralize
 from pipeline.printable import as_text
 from tools.classifying.inputs import InputError, Source, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run

@@ -7,7 +7,7 @@ from io import BytesIO
 import numpy as np
 
 from pipeline.manifest import Manifest
-from pipeline.packing.messages import join_names, pluralize
+from pipeline.messages import join_names, pluralize
 from pipeline.packing.sources.find import Sources, describe_unlisted
 from pipeline.packing.storage import Folder
 

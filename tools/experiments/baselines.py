@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
-from pipeline.packing.messages import pluralize
+from pipeline.messages import pluralize
 from tools.experiments.finished import open_net
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe, packing

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from pipeline.packing.messages import pluralize
+from pipeline.messages import pluralize
 from tools.experiments.record import Figure, Record, Row, TrainedRun, Wrong
 from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.manifest import read_manifest
-from pipeline.packing.messages import pluralize
+from pipeline.messages import pluralize
 from pipeline.reader import ShardReader
 from tools.experiments.record import Figure, Record, Row, TrainedRun
 from tools.experiments.training import describe, packing

@@ -12,7 +12,7 @@ resume.
 
 import argparse
 
-from pipeline.packing.messages import pluralize
+from pipeline.messages import pluralize
 from tools.experiments.cifar10 import TEST, add_common_arguments, curves, measures, trained
 from tools.experiments.record import Record, Row
 from tools.experiments.training import describe

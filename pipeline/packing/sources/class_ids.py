@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from numbers import Number
 
-from pipeline.packing.messages import join_names
+from pipeline.messages import join_names
 from pipeline.packing.sources.listing import SourceError
 
 _MISSING = {"", "nan", "NaN", "NaT", "None", "<NA>", "null", "NULL"}  # as Python, pandas and SQL write it

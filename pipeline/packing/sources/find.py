@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.locations import is_url
-from pipeline.packing.messages import join_names, pluralize
+from pipeline.messages import join_names, pluralize
 from pipeline.packing.sources.class_ids import (
     check_no_lookalikes,
     check_printable,

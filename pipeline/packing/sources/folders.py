@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.locations import is_url
-from pipeline.packing.messages import join_names
+from pipeline.messages import join_names
 from pipeline.packing.sources.archives import (
     class_tars,
     flat_tar,

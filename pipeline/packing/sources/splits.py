@@ -6,7 +6,7 @@ The words are those that Hugging Face's `datasets` recognises in the names of fi
 import re
 from collections.abc import Iterable, Sequence
 
-from pipeline.packing.messages import join_names
+from pipeline.messages import join_names
 from pipeline.packing.sources.listing import SourceError
 
 _SPLITS = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.files import path_in_errors
 from pipeline.locations import is_url
-from pipeline.packing.messages import pluralize
+from pipeline.messages import pluralize
 from pipeline.packing.sources.class_ids import class_id, without_fractions
 from pipeline.packing.sources.listing import LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.parquet import has_images, is_parquet, opened_parquet, parquet_images

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pipeline.packing.messages import join_names, pluralize
+from pipeline.messages import join_names, pluralize
 from pipeline.packing.sources.class_ids import (
     check_printable,
     class_id,
