@@ -19,14 +19,12 @@ _IDLE_SECONDS = 3600.0  # after which a shard of another dataset counts as unuse
 class Priorities:
     """What is to be fetched and evicted. All methods must be called with the fetcher's lock held.
 
-    wanted: paths of the shards that are in use or needed next. open: those of them that readers may keep open
-    between batches, for which `check_size` makes sure that there is room. demanded: the shards that a reader
-    waits for. present: paths of the shards that are known to be in the cache.
+    wanted: paths of the shards that are in use or needed next. demanded: the shards that a reader waits for.
+    present: paths of the shards that are known to be in the cache.
     """
 
     def __init__(self) -> None:
         self.wanted: frozenset[Path] = frozenset()
-        self.open: frozenset[Path] = frozenset()
         self.demanded: dict[Path, RemoteShard] = {}
         self.present: set[Path] = set()
         self._uses: dict[str, tuple[Sequence[RemoteShard | None], Uses]] = {}
@@ -88,23 +86,18 @@ class Priorities:
         pause = min((uses.images_to_epoch_end for uses in training), default=math.inf)
         found: dict[Path, tuple[float, RemoteShard]] = {}
         soon = 0
-        nearest: set[Path] = set()  # of each split, as many as it needs together
         for shards, uses in self._uses.values():
             if isinstance(uses, PassUses):
                 uses.pause = pause
-            pairs = zip(uses.distances().tolist(), shards, strict=True)
-            by_distance = sorted(pairs, key=lambda pair: pair[0])
-            nearest.update(shard.path for _, shard in by_distance[: uses.soon] if shard is not None)
+            distances = uses.distances()
             soon += uses.soon
-            for distance, shard in by_distance:
+            for distance, shard in zip(distances.tolist(), shards, strict=True):
                 if shard is not None and distance <= found.get(shard.path, (math.inf,))[0]:
                     found[shard.path] = distance, shard
         order = sorted(found.values(), key=lambda entry: entry[0])
         wanted = [shard for distance, shard in order[:soon] if distance < math.inf]
         self._wanted_by_url = {shard.url: shard for shard in wanted}
         self.wanted = frozenset(shard.path for shard in wanted)
-        # Wanted shards of one split that are kept open beyond these would leave no room for another split.
-        self.open = self.wanted & nearest
         self._known = frozenset(found)
         self._farthest = [shard.path for _, shard in reversed(order)]
         self._spare = [path for path in self._farthest if path not in self.wanted]

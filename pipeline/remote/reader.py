@@ -10,7 +10,8 @@ from pipeline.locations import Location
 from pipeline.manifest import DatasetError, Manifest
 from pipeline.plan import Plan
 from pipeline.reader import JpegFiles, ShardReader, open_shard
-from pipeline.remote.cache import RemoteShard, lock_for_reading
+from pipeline.remote.cache import CacheFullError, RemoteShard, lock_for_reading
+from pipeline.remote.fetcher import warn
 from pipeline.remote.priorities import check_size
 from pipeline.remote.requests import MISMATCH
 from pipeline.remote.samples import SplitRanges
@@ -58,6 +59,7 @@ class RemoteShardReader(ShardReader):
         self._thread = threading.get_ident()
         self._in_batch: set[int] = set()  # the shards of the batch that is being read, if some were not open
         self._arrived: dict[tuple[int, int], bytes | str] = {}  # what came by range
+        self._lacked_room = False
         splits = [(root, manifest.split(split)) for root, manifest in local]
         self._ranges = SplitRanges.of(storage.samples, self.rows, self.remote, splits)
         self._follow(PassUses([record.samples for _, record in self.shards]))
@@ -138,11 +140,10 @@ class RemoteShardReader(ShardReader):
         """Close the shards that are not needed soon, if this is the thread that reads them."""
         if self._thread != threading.get_ident():
             return
-        priorities = self.storage.priorities
-        self._wanted, kept = priorities.wanted, priorities.open
+        self._wanted = wanted = self.storage.priorities.wanted
         for index in np.flatnonzero(self._is_open).tolist():
             shard = self.remote[index]
-            if shard is not None and shard.path not in kept and index not in self._in_batch:
+            if shard is not None and shard.path not in wanted and index not in self._in_batch:
                 self._close(index)
 
     # ---- Reading
@@ -173,7 +174,7 @@ class RemoteShardReader(ShardReader):
             self._in_batch = set(self.rows["shard"][numbers].tolist())
             self._provide(late)
         files = super().read(numbers)
-        self._in_batch = set()
+        self._in_batch = set()  # or another reader's shards would find no room
         if self._ranges is not None:
             self._ranges.forget(numbers[self._is_remote[numbers]].tolist())
         return files
@@ -202,7 +203,10 @@ class RemoteShardReader(ShardReader):
             if self._ranges is not None:
                 self._ranges.request([number for number in late if self._is_lost(of[number])], unlimited=True)
                 refused = self._ranges.request(late)
-            self.storage.demand(self._shards(of[number] for number in refused))
+            shards = self._shards(of[number] for number in refused)
+            self.storage.demand(shards)
+            if self._ranges is not None and self._lacks_room(shards):
+                self._ranges.request(refused, unlimited=True)
             return not late
 
         if late:
@@ -211,6 +215,18 @@ class RemoteShardReader(ShardReader):
     def _is_lost(self, index: int) -> bool:
         shard = self.remote[index]
         return shard is not None and shard.path in self.storage.fetcher.lost
+
+    def _lacks_room(self, shards: list[RemoteShard]) -> bool:
+        """Return whether the cache has no room for a shard that is waited for, and say so the first time.
+
+        The shards of a batch that spans several windows may be more than the cache can hold at a time.
+        """
+        problems = (self.storage.fetcher.problems.get(shard.path) for shard in shards)
+        problem = next((problem for problem in problems if isinstance(problem, CacheFullError)), None)
+        if problem is not None and not self._lacked_room:
+            self._lacked_room = True
+            warn(f"{problem}; until then, samples are fetched one by one")
+        return problem is not None
 
     def _shards(self, indices: Iterable[int]) -> list[RemoteShard]:
         return [shard for index in sorted(set(indices)) if (shard := self.remote[index]) is not None]

@@ -101,6 +101,8 @@ class RemoteStorage:
         new = {shard.path: shard for shard in shards if shard.path not in demanded}
         # Another process may evict a shard at any time until it is open.
         gone = {shard.path for shard in shards if shard.path in present and not shard.path.exists()}
+        for path in new:
+            self.fetcher.problems.pop(path, None)  # there was no room without evicting what is needed sooner
         demanded.update(new)
         present.difference_update(gone)
         if new or gone:

@@ -13,6 +13,7 @@ from pipeline.manifest import Shard
 from pipeline.plan import Plan
 from pipeline.remote.cache import RemoteShard, locked
 from pipeline.remote.priorities import Priorities
+from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses
 from tests.helpers import assert_same_batches, copies
 
@@ -108,10 +109,11 @@ def batches(dataset, steps=20):
     return found
 
 
-@pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory", "_whole_shards")
+@pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory")
 def test_the_smallest_cache_that_is_accepted_is_never_larger_and_gives_the_same_batches(
-    many_shards, bucket, remote, tmp_path
+    many_shards, bucket, remote, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(SplitRanges, "of", lambda *_: None)  # as if samples could not be fetched on their own
     sizes = {name: len(content) for name, content in bucket.files.items() if name.endswith(".tar")}
     train = sorted((size for name, size in sizes.items() if name.startswith("train")), reverse=True)
     limit = sum(train[:4]) + sum(size for name, size in sizes.items() if name.startswith("val"))
@@ -133,6 +135,21 @@ def test_the_smallest_cache_that_is_accepted_is_never_larger_and_gives_the_same_
     counters = dataset.storage.counters
     assert 0 < counters.evictions < counters.shards_fetched
     assert sum(sizes.values()) < counters.bytes_fetched < 4 * sum(sizes.values())
+
+
+@pytest.mark.usefixtures("_short_look_ahead", "_larger_than_memory", "_whole_shards")
+def test_what_the_cache_has_no_room_for_is_fetched_by_sample(many_shards, bucket, remote, capfd):
+    """Each batch is a whole epoch, of twelve shards, and the cache has room for the four of two windows."""
+    sizes = [len(content) for name, content in bucket.files.items() if name.endswith(".tar")]
+    found = []
+    for dataset in (remote(str(4 * max(sizes))), open_dataset(many_shards)):
+        loader = Loader(dataset, 60, 64, seed=7, device="cpu", dtype=torch.float32, shuffle_window=2)
+        found.append(copies(islice(loader.batches(0), 2)))
+    assert_same_batches(*found)
+    said = capfd.readouterr().err
+    assert said.count("has no room") == 1
+    assert "more space with --cache-size" in said
+    assert "one by one" in said
 
 
 def test_a_cache_that_is_too_small_for_the_plan_is_refused(bucket, remote):
