@@ -27,6 +27,7 @@ def test_a_grid_is_trained_once_and_reported(packed, tmp_path, call):
     record = Record.read(out / "ablations.json")
     whole, half = record.rows
     assert (whole.system, half.system, half.than) == ("AlexNet", "one-GPU net", "AlexNet")
+    assert [(out / figure.file).exists() for figure in record.figures] == [True]
     assert {row.table(measure).shape for row in (whole, half) for measure in (TOP1, TOP5, CENTRE)} == {
         (2, 20)
     }

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tools.experiments import rates
+from tools.experiments.forest import forest
 from tools.experiments.measuring import GAP, TRAIN, epochs_measure, measures
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import Training, about, train_all
@@ -175,7 +176,7 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
     for number, (_, row) in enumerate(chosen):
         runs = [training.folder for training in trainings[number :: len(chosen)]]
         rows.append(row.model_copy(update=measures(runs, options.target, options.out)))
-    return Record(
+    record = Record(
         experiment="ablations",
         title="Ablations",
         source="sections 3 to 5 and 7; the logs of layers-147, -148 and -145-half",
@@ -188,6 +189,7 @@ def run(options: argparse.Namespace, settings: list[str]) -> Record:
         sweep=sweep.trials,
         **about(trainings),
     )
+    return record.model_copy(update={"figures": [forest(options.out / "ablations.png", record, TOP1)]})
 
 
 def slow(rows: Sequence[Row], target: float) -> list[str]:
