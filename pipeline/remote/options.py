@@ -32,7 +32,7 @@ def parse_size(text: str) -> int:
     Raises ValueError if it is not a size of at least one byte.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
         raise ValueError("input should be a size, such as 200GB or 512MiB")
     return size

@@ -121,6 +121,12 @@ def check_size(cache: Cache, shards: Sequence[RemoteShard], window: int, others:
         what = f"{windows} and those for evaluation"
         remedy += f", or {'a smaller' if window else 'a'} --shuffle-window"
     raise DatasetError(
-        f"the cache {cache.folder} has {cache.size / 1e9:.3g} GB, but {what} take {needed / 1e9:.3g} GB: "
+        f"the cache {cache.folder} has {cache.size / 1e9:g} GB, but {what} take {_rounded_up(needed)} GB: "
         f"{remedy}"
     )
+
+
+def _rounded_up(size: int) -> str:
+    """Return a size in bytes in GB, to three digits, such that a cache of what is returned is enough."""
+    unit = 10 ** max(len(str(size)) - 3, 0)
+    return f"{-(-size // unit) * unit / 1e9:g}"

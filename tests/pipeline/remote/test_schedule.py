@@ -1,5 +1,6 @@
 """Shards are fetched before they are needed, and those give way that the plan needs last."""
 
+import re
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
@@ -161,5 +162,8 @@ def test_a_cache_that_is_too_small_for_the_plan_is_refused(bucket, remote):
         Loader(dataset, 12, 64)
     Loader(dataset, 12, 64, shuffle_window=2)
     dataset.reader("val")
-    with pytest.raises(DatasetError, match="larger --cache-size, or a smaller --shuffle-window"):
+    with pytest.raises(DatasetError, match="larger --cache-size, or a smaller --shuffle-window") as refusal:
         Loader(dataset, 12, 64, shuffle_window=6)
+    enough = remote(re.search(r"take (\S+ GB)", str(refusal.value))[1])
+    enough.reader("val")
+    Loader(enough, 12, 64, shuffle_window=6)
