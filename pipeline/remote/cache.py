@@ -6,8 +6,8 @@ ends, so after a kill at any instant, only partial files may be incomplete, and 
 it anew. A process that reads a shard holds it locked for reading, and shards that are locked are not evicted.
 
 The size of a partial file is that of the shard from the beginning, so the sizes of all files add up to what
-the cache takes, whichever process writes them. The file `.lock` is locked while room is made and while
-a file gets its final name.
+the cache takes, whichever process writes them. The file `.lock` is locked while room is made
+and while a shard gets its final name.
 """
 
 import errno

@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.manifest import read_manifest
 from pipeline.messages import pluralize
+from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Record, Row, TrainedRun, Wrong
 from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count
@@ -115,29 +116,22 @@ def measures(outcomes: list["Outcome"]) -> dict[str, Any]:
 
 def curves(path: Path, outcomes: dict[str, list["Outcome"]], published: dict[str, float]) -> Figure:
     """Draw the errors of nets over epochs; return the figure. published: the test error of each net, in %."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files without a display
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    highest = 0.0
-    for colour, (name, found) in zip(("C0", "C3"), outcomes.items(), strict=False):
-        for seed, outcome in enumerate(found):
-            train, test = 100 * np.transpose(outcome.curve)
-            epochs = np.arange(1, len(train) + 1)
-            labels = (f"{name}: training", f"{name}: test") if seed == 0 else (None, None)
-            # The error on training images is an average over its epoch.
-            axes.plot(epochs - 0.5, train, ":", color=colour, linewidth=1.2, label=labels[0])
-            axes.plot(epochs, test, color=colour, linewidth=1.2, label=labels[1])
-            highest = max(highest, test[len(test) // 10])
-        label = f"{name}: published, {published[name]:g} %"
-        axes.axhline(published[name], color=colour, linewidth=0.8, linestyle="--", label=label)
-    axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 1.2 * highest))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot_file(path, height=4.4) as axes:
+        highest = 0.0
+        for colour, (name, found) in zip(("C0", "C3"), outcomes.items(), strict=False):
+            for seed, outcome in enumerate(found):
+                train, test = 100 * np.transpose(outcome.curve)
+                epochs = np.arange(1, len(train) + 1)
+                labels = (f"{name}: training", f"{name}: test") if seed == 0 else (None, None)
+                # The error on training images is an average over its epoch.
+                axes.plot(epochs - 0.5, train, ":", color=colour, linewidth=1.2, label=labels[0])
+                axes.plot(epochs, test, color=colour, linewidth=1.2, label=labels[1])
+                highest = max(highest, test[len(test) // 10])
+            label = f"{name}: published, {published[name]:g} %"
+            axes.axhline(published[name], color=colour, linewidth=0.8, linestyle="--", label=label)
+        axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 1.2 * highest))
+        axes.grid(alpha=0.3)
+        axes.legend()
     caption = (
         "Errors over epochs, with one line per seed: of training images while the net is trained, and of "
         "test images, in one view, after each epoch."

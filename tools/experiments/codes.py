@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tools.experiments import finished
+from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Measures, Record, Row
 from tools.options import add_seeds, count
 from trainer.settings import SettingsError
@@ -238,25 +239,18 @@ def rows(systems: Systems) -> list[Row]:
 
 def plot(path: Path, systems: Systems, best: float) -> None:
     """Draw recall and the share of the correct class by number of bits. best: the exact search's share."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files without a display
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, colour in ((AUTO, "C0"), (PCA, "C1"), (RANDOM, "C7")):
-        own = {bits: measured for (method, bits), measured in systems.items() if method == name}
-        for panel, what in zip(panels, (RECALL, CLASS), strict=True):
-            panel.plot(
-                list(own), [mean(measured[what]) for measured in own.values()], color=colour, label=name
-            )
-            for bits, measured in own.items():
-                panel.plot([bits] * len(measured[what]), measured[what], ".", color=colour)
-            panel.set(xlabel="bits", ylabel=what, ylim=(0, 100), xscale="log")
-            panel.set_xticks(list(own), [str(bits) for bits in own])
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-    panels[1].axhline(best, color="black", linewidth=0.8, linestyle=":", label="exact L2")
-    panels[1].legend(loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot_file(path, height=3.6, width=9, panels=2) as panels:
+        for name, colour in ((AUTO, "C0"), (PCA, "C1"), (RANDOM, "C7")):
+            own = {bits: measured for (method, bits), measured in systems.items() if method == name}
+            for panel, what in zip(panels, (RECALL, CLASS), strict=True):
+                panel.plot(
+                    list(own), [mean(measured[what]) for measured in own.values()], color=colour, label=name
+                )
+                for bits, measured in own.items():
+                    panel.plot([bits] * len(measured[what]), measured[what], ".", color=colour)
+                panel.set(xlabel="bits", ylabel=what, ylim=(0, 100), xscale="log")
+                panel.set_xticks(list(own), [str(bits) for bits in own])
+                panel.minorticks_off()
+                panel.grid(alpha=0.3)
+        panels[1].axhline(best, color="black", linewidth=0.8, linestyle=":", label="exact L2")
+        panels[1].legend(loc="lower right")

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.manifest import read_manifest
 from pipeline.messages import pluralize
 from pipeline.reader import ShardReader
+from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Record, Row, TrainedRun
 from tools.experiments.training import describe, packing
 from tools.options import add_jobs, add_seeds, command_line, count, positive
@@ -286,43 +287,36 @@ def plot(path: Path, curves: Curves, target: float) -> None:
 
     path: of the PNG file. target: training error in percent.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files without a display
-    import matplotlib.pyplot as plt
-
     from tools.experiments.four_layers import epochs_to
 
     level = target / 100
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for activation, line, colour in (("relu", "-", "C0"), ("tanh", "--", "C3")):
-        for seed, errors in enumerate(curves[activation]):
-            middles = np.arange(len(errors)) + 0.5  # the errors are averages over their epochs
-            label = LABELS[activation] if seed == 0 else None
-            axes.plot(middles, errors, line, color=colour, linewidth=1.6, label=label)
-    axes.axhline(level, color="gray", linewidth=1, label=f"{target:g} % training error")
-    if found := ratios(curves, target):
-        relu, tanh = (mean(epochs_to(errors, level) for errors in curves[a]) for a in ("relu", "tanh"))
-        axes.annotate(
-            "", (relu, level), (tanh, level), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0}
-        )
-        text = f"{mean(found):.1f} times as many epochs"
-        if len(found) > 1:
-            text += f"\n({min(found):.1f} to {max(found):.1f})"
-        axes.annotate(
-            text,
-            ((relu + tanh) / 2, level),
-            (0, -6),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            size=12,
-        )
-    axes.set_xlabel("epochs", size=12)
-    axes.set_ylabel("training error rate", size=12)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.tick_params(labelsize=11)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=12)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with plot_file(path, height=4.4, dpi=150) as axes:
+        for activation, line, colour in (("relu", "-", "C0"), ("tanh", "--", "C3")):
+            for seed, errors in enumerate(curves[activation]):
+                middles = np.arange(len(errors)) + 0.5  # the errors are averages over their epochs
+                label = LABELS[activation] if seed == 0 else None
+                axes.plot(middles, errors, line, color=colour, linewidth=1.6, label=label)
+        axes.axhline(level, color="gray", linewidth=1, label=f"{target:g} % training error")
+        if found := ratios(curves, target):
+            relu, tanh = (mean(epochs_to(errors, level) for errors in curves[a]) for a in ("relu", "tanh"))
+            axes.annotate(
+                "", (relu, level), (tanh, level), arrowprops={"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0}
+            )
+            text = f"{mean(found):.1f} times as many epochs"
+            if len(found) > 1:
+                text += f"\n({min(found):.1f} to {max(found):.1f})"
+            axes.annotate(
+                text,
+                ((relu + tanh) / 2, level),
+                (0, -6),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                size=12,
+            )
+        axes.set_xlabel("epochs", size=12)
+        axes.set_ylabel("training error rate", size=12)
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.tick_params(labelsize=11)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=12)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Record
 
 
@@ -10,30 +11,23 @@ def forest(path: Path, record: Record, measure: str) -> Figure:
 
     The first system is at the top. Published differences are marked, and a single seed has no interval.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files without a display
-    import matplotlib.pyplot as plt
-
     rows = [row for row in record.rows if row.than]
-    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.28 * len(rows)), layout="constrained")
-    axes.axvline(0, color="black", linewidth=0.8)
-    for height, row in enumerate(rows):
-        result = record.result(row, measure)
-        if result.interval is not None:
-            axes.plot(result.interval[1:], [height, height], color="C0", linewidth=1.6)
-        axes.plot(result.mean, height, "o", color="C0")
-        if measure in row.published:
-            axes.plot(row.published[measure], height, "D", color="C3", fillstyle="none")
-    axes.plot([], [], "o-", color="C0", label="measured, 95 %")
-    axes.plot([], [], "D", color="C3", fillstyle="none", label="published")
-    axes.set_yticks(range(len(rows)), [row.system for row in rows])
-    axes.set_xlabel(f"{measure}: difference from {rows[0].than}")
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with plot_file(path, height=1.2 + 0.28 * len(rows)) as axes:
+        axes.axvline(0, color="black", linewidth=0.8)
+        for height, row in enumerate(rows):
+            result = record.result(row, measure)
+            if result.interval is not None:
+                axes.plot(result.interval[1:], [height, height], color="C0", linewidth=1.6)
+            axes.plot(result.mean, height, "o", color="C0")
+            if measure in row.published:
+                axes.plot(row.published[measure], height, "D", color="C3", fillstyle="none")
+        axes.plot([], [], "o-", color="C0", label="measured, 95 %")
+        axes.plot([], [], "D", color="C3", fillstyle="none", label="published")
+        axes.set_yticks(range(len(rows)), [row.system for row in rows])
+        axes.set_xlabel(f"{measure}: difference from {rows[0].than}")
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()
     caption = (
         f"Differences from {rows[0].than} in the {measure}, with 95 % intervals. Where the paper gives a "
         "difference, it is marked."
