@@ -117,20 +117,22 @@ def dask(scheduler: str) -> Iterator[Executor]:
         client = Client(scheduler, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None
+    lost = PackingError(f"the connection to the Dask scheduler at {scheduler} was lost; {_RESUMABLE}")
+
+    def concurrency() -> int:
+        try:
+            return max(1, sum(client.ncores().values()))
+        except OSError:  # may come before the client notices the loss and cancels its futures
+            raise lost from None
+
     with client:
         workers = client.get_executor(pure=False)
         try:
-            yield Executor(
-                lambda task: workers.submit(pack_shard, task), lambda: max(1, sum(client.ncores().values()))
-            )
+            yield Executor(lambda task: workers.submit(pack_shard, task), concurrency)
         except KilledWorker as error:
             raise PackingError(
                 f"several Dask workers died while packing the same shard, perhaps for lack of memory "
                 f"({error}); {_RESUMABLE}"
             ) from None
-        except (CancelledError, OSError) as error:
-            if isinstance(error, OSError) and client.status == "running":
-                raise
-            raise PackingError(
-                f"the connection to the Dask scheduler at {scheduler} was lost; {_RESUMABLE}"
-            ) from None
+        except CancelledError:
+            raise lost from None

@@ -190,8 +190,14 @@ class Cluster:
 
     def start_scheduler(self) -> None:
         self.start({}, "scheduler", "--port", "0")
-        wait_until(self.file.exists, self.processes[0])
-        self.address = json.loads(self.file.read_text())["address"]
+        wait_until(self._knows_address, self.processes[0])
+
+    def _knows_address(self) -> bool:
+        try:
+            self.address = json.loads(self.file.read_text())["address"]
+        except (FileNotFoundError, json.JSONDecodeError):  # not written, or not to its end
+            return False
+        return True
 
     def start(self, environment: dict[str, str], *arguments: str) -> None:
         shared = ("--scheduler-file", str(self.file), "--no-dashboard", "--host", "127.0.0.1")
@@ -265,6 +271,30 @@ def test_a_lost_dask_scheduler_is_named_and_local_processes_can_continue(
     printed, _ = packing(output, "--workers", "2")
     assert "were packed by earlier runs" in printed.splitlines()[0]
     assert contents(output) == whole
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_is_lost_while_it_counts_its_workers_is_named(cluster, monkeypatch):
+    """The question fails before the client has noticed the loss, so its status is still "running"."""
+    from distributed import Client
+    from distributed.comm import CommClosedError
+
+    def break_off(client: Client) -> dict[str, int]:
+        assert client.status == "running"
+        raise CommClosedError(f"in <TCP (closed) ConnectionPool.ncores remote={cluster.address}>")
+
+    monkeypatch.setattr(Client, "ncores", break_off)
+    lost = pytest.raises(PackingError, match=f"Dask scheduler at {cluster.address} was lost")
+    with lost, executors.dask(cluster.address) as executor:
+        executor.concurrency()
+
+
+@pytest.mark.slow
+def test_what_the_system_refuses_to_a_dask_worker_is_not_taken_for_a_lost_scheduler(cluster, monkeypatch):
+    monkeypatch.setattr(executors, "pack_shard", open)
+    cluster.start_workers({})
+    with pytest.raises(FileNotFoundError, match="missing"), executors.dask(cluster.address) as executor:
+        executor.submit(cluster.folder / "missing").result(DEADLINE_SECONDS)
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://"])
