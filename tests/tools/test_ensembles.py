@@ -47,5 +47,12 @@ def test_seven_nets_give_the_rows_of_the_papers_table_2():
     assert {row.than for row in (five, seven, weighted)} == {ONE}
 
 
+@pytest.mark.parametrize("stars", [[False] * 4 + [True] * 3, [True] * 7])
+def test_seven_other_nets_have_no_published_average(stars):
+    seven = rows(some_scores(7), stars, LABELS, None)[-1]
+    assert seven.system == "7 CNNs*"
+    assert not seven.published
+
+
 def test_without_a_sixth_convolution_there_is_one_average():
     assert [row.system for row in rows(some_scores(3), [False] * 3, LABELS, None)] == [ONE, "3 CNNs"]

@@ -107,10 +107,11 @@ def test_a_measure_that_only_one_of_two_nets_has_is_not_compared():
 
 
 def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
+    shorter = TrainedRun(name="AlexNet-1", seed=1, settings={}, minutes=30)
     written = record(
         Row(system="AlexNet", measured={"error (%)": [40.0]}),
         sweep=[Trial(system="AlexNet", rate=0.1, error=None), Trial(system="AlexNet", rate=0.01, error=30.5)],
-        runs=[TrainedRun(name="AlexNet-0", seed=0, settings={"lrn": False}, minutes=90)],
+        runs=[TrainedRun(name="AlexNet-0", seed=0, settings={"lrn": False}, minutes=90), shorter],
         settings={"epochs": 36},
         dataset={"size": 128},
     )
@@ -118,7 +119,8 @@ def test_a_record_reads_back_and_other_files_are_refused(tmp_path):
     assert Record.read(path) == written
     text = section(written)
     assert "| system | 0.01 | 0.1 |\n| --- | --- | --- |\n| AlexNet | **30.50** | diverged |" in text
-    assert "Training took 90.0 to 90.0 minutes a run, and 1.5 hours in all." in text
+    assert "Training took 30.0 to 90.0 minutes a run, and 2.0 hours in all." in text
+    assert "Training took 30.0 minutes." in section(record(runs=[shorter]))
     assert "not the defaults: epochs 36." in text
     assert "The dataset: size 128." in text
     path.write_text('{"rows": []}')
@@ -169,3 +171,9 @@ def test_the_committed_pages_are_those_of_the_committed_records():
         assert path.read_bytes() == text.encode(), (
             f"{path}: run alexnet-train paper report --out docs/results"
         )
+
+
+def test_a_row_that_is_compared_with_none_is_named():
+    found = record(Row(system="tanh", than="AlexNet", measured={"error": [1.0]}))
+    with pytest.raises(RecordError, match=r"no row 'AlexNet': run the experiment again"):
+        found.result(found.rows[0], "error")

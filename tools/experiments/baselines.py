@@ -24,7 +24,8 @@ from pipeline.files import atomic_write
 from pipeline.machine import cpus
 from pipeline.manifest import read_manifest
 from pipeline.messages import pluralize
-from tools.experiments.finished import open_net
+from tools.experiments.finished import check_distinct, open_net
+from tools.experiments.kept import reading
 from tools.experiments.record import TOP1, TOP5, Record, Row
 from tools.experiments.training import describe, packing
 from tools.options import add_seeds, command_line, count
@@ -126,6 +127,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     manifest = read_manifest(options.data)
     if len(manifest.classes) < 2:
         raise SettingsError(f"{options.data} has only one class, so there is nothing to classify")
+    check_distinct(options.nets)
     if options.nets and (options.limit or len(options.nets) not in (1, options.seeds)):
         raise SettingsError("--nets needs one run or as many as --seeds, and cannot be combined with --limit")
     if manifest.size <= PATCH:
@@ -199,7 +201,8 @@ def _claim(folder: Path, options: argparse.Namespace) -> None:
     }
     path = folder / "settings.json"
     if path.exists():
-        held = json.loads(path.read_text())
+        with reading(path):
+            held = json.loads(path.read_text())
         differing = [f"{key} ({held.get(key)}, not {own[key]})" for key in own if held.get(key) != own[key]]
         if differing:
             raise SettingsError(
@@ -266,7 +269,7 @@ def _errors_once(pictures: "Pictures", store: "Store", classes: int, epochs: int
             np.savez(file, wrong=found)
         top1, top5 = found.mean(1)
         print(f"{store.folder.name}: top-1 error {top1:.1%}, top-5 error {top5:.1%}", flush=True)
-    with np.load(path) as arrays:
+    with reading(path), np.load(path) as arrays:
         return arrays["wrong"]
 
 
@@ -294,12 +297,17 @@ def linear_errors(
     rng = np.random.default_rng(seed)
     for _ in range(epochs):
         for chunk in rng.permutation(len(files["train"])):
-            features = np.load(files["train"][chunk]).astype(np.float32)
+            features = _features(files["train"][chunk])
             svm.partial_fit(features, labels["train"][chunk], classes=np.arange(classes))
     wrong = []
     for file, own in zip(files["val"], labels["val"], strict=True):
-        scores = svm.decision_function(np.load(file).astype(np.float32))
+        scores = svm.decision_function(_features(file))
         if classes == 2:  # [n]: scores of the second class
             scores = np.stack((-scores, scores), 1)
         wrong.append(find_errors(torch.from_numpy(scores), torch.from_numpy(own)).numpy())
     return np.concatenate(wrong, axis=1)
+
+
+def _features(file: Path) -> np.ndarray:
+    with reading(file):
+        return np.load(file).astype(np.float32)

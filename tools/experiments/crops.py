@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
-    """Evaluate each run both ways. Raises what `open_run` and `errors_of` raise."""
+    """Evaluate each run both ways. Raises what `open_runs` and `errors_of` raise."""
     opened = finished.open_runs(options, options.split)
     from tools.experiments.predictions import errors_of, wrong
 

@@ -26,11 +26,9 @@ def section(record: Record) -> str:
     if record.settings:
         parts.append(f"Settings of all runs, where they are not the defaults: {listed(record.settings)}.")
     if record.runs:
-        minutes = [run.minutes for run in record.runs]
-        parts.append(
-            f"Training took {min(minutes):.1f} to {max(minutes):.1f} minutes a run, and "
-            f"{sum(minutes) / 60:.1f} hours in all."
-        )
+        minutes = sorted(run.minutes for run in record.runs)
+        several = f" to {minutes[-1]:.1f} minutes a run, and {sum(minutes) / 60:.1f} hours in all"
+        parts.append(f"Training took {minutes[0]:.1f}{several if len(minutes) > 1 else ' minutes'}.")
     return "\n\n".join([*parts, f"`{record.command}` on {listed(record.environment)}."])
 
 

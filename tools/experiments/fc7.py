@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.files import atomic_write
 from tools.experiments.finished import Finished
+from tools.experiments.kept import reading
 from trainer.precision import autocast, prepare
 from trainer.run import RunError
 
@@ -32,7 +33,7 @@ def cached_features(opened: Finished, split: str, out: Path) -> Parts:
     """Return the features of a split in the order of its shards, mapped from files under `out`.
 
     Missing features are computed on the centre crop. Raises DatasetError for damaged data, RunError if the
-    net's activations are not finite in fp16, and OSError.
+    net's activations are not finite in fp16, RecordError for a damaged file under `out`, and OSError.
     """
     trained, world = opened.trained, opened.world
     folder = out / "features" / f"{opened.folder.name}-{trained.step}-{identity(opened)}"
@@ -52,7 +53,12 @@ def cached_features(opened: Finished, split: str, out: Path) -> Parts:
         computed += len(rows)
         rate = computed / (time.monotonic() - begun)
         print(f"features of {split}: part {part + 1} of {count}, {rate:,.0f} images/s", flush=True)
-    return [np.load(path, mmap_mode="r") for path in paths]
+    return [_mapped(path) for path in paths]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    with reading(path):
+        return np.load(path, mmap_mode="r")
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from pipeline.manifest import DatasetError, read_manifest
 from pipeline.plan import epoch_order
 from pipeline.reader import ShardReader
 from tools.experiments.encoders import COMPONENTS, Encoder, Fisher, Sparse, dense_sift
+from tools.experiments.kept import reading
 from tools.experiments.training import TrainingError
 from trainer.settings import SettingsError
 
@@ -186,7 +187,7 @@ def _learn(pictures: Pictures, store: Store, count: int) -> Store:
 
 @lru_cache
 def load_encoder(store: Store) -> Encoder:
-    with np.load(store.encoder) as arrays:
+    with reading(store.encoder), np.load(store.encoder) as arrays:
         return ENCODERS[store.kind](**arrays)
 
 

@@ -25,7 +25,8 @@ CAPTION = (
     "Left: validation images with their class and index, and the classes that the net finds most probable; "
     "the correct class is red. Right: validation images in the first column, and beside each the training "
     "images whose activations of the last hidden layer are nearest in L2, nearest first, with their index "
-    "and distance; a red frame marks a different class."
+    "and distance; a red frame marks a different class. If only some classes are shown, the nearest are "
+    "those among their training images."
 )
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -135,12 +137,21 @@ def open_net(
 
 
 def open_runs(options: argparse.Namespace, *splits: str) -> list[Finished]:
-    """Open the nets of options.runs, all on the dataset of the first. Raises what `open_run` does.
+    """Open the nets of options.runs, all on the dataset of the first.
 
-    splits: splits that the dataset must have.
+    splits: splits that the dataset must have. Raises SettingsError if a run is given twice, and what
+    `open_run` raises.
     """
+    check_distinct(options.runs)
     opened: list[Finished] = []
     for run in options.runs:
         data = opened[0].trained.settings.data if opened else options.data
         opened.append(open_net(run, *splits, data=data, checkpoint=options.checkpoint, device=options.device))
     return opened
+
+
+def check_distinct(runs: Sequence[Path]) -> None:
+    """Raise SettingsError if a run is given twice, which would count as two seeds."""
+    for run, times in Counter(run.resolve() for run in runs).items():
+        if times > 1:
+            raise SettingsError(f"{run} is given {times} times: each run counts as a seed of its own")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.files import atomic_write
 from pipeline.manifest import DatasetError
 from pipeline.reader import ShardReader
+from tools.experiments.kept import reading
 
 SIDE = 32  # pixels of an image's side, as in CIFAR-10
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -109,7 +110,9 @@ class Trial:
 
     def minutes(self, folder: Path) -> float:
         """Return how long the run has trained so far; version 0.1.0 did not count its epochs' time."""
-        return torch.load(self.state(folder), map_location="cpu", weights_only=True).get("seconds", 0.0) / 60
+        path = self.state(folder)
+        with reading(path):
+            return torch.load(path, map_location="cpu", weights_only=True).get("seconds", 0.0) / 60
 
 
 def train(
@@ -125,7 +128,8 @@ def train(
 
     An epoch's error is measured while it trains. There are at most `epochs` errors; the last one is NaN if
     training diverged. A run that cannot reach the target by `deadline`, in epochs, is given up. The state is
-    saved in `folder` after each epoch, and training resumes from it.
+    saved in `folder` after each epoch, and training resumes from it. Raises RecordError for a damaged state,
+    and OSError.
     """
     device = images.labels.device
     net = four_layers(images.classes, trial.activation, trial.seed).to(device)
@@ -135,10 +139,11 @@ def train(
     errors: list[float] = []
     seconds = 0.0
     if path.exists():
-        kept = torch.load(path, map_location=device, weights_only=True)
-        net.load_state_dict(kept["net"])
-        optimizer.load_state_dict(kept["optimizer"])
-        errors, seconds = kept["errors"], kept.get("seconds", 0.0)
+        with reading(path):
+            kept = torch.load(path, map_location=device, weights_only=True)
+            net.load_state_dict(kept["net"])
+            optimizer.load_state_dict(kept["optimizer"])
+            errors, seconds = kept["errors"], kept.get("seconds", 0.0)
     done = 0
     while done < epochs and not is_over(errors[:done], target, deadline):
         if done == len(errors):

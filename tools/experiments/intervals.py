@@ -46,7 +46,7 @@ def paired_interval(differences: np.ndarray) -> Interval:
     residuals = differences - of_seed[:, None] - of_image + mean
     ms_rest = (residuals**2).sum() / ((seeds - 1) * (images - 1))
     total = ms_seeds + ms_images - ms_rest
-    if total > max(ms_seeds, ms_images):
+    if total > max(ms_seeds, ms_images) * (1 + 1e-9):  # equal but for rounding counts as one effect
         parts = (ms_seeds, seeds - 1), (ms_images, images - 1), (ms_rest, (seeds - 1) * (images - 1))
         freedom = total**2 / sum(square**2 / own for square, own in parts)
     else:

@@ -9,6 +9,7 @@ import torch
 from pipeline.files import atomic_write
 from tools.experiments.fc7 import identity
 from tools.experiments.finished import Finished
+from tools.experiments.kept import reading
 from tools.experiments.record import TOP1, TOP5, Wrong
 from trainer.evaluate import find_errors, log_probabilities
 from trainer.precision import autocast, prepare
@@ -18,7 +19,7 @@ def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[
     """Return probabilities [images,classes] in fp32, averaged over crops (section 4.1), and labels [images].
 
     They are kept under `out` and reused for the same weights, images and crops. Raises DatasetError for
-    damaged data, and OSError.
+    damaged data, RecordError for a damaged file under `out`, and OSError.
     """
     kept = _path(opened, split, crops, out)
     if not kept.exists():
@@ -26,7 +27,7 @@ def probabilities(opened: Finished, split: str, crops: int, out: Path) -> tuple[
         found, labels = (np.concatenate(part) for part in parts)
         with atomic_write(kept) as file:
             np.savez(file, probabilities=found, labels=labels)
-    with np.load(kept) as arrays:
+    with reading(kept), np.load(kept) as arrays:
         return arrays["probabilities"], arrays["labels"]
 
 
@@ -40,7 +41,8 @@ def errors_of(opened: Finished, split: str, crops: int, out: Path) -> np.ndarray
         parts = [errors(scores, labels) for scores, labels in _batches(opened, split, crops)]
         with atomic_write(kept) as file:
             np.save(file, np.concatenate(parts, axis=1))
-    return np.load(kept)
+    with reading(kept):
+        return np.load(kept)
 
 
 def _path(opened: Finished, split: str, crops: int, out: Path) -> Path:

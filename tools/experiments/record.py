@@ -16,7 +16,7 @@ Measures = dict[str, list[float]]  # measure, named with its unit → a value fo
 
 
 class RecordError(ValueError):
-    """A file that is not a record; the message names it."""
+    """A record, or another file of an experiment, that cannot be read; the message names it."""
 
 
 class _Part(BaseModel):
@@ -141,7 +141,11 @@ class Record(_Part):
             ) from None
 
     def row(self, system: str) -> Row:
-        return next(row for row in self.rows if row.system == system)
+        """Return a system's row. Raises RecordError if there is none."""
+        for row in self.rows:
+            if row.system == system:
+                return row
+        raise RecordError(f"{self.experiment}.json has no row '{system}': run the experiment again")
 
     def result(self, row: Row, measure: str) -> "Result":
         """Return a row's measure or, if the row and the one it is compared with have it, their difference."""

@@ -15,6 +15,7 @@ from pipeline.manifest import Manifest
 from pipeline.reader import ShardReader
 from tools.experiments.cuda_convnet import BATCH, FILE, RECIPES, Update
 from tools.experiments.four_layers import SIDE, Images, small_images
+from tools.experiments.kept import reading
 
 TEST_BATCH = 500
 View = tuple[int, int, bool]  # top and left of a crop, and whether it is reflected
@@ -61,7 +62,8 @@ def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcom
     """Train the net of a recipe and test it.
 
     The state is saved in `folder` after each epoch, and training resumes from it. As in cuda-convnet, the
-    images have the same order in each epoch; it depends on the seed.
+    images have the same order in each epoch; it depends on the seed. Raises RecordError for a damaged state,
+    and OSError.
     """
     recipe, device = RECIPES[name], data.mean.device
     torch.manual_seed(seed)
@@ -74,10 +76,11 @@ def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcom
     curve: list[tuple[float, float]] = []
     seconds = 0.0
     if path.exists():
-        kept = torch.load(path, map_location=device, weights_only=True)
-        curve, seconds = kept["curve"], kept["seconds"]
-        net.load_state_dict(kept["net"])
-        update.load(kept["velocities"])
+        with reading(path):
+            kept = torch.load(path, map_location=device, weights_only=True)
+            curve, seconds = kept["curve"], kept["seconds"]
+            net.load_state_dict(kept["net"])
+            update.load(kept["velocities"])
         if "wrong" in kept:
             return Outcome(curve, kept["train_error"], kept["wrong"], seconds / 60)
     tests = views(recipe.crop)

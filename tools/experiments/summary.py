@@ -23,10 +23,10 @@ TAKES_SETTINGS = False
 DETAILS, FIRST, NOTES = "results.md", "README.md", "notes.md"
 TITLE = "# The paper's results, measured"
 INTERVAL = (
-    "The 95 % interval is that of the difference or, without one, of the mean. If a record has the errors of "
-    "each image, the interval covers other seeds and other images; otherwise, it covers other seeds. A "
-    "difference is called `as published` or `opposite` only if there are at least "
-    f"{MIN_SEEDS} seeds and the whole interval is on that side of zero."
+    "The 95 % interval is that of the difference or, without one, of the mean. For errors of single images, "
+    "it allows for other seeds and other images; for measures with one value per seed, for other seeds only. "
+    f"`as published` means that there are at least {MIN_SEEDS} seeds and that the whole interval is on the "
+    "published side of zero; `opposite`, that it is on the other side. Neither says that the size agrees."
 )
 LEGEND = f"A value from several seeds is their mean, with the minimum and maximum. {INTERVAL}"
 
