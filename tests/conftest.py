@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 import pipeline.reader
-from tests.helpers import REPO, missing
+from tests.helpers import DEADLINE_SECONDS, REPO, missing
 from tests.remote.faulty_proxy import FaultyProxy
 from tests.remote.seaweedfs import credentials, executable, seaweedfs
 from tests.trees import TEST_DATA, pack_here, upload
@@ -58,8 +58,9 @@ OBLONG += (90, 126), (117, 90)  # width and height in pixels
 def browser() -> Iterator["Browser"]:
     """Debian's Chromium without a window."""
     chromium = shutil.which("chromium") or missing("chromium", "apt-get install chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=1000 * DEADLINE_SECONDS)
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(
             executable_path=chromium,

@@ -12,7 +12,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from http import HTTPStatus
 from pathlib import Path
 
@@ -201,14 +201,17 @@ def test_rules_work_on_a_real_run_and_no_alert_fires(watched):
     assert not [rule["name"] for rule in rules() if rule.get("state") == "firing"]
     for rule in rules():
         if rule["type"] == "recording":
-            assert watched.query(rule["name"]), rule["name"]
+            wait_until(partial(watched.query, rule["name"]))  # a scrape that takes over 100 ms fails
 
 
 @pytest.mark.slow
 def test_the_trainer_is_the_only_target_and_is_scraped_without_error(watched):
-    (target,) = watched.get("targets")["activeTargets"]
-    assert (target["health"], target["lastError"], target["labels"]["job"]) == ("up", "", JOB)
-    (info,) = watched.query("alexnet_run_info")
+    def target() -> tuple[str, str, str]:
+        (found,) = watched.get("targets")["activeTargets"]
+        return found["health"], found["lastError"], found["labels"]["job"]
+
+    wait_until(lambda: target() == ("up", "", JOB))  # a scrape that takes over 100 ms fails
+    (info,) = watched.query("last_over_time(alexnet_run_info[1h])")
     assert info["metric"]["recipe"] == "demo"
 
 

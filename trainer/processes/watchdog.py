@@ -45,8 +45,8 @@ class Watchdog:
         self.metrics, self.stall_seconds, self.rank = metrics, stall_seconds, rank
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
         if stall_seconds:
+            self._set_timer(self._remaining())  # a call into C may take the lock before the thread has it
             self._thread.start()
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ class Watchdog:
     def _watch(self) -> None:
         remaining = self._remaining()
         while remaining > 0:
-            faulthandler.dump_traceback_later(remaining + GRACE_SECONDS, exit=True, file=_STDERR)
+            self._set_timer(remaining)
             if self._closed.wait(min(remaining, self.stall_seconds / 10)):
                 return
             remaining = self._remaining()
@@ -72,6 +72,9 @@ class Watchdog:
             os.write(_STDERR, line.encode())
         faulthandler.dump_traceback(file=_STDERR)
         os._exit(EXIT_STALLED)
+
+    def _set_timer(self, remaining: float) -> None:
+        faulthandler.dump_traceback_later(remaining + GRACE_SECONDS, exit=True, file=_STDERR)
 
     def _remaining(self) -> float:
         return allowed_seconds(self.metrics, self.stall_seconds) - self.metrics.stalled_seconds()

@@ -32,7 +32,8 @@ def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect(number, m
         signal.signal(number, own)
 
 
-def test_the_two_sigterms_that_slurm_sends_are_one_request():
+def test_the_two_sigterms_that_slurm_sends_are_one_request(monkeypatch):
+    monkeypatch.setitem(stop.REPEAT_SECONDS, signal.SIGTERM, 600.0)
     with StopRequest() as request:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
