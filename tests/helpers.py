@@ -2,6 +2,7 @@
 
 import csv
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -90,8 +91,22 @@ def project_copy(folder: Path) -> Path:
 
 def free_port() -> int:
     """Return a TCP port of this machine that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different TCP ports of this machine that nothing listens on.
+
+    They lie below those that the kernel gives to other programs. `secrets` is not seeded by the test runner.
+    """
+    with ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = 20_000 + secrets.randbelow(12_000)
+            with suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                ports.append(port)
+        return ports
 
 
 def command(data: Path | str, out: Path, *arguments: str) -> list[str]:

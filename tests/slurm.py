@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import free_port, wait_until
+from tests.helpers import free_ports, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 # Jobs of `low` may save for a minute when those of `high` preempt them. cred_expire shortens the time that a
@@ -77,11 +77,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     if os.getuid():
         pytest.skip("needs root, to start Slurm's daemons")
     host = socket.gethostname().partition(".")[0]
-    ports, user = (free_port(), free_port()), getpass.getuser()
+    (port, *ports), user = free_ports(3), getpass.getuser()
     (folder / "state").mkdir()
     configuration = folder / "slurm.conf"
     configuration.write_text(
-        CONFIGURATION.format(folder=folder, host=host, user=user, port=free_port(), ports=ports)
+        CONFIGURATION.format(folder=folder, host=host, user=user, port=port, ports=ports)
     )
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))

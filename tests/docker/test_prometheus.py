@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from tests.docker.test_dashboard import queries
-from tests.helpers import DEADLINE_SECONDS, REPO, command, free_port, missing, rows, wait_until
+from tests.helpers import DEADLINE_SECONDS, REPO, command, free_ports, missing, rows, wait_until
 from tests.trees import pack_here
 from trainer.monitor import meter
 
@@ -142,7 +142,7 @@ def many(pictures, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def watched(binaries, many, tmp_path_factory) -> Iterator[Watched]:
     """A run in its second epoch, scraped with the shipped configuration, but more often."""
-    folder, port, api = tmp_path_factory.mktemp("watched"), free_port(), free_port()
+    folder, (port, api) = tmp_path_factory.mktemp("watched"), free_ports(2)
     shutil.copytree(PROMETHEUS, folder / "prometheus")
     config = folder / "prometheus/prometheus.yml"
     config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"global": INTERVALS}))

@@ -5,6 +5,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from io import BytesIO
 from itertools import islice
@@ -25,7 +26,7 @@ from pipeline.manifest import HEAD_BYTES, DatasetError
 from pipeline.plan import Plan
 from pipeline.reader import ShardReader
 from pipeline.stream import Stream
-from tests.helpers import assert_same_batches, copies
+from tests.helpers import assert_same_batches, copies, wait_until
 from tests.trees import pack_here
 
 CROP = 64
@@ -324,11 +325,12 @@ def test_samples_are_fetched_ahead_of_their_use(dataset, stays, batch, monkeypat
 
 def threads_of_dali() -> dict[str, set[int]]:
     """Return the cores on which each decoding thread may run, by the ID of the thread."""
-    return {
-        task.name: os.sched_getaffinity(int(task.name))
-        for task in Path("/proc/self/task").iterdir()
-        if (task / "comm").read_text().startswith("[DALI][TP")
-    }
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            if (task / "comm").read_text().startswith("[DALI][TP"):
+                found[task.name] = os.sched_getaffinity(int(task.name))
+    return found
 
 
 @pytest.mark.parametrize("is_bound", [True, False])
@@ -339,6 +341,10 @@ def test_each_decoding_thread_stays_on_its_core(packed, is_bound):
     decoding = Decoding(crop=64, threads=len(cores), cores=cores if is_bound else ())
     loader = train_loader(dataset, plan_of(dataset), range(2), decoding)
     next(loader)
-    found = [where for thread, where in threads_of_dali().items() if thread not in before]
     expected = [{core} for core in cores] if is_bound else [allowed] * len(cores)
-    assert sorted(found, key=sorted) == expected
+
+    def found() -> list[set[int]]:
+        new = [where for thread, where in threads_of_dali().items() if thread not in before]
+        return sorted(new, key=sorted)
+
+    wait_until(lambda: found() == expected)  # a thread binds itself when it first runs

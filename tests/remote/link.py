@@ -53,12 +53,16 @@ class Link:
     def outage_for(self, seconds: float, silent: bool = False) -> threading.Thread:
         """Break the link for some seconds, in the background; return the thread, which ends with it."""
 
+        is_broken = threading.Event()
+
         def break_link() -> None:
             with self.outage(silent):
+                is_broken.set()
                 self.pause(seconds)
 
         thread = threading.Thread(target=break_link, daemon=True)
         thread.start()
+        is_broken.wait()
         return thread
 
     def pause(self, seconds: float) -> None:

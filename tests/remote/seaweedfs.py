@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from tests.helpers import free_port, wait_until
+from tests.helpers import free_ports, wait_until
 
 KEY, SECRET = "trainer", "a secret of the tests"
 _SERVICES = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port")
@@ -50,7 +50,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = {service: free_port() for service in _SERVICES}
+    ports = dict(zip(_SERVICES, free_ports(len(_SERVICES)), strict=True))
     options = [f"-{service}={port}" for service, port in ports.items()]
     options += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64"]
     options += ["-volume.max=100", "-filer", "-s3", f"-s3.config={folder / 's3.json'}", *_OFF]

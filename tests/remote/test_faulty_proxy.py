@@ -135,7 +135,7 @@ def test_delay_and_bandwidth_are_kept_by_all_connections_together(server):
     with FaultyProxy(server, delay=0.2) as proxy:
         begun = time.monotonic()
         get(proxy)
-        assert 0.2 <= time.monotonic() - begun < 1
+        assert time.monotonic() - begun >= 0.2
     with FaultyProxy(server, bytes_per_second=2 * len(CONTENT)) as proxy:
         begun = time.monotonic()
         clients = [threading.Thread(target=get, args=(proxy,)) for _ in range(2)]
@@ -143,7 +143,7 @@ def test_delay_and_bandwidth_are_kept_by_all_connections_together(server):
             client.start()
         for client in clients:
             client.join()
-        assert 1 <= time.monotonic() - begun < 2
+        assert time.monotonic() - begun >= 1
 
 
 def test_during_an_outage_connections_are_reset(server):
@@ -165,7 +165,6 @@ def test_during_a_silent_outage_requests_wait(server):
     with FaultyProxy(server) as proxy:
         begun = time.monotonic()
         outage = proxy.link.outage_for(0.5, silent=True)
-        time.sleep(0.1)
         assert get(proxy) == (200, CONTENT)
         assert time.monotonic() - begun >= 0.5
         outage.join()

@@ -213,6 +213,7 @@ def test_an_object_that_is_replaced_in_mid_run_is_never_decoded(bucket, remote, 
 
 def test_a_lasting_outage_is_said_and_ends_in_one_line(bucket, remote, monkeypatch, capfd):
     monkeypatch.setattr(pipeline.remote.storage, "OUTAGE_SECONDS", 1.5)
+    monkeypatch.setattr(pipeline.remote.storage, "_POLL_SECONDS", 0.05)
     dataset = remote()
     dataset.reader("train")
     bucket.fault = lambda handler, name, part: handler.refuse(503) or True

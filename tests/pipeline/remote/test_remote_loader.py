@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pipeline import EvaluationLoader, Loader, open_dataset
-from pipeline.remote import storage
 from tests.helpers import assert_same_batches, copies
 
 
@@ -46,10 +45,7 @@ def test_each_shard_is_fetched_once_and_used_again_by_the_next_run(bucket, remot
 
 
 @pytest.mark.usefixtures("_larger_than_memory", "_whole_shards")
-def test_a_cache_for_two_windows_is_enough_however_many_windows_pass_in_a_few_steps(
-    many_shards, remote, monkeypatch
-):
-    monkeypatch.setattr(storage, "_FULL_SECONDS", 1.0)
+def test_a_cache_for_two_windows_is_enough_however_many_windows_pass_in_a_few_steps(many_shards, remote):
     sizes = [shard.bytes for shard in open_dataset(many_shards).manifest.split("train").shards]
     options: dict = {"shuffle_window": 1, "steps": 20}  # four epochs
     expected = train_batches(open_dataset(many_shards), **options)
