@@ -9,6 +9,7 @@ the epoch before it left off. Therefore, all images of a group have been used eq
 The state before an epoch depends only on the number of the epoch.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ import numpy as np
 _SCALE = 2**30  # the largest weight as an integer; the smallest may be a billion times smaller
 _STREAM = 2  # tells these random words from those of pipeline/plan.py
 _BLOCK = 4  # 64-bit words that each counter value of Philox gives
+_STATES_LOCK = threading.Lock()  # of all compositions, because one that holds a lock could not be pickled
 
 
 def apportion(images: int, weights: np.ndarray, owed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +103,10 @@ class Composition:
         return np.sort(np.concatenate(taken))
 
     def _state(self, epoch: int) -> _State:
+        with _STATES_LOCK:  # threads that fetch ahead and the loader ask for epochs at the same time
+            return self._state_once(epoch)
+
+    def _state_once(self, epoch: int) -> _State:
         if not self._states:
             nothing_within = tuple(np.zeros_like(weights) for weights in self.weights_within)
             used = np.zeros(sum(map(len, self.groups)), np.int64)

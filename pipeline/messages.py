@@ -1,8 +1,9 @@
-"""Phrases for messages: lists of names, and numbers with what they count."""
+"""Phrases for messages: lists of names, numbers with what they count, and errors on one line."""
 
 from collections.abc import Iterable
 
 _MAX_NAMES = 5
+_MAX_LENGTH = 200  # of an error's text
 
 
 def join_names(names: Iterable[str]) -> str:
@@ -15,3 +16,8 @@ def join_names(names: Iterable[str]) -> str:
 def pluralize(number: int, singular: str, plural: str) -> str:
     """Return a number and the noun that it counts, such as `1 class` or `1,000 classes`."""
     return f"{number:,} {singular if number == 1 else plural}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's class and the first 200 characters of its text, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:_MAX_LENGTH]}"

@@ -118,6 +118,12 @@ def _evaluate(arguments: Sequence[str]) -> None:
         help="Evaluate the newest checkpoint, or the one with the lowest top-1 error. (default: newest)",
     )
     parser.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="Device to evaluate on. (default: the GPU if there is one)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
@@ -138,6 +144,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
     if options.cache:
         settings = settings.model_copy(update={"cache": options.cache})
+    settings = settings.model_copy(update={"device": options.device})
     read_data(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run

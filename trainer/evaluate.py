@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import Batch, Dataset, EvaluationLoader
+from pipeline.messages import one_line
 from pipeline.remote_errors import redact
 from trainer import checkpoint
 from trainer.build import build_decoding, build_model
@@ -172,10 +173,9 @@ def load_net(
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise RunError(
-            f"the checkpoint in {run.checkpoints} does not match the net in settings.json ({reason}): "
-            "restore both from one copy of the run"
+            f"the checkpoint in {run.checkpoints} does not match the net in settings.json "
+            f"({one_line(error)}): restore both from one copy of the run"
         ) from None
     return model, step, notes
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipeline.messages import one_line
 from pipeline.names import ROOT
 from trainer.optim import layers_of
 from trainer.settings import Settings, SettingsError
@@ -158,4 +159,4 @@ def _reason(error: BaseException, module: str) -> str:
     path = getattr(sys.modules.get(module), "__file__", None)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f" ({path}, line {lines[-1]})" if lines else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}{where}"
+    return one_line(error) + where

@@ -12,12 +12,13 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.manifest import Class
+from pipeline.messages import one_line
 from trainer import checkpoint
 from trainer.build import build_model, last_layer
 from trainer.optim import make_optimizer
 from trainer.precision import resolve_precision
 from trainer.processes.distributed import World
-from trainer.run import Run
+from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 from trainer.step import Step, state_of
 
@@ -91,10 +92,18 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step.scaler.load_state_dict(state["scaler"])
+        """Restore the state from a checkpoint. Raises RunError if it is that of another net."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step.scaler.load_state_dict(state["scaler"])
+        except torch.OutOfMemoryError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise RunError(
+                f"the checkpoint does not match the net ({one_line(error)}): restore the code of the net "
+                "that the run began with, or choose another --out"
+            ) from None
 
 
 def _sum_in_bf16(state: None, bucket: dist.GradBucket) -> Future[Tensor]:

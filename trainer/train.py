@@ -30,7 +30,7 @@ from trainer.processes.distributed import World
 from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped, StopRequest, WaitEndedError
 from trainer.processes.watchdog import Watchdog
-from trainer.run import Run
+from trainer.run import Run, RunError
 from trainer.saver import Saver
 from trainer.settings import Settings
 from trainer.step import all_finite, state_of
@@ -134,7 +134,7 @@ class Trainer:
             )
             try:
                 self._train()
-            except DatasetError as error:
+            except (DatasetError, OSError) as error:  # of the data, or of a file of the run
                 # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
                 if self.step and not self.stopping and all_finite(state_of(self.learner.model)):
@@ -320,4 +320,10 @@ class Trainer:
         elif folder := self.settings.initial_weights:
             classes, layers = self.dataset.manifest.classes, self.settings.initial_layers
             notes.append(self.learner.load_initial_weights(folder, classes, layers))
+        steps = self.world.gather(self.step)
+        if len(set(steps)) > 1:
+            raise RunError(
+                f"the processes found checkpoints of different steps in {self.run.checkpoints} "
+                f"({', '.join(map(str, steps))}): all hosts must see the same --out"
+            )
         return notes

@@ -147,7 +147,7 @@ def _by_header(content: bytes, unchanged: bool) -> PackedImage | None:
         if image.format != "JPEG" or _orientation(image) != 1:
             return None
     width, height = layout.width, layout.height
-    if width * height > MAX_PIXELS or _is_elongated(width, height):
+    if not 0 < width * height <= MAX_PIXELS or _is_elongated(width, height):
         return None
     kept = content if unchanged else strip_metadata(content, layout)
     return PackedImage(kept, width, height, None, ()) if kept else None

@@ -62,7 +62,12 @@ def _by_tar(options: PackingOptions, files: Sequence[SourceImage], split: int) -
     for source in files:
         if source.size is None:
             raise SourceError(f"--in-place needs images in tars, but {source.file} is a separate file")
-        tars.setdefault(os.path.relpath(source.file, options.output), []).append(source)
+        tar = os.path.relpath(source.file, options.output)
+        try:
+            tar.encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"--in-place needs tars whose names are UTF-8: rename {tar!a}") from None
+        tars.setdefault(tar, []).append(source)
     for tar in sorted(tars):
         yield 0, sorted(tars[tar], key=lambda source: source.offset), tar
 

@@ -187,13 +187,14 @@ class Fetcher:
                 continue
             try:
                 download = self._begin(shard, room)
+                is_there = download is None and shard.path.exists()
             except (CacheFullError, OSError) as error:
                 self.problems[shard.path] = error
                 return None
             self.problems.pop(shard.path, None)
             if download is not None:
                 return download
-            if shard.path.exists():
+            if is_there:
                 self._arrived(shard.path)
         return None
 

@@ -1,7 +1,9 @@
 """Read samples of datasets behind URLs, by number, from shards that are fetched into the cache."""
 
+import errno
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses, ranks_here
 from pipeline.remote.storage import RemoteStorage
 from pipeline.remote_errors import redact
+from pipeline.retry import print_to_stderr, with_retries
 
 _CLOSED = -1
 _LEAST_SHARE = 4  # of the samples that this machine must need to fetch whole shards, as a divisor
@@ -257,9 +260,11 @@ class RemoteShardReader(ShardReader):
         if not shard.path.exists():
             return False
         try:
-            file = open_shard(shard.path, shard.record)
-        except DatasetError:  # damaged since it was fetched
-            self.storage.cache.remove(shard.path)
+            file = with_retries(partial(open_shard, shard.path, shard.record), print_to_stderr)
+        except (DatasetError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise
+            self.storage.cache.remove(shard.path)  # damaged since it was fetched, or on a bad sector
             return False
         if not lock_for_reading(file):
             close_quietly(file)

@@ -100,7 +100,7 @@ class Requests:
     @staticmethod
     def _pause(error: OSError, attempt: int) -> float:
         asked = error.retry_after if isinstance(error, StorageError) else 0.0
-        pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1)
+        pause = min(_FIRST_PAUSE * 2 ** min(attempt, 30), _LONGEST_PAUSE) * random.uniform(0.5, 1)
         return max(pause, min(asked, _LONGEST_PAUSE))
 
     def _failed(self, request: object, error: OSError, attempt: int) -> None:

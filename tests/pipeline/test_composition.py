@@ -1,10 +1,14 @@
 """Each epoch has the quota of each dataset and class, to one image, and uses the images of a class alike."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pipeline import composition
 from pipeline.composition import Composition, apportion
 from tests.pipeline.weighted import Weighted, weighted
 
@@ -109,3 +113,20 @@ def test_seeds_and_epochs_choose_different_images(seed):
     ours = composition.samples(seed, 0)
     assert (ours != composition.samples(seed, 1)).any()
     assert (ours != composition.samples(seed + 1, 0)).any()
+
+
+def test_threads_that_ask_at_the_same_time_get_the_same_epochs(monkeypatch):
+    """The quotas of each epoch follow from those of the last, so a thread must not see half of an update."""
+    real = composition.apportion
+
+    def slow(*given):
+        time.sleep(0.001)
+        return real(*given)
+
+    case = Weighted([np.arange(7) % 3, np.arange(5) % 2], [1.0, 0.3], 0.5)
+    expected = [case.composition().counts(epoch).tolist() for epoch in range(9)]
+    monkeypatch.setattr(composition, "apportion", slow)
+    shared = case.composition()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(shared.counts, [8] * 4))
+    assert [shared.counts(epoch).tolist() for epoch in range(9)] == expected

@@ -175,3 +175,12 @@ def test_unknown_settings_and_commands_are_refused_with_suggestions(fail):
 
 def test_evaluating_a_folder_without_a_run_is_refused(fail, tmp_path):
     assert "no run in" in fail("evaluate", tmp_path)
+
+
+def test_a_run_can_be_evaluated_without_the_gpu_that_it_recorded(whole, tmp_path, call):
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    recorded = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(recorded | {"device": "cuda:9"}))
+    evaluated = call(cli.main, "evaluate", out, "--device", "cpu")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout == call(cli.main, "evaluate", whole, "--device", "cpu").stdout

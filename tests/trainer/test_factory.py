@@ -60,6 +60,22 @@ def test_a_run_records_the_factory_and_continues_bit_for_bit(packed, trained, tm
     assert small_resnet.ResNet(10).load_state_dict(states[0])
 
 
+def test_a_net_whose_code_has_changed_is_not_continued(packed, trained, tmp_path, monkeypatch, capsys):
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    (out / "report.md").unlink()
+    monkeypatch.setattr(
+        small_resnet,
+        "ResNet",
+        lambda classes: torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, classes)
+        ),
+    )
+    assert main(monkeypatch, command(packed, out)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint does not match the net (RuntimeError: Error(s) in loading state_dict" in line
+    assert line.endswith("restore the code of the net that the run began with, or choose another --out")
+
+
 def test_evaluation_and_classification_use_the_running_statistics(packed, trained, call):
     [*_, last] = rows(trained / "evaluations.csv")
     shown = call(alexnet_train, "evaluate", trained)

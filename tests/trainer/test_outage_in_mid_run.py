@@ -1,6 +1,7 @@
 """The dataset's storage becomes unavailable while a run trains or evaluates, and then comes back."""
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -38,4 +39,24 @@ def test_the_run_saves_and_ends_and_the_same_command_continues_it(
     monkeypatch.setattr(ShardReader, "read", read)
     assert main(monkeypatch, command(packed, out, "--evaluation-batch", "12")) == 0
     assert "continuing" in capsys.readouterr().out
+    assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
+
+
+def test_an_error_of_the_system_while_a_batch_is_read_saves_the_state_too(
+    packed, whole, tmp_path, monkeypatch, capsys
+):
+    out, read, calls = tmp_path / "run", ShardReader.read, itertools.count()
+
+    def fails(reader: ShardReader, numbers):
+        if next(calls) == 8:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a shard")
+        return read(reader, numbers)
+
+    monkeypatch.setattr(ShardReader, "read", fails)
+    assert main(monkeypatch, command(packed, out)) == 1
+    assert "a shard: Too many open files" in capsys.readouterr().err
+    saved = max(int(path.stem[5:]) for path in (out / "checkpoints").iterdir())
+    assert saved == int(rows(out / "metrics.csv")[-1]["step"]) > 0
+    monkeypatch.setattr(ShardReader, "read", read)
+    assert main(monkeypatch, command(packed, out)) == 0
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")

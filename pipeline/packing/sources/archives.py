@@ -89,7 +89,13 @@ def members(file: str, start: int, end: int, read: Read = storage.read) -> Itera
                 info = tarfile.TarFile(fileobj=BytesIO(extensions + header)).next() or info
         except tarfile.TarError as error:
             raise SourceError(f"{file} is damaged: no valid header at byte {position} ({error})") from None
+        except ValueError:  # the map of a sparse file's pieces is in its contents, which tarfile does not see
+            raise SourceError(
+                f"{file} is damaged at byte {position}, or stores the file there in pieces: extract the tar"
+            ) from None
         offset = position + _BLOCK
+        if info.issparse():
+            raise SourceError(f"{file} stores {info.name} at byte {offset} in pieces: extract the tar")
         if not 0 <= info.size <= end - offset:
             raise SourceError(
                 f"{file} is truncated or damaged: {info.name} at byte {position} extends beyond its end"

@@ -174,7 +174,7 @@ def _parse_kaggle(found: _AnnotationFile) -> dict[str, str]:
     rows = csv.DictReader(StringIO("\n".join(found.lines())))
     try:
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    except (KeyError, AttributeError, IndexError):
+    except (KeyError, AttributeError, IndexError, csv.Error):
         raise SourceError(
             f"{found.path}, line {rows.line_num}: there is no ImageId, or no class in PredictionString"
         ) from None

@@ -154,7 +154,7 @@ def _features(schema: "Schema") -> dict[str, dict]:
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return {name: each for name, each in features.items() if isinstance(each, dict) and "_type" in each}
-    except (TypeError, KeyError, ValueError):  # no metadata, or other metadata
+    except (TypeError, KeyError, ValueError, AttributeError):  # no metadata, or other metadata
         return {}
 
 
@@ -174,7 +174,7 @@ def opened_parquet(file: str) -> Iterator["ParquetFile"]:
     with path_in_errors(file), open_file(file) as opened:
         try:
             yield parquet.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # an error of the file system
                 raise
             raise SourceError(f"{file} is not a valid Parquet file: {error}") from None

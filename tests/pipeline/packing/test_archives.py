@@ -1,6 +1,7 @@
 """Tars are read without being unpacked: all files that tarfile finds, or an error."""
 
 import random
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -157,3 +158,24 @@ def test_tars_of_two_years_or_without_val_or_with_a_fraction_are_refused(tmp_pat
     (tmp_path / "ILSVRC2010_images_train.tar").unlink()
     (tmp_path / "ILSVRC2012_img_val.tar").unlink()
     assert_refused(tmp_path, "no folder or tar is named val")
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+def test_a_sparse_file_is_refused(tmp_path, form):
+    with open(tmp_path / "1.jpg", "wb") as file:
+        file.seek(1 << 20)
+        file.write(b"end")
+    made = [
+        "tar",
+        "--sparse",
+        *f"--format={form}".split(),
+        "-cf",
+        tmp_path / "a.tar",
+        "-C",
+        tmp_path,
+        "1.jpg",
+    ]
+    subprocess.run(made, check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 1 << 20
+    with pytest.raises(SourceError, match=r"a\.tar .* in pieces: extract the tar"):
+        found(tmp_path / "a.tar")

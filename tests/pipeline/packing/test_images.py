@@ -287,3 +287,17 @@ def test_headers_are_trusted_only_if_the_file_ends_like_a_jpeg():
     assert pack_image(bytes(content) + b"more", "original", 64, 90, decode=False).pixels is not None
     with pytest.raises(RejectedError, match="truncated"):
         pack_image(bytes(content[:-402]), "original", 64, 90, decode=False)
+
+
+@pytest.mark.parametrize(
+    "zero", [slice(0, 2), slice(2, 4), slice(0, 4)]
+)  # height and width in the frame header
+def test_a_jpeg_whose_header_has_no_pixels_is_rejected_also_by_its_headers(zero):
+    content = bytearray(encode(noise(64, 64), "JPEG"))
+    at = content.index(b"\xff\xc0") + 5
+    for index in range(at + zero.start, at + zero.stop):
+        content[index] = 0
+    with pytest.raises(RejectedError):
+        pack_image(bytes(content), "original", 64, 90, decode=False)
+    with pytest.raises(RejectedError):
+        check_image(bytes(content), 64, decode=False)

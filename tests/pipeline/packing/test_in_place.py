@@ -1,6 +1,7 @@
 """Tars that somebody else packed are indexed by `make_shards.py --in-place`, and can then be read."""
 
 import json
+import os
 import shutil
 from hashlib import sha256
 from io import BytesIO
@@ -288,3 +289,13 @@ def test_packing_below_the_input_does_not_read_its_own_shards_when_it_continues(
 def test_files_outside_tars_cannot_be_indexed(pictures):
     with pytest.raises(SourceError, match="--in-place needs images in tars"):
         run(pictures)
+
+
+def test_a_tar_whose_name_is_not_utf8_is_refused(foreign, tmp_path):
+    """JSON, and so dataset.json, cannot hold such a name."""
+    folder = tmp_path / "latin"
+    shutil.copytree(foreign, folder)
+    first = next(folder.glob("*train*.tar"))
+    first.rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9-train-0000.tar"))
+    with pytest.raises(SourceError, match=r"names are UTF-8: rename 'caf\\udce9-train-0000.tar'"):
+        run(folder)

@@ -88,6 +88,10 @@ ERRORS = {
         {"LOC_val_solution.csv": "ImageId,PredictionString\nx_1,\n"},
         "line 2: there is no",
     ),
+    "an open quote": (
+        {"LOC_val_solution.csv": 'ImageId,PredictionString\nx_1,"n01 ' + "1 " * 70_000},
+        "there is no ImageId",
+    ),
     "a short row": ({"LOC_val_solution.csv": "ImageId,PredictionString\nx_1\n"}, "line 2: there is no"),
     "numbers out of order": ({TRUTH: NUMBERS, "map_clsloc.txt": "n03 1\nn01 3\n"}, "line 2: the number is 3"),
     "a class list in alphabetical order": (

@@ -119,6 +119,22 @@ def test_parquet_paths_that_are_not_text_are_refused(tmp_path):
     assert_refused(tmp_path / "a.parquet", "row 1: expected a path")
 
 
+@pytest.mark.parametrize("column", ["path", "label"])
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path, column):
+    table = pyarrow.table(COLUMNS)
+    latin = pyarrow.array([b"\xe9"] + [b"a"] * 3).view(pyarrow.string())
+    table = table.set_column(table.column_names.index(column), column, latin)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert_refused(tmp_path / "a.parquet", "is not a valid Parquet file: .*utf-8")
+
+
+@pytest.mark.parametrize("value", ['{"info": {"features": null}}', '{"info": {"features": [1]}}', "[]", "{"])
+def test_other_descriptions_than_hugging_faces_are_ignored(tmp_path, value):
+    table = pyarrow.table(COLUMNS).replace_schema_metadata({"huggingface": value})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert find_sources(tmp_path / "a.parquet", None, 0).classes == ["a", "b"]
+
+
 def test_without_pyarrow_the_message_says_what_to_install(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", COLUMNS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)

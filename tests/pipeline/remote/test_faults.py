@@ -1,6 +1,8 @@
 """Storage that fails: what passes is waited for, and what stays wrong is named, and no image is wrong."""
 
+import errno
 import json
+import os
 import random
 import socket
 import struct
@@ -14,8 +16,10 @@ import torch
 import pipeline.remote.cache
 import pipeline.remote.download
 import pipeline.remote.fetcher
+import pipeline.remote.reader
 import pipeline.remote.requests
 import pipeline.remote.storage
+import pipeline.retry
 from pipeline import DatasetError, Loader, OutageError, open_dataset
 from pipeline.manifest import HEAD_BYTES, read_manifest
 from pipeline.remote.fetcher import Fetcher
@@ -308,3 +312,29 @@ def test_the_first_step_does_not_wait_for_shards(remote, many_shards, monkeypatc
     first = batches(dataset, steps=1)
     assert dataset.storage.counters.samples_by_range >= 12
     assert_same_batches(first, batches(open_dataset(many_shards), steps=1))
+
+
+def test_the_pause_before_a_retry_stays_finite_however_long_storage_is_away():
+    for attempt in (0, 10, 1024, 10**6):
+        pause = pipeline.remote.requests.Requests._pause(OSError(), attempt)
+        assert 0 < pause <= pipeline.remote.requests._LONGEST_PAUSE
+
+
+@pytest.mark.usefixtures("_whole_shards")
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE, errno.EIO])
+def test_a_shard_in_the_cache_that_cannot_be_opened_once_is_opened_or_fetched_again(
+    many_shards, remote, monkeypatch, code
+):
+    expected, failed, real = batches(open_dataset(many_shards)), [], pipeline.remote.reader.open_shard
+
+    def fails_once(path, shard):
+        if len(failed) < (4 if code == errno.EIO else 1):  # a bad sector stays bad when it is read again
+            failed.append(path)
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, shard)
+
+    monkeypatch.setattr(pipeline.remote.reader, "open_shard", fails_once)
+    monkeypatch.setattr(pipeline.retry, "PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(pipeline.retry, "_EIO_PAUSES", (0.01,) * 2)
+    assert_same_batches(batches(remote()), expected)
+    assert failed

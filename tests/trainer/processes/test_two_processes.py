@@ -1,9 +1,11 @@
 """Two processes train like one, even if one is killed or both are stopped and continued."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.helpers import (
     DEADLINE_SECONDS,
     command,
     exact,
+    free_port,
     main,
     ranks_of,
     rows,
@@ -66,3 +69,25 @@ def test_killing_one_of_two_processes_and_stopping_both_does_not_change_the_loss
     assert f"after step {done}" in run(*arguments)
     assert exact(out / "metrics.csv") == exact(whole / "metrics.csv")
     assert rows(out / "evaluations.csv") == rows(whole / "evaluations.csv")
+
+
+def test_processes_that_find_different_checkpoints_end_in_one_line(packed, whole, tmp_path):
+    """As on two hosts that do not see the same --out: the second would begin with other weights."""
+    first, second = Path(shutil.copytree(whole, tmp_path / "first")), tmp_path / "second"
+    (first / "report.md").unlink()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command(packed, out)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate((first, second))
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=DEADLINE_SECONDS)
+        assert process.returncode == 1
+        assert "checkpoints of different steps" in error
+        assert "(15, 0): all hosts must see the same --out" in error
+        assert "Traceback" not in error
