@@ -6,9 +6,12 @@ For HTTP, each request has a time limit, and the proxies of the environment are 
 import errno
 import os
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
+from io import SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline.files import read_file
 from pipeline.locations import Location, is_url
@@ -18,8 +21,12 @@ from pipeline.retry import StorageError, print_to_stderr, read_with_retries, wit
 if TYPE_CHECKING:
     from aiohttp import TraceConfig
     from fsspec import AbstractFileSystem
+    from typing_extensions import Buffer
+
+T = TypeVar("T")
 
 MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
+_BUFFER_BYTES = 1 << 20  # of an open file behind a URL
 # Seconds to connect, between two parts of an answer, and for all of it.
 _HTTP_SECONDS = {"sock_connect": 15, "sock_read": 30, "total": 120}
 _S3_SECONDS = {"connect_timeout": 15, "read_timeout": 30}
@@ -60,28 +67,84 @@ def _read_local(file: str, offset: int, size: int | None) -> bytes:
 
 
 def open_file(file: str) -> BinaryIO:
-    """Open a file, given by path or URL, for reading. Raises OSError."""
-    if not is_url(file):
-        return open(file, "rb")
-    with as_os_error(file):
-        fs, path = file_system(file)
-        return fs.open(path, "rb")
+    """Open a file, given by path or URL, for reading. Raises OSError.
+
+    Outages of a URL are retried, while it is opened and whenever it is read, and then raise OSError.
+    """
+    return BufferedReader(_RemoteFile(file), _BUFFER_BYTES) if is_url(file) else open(file, "rb")
+
+
+class _RemoteFile(RawIOBase):
+    """A file behind a URL that is opened for reading. Its errors are OSErrors that name it."""
+
+    def __init__(self, file: str):
+        self._name = file
+        self._file = self._retried(self._open)
+
+    def _open(self) -> BinaryIO:
+        fs, path = file_system(self._name)
+        with _naming_cause(self._name):
+            return fs.open(path, "rb")
+
+    def _retried(self, action: Callable[[], T]) -> T:
+        def attempt() -> T:
+            with as_os_error(self._name):
+                return action()
+
+        return with_retries(attempt, print_to_stderr)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        with as_os_error(self._name):
+            return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: "Buffer") -> int:
+        target, start = memoryview(buffer), self._file.tell()
+
+        def read() -> bytes:
+            if self._file.tell() != start:  # a failed attempt got a part
+                self._file.seek(start)
+            return self._file.read(len(target))
+
+        content = self._retried(read)
+        target[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._file.close()
 
 
 def size_of(file: str) -> int:
     """Return the size of a file behind a URL, in bytes. Raises OSError."""
     with as_os_error(file):
         fs, path = file_system(file)
-        try:
+        with _naming_cause(file):
             size = fs.size(path)
-        except FileNotFoundError as error:
-            cause = error.__cause__
-            if cause is None or not _is_http(file) or getattr(cause, "status", None) == 404:
-                raise
-            raise cause from None  # fsspec calls every file missing whose request fails
     if size is None:
         raise StorageError(f"{redact(file)}: the server does not say how large it is", transient=False)
     return size
+
+
+@contextmanager
+def _naming_cause(file: str) -> Iterator[None]:
+    """Raise why a request failed; over HTTP, fsspec calls the file missing whatever the reason."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if cause is None or not _is_http(file) or getattr(cause, "status", None) == 404:
+            raise
+        raise cause from None
 
 
 def is_accessible(name: str) -> bool:
