@@ -1,5 +1,6 @@
 """Run packing tasks in processes on this machine, or on the workers of a Dask cluster."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import contextmanager
@@ -104,9 +105,10 @@ def _pack_and_count(task: ShardTask) -> ShardResult:
 def dask(scheduler: str) -> Iterator[Executor]:
     """Use the workers of a Dask cluster; when one disappears, Dask gives its tasks to others.
 
-    scheduler: the address of the cluster's scheduler. The workers need this package, and access to the input
-    and the output under the same paths or URLs. Raises PackingError if Dask is not installed, if the
-    scheduler cannot be reached or is lost, or if several workers die while packing the same shard.
+    scheduler: the address of the cluster's scheduler, which needs this package as the workers do. The workers
+    also need access to the input and the output under the same paths or URLs. Raises PackingError if Dask is
+    not installed, if the scheduler cannot be reached, lacks this package or is lost, or if several workers
+    die while packing the same shard.
     """
     try:
         from distributed import Client
@@ -119,11 +121,18 @@ def dask(scheduler: str) -> Iterator[Executor]:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None
     lost = PackingError(f"the connection to the Dask scheduler at {scheduler} was lost; {_RESUMABLE}")
 
+    has_waited = False
+
     def concurrency() -> int:
+        nonlocal has_waited
         try:
-            return max(1, sum(client.ncores().values()))
+            cores = sum(client.ncores().values())
         except OSError:  # may come before the client notices the loss and cancels its futures
             raise lost from None
+        if not cores and not has_waited:
+            has_waited = True
+            print(f"waiting for a Dask worker: {scheduler} has none", file=sys.stderr, flush=True)
+        return max(1, cores)
 
     with client:
         workers = client.get_executor(pure=False)
@@ -136,3 +145,10 @@ def dask(scheduler: str) -> Iterator[Executor]:
             ) from None
         except CancelledError:
             raise lost from None
+        except RuntimeError as error:
+            if "deserialization of the task graph" not in str(error):
+                raise
+            raise PackingError(
+                "the Dask scheduler and its workers need the version of alexnet-train that this command has: "
+                "install it there"
+            ) from None

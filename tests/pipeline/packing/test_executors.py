@@ -1,5 +1,6 @@
 """The bytes do not depend on who packs, and a packer that is lost costs nothing but time."""
 
+import importlib
 import json
 import os
 import signal
@@ -295,6 +296,20 @@ def test_what_the_system_refuses_to_a_dask_worker_is_not_taken_for_a_lost_schedu
     cluster.start_workers({})
     with pytest.raises(FileNotFoundError, match="missing"), executors.dask(cluster.address) as executor:
         executor.submit(cluster.folder / "missing").result(DEADLINE_SECONDS)
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_without_this_package_or_without_workers_is_named(
+    cluster, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "only_here.py").write_text("def pack(task): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(executors, "pack_shard", importlib.import_module("only_here").pack)
+    lacks = pytest.raises(PackingError, match=r"need the version of alexnet-train .*: install it there")
+    with lacks, executors.dask(cluster.address) as executor:
+        assert [executor.concurrency() for _ in range(3)] == [1] * 3
+        executor.submit(None).result(DEADLINE_SECONDS)
+    assert capsys.readouterr().err.count(f"waiting for a Dask worker: {cluster.address} has none\n") == 1
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nowhere://"])
