@@ -70,6 +70,13 @@ def is_outage(error: OSError) -> bool:
     return not isinstance(error, _FILE_ERRORS) and error.errno not in _FILE_ERRNOS
 
 
+def is_of_storage(error: Exception) -> bool:
+    """Return whether an error came from the storage, and not from a library that reads what a file holds."""
+    if isinstance(error, (StorageError, FileNotFoundError)):
+        return True
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
     """Run the action and return its result; in an outage, retry with growing pauses for seven seconds.
 

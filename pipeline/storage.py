@@ -6,12 +6,13 @@ For HTTP, each request has a time limit, and the proxies of the environment are 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from io import SEEK_SET, BufferedReader, RawIOBase
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pipeline.files import read_file
 from pipeline.locations import Location, is_url
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from aiohttp import TraceConfig
     from fsspec import AbstractFileSystem
     from typing_extensions import Buffer
-
-T = TypeVar("T")
 
 MAX_BYTES = 1_000_000_000  # of a file that is read as a whole
 _BUFFER_BYTES = 1 << 20  # of an open file behind a URL
@@ -52,10 +51,7 @@ def read_once(file: str, offset: int = 0, size: int | None = None) -> bytes:
         if content is None:  # s3fs has closed its connections, because this process is ending
             raise StorageError(f"{redact(file)}: broken off", "broken off")
     if size is not None and len(content) > size:  # many static file servers send the whole file
-        raise StorageError(
-            f"{redact(file)}: the server does not support reading parts of files (HTTP ranges)",
-            transient=False,
-        )
+        raise _no_ranges(file)
     return content
 
 
@@ -77,51 +73,69 @@ def open_file(file: str) -> BinaryIO:
 class _RemoteFile(RawIOBase):
     """A file behind a URL that is opened for reading. Its errors are OSErrors that name it."""
 
-    def __init__(self, file: str):
-        self._name = file
-        self._file = self._retried(self._open)
-
-    def _open(self) -> BinaryIO:
-        fs, path = file_system(self._name)
-        with _naming_cause(self._name):
-            return fs.open(path, "rb")
-
-    def _retried(self, action: Callable[[], T]) -> T:
-        def attempt() -> T:
-            with as_os_error(self._name):
-                return action()
-
-        return with_retries(attempt, print_to_stderr)
+    def __init__(self, name: str):
+        self._name, self._file = name, with_retries(partial(_open_url, name), print_to_stderr)
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        return self._file.seekable()
+        return True
 
     def tell(self) -> int:
         return self._file.tell()
 
     def seek(self, offset: int, whence: int = SEEK_SET) -> int:
         with as_os_error(self._name):
-            return self._file.seek(offset, whence)
+            try:
+                self._file.seek(offset, whence)
+            except ValueError:
+                raise _no_ranges(self._name) from None
+        return self._file.tell()
 
     def readinto(self, buffer: "Buffer") -> int:
-        target, start = memoryview(buffer), self._file.tell()
+        target, start, attempts = memoryview(buffer).cast("B"), self._file.tell(), count()
 
         def read() -> bytes:
-            if self._file.tell() != start:  # a failed attempt got a part
-                self._file.seek(start)
-            return self._file.read(len(target))
+            if next(attempts):
+                self._reopen(start)
+            with as_os_error(self._name):
+                return self._file.read(len(target))
 
-        content = self._retried(read)
+        content = with_retries(read, print_to_stderr)
         target[: len(content)] = content
         return len(content)
+
+    def _reopen(self, position: int) -> None:
+        """Open the file again, because a broken connection stays so, and go to a position."""
+        self._file.close()
+        self._file = _open_url(self._name)
+        with as_os_error(self._name):
+            try:
+                self._file.seek(position)
+            except ValueError:  # the server sends only whole files
+                while (missing := position - self._file.tell()) and self._file.read(
+                    min(missing, _BUFFER_BYTES)
+                ):
+                    pass
 
     def close(self) -> None:
         if not self.closed:
             super().close()
             self._file.close()
+
+
+def _open_url(name: str) -> BinaryIO:
+    with as_os_error(name):
+        fs, path = file_system(name)
+        with _naming_cause(name):
+            return fs.open(path, "rb")
+
+
+def _no_ranges(file: str) -> StorageError:
+    return StorageError(
+        f"{redact(file)}: the server does not support reading parts of files (HTTP ranges)", transient=False
+    )
 
 
 def size_of(file: str) -> int:

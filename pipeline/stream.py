@@ -11,7 +11,7 @@ import torch
 from pipeline.checked import CheckedReader
 from pipeline.graph import GraphOptions, find_undecodable, jpeg_batch
 from pipeline.manifest import DatasetError
-from pipeline.reader import JpegFiles
+from pipeline.reader import JpegFiles, OutageError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -129,11 +129,11 @@ class Stream:
         """Return DALI's next inputs."""
         samples = np.array([], np.int64)
         while not samples.size:
-            request = next(self.requests)
             try:
+                request = next(self.requests)
                 samples, files = self.checked.read(request.samples)
-            except DatasetError as error:
-                self.failure = error  # raised once the batches before it have been yielded
+            except (DatasetError, OSError) as error:
+                self.failure = _as_dataset_error(error)  # raised once the batches before it have been yielded
                 raise StopIteration from None
         self.in_flight.append((request._replace(samples=samples), files))
         self.inputs.append((jpeg_batch(files.jpegs), *request.inputs))
@@ -151,3 +151,10 @@ class Stream:
             raise DatasetError(f"DALI cannot decode a batch: {error}") from error
         for index in indices:
             self.checked.exclude_undecodable(candidates[index][0])
+
+
+def _as_dataset_error(error: DatasetError | OSError) -> DatasetError:
+    if isinstance(error, DatasetError):
+        return error
+    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
+    return OutageError(f"{what}. Fix the cause and run the same command again")

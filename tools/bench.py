@@ -55,6 +55,7 @@ from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
 from tools.options import count, positive, program
 from trainer.environment import environment
+from trainer.initial import with_initial_net
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -229,7 +230,7 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     Raises SettingsError, DatasetError or OSError.
     """
-    settings = load_settings(rest, command=program())
+    settings = with_initial_net(load_settings(rest, command=program()))
     read_data(settings.data)  # a missing dataset is reported before torch is imported
 
     from tools.benchmarks.stages import Stages
@@ -239,7 +240,8 @@ def measure(options: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
 
     def make(more: list[str]) -> Stages:
         """Make stages with other settings; the fastest decoding and convolutions are measured only once."""
-        settings, found = load_settings([*rest, *more], command=program()), stages.decoding
+        settings = with_initial_net(load_settings([*rest, *more], command=program()))
+        found = stages.decoding
         share = found.hw_decoder_load if settings.hw_decoder_load is None else settings.hw_decoder_load
         decoding = {
             "threads": settings.threads or found.threads,

@@ -94,7 +94,6 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--checkpoint",
         choices=("newest", "best"),
-        default="newest",
         help="checkpoint of --run to use (default newest)",
     )
     add(
@@ -128,6 +127,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.out and options.out.suffix not in FORMATS:
         parser.error(f"--out {options.out}: its name must end in {' or '.join(FORMATS)}")
+    if options.net and options.checkpoint:
+        parser.error("--checkpoint is only for --run: an exported net has no checkpoints")
     return options
 
 

@@ -7,6 +7,7 @@ A command's module is imported only when that command is chosen, so that no help
 another command.
 """
 
+import signal
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -67,7 +68,10 @@ def main() -> None:
     module = COMMANDS[name].module
     if module != TRAINER:
         sys.argv = [f"alexnet-train {name}", *arguments[1:]]  # argparse calls the program by sys.argv[0]
-    import_module(ROOT + module).main()
+    try:
+        import_module(ROOT + module).main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def usage() -> str:

@@ -115,7 +115,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         with path_in_errors(options.out):
-            draw_all(options.out, {"train": options.train, "val": options.val}, options.seed)
+            partial = options.out.with_name(f".{options.out.name}.partial")
+            folder = (
+                options.out if options.out.exists() else partial
+            )  # a new folder appears when it is complete
+            draw_all(folder, {"train": options.train, "val": options.val}, options.seed)
+            folder.rename(options.out)
     except OSError as error:
         sys.exit(f"draw-pictures: {error.filename}: {error.strerror}")
     classes = len(class_names())

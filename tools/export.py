@@ -25,6 +25,7 @@ from pathlib import Path
 if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from pipeline.locations import location_of
 from pipeline.manifest import DatasetError
 from pipeline.output import secure
 from tools.classifying.nets import NetError
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         default="newest",
         help="checkpoint to export (default newest)",
     )
-    add("--data", type=Path, metavar="DIR", help="the run's dataset, if it has moved")
+    add("--data", type=location_of, metavar="DIR", help="folder or URL of the run's dataset, if it has moved")
     options = parser.parse_args()
     if options.out.suffix not in EXTENSIONS:
         parser.error(f"--out {options.out}: its name must end in one of {', '.join(EXTENSIONS)}")

@@ -18,6 +18,7 @@ The run subtracts the mean that belongs to the net, not the dataset's.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -93,7 +94,11 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
     given = {"preset": net.preset, "dropout": "inverted", "crop": net.crop, "out": run.folder, "data": data}
     spec = NetSpec(geometry="256", size=SIZE, crop=net.crop, mean=net.mean, classes=named)
     run.adopt(Settings.model_validate(given), spec, origin=f"of {weights.name}")
-    checkpoint.write(run.checkpoints, 0, {"step": 0, "model": net.state}, keep=1, best=True)
+    try:
+        checkpoint.write(run.checkpoints, 0, {"step": 0, "model": net.state}, keep=1, best=True)
+    except BaseException:
+        shutil.rmtree(run.folder, ignore_errors=True)  # it was empty, and would be refused next time
+        raise
     parameters = sum(value.numel() for value in net.state.values())
     return f"{run.folder}: {outputs} classes, {parameters:,} parameters"
 

@@ -31,6 +31,7 @@ from pipeline.packing.workers import WorkersError, translate_thread_errors
 from pipeline.remote_errors import reason_in_full
 from tools.inspecting.remote import CONNECTIONS, Reader, open_reader
 from tools.options import natural, refuse_old_name
+from trainer.monitor.names import as_markdown
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files list all of them
 _PART = 256  # samples that a thread hashes at a time
@@ -140,8 +141,8 @@ def report(name: str, dataset: OpenDataset, groups: Groups) -> str:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)
-    cells = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    cells = [head, ["---"] * len(head), *(map(as_markdown, row) for row in rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def _splits(dataset: OpenDataset) -> Iterable[tuple[str, ...]]:
@@ -160,7 +161,7 @@ def _class(dataset: OpenDataset, label: int) -> str:
 def _absent(dataset: OpenDataset) -> list[str]:
     lines = []
     for split, counts in dataset.counts.items():
-        absent = [_class(dataset, int(label)) for label in np.flatnonzero(counts == 0)]
+        absent = [as_markdown(_class(dataset, int(label))) for label in np.flatnonzero(counts == 0)]
         if absent:
             more = f" and {len(absent) - LISTED:,} more" if len(absent) > LISTED else ""
             lines += [f"**Classes without samples in {split}:** {', '.join(absent[:LISTED])}{more}.", ""]

@@ -202,14 +202,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--data", type=location_of, required=True, metavar="DIR", help="folder or URL of the packed dataset")
-    add("--decode", choices=get_args(Decode), default="sampled",
+    add("--decode", choices=get_args(Decode),
         help=f"which images to decode: all, none, or about {SAMPLED} per shard and every image of a shard "
         "whose checksum is wrong (default sampled)")  # fmt: skip
     add("--repair-index", action="store_true",
         help="rewrite the .idx files, indices and checksums that are missing or wrong")  # fmt: skip
     add("--workers", type=within(int, 1, 1024), default=cpus(), metavar="N",
         help="number of worker processes (default: one per CPU)")  # fmt: skip
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.repair_index and options.decode:
+        parser.error("--decode has no effect with --repair-index, which decodes no image: omit one of them")
+    return options
 
 
 def main() -> None:
@@ -225,7 +228,7 @@ def main() -> None:
             written = repair(options.data, options.workers)
             print(f"written: {', '.join(written)}" if written else "nothing to repair")
             return
-        verdict = verify(options.data, options.decode, options.workers)
+        verdict = verify(options.data, options.decode or "sampled", options.workers)
     except (DatasetError, WorkersError, RecursionError) as error:  # the last for JSON nested too deeply
         sys.exit(f"verify-shards: {error}")
     except OSError as error:

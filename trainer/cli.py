@@ -25,7 +25,7 @@ from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.run import PeerLostError, Run, RunError
 from trainer.setting_sources import load_settings
-from trainer.settings import SettingsError
+from trainer.settings import SettingsError, validated
 
 DESCRIPTION = """Train AlexNet on a dataset that `alexnet-train make-shards` packed, or continue the run
 in --out. Every setting can also be given as an environment variable: ALEXNET_EPOCHS=90 is the same
@@ -119,9 +119,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="Device to evaluate on. (default: the GPU if there is one)",
+        metavar="{auto,cuda,cuda:N,cpu}",
+        help="Device to evaluate on. (default: that of the run)",
     )
     parser.add_argument(
         "--out",
@@ -144,7 +143,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
         )
     if options.cache:
         settings = settings.model_copy(update={"cache": options.cache})
-    settings = settings.model_copy(update={"device": options.device})
+    if options.device:
+        settings = settings.model_copy(update={"device": validated({"device": options.device}).device})
     read_data(settings.data).split(options.split)
 
     from trainer.evaluate import evaluate_run

@@ -22,7 +22,7 @@ def demo(folder: Path) -> int:
     """
     pictures, shards, run = folder / "pictures", folder / "shards", folder / "run"
     preparations = {
-        pictures / "val": ["draw-pictures", "--out", pictures],
+        pictures: ["draw-pictures", "--out", pictures],
         shards / MANIFEST_NAME: ["make-shards", "--input", pictures, "--out", shards, "--size", "128"],
     }
     for result, command in preparations.items():

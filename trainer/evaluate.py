@@ -170,7 +170,7 @@ def load_net(
         weights, step = state["model"], state["step"]
         model = build_model(settings, len(run.net(settings).classes), device)
         model.load_state_dict(weights)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise RunError(
@@ -192,7 +192,15 @@ def evaluate_run(
     """
     world = distributed.join(settings.device)
     try:
+        if out and world.is_main:
+            out.mkdir(parents=True, exist_ok=True)  # rather than fail after the evaluation
         trained = load_trained(settings, run, world.device, best)
+        steps = world.gather(trained.step)
+        if len(set(steps)) > 1:  # a run that is still training has saved another one
+            raise RunError(
+                f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}): run the "
+                "same command again"
+            )
         precision = resolve_precision(settings.precision, world.device)
         batches = trained.batches(split, crops, world)
         recorder = Recorder(batches) if out else None

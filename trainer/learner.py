@@ -97,7 +97,7 @@ class Learner:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step.scaler.load_state_dict(state["scaler"])
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise RunError(

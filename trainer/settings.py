@@ -120,10 +120,6 @@ class Settings(
             raise ValueError("--trust-coefficient is only for LARS: add --optimizer lars, or omit it")
         if self.rate_rule == "fixed" and self._differs("base_batch"):
             raise ValueError("--base-batch has no effect: add --rate-rule sqrt or linear, or omit it")
-        if self.schedule == "steps" and not self.drop_epochs:
-            raise ValueError("--schedule steps needs --drop-epochs, the epochs after which the rate falls")
-        if self.initial_weights is None and self._differs("initial_layers"):
-            raise ValueError("--initial-layers needs --initial-weights with the folder of a run")
         return self
 
     @model_validator(mode="after")

@@ -134,7 +134,7 @@ class Trainer:
             )
             try:
                 self._train()
-            except (DatasetError, OSError) as error:  # of the data, or of a file of the run
+            except DatasetError as error:
                 # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
                 if self.step and not self.stopping and all_finite(state_of(self.learner.model)):
@@ -241,6 +241,9 @@ class Trainer:
         self.metrics.input_wait_seconds["train"].observe(wait)
         self.metrics.step_seconds["train"].observe(time.monotonic() - begun)
         self.metrics.images["train"].inc(len(labels))
+        self._show_progress()
+
+    def _show_progress(self) -> None:
         self.metrics.step.set(self.step)
         self.metrics.epoch.set(self.epoch_at(self.step))
         self.metrics.progress_ratio.set(self.step / self.steps)
@@ -311,6 +314,7 @@ class Trainer:
         if state is not None:
             self.learner.load_state(state)
             self.step = state["step"]
+            self._show_progress()
             self.evaluations.errors, self.evaluations.epochs = state["errors"], state["evaluated"]
             if self.world.is_main:
                 self.metrics.checkpoint_timestamp.set(state["time"])
@@ -320,10 +324,10 @@ class Trainer:
         elif folder := self.settings.initial_weights:
             classes, layers = self.dataset.manifest.classes, self.settings.initial_layers
             notes.append(self.learner.load_initial_weights(folder, classes, layers))
-        steps = self.world.gather(self.step)
-        if len(set(steps)) > 1:
+        begun = self.world.gather("; ".join(notes) or "starting without one")
+        if other := next((each for each in begun if each != begun[0]), None):
             raise RunError(
-                f"the processes found checkpoints of different steps in {self.run.checkpoints} "
-                f"({', '.join(map(str, steps))}): all hosts must see the same --out"
+                f"the processes found different checkpoints: {begun[0]}; but another one is {other}. All "
+                "hosts must see the same intact --out and --initial-weights"
             )
         return notes

@@ -140,8 +140,8 @@ def dask(scheduler: str) -> Iterator[Executor]:
             yield Executor(lambda task: workers.submit(pack_shard, task), concurrency)
         except KilledWorker as error:
             raise PackingError(
-                f"several Dask workers died while packing the same shard, perhaps for lack of memory "
-                f"({error}); {_RESUMABLE}"
+                "several Dask workers died while packing the same shard, perhaps for lack of memory or of "
+                f"this version of alexnet-train ({error}); {_RESUMABLE}"
             ) from None
         except CancelledError:
             raise lost from None

@@ -3,7 +3,6 @@
 import errno
 import threading
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from pipeline.remote.samples import SplitRanges
 from pipeline.remote.schedule import PassUses, TrainingUses, ranks_here
 from pipeline.remote.storage import RemoteStorage
 from pipeline.remote_errors import redact
-from pipeline.retry import print_to_stderr, with_retries
 
 _CLOSED = -1
 _LEAST_SHARE = 4  # of the samples that this machine must need to fetch whole shards, as a divisor
@@ -257,14 +255,15 @@ class RemoteShardReader(ShardReader):
         lost = self.storage.fetcher.lost.get(shard.path)
         if lost is not None:  # what is intact in a damaged shard can still be fetched
             return self._ranges is None or lost != MISMATCH
-        if not shard.path.exists():
-            return False
         try:
-            file = with_retries(partial(open_shard, shard.path, shard.record), print_to_stderr)
+            if not shard.path.exists():
+                return False
+            file = open_shard(shard.path, shard.record)
         except (DatasetError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EIO:
-                raise
-            self.storage.cache.remove(shard.path)  # damaged since it was fetched, or on a bad sector
+            if isinstance(error, DatasetError) or error.errno == errno.EIO:
+                self.storage.cache.remove(shard.path)  # damaged since it was fetched, or on a bad sector
+            else:
+                self.storage.fetcher.problems[shard.path] = error  # raised if it lasts
             return False
         if not lock_for_reading(file):
             close_quietly(file)

@@ -152,6 +152,7 @@ def test_impossible_input_is_refused_in_one_line(tmp_path, run_classify, monkeyp
         assert run_classify(tmp_path / "a.jpg", *wrong)[0] == 2
     monkeypatch.setattr(classify, "open_export", nets.open_export)
     net, picture = tmp_path / "net.onnx", tmp_path / "a.jpg"
+    assert run_classify(picture, "--checkpoint", "best", net=("--net", net))[0] == 2
     missing = f"classify: no net at {net}. Export one: alexnet-train export RUN --out {net}"
     assert run_classify(picture, net=("--net", net))[0] == missing
     assert (

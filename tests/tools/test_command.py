@@ -139,3 +139,12 @@ def test_the_help_of_a_script_shows_the_scripts_name(name):
 def test_the_entry_points_are_the_functions_tested_here():
     scripts = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"alexnet-train": "tools.command:main", "make-shards": "tools.make_shards:main"}
+
+
+@pytest.mark.parametrize("name", ["bench", "train"])
+def test_ctrl_c_ends_any_command_without_a_traceback(name, alexnet_train, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "import_module", lambda _: SimpleNamespace(main=interrupted))
+    assert alexnet_train(name) == (130, "", "")

@@ -92,3 +92,21 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["draw-pictures", "--out", str(tmp_path / "file")])
     with pytest.raises(SystemExit, match=f"draw-pictures: {tmp_path}/file/train/.*: Not a directory"):
         draw_pictures.main()
+
+
+def test_a_folder_that_is_drawn_in_part_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    drawn, real = itertools.count(1), draw_pictures.draw
+
+    def interrupted(name, rng):
+        if next(drawn) == 25:
+            raise KeyboardInterrupt
+        return real(name, rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(draw_pictures, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            draw_set(tmp_path / "a", 0, patch)
+    assert not (tmp_path / "a").exists()
+    again = draw_set(tmp_path / "a", 0, monkeypatch)
+    assert again == draw_set(tmp_path / "b", 0, monkeypatch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -19,6 +19,11 @@ def test_a_damaged_file_of_an_experiment_is_named_with_what_to_do(content, load,
         load(path)
 
 
+def test_a_lack_of_memory_is_not_damage(tmp_path):
+    with pytest.raises(MemoryError), reading(tmp_path / "tanh-0.pt"):
+        raise MemoryError
+
+
 def test_a_file_of_an_experiment_that_cannot_be_opened_is_not_called_damaged(tmp_path):
     with pytest.raises(FileNotFoundError), reading(tmp_path / "missing"):
         np.load(tmp_path / "missing")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from model.forms import FORMS
 from pipeline.loader import Dataset
 from tools import bench
+from tools.benchmarks.stages import _toml
 
 QUICK = ("--runs", "1", "--seconds", "0.1", "--recipe", "demo", "--crop", "67", "--width", "0.125")
 QUICK += ("--device", "cpu", "--precision", "fp32")
@@ -91,3 +93,9 @@ def test_the_compiled_stock_net_is_measured_if_there_is_a_compiler(there, packed
     done = call(bench.main, "model", "--data", packed, *QUICK, *BATCH)
     figures = json.loads(done.stdout.splitlines()[-1])["images_per_second"]["model"]
     assert list(figures) == ["fp32", "stock NCHW", "stock channels_last", *["stock compiled"] * there]
+
+
+def test_all_kinds_of_settings_can_be_passed_on_as_toml():
+    rates = {"fc8": 10.0, "conv1@5": 0}
+    values = {"layer_learning_rates": rates, "drop_epochs": [1.5], "lrn": True, "data": 'a"b'}
+    assert tomllib.loads("".join(f"{name} = {_toml(value)}\n" for name, value in values.items())) == values

@@ -290,4 +290,7 @@ def test_the_command_suggests_and_performs_the_repair_of_indices(dataset, run):
     assert (done.returncode, done.stdout) == (0, "written: train-000000.idx, train.index.npy\n")
     done = run(dataset, "--repair-index")
     assert (done.returncode, done.stdout) == (0, "nothing to repair\n")
+    done = run(dataset, "--repair-index", "--decode", "all")
+    assert done.returncode == 2
+    assert "--decode has no effect with --repair-index" in done.stderr
     assert run(dataset).returncode == 0

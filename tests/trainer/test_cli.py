@@ -183,4 +183,7 @@ def test_a_run_can_be_evaluated_without_the_gpu_that_it_recorded(whole, tmp_path
     (out / "settings.json").write_text(json.dumps(recorded | {"device": "cuda:9"}))
     evaluated = call(cli.main, "evaluate", out, "--device", "cpu")
     assert evaluated.returncode == 0, evaluated.stderr
-    assert evaluated.stdout == call(cli.main, "evaluate", whole, "--device", "cpu").stdout
+    assert evaluated.stdout == call(cli.main, "evaluate", whole).stdout  # which recorded the CPU
+    refused = call(cli.main, "evaluate", out, "--device", "cuda:x")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--device cuda:x: input should be auto, cuda, cuda:N or cpu" in refused.stderr

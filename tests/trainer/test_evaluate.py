@@ -10,10 +10,10 @@ from pipeline.manifest import Class, read_manifest
 from pipeline.spec import NetSpec
 from trainer import checkpoint
 from trainer.build import build_model
-from trainer.evaluate import evaluate, find_errors, load_trained, log_probabilities
+from trainer.evaluate import evaluate, evaluate_run, find_errors, load_trained, log_probabilities
 from trainer.monitor.metrics import Metrics
 from trainer.processes.distributed import World
-from trainer.run import Run
+from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -106,3 +106,21 @@ def test_any_dataset_has_the_nets_mean_subtracted_and_must_have_its_classes(pack
     spec.model_copy(update={"classes": classes}).write(run.folder)
     with pytest.raises(SettingsError, match="trained on other classes"):
         load_trained(settings, run, ALONE.device)
+
+
+def test_processes_that_find_different_checkpoints_do_not_add_up_their_results(whole, monkeypatch):
+    """A run that is still training may save another one between their reads."""
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, value + 5])
+    run = Run(whole)
+    with pytest.raises(RunError, match=r"different steps \(15, 20\): run the same command again"):
+        evaluate_run(run.settings(), run, "val", 1)
+
+
+def test_a_folder_for_the_details_that_cannot_be_made_is_found_before_the_evaluation(
+    whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("trainer.evaluate.evaluate", pytest.fail)
+    (tmp_path / "file").touch()
+    run = Run(whole)
+    with pytest.raises(FileExistsError):
+        evaluate_run(run.settings(), run, "val", 1, out=tmp_path / "file")

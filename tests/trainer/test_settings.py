@@ -112,8 +112,6 @@ def test_a_recipe_can_be_a_file(tmp_path):
         (["--trust-coefficient", "0", "--optimizer", "lars"], "--trust-coefficient 0: "),
         (["--rate-rule", "cubic"], "--rate-rule cubic: input should be 'fixed', 'sqrt' or 'linear'"),
         (["--base-batch", "256"], "--base-batch has no effect: add --rate-rule sqrt or linear"),
-        (["--schedule", "steps"], "--schedule steps needs --drop-epochs"),
-        (["--initial-layers", "convolutions"], "--initial-layers needs --initial-weights"),
         (["--device", "cuda:x"], "--device cuda:x"),
         (["--epochs"], "--epochs"),
         (["stray"], "stray"),

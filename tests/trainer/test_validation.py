@@ -57,7 +57,7 @@ STOPPED = "epoch 4.00  stopped early: 2 evaluations without a lower validation e
 def test_a_run_stops_after_some_evaluations_without_a_lower_error_and_stays_so(
     packed, tmp_path, monkeypatch, capsys, scripted
 ):
-    out, metrics = tmp_path / "run", Metrics()
+    out, metrics, again = tmp_path / "run", Metrics(), Metrics()
     scripted(out, ERRORS)
     monkeypatch.setattr("trainer.train.Metrics", lambda: metrics)
     arguments = command(packed, out, "--epochs", "6", "--stop-after", "2")
@@ -78,7 +78,9 @@ def test_a_run_stops_after_some_evaluations_without_a_lower_error_and_stays_so(
     assert Run(out).is_finished
 
     before = {path.name: path.read_bytes() for path in out.glob("*.csv")}
+    monkeypatch.setattr("trainer.train.Metrics", lambda: again)
     assert main(monkeypatch, arguments) == 0
+    assert (again.value("step"), again.value("epoch"), again.value("progress_ratio")) == (20, 4, 1)
     assert STOPPED in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in out.glob("*.csv")} == before
     assert main(monkeypatch, [*arguments, "--stop-after", "3"]) == 2

@@ -56,7 +56,7 @@ class Stages:
         if first and first.settings.data == settings.data:
             self.dataset: Dataset = first.dataset
         else:
-            self.dataset = Dataset(settings.data)
+            self.dataset = Dataset(settings.data, cache=settings.cache_options)
         self.classes = len(self.dataset.manifest.classes)
         decoding = build_decoding(settings, self.device)
         self.decoding, _ = tune(decoding, settings, self.dataset, world)
@@ -248,7 +248,7 @@ class Stages:
             recipe, log = Path(folder, "settings.toml"), Path(folder, "log")
             given = self.settings.model_dump(mode="json", exclude_none=True, exclude={"out", "recipe"})
             given |= {"log_every": 1, "port": 0}
-            recipe.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in given.items()))
+            recipe.write_text("".join(f"{name} = {_toml(value)}\n" for name, value in given.items()))
             command = [sys.executable, "-m", f"{ROOT}trainer.cli"]
             command += ["--recipe", str(recipe), "--out", f"{folder}/run"]
             environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or f"{folder}/cache"}
@@ -331,3 +331,10 @@ class Stages:
                 f"--pack-peers {self.pack_peers} cannot run {peer}: {done.stderr.strip()[-300:]}"
             )
         return int(done.stdout.split()[-1]) / seconds
+
+
+def _toml(value: Any) -> str:
+    """Return a setting's value, as JSON has it, in TOML, whose inline tables differ from JSON's objects."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(name)} = {json.dumps(each)}' for name, each in value.items())}}}"
+    return json.dumps(value)

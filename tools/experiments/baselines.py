@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, _settings: list[str]) -> Record:
     manifest = read_manifest(options.data)
     if len(manifest.classes) < 2:
         raise SettingsError(f"{options.data} has only one class, so there is nothing to classify")
-    check_distinct(options.nets)
+    check_distinct(options.nets or ())
     if options.nets and (options.limit or len(options.nets) not in (1, options.seeds)):
         raise SettingsError("--nets needs one run or as many as --seeds, and cannot be combined with --limit")
     if manifest.size <= PATCH:

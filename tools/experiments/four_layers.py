@@ -140,10 +140,10 @@ def train(
     seconds = 0.0
     if path.exists():
         with reading(path):
-            kept = torch.load(path, map_location=device, weights_only=True)
-            net.load_state_dict(kept["net"])
-            optimizer.load_state_dict(kept["optimizer"])
+            kept = torch.load(path, map_location="cpu", weights_only=True)
             errors, seconds = kept["errors"], kept.get("seconds", 0.0)
+        net.load_state_dict(kept["net"])
+        optimizer.load_state_dict(kept["optimizer"])
     done = 0
     while done < epochs and not is_over(errors[:done], target, deadline):
         if done == len(errors):

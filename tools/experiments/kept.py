@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.files import path_in_errors
+from pipeline.messages import one_line
 from tools.experiments.record import RecordError
 
 
@@ -14,8 +15,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         with path_in_errors(path):
             yield
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # torch and NumPy raise any class for a file that they did not write
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RecordError(f"{path} is damaged ({reason}): delete it and run the same command again") from None
+        raise RecordError(
+            f"{path} is damaged ({one_line(error)}): delete it and run the same command again"
+        ) from None

@@ -77,10 +77,10 @@ def train(data: Data, folder: Path, name: str, seed: int, epochs: int) -> Outcom
     seconds = 0.0
     if path.exists():
         with reading(path):
-            kept = torch.load(path, map_location=device, weights_only=True)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
             curve, seconds = kept["curve"], kept["seconds"]
-            net.load_state_dict(kept["net"])
-            update.load(kept["velocities"])
+        net.load_state_dict(kept["net"])
+        update.load(kept["velocities"])
         if "wrong" in kept:
             return Outcome(curve, kept["train_error"], kept["wrong"], seconds / 60)
     tests = views(recipe.crop)

@@ -7,7 +7,7 @@ from pipeline.files import atomic_write
 from pipeline.manifest import Class
 from trainer.details import BY_CLASS, CONFUSION, WORST, Details
 from trainer.monitor.details_pictures import MATRIX_CLASSES, draw_matrix, draw_mistakes, draw_pairs
-from trainer.monitor.names import plain_names
+from trainer.monitor.names import as_markdown, plain_names
 
 EVALUATION = "evaluation.md"
 _CLASSES = 20  # the most classes in the table
@@ -55,7 +55,7 @@ def describe(folder: Path, details: Details, dataset: Dataset, split: str) -> li
 
 
 def _table(details: Details, classes: tuple[Class, ...]) -> list[str]:
-    names = [name.replace("|", "\\|") for name in plain_names(classes, 40)]
+    names = list(map(as_markdown, plain_names(classes, 40)))
     taken_for: dict[int, int] = {}  # for each class, the wrong class that was predicted most often
     for label, predicted, _ in details.worst_pairs():
         taken_for.setdefault(label, predicted)

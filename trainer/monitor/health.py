@@ -93,7 +93,7 @@ class Health:
 
         Returns a warning once, when it has been there for too long.
         """
-        near = abs(loss - self.chance) <= CHANCE_TOLERANCE * self.chance
+        near = self.chance > 0 and abs(loss - self.chance) <= CHANCE_TOLERANCE * self.chance
         if not near or epoch < self.settings.warmup_epochs:
             self._chance_since = None
             return []

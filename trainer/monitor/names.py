@@ -1,5 +1,6 @@
 """Short names of classes for tables and pages."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -38,3 +39,8 @@ def unlike(names: Iterable[str]) -> list[str]:
     names = list(names)
     times = Counter(names)
     return [f"{label} {name}" if times[name] > 1 else name for label, name in enumerate(names)]
+
+
+def as_markdown(text: str) -> str:
+    """Escape text for a table cell or a line of Markdown, in which it is then shown as it is."""
+    return re.sub(r"([\\`*_\[\]<>&|#~])", r"\\\1", " ".join(text.split()))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO, Any, BinaryIO
 
 from pipeline.packing.sources.listing import SourceError
-from pipeline.retry import StorageError
+from pipeline.retry import is_of_storage
 from pipeline.storage import open_file
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -70,6 +70,6 @@ class CompressedFile:
         try:
             yield
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno is not None):
-                raise  # an error of the storage, not of the contents
+            if is_of_storage(error):
+                raise
             raise SourceError(f"{self.file} is truncated or damaged: {error}") from None

@@ -17,7 +17,7 @@ from pipeline.files import path_in_errors
 from pipeline.packing.sources.class_ids import class_id
 from pipeline.packing.sources.listing import InputFolder, LabelledImage, SourceError, SplitFiles
 from pipeline.packing.sources.splits import by_split, check_splits
-from pipeline.retry import StorageError
+from pipeline.retry import is_of_storage
 from pipeline.storage import open_file
 
 if TYPE_CHECKING:
@@ -176,6 +176,6 @@ def opened_parquet(file: str) -> Iterator["ParquetFile"]:
         try:
             yield parquet.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False)
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-            if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno):
-                raise  # an error of the storage, not of the contents
+            if is_of_storage(error):
+                raise
             raise SourceError(f"{file} is not a valid Parquet file: {error}") from None

@@ -87,6 +87,11 @@ def cut(handler: Handler) -> None:
 def reset(handler: Handler) -> None:
     """Reset the connection in the middle of the file."""
     handler.send(b"abc", 1000)
+    disconnect(handler)
+
+
+def disconnect(handler: Handler) -> None:
+    """Reset the connection."""
     handler.wfile.flush()
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(handler.connection.detach())  # at once, although the handler has two more references

@@ -4,6 +4,7 @@ import io
 import random
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pyarrow
 import pytest
@@ -45,6 +46,19 @@ class RangeHandler(Handler):
         self.wfile.write(content[part.start : part.start + sent])
 
 
+class StreamHandler(Handler):
+    """Sends files as a whole, and does not say how long they are."""
+
+    protocol_version = "HTTP/1.0"
+
+    def send(self, content: bytes, length: int | None = None) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(content)
+        if length is not None:
+            faulty_server.disconnect(self)
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(retry, "PAUSES", (0.01,) * 4)
@@ -59,8 +73,14 @@ def server(request) -> Iterator[FaultyServer]:
 
 def every_other(fault: Callable[[Handler], object]) -> Callable[[Handler], object]:
     """Let every other request fail, the first among them."""
-    requests = iter(range(10**6))
+    requests = count()
     return lambda handler: True if next(requests) % 2 else fault(handler)
+
+
+def at_requests(numbers: set[int], fault: Callable[[Handler], object]) -> Callable[[Handler], object]:
+    """Let the requests of these numbers fail, counted from 1."""
+    requests = count(1)
+    return lambda handler: fault(handler) if next(requests) in numbers else True
 
 
 def compressed(files: dict[str, bytes]) -> bytes:
@@ -93,13 +113,24 @@ def test_a_file_is_read_on_after_each_passing_error(fault):
             assert file.read() == CONTENT[10:]
 
 
+def test_a_file_whose_length_is_unknown_is_read_from_the_front_after_each_passing_error():
+    with serving(StreamHandler) as server:
+        server.files["/a"], server.faults["/a"] = CONTENT, every_other(faulty_server.cut)
+        with open_file(f"{server.url}/a") as file:
+            assert file.read(10) == CONTENT[:10]
+            assert file.seek(0) == 0  # it is in the buffer
+            assert file.read() == CONTENT
+            with pytest.raises(StorageError, match="does not support reading parts of files"):
+                file.seek(5)
+
+
 def test_tables_and_archives_survive_a_server_that_is_briefly_unavailable(server):
     server.files |= {
         "/t.csv": TABLE.encode(),
         "/t.parquet": table_as_parquet(),
         "/t.tgz": compressed({"a": b"b"}),
     }
-    server.faults = dict.fromkeys(server.files, every_other(status(503)))
+    server.faults = {path: at_requests({1, 3}, status(503)) for path in server.files}
     names = ("t.csv", "t.parquet") if server.RequestHandlerClass is RangeHandler else ("t.csv",)
     for name in names:
         sources = find_sources(f"{server.url}/{name}", None, 0)

@@ -122,3 +122,12 @@ def test_a_run_ends_at_a_bad_step_or_skips_it_if_told_to(packed, tmp_path, monke
     assert len(losses) == 5
     state = torch.load(max(good.parent.glob("*.pt")), weights_only=True)
     assert all(weights.isfinite().all() for weights in state["model"].values())
+
+
+def test_a_single_class_has_no_chance_level():
+    """Its loss is exactly 0 from the beginning."""
+    metrics = Metrics()
+    health = Health(Settings(warmup_epochs=1), 1, lambda: None, metrics)
+    for epoch in range(2, 10):
+        assert health.check(interval(0.0), SOUND, float(epoch), epoch * CHANCE_STEPS) == []
+    assert metrics.value("unsound_intervals_total", **CHANCE) == 0

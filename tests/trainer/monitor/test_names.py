@@ -1,10 +1,11 @@
 """Names of classes in tables and pictures: short, different from each other, and in letters that exist."""
 
 import pytest
+from markdown_it import MarkdownIt
 
 from pipeline.manifest import Class
 from trainer.monitor.drawn_names import drawn_names
-from trainer.monitor.names import plain_names, shorten
+from trainer.monitor.names import as_markdown, plain_names, shorten
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,10 @@ def test_a_name_that_cannot_be_drawn_is_replaced_by_the_id_and_an_id_by_the_labe
     ]
     assert drawn_names(classes, 20) == ["cat", "class 1", "кошка", "y"]
     assert plain_names(classes, 20) == ["猫", "犬", "кошка", "y"]
+
+
+def test_names_are_shown_in_markdown_as_they_are():
+    name = "<unk> |\n__a__ *b* `c` ![d](http://e) #f ~g~ \\ & h, i. j-k"
+    [paragraph] = MarkdownIt().parseInline(as_markdown(name))
+    assert {token.type for token in paragraph.children} <= {"text", "text_special"}
+    assert "".join(token.content for token in paragraph.children) == " ".join(name.split())
