@@ -10,7 +10,7 @@
 # make gpu     checks that need a GPU: tests, goals, sweeps, accuracy; DATA=shards chooses your data; parts below
 # make lock    resolve the dependencies of pyproject.toml into the exact versions of the image and of .venv
 # make release build and check wheel, sdist, SBOM and checksums of the last commit in dist/
-# make image   build the container image alexnet-train, for NVIDIA GPUs or with TARGET=cpu (see docker/Dockerfile)
+# make image   build the container image alexnet-train for NVIDIA GPUs or, with TARGET=cpu and TORCH_INDEX, for CPUs
 # make images  build the images for x86-64 and arm64, see docker/compose.images.yaml
 # make image-test   test the image and compose.yaml on a real Docker engine
 # make setup   only create the environment in .venv, which the other targets do when needed
@@ -176,7 +176,7 @@ image: TARGET ?= cuda
 image:
 	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile -t alexnet-train -t alexnet-train:$(TARGET) \
 		--build-arg TARGET=$(TARGET) --build-arg CPU_FLAGS=$(AVX2) --build-arg VERSION=$(VERSION) \
-		--build-arg REVISION=$(REVISION) $(BUILD_OPTIONS) .
+		--build-arg REVISION=$(REVISION) --build-arg TORCH_INDEX=$(TORCH_INDEX) $(BUILD_OPTIONS) .
 
 images:
 	VERSION=$(VERSION) REVISION=$(REVISION) docker compose -f docker/compose.images.yaml build $(BUILD_OPTIONS)
