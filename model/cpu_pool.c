@@ -191,9 +191,9 @@ INLINE void pool(const Options *o, float *const rows[3], float *restrict maxima,
                 best = greater ? b : best;
                 index = greater ? i : index;
             }
-            int negative = best < 0;
-            maximum[c] = negative ? 0.0f : best;
-            indices[c] = negative ? NO_MAXIMUM : index;
+            int cut = best <= 0; /* the gradient of a ReLU is 0 at 0 */
+            maximum[c] = cut ? 0.0f : best;
+            indices[c] = cut ? NO_MAXIMUM : index;
         }
     }
 }

@@ -177,4 +177,4 @@ class _Sliced(torch.autograd.Function):
 
 
 def _images_per_slice(x: Tensor) -> int:
-    return max(1, SLICE_BYTES // (x[:1].numel() * x.element_size()))
+    return max(1, SLICE_BYTES // max(1, x[:1].numel() * x.element_size()))

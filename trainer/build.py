@@ -48,7 +48,8 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 def last_layer(model: nn.Module, settings: Settings, classes: int) -> set[str]:
     """Return the names of a net's weights whose shape depends on the number of classes."""
     other = build_model(settings, classes + 1, CPU).state_dict()
-    return {name for name, value in model.state_dict().items() if other[name].shape != value.shape}
+    shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+    return {name for name, shape in shapes.items() if getattr(other[name], "shape", None) != shape}
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:

@@ -14,6 +14,7 @@ from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
 from pipeline.locations import location_of
 from pipeline.manifest import DatasetError
+from pipeline.messages import one_line
 from pipeline.mixture import is_present, read_data
 from pipeline.names import ROOT
 from pipeline.output import printed, secure
@@ -56,10 +57,19 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        _fail(f"{one_line(error)}: use a smaller --batch or --evaluation-batch, or more GPUs", 1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         os._exit(130)  # at once: a normal exit would abort if a thread is writing a checkpoint
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # it has not been imported if nothing was trained or evaluated
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def _fail(error: object, code: int) -> None:

@@ -16,6 +16,7 @@ from trainer.settings import Settings, SettingsError
 
 # They hide modules of the same name. In a wheel, only alexnet_train lies at the top.
 _OWN_PACKAGES = ("model", "pipeline", "tools", "trainer") if not ROOT else (ROOT.strip("."),)
+_DIVISOR = "_divisor_of_alexnet_train"  # the buffer of a net that holds --pixel-std
 _SHOWN = 3  # number of names that an error shows
 
 
@@ -35,15 +36,17 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
             f"--net {settings.net} returns {_kind(net)}: it must return a torch.nn.Module when it is called "
             "with the number of classes"
         )
+    if hasattr(net, _DIVISOR):
+        raise SettingsError(f"--net {settings.net} returns the same net again: it must make one at each call")
     # A hook leaves the names of the weights as they are, and a traced net contains it.
-    net.register_buffer("pixel_std", torch.tensor(settings.pixel_std).view(1, 3, 1, 1), persistent=False)
+    net.register_buffer(_DIVISOR, torch.tensor(settings.pixel_std).view(1, 3, 1, 1), persistent=False)
     net.register_forward_pre_hook(_divide)
     return net
 
 
 def _divide(net: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     [pixels] = inputs
-    return pixels / net.get_buffer("pixel_std")
+    return pixels / net.get_buffer(_DIVISOR)
 
 
 def _find(module: str, name: str) -> Callable[[int], object]:

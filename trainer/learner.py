@@ -42,7 +42,8 @@ class Learner:
         if settings.compile:
             trained = torch.compile(trained)
         skip = settings.on_nan == "skip"
-        self.step = Step(trained, self.optimizer, self.precision, world.device, skip, state_of(self.model))
+        self.watched = state_of(self.model)
+        self.step = Step(trained, self.optimizer, self.precision, world.device, skip, self.watched)
 
     def load_initial_weights(self, folder: Path, classes: Sequence[Class], layers: str = "all") -> str:
         """Load the newest weights of another run.
@@ -64,7 +65,10 @@ class Learner:
             last = last_layer(self.model, self.settings, len(classes))
             theirs |= {name: ours[name] for name in last}
             note = f", with a new {', '.join(sorted({name.rpartition('.')[0] for name in last}))}"
-        shapes = [{name: weights.shape for name, weights in net.items()} for net in (ours, theirs)]
+        # A module's extra state has no shape.
+        shapes = [
+            {name: getattr(value, "shape", None) for name, value in net.items()} for net in (ours, theirs)
+        ]
         if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
             more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise SettingsError(

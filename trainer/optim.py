@@ -103,6 +103,9 @@ def set_learning_rate(
             buffers = _momentum_buffers(optimizer, group["params"])
             if buffers:
                 torch._foreach_mul_(buffers, old / new)
+        elif new and not old:  # v is 0 after steps with ε = 0
+            for buffer in _momentum_buffers(optimizer, group["params"]):
+                buffer.zero_()
         group["lr"] = new
 
 

@@ -45,8 +45,12 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def state_of(model: nn.Module) -> list[Tensor]:
-    """Return what must be finite in a model: its weights, and buffers such as the statistics of BatchNorm."""
-    values = chain(model.parameters(), model.buffers())
+    """Return what must stay finite in a new model: weights, and buffers such as the statistics of BatchNorm.
+
+    A buffer that is not finite from the beginning, such as a mask of −∞ for attention, is left out.
+    """
+    buffers = (buffer for buffer in model.buffers() if buffer.isfinite().all())
+    values = chain(model.parameters(), buffers)
     return [value for value in values if value.is_floating_point() and value.numel()]
 
 
@@ -104,7 +108,8 @@ class Step:
 
     def _skip_if_not_finite(self) -> None:
         """Tell the optimizer whether to skip, as GradScaler does. Gradients are equal in all processes."""
-        skip = (~all_finite(p.grad for p in self._parameters() if p.grad is not None)).float()
+        gradients = (p.grad for p in self._parameters() if p.grad is not None)
+        skip = (~all_finite(gradient for gradient in gradients if gradient.numel())).float()
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._count_skip(skip)
 

@@ -33,7 +33,7 @@ from trainer.processes.watchdog import Watchdog
 from trainer.run import Run, RunError
 from trainer.saver import Saver
 from trainer.settings import Settings
-from trainer.step import all_finite, state_of
+from trainer.step import all_finite
 from trainer.tuning import tune
 from trainer.validation import Validation
 
@@ -137,7 +137,7 @@ class Trainer:
             except DatasetError as error:
                 # Save the state after the last complete step; the next step has not begun.
                 self.intervals.report()
-                if self.step and not self.stopping and all_finite(state_of(self.learner.model)):
+                if self.step and not self.stopping and all_finite(self.learner.watched):
                     self._save()
                 if isinstance(error, WaitEndedError):
                     self._raise_stopped(alone=True)

@@ -104,6 +104,15 @@ def test_a_relu_that_comes_last_cuts_off_negative_values_and_their_gradient():
 
 
 @pytest.mark.parametrize("options", STAGES)
+def test_no_gradient_passes_where_a_maximum_is_exactly_zero(options):
+    """As in black parts of pictures, whose mean is not subtracted, if biases are 0."""
+    x = torch.zeros(1, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for function in (normalise_and_pool, reference_normalise_and_pool):
+        _, gradient = result_and_gradient(function, x, **options)
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("options", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30], ids=str)
 def test_values_that_are_not_finite_propagate_as_in_the_plain_implementation(options, dtype, value):

@@ -78,3 +78,12 @@ def test_the_compiler_treats_the_presence_of_kernels_as_a_constant():
 
     x = torch.ones(1)
     torch.compile(negated, backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_batch_has_an_empty_result(dtype):
+    x = torch.zeros(0, 4, 5, 5, dtype=dtype, requires_grad=True)
+    output = normalise_and_pool(x, 1e-4)
+    assert output.shape == (0, 4, 2, 2)
+    output.sum().backward()
+    assert x.grad.shape == x.shape

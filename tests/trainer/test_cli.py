@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import TINY, command, main
 from trainer import checkpoint, cli
@@ -187,3 +188,26 @@ def test_a_run_can_be_evaluated_without_the_gpu_that_it_recorded(whole, tmp_path
     refused = call(cli.main, "evaluate", out, "--device", "cuda:x")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "--device cuda:x: input should be auto, cuda, cuda:N or cpu" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory.\nTried")]
+)
+def test_a_lack_of_memory_is_one_line_with_what_to_do(error, monkeypatch, packed, tmp_path, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("trainer.train.train", fail)
+    assert main(monkeypatch, command(packed, tmp_path / "run")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"alexnet-train: {type(error).__name__}: {str(error).split()[0]}")
+    assert line.endswith("use a smaller --batch or --evaluation-batch, or more GPUs")
+
+
+def test_other_errors_of_the_program_are_raised(monkeypatch, packed, tmp_path):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("trainer.train.train", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(monkeypatch, command(packed, tmp_path / "run"))

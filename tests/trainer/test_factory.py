@@ -17,7 +17,7 @@ from tools.exporting.formats import read_pth, read_safetensors
 from trainer import checkpoint
 from trainer.build import build_model
 from trainer.cli import main as alexnet_train
-from trainer.factory import check_net
+from trainer.factory import check_net, make_net
 from trainer.initial import with_initial_net
 from trainer.learner import Learner
 from trainer.optim import make_optimizer, set_learning_rate
@@ -158,6 +158,33 @@ def test_a_net_that_cannot_be_trained_is_refused_in_one_line(
     assert start in error
     assert end in error
     assert not out.exists()
+
+
+def test_a_factory_that_returns_the_same_net_again_is_refused(packed, tmp_path, monkeypatch, capsys):
+    """Each call would add a division of the input."""
+    net = small_resnet.ResNet(10)
+    monkeypatch.setattr(small_resnet, "ResNet", lambda classes: net)
+    assert main(monkeypatch, command(packed, tmp_path / "run")) == 2
+    assert "returns the same net again: it must make one at each call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [torch.full((1, 3, 1, 1), 7.0), "an attribute"])
+def test_a_net_may_have_a_pixel_std_of_its_own(own, monkeypatch):
+    class Own(small_resnet.ResNet):
+        def __init__(self, classes: int):
+            super().__init__(classes)
+            if isinstance(own, torch.Tensor):
+                self.register_buffer("pixel_std", own.clone())
+            else:
+                self.pixel_std = own
+
+    monkeypatch.setattr(small_resnet, "ResNet", Own)
+    net = make_net(Settings(net=RESNET, pixel_std=(2, 4, 8)), 10)
+    assert torch.equal(net.pixel_std, own) if isinstance(own, torch.Tensor) else net.pixel_std == own
+    seen = []
+    net.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net(torch.full((2, 3, 64, 64), 8.0))
+    assert seen[0][0, :, 0, 0].tolist() == [4, 2, 1]
 
 
 def test_a_module_that_fails_is_refused_with_the_line(packed, tmp_path, monkeypatch, capsys):

@@ -167,3 +167,19 @@ def test_warm_up_is_linear_and_cosine_ends_at_zero():
     assert [learning_rate(run, epoch, []) for epoch in (0.5, 1.0, 2.0, 6.0, 10.0)] == pytest.approx(
         [0.1, 0.2, 0.4, 0.2, 0.0]
     )
+
+
+def test_a_layer_that_is_no_longer_frozen_begins_without_velocity():
+    """v ← .9v − ε·g is 0 after steps with ε = 0, however large the gradients were."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD(
+        [{"params": [weight], "factors": ((0, 0.0), (5, 1.0))}], lr=0.01, momentum=0.9
+    )
+    for epoch in range(10):
+        set_learning_rate(optimizer, 0.01, epoch)
+        weight.grad = torch.ones(1)
+        before = weight.item()
+        optimizer.step()
+        if epoch == 5:
+            assert weight.item() - before == pytest.approx(-0.01)
+    assert weight.item() < -0.1

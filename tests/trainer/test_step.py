@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer.optim import make_optimizer, set_learning_rate
 from trainer.settings import Settings
-from trainer.step import Condition, Skips, Step, all_finite
+from trainer.step import Condition, Skips, Step, all_finite, state_of
 
 CPU = torch.device("cpu")
 
@@ -118,3 +118,22 @@ def test_skips_in_fp16_are_counted_even_if_the_scale_grows_again(batch):
     for factor in (1e5, 1.0, 1e5, 1e5, 1.0):
         step(pixels * factor, labels)
     assert Condition.of(step.take_condition().tolist()).skips == Skips(3, 0)
+
+
+def test_a_buffer_that_was_never_finite_need_not_become_so():
+    model = tiny()
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf))
+    model.register_buffer("mean", torch.zeros(2))
+    watched = state_of(model)
+    assert {id(value) for value in watched} == {id(value) for value in (*model.parameters(), model.mean)}
+    assert all_finite(watched)
+    model.mean.fill_(torch.nan)
+    assert not all_finite(watched)
+
+
+def test_updates_can_be_skipped_in_a_net_with_an_empty_weight(batch):
+    model, empty = tiny(), torch.zeros(0, requires_grad=True)
+    optimizer = torch.optim.SGD([*model.parameters(), empty], lr=0.1, fused=True)
+    step = Step(lambda x: model(x) + empty.sum(), optimizer, "fp32", CPU, True, state_of(model))
+    step(*batch)
+    assert Condition.of(step.take_condition().tolist()).skips == Skips(0, 0)
