@@ -19,7 +19,7 @@ def test_announced_commands_can_be_typed(on_path, tmp_path, monkeypatch, capfd):
     """`make demo` starts .venv/bin/alexnet-train, in a shell where the environment may not be activated."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "demo"])
     monkeypatch.setenv("PATH", f"{SCRIPT.parent}:/usr/bin:/bin" if on_path else "/usr/bin:/bin")
-    (tmp_path / "pictures").touch()  # drawing into it fails, so the demo ends after its first command
+    (tmp_path / ".pictures.partial").touch()  # drawing fails, so the demo ends after its first command
     assert demo(tmp_path) != 0
     announced = capfd.readouterr().out.splitlines()[0]
     program = "alexnet-train" if on_path else str(SCRIPT)

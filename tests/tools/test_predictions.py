@@ -1,5 +1,7 @@
 """The errors of each image, compared with the trainer's own evaluation, and kept."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -38,11 +40,12 @@ def test_errors_are_those_of_an_evaluation_and_computed_once(count, opened, tmp_
 
 
 def test_ten_crops_are_compared_image_by_image(opened, folder, tmp_path):
-    record = crops.run(options(crops, tmp_path / "out", folder, folder), [])
+    other = shutil.copytree(folder, tmp_path / "b")
+    record = crops.run(options(crops, tmp_path / "out", folder, other), [])
     centre, ten = record.rows
     for number, measure in enumerate((TOP1, TOP5)):
         for row, count in ((centre, 1), (ten, 10)):
             expected = 100.0 * errors_of(opened, "val", count, tmp_path)[number]
             np.testing.assert_array_equal(row.table(measure), np.stack([expected, expected]))
     assert record.result(ten, TOP1).table.shape == (2, 20)
-    assert [run.name for run in record.runs] == ["a", "a"]
+    assert [run.name for run in record.runs] == ["a", "b"]

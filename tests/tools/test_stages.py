@@ -52,7 +52,7 @@ def test_a_sweep_opens_its_dataset_once_unless_it_changes(packed, tmp_path, call
     from tools.benchmarks import stages
 
     opened = []
-    monkeypatch.setattr(stages, "Dataset", lambda root: opened.append(root) or Dataset(root))
+    monkeypatch.setattr(stages, "Dataset", lambda root, **_: opened.append(root) or Dataset(root))
     arguments = ("read", "--data", packed, *QUICK, *BATCH, "--sweep")
     assert call(bench.main, *arguments, "batch", "2", "3").returncode == 0
     assert opened == [packed]
