@@ -131,7 +131,7 @@ def curves(path: Path, outcomes: dict[str, list["Outcome"]], published: dict[str
             axes.axhline(published[name], color=colour, linewidth=0.8, linestyle="--", label=label)
         axes.set(xlabel="epochs", ylabel="error (%)", xlim=(0, None), ylim=(0, 1.2 * highest))
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", fontsize="small")
     caption = (
         "Errors over epochs, with one line per seed: of training images while the net is trained, and of "
         "test images, in one view, after each epoch."
