@@ -67,14 +67,17 @@ def open_file(file: str) -> BinaryIO:
 
     Outages of a URL are retried, while it is opened and whenever it is read, and then raise OSError.
     """
-    return BufferedReader(_RemoteFile(file), _BUFFER_BYTES) if is_url(file) else open(file, "rb")
+    if not is_url(file):
+        return open(file, "rb")
+    opened = with_retries(partial(_open_url, file), print_to_stderr)
+    return BufferedReader(_RemoteFile(file, opened), _BUFFER_BYTES)
 
 
 class _RemoteFile(RawIOBase):
     """A file behind a URL that is opened for reading. Its errors are OSErrors that name it."""
 
-    def __init__(self, name: str):
-        self._name, self._file = name, with_retries(partial(_open_url, name), print_to_stderr)
+    def __init__(self, name: str, opened: BinaryIO):
+        self._name, self._file = name, opened
 
     def readable(self) -> bool:
         return True
