@@ -104,25 +104,24 @@ class Composition:
 
     def _state(self, epoch: int) -> _State:
         with _STATES_LOCK:  # threads that fetch ahead and the loader ask for epochs at the same time
-            return self._state_once(epoch)
+            if not self._states:
+                nothing_within = tuple(np.zeros_like(weights) for weights in self.weights_within)
+                used = np.zeros(sum(map(len, self.groups)), np.int64)
+                self._states.append(_State(np.zeros_like(self.weights), nothing_within, used))
+            while len(self._states) <= epoch:
+                self._states.append(self._next(self._states[-1]))
+            return self._states[epoch]
 
-    def _state_once(self, epoch: int) -> _State:
-        if not self._states:
-            nothing_within = tuple(np.zeros_like(weights) for weights in self.weights_within)
-            used = np.zeros(sum(map(len, self.groups)), np.int64)
-            self._states.append(_State(np.zeros_like(self.weights), nothing_within, used))
-        while len(self._states) <= epoch:
-            last = self._states[-1]
-            shares, owed = apportion(self.images, self.weights, last.owed)
-            within = [
-                apportion(share, weights, before)
-                for share, weights, before in zip(
-                    shares.tolist(), self.weights_within, last.owed_within, strict=True
-                )
-            ]
-            used = last.used + np.concatenate([counts for counts, _ in within])
-            self._states.append(_State(owed, tuple(owed for _, owed in within), used))
-        return self._states[epoch]
+    def _next(self, last: _State) -> _State:
+        shares, owed = apportion(self.images, self.weights, last.owed)
+        within = [
+            apportion(share, weights, before)
+            for share, weights, before in zip(
+                shares.tolist(), self.weights_within, last.owed_within, strict=True
+            )
+        ]
+        used = last.used + np.concatenate([counts for counts, _ in within])
+        return _State(owed, tuple(owed for _, owed in within), used)
 
 
 def _integers(weights: np.ndarray) -> np.ndarray:

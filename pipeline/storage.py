@@ -117,9 +117,7 @@ class _RemoteFile(RawIOBase):
             try:
                 self._file.seek(position)
             except ValueError:  # the server sends only whole files
-                while (missing := position - self._file.tell()) and self._file.read(
-                    min(missing, _BUFFER_BYTES)
-                ):
+                while (rest := position - self._file.tell()) and self._file.read(min(rest, _BUFFER_BYTES)):
                     pass
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pipeline.checked import CheckedReader
 from pipeline.graph import GraphOptions, find_undecodable, jpeg_batch
 from pipeline.manifest import DatasetError
 from pipeline.reader import JpegFiles, OutageError
+from pipeline.remote_errors import reason_in_full
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -156,5 +157,5 @@ class Stream:
 def _as_dataset_error(error: DatasetError | OSError) -> DatasetError:
     if isinstance(error, DatasetError):
         return error
-    what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error
-    return OutageError(f"{what}. Fix the cause and run the same command again")
+    reason = reason_in_full(error, "the dataset")
+    return OutageError(f"{reason}. Fix the cause and run the same command again")

@@ -1,5 +1,6 @@
 """Build the net, its loader and the description of the decoding from settings, to train and to evaluate."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -47,9 +48,13 @@ def build_model(settings: Settings, classes: int, device: torch.device, form: st
 
 def last_layer(model: nn.Module, settings: Settings, classes: int) -> set[str]:
     """Return the names of a net's weights whose shape depends on the number of classes."""
-    other = build_model(settings, classes + 1, CPU).state_dict()
-    shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
-    return {name for name, shape in shapes.items() if getattr(other[name], "shape", None) != shape}
+    other = shapes_of(build_model(settings, classes + 1, CPU).state_dict())
+    return {name for name, shape in shapes_of(model.state_dict()).items() if other[name] != shape}
+
+
+def shapes_of(state: Mapping[str, Any]) -> dict[str, torch.Size | None]:
+    """Return the shape of each value of a state dict. What a module adds to its own may have none."""
+    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 def build_decoding(settings: Settings, device: torch.device) -> Decoding:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.manifest import Class
 from pipeline.messages import one_line
 from trainer import checkpoint
-from trainer.build import build_model, last_layer
+from trainer.build import build_model, last_layer, shapes_of
 from trainer.optim import make_optimizer
 from trainer.precision import resolve_precision
 from trainer.processes.distributed import World
@@ -65,11 +65,7 @@ class Learner:
             last = last_layer(self.model, self.settings, len(classes))
             theirs |= {name: ours[name] for name in last}
             note = f", with a new {', '.join(sorted({name.rpartition('.')[0] for name in last}))}"
-        # A module's extra state has no shape.
-        shapes = [
-            {name: getattr(value, "shape", None) for name, value in net.items()} for net in (ours, theirs)
-        ]
-        if differing := sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()}):
+        if differing := sorted({name for name, _ in shapes_of(ours).items() ^ shapes_of(theirs).items()}):
             more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise SettingsError(
                 f"--initial-weights {folder} belongs to another net, which differs in "

@@ -120,7 +120,6 @@ def dask(scheduler: str) -> Iterator[Executor]:
     except (OSError, ValueError) as error:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None
     lost = PackingError(f"the connection to the Dask scheduler at {scheduler} was lost; {_RESUMABLE}")
-
     has_waited = False
 
     def concurrency() -> int:

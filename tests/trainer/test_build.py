@@ -6,7 +6,7 @@ import torch
 import pipeline.machine
 from model.alexnet import Variant
 from trainer import build
-from trainer.build import build_decoding, build_model
+from trainer.build import build_decoding, build_model, shapes_of
 from trainer.processes.ranks import Ranks
 from trainer.setting_sources import load_settings
 
@@ -57,3 +57,11 @@ def test_threads_are_not_pinned_on_a_gpu_or_unless_there_is_one_per_core(machine
     assert pinned_to() == ()
     machine(processes=16)
     assert pinned_to() == ()
+
+
+def test_what_a_module_adds_to_its_state_need_not_have_a_shape():
+    class Net(torch.nn.Linear):
+        def get_extra_state(self) -> dict:
+            return {"version": 1}
+
+    assert shapes_of(Net(2, 3).state_dict()) == {"weight": (3, 2), "bias": (3,), "_extra_state": None}
