@@ -38,23 +38,26 @@ setup: $(VENV)/.ready
 demo: setup
 	$(BIN)/alexnet-train demo
 
+# Each of these processes has a net and a loader of its own. The tests of a file share what its fixtures make.
+WORKERS ?= 2
+PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 QUICK := -m "not slow"
 
 test: setup
-	$(BIN)/pytest $(QUICK)
+	$(PYTEST) $(QUICK)
 
 test-all: setup
-	$(BIN)/pytest
+	$(PYTEST)
 
 # QUICK= runs all tests. PYTHONS are commands on the PATH.
 PYTHONS ?= python3.12 python3.13
 test-spread: test-avx2 test-busy $(PYTHONS:%=test-%)
 
 test-avx2: setup
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest $(QUICK)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(QUICK)
 
 test-busy: setup
-	while :; do :; done & busy=$$!; trap "kill $$busy" EXIT; $(BIN)/pytest $(QUICK)
+	while :; do :; done & busy=$$!; trap "kill $$busy" EXIT; $(PYTEST) $(QUICK)
 
 test-python%:
 	$(MAKE) test PYTHON=python$* VENV=.venv-$*
