@@ -104,12 +104,12 @@ class Tower(nn.Module):
     conv4: nn.Conv2d
     conv5: nn.Conv2d
 
-    def __init__(self, net: AlexNet, tower: int, link: Link | None = None):
+    def __init__(self, net: AlexNet, tower: int):
         super().__init__()
         variant = net.variant
         if (variant.towers, variant.conv6, variant.without) != (2, False, "none"):
             raise ValueError("only a net with two towers and five convolutions can be split over two devices")
-        self.tower, self.link = tower, link or Link(peer=1 - tower)
+        self.tower, self.link = tower, Link(peer=1 - tower)
         self.preset, self.variant = net.preset, variant
         self.activation, self.window, self.round_up = net.activation, net.window, net.round_up
         self.conv1_pad = net.conv1_pad

@@ -3,6 +3,8 @@
 A URL cannot be a Path, which would make one slash of two.
 """
 
+import errno
+import os
 from pathlib import Path
 
 Location = Path | str
@@ -32,3 +34,13 @@ def inside(location: Location, name: str) -> Location:
         return location / name
     url, mark, query = location.partition("?")
     return f"{url.rstrip('/')}/{name}{mark}{query}"
+
+
+def cache_folder() -> Path:
+    """Return the folder for this project's caches. Raises FileNotFoundError if the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
+    except RuntimeError:
+        raise FileNotFoundError(
+            errno.ENOENT, "this user has no home directory: set XDG_CACHE_HOME", "alexnet-train"
+        ) from None

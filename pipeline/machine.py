@@ -20,10 +20,27 @@ def cpus(root: Path = ROOT) -> int:
     A quota of 1.5 counts as 2: one worker would leave a third of it unused, while two workers that are
     throttled at times use all of it. root: the folder that holds /proc and /sys.
     """
+    return _within_quota(len(os.sched_getaffinity(0)), root)
+
+
+def share_of_cpus(processes: int, root: Path = ROOT) -> int:
+    """Return how many CPUs each of so many processes of this machine can use; 0 if there are fewer CPUs.
+
+    A launcher may have bound each process to some of the CPUs already, such as torchrun --numa-binding, so
+    those that its parent may run on are divided.
+    """
+    own = len(os.sched_getaffinity(0))
+    try:
+        parents = len(os.sched_getaffinity(os.getppid()))  # of this process itself if the parent is hidden
+    except ProcessLookupError:  # it has just ended
+        parents = own
+    return min(cpus(root), _within_quota(max(own, parents), root) // processes)
+
+
+def _within_quota(allowed: int, root: Path) -> int:
     quotas_v2 = (_quota_v2(folder) for folder in _groups(root, ""))
     quotas_v1 = (_quota_v1(folder) for folder in _groups(root, "cpu"))
     quota = min((*quotas_v2, *quotas_v1), default=math.inf)
-    allowed = len(os.sched_getaffinity(0))
     return allowed if quota >= allowed else max(1, math.ceil(quota))
 
 
@@ -45,7 +62,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
     controller: a controller of version 1, or "" for version 2.
     """
-    for line in _text(root / "proc/self/cgroup").splitlines():
+    for line in text_of(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if controller not in controllers.split(",") or (not controller and number != "0"):
@@ -75,10 +92,10 @@ def _number(words: list[str], default: float = math.inf) -> float:
 
 
 def _words(path: Path) -> list[str]:
-    return _text(path).split()
+    return text_of(path).split()
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """Return the content of a file, or nothing if it cannot be read, which means that there is no limit."""
     try:
         return path.read_text(errors="replace")

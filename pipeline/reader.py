@@ -17,7 +17,7 @@ from pipeline.files import close_quietly, path_in_errors
 from pipeline.machine import memory_bytes
 from pipeline.manifest import HEAD_BYTES, DatasetError, Manifest, Shard
 from pipeline.plan import Plan
-from pipeline.retry import is_outage, print_to_stderr, with_retries
+from pipeline.retry import is_outage, with_retries
 from pipeline.shards import read_index
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -94,7 +94,7 @@ class ShardReader:
         self._files += map(self._opened, range(len(self.shards)))
 
     def _opened(self, shard: int) -> int:
-        return with_retries(partial(open_shard, *self.shards[shard]), print_to_stderr)
+        return with_retries(partial(open_shard, *self.shards[shard]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -156,7 +156,7 @@ class ShardReader:
             except OSError as error:
                 if shard in self._unreadable_shards and not is_outage(error):
                     raise  # without another retry: a lost shard would delay each step
-                with_retries(read, print_to_stderr)
+                with_retries(read)
         except EOFError as error:
             return f"cannot be read: {error}"
         except OSError as error:
@@ -325,9 +325,12 @@ def _read_all(file: int, target: memoryview, offset: int) -> None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files, often 1024: all shards stay open, and large datasets have more."""
+    """Raise the soft limit on open files, often 1024, so that `count` more can be opened, and others later.
+
+    All shards stay open, and large datasets have more.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 1024
+    wanted = len(list(Path("/proc/self/fd").iterdir())) + count + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
         limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -89,11 +89,15 @@ def reason_of(name: str, error: OSError) -> str:
     return "HTTP 404" if name.startswith(("http://", "https://")) else "not found"
 
 
-def reason_in_full(error: OSError, place: str | Path) -> str:
-    """Return which file an error concerns, and why, for a message. place: the folder or URL that was read."""
+def reason_in_full(error: OSError, place: str | Path | None = None) -> str:
+    """Return which file an error concerns, and why, for a message.
+
+    place: what was read or written, for errors that name no file.
+    """
     if isinstance(error, StorageError):
         return str(error)  # which names the file
-    return redact(f"{error.filename or place}: {error.strerror or error}")
+    name, reason = error.filename or place, str(error.strerror or error)
+    return redact(f"{name}: {reason}" if name else reason)
 
 
 def _storage_error(name: str, error: Exception) -> StorageError:

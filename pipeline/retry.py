@@ -77,7 +77,12 @@ def is_of_storage(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
+def _print_to_stderr(text: str) -> None:
+    """Print a line to stderr at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def with_retries(action: Callable[[], T], warn: Callable[[str], None] = _print_to_stderr) -> T:
     """Run the action and return its result; in an outage, retry with growing pauses for seven seconds.
 
     EIO, which may be either an outage or an error of the file, is retried for half a second. warn: called
@@ -101,12 +106,7 @@ def with_retries(action: Callable[[], T], warn: Callable[[str], None]) -> T:
 
 def read_with_retries(path: Path, size: int | None = None) -> bytes:
     """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
-    return with_retries(partial(read_file, path, size=size), print_to_stderr)
-
-
-def print_to_stderr(text: str) -> None:
-    """Print a line to stderr at once."""
-    print(text, file=sys.stderr, flush=True)
+    return with_retries(partial(read_file, path, size=size))
 
 
 def _pauses(error: OSError) -> tuple[float, ...]:

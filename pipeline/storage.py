@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pipeline.files import read_file
 from pipeline.locations import Location, is_url
 from pipeline.remote_errors import as_os_error, redact
-from pipeline.retry import StorageError, print_to_stderr, read_with_retries, with_retries
+from pipeline.retry import StorageError, read_with_retries, with_retries
 
 if TYPE_CHECKING:
     from aiohttp import TraceConfig
@@ -69,7 +69,7 @@ def open_file(file: str) -> BinaryIO:
     """
     if not is_url(file):
         return open(file, "rb")
-    opened = with_retries(partial(_open_url, file), print_to_stderr)
+    opened = with_retries(partial(_open_url, file))
     return BufferedReader(_RemoteFile(file, opened), _BUFFER_BYTES)
 
 
@@ -105,7 +105,7 @@ class _RemoteFile(RawIOBase):
             with as_os_error(self._name):
                 return self._file.read(len(target))
 
-        content = with_retries(read, print_to_stderr)
+        content = with_retries(read)
         target[: len(content)] = content
         return len(content)
 
@@ -181,7 +181,7 @@ def read_start(location: Location, size: int) -> bytes:
     """Read a file, or its first `size` bytes, and retry outages. Raises OSError, which names the file."""
     if isinstance(location, Path):
         return read_with_retries(location, size)
-    return with_retries(partial(read_once, location), print_to_stderr)[:size]
+    return with_retries(partial(read_once, location))[:size]
 
 
 def file_system(name: str, max_bytes: int | None = None) -> "tuple[AbstractFileSystem, str]":

@@ -53,7 +53,7 @@ from pipeline.mixture import read_data
 from pipeline.output import printed, secure
 from pipeline.packing.workers import exit_on_signals
 from tools.benchmarks.gates import Figures, judge
-from tools.options import count, positive, program
+from tools.options import command_parser, count, positive, program
 from trainer.environment import environment
 from trainer.initial import with_initial_net
 from trainer.setting_sources import load_settings
@@ -119,9 +119,7 @@ def table(label: str, figures: Figures, errors: Mapping[str, str]) -> Iterator[s
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add(
         "stages",

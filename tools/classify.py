@@ -36,11 +36,12 @@ from pipeline.files import atomic_write, path_in_errors
 from pipeline.messages import pluralize
 from pipeline.output import printed, secure
 from pipeline.printable import as_text
+from pipeline.remote_errors import reason_in_full
 from tools.classifying.inputs import InputError, Source, errors_of, find
 from tools.classifying.nets import Net, NetError, open_export, open_run
 from tools.classifying.output import Result, best, csv_rows, json_lines
 from tools.classifying.pictures import read, views
-from tools.options import count, positive, refuse_old_name
+from tools.options import command_parser, count, positive
 
 Write = Callable[[Result], None]
 CHUNK = 32  # pictures in memory
@@ -63,7 +64,7 @@ def main() -> None:
     except (InputError, NetError) as fatal:
         sys.exit(f"classify: {fatal}")
     except OSError as fatal:
-        reason = f"{fatal.filename or options.out or 'the results'}: {fatal.strerror or fatal}"
+        reason = reason_in_full(fatal, options.out or "the results")
         sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -81,11 +82,7 @@ def open_net(options: argparse.Namespace) -> Net:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="picture, video, or folder of them")
     net = parser.add_mutually_exclusive_group(required=True)
@@ -117,7 +114,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="write results to this .jsonl or .csv file (default: readable lines on standard output)",
     )
-    refuse_old_name(parser, "--output", "--out")
     add(
         "--overlay",
         type=Path,

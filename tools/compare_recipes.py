@@ -27,7 +27,7 @@ from pipeline.output import printed, secure
 from tools.experiments import rates
 from tools.experiments.intervals import interval
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import add_jobs, add_seeds, command_line, program
+from tools.options import add_jobs, add_seeds, command_line, command_parser, program
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
@@ -39,9 +39,7 @@ Scores = dict[str, list[float]]  # measure → a value for each seed
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add(
         "recipes",

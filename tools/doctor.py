@@ -13,7 +13,6 @@ can work, 1 if something would stop it, and 2 for an impossible setting. All fig
 machine while it was measured.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +31,7 @@ from tools.diagnosing import forecast, machine, preparation
 from tools.diagnosing.findings import REFUSALS, Finding, Report, ask, problem
 from tools.diagnosing.preparation import Data
 from tools.diagnosing.rehearsal import DRAWN_SIZE, rehearse
-from tools.options import positive, program
+from tools.options import command_parser, positive, program
 from trainer.environment import environment
 from trainer.initial import with_initial_net
 from trainer.preflight import check_data
@@ -48,9 +47,7 @@ START_SECONDS = 20  # besides, usually: imports, first steps and a checkpoint
 def main() -> None:
     secure()
     exit_on_signals()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
     parser.add_argument(
         "--seconds",

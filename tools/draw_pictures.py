@@ -20,7 +20,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 
 from pipeline.files import path_in_errors
 from pipeline.output import secure
-from tools.options import count, natural, refuse_old_name
+from tools.options import count, natural
 
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 HUES = {"warm": (-20, 45), "cold": (160, 250)}  # ranges in degrees
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to draw the pictures into"
     )
-    refuse_old_name(parser, "--output", "--out")
     parser.add_argument(
         "--train", type=count, default=300, metavar="N", help="training pictures of each class (default 300)"
     )
@@ -116,9 +115,8 @@ def main() -> None:
     try:
         with path_in_errors(options.out):
             partial = options.out.with_name(f".{options.out.name}.partial")
-            folder = (
-                options.out if options.out.exists() else partial
-            )  # a new folder appears when it is complete
+            # A new folder appears when it is complete.
+            folder = options.out if options.out.exists() else partial
             draw_all(folder, {"train": options.train, "val": options.val}, options.seed)
             folder.rename(options.out)
     except OSError as error:

@@ -28,8 +28,9 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.locations import location_of
 from pipeline.manifest import DatasetError
 from pipeline.output import secure
+from pipeline.remote_errors import reason_in_full
 from tools.classifying.nets import NetError
-from tools.options import refuse_old_name
+from tools.options import command_parser
 from trainer.run import Run, RunError
 from trainer.settings import SettingsError
 
@@ -55,16 +56,12 @@ def main() -> None:
     except (NetError, SettingsError, RunError) as error:
         sys.exit(f"export: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.out}: {error.strerror or error}"
+        reason = reason_in_full(error, options.out)
         sys.exit(f"export: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run folder")
     add(
@@ -74,7 +71,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help=f"file to write; its extension, one of {', '.join(EXTENSIONS)}, chooses the format",
     )
-    refuse_old_name(parser, "--output", "--out")
     add(
         "--checkpoint",
         choices=("newest", "best"),

@@ -30,7 +30,9 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.documents import ContentError, read_text
 from pipeline.manifest import RGB, Class, DatasetError, read_manifest
 from pipeline.output import secure
+from pipeline.remote_errors import reason_in_full
 from pipeline.spec import NetSpec
+from tools.options import command_parser
 from trainer.run import Run
 from trainer.settings import Settings, SettingsError
 
@@ -48,16 +50,12 @@ def main() -> None:
     except (SettingsError, DatasetError) as error:
         sys.exit(f"import-weights: {error}")
     except OSError as error:
-        reason = f"{error.filename or options.out}: {error.strerror or error}"
+        reason = reason_in_full(error, options.out)
         sys.exit(f"import-weights: {reason}. Fix the cause and run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("weights", type=Path, metavar="FILE", help="weights, .pth, .safetensors or .onnx")
     add("--out", type=Path, required=True, metavar="DIR", help="run folder to create")

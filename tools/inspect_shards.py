@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,14 +23,14 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.files import path_in_errors
-from pipeline.locations import Location, location_of
+from pipeline.locations import Location, location_of, name_of
 from pipeline.machine import cpus
 from pipeline.manifest import DatasetError, Manifest, read_manifest
 from pipeline.output import secure
 from pipeline.packing.workers import WorkersError, translate_thread_errors
 from pipeline.remote_errors import reason_in_full
 from tools.inspecting.remote import CONNECTIONS, Reader, open_reader
-from tools.options import natural, refuse_old_name
+from tools.options import natural
 from trainer.monitor.names import as_markdown
 
 LISTED = 20  # classes or groups of duplicates in the report; the .tsv files list all of them
@@ -235,13 +235,8 @@ def inspect(data: Location, output: Path, seed: int, threads: int) -> Groups:
     groups = find_duplicates(dataset.readers, threads if isinstance(data, Path) else CONNECTIONS)
     output.mkdir(parents=True, exist_ok=True)
     with path_in_errors(output):
-        _write(dataset, groups, _name_of(data), output, seed)
+        _write(dataset, groups, name_of(data), output, seed)
     return groups
-
-
-def _name_of(data: Location) -> str:
-    """Return the name of the folder that the dataset is in."""
-    return data.resolve().name if isinstance(data, Path) else PurePosixPath(data.partition("?")[0]).name
 
 
 def _write(dataset: OpenDataset, groups: Groups, name: str, output: Path, seed: int) -> None:
@@ -277,7 +272,6 @@ def main() -> None:
     add = parser.add_argument
     add("--data", type=location_of, required=True, metavar="DIR", help="folder or URL of the packed dataset")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write the report to")
-    refuse_old_name(parser, "--output", "--out")
     add("--seed", type=natural, default=0, help="random seed for choosing the samples to show (default 0)")
     options = parser.parse_args()
     try:

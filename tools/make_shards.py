@@ -36,7 +36,7 @@ from pipeline.packing.sources.find import SourceError
 from pipeline.packing.storage import Folder
 from pipeline.packing.workers import WorkersError, exit_on_signals, translate_thread_errors
 from pipeline.remote_errors import redact
-from tools.options import fraction, refuse_old_name, within
+from tools.options import fraction, within
 
 
 def summary(manifest: Manifest, output: str, progress: Progress, seconds: float) -> str:
@@ -79,7 +79,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "download, WebDataset shards, Hugging Face's Parquet files, or a table (CSV, TSV or Parquet); a "
         "local path or a URL")
     add("--out", dest="output", metavar="DIR", help="local folder or URL to write the shards to")
-    refuse_old_name(parser, "--output", "--out")
     add("--in-place", action="store_true",
         help="write no shards, but index the WebDataset shards of --input where they are; images that are "
         "not plain JPEGs are skipped")

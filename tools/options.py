@@ -11,7 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+
+def command_parser(description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """Return the parser of a command. description: its module's docstring. more: for ArgumentParser."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False, **more)
 
 
 def count(text: str, minimum: int = 1) -> int:
@@ -50,16 +56,6 @@ def fraction(text: str) -> float:
         if 0 < float(text) < 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-
-
-def refuse_old_name(parser: argparse.ArgumentParser, old: str, new: str) -> None:
-    """Make the parser refuse an option's former name with a line that gives its present one."""
-
-    class Refused(argparse.Action):
-        def __call__(self, *_: Any, **__: Any) -> NoReturn:
-            parser.error(f"{old} is now {new}")
-
-    parser.add_argument(old, nargs="?", action=Refused, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def add_seeds(parser: argparse.ArgumentParser, default: int = 3, note: str = "") -> None:

@@ -21,7 +21,6 @@ An experiment writes a record, pictures and its training runs to --out. Running 
 an interrupted experiment. `alexnet-train paper NAME --help` lists the options of one experiment.
 """
 
-import argparse
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,11 +32,12 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError
 from pipeline.names import ROOT
 from pipeline.output import secure
+from pipeline.remote_errors import reason_in_full
 from tools.experiments import EXPERIMENTS
-from tools.experiments.details import section
+from tools.experiments.markdown import section
 from tools.experiments.record import Record, RecordError
 from tools.experiments.training import TrainingError
-from tools.options import program
+from tools.options import command_parser, program
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
@@ -46,9 +46,7 @@ MODULES = {"towers": "two_towers", "report": "summary"}  # where the module has 
 
 def main() -> None:
     secure()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "experiment", choices=(*EXPERIMENTS, "report"), metavar="NAME", help="an experiment, or report"
     )
@@ -57,12 +55,7 @@ def main() -> None:
         sys.exit("paper: confidence intervals need scipy: run pip install 'alexnet-train[paper]'")
     module = import_module(f"{ROOT}tools.experiments.{MODULES.get(experiment, experiment.replace('-', '_'))}")
 
-    parser = argparse.ArgumentParser(
-        prog=f"{program()} {experiment}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(module.__doc__, prog=f"{program()} {experiment}")
     parser.add_argument(
         "--out",
         type=Path,
@@ -84,7 +77,7 @@ def main() -> None:
     except (SettingsError, DatasetError, RunError, RecordError, TrainingError) as error:
         sys.exit(f"paper: {error}")
     except OSError as error:
-        sys.exit(f"paper: {error.filename or options.out}: {error.strerror or error}")
+        sys.exit(f"paper: {reason_in_full(error, options.out)}")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.files import atomic_write
 from pipeline.output import printed, say, secure
 from pipeline.printable import in_line
+from pipeline.remote_errors import reason_in_full
 from tools.listing.columns import BY_NAME, ordered
 from tools.listing.find import find
 from tools.listing.page import page
 from tools.listing.table import table
+from tools.options import command_parser
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "folders",
         nargs="*",
@@ -66,7 +66,7 @@ def main() -> None:
                 file.write(page(runs, found.problems, column, options.reverse).encode())
             say(f"wrote {in_line(options.html)}")
     except OSError as error:
-        found.problems.append(in_line(f"{error.filename or options.html}: {error.strerror or error}"))
+        found.problems.append(in_line(reason_in_full(error, options.html)))
     for problem in found.problems:
         say(problem)
     sys.exit(1 if found.problems else 0)

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.files import atomic_write, read_file, read_fully, sync, sync_folder
-from pipeline.retry import print_to_stderr, with_retries
+from pipeline.retry import with_retries
 from trainer.run import RunError
 
 _CHECKSUM_LINE = b"\nsha256 %s\n"
@@ -167,9 +167,7 @@ def list_checkpoints(folder: Path, kind: str = "*") -> list[Path]:
     kind: `step`, `best`, or `*` for both. Raises OSError if the folder cannot be listed.
     """
     try:
-        paths = set(
-            with_retries(lambda: list(folder.iterdir()), print_to_stderr)
-        )  # a listing may name a file twice
+        paths = set(with_retries(lambda: list(folder.iterdir())))  # a listing may name a file twice
     except FileNotFoundError:
         return []
     named = {path: match for path in paths if (match := _NAME.fullmatch(path.name))}
@@ -192,7 +190,7 @@ def load(folder: Path, device: torch.device, kind: str = "*") -> tuple[dict[str,
     paths = list_checkpoints(folder, kind)
     for path in paths:
         try:
-            return with_retries(partial(_load_file, path, device), print_to_stderr), skipped
+            return with_retries(partial(_load_file, path, device)), skipped
         except (DamagedError, pickle.UnpicklingError) as error:
             skipped.append(f"{path} is damaged: {str(error).partition('. ')[0]}")
         except OSError as error:

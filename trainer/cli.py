@@ -18,6 +18,7 @@ from pipeline.messages import one_line
 from pipeline.mixture import is_present, read_data
 from pipeline.names import ROOT
 from pipeline.output import printed, secure
+from pipeline.remote_errors import reason_in_full
 from trainer.initial import with_initial_net
 from trainer.preflight import check_data
 from trainer.processes.launch import launch, report_error, world_size
@@ -55,8 +56,7 @@ def main() -> None:
     except (DatasetError, RunError, ContentError) as error:
         _fail(error, 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}: fix the cause and run the same command again", 1)
+        _fail(f"{reason_in_full(error)}: fix the cause and run the same command again", 1)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
             raise
@@ -179,10 +179,7 @@ def _demo(arguments: Sequence[str]) -> None:
         default=Path("runs/demo"),
         help="Folder for the pictures, the packed dataset and the run. (default: runs/demo)",
     )
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.folder:
-        parser.error("--folder is now --out")
 
     from trainer.demo import demo
 

@@ -21,7 +21,7 @@ from pipeline.documents import ContentError
 from pipeline.files import atomic_write
 from pipeline.manifest import Class, DatasetError
 from pipeline.reader import ShardReader
-from pipeline.retry import print_to_stderr, read_with_retries, with_retries
+from pipeline.retry import read_with_retries, with_retries
 from trainer.processes.distributed import World
 
 MISTAKES = 48  # number of mistakes that are kept
@@ -181,7 +181,7 @@ def _write(path: Path, columns: str, rows: Iterable[Iterable[object]]) -> None:
         with atomic_write(path) as file:
             file.write(content)
 
-    with_retries(write, print_to_stderr)
+    with_retries(write)
 
 
 def _read(path: Path, classes: int, columns: tuple[str, ...]) -> Iterator[tuple]:

@@ -3,10 +3,10 @@
 import os
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.versions import installed_version
 
 _COMMIT = Path(__file__).with_name("COMMIT")  # written by docker/Dockerfile
 _PACKAGES = ("torch", "nvidia-dali-cuda130", "numpy")
@@ -24,7 +24,7 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": _git_commit(),
         "alexnet-train": __version__,
-        **{package: installed_version(package) for package in _PACKAGES},
+        **{package: _installed_version(package) for package in _PACKAGES},
     }
 
 
@@ -47,3 +47,11 @@ def _git_commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def _installed_version(package: str) -> str:
+    """Return a package's version, or `not installed`."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

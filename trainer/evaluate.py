@@ -195,12 +195,8 @@ def evaluate_run(
         if out and world.is_main:
             out.mkdir(parents=True, exist_ok=True)  # rather than fail after the evaluation
         trained = load_trained(settings, run, world.device, best)
-        steps = world.gather(trained.step)
-        if len(set(steps)) > 1:  # a run that is still training has saved another one
-            raise RunError(
-                f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}): run the "
-                "same command again"
-            )
+        # A run that is still training may have saved another one.
+        world.check_same_checkpoint(f"that of step {trained.step}", "Run the same command again")
         precision = resolve_precision(settings.precision, world.device)
         batches = trained.batches(split, crops, world)
         recorder = Recorder(batches) if out else None

@@ -2,14 +2,14 @@
 
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.messages import one_line
+from pipeline.messages import join_names, one_line
 from pipeline.names import ROOT
 from trainer.optim import layers_of
 from trainer.settings import Settings, SettingsError
@@ -17,7 +17,6 @@ from trainer.settings import Settings, SettingsError
 # They hide modules of the same name. In a wheel, only alexnet_train lies at the top.
 _OWN_PACKAGES = ("model", "pipeline", "tools", "trainer") if not ROOT else (ROOT.strip("."),)
 _DIVISOR = "_divisor_of_alexnet_train"  # the buffer of a net that holds --pixel-std
-_SHOWN = 3  # number of names that an error shows
 
 
 def make_net(settings: Settings, classes: int) -> nn.Module:
@@ -116,7 +115,9 @@ def _check_weights(net: nn.Module, label: str) -> None:
     if any(isinstance(value, nn.parameter.UninitializedParameter) for value in parameters.values()):
         raise SettingsError(f"{label} has layers without a size: call the net once in its factory")
     if wrong := [name for name, value in parameters.items() if value.dtype != torch.float32]:
-        raise SettingsError(f"{label} has weights that are not fp32: {_some(wrong)}. --precision chooses it")
+        raise SettingsError(
+            f"{label} has weights that are not fp32: {join_names(wrong)}. --precision chooses it"
+        )
     if not any(value.requires_grad for value in parameters.values()):
         raise SettingsError(f"{label} has no weights that require a gradient, so it cannot be trained")
 
@@ -138,16 +139,9 @@ def _check_gradients(net: nn.Module, outputs: Tensor, label: str) -> None:
     missed = [name for name, value in net.named_parameters() if value.requires_grad and value.grad is None]
     if missed:
         raise SettingsError(
-            f"{label}: no gradient reaches {_some(missed)}. Use these weights in forward(), or set their "
-            "requires_grad to False"
+            f"{label}: no gradient reaches {join_names(missed)}. Use these weights in forward(), or set "
+            "their requires_grad to False"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    """Return the first few names as text."""
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _kind(value: object) -> str:

@@ -100,11 +100,10 @@ def measure(settings: Settings, world: World) -> float:
     Returns 0 for a form that fails on this machine. Raises RuntimeError if `grouped` fails, since no form is
     left to train with.
     """
+    images, decoding = settings.batch // world.size, build_decoding(settings, world.device)
     try:
-        return _images_per_second(settings, world)
-    except (
-        RuntimeError
-    ) as error:  # raised by torch, its compiler or a library, for example if memory runs out
+        return measure_model(settings, CLASSES, decoding, images, settings.precision, SECONDS)
+    except RuntimeError as error:  # of torch, its compiler or a library, for example if memory runs out
         if settings.form == "grouped":
             raise
         warnings.warn(f"cannot compute convolutions as {settings.convolutions}: {error}", stacklevel=2)
@@ -113,9 +112,3 @@ def measure(settings: Settings, world: World) -> float:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _images_per_second(settings: Settings, world: World) -> float:
-    images = settings.batch // world.size
-    decoding = build_decoding(settings, world.device)
-    return measure_model(settings, CLASSES, decoding, images, settings.precision, SECONDS)

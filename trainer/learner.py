@@ -12,7 +12,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.manifest import Class
-from pipeline.messages import one_line
+from pipeline.messages import join_names, one_line
 from trainer import checkpoint
 from trainer.build import build_model, last_layer, shapes_of
 from trainer.optim import make_optimizer
@@ -21,8 +21,6 @@ from trainer.processes.distributed import World
 from trainer.run import Run, RunError
 from trainer.settings import Settings, SettingsError
 from trainer.step import Step, state_of
-
-_SHOWN = 4  # number of names that an error shows
 
 
 class Learner:
@@ -66,10 +64,8 @@ class Learner:
             theirs |= {name: ours[name] for name in last}
             note = f", with a new {', '.join(sorted({name.rpartition('.')[0] for name in last}))}"
         if differing := sorted({name for name, _ in shapes_of(ours).items() ^ shapes_of(theirs).items()}):
-            more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise SettingsError(
-                f"--initial-weights {folder} belongs to another net, which differs in "
-                f"{', '.join(differing[:_SHOWN])}{more}"
+                f"--initial-weights {folder} belongs to another net, which differs in {join_names(differing)}"
             )
         self.model.load_state_dict(theirs)
         return f"starting from the weights of {folder} after step {state['step']}{note}"

@@ -38,7 +38,7 @@ def resolve_run_precision(settings: Settings, run: Run, world: World) -> Setting
     """Return the settings with the precision resolved; the first process decides for all.
 
     The first process records the precision and the device when the run begins, and compares them later.
-        Raises SettingsError in all processes if the run began with another precision or device.
+    Raises SettingsError in all processes if the run began with another precision or device.
     """
     precision, refusal = resolve_precision(settings.precision, world.device), None
     if world.is_main:

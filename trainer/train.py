@@ -30,7 +30,7 @@ from trainer.processes.distributed import World
 from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped, StopRequest, WaitEndedError
 from trainer.processes.watchdog import Watchdog
-from trainer.run import Run, RunError
+from trainer.run import Run
 from trainer.saver import Saver
 from trainer.settings import Settings
 from trainer.step import all_finite
@@ -95,7 +95,7 @@ class Trainer:
         self.loader = self._loader()
         self.steps = self.loader.steps(settings.epochs)
         self.step = 0
-        self.evaluations = Validation(settings, world, metrics, self.stop)
+        self.validation = Validation(settings, world, metrics, self.stop)
         self.stopping = False  # whether all processes have agreed to stop
 
         self.learner = Learner(settings, len(self.dataset.manifest.classes), world)
@@ -157,16 +157,16 @@ class Trainer:
         while True:
             best = False
             is_last = self.step == self.steps
-            if self.evaluations.is_due(self.epochs_done, is_last) and not self.stopping:
+            if self.validation.is_due(self.epochs_done, is_last) and not self.stopping:
                 best = self._evaluate(is_last)
                 save_due = True
             if save_due or self.stopping:
                 self._save(best)
             if self.stopping:
                 self._raise_stopped()
-            if not is_last and self.evaluations.ends_run:
+            if not is_last and self.validation.ends_run:
                 self.journal.log_early_end(self.epoch_at(self.step), self.settings)
-            if is_last or self.evaluations.ends_run:
+            if is_last or self.validation.ends_run:
                 break
             with self.metrics.activity("train"):
                 epochs = self.epochs_done
@@ -203,7 +203,7 @@ class Trainer:
         self.damaged.add(damage)
 
     @cached_property
-    def validation(self) -> EvaluationLoader:
+    def validation_loader(self) -> EvaluationLoader:
         """This process's share of the validation set; each iteration over it is one pass."""
         return EvaluationLoader(
             self.dataset,
@@ -225,7 +225,7 @@ class Trainer:
         self.metrics.record_progress("step")
         self.metrics.live.batch.offer(pixels, labels, self.step, self.epoch_at(self.step))
         epoch = self.epoch_at(self.step + 1)
-        self.learning_rate = learning_rate(self.settings, epoch, self.evaluations.errors)
+        self.learning_rate = learning_rate(self.settings, epoch, self.validation.errors)
         unscheduled = unscheduled_rate(self.settings, epoch)
         set_learning_rate(self.learner.optimizer, self.learning_rate, epoch, unscheduled)
         # Dropout depends only on the seed, the step and the rank, so checkpoints need no random state.
@@ -261,7 +261,7 @@ class Trainer:
         """
         with self.metrics.activity("eval"):
             self.learner.share_buffers()
-            result = self.evaluations.run(self.learner, self.validation, self.epochs_done, is_last)
+            result = self.validation.run(self.learner, self.validation_loader, self.epochs_done, is_last)
         self.stopping = result is None
         if result is None:
             return False
@@ -273,8 +273,8 @@ class Trainer:
         """Return the state for a checkpoint."""
         return {
             "step": self.step,
-            "errors": self.evaluations.errors,
-            "evaluated": self.evaluations.epochs,
+            "errors": self.validation.errors,
+            "evaluated": self.validation.epochs,
             "time": time.time(),
             **self.learner.state(),
         }
@@ -315,7 +315,7 @@ class Trainer:
             self.learner.load_state(state)
             self.step = state["step"]
             self._show_progress()
-            self.evaluations.errors, self.evaluations.epochs = state["errors"], state["evaluated"]
+            self.validation.errors, self.validation.epochs = state["errors"], state["evaluated"]
             if self.world.is_main:
                 self.metrics.checkpoint_timestamp.set(state["time"])
             notes.append(
@@ -324,10 +324,8 @@ class Trainer:
         elif folder := self.settings.initial_weights:
             classes, layers = self.dataset.manifest.classes, self.settings.initial_layers
             notes.append(self.learner.load_initial_weights(folder, classes, layers))
-        begun = self.world.gather("; ".join(notes) or "starting without one")
-        if other := next((each for each in begun if each != begun[0]), None):
-            raise RunError(
-                f"the processes found different checkpoints: {begun[0]}; but another one is {other}. All "
-                "hosts must see the same intact --out and --initial-weights"
-            )
+        self.world.check_same_checkpoint(
+            "; ".join(notes) or "starting without one",
+            "All hosts must see the same intact --out and --initial-weights",
+        )
         return notes

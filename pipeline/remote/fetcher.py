@@ -1,6 +1,5 @@
 """Fetch shards into the cache by several connections, the most urgent ones first."""
 
-import sys
 import threading
 import time
 from collections import Counter
@@ -275,8 +274,3 @@ class Fetcher:
             self.problems[download.shard.path] = error
             self._idle_until = time.monotonic() + _IDLE_SECONDS
         self.changed.notify_all()
-
-
-def warn(text: str) -> None:
-    """Print a message to stderr at once."""
-    print(f"alexnet-train: {text}", file=sys.stderr, flush=True)

@@ -1,10 +1,11 @@
 """Where the cache of remote datasets is, and how large it may become."""
 
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
+
+from pipeline.locations import cache_folder
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024 ** (power + 1) for power, unit in enumerate("KMGT")}
@@ -20,10 +21,7 @@ class CacheOptions(NamedTuple):
     @property
     def path(self) -> Path:
         """The folder of the cache."""
-        if self.folder is not None:
-            return self.folder
-        home = os.environ.get("XDG_CACHE_HOME")
-        return (Path(home) if home else Path.home() / ".cache") / "alexnet-train" / "data"
+        return self.folder or cache_folder() / "data"
 
 
 def parse_size(text: str) -> int:

@@ -74,11 +74,9 @@ class Priorities:
                     Room(self._known, [other for other in self._farthest if other not in self.demanded]),
                 )
         for shard in self._order or ():
-            if shard.path in self.wanted:
-                if shard.path not in self.present:
-                    yield shard, self.room
-            elif shard.path not in self.present:
-                yield shard, Room(self._known, (), _IDLE_SECONDS)
+            if shard.path not in self.present:
+                is_wanted = shard.path in self.wanted
+                yield shard, self.room if is_wanted else Room(self._known, (), _IDLE_SECONDS)
 
     def _sorted(self) -> list[RemoteShard]:
         """Return the shards by the distance of their next use, and update what depends on it."""

@@ -9,10 +9,10 @@ import numpy as np
 from pipeline.files import close_quietly
 from pipeline.locations import Location
 from pipeline.manifest import DatasetError, Manifest
+from pipeline.output import say
 from pipeline.plan import Plan
 from pipeline.reader import JpegFiles, ShardReader, open_shard
 from pipeline.remote.cache import CacheFullError, RemoteShard, lock_for_reading
-from pipeline.remote.fetcher import warn
 from pipeline.remote.priorities import check_size
 from pipeline.remote.requests import MISMATCH
 from pipeline.remote.samples import SplitRanges
@@ -226,7 +226,7 @@ class RemoteShardReader(ShardReader):
         problem = next((problem for problem in problems if isinstance(problem, CacheFullError)), None)
         if problem is not None and not self._lacked_room:
             self._lacked_room = True
-            warn(f"{problem}; until then, samples are fetched one by one")
+            say(f"{problem}; until then, samples are fetched one by one")
         return problem is not None
 
     def _shards(self, indices: Iterable[int]) -> list[RemoteShard]:

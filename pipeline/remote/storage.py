@@ -11,21 +11,21 @@ from typing import Protocol
 from pipeline.files import atomic_write, read_file
 from pipeline.locations import inside, name_of
 from pipeline.manifest import MANIFEST_NAME, DatasetError, Manifest, write_manifest
+from pipeline.output import say
 from pipeline.reader import OutageError
 from pipeline.remote.cache import Cache, CacheFullError, RemoteShard, locked
 from pipeline.remote.counters import Counters
-from pipeline.remote.fetcher import Fetcher, warn
+from pipeline.remote.fetcher import Fetcher
 from pipeline.remote.options import CacheOptions
 from pipeline.remote.priorities import Priorities
 from pipeline.remote.requests import FatalError, Requests
 from pipeline.remote.samples import Samples
 from pipeline.remote_errors import redact
-from pipeline.retry import print_to_stderr, with_retries
+from pipeline.retry import with_retries
 from pipeline.storage import read_once
 
-OUTAGE_SECONDS = (
-    600.0  # for how long a batch waits without a byte from the storage; less than --stall-seconds
-)
+# For how long a batch waits without a byte from the storage; less than --stall-seconds.
+OUTAGE_SECONDS = 600.0
 _FULL_SECONDS = 30.0  # for how long it waits for room in the cache, which another process may make
 _POLL_SECONDS = 0.5
 
@@ -46,7 +46,7 @@ class RemoteStorage:
 
     def __init__(self, options: CacheOptions):
         self.counters, self.priorities = Counters(), Priorities()
-        requests = Requests(warn, self.counters)
+        requests = Requests(say, self.counters)
         self.cache = Cache(options, partial(_evicted, self.counters, self.priorities))
         self.fetcher = Fetcher(self.cache, requests, self.counters, self.priorities)
         self.samples = Samples(self.fetcher)
@@ -76,7 +76,7 @@ class RemoteStorage:
             return
         for _ in range(3):  # what was damaged on the way is fetched again
             try:
-                content = with_retries(partial(read_once, source), print_to_stderr)
+                content = with_retries(partial(read_once, source))
             except FileNotFoundError:
                 raise DatasetError(f"{redact(source)} is missing: upload the dataset again") from None
             if sha256(content).hexdigest() == digest:

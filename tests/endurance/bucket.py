@@ -33,7 +33,7 @@ from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.chaos import SETTINGS
 from tests.endurance.lives import DifferenceError
 from tests.endurance.record import write_record
-from tools.options import count, natural, positive
+from tools.options import command_parser, count, natural, positive
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -42,9 +42,7 @@ LONGER = ["--batch", "32", "--epochs", "24"]  # so that there are enough request
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--faults", type=natural, default=200, metavar="N", help="requests that fail (default 200)")
     add("--ratio", type=positive, default=0.3, metavar="X", help="their share of requests (default .3)")

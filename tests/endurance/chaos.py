@@ -34,7 +34,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import MOMENTS, SILENCE_SECONDS, DifferenceError
 from tests.endurance.record import write_record
-from tools.options import natural
+from tools.options import command_parser, natural
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -51,9 +51,7 @@ SETTINGS = [
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--kills", type=natural, default=200, metavar="N", help="kills in the first four (default 200)")
     add("--command-kills", type=natural, default=2, metavar="N", help="kills in each other (default 2)")

@@ -26,7 +26,6 @@ For training:
 With --seconds, random cases are tried until the time is over; otherwise all of them.
 """
 
-import argparse
 import random
 import sys
 import tempfile
@@ -45,7 +44,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
 from tests.endurance.faulty_storage import ERRORS, Call, Fault
 from tests.endurance.jobs import Packing
 from tools.draw_pictures import class_names, draw
-from tools.options import natural, positive
+from tools.options import command_parser, natural, positive
 
 if TYPE_CHECKING:  # which imports torch
     from tests.endurance.faulty_training import Training
@@ -127,9 +126,7 @@ def try_all(job: "Packing | Training", faults: Iterable[Fault], seconds: float) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "job", choices=JOBS, nargs="?", default="packing", help="job to disturb (default packing)"
     )

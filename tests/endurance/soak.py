@@ -48,7 +48,7 @@ from pipeline.manifest import DatasetError, read_manifest
 from tests.endurance.lives import free_port
 from tests.remote.seaweedfs import served
 from tests.trees import upload
-from tools.options import count, positive
+from tools.options import command_parser, count, positive
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
@@ -240,9 +240,7 @@ def soak(options: argparse.Namespace, rest: list[str]) -> tuple[dict[str, Any], 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     """Return the options, and the remaining arguments, which are settings of the trainer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for the run and the results")
     add("--steps", type=count, default=20_000, metavar="N", help="least number of steps (default 20,000)")

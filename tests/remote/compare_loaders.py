@@ -27,7 +27,7 @@ from tests.helpers import REPO
 from tests.remote.faulty_proxy import FaultyProxy
 from tests.remote.seaweedfs import served
 from tests.trees import upload
-from tools.options import count, positive
+from tools.options import command_parser, count, positive
 
 CANDIDATES = ("disk", "alexnet-train", "streaming", "litdata")
 OURS = ("disk", "alexnet-train")
@@ -91,9 +91,7 @@ class Comparison:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("candidates", nargs="*", default=CANDIDATES, help=f"by default {' '.join(CANDIDATES)}")
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")

@@ -31,7 +31,7 @@ from tests.remote.faulty_proxy import FaultyProxy
 from tests.remote.seaweedfs import served
 from tests.trees import upload
 from tools.benchmarks.traffic import POLICIES, fetches, uses_by_host
-from tools.options import count
+from tools.options import command_parser, count
 
 TRAIN = re.compile(r"/train-\d+\.tar$")
 
@@ -67,9 +67,7 @@ def measure(options: argparse.Namespace, cache: Path, server: str) -> Iterator[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
     add("--cache", type=float, default=1 / 3, metavar="SHARE", help="of the training shards (default 1/3)")

@@ -92,23 +92,6 @@ def test_an_unknown_command_is_refused_with_the_nearest_one(wrong, hint, alexnet
     assert line.startswith(f"alexnet-train: unknown command '{wrong}'; {hint}")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["make-shards", "--input", "in", "--output", "out"],
-        ["make-shards", "--input", "in", "--output=out"],
-        ["inspect-shards", "--data", "shards", "--output", "report"],
-        ["classify", "a.jpg", "--net", "net.onnx", "--output", "classes.csv"],
-        ["export", "run", "--output", "net.onnx"],
-        ["draw-pictures", "--output", "pictures"],
-    ],
-)
-def test_the_old_name_of_out_is_refused_with_the_new_one(arguments, alexnet_train):
-    code, out, errors = alexnet_train(*arguments)
-    assert (code, out) == (2, "")
-    assert errors.splitlines()[-1] == f"alexnet-train {arguments[0]}: error: --output is now --out"
-
-
 @pytest.mark.parametrize("name", command.COMMANDS)
 def test_help_of_every_command_comes_without_heavy_imports(name):
     code = (

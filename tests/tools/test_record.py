@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import REPO
-from tools.experiments.details import section
 from tools.experiments.intervals import interval, paired_interval
+from tools.experiments.markdown import section
 from tools.experiments.record import Record, RecordError, Row, TrainedRun, Trial, Wrong
 from tools.experiments.summary import anchor, report
 

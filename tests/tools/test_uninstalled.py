@@ -13,7 +13,7 @@ from tests.helpers import REPO
 from trainer.environment import environment
 
 COMMANDS = sorted(
-    str(path.relative_to(REPO)) for path in REPO.glob("tools/*.py") if "ArgumentParser(" in path.read_text()
+    str(path.relative_to(REPO)) for path in REPO.glob("tools/*.py") if "args(" in path.read_text()
 )
 
 
@@ -39,6 +39,6 @@ def test_no_process_is_started_by_a_name_that_only_an_installation_has():
 
 
 def test_records_have_the_version_of_the_code_even_if_another_one_is_installed(monkeypatch):
-    monkeypatch.setattr("pipeline.versions.version", lambda _package: "0.0.1")
+    monkeypatch.setattr("trainer.environment.version", lambda _package: "0.0.1")
     assert shard.versions()["alexnet-train"] == __version__
     assert environment("cpu")["alexnet-train"] == __version__

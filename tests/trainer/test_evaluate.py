@@ -112,7 +112,7 @@ def test_processes_that_find_different_checkpoints_do_not_add_up_their_results(w
     """A run that is still training may save another one between their reads."""
     monkeypatch.setattr(World, "gather", lambda self, value: [value, value + 5])
     run = Run(whole)
-    with pytest.raises(RunError, match=r"different steps \(15, 20\): run the same command again"):
+    with pytest.raises(RunError, match="that of step 15; but another one is that of step 20"):
         evaluate_run(run.settings(), run, "val", 1)
 
 

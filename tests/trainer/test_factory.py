@@ -141,7 +141,7 @@ def test_the_module_is_found_in_the_current_folder_and_missed_elsewhere(packed, 
         ("tests.small_resnet:unsized", "has layers without a size"),
         (
             "tests.small_resnet:in_half",
-            "weights that are not fp32: conv1.weight, bn1.weight, bn1.bias and 16 more",
+            "weights that are not fp32: conv1.weight, bn1.weight, bn1.bias, layer1.conv1.weight, ",
         ),
         ("tests.small_resnet:frozen", "has no weights that require a gradient"),
         ("tests.small_resnet:unused", "no gradient reaches extra.weight, extra.bias. Use these weights"),

@@ -8,7 +8,6 @@ The first word is `pack`, which writes the packed images in the loader's own for
 and begin with an empty cache on the local disk, as each documentation shows.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -22,7 +21,7 @@ from pipeline.machine import cpus
 from pipeline.names import ROOT
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import MEAN, STD, chunk, import_torchvision, make_transform, opened
-from tools.options import count
+from tools.options import command_parser, count
 
 CHUNK_BYTES = "64MB"  # default of both peers
 
@@ -141,9 +140,7 @@ def read(name: str, remote: Remote) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("action", choices=("pack", "read"))
     add("loader", choices=READERS, help="loader to run")

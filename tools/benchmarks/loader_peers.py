@@ -8,7 +8,6 @@ batch it prints a line with versions. From then on it answers each line of stdin
 (see `Peer`).
 """
 
-import argparse
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ from pipeline.machine import cpus
 from pipeline.names import ROOT
 from tools.benchmarks.peer_job import Job
 from tools.benchmarks.peer_pipelines import PEERS
-from tools.options import count, positive
+from tools.options import command_parser, count, positive
 
 MODULE = f"{__package__}.loader_peers"
 REPO = Path(__file__).resolve().parents[2]
@@ -135,9 +134,7 @@ def serve(name: str, job: Job, seconds: float, answers: IO[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("peer", choices=PEERS, help="pipeline to run")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="packed dataset")
     parser.add_argument("--batch", type=count, default=128, metavar="N", help="batch size (default 128)")

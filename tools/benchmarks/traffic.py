@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.plan import Plan
-from tools.options import count, natural
+from tools.options import command_parser, count, natural
 
 SAMPLE_BYTES = 20_400  # of ImageNet's training images at 256 px, on average
 EPOCHS = 3  # the last one only provides the future of the second
@@ -123,9 +123,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--hosts", type=count, nargs="+", default=[1, 64], metavar="N", help="hosts (default 1 64)")
     add("--batch", type=count, nargs="+", default=[1_024, 32_768], metavar="N", help="images in a step")

@@ -42,9 +42,9 @@ class Result(NamedTuple):
         return f"{in_line(self.file)}{when}: {', '.join(predictions)}"
 
 
-def best(probabilities: np.ndarray, spec: NetSpec, count: int = 5) -> list[Prediction]:
-    """Return the `count` most probable classes of probabilities [classes], or all if there are fewer."""
-    ranked = np.argsort(-probabilities, kind="stable")[:count]
+def best(probabilities: np.ndarray, spec: NetSpec) -> list[Prediction]:
+    """Return the five most probable classes of probabilities [classes], or all if there are fewer."""
+    ranked = np.argsort(-probabilities, kind="stable")[:5]
     return [Prediction(spec.classes[n].id, spec.classes[n].name, float(probabilities[n])) for n in ranked]
 
 

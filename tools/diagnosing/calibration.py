@@ -129,7 +129,7 @@ def _evaluate(trainer: Trainer, seconds: float) -> float:
     counts: list[int] = []
 
     def batches() -> Iterator[Batch]:
-        for batch in trainer.validation:
+        for batch in trainer.validation_loader:
             yield batch
             times.append(time.monotonic() - begun)
             counts.append(len(batch[1]))

@@ -14,16 +14,12 @@ from typing import Literal, NamedTuple
 
 from pipeline.documents import ContentError
 from pipeline.manifest import DatasetError
+from pipeline.remote_errors import reason_in_full
 from trainer.run import RunError
 from trainer.settings import SettingsError
 
-REFUSALS = (
-    SettingsError,
-    DatasetError,
-    RunError,
-    ContentError,
-    OSError,
-)  # what training ends with in one line
+# What training ends with in one line.
+REFUSALS = (SettingsError, DatasetError, RunError, ContentError, OSError)
 PROBE_SECONDS = 30.0  # for how long a probe is waited for
 Status = Literal["ok", "note", "problem"]
 _MARKS: dict[Status, str] = {"ok": " ", "note": "!", "problem": "✗"}
@@ -46,8 +42,7 @@ class Finding(NamedTuple):
 def problem(subject: str, error: Exception) -> Finding:
     """Return the finding for an error with which training would end; its message says what to do."""
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return Finding(subject, f"{where}{error.strerror or error}", "problem", "fix the cause")
+        return Finding(subject, reason_in_full(error), "problem", "fix the cause")
     return Finding(subject, str(error), "problem")
 
 

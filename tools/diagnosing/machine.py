@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.machine import ROOT, cpus, memory_bytes
+from pipeline.machine import ROOT, cpus, memory_bytes, text_of
 from tools.diagnosing.findings import Finding, Status, run_program, size
 from trainer.environment import environment
 from trainer.preflight import is_in_container
@@ -30,7 +30,7 @@ _DOCKER_SECONDS = 10.0
 def processor(root: Path = ROOT) -> Iterator[Finding]:
     """Describe the CPUs, and whether other programs use them. root: the folder that holds /proc and /sys."""
     about, count = environment(""), cpus(root)
-    words = _text(root / "proc/cpuinfo").split()
+    words = text_of(root / "proc/cpuinfo").split()
     features = dict.fromkeys(name for flag, name in _FEATURES.items() if flag in words)
     cores = f"{about['cores']} cores"
     if count < int(about["cores"]):
@@ -40,7 +40,7 @@ def processor(root: Path = ROOT) -> Iterator[Finding]:
         "versions",
         ", ".join(f"{name} {about[name]}" for name in about if name not in ("device", "cpu", "cores")),
     )
-    some = dict(word.split("=") for word in _text(root / "proc/pressure/cpu").split("\n")[0].split()[1:])
+    some = dict(word.split("=") for word in text_of(root / "proc/pressure/cpu").split("\n")[0].split()[1:])
     waiting = float(some.get(f"avg{_BUSY_SECONDS}", 0)) / 100
     if waiting > _BUSY:
         yield Finding(
@@ -70,7 +70,7 @@ def free_memory(root: Path = ROOT) -> int:
     """Return the memory in bytes that a new program may use: what is available on the machine, or less if the
     control group limits it.
     """
-    lines = dict(line.split(":", 1) for line in _text(root / "proc/meminfo").splitlines() if ":" in line)
+    lines = dict(line.split(":", 1) for line in text_of(root / "proc/meminfo").splitlines() if ":" in line)
     available = lines.get("MemAvailable", "").split()
     return min(memory_bytes(root), int(available[0]) * 1024) if available else memory_bytes(root)
 
@@ -79,7 +79,7 @@ def accelerator(settings: Settings, hardware: dict[str, Any], root: Path = ROOT)
     """Describe the GPUs and what training would run on. hardware: what `ask_hardware` returned."""
     nvml, seen = hardware["nvml"], hardware["gpus"]
     on_pci = sum(
-        _text(device / "vendor").startswith(_NVIDIA) and _text(device / "class").startswith(_GPU_CLASS)
+        text_of(device / "vendor").startswith(_NVIDIA) and text_of(device / "class").startswith(_GPU_CLASS)
         for device in (root / "sys/bus/pci/devices").glob("*")
     )
     stops: Status = "problem" if settings.device.startswith("cuda") else "note"
@@ -192,10 +192,3 @@ def docker(gpus: int) -> Iterator[Finding]:
         yield Finding("Docker", "running, without NVIDIA's runtime", "note", remedy)
     else:
         yield Finding("Docker", "running")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.experiments import rates
-from tools.experiments.details import bounds
+from tools.experiments.markdown import bounds
 from tools.experiments.measuring import measures
 from tools.experiments.record import TOP1, TOP5, Record, Result, Row
 from tools.experiments.training import Training, about, describe, train_all

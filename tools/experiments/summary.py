@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.files import atomic_write
 from tools.experiments import EXPERIMENTS
-from tools.experiments.details import bounds, published, section
+from tools.experiments.markdown import bounds, published, section
 from tools.experiments.record import MIN_SEEDS, Record
 from trainer.settings import SettingsError
 

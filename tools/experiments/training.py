@@ -16,6 +16,7 @@ from pipeline.manifest import read_manifest
 from pipeline.names import ROOT
 from tools.experiments.record import TrainedRun
 from tools.options import command_line
+from trainer.monitor.summary import read_summary
 from trainer.run import Run
 from trainer.setting_sources import load_settings
 from trainer.settings import Settings
@@ -143,7 +144,7 @@ def provenance(runs: Sequence[Run]) -> dict[str, Any]:
                 name=run.folder.resolve().name,
                 seed=run.settings().seed,
                 settings={name: value for name, value in own.items() if name not in common},
-                minutes=_minutes(run),
+                minutes=round(read_summary(run.folder).training_seconds / 60, 4),
             )
             for run, own in zip(runs, chosen, strict=True)
         ],
@@ -164,15 +165,6 @@ def _chosen(run: Run) -> dict[str, Any]:
     if settings.initial_weights:
         found["initial_weights"] = settings.initial_weights.name
     return {name: value for name, value in found.items() if name not in ("seed", "device")}
-
-
-def _minutes(run: Run) -> float:
-    """Return how long the steps of a run took, without evaluations."""
-    images, seconds, batch = 0.0, 0.0, run.settings().batch
-    for row in run.metrics.rows():
-        seconds += (row["step"] * batch - images) / row["images_per_second"]
-        images = row["step"] * batch
-    return round(seconds / 60, 4)
 
 
 def packing(data: Location) -> dict[str, Any]:

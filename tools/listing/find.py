@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pipeline.manifest import MANIFEST_NAME
 from pipeline.printable import in_line
+from pipeline.remote_errors import reason_in_full
 from trainer.monitor.summary import UNREADABLE, Summary, read_summary
 from trainer.run import BEFORE_SETTINGS, LOCK, SETTINGS
 
@@ -33,7 +34,7 @@ def find(folders: Iterable[Path]) -> Found:
             except UNREADABLE as error:
                 problems.append(in_line(str(error)))
             except OSError as error:
-                problems.append(in_line(f"{error.filename or folder}: {error.strerror or error}"))
+                problems.append(in_line(reason_in_full(error, folder)))
         if len(runs) + len(problems) == before and not any(_is_in(run, given) for run in runs):
             problems.append(f"no run in {in_line(given)}")
     return Found(list(runs.values()), problems)

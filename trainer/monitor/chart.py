@@ -21,11 +21,10 @@ class Line(NamedTuple):
     data: str = ""
 
 
-def chart(title: str, lines: Iterable[Line], shown: Callable[[float], str], unit: str = "epochs") -> str:
-    """Return a figure with curves from 0 to their maxima; points that are not finite are left out.
+def chart(title: str, lines: Iterable[Line], shown: Callable[[float], str]) -> str:
+    """Return a figure with curves over epochs, from 0 to their maxima, without points that are not finite.
 
-    shown: formats a label of the y axis. unit: that of the x axis. Without two points on any curve, the
-    figure says so.
+    shown: formats a label of the y axis. Without two points on any curve, the figure says so.
     """
     finite = [line._replace(points=_thinned(_finite(line.points))) for line in lines]
     drawn = [line for line in finite if line.points]
@@ -54,7 +53,7 @@ def chart(title: str, lines: Iterable[Line], shown: Callable[[float], str], unit
         f'{head}<div class="plot"><div class="y" aria-hidden="true">{y_labels}</div>'
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{label}">'
         f'{grid}{curves}</svg><div class="x" aria-hidden="true">{x_labels}</div></div>'
-        f'<p class="unit">{escape(unit)}</p></figure>'
+        f'<p class="unit">epochs</p></figure>'
     )
 
 

@@ -6,7 +6,7 @@ from functools import cache
 from matplotlib.font_manager import findfont, get_font
 
 from pipeline.manifest import Class
-from trainer.monitor.names import shorten, unlike
+from trainer.monitor.names import distinct, shorten
 
 
 def drawn_names(classes: Sequence[Class], length: int) -> list[str]:
@@ -14,7 +14,7 @@ def drawn_names(classes: Sequence[Class], length: int) -> list[str]:
 
     A class has its id instead of a name in other letters, or else `class` and its label.
     """
-    return unlike(
+    return distinct(
         [
             next(
                 (shorten(name, length) for name in (each.name, each.id) if _is_drawable(name)),

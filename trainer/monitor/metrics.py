@@ -197,7 +197,7 @@ class Metrics:
         return generate_latest(self.registry).decode()
 
     def stalled_seconds(self) -> float:
-        """Return the time since the last call of `progress`."""
+        """Return the time since the last call of `record_progress`."""
         return time.monotonic() - self._last_progress
 
     @contextmanager

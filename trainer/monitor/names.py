@@ -31,10 +31,10 @@ def shorten(name: str, length: int) -> str:
 
 def plain_names(classes: Sequence[Class], length: int) -> list[str]:
     """Return a short name for each class; those that would be alike have their label in front of them."""
-    return unlike([shorten(each.name or each.id, length) for each in classes])
+    return distinct([shorten(each.name or each.id, length) for each in classes])
 
 
-def unlike(names: Iterable[str]) -> list[str]:
+def distinct(names: Iterable[str]) -> list[str]:
     """Return the names, with the label in front of those that are alike."""
     names = list(names)
     times = Counter(names)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.processes.ranks import read_ranks
-from trainer.run import PeerLostError
+from trainer.run import PeerLostError, RunError
 from trainer.settings import SettingsError
 
 
@@ -62,6 +62,17 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def check_same_checkpoint(self, found: str, remedy: str) -> None:
+        """Raise RunError if the processes found different checkpoints. All processes must call this.
+
+        found: the checkpoint of this process. remedy: what to do, in a sentence without its full stop.
+        """
+        first, *others = self.gather(found)
+        if other := next((each for each in others if each != first), None):
+            raise RunError(
+                f"the processes found different checkpoints: {first}; but another one is {other}. {remedy}"
+            )
 
     @property
     def device_name(self) -> str:

@@ -63,17 +63,17 @@ def webdataset_tars(
     With val_fraction there is only train, from which val is still to be held out. Raises SourceError if a tar
     or sample is not as expected, and OSError.
     """
-    splits, unused = by_split(folder.name, tars)
+    splits, unnamed = by_split(folder.name, tars)
     check_splits(folder.name, splits, "tar", val_fraction)
-    found = {"train": _split_files(folder, "train", splits["train"], unused)}
+    found = {"train": _split_files(folder, "train", splits["train"], unnamed)}
     found["train"].unused.extend(splits["test"])
     if val_fraction is None:
         found["val"] = _split_files(folder, "val", splits["val"], [])
     return found
 
 
-def _split_files(folder: InputFolder, split: str, tars: list[str], unused: list[str]) -> SplitFiles:
-    location, images, strays, sequential = f"{folder.name} (tars of {split})", [], unused.copy(), set()
+def _split_files(folder: InputFolder, split: str, tars: list[str], unnamed: list[str]) -> SplitFiles:
+    location, images, strays, sequential = f"{folder.name} (tars of {split})", [], unnamed.copy(), set()
     contents = read_each(folder.name, partial(_read_tar, folder), tars)
     for tar, (in_tar, strays_in_tar, is_compressed) in zip(tars, contents, strict=True):
         images += in_tar
