@@ -24,26 +24,21 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.backend import ReleaseUnusedMemory  # type: ignore[attr-defined]
 from nvidia.dali.tensors import TensorCPU, TensorListCPU
+from PIL import Image
 
 CENTRE = (0.5, 0.5)
-TEN_CROP_POSITIONS = (
-    (0.0, 0.0),
-    (1.0, 0.0),
-    (0.0, 1.0),
-    (1.0, 1.0),
-    CENTRE,
-)  # each is used twice, once mirrored
-DTYPES = {
-    torch.float32: types.FLOAT,
-    torch.float16: types.FLOAT16,
-    torch.uint8: types.UINT8,
-}  # types of the pixels that DALI can write
+# Each is used twice, once mirrored.
+TEN_CROP_POSITIONS = (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), CENTRE
+# The types of the pixels that DALI can write.
+DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16, torch.uint8: types.UINT8}
 RESERVED_BYTES = 2**31  # most GPU memory to reserve at the start for the decoded images of a batch
 
 # DALI reuses allocations above this size, which is 32 MB by default. With that, the memory of smaller batches
@@ -239,11 +234,23 @@ def _build(graph: Callable, options: GraphOptions, *arguments: Any) -> Any:
     return pipeline
 
 
-def find_undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]:
-    """Return the indices of the files that the decoder refuses.
+def find_undecodable(
+    jpegs: Sequence[memoryview], sizes: Sequence[tuple[int, int]], options: GraphOptions
+) -> list[int]:
+    """Return the indices of the files of a batch that the decoder refuses.
 
-    DALI's error does not say which file of a batch is at fault, so each is decoded by itself.
+    sizes: width and height of each image, in pixels. For lack of memory, the decoder also refuses intact
+    files, and says the same. Therefore a file counts only if the decoder takes plain images as large as those
+    that it refuses, and then refuses the file again.
     """
+    refused = _refused(jpegs, options)
+    if _refused([_plain_jpeg(*sizes[index]) for index in refused], options):
+        return []
+    return [refused[index] for index in _refused([jpegs[index] for index in refused], options)]
+
+
+def _refused(jpegs: Sequence[memoryview], options: GraphOptions) -> list[int]:
+    """Decode each file by itself, because DALI's error does not say which one of a batch is at fault."""
     single = replace(options, batch=1, decoding=replace(options.decoding, prefetch=1))
     refused: list[int] = []
     done = 0
@@ -261,7 +268,19 @@ def find_undecodable(jpegs: Sequence[memoryview], options: GraphOptions) -> list
         except RuntimeError:
             refused.append(done)
             done += 1
+        del pipeline  # before there is another one
     return refused
+
+
+def _plain_jpeg(width: int, height: int) -> memoryview:
+    file = BytesIO()
+    Image.new("L", (width, height)).save(file, "JPEG")
+    return file.getbuffer()
+
+
+def release_unused_memory() -> None:
+    """Give back the memory that DALI keeps for later pipelines, so that others can use it."""
+    ReleaseUnusedMemory()
 
 
 def train_pipeline(
@@ -287,9 +306,6 @@ def evaluation_pipeline(
 
     source() returns a tuple of the input jpeg alone, or raises StopIteration at the end. mean, std: RGB [3],
     subtracted from the pixels, and their divisor after it. crops: 1 for the centre, or 10 for the four
-    corners, the centre and their mirror images (section 4.1 of the paper). Raises ValueError for any other
-    number of crops.
+    corners, the centre and their mirror images (section 4.1 of the paper).
     """
-    if crops not in (1, 10):
-        raise ValueError(f"crops must be 1 (centre) or 10 (corners and centre, also mirrored), not {crops}")
     return _build(_evaluate, options, source, options, mean, std, crops == 10)

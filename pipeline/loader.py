@@ -153,8 +153,9 @@ def evaluation_loader(
 
     def requests() -> Iterator[Request]:
         checked.begin_epoch()
+        behind = batch * (Stream.look_ahead // batch + 1)  # requests are made before their samples are read
         for start in range(mine.start, mine.stop, batch):
-            reader.read_in_order(range(max(start - Stream.look_ahead, mine.start), mine.stop))
+            reader.read_in_order(range(max(start - behind, mine.start), mine.stop))
             yield Request(np.arange(start, min(start + batch, mine.stop)))
         reader.read_in_order(None)
 

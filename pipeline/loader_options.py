@@ -60,25 +60,44 @@ def make_decoding(
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise LoaderError(f"{name} must be 1 or more, not {value}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    count = threads or max(1, machine.cpus() // ranks.local_world_size)
+    if not 0 <= hw_decoder_load <= 1:
+        raise LoaderError(f"hw_decoder_load must be from 0 to 1, not {hw_decoder_load}")
+    chosen = _find_device(device)
+    share = machine.share_of_cpus(ranks.local_world_size)
+    count = threads or max(1, share)
     if cores is None:
-        own = _local_cores(ranks) if chosen.type == "cpu" else ()
+        own = _own_cores(share, ranks.local_rank) if chosen.type == "cpu" else ()
         cores = own if len(own) == count else ()
     return Decoding(crop, chosen, count, prefetch, hw_decoder_load, cores, pipelines, dtype)
 
 
-def _local_cores(ranks: Ranks) -> tuple[int, ...]:
-    """Return this process's share of the cores that the processes may use on this machine.
+def _find_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that is meant, with its index if it is a GPU. Raises LoaderError."""
+    gpus = torch.cuda.device_count()
+    try:
+        chosen = torch.device(device or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        raise LoaderError(f"device must be cpu, cuda or cuda:N, not {device}") from None
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda":
+        raise LoaderError(f"device must be cpu, cuda or cuda:N, not {device}")
+    if (chosen.index or 0) >= gpus:
+        raise LoaderError(f"device {device}: torch finds {gpus} GPUs here, counted from 0")
+    return chosen if chosen.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _own_cores(share: int, local_rank: int) -> tuple[int, ...]:
+    """Return this process's share of the cores that it may run on.
 
     Decoding threads are pinned to them. Otherwise, the thread that feeds the decoder would displace a
     decoding thread to the core of another one, and the two would share that core while a third core is idle.
     """
     allowed = machine.cores()
-    count = len(allowed) // ranks.local_world_size
-    return allowed[ranks.local_rank * count :][:count]
+    if not share or not allowed:
+        return ()
+    processes = len(allowed) // share  # that may run on these cores
+    return allowed[local_rank % processes * share :][:share]
 
 
 def find_ranks(rank: int | None, world: int | None) -> Ranks:

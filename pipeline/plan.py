@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.composition import Composition
 
-_ORDER, _AUGMENT, _RESIZE = 0, 1, 2  # independent streams of an epoch
+_ORDER, _AUGMENT, _RESIZE = 0, 1, 3  # independent streams of an epoch; composition.py has stream 2
 _WORDS = 8  # 64-bit words per position in the augmentation stream; each counter value of Philox gives 4
 _RESIZE_WORDS = 24  # the same in the stream for random resized crops, which need RESIZE_DRAWS of them
 RESIZE_DRAWS = 22
@@ -121,7 +121,7 @@ class Plan:
     as for `epoch_order`. crop_chunk: number of consecutive images in a step that share the draws of the first
     one for crop and mirror; the last chunk of a step may be smaller. composition: the shares of classes and
     datasets in each epoch; by default, each sample comes once. Raises ValueError if the batch is not
-    positive.
+    positive, or if window or crop_chunk are out of range.
     """
 
     seed: int
@@ -134,6 +134,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"the batch must have 1 image or more, not {self.batch}")
+        if self.window < 0:
+            raise ValueError(f"the number of shards to shuffle together must be 0 or more, not {self.window}")
+        if self.crop_chunk < 1:
+            raise ValueError(f"crop_chunk must be 1 or more, not {self.crop_chunk}")
 
     @cached_property
     def samples(self) -> int:
@@ -163,9 +167,8 @@ class Plan:
                 epoch, start = divmod(position, self.samples)
                 count = min(left, self.samples - start)
                 position, left = position + count, left - count
-                if (
-                    spans and spans[-1][0] == epoch and sum(spans[-1][1:]) == start
-                ):  # it continues the last span
+                # Whether it continues the last span.
+                if spans and spans[-1][0] == epoch and sum(spans[-1][1:]) == start:
                     start, count = spans[-1][1], spans.pop()[2] + count
                 spans.append((epoch, start, count))
         return spans

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle
 from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -76,19 +77,20 @@ class Stream:
         self.samples = np.array([], np.int64)  # numbers of those in the batch that was yielded last
         # DALI does not copy its inputs, and on a GPU it reads them even after it has returned the batch.
         self.inputs: deque[tuple] = deque(maxlen=options.decoding.prefetch + 2)
-        self.pipeline = build(self._source, options)
+        self.pipeline = self._build()
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.device
         self.requests, self.failure = self._prefetched(self.all_requests()), None
         self.in_flight.clear()
-        # The pipeline and the requests refer to self. If self also referred to a running pipeline, or to a
-        # cropper, only the garbage collector would end their threads.
-        pipeline, self.pipeline = self.pipeline or self.build(self._source, self.options), None
+        # The requests refer to self. If self also referred to a running pipeline, or to a cropper, only the
+        # garbage collector would end their threads.
+        pipeline, self.pipeline = self.pipeline or self._build(), None
         crop = self.make_cropper() if self.make_cropper else as_tensor
         while True:
             # On a GPU the outputs are ordered on torch's stream, so the host does not wait for them.
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            refusal = None
             try:
                 [output] = pipeline.run(stream)
             except StopIteration:
@@ -99,15 +101,28 @@ class Stream:
                     self.pipeline = pipeline
                 return
             except RuntimeError as error:
-                self._exclude_undecodable(error)
+                refusal = str(error)
+            if refusal is not None:
+                pipeline = None  # frees its memory; it cannot be used again
+                self._exclude_undecodable(refusal)
                 self.requests = chain([request for request, _ in self.in_flight], self.requests)
                 self.in_flight.clear()
-                pipeline = self.build(self._source, self.options)
+                pipeline = self._build()
                 continue
             request, _ = self.in_flight.popleft()
             self.samples = request.samples
             labels = torch.from_numpy(self.reader.rows["label"][self.samples].astype(np.int64))
             yield crop(output, *request.rest), labels.to(device, non_blocking=True)
+
+    def _build(self) -> Any:
+        method = WeakMethod(self._source)  # or the pipeline and self would keep each other alive
+
+        def source() -> tuple:
+            call = method()
+            assert call is not None  # an iterator of self keeps it alive
+            return call()
+
+        return self.build(source, self.options)
 
     def _prefetched(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Yield the requests, and have the kernel prefetch the samples of later ones meanwhile.
@@ -140,18 +155,19 @@ class Stream:
         self.inputs.append((jpeg_batch(files.jpegs), *request.inputs))
         return self.inputs[-1]
 
-    def _exclude_undecodable(self, error: RuntimeError) -> None:
-        """Exclude the samples in flight that DALI cannot decode, after it refused a batch with this error."""
-        candidates = [
-            (number, jpeg)
-            for request, files in self.in_flight
-            for number, jpeg in zip(request.samples.tolist(), files.jpegs, strict=True)
-        ]
-        indices = find_undecodable([jpeg for _, jpeg in candidates], self.options)
-        if not indices:
-            raise DatasetError(f"DALI cannot decode a batch: {error}") from error
-        for index in indices:
-            self.checked.exclude_undecodable(candidates[index][0])
+    def _exclude_undecodable(self, refusal: str) -> None:
+        """Exclude the samples in flight that DALI cannot decode, after it refused a batch with this message.
+
+        Raises MemoryError if none is at fault.
+        """
+        numbers = [number for request, _ in self.in_flight for number in request.samples.tolist()]
+        jpegs = [jpeg for _, files in self.in_flight for jpeg in files.jpegs]
+        sizes = self.reader.rows[["width", "height"]][numbers].tolist()
+        at_fault = find_undecodable(jpegs, sizes, self.options)
+        if not at_fault:
+            raise MemoryError(f"DALI cannot decode a batch of intact images: {refusal}")
+        for index in at_fault:
+            self.checked.exclude_undecodable(numbers[index])
 
 
 def _as_dataset_error(error: DatasetError | OSError) -> DatasetError:

@@ -4,9 +4,8 @@ They are measured at the first start and cached for later ones. Without a GPU, n
 per core was within noise of the best in every sweep (docs/benchmarks.md).
 """
 
-import errno
 import json
-import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +18,10 @@ from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 from pipeline import Damage, Dataset
 from pipeline.documents import ContentError, read_json
 from pipeline.files import atomic_write
+from pipeline.graph import release_unused_memory
 from pipeline.loader import Decoding
+from pipeline.locations import cache_folder
+from pipeline.messages import one_line
 from trainer.build import build_loader
 from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
@@ -63,11 +65,17 @@ def tune(
         return decoding, []
 
     def images_per_second(candidate: Decoding) -> float:
-        return measure(candidate, settings, dataset, world)
+        try:
+            return measure(candidate, settings, dataset, world)
+        except (MemoryError, RuntimeError) as error:  # for example, two pipelines need too much memory
+            warnings.warn(f"cannot decode with {candidate}: {one_line(error)}", stacklevel=2)
+            return 0.0
 
     def measure_all() -> _Cached:
-        images_per_second(decoding)  # reads the images from the disk, so that no measurement includes that
+        # This reads the images from the disk, so that no measurement includes that.
+        measure(decoding, settings, dataset, world)
         best = fastest(decoding, choices, images_per_second)
+        release_unused_memory()
         return {
             "pipelines": best.pipelines,
             "hw_decoder_load": best.hw_decoder_load,
@@ -110,16 +118,6 @@ def measure(
 
 def _ignore(_damage: Damage) -> None:
     """Ignore a damaged sample, which training will count and report."""
-
-
-def cache_folder() -> Path:
-    """Return the folder that caches measurements. Raises FileNotFoundError if the user has no home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-train"
-    except RuntimeError:
-        raise FileNotFoundError(
-            errno.ENOENT, "this user has no home directory: set XDG_CACHE_HOME", "alexnet-train"
-        ) from None
 
 
 def load_or_measure(

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import io
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from itertools import islice
@@ -21,6 +23,7 @@ from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader, train_l
 from pipeline.manifest import DatasetError
 from pipeline.plan import Plan
 from tests.helpers import assert_same_batches, copies
+from tests.trees import pack_here
 
 pytestmark = pytest.mark.usefixtures("_larger_than_memory")
 
@@ -145,6 +148,31 @@ def test_a_picture_that_only_the_decoder_refuses_is_left_out(dataset):
     assert sorted(damage.location for damage in damages) == sorted(map(reader.location, LOST))
     assert {(damage.reason, damage.what) for damage in damages} == {("undecodable", "cannot be decoded")}
     Image.open(io.BytesIO(reader.jpeg(LOST.start))).load()  # Pillow does not refuse it
+
+
+@pytest.mark.slow
+def test_a_decoder_without_memory_does_not_make_intact_pictures_damaged(tmp_path):
+    """DALI's message is the same as for a damaged file."""
+    for split in ("train", "val"):
+        (tmp_path / split / "class").mkdir(parents=True)
+        Image.new("RGB", (9000, 8000), "green").save(tmp_path / split / "class" / "large.jpg")
+    pack_here("--input", tmp_path, "--out", tmp_path / "shards", "--geometry", "original")
+    script = """
+import resource, sys
+from pipeline import Loader, open_dataset
+
+dataset = open_dataset(sys.argv[1])
+with Loader(dataset, 1, crop=64, device="cpu", threads=1, on_damage=print) as loader:
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 200 * 2**20,) * 2)
+    next(iter(loader.epoch(0)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "shards"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "MemoryError: DALI cannot decode a batch of intact images" in done.stderr
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, replace])

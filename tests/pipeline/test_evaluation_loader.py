@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.checked import CheckedReader
 from pipeline.graph import evaluation_pipeline
 from pipeline.loader import Batch, Dataset, Decoding, evaluation_loader
+from pipeline.stream import Stream
 from tests.helpers import wait_until
 
 CROP = 64
@@ -100,3 +102,23 @@ def test_an_evaluation_ends_its_threads_without_the_garbage_collector(dataset):
         wait_until(lambda: threads() <= before)  # the system lists a thread for a moment after its end
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("batch", "look_ahead"), [(3, 10), (3, 2), (20, 10), (1, 1)])
+def test_samples_are_not_declared_read_before_they_are(dataset, monkeypatch, batch, look_ahead):
+    """Storage that holds only some shards would drop them."""
+    reader, announced = dataset.reader("val"), [0]
+    read = CheckedReader.read
+
+    def checked(self: CheckedReader, samples: np.ndarray) -> tuple:
+        assert samples.min() >= max(announced)
+        return read(self, samples)
+
+    def note(samples: range | None) -> None:
+        announced.append(samples.start if samples else 0)
+
+    monkeypatch.setattr(Stream, "look_ahead", look_ahead)
+    monkeypatch.setattr(CheckedReader, "read", checked)
+    monkeypatch.setattr(reader, "read_in_order", note)
+    assert sum(len(labels) for _, labels in evaluation_loader(dataset, "val", batch, DECODING)) == 20
+    assert max(announced) > 0 or batch + look_ahead >= 20

@@ -145,13 +145,6 @@ def test_the_pictures_include_portrait_and_landscape(packed_as):
         assert all(min(shape) == SIZE for shape in shapes)
 
 
-@pytest.mark.parametrize("crops", [0, 2, 5])
-def test_other_numbers_of_crops_are_refused(crops):
-    options = GraphOptions(Decoding(CROP), batch=1, resize_shorter=None, max_width=SIZE, max_height=SIZE)
-    with pytest.raises(ValueError, match=f"crops must be 1 .* or 10 .*, not {crops}$"):
-        evaluation_pipeline(lambda: None, options, (0.0, 0.0, 0.0), crops)
-
-
 def options_of(width: int, height: int, batch: int = 1024) -> GraphOptions:
     decoding = Decoding(CROP, torch.device("cuda", 0))
     return GraphOptions(decoding, batch, SIZE, max_width=width, max_height=height)

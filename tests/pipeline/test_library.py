@@ -1,5 +1,6 @@
 """The loaders for any training loop: epochs, states, processes, normalisation, and bad input."""
 
+import gc
 import json
 import multiprocessing
 import pickle
@@ -173,6 +174,12 @@ def test_a_step_that_cannot_be_is_refused(loader, step):
         ({"crop": 0}, "crop must be 1 or more, not 0"),
         ({"threads": 0}, "threads must be 1 or more, not 0"),
         ({"prefetch": -1}, "prefetch must be 1 or more, not -1"),
+        ({"crop_chunk": 0}, "crop_chunk must be 1 or more, not 0"),
+        ({"shuffle_window": -1}, "shards to shuffle together must be 0 or more, not -1"),
+        ({"hw_decoder_load": 3.0}, "hw_decoder_load must be from 0 to 1, not 3.0"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, not gpu"),
+        ({"device": "meta"}, "device must be cpu, cuda or cuda:N, not meta"),
+        ({"device": "cuda:99"}, r"device cuda:99: torch finds \d+ GPUs here"),
         ({"split": "test"}, "the dataset has no split 'test'; it has: train, val"),
         ({"crop": 81}, "a crop of 81 px does not fit into images of 80 px"),
     ],
@@ -188,8 +195,11 @@ def test_there_is_no_epoch_before_the_first_one(loader):
         loader.epoch(-1)
 
 
-@pytest.mark.parametrize("kind", [Loader, EvaluationLoader])
-def test_a_closed_loader_has_no_threads_and_cannot_be_used(dataset, kind):
+@pytest.mark.parametrize("count", [1, None])
+@pytest.mark.parametrize(("kind", "options"), [(Loader, {"pipelines": 2}), (EvaluationLoader, {})])
+def test_a_closed_loader_has_no_threads_and_cannot_be_used(dataset, kind, options, count):
+    """After one batch, which the second pipeline has not begun, or a pass, and without garbage collection."""
+
     def threads() -> set[str]:
         return {task.name for task in Path("/proc/self/task").iterdir()}
 
@@ -197,14 +207,18 @@ def test_a_closed_loader_has_no_threads_and_cannot_be_used(dataset, kind):
         return iter(loader.epoch(0) if isinstance(loader, Loader) else loader)
 
     before = threads()  # those of other tests may end at any time
-    with kind(dataset, 4, crop=CROP, device="cpu") as loader:
-        assert threads() <= before  # the loader's begin with the first batch
-        taken = batches(loader)
-        next(taken)
-        assert threads() - before
-        del taken
-    # A thread of Python's remains in the list for a moment after it has been joined.
-    wait_until(lambda: threads() <= before)
+    gc.disable()
+    try:
+        with kind(dataset, 4, crop=CROP, device="cpu", **options) as loader:
+            assert threads() <= before  # the loader's begin with the first batch
+            taken = batches(loader)
+            list(islice(taken, count))
+            assert threads() - before
+            del taken
+        # A thread of Python's remains in the list for a moment after it has been joined.
+        wait_until(lambda: threads() <= before)
+    finally:
+        gc.enable()
     with pytest.raises(LoaderError, match="the loader is closed"):
         next(batches(loader))
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.machine import cores, cpus, memory_bytes
+from pipeline.machine import cores, cpus, memory_bytes, share_of_cpus
 from tests.trees import write
 
 GROUPS = Path("/sys/fs/cgroup/cpu")
+OWN_CORES = sorted(os.sched_getaffinity(0))
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -111,3 +112,39 @@ def test_the_quota_of_a_real_control_group_is_found(half_a_cpu):
 def test_cores_are_numbered_unless_the_quota_is_smaller(tmp_path, monkeypatch, quota, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {20, 3, 8})
     assert cores(tree(tmp_path, "0::/", {"cpu.max": f"{quota} 100000"})) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "parents", "processes", "expected"),
+    [
+        (16, 16, 4, 4),  # none is bound
+        (4, 16, 4, 4),  # each to its own cores
+        (8, 16, 4, 4),  # each to a node of two processes
+        (4, 16, 1, 4),
+        (3, 3, 4, 0),
+        (16, 4, 4, 4),  # the process has freed itself
+    ],
+)
+def test_cpus_are_divided_unless_the_launcher_has_done_so(
+    tmp_path, monkeypatch, own, parents, processes, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(parents if pid else own)))
+    assert share_of_cpus(processes, tree(tmp_path, "0::/", {})) == expected
+    quota = {"cpu.max": "200000 100000"}
+    assert share_of_cpus(processes, tree(tmp_path, "0::/", quota)) == min(expected, 2 // processes)
+
+
+@pytest.mark.skipif(len(OWN_CORES) < 2, reason="this machine has one core")
+def test_a_process_that_is_bound_to_a_core_pins_its_thread_to_it():
+    last = OWN_CORES[-1]
+    code = f"""
+import os
+os.sched_setaffinity(0, {{{last}}})
+from pipeline.loader_options import find_ranks, make_decoding
+decoding = make_decoding(64, find_ranks(None, None), device="cpu")
+print(decoding.threads, decoding.cores)
+"""
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launched |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    found = subprocess.check_output([sys.executable, "-c", code], env=os.environ | launched, text=True)
+    assert found == f"1 ({last},)\n"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import composition, plan
 from pipeline.plan import RESIZE_DRAWS, Plan, draws, resize_draws
 from pipeline.resized_crop import resized_crops
 
@@ -101,3 +102,9 @@ def test_the_numbers_of_a_step_are_those_of_its_positions_on_any_world(seed, bat
     for world in (n for n in range(1, batch + 1) if batch % n == 0):
         parts = [plan.step_resizes(step, rank, world) for rank in range(world)]
         np.testing.assert_array_equal(np.concatenate(parts), plan.step_resizes(step))
+
+
+def test_the_streams_of_random_words_differ():
+    """Those of random resized crops were those that choose the images of a mixture."""
+    streams = [plan._ORDER, plan._AUGMENT, plan._RESIZE, composition._STREAM]
+    assert len(set(streams)) == 4

@@ -97,6 +97,21 @@ def test_the_result_is_remembered_for_this_machine_and_dataset(on_gpu, dataset):
     assert len(on_gpu) > measured
 
 
+def test_a_decoding_that_needs_too_much_memory_is_not_chosen(on_gpu, dataset, monkeypatch):
+    measure = tuning.measure
+
+    def with_little_memory(decoding, *rest):
+        if decoding.pipelines == 2:
+            raise MemoryError("no room for a second pipeline")
+        return 100 + measure(decoding, *rest)
+
+    monkeypatch.setattr(tuning, "measure", with_little_memory)
+    world, decoding = cuda()
+    with pytest.warns(UserWarning, match="pipelines=2.*MemoryError: no room for a second pipeline"):
+        chosen, _ = tuning.tune(decoding, SETTINGS, dataset, world)
+    assert (chosen.pipelines, chosen.threads, chosen.hw_decoder_load) == (1, 6, 0.5)
+
+
 def test_fixed_settings_are_not_tuned(on_gpu, dataset):
     world, decoding = cuda()
     settings = Settings(threads=8, hw_decoder_load=0.65, pipelines=1)
