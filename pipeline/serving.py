@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -45,6 +46,8 @@ class PageServer:
         def not_found() -> Response:
             return 404, PLAIN, f"not found; try {', '.join(pages)}\n"
 
+        self.served = served = Counter[str]()  # how often a page was sent, by its path
+
         class Handler(BaseHTTPRequestHandler):
             def setup(self) -> None:
                 super().setup()
@@ -63,6 +66,7 @@ class PageServer:
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
+                    served[self.path] += 1
 
             do_HEAD = do_GET  # noqa: N815 – http.server's name
 

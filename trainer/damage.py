@@ -28,8 +28,8 @@ class DamagedSamples:
         A single process raises the error at once. One of several continues with the intact samples until all
         processes stop together and the main process has saved.
         """
-        self.metrics.input_errors[damage.reason].inc()
-        if damage.location not in self._locations:
+        if damage.location not in self._locations:  # each evaluation finds its own again
+            self.metrics.input_errors[damage.reason].inc()
             self.warn(f"left out: {damage}")
             self._locations.add(damage.location)
         if len(self._locations) > self.limit:

@@ -37,6 +37,10 @@ from trainer.step import all_finite
 from trainer.tuning import tune
 from trainer.validation import Validation
 
+ALMOST_COMPLETE = (
+    0.9999  # the progress during the last evaluation and the report; 1 means that nothing is left
+)
+
 
 def train(settings: Settings, run: Run) -> None:
     """Begin the run that the settings describe, or continue it, train to its end and write its report.
@@ -57,6 +61,8 @@ def train(settings: Settings, run: Run) -> None:
                 if settings.calibrate:
                     trainer.calibrate()
             trainer.run_to_end()
+            if server is not None:
+                server.wait_for_scrape()
     finally:
         if server is not None:
             server.close()
@@ -149,6 +155,7 @@ class Trainer:
                 self.metrics.record_progress("report")
                 self.display.say(f"done: {write_report(self.run, self.dataset)}")
                 self.journal.trainjob.complete()
+            self.metrics.progress_ratio.set(1)
 
     def _train(self) -> None:
         batches = self.batches()
@@ -246,7 +253,7 @@ class Trainer:
     def _show_progress(self) -> None:
         self.metrics.step.set(self.step)
         self.metrics.epoch.set(self.epoch_at(self.step))
-        self.metrics.progress_ratio.set(self.step / self.steps)
+        self.metrics.progress_ratio.set(min(self.step / self.steps, ALMOST_COMPLETE))
 
     def log(self) -> None:
         """End a log interval, and report it. Raises RunError if the run cannot go on."""

@@ -72,7 +72,7 @@ def first_screen() -> list:
         sized(words(verdict, VERDICTS), 80),
         figure(
             "Epoch",
-            'max(alexnet_epoch{job="$job"})',
+            'max(alexnet_epoch{job="$job"} > 0)',
             "none",
             "Completed passes over the training set.",
             5,

@@ -125,7 +125,7 @@ def learning() -> list:
         ),
         curves(
             "Learning rate",
-            {"rate": 'max(alexnet_learning_rate{job="$job"})'},
+            {"rate": 'max(alexnet_learning_rate{job="$job"} != 0)'},
             "sci",
             "Learning rate of the weights. A drop here explains a drop in the error at the same time.",
         ),
@@ -254,7 +254,7 @@ def run() -> list:
     return [
         labels_of(
             "Run details",
-            'alexnet_run_info{job="$job"}',
+            'alexnet_run_info{job="$job",run!=""}',
             "Recipe, hardware and versions of the latest start.",
         ),
         series_of(
@@ -288,7 +288,9 @@ def run() -> list:
         ),
         figure_now(
             "Restarts",
-            'max(changes(process_start_time_seconds{job="$job"}[$__range]))',
+            'sum(changes(process_start_time_seconds{job="$job"}[$__range]) + 1'
+            " and on (instance) last_over_time(alexnet_step[$__range]))"
+            ' / max_over_time(count(alexnet_step{job="$job"})[$__range:1m]) - 1',
             "none",
             "Within the time range shown. A crash costs the work since the last checkpoint, a stop none.",
             6,

@@ -79,7 +79,9 @@ def series(expr: str) -> Iterator[tuple[str, set[str]]]:
 
 def exported() -> dict[str, set[str]]:
     """Return each metric that a process exports, with its labels."""
-    registry = Metrics().registry
+    metrics = Metrics()
+    metrics.describe({"run": "runs/a"})  # as trainer/monitor/journal.py does
+    registry = metrics.registry
     packing = {
         sample.name: {"instance"}
         for family in _ProgressCollector(Progress()).collect()
@@ -94,7 +96,7 @@ def exported() -> dict[str, set[str]]:
     others = {
         sample.name: set(sample.labels)
         for family in registry.collect()
-        if family.name.startswith(("process_", "alexnet_storage_"))
+        if family.name.startswith(("process_", "alexnet_storage_", "alexnet_activity_", "alexnet_run"))
         for sample in family.samples
     }
     recorded = {rule["record"]: grouping(rule["expr"]) for rule in rules() if "record" in rule}

@@ -136,7 +136,6 @@ class Journal:
 
     def log_early_end(self, epoch: float, settings: Settings) -> None:
         """Log that --stop-after has ended the run after `epoch` epochs."""
-        self.metrics.progress_ratio.set(1)  # as otherwise, monitoring would wait for the rest
         self.display.say(
             f"epoch {epoch:.2f}  stopped early: "
             f"{settings.stop_after} evaluations without a lower validation error"

@@ -4,6 +4,7 @@ Counters are exported instead of rates: `rate(alexnet_images_total{phase="train"
 """
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -66,14 +67,14 @@ class Metrics:
             histogram("input_wait_seconds", "Host time blocked on the loader.", _SECONDS, "phase")
         )
         self.busy_seconds = counter("gpu_busy_seconds", "Device time from batch ready to end of update.")
-        activity = counter("activity_seconds", "Wall time by activity.", "activity")
-        self._activity = {name: activity.labels(name) for name in ("start-up", "train", "eval", "checkpoint")}
+        self._activities = _ActivityCollector()
+        registry.register(self._activities)
         self.images_per_second = gauge(
             "images_per_second", "Throughput of all processes over the last log interval."
         )
         self.step = gauge("step", "Steps done.")
         self.epoch = gauge("epoch", "Epochs done, including the fraction.")
-        self.progress_ratio = gauge("progress_ratio", "Fraction of the run that is done, 0 to 1.")
+        self.progress_ratio = gauge("progress_ratio", "Fraction of the run that is done; 1: complete.")
         # A gauge with a label is not exported until it is set, so there is no loss before the first one.
         self._loss = gauge("loss", "Mean cross-entropy at the last log or evaluation.", "phase")
         self.learning_rate = gauge("learning_rate", "Learning rate of the weights.")
@@ -204,11 +205,44 @@ class Metrics:
     def activity(self, name: str) -> Iterator[None]:
         """Add the duration of the `with` block to the time that is counted for an activity."""
         self.record_progress(name)
-        start = time.monotonic()
+        self._activities.switch_to(name)
         try:
             yield
         finally:
-            self._activity[name].inc(time.monotonic() - start)
+            self._activities.switch_to(None)
+
+
+class _ActivityCollector(Collector):
+    """Counts the wall time of each activity up to the moment of a scrape, since some take many minutes."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(("start-up", "train", "eval", "checkpoint"), 0.0)
+        self._current: str | None = None
+        self._begun = 0.0
+        self._lock = threading.Lock()
+
+    def switch_to(self, activity: str | None) -> None:
+        with self._lock:
+            self._count()
+            self._current = activity
+
+    def _count(self) -> None:
+        """Add the time since the last call to the current activity."""
+        now = time.monotonic()
+        if self._current is not None:
+            self._seconds[self._current] += now - self._begun
+        self._begun = now
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            self._count()
+            seconds = self._seconds.copy()
+        family = CounterMetricFamily(
+            "alexnet_activity_seconds", "Wall time by activity.", labels=["activity"]
+        )
+        for activity, value in seconds.items():
+            family.add_metric([activity], value)
+        yield family
 
 
 class _StorageCollector(Collector):

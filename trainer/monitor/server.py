@@ -1,14 +1,23 @@
 """The pages of a process: /metrics for Prometheus, /healthz for supervisors, / and /batch for a browser."""
 
+import time
+from contextlib import suppress
+from pathlib import Path
+
 from pipeline.serving import PLAIN, PageServer, Response
 from trainer.monitor.live import live_page
 from trainer.monitor.metrics import Metrics
-from trainer.preflight import port_error
+from trainer.preflight import is_in_container, port_error
 from trainer.processes.distributed import World
 from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
 from trainer.settings import Settings
 
 HTML = "text/html; charset=utf-8"
+SCRAPE_SECONDS = (
+    15.0  # more than the interval of docker/prometheus, and less than the time to stop a container
+)
+# Where the image's health check finds out whom to ask; without the file, there is no server.
+ADDRESS_FILE = Path("/tmp/alexnet-train.address")
 
 
 class MetricsServer(PageServer):
@@ -37,6 +46,12 @@ class MetricsServer(PageServer):
             pages["/batch"] = lambda: (200, HTML, metrics.live.batch.html(metrics.live.names))
         super().__init__(pages, address, port)
 
+    def wait_for_scrape(self) -> None:
+        """Let a Prometheus that has scraped this process more than once see its last values."""
+        before, deadline = self.served["/metrics"], time.monotonic() + SCRAPE_SECONDS
+        while before > 1 and self.served["/metrics"] == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+
 
 def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
     """Start the metrics server, unless the port is 0. Raises SettingsError if it cannot use its port."""
@@ -44,6 +59,11 @@ def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsS
         return None
     port = settings.port + world.local_rank
     try:
-        return MetricsServer(metrics, settings.address, port, settings.stall_seconds, settings.show_images)
+        server = MetricsServer(metrics, settings.address, port, settings.stall_seconds, settings.show_images)
     except OSError as error:
         raise port_error(settings, port, error) from error
+    if is_in_container() and world.local_rank == 0:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address, settings.address)
+        with suppress(OSError):  # a root file system that is read-only, without a /tmp
+            ADDRESS_FILE.write_text(f"{host} {port}")
+    return server

@@ -1,5 +1,6 @@
 """Metrics as a scraper sees them."""
 
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -47,6 +48,27 @@ def test_every_metric_is_exposed_with_its_type():
     metrics.record_evaluation("centre", loss=1.5, top1_error=0.4, top5_error=0.2)
     families = {family.name: family for family in text_string_to_metric_families(metrics.exposition())}
     assert {name: families[name].type for name in TYPES if name in families} == TYPES
+
+
+def test_the_time_of_an_activity_is_counted_while_it_lasts(monkeypatch):
+    clock = itertools.count(100.0)  # seconds; each look at it takes one
+    monkeypatch.setattr("trainer.monitor.metrics.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    metrics = Metrics()
+
+    def seconds() -> tuple[float, float]:
+        return metrics.value("activity_seconds_total", activity="train"), metrics.value(
+            "activity_seconds_total", activity="eval"
+        )
+
+    assert seconds() == (0, 0)
+    with metrics.activity("train"):
+        assert seconds()[0] > 0
+    trained, _ = seconds()
+    with metrics.activity("eval"):
+        first, second = seconds(), seconds()
+    assert first[0] == second[0] == trained
+    assert 0 < first[1] < second[1]
+    assert seconds() == seconds()
 
 
 def test_an_interval_and_an_evaluation_reach_the_scraper():

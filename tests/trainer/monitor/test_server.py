@@ -1,6 +1,7 @@
 """The responses of a process's server."""
 
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import serving
-from tests.helpers import free_port
+from tests.helpers import DEADLINE_SECONDS, free_port, wait_until
 from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer, start_server
@@ -35,6 +36,26 @@ def test_metrics_are_served_with_their_current_values(served):
     metrics, url = served
     metrics.images["train"].inc(1280)
     assert 'alexnet_images_total{phase="train"} 1280.0' in get(f"{url}/metrics").splitlines()
+
+
+@pytest.mark.parametrize("scrapes", [0, 1, 2])
+def test_a_prometheus_that_has_scraped_sees_the_last_values(scrapes):
+    metrics = Metrics()
+    server = MetricsServer(metrics, "127.0.0.1", 0, STALL_SECONDS)
+    try:
+        for _ in range(scrapes):  # one may be a user's
+            get(f"http://127.0.0.1:{server.port}/metrics")
+        wait_until(lambda: server.served["/metrics"] == scrapes)
+        waiting = threading.Thread(target=server.wait_for_scrape)
+        waiting.start()
+        if scrapes == 2:
+            waiting.join(0.5)
+            assert waiting.is_alive()
+            get(f"http://127.0.0.1:{server.port}/metrics")
+        waiting.join(DEADLINE_SECONDS)
+        assert not waiting.is_alive()
+    finally:
+        server.close()
 
 
 def test_health_follows_progress(served, monkeypatch):
@@ -171,3 +192,17 @@ def test_clients_beyond_the_limit_are_disconnected_and_others_are_served(served,
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
         assert client.recv(15) == b"HTTP/1.0 200 OK"
         client.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "rank", "expected"),
+    [("0.0.0.0", 0, "127.0.0.1"), ("::", 0, "::1"), ("127.0.0.1", 0, "127.0.0.1"), ("0.0.0.0", 1, None)],
+)
+def test_the_health_check_of_the_image_learns_the_address(tmp_path, monkeypatch, address, rank, expected):
+    file, port = tmp_path / "address", free_port()
+    monkeypatch.setattr("trainer.monitor.server.ADDRESS_FILE", file)
+    monkeypatch.setenv("container", "oci")
+    settings = Settings(address=address, port=port - rank)
+    server = start_server(Metrics(), settings, World(rank, 2, rank, torch.device("cpu")))
+    server.close()
+    assert (file.read_text() if file.exists() else None) == (expected and f"{expected} {port}")
