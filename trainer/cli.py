@@ -6,9 +6,11 @@ It prints help, and errors that it can find early, before it imports torch, whic
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.documents import ContentError
 from pipeline.files import close_quietly, held_open
@@ -21,7 +23,7 @@ from pipeline.output import printed, secure
 from pipeline.remote_errors import reason_in_full
 from trainer.initial import with_initial_net
 from trainer.preflight import check_data
-from trainer.processes.launch import launch, report_error, world_size
+from trainer.processes.launch import end_process, is_in_group, launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
 from trainer.processes.stop import Stopped
 from trainer.processes.watchdog import EXIT_STALLED
@@ -59,12 +61,14 @@ def main() -> None:
         _fail(f"{reason_in_full(error)}: fix the cause and run the same command again", 1)
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
-            raise
+            _crash(error)
         _fail(f"{one_line(error)}: use a smaller --batch or --evaluation-batch, or more GPUs", 1)
     except Stopped as stopped:
-        sys.exit(stopped.exit_code)
+        end_process(stopped.exit_code)
     except KeyboardInterrupt:
         os._exit(130)  # at once: a normal exit would abort if a thread is writing a checkpoint
+    except Exception as error:  # a defect
+        _crash(error)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -72,9 +76,17 @@ def _is_lack_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
-def _fail(error: object, code: int) -> None:
+def _fail(error: object, code: int) -> NoReturn:
     report_error(f"alexnet-train: {error}", code)
-    sys.exit(code)
+    end_process(code)
+
+
+def _crash(error: Exception) -> NoReturn:
+    """End with the traceback of a defect."""
+    if not is_in_group():
+        raise error
+    traceback.print_exception(error)
+    end_process(1)
 
 
 def _train(arguments: Sequence[str]) -> None:

@@ -191,19 +191,17 @@ def evaluate_run(
     Raises as `load_trained` does, and OSError.
     """
     world = distributed.join(settings.device)
-    try:
-        if out and world.is_main:
-            out.mkdir(parents=True, exist_ok=True)  # rather than fail after the evaluation
-        trained = load_trained(settings, run, world.device, best)
-        # A run that is still training may have saved another one.
-        world.check_same_checkpoint(f"that of step {trained.step}", "Run the same command again")
-        precision = resolve_precision(settings.precision, world.device)
-        batches = trained.batches(split, crops, world)
-        recorder = Recorder(batches) if out else None
-        scores = evaluate(trained.model, precision, batches, world, Metrics(), recorder)
-        details = recorder.combine(world) if recorder else None
-    finally:
-        distributed.leave()
+    if out and world.is_main:
+        out.mkdir(parents=True, exist_ok=True)  # rather than fail after the evaluation
+    trained = load_trained(settings, run, world.device, best)
+    # A run that is still training may have saved another one.
+    world.check_same_checkpoint(f"that of step {trained.step}", "Run the same command again")
+    precision = resolve_precision(settings.precision, world.device)
+    batches = trained.batches(split, crops, world)
+    recorder = Recorder(batches) if out else None
+    scores = evaluate(trained.model, precision, batches, world, Metrics(), recorder)
+    details = recorder.combine(world) if recorder else None
+    distributed.leave()
     classes = trained.dataset.manifest.classes
     top5 = f"top-5 error {scores.top5_error:.2%}, " if len(classes) >= TOP5_CLASSES else ""
     line = (

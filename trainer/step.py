@@ -29,9 +29,9 @@ class Condition(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Make a condition from the four values of `Step.take_condition`."""
-        weights_finite, scale, steps, consecutive = values
-        return cls(bool(weights_finite), scale, Skips(int(steps), int(consecutive)))
+        """Make a condition from the four values of `Step.take_condition`, the first summed over processes."""
+        not_finite, scale, steps, consecutive = values
+        return cls(not not_finite, scale, Skips(int(steps), int(consecutive)))
 
 
 @torch.no_grad()
@@ -124,6 +124,6 @@ class Step:
 
     def take_condition(self) -> Tensor:
         """Return the values for `Condition.of`, float64 [4] on the device, and reset the count of skips."""
-        condition = torch.stack([all_finite(self._state), self._scale(), *self._skips]).double()
+        condition = torch.stack([~all_finite(self._state), self._scale(), *self._skips]).double()
         self._skips[:1].zero_()  # assigning a number instead would wait for a copy to the device
         return condition

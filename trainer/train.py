@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -37,6 +38,8 @@ from trainer.step import all_finite
 from trainer.tuning import tune
 from trainer.validation import Validation
 
+# For how long a process waits for another one: the watchdog ends it before, unless --stall-seconds is 0.
+PATIENCE = timedelta(days=30)
 ALMOST_COMPLETE = (
     0.9999  # the progress during the last evaluation and the report; 1 means that nothing is left
 )
@@ -53,7 +56,7 @@ def train(settings: Settings, run: Run) -> None:
     try:
         with distributed.raising_peer_lost():
             with metrics.activity("start-up"):
-                world = distributed.join(settings.device)
+                world = distributed.join(settings.device, PATIENCE)
                 settings = resolve_run_precision(settings, run, world)
                 server = start_server(metrics, settings, world)
                 settings, notes = resolve_run_form(settings, run, world)
@@ -63,10 +66,10 @@ def train(settings: Settings, run: Run) -> None:
             trainer.run_to_end()
             if server is not None:
                 server.wait_for_scrape()
+            distributed.leave()
     finally:
         if server is not None:
             server.close()
-        distributed.leave()
         watchdog.close()
 
 
@@ -183,11 +186,10 @@ class Trainer:
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
                 # Several processes must stop at the same step, so they agree on it at a step that is logged.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
-                    self.log()
-                    self.stopping = self.world.any(self.stop.is_made)
+                    self.stopping, timed_save_due = self.log()
+                    save_due |= timed_save_due
                     if self.world.is_main:  # only the main process saves
                         self.saver.report_failures()
-                        save_due |= self.saver.is_due
                 if save_due or self.stopping:
                     self.intervals.report()  # checks the state that will be saved, and writes its rows
 
@@ -255,10 +257,15 @@ class Trainer:
         self.metrics.epoch.set(self.epoch_at(self.step))
         self.metrics.progress_ratio.set(min(self.step / self.steps, ALMOST_COMPLETE))
 
-    def log(self) -> None:
-        """End a log interval, and report it. Raises RunError if the run cannot go on."""
+    def log(self) -> tuple[bool, bool]:
+        """End a log interval, and report it. Raises RunError if the run cannot go on.
+
+        Returns whether the processes stop, and whether they save because of --checkpoint-seconds.
+        """
         self.metrics.record_progress("log")
-        self.intervals.end(self.step, self.epoch_at(self.step), self.learning_rate)
+        save = self.world.is_main and self.saver.is_due
+        epoch = self.epoch_at(self.step)
+        return self.intervals.end(self.step, epoch, self.learning_rate, self.stop.is_made, save)
 
     def _evaluate(self, is_last: bool) -> bool:
         """Evaluate the centre crops of the validation set, and report the result.

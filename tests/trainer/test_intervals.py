@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.loader import train_loader
@@ -9,7 +10,8 @@ from tests.helpers import TINY, command, exact, main, main_without_more_images, 
 from trainer.monitor.meter import Meter
 from trainer.monitor.metrics import Metrics
 from trainer.processes.distributed import World
-from trainer.run import Run
+from trainer.run import Run, RunError
+from trainer.saver import Saver
 from trainer.setting_sources import load_settings
 from trainer.train import Trainer
 
@@ -31,9 +33,9 @@ def test_an_interval_that_is_read_later_keeps_its_values():
 
     step(2.0, 3)
     step(4.0, 1)
-    first = meter.harvest(torch.tensor([7.0, 8.0], dtype=torch.float64))
+    first = meter.harvest(torch.tensor([7.0], dtype=torch.float64), torch.tensor([8.0], dtype=torch.float64))
     step(1.0, 0)
-    second = meter.harvest(NOTHING)
+    second = meter.harvest(NOTHING, NOTHING)
     interval, others = first()
     assert (interval.steps, interval.images, interval.loss, interval.error) == (2, 8, 3.0, 0.5)
     assert (interval.wait_seconds, interval.ready) == (1.0, 0)
@@ -90,5 +92,70 @@ def test_no_step_and_no_interval_waits_for_the_device(packed, tmp_path, asynchro
     with NoWait():
         for _ in range(3):
             trainer.train_step(batches)
-            trainer.log()
-            assert not alone.any(False)
+            assert trainer.log() == (False, False)
+
+
+class OtherProcess:
+    """Adds what another process contributes to the sums of all processes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.not_finite = self.stop = self.save = False
+        monkeypatch.setattr(World, "all_reduce", self.all_reduce)
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        loss, wrong = 0.0, 0.0
+        return values + torch.tensor([loss, wrong, self.not_finite, self.stop, self.save])
+
+
+@pytest.fixture
+def trainer(packed, tmp_path):
+    settings = load_settings(["--data", str(packed), *TINY])
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    trainer = Trainer(settings, run, World(0, 1, 0, torch.device("cpu")), Metrics(), port=None)
+    trainer.intervals.world = World(0, 2, 0, torch.device("cpu"))
+    return trainer
+
+
+def next_interval(trainer: Trainer) -> tuple[bool, bool]:
+    trainer.train_step(trainer.batches())
+    return trainer.log()
+
+
+@pytest.mark.parametrize("vote", ["stop", "save"])
+def test_what_one_process_wants_all_do_at_the_same_step(trainer, monkeypatch, vote):
+    other, agreed = OtherProcess(monkeypatch), (vote == "stop", vote == "save")
+    assert next_interval(trainer) == (False, False)
+    setattr(other, vote, True)
+    assert next_interval(trainer) == agreed
+    setattr(other, vote, False)
+    assert next_interval(trainer) == (False, False)
+
+
+@pytest.mark.parametrize("vote", ["stop", "save"])
+def test_votes_on_gpus_are_known_with_the_next_interval(trainer, asynchronous, monkeypatch, vote):
+    other, agreed = OtherProcess(monkeypatch), (vote == "stop", vote == "save")
+    setattr(other, vote, True)
+    assert next_interval(trainer) == (False, False)
+    setattr(other, vote, False)
+    trainer.intervals.report()  # as before a checkpoint
+    assert next_interval(trainer) == agreed
+    assert next_interval(trainer) == (False, False)
+
+
+def test_a_checkpoint_that_is_due_on_gpus_is_saved_once(trainer, asynchronous, monkeypatch):
+    OtherProcess(monkeypatch)
+    monkeypatch.setattr(Saver, "is_due", True)
+    assert next_interval(trainer) == (False, False)
+    assert next_interval(trainer) == (False, True)
+    monkeypatch.setattr(Saver, "is_due", False)  # it is being saved
+    assert next_interval(trainer) == (False, False)
+
+
+def test_numbers_that_are_not_finite_in_another_process_end_this_one_too(trainer, monkeypatch):
+    """Otherwise, this one would wait for it. Statistics of BatchNorm, for example, are a process's own."""
+    other = OtherProcess(monkeypatch)
+    assert next_interval(trainer) == (False, False)
+    other.not_finite = True
+    with pytest.raises(RunError, match="the weights are no longer finite"):
+        next_interval(trainer)

@@ -32,7 +32,7 @@ from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.precision import resolve_run_precision
 from trainer.processes import distributed
-from trainer.processes.launch import launch, report_error, world_size
+from trainer.processes.launch import end_process, launch, report_error, world_size
 from trainer.processes.ranks import read_ranks
 from trainer.run import Run
 from trainer.setting_sources import load_settings
@@ -181,9 +181,8 @@ def main() -> None:
         calibration = calibrate(settings, begun, seconds)
     except (*REFUSALS, RuntimeError) as error:  # the latter from torch, its compiler or a library
         report_error(f"{problem('', error).text}", 1)
-        sys.exit(1)
-    finally:
-        distributed.leave()
+        end_process(1)
+    distributed.leave()
     if not read_ranks().rank:
         result.write_text(json.dumps(asdict(calibration)))
 

@@ -201,7 +201,6 @@ def _train(
 
     reverse: reverse the order of the images in each batch.
     """
-    import torch
 
     from model.alexnet import count_parameters
     from pipeline import open_dataset
@@ -209,7 +208,6 @@ def _train(
     from trainer.optim import learning_rate, make_optimizer, set_learning_rate, unscheduled_rate
     from trainer.step import Step
 
-    torch.backends.cudnn.allow_tf32 = False  # its rounding would hide every other difference
     dataset = open_dataset(settings.data)
     # Each device has a tower, and takes whole batches.
     loader = build_loader(settings, dataset, build_decoding(settings, device), rank=0, world=1)

@@ -104,13 +104,14 @@ class Meter:
         self._steps += 1
         self._images += images
 
-    def harvest(self, extra: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
+    def harvest(self, shared: Tensor, own: Tensor) -> Callable[[], tuple[Interval, list[float]]]:
         """End the interval and begin the next one. All processes must call this at the same step.
 
-        extra: further values to copy to the host, float64 [n] on the device. Returns a function that waits
-        until the device has reached this point, and then returns the interval and those values.
+        shared, own: further values to copy to the host, float64 [n] on the device; `shared` are added up over
+        all processes. Returns a function that waits until the device has reached this point, and then returns
+        the interval and those values.
         """
-        values = torch.cat([self.world.all_reduce(self._sums), extra])
+        values = torch.cat([self.world.all_reduce(torch.cat([self._sums, shared])), own])
         fetched = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
         fetched.copy_(values, non_blocking=True)
         start, end, busy = self._start, DeviceEvent(self.world.device), self._busy

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.processes.launch import count_gpus
 from trainer.processes.ranks import read_ranks
 from trainer.run import PeerLostError, RunError
 from trainer.settings import SettingsError
@@ -80,10 +82,11 @@ class World:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
 
 
-def join(device: str) -> World:
+def join(device: str, patience: timedelta | None = None) -> World:
     """Join the process group of the run, if it has several processes, and select this process's device.
 
-    device: `auto`, `cuda`, `cuda:N` or `cpu`.
+    device: `auto`, `cuda`, `cuda:N` or `cpu`. patience: for how long to wait for another process before this
+    one ends; by default that of NCCL or Gloo.
 
     Raises SettingsError if there is no such GPU, or if the variables of torchrun are not valid.
     """
@@ -94,8 +97,15 @@ def join(device: str) -> World:
     own = torch.device("cuda", _gpu_index(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(own)
+        torch.backends.cudnn.allow_tf32 = False  # by default, only matrix products in fp32 really are
+    elif device == "auto" and size > 1 and (gpus := count_gpus()):
+        raise SettingsError(
+            f"the driver has {gpus} GPUs, but torch cannot use them: alexnet-train doctor says more, and "
+            "--device cpu trains on the CPU"
+        )
     if size > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=own if on_gpu else None)
+        backend, bound = ("nccl", own) if on_gpu else ("gloo", None)
+        dist.init_process_group(backend, timeout=patience, device_id=bound)
     return World(rank, size, local_rank, own)
 
 

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from pipeline.machine import cpus
 from trainer.processes.ranks import read_ranks
@@ -91,6 +93,26 @@ def report_error(text: str, code: int) -> None:
         os.write(int(os.environ[_ERRORS_FD]), f"{json.dumps([code, text])}\n".encode())
     else:
         print(text, file=sys.stderr)
+
+
+def is_in_group() -> bool:
+    """Return whether this process has joined the group of a run's processes, and not left it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process, at once if it is still in the group of a run's processes.
+
+    To leave the group alone would wait for the others: NCCL destroys a communicator together, and the others
+    wait in a collective for this process.
+    """
+    if is_in_group():
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def launch(command: Sequence[str], processes: int, restarts: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ranks_of, wait_until
-from trainer.processes import launch
+from trainer.processes import distributed, launch
 from trainer.processes.watchdog import EXIT_STALLED
 from trainer.settings import Settings, SettingsError
 
@@ -187,3 +187,32 @@ def test_the_number_of_torchruns_processes_is_not_changed(monkeypatch):
         launch.world_size(Settings(processes=2))
     with pytest.raises(SettingsError, match="--device cuda:0: torchrun has started 8 here"):
         launch.world_size(Settings(device="cuda:0"))
+
+
+def test_a_process_of_a_group_ends_without_waiting_for_the_others():
+    """What runs at a normal end stands for NCCL, which then waits for the other processes."""
+    code = """
+import atexit, os, signal, sys
+import torch
+from trainer.processes.launch import end_process
+atexit.register(os.kill, os.getpid(), signal.SIGKILL)
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+print("said")
+end_process(1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "said\n")
+
+
+def test_gpus_that_torch_cannot_use_are_not_replaced_by_processes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(distributed, "count_gpus", lambda: 2)
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: False)
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match="the driver has 2 GPUs, but torch cannot use them"):
+        distributed.join("auto")
