@@ -78,6 +78,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     After an error in the block, or a failed write (OSError), nothing of the new file is left, and a previous
     file is unchanged.
     """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f".{path.name}.partial")
     try:
         with path_in_errors(path), open(partial, "wb", buffering=1 << 20) as file:
@@ -85,9 +87,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             sync(file.fileno(), path)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             partial.unlink()
+        if isinstance(error, OSError) and error.filename == str(partial):
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

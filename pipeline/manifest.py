@@ -17,7 +17,6 @@ from pydantic import (
     Field,
     FiniteFloat,
     NonNegativeInt,
-    PositiveInt,
 )
 
 from pipeline.documents import ContentError, parse_record
@@ -51,6 +50,7 @@ def _check_inside_folder(name: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_check_inside_folder)]
 Side = Annotated[int, Field(gt=0, le=MAX_SIDE)]
+Size = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 class _Record(BaseModel):
@@ -61,8 +61,8 @@ class Shard(_Record):
     """A tar file. bytes, sha256: size and hash of the whole file. head_sha256: hash of its first 64 KiB."""
 
     file: FileName
-    samples: PositiveInt
-    bytes: PositiveInt
+    samples: Size
+    bytes: Size
     sha256: str
     head_sha256: str
 
@@ -74,7 +74,7 @@ class Split(_Record):
     each sample, which datasets of earlier versions lack (both in pipeline/shards.py).
     """
 
-    samples: PositiveInt
+    samples: Size
     index: FileName
     index_sha256: str
     shards: tuple[Shard, ...]

@@ -65,6 +65,11 @@ if TYPE_CHECKING:
 STAGES = ("read", "loader", "peers", "model", "forms", "train", "start", "memory", "save", "pack")
 UNITS = {"start": "s", "memory": "GB", "save": "s"}  # all other stages: images/s
 RECORDED = {"images/s": "images_per_second", "s": "seconds", "GB": "gigabytes"}
+NEEDS = {
+    "peers": "--loader-peers .loader-peers/bin/python, which `make .loader-peers` installs",
+    "pack": "--input: a folder of images to pack",
+    "memory": "a GPU, and torch finds none on this machine",
+}
 BATCHES = dict.fromkeys(("loader", "peers"), (32, 128))  # on a CPU, unless --batch is given
 
 FAILURES = (RuntimeError, ValueError, OSError)  # what a candidate raises if memory, CUDA or the disk fails
@@ -174,12 +179,18 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def chosen_stages(options: argparse.Namespace, device: str) -> list[str]:
     """Return the stages that were asked for; for `all`, those whose requirements are met.
 
+    Raises SettingsError if those of another one are not.
     `forms` is only for GPUs: the fastest form of convolutions is already known for CPUs.
     """
     needs = {"peers": options.loader_peers, "pack": options.input}
     needs |= dict.fromkeys(("memory", "forms"), device == "cuda")
     every = [stage for stage in STAGES if needs.get(stage, True)]
-    return every if "all" in options.stages else options.stages
+    if "all" in options.stages:
+        return every
+    for stage in options.stages:
+        if stage in NEEDS and not needs[stage]:
+            raise SettingsError(f"{stage} needs {NEEDS[stage]}")
+    return options.stages
 
 
 def at_batches(stage: str, as_set: bool) -> Iterator[tuple[str, list[str]]]:
@@ -281,6 +292,7 @@ def main() -> None:
     try:
         for file in filter(None, (options.record, options.trace)):  # fail before measuring, not after
             file.parent.mkdir(parents=True, exist_ok=True)
+            open(file, "a").close()
         with nullcontext() if options.record else printed():
             record = measure(options, rest)
             print(json.dumps(record))

@@ -142,7 +142,7 @@ def open_output(path: Path | None) -> Iterator[Write]:
 def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
     """Return the file that --overlay writes for each source.
 
-    Raises InputError if one would overwrite another, or an input.
+    Raises InputError if one would overwrite another, or a file that exists.
     """
     drawn: dict[Source, Path] = {}
     taken = {source.path.resolve() for source in sources}
@@ -150,7 +150,12 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
         ending = ".mp4" if source.is_video else ".jpg"
         path = folder / (source.name if source.name.endswith(ending) else source.name + ending)
         if path.resolve() in taken:
-            raise InputError(f"--overlay {folder}: {path} would be written twice, or over an input")
+            raise InputError(
+                f"--overlay {folder}: {path} would be written twice, or over an input: classify these files "
+                "with commands of their own, or choose another folder"
+            )
+        if path.exists():
+            raise InputError(f"--overlay {folder}: {path} exists already: choose another folder")
         taken.add(path.resolve())
         drawn[source] = path
     return drawn

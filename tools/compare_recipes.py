@@ -27,8 +27,8 @@ from pipeline.output import printed, secure
 from tools.experiments import rates
 from tools.experiments.intervals import interval
 from tools.experiments.training import Training, TrainingError, train_all
-from tools.options import add_jobs, add_seeds, command_line, command_parser, program
-from trainer.run import Run
+from tools.options import add_jobs, add_seeds, command_line, command_parser, program, within
+from trainer.run import Run, RunError
 from trainer.setting_sources import load_settings
 from trainer.settings import SettingsError
 
@@ -59,13 +59,19 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     rates.add_arguments(parser)
     add(
         "--within",
-        type=float,
+        type=within(float, 0, 100),
         metavar="POINTS",
         help="exit with 1 if the first recipe is worse than another by more than this many percentage points",
     )
     options, settings = parser.parse_known_args()
     if len({Path(recipe).stem for recipe in options.recipes}) < len(options.recipes):
         parser.error("two recipes have the same name")
+    own = {"--seed": "--seeds", "--recipe": "the names of the recipes"}
+    if options.rates:
+        own["--learning-rate"] = "--rates"
+    for name in (word.partition("=")[0] for word in settings):
+        if name in own:
+            parser.error(f"{name} would be the same for all runs: use {own[name]}")
     return options, settings
 
 
@@ -126,7 +132,7 @@ def main() -> None:
         with printed():
             print(*sweep.remarks(), *table(scores), sep="\n")
             print(json.dumps(record))
-    except (SettingsError, DatasetError, TrainingError, OSError) as error:
+    except (SettingsError, DatasetError, RunError, TrainingError, OSError) as error:
         sys.exit(f"compare-recipes: {error}")
     leading, *others = (mean(measured["top1_error"]) for measured in scores.values())
     sys.exit(options.within is not None and any(leading - other > options.within for other in others))

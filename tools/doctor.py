@@ -14,6 +14,7 @@ machine while it was measured.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.dataset import Dataset
+from pipeline.locations import location_of
 from pipeline.mixture import is_present
 from pipeline.output import printed, secure
 from pipeline.packing.workers import exit_on_signals
@@ -34,7 +36,7 @@ from tools.diagnosing.rehearsal import DRAWN_SIZE, rehearse
 from tools.options import command_parser, positive, program
 from trainer.environment import environment
 from trainer.initial import with_initial_net
-from trainer.preflight import check_data
+from trainer.preflight import check_data, is_in_container
 from trainer.processes.launch import world_size
 from trainer.setting_sources import load_settings
 from trainer.settings import Settings, SettingsError
@@ -91,7 +93,10 @@ def examine(settings: Settings, arguments: Sequence[str], seconds: float, report
     report.add(MACHINE, ask("/dev/shm", lambda: machine.shared_memory(hardware["gpus"])))
     report.add(MACHINE, ask("Docker", lambda: machine.docker(hardware["gpus"])))
 
-    given = any(word.partition("=")[0] == "--data" for word in arguments)
+    by_default = os.environ.get("ALEXNET_DATA") if is_in_container() else None
+    by_default = by_default or Settings.model_fields["data"].default
+    named = any(word.partition("=")[0] == "--data" for word in arguments)
+    given = named or settings.data != location_of(by_default)
     processes, data = 1, None
 
     def check_run() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ determines the class, and no pixel is the same in all pictures.
 
 import argparse
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -113,12 +114,16 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
+        out = options.out.absolute()
         with path_in_errors(options.out):
-            partial = options.out.with_name(f".{options.out.name}.partial")
-            # A new folder appears when it is complete.
-            folder = options.out if options.out.exists() else partial
-            draw_all(folder, {"train": options.train, "val": options.val}, options.seed)
-            folder.rename(options.out)
+            counts = {"train": options.train, "val": options.val}
+            if out.exists():
+                draw_all(out, counts, options.seed)
+            else:  # it appears when it is complete
+                partial = out.with_name(f".{out.name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+                draw_all(partial, counts, options.seed)
+                partial.rename(out)
     except OSError as error:
         sys.exit(f"draw-pictures: {error.filename}: {error.strerror}")
     classes = len(class_names())

@@ -28,13 +28,14 @@ if not __package__:  # run as a script, perhaps where nothing is installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pipeline.documents import ContentError, read_text
+from pipeline.locations import Location, location_of
 from pipeline.manifest import RGB, Class, DatasetError, read_manifest
 from pipeline.output import secure
 from pipeline.remote_errors import reason_in_full
 from pipeline.spec import NetSpec
 from tools.options import command_parser
 from trainer.run import Run
-from trainer.settings import Settings, SettingsError
+from trainer.settings import SettingsError, validated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,10 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="run folder to create")
     add(
         "--data",
-        type=Path,
+        type=location_of,
         default=Path("shards"),
         metavar="DIR",
-        help="packed dataset that has the classes of the outputs, in the same order (default shards)",
+        help="folder or URL of the packed dataset that has the classes of the outputs, in the same order "
+        "(default shards)",
     )
     add(
         "--classes",
@@ -75,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
+def adopt(weights: Path, run: Run, data: Location, classes: Path | None) -> str:
     """Create the run; return a line that describes it. classes: a file that replaces the dataset's classes.
 
     Raises SettingsError, DatasetError or OSError.
@@ -91,7 +93,7 @@ def adopt(weights: Path, run: Run, data: Path, classes: Path | None) -> str:
         raise SettingsError(f"{weights} has {outputs} classes and {classes or data} has {len(named)}")
     given = {"preset": net.preset, "dropout": "inverted", "crop": net.crop, "out": run.folder, "data": data}
     spec = NetSpec(geometry="256", size=SIZE, crop=net.crop, mean=net.mean, classes=named)
-    run.adopt(Settings.model_validate(given), spec, origin=f"of {weights.name}")
+    run.adopt(validated(given), spec, origin=f"of {weights.name}")
     try:
         checkpoint.write(run.checkpoints, 0, {"step": 0, "model": net.state}, keep=1, best=True)
     except BaseException:

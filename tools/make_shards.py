@@ -12,6 +12,7 @@ command continues it.
 """
 
 import argparse
+import shlex
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -55,7 +56,7 @@ def summary(manifest: Manifest, output: str, progress: Progress, seconds: float)
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
             lines.append(f"{outcome}: {reasons}; each is listed in {redact(output)}/{REPORT}")
     lines += progress.remarks.notes
-    lines.append(f"train on them: alexnet-train --data {redact(output)}")
+    lines.append(f"train on them: alexnet-train --data {shlex.quote(redact(output))}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ from pipeline.remote_errors import reason_in_full
 from pipeline.shards import write_array
 from tools.options import within
 from tools.verifying.checks import check_shard
-from tools.verifying.files import ARRAYS, check_checksums, check_dataset, check_index
+from tools.verifying.files import ARRAYS, STRAY, check_checksums, check_dataset, check_index
 from tools.verifying.findings import Decode, Findings, Problem, ShardCheck
 from tools.verifying.samples import SAMPLED
 
@@ -246,7 +246,8 @@ def main() -> None:
         return
     print("", *listed(verdict.problems, verdict.count), "", sep="\n")
     print(f"damaged; problems found: {verdict.count:,}")
-    if all(problem.file.endswith((".idx", *ARRAYS)) for problem in verdict.problems):
+    damaged = [problem.file for problem in verdict.problems if problem.what != STRAY]
+    if damaged and all(file.endswith((".idx", *ARRAYS)) for file in damaged):
         print("no tar is damaged: --repair-index rewrites the .idx files, indices and checksums")
     sys.exit(1)
 

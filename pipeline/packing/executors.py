@@ -112,10 +112,12 @@ def dask(scheduler: str) -> Iterator[Executor]:
     """
     try:
         from distributed import Client
+        from distributed.comm import resolve_address
         from distributed.scheduler import KilledWorker
     except ImportError:
         raise PackingError("--executor dask needs Dask: run pip install 'alexnet-train[dask]'") from None
     try:
+        resolve_address(scheduler)  # or the client would try to close for a minute
         client = Client(scheduler, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PackingError(f"--scheduler {scheduler} cannot be reached: {error}") from None

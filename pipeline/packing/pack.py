@@ -31,6 +31,8 @@ def pack(options: PackingOptions, progress: Progress | None = None) -> Manifest:
     sources = find_sources(absolute(options.input), options.val_fraction, options.seed, options.class_names)
     tasks = plan_tasks(options, sources)
     all_tasks = [task for split in tasks.values() for task in split]
+    if not options.in_place:
+        _check_inputs_are_kept(options, all_tasks)
     output, progress = Folder(options.output), progress or Progress()
     for warning in sources.warnings:
         progress.say(warning)
@@ -65,6 +67,18 @@ def _check_folders(options: PackingOptions) -> None:
             f"--out {options.output} is inside --input, where it would be read as a class folder: "
             "choose another --out"
         )
+
+
+def _check_inputs_are_kept(options: PackingOptions, tasks: list[ShardTask]) -> None:
+    """Raise SourceError if shards in the output, which --overwrite would replace, are the input."""
+    output = absolute(options.output)
+    folder = output if is_url(output) else str(Path(output).resolve())
+    for file in sorted({source.file for task in tasks for source in task.sources}):
+        place, _, name = (file if is_url(file) else str(Path(file).resolve())).rpartition("/")
+        if place == folder and resume.is_shard(name):
+            raise SourceError(
+                f"--out {redact(options.output)} holds {name}, a part of --input: choose another --out"
+            )
 
 
 def _results(

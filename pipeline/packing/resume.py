@@ -114,6 +114,11 @@ def _still_has_name(path: Path, lock: TextIO) -> bool:
         raise
 
 
+def is_shard(name: str) -> bool:
+    """Return whether a file has the name of a shard or of its .idx file."""
+    return _SHARDS.fullmatch(name) is not None
+
+
 def prepare(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool:
     """Prepare an output for a plan; return whether its dataset is already complete.
 
@@ -124,7 +129,7 @@ def prepare(output: Folder, plan: Plan, overwrite: bool, in_place: bool) -> bool
     files, recorded = output.sizes(), _read_plan(output)
     if recorded == plan:
         return MANIFEST_NAME in files
-    shards = [] if in_place else sorted(filter(_SHARDS.fullmatch, files))
+    shards = [] if in_place else sorted(filter(is_shard, files))
     if shards and not _written_by_packer(output, files, recorded):
         raise SourceError(
             f"{output} contains {shards[0]}, which this packer did not write: choose another --out"

@@ -108,6 +108,22 @@ def test_every_stage_measures_and_the_last_line_is_json(packed, pictures, tmp_pa
     assert any("conv" in str(event.get("name")) for event in json.loads(trace.read_text())["traceEvents"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["read", "pack"], "pack needs --input: a folder of images to pack"),
+        (["read", "peers"], "peers needs --loader-peers"),
+        (["read", "memory"], "memory needs a GPU"),
+        (["read", "--record", "."], "Is a directory: '.'"),
+        (["read", "--trace", "."], "Is a directory: '.'"),
+    ],
+)
+def test_what_cannot_succeed_is_refused_before_anything_is_measured(packed, call, arguments, message):
+    done = call(bench.main, *arguments, "--data", packed, *QUICK, *SETTINGS)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
 def test_a_setting_is_swept_by_turns(packed, tmp_path, call):
     records = tmp_path / "runs" / "records.jsonl"
     arguments = ("loader", "--data", str(packed), *QUICK, "--record", str(records))

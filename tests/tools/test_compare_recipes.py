@@ -90,3 +90,33 @@ def test_an_impossible_comparison_is_refused_in_one_line(arguments, message, tmp
     assert done.returncode in (1, 2)
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "5"], "--seed would be the same for all runs: use --seeds"),
+        (["--recipe=paper"], "--recipe would be the same for all runs: use the names of the recipes"),
+        (
+            ["--rates", "0.1", "--learning-rate", "0.2"],
+            "--learning-rate would be the same for all runs: use --rates",
+        ),
+        (["--within", "nan"], "nan is not between 0 and 100"),
+    ],
+)
+def test_what_would_undo_the_comparison_is_refused(call, arguments, message):
+    done = call(compare_recipes.main, "demo", "small", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_damaged_runs_and_remote_datasets_for_rates_are_refused_in_one_line(packed, tmp_path, call):
+    (tmp_path / "demo-0").mkdir()
+    (tmp_path / "demo-0" / "settings.json").write_text("{")
+    arguments = ("demo", "--data", packed, "--seeds", "1", "--out", tmp_path)
+    done = call(compare_recipes.main, *arguments)
+    assert done.stderr.startswith(f"compare-recipes: {tmp_path}/demo-0/settings.json is damaged")
+    url = f"file://{packed}"
+    done = call(compare_recipes.main, "demo", "--data", url, "--rates", "0.1", "--out", tmp_path)
+    needs = f"compare-recipes: --rates needs a dataset on this machine: copy {url} to a folder\n"
+    assert done.stderr == needs

@@ -141,6 +141,15 @@ def test_an_impossible_setting_is_refused_in_one_line(call):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("_known_machine")
+def test_a_missing_dataset_of_the_environment_is_a_problem(call, tmp_path, monkeypatch, unmeasured):
+    monkeypatch.setenv("ALEXNET_DATA", str(tmp_path / "none"))
+    done = call(doctor.main, "--port", "0", "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert is_said(f"✗ dataset no dataset at {tmp_path}/none", done.stdout)
+    assert not unmeasured
+
+
 def test_in_the_image_a_missing_dataset_is_only_noted(call, tmp_path, monkeypatch, unmeasured):
     monkeypatch.setattr(machine, "ask_hardware", lambda device: (CPU, []))
     monkeypatch.setattr(rehearsal, "_DRAWN", {"train": 20, "val": 10})

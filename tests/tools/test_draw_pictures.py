@@ -110,3 +110,15 @@ def test_a_folder_that_is_drawn_in_part_is_not_taken_for_a_whole_one(tmp_path, m
     again = draw_set(tmp_path / "a", 0, monkeypatch)
     assert again == draw_set(tmp_path / "b", 0, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_pictures_of_a_run_that_was_killed_are_not_mixed_with_others(tmp_path, monkeypatch):
+    partial = tmp_path / ".a.partial" / "train" / class_names()[0]
+    partial.mkdir(parents=True)
+    (partial / "rest.JPEG").touch()
+    assert draw_set(tmp_path / "a", 0, monkeypatch) == draw_set(tmp_path / "b", 0, monkeypatch)
+
+
+def test_pictures_can_be_drawn_into_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(draw_set(Path(), 0, monkeypatch)) == 30

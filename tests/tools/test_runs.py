@@ -120,8 +120,20 @@ def test_a_folder_that_is_given_twice_is_listed_once(three, listed):
 def test_a_page_that_cannot_be_written_is_one_line(three, listed):
     code, lines, (error,) = listed("--html", "gone/runs.html")
     assert (code, len(lines)) == (1, 4)
-    assert error.startswith("alexnet-train: gone/")
-    assert error.endswith("No such file or directory")
+    assert error == "alexnet-train: gone/runs.html: No such file or directory"
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_page_that_is_a_folder_is_refused_in_one_line(three, listed, folder):
+    code, lines, (error,) = listed("--html", folder)
+    assert (code, len(lines), error) == (1, 4, f"alexnet-train: {folder}: Is a directory")
+
+
+def test_settings_with_names_that_are_not_utf8_are_shown(tmp_path, listed):
+    write_run(tmp_path / "runs" / "a", initial_weights=tmp_path / os.fsdecode(b"\xff"))
+    code, _, errors = listed("--html", "runs.html")
+    assert (code, errors) == (0, ["alexnet-train: wrote runs.html"])
+    assert "\\xff" in (tmp_path / "runs.html").read_text()
 
 
 def test_names_cannot_control_a_terminal(tmp_path, listed):

@@ -117,7 +117,8 @@ def test_stray_files_are_named(dataset):
     strays = ("train-000003.tar", "train-000003.idx", "more.index.npy", "a.checksums.npy", ".a.tar.partial")
     for name in strays:
         (dataset / name).write_bytes(b"")
-    assert found_in(dataset) == [f"{name}: is not named by dataset.json" for name in sorted(strays)]
+    said = "is not named by dataset.json: delete it, or move it elsewhere"
+    assert found_in(dataset) == [f"{name}: {said}" for name in sorted(strays)]
 
 
 def with_manifest(root: Path, change: Callable[[dict], None]) -> None:
@@ -294,3 +295,21 @@ def test_the_command_suggests_and_performs_the_repair_of_indices(dataset, run):
     assert done.returncode == 2
     assert "--decode has no effect with --repair-index" in done.stderr
     assert run(dataset).returncode == 0
+
+
+def test_the_repair_of_indices_is_not_suggested_for_stray_files(dataset, run):
+    (dataset / "extra.idx").touch()
+    done = run(dataset)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "damaged; problems found: 1"
+    (dataset / "train.index.npy").unlink()
+    assert run(dataset).stdout.splitlines()[-1].startswith("no tar is damaged: --repair-index")
+
+
+@pytest.mark.parametrize("name", ["bytes", "samples"])
+def test_sizes_that_no_file_can_have_are_refused(dataset, run, name):
+    with_manifest(dataset, lambda content: content["splits"]["train"]["shards"][0].update({name: 10**30}))
+    done = run(dataset)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"shards.0.{name}" in done.stderr
+    assert "Traceback" not in done.stderr

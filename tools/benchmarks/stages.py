@@ -157,10 +157,7 @@ class Stages:
         from tools.benchmarks.peer_job import SCALE, Job
         from tools.benchmarks.peer_pipelines import PEERS
 
-        if self.loader_peers is None:
-            raise SettingsError(
-                "peers needs --loader-peers .loader-peers/bin/python, which `make .loader-peers` installs"
-            )
+        assert self.loader_peers is not None
         device = self.device.type
         batches = iter(self._train_loader(SCALE if self.resized_crops else None).batches(0))
         stage: Stage = {"loader": partial(loader_peers.rate, batches, self.seconds, device)}
@@ -231,8 +228,6 @@ class Stages:
 
     def memory(self) -> Stage:
         """Measure the GPU memory in GB that training takes, including DALI's and the driver's."""
-        if self.device.type != "cuda":
-            raise SettingsError("memory is measured on a GPU, and torch finds none on this machine")
         return {"memory": lambda: self._first_step(None)[1] / 1e9}
 
     def _taken(self) -> int:
@@ -292,8 +287,7 @@ class Stages:
         }
 
     def pack(self) -> Stage:
-        if self.images is None:
-            raise SettingsError("pack needs --input: a folder of images to pack")
+        assert self.images is not None
         workers = self.decoding.threads
         stage: Stage = {
             f"{workers} processes": partial(self._pack, workers),

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.manifest import read_manifest
+from pipeline.remote_errors import redact
 from tools.experiments.held_out import hold_out
 from tools.experiments.record import Trial
 from tools.experiments.training import Training, TrainingError, train_all
 from tools.options import count, positive
 from trainer.setting_sources import load_settings
+from trainer.settings import SettingsError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +89,10 @@ def sweep(
     """
     if not options.rates:
         return Sweep([], "")
-    epochs, data = trial_epochs(options, settings), hold_out(Path(load_settings(settings).data), folder)
+    whole = load_settings(settings).data
+    if not isinstance(whole, Path):
+        raise SettingsError(f"--rates needs a dataset on this machine: copy {redact(whole)} to a folder")
+    epochs, data = trial_epochs(options, settings), hold_out(whole, folder)
     common = ["--data", str(data), "--seed", "0", "--epochs", str(epochs)]
     pairs = list(product(systems, sorted(set(options.rates))))
     trainings = [

@@ -62,7 +62,7 @@ def _duration(value: Value) -> str:
 
 def _settings(run: Summary) -> str:
     different = changed_settings(run.recorded).items()
-    return ", ".join(f"{name} {shown_setting(value)}" for name, value in different)
+    return as_text(", ".join(f"{name} {shown_setting(value)}" for name, value in different))
 
 
 # The first ones are the most important: a narrow terminal shows only those.

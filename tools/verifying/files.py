@@ -15,6 +15,8 @@ from tools.verifying.findings import Problem
 
 ARRAYS = (".index.npy", ".checksums.npy")  # the ends of the names of a split's arrays
 
+STRAY = f"is not named by {MANIFEST_NAME}: delete it, or move it elsewhere"
+
 
 def check_dataset(root: Location, manifest: Manifest) -> list[Problem]:
     """Find problems without opening a shard: wrong file names and totals, and files that no split names."""
@@ -39,7 +41,7 @@ def check_dataset(root: Location, manifest: Manifest) -> list[Problem]:
             )
     kinds = (*ARRAYS, ".partial") if manifest.in_place else (".tar", ".idx", *ARRAYS, ".partial")
     strays = (name for name in _names_in(root) if name.endswith(kinds))
-    problems += [Problem(file, f"is not named by {MANIFEST_NAME}") for file in sorted(set(strays) - named)]
+    problems += [Problem(file, STRAY) for file in sorted(set(strays) - named)]
     return problems
 
 

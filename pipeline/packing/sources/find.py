@@ -140,6 +140,11 @@ def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, see
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
     for split, images in splits.items():
+        if not images and val_fraction is not None:
+            raise SourceError(
+                f"--val-fraction {val_fraction:g} holds out no image of {train.location}, whose classes have "
+                "too few: use a larger fraction"
+            )
         if not images:
             raise SourceError(f"{found.get(split, train).location} has no files for the split '{split}'")
     trained = {source.label for source in splits["train"]}
@@ -196,7 +201,8 @@ def _hold_out(sources: list[SourceImage], fraction: float, seed: int) -> dict[st
     held = np.zeros(len(sources), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        held[rng.permutation(members)[: round(len(members) * fraction)]] = True
+        # The last image of a class stays in train.
+        held[rng.permutation(members)[: min(round(len(members) * fraction), len(members) - 1)]] = True
     return {
         "train": [source for source, out in zip(sources, held, strict=True) if not out],
         "val": [source for source, out in zip(sources, held, strict=True) if out],

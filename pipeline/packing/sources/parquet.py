@@ -126,9 +126,17 @@ def _columns(schema: "Schema", file: str) -> _Columns:
             f"{file} has no column of images (a struct of bytes and path); its columns are: "
             f"{', '.join(schema.names)}"
         )
+    kind = schema.field(image).type.field("bytes").type
+    if "binary" not in str(kind):
+        raise SourceError(f"{file}: the bytes in column {image} are of type {kind}, not binary")
     labels = {
-        name: each["names"] for name, each in _features(schema).items() if each["_type"] == "ClassLabel"
+        name: each.get("names") or []
+        for name, each in _features(schema).items()
+        if each["_type"] == "ClassLabel"
     }
+    for name, names in labels.items():
+        if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
+            raise SourceError(f"{file}: the names of classes of column {name} are not a list of texts")
     if "label" in schema.names:
         label = "label"
     elif len(labels) == 1:

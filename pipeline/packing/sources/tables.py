@@ -45,7 +45,7 @@ def read_table(
     with path_in_errors(name):
         for number, (path, label, *rest) in read(name):
             split, found = split_of(str(rest[0])) if rest else "train", class_id(label)
-            if split is None or not (isinstance(path, str) and path) or (not found and split != "test"):
+            if split is None or not _is_path(path) or (not found and split != "test"):
                 raise SourceError(
                     f"{name}, row {number}: expected a path, a label and, in the column split, train or val, "
                     f"but found {(path, label, *rest)}"
@@ -69,10 +69,14 @@ def read_table(
         images = [LabelledImage(path, next(ids), _locate(path, folder)) for path, _ in part]
         classes = sorted({image.class_id for image in images})
         if split == "train" or images:
-            parts[split] = SplitFiles(name, classes, images)
+            parts[split] = SplitFiles(f"{name} (rows of {split})", classes, images)
     if test:
         parts["train"].unused.append(f"the split test ({pluralize(len(test), 'row', 'rows')})")
     return parts, dict
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def _locate(path: str, folder: str) -> str:

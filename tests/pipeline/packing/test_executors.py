@@ -326,3 +326,12 @@ def test_without_dask_the_message_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(PackingError, match=r"pip install 'alexnet-train\[dask\]'"), executors.dask("tcp://h"):
         pass
+
+
+def test_an_address_of_a_dask_scheduler_that_is_none_is_refused_at_once(monkeypatch):
+    """Its client would try to close for a minute, and then print a traceback."""
+    distributed = pytest.importorskip("distributed", reason="needs the extra `dask`")
+    monkeypatch.setattr(distributed, "Client", pytest.fail)
+    refused = pytest.raises(PackingError, match="--scheduler nonsense cannot be reached: missing port number")
+    with refused, executors.dask("nonsense"):
+        pass

@@ -18,7 +18,7 @@ from pipeline.packing import executors, extraction
 from pipeline.packing.sources.find import find_sources
 from pipeline.packing.sources.listing import SourceError
 from tests.helpers import run
-from tests.trees import Tree, class_folders, contents, pack_here, packed_files, tar_of, write
+from tests.trees import Tree, assert_refused, class_folders, contents, pack_here, packed_files, tar_of, write
 from tools.draw_pictures import class_names, draw
 
 COMPRESSIONS = {
@@ -234,3 +234,23 @@ def test_a_run_that_stops_while_packing_does_not_extract_again(tree, shards, tmp
 
 def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "message"),
+    [
+        ("ff", ["a"], "the bytes in column image are of type string, not binary"),
+        (b"", [1, None], "the names of classes of column label are not a list of texts"),
+        (b"", "ab", "the names of classes of column label are not a list of texts"),
+    ],
+)
+def test_parquet_files_with_other_types_are_refused(tmp_path, content, names, message):
+    found = {"image": [{"bytes": content, "path": "1.jpg"}], "label": [0]}
+    write_parquet(tmp_path / "train.parquet", found, names)
+    assert_refused(tmp_path, message, 0.1)
+
+
+def test_a_description_of_labels_without_names_is_enough(tmp_path):
+    image = {"bytes": b"", "path": "1.jpg"}
+    write_parquet(tmp_path / "train.parquet", {"image": [image] * 4, "label": [0, 0, 1, 1]}, [])
+    assert find_sources(tmp_path, 0.5, 0).classes == ["0", "1"]

@@ -210,3 +210,17 @@ def test_versions_that_differ_in_a_worker_are_refused(source, tmp_path, monkeypa
     monkeypatch.setattr("pipeline.packing.planning.versions", lambda: {"pillow": "1.0"})
     with pytest.raises(PackingError, match="install the same versions"):
         run(source, tmp_path)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_shards_that_are_the_input_are_never_replaced(pictures, tmp_path, linked):
+    shards = tmp_path / "shards"
+    pack_here("--input", pictures, "--out", shards, *SETTINGS)
+    before, source = contents(shards), shards
+    if linked:
+        source = tmp_path / "link"
+        source.symlink_to(shards)
+    for overwrite in ((), ("--overwrite",)):
+        with pytest.raises(SourceError, match=r"--out .*shards holds train-000000.tar, a part of --input"):
+            pack_here("--input", source, "--out", shards, "--size", "16", *overwrite)
+    assert contents(shards) == before

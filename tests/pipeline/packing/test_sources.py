@@ -80,6 +80,11 @@ def test_class_folders_without_splits_are_split_class_by_class(tmp_path_factory,
     assert find_sources(root, fraction, seed).splits == splits
 
 
+def test_the_last_image_of_a_class_is_not_held_out(tmp_path):
+    splits = find_sources(flat_folders(tmp_path, 1, 5), 0.9, 0).splits
+    assert [source.label for source in splits["train"]] == [0, 1]
+
+
 def test_the_seed_decides_what_is_held_out(tmp_path):
     flat_folders(tmp_path, 40, 40)
     held = {tuple(paths_of(find_sources(tmp_path, 0.25, seed), "val")) for seed in range(5)}
@@ -97,7 +102,12 @@ ERRORS = {
     "no classes in a flat folder": (["1.jpg"], 0.1, "", "no class folders"),
     "classes without a file": (["train/a/", "val/a/1.jpg"], None, "", "no files for the split 'train'"),
     "nothing to validate on": (["train/a/1.jpg", "val/"], None, "", "no files for the split 'val'"),
-    "too few to hold one out": (["a/1.jpg", "b/1.jpg"], 0.1, "", "no files for the split 'val'"),
+    "too few to hold one out": (
+        ["a/1.jpg", "b/1.jpg"],
+        0.1,
+        "",
+        "0.1 holds out no image .*a larger fraction",
+    ),
     "a class of val alone": (
         ["train/a/1", "val/a/1", "val/b/1"],
         None,
