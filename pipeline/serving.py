@@ -55,8 +55,8 @@ class PageServer:
                 self.connection.settimeout(RESPONSE_SECONDS)
 
             def do_GET(self) -> None:
-                page = pages.get(self.path.partition("?")[0], not_found)
-                status, content_type, text = page()
+                path = self.path.partition("?")[0]
+                status, content_type, text = pages.get(path, not_found)()
                 body = text.encode()
                 self.send_response(status)
                 self.send_header("Content-Type", content_type)
@@ -66,7 +66,7 @@ class PageServer:
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
-                    served[self.path] += 1
+                    served[path] += path in pages
 
             do_HEAD = do_GET  # noqa: N815 – http.server's name
 

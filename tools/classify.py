@@ -155,7 +155,7 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
                 "with commands of their own, or choose another folder"
             )
         if path.exists():
-            raise InputError(f"--overlay {folder}: {path} exists already: choose another folder")
+            raise InputError(f"--overlay {folder}: {path} exists: delete it, or choose another folder")
         taken.add(path.resolve())
         drawn[source] = path
     return drawn

@@ -40,9 +40,7 @@ from trainer.validation import Validation
 
 # For how long a process waits for another one: the watchdog ends it before, unless --stall-seconds is 0.
 PATIENCE = timedelta(days=30)
-ALMOST_COMPLETE = (
-    0.9999  # the progress during the last evaluation and the report; 1 means that nothing is left
-)
+ALMOST_COMPLETE = 0.9999  # the progress during the last evaluation and the report
 
 
 def train(settings: Settings, run: Run) -> None:

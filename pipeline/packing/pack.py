@@ -73,8 +73,9 @@ def _check_inputs_are_kept(options: PackingOptions, tasks: list[ShardTask]) -> N
     """Raise SourceError if shards in the output, which --overwrite would replace, are the input."""
     output = absolute(options.output)
     folder = output if is_url(output) else str(Path(output).resolve())
-    for file in sorted({source.file for task in tasks for source in task.sources}):
-        place, _, name = (file if is_url(file) else str(Path(file).resolve())).rpartition("/")
+    files = {source.file for task in tasks for source in task.sources}
+    for tar in sorted(file for file in files if file.endswith(".tar")):
+        place, _, name = (tar if is_url(tar) else str(Path(tar).resolve())).rpartition("/")
         if place == folder and resume.is_shard(name):
             raise SourceError(
                 f"--out {redact(options.output)} holds {name}, a part of --input: choose another --out"

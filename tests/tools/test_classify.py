@@ -150,7 +150,8 @@ def test_impossible_input_is_refused_in_one_line(tmp_path, run_classify, monkeyp
     )
     plain("blue").save(tmp_path / "empty" / "a.jpg")
     taken = run_classify(tmp_path / "empty", "--overlay", tmp_path)[0]
-    assert taken == f"classify: --overlay {tmp_path}: {tmp_path}/a.jpg exists already: choose another folder"
+    refused = f"{tmp_path}/a.jpg exists: delete it, or choose another folder"
+    assert taken == f"classify: --overlay {tmp_path}: {refused}"
     for wrong in (("--out", "top.txt"), ("--window", "nan"), ("--every", "0")):
         assert run_classify(tmp_path / "a.jpg", *wrong)[0] == 2
     monkeypatch.setattr(classify, "open_export", nets.open_export)

@@ -13,9 +13,7 @@ from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
 from trainer.settings import Settings
 
 HTML = "text/html; charset=utf-8"
-SCRAPE_SECONDS = (
-    15.0  # more than the interval of docker/prometheus, and less than the time to stop a container
-)
+SCRAPE_SECONDS = 15.0  # at most; docker/prometheus scrapes every five seconds
 # Where the image's health check finds out whom to ask; without the file, there is no server.
 ADDRESS_FILE = Path("/tmp/alexnet-train.address")
 
