@@ -239,9 +239,9 @@ def find_undecodable(
 ) -> list[int]:
     """Return the indices of the files of a batch that the decoder refuses.
 
-    sizes: width and height of each image, in pixels. For lack of memory, the decoder also refuses intact
-    files, and says the same. Therefore a file counts only if the decoder takes plain images as large as those
-    that it refuses, and then refuses the file again.
+    sizes: width and height of each image, in pixels. When memory is short, the decoder also refuses
+    intact files, with the same message. Therefore a file counts only if the decoder takes plain images as
+    large as those that it refuses, and then refuses the file again.
     """
     refused = _refused(jpegs, options)
     if _refused([_plain_jpeg(*sizes[index]) for index in refused], options):

@@ -145,8 +145,8 @@ def evaluation_loader(
     batch: number of images per rank. crops: 1 (the centre) or 10, for which pixels are [n,10,3,crop,crop].
     mean, std: as for `train_loader`. on_damage: called with each damaged sample, which is then missing; if
     None, damage raises DatasetError. persistent: keep DALI's memory and threads between iterations, instead
-    of creating them for each. Raises DatasetError if the crop is too large, OutageError if the storage fails,
-    and ValueError for other crops.
+    of creating them for each. Raises DatasetError if the crop is too large, and OutageError if the storage
+    fails.
     """
     reader = dataset.reader(split)
     mine = share(len(reader), rank, world)

@@ -73,7 +73,7 @@ def make_decoding(
 
 def _find_device(device: torch.device | str | None) -> torch.device:
     """Return the device that is meant, with its index if it is a GPU. Raises LoaderError."""
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         chosen = torch.device(device or ("cuda" if gpus else "cpu"))
     except RuntimeError:

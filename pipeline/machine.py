@@ -27,12 +27,12 @@ def share_of_cpus(processes: int, root: Path = ROOT) -> int:
     """Return how many CPUs each of so many processes of this machine can use; 0 if there are fewer CPUs.
 
     A launcher may have bound each process to some of the CPUs already, such as torchrun --numa-binding, so
-    those that its parent may run on are divided.
+    those that its parent may run on are divided. Binding all processes to the same CPUs is not seen.
     """
     own = len(os.sched_getaffinity(0))
     try:
         parents = len(os.sched_getaffinity(os.getppid()))  # of this process itself if the parent is hidden
-    except ProcessLookupError:  # it has just ended
+    except OSError:  # it has just ended, or may not be asked
         parents = own
     return min(cpus(root), _within_quota(max(own, parents), root) // processes)
 

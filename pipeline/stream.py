@@ -18,6 +18,10 @@ from pipeline.remote_errors import reason_in_full
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+class DecodingMemoryError(DatasetError):
+    """There is too little memory to decode a batch, on the GPU or the CPU."""
+
+
 class Request(NamedTuple):
     """A batch to load.
 
@@ -158,14 +162,17 @@ class Stream:
     def _exclude_undecodable(self, refusal: str) -> None:
         """Exclude the samples in flight that DALI cannot decode, after it refused a batch with this message.
 
-        Raises MemoryError if none is at fault.
+        Raises DecodingMemoryError if none is at fault.
         """
         numbers = [number for request, _ in self.in_flight for number in request.samples.tolist()]
         jpegs = [jpeg for _, files in self.in_flight for jpeg in files.jpegs]
         sizes = self.reader.rows[["width", "height"]][numbers].tolist()
         at_fault = find_undecodable(jpegs, sizes, self.options)
         if not at_fault:
-            raise MemoryError(f"DALI cannot decode a batch of intact images: {refusal}")
+            raise DecodingMemoryError(
+                "DALI cannot decode a batch of intact images, probably because memory is short. Use a "
+                f"smaller batch, or end other programs. DALI says: {' '.join(refusal.split())}"
+            )
         for index in at_fault:
             self.checked.exclude_undecodable(numbers[index])
 

@@ -34,8 +34,10 @@ long as the work they do. Each stage prints how long it took.
 """
 
 import argparse
+import errno
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -179,7 +181,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
 def chosen_stages(options: argparse.Namespace, device: str) -> list[str]:
     """Return the stages that were asked for; for `all`, those whose requirements are met.
 
-    Raises SettingsError if those of another one are not.
+    Raises SettingsError if those of a stage that was named are not.
+
     `forms` is only for GPUs: the fastest form of convolutions is already known for CPUs.
     """
     needs = {"peers": options.loader_peers, "pack": options.input}
@@ -292,7 +295,8 @@ def main() -> None:
     try:
         for file in filter(None, (options.record, options.trace)):  # fail before measuring, not after
             file.parent.mkdir(parents=True, exist_ok=True)
-            open(file, "a").close()
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
         with nullcontext() if options.record else printed():
             record = measure(options, rest)
             print(json.dumps(record))

@@ -65,7 +65,8 @@ def main() -> None:
         sys.exit(f"classify: {fatal}")
     except OSError as fatal:
         reason = reason_in_full(fatal, options.out or "the results")
-        sys.exit(f"classify: {reason}. Fix the cause and run the same command again")
+        elsewhere = " with another --overlay" if options.overlay else ""
+        sys.exit(f"classify: {reason}. Fix the cause and run the same command again{elsewhere}")
     except KeyboardInterrupt:
         sys.exit(130)
     skipped = f"; {pluralize(others, 'other file', 'other files')} skipped" if others else ""

@@ -31,7 +31,7 @@ from pipeline.documents import ContentError, read_text
 from pipeline.locations import Location, location_of
 from pipeline.manifest import RGB, Class, DatasetError, read_manifest
 from pipeline.output import secure
-from pipeline.remote_errors import reason_in_full
+from pipeline.remote_errors import reason_in_full, redact
 from pipeline.spec import NetSpec
 from tools.options import command_parser
 from trainer.run import Run
@@ -90,7 +90,7 @@ def adopt(weights: Path, run: Run, data: Location, classes: Path | None) -> str:
     outputs = len(net.state["fc8.bias"])
     named = read_classes(classes) if classes else read_manifest(data).classes
     if len(named) != outputs:
-        raise SettingsError(f"{weights} has {outputs} classes and {classes or data} has {len(named)}")
+        raise SettingsError(f"{weights} has {outputs} classes and {redact(classes or data)} has {len(named)}")
     given = {"preset": net.preset, "dropout": "inverted", "crop": net.crop, "out": run.folder, "data": data}
     spec = NetSpec(geometry="256", size=SIZE, crop=net.crop, mean=net.mean, classes=named)
     run.adopt(validated(given), spec, origin=f"of {weights.name}")

@@ -34,8 +34,8 @@ class Intervals:
         """End an interval after `step` steps, and report each interval whose values are ready.
 
         epoch: number of epochs done. stop, save: the votes of this process. Returns whether any process voted
-        to stop, and to save, the same to all. On several GPUs, these are votes that were cast with the last
-        interval. Raises RunError as `report` does.
+        to stop, and to save, the same in all processes. On several GPUs, these are the votes that were cast
+        with the previous interval. Raises RunError as `report` does.
         """
         self.report()
         is_delayed = self.world.is_asynchronous and self.world.size > 1

@@ -38,7 +38,7 @@ from trainer.step import all_finite
 from trainer.tuning import tune
 from trainer.validation import Validation
 
-# For how long a process waits for another one: the watchdog ends it before, unless --stall-seconds is 0.
+# For how long a process waits for another one: the watchdog ends it earlier, unless --stall-seconds is 0.
 PATIENCE = timedelta(days=30)
 ALMOST_COMPLETE = 0.9999  # the progress during the last evaluation and the report
 
@@ -63,7 +63,8 @@ def train(settings: Settings, run: Run) -> None:
                     trainer.calibrate()
             trainer.run_to_end()
             if server is not None:
-                server.wait_for_scrape()
+                with trainer.stop:
+                    server.wait_for_scrape(trainer.stop)
             distributed.leave()
     finally:
         if server is not None:
@@ -182,9 +183,9 @@ class Trainer:
                 epoch_ends, every = self.epochs_done > epochs, self.settings.checkpoint_steps
                 save_due = epoch_ends or (every > 0 and self.step % every == 0)
                 log_due = epoch_ends or self.step % self.settings.log_every == 0
-                # Several processes must stop at the same step, so they agree on it at a step that is logged.
+                # Several processes must stop at the same step, so they agree on it when a step is logged.
                 if log_due or save_due or (self.stop.is_made and self.world.size == 1):
-                    self.stopping, timed_save_due = self.log()
+                    self.stopping, timed_save_due = self.log(save_due)
                     save_due |= timed_save_due
                     if self.world.is_main:  # only the main process saves
                         self.saver.report_failures()
@@ -255,13 +256,14 @@ class Trainer:
         self.metrics.epoch.set(self.epoch_at(self.step))
         self.metrics.progress_ratio.set(min(self.step / self.steps, ALMOST_COMPLETE))
 
-    def log(self) -> tuple[bool, bool]:
+    def log(self, saves: bool = False) -> tuple[bool, bool]:
         """End a log interval, and report it. Raises RunError if the run cannot go on.
 
-        Returns whether the processes stop, and whether they save because of --checkpoint-seconds.
+        saves: whether the state is saved after this step in any case. Returns whether the processes stop, and
+        whether they save because of --checkpoint-seconds.
         """
         self.metrics.record_progress("log")
-        save = self.world.is_main and self.saver.is_due
+        save = self.world.is_main and self.saver.is_due and not saves
         epoch = self.epoch_at(self.step)
         return self.intervals.end(self.step, epoch, self.learning_rate, self.stop.is_made, save)
 

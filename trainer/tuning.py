@@ -22,6 +22,7 @@ from pipeline.graph import release_unused_memory
 from pipeline.loader import Decoding
 from pipeline.locations import cache_folder
 from pipeline.messages import one_line
+from pipeline.stream import DecodingMemoryError
 from trainer.build import build_loader
 from trainer.environment import environment
 from trainer.monitor.ceilings import loader_work, measure_throughput
@@ -67,7 +68,7 @@ def tune(
     def images_per_second(candidate: Decoding) -> float:
         try:
             return measure(candidate, settings, dataset, world)
-        except (MemoryError, RuntimeError) as error:  # for example, two pipelines need too much memory
+        except (DecodingMemoryError, RuntimeError) as error:  # for example, if two pipelines are too many
             warnings.warn(f"cannot decode with {candidate}: {one_line(error)}", stacklevel=2)
             return 0.0
 

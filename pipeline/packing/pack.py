@@ -71,7 +71,7 @@ def _check_folders(options: PackingOptions) -> None:
 
 def _check_inputs_are_kept(options: PackingOptions, tasks: list[ShardTask]) -> None:
     """Raise SourceError if shards in the output, which --overwrite would replace, are the input."""
-    output = absolute(options.output)
+    output = absolute(options.output).rstrip("/")
     folder = output if is_url(output) else str(Path(output).resolve())
     files = {source.file for task in tasks for source in task.sources}
     for tar in sorted(file for file in files if file.endswith(".tar")):

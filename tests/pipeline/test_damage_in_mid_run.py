@@ -172,7 +172,7 @@ with Loader(dataset, 1, crop=64, device="cpu", threads=1, on_damage=print) as lo
         [sys.executable, "-c", script, tmp_path / "shards"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert "MemoryError: DALI cannot decode a batch of intact images" in done.stderr
+    assert "DecodingMemoryError: DALI cannot decode a batch of intact images" in done.stderr
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, replace])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline.loader import Dataset, Decoding
+from pipeline.stream import DecodingMemoryError
 from trainer import tuning
 from trainer.processes import distributed
 from trainer.settings import Settings
@@ -102,12 +103,12 @@ def test_a_decoding_that_needs_too_much_memory_is_not_chosen(on_gpu, dataset, mo
 
     def with_little_memory(decoding, *rest):
         if decoding.pipelines == 2:
-            raise MemoryError("no room for a second pipeline")
+            raise DecodingMemoryError("no room for a second pipeline")
         return 100 + measure(decoding, *rest)
 
     monkeypatch.setattr(tuning, "measure", with_little_memory)
     world, decoding = cuda()
-    with pytest.warns(UserWarning, match="pipelines=2.*MemoryError: no room for a second pipeline"):
+    with pytest.warns(UserWarning, match="pipelines=2.*DecodingMemoryError: no room for a second pipeline"):
         chosen, _ = tuning.tune(decoding, SETTINGS, dataset, world)
     assert (chosen.pipelines, chosen.threads, chosen.hw_decoder_load) == (1, 6, 0.5)
 

@@ -9,11 +9,12 @@ from trainer.monitor.live import live_page
 from trainer.monitor.metrics import Metrics
 from trainer.preflight import is_in_container, port_error
 from trainer.processes.distributed import World
+from trainer.processes.stop import StopRequest
 from trainer.processes.watchdog import UNHEALTHY_FRACTION, allowed_seconds
 from trainer.settings import Settings
 
 HTML = "text/html; charset=utf-8"
-SCRAPE_SECONDS = 15.0  # at most; docker/prometheus scrapes every five seconds
+SCRAPE_SECONDS = 65.0  # at most; docker/prometheus scrapes every five seconds, others every minute
 # Where the image's health check finds out whom to ask; without the file, there is no server.
 ADDRESS_FILE = Path("/tmp/alexnet-train.address")
 
@@ -43,12 +44,30 @@ class MetricsServer(PageServer):
         if show_images:
             pages["/batch"] = lambda: (200, HTML, metrics.live.batch.html(metrics.live.names))
         super().__init__(pages, address, port)
+        self._metrics = metrics
+        self._address_file: Path | None = None
 
-    def wait_for_scrape(self) -> None:
+    def announce(self, address: str) -> None:
+        """Tell the image's health check where this server is, until it is closed."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        with suppress(OSError):  # there may be no folder to write to
+            ADDRESS_FILE.write_text(f"{host} {self.port}")
+            self._address_file = ADDRESS_FILE
+
+    def wait_for_scrape(self, stop: StopRequest) -> None:
         """Let a Prometheus that has scraped this process more than once see its last values."""
         before, deadline = self.served["/metrics"], time.monotonic() + SCRAPE_SECONDS
         while before > 1 and self.served["/metrics"] == before and time.monotonic() < deadline:
+            if stop.is_made:
+                break
+            self._metrics.record_progress()
             time.sleep(0.1)
+
+    def close(self) -> None:
+        super().close()
+        if self._address_file is not None:
+            with suppress(OSError):
+                self._address_file.unlink()
 
 
 def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsServer | None:
@@ -61,7 +80,5 @@ def start_server(metrics: Metrics, settings: Settings, world: World) -> MetricsS
     except OSError as error:
         raise port_error(settings, port, error) from error
     if is_in_container() and world.local_rank == 0:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address, settings.address)
-        with suppress(OSError):  # a root file system that is read-only, without a /tmp
-            ADDRESS_FILE.write_text(f"{host} {port}")
+        server.announce(settings.address)
     return server

@@ -97,7 +97,7 @@ def join(device: str, patience: timedelta | None = None) -> World:
     own = torch.device("cuda", _gpu_index(device, local_rank)) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(own)
-        torch.backends.cudnn.allow_tf32 = False  # by default, only matrix products in fp32 really are
+        torch.backends.cudnn.allow_tf32 = False  # by default, convolutions round their inputs
     elif device == "auto" and size > 1 and (gpus := count_gpus()):
         raise SettingsError(
             f"the driver has {gpus} GPUs, but torch cannot use them: alexnet-train doctor says more, and "

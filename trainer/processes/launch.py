@@ -104,8 +104,8 @@ def is_in_group() -> bool:
 def end_process(code: int) -> NoReturn:
     """End this process, at once if it is still in the group of a run's processes.
 
-    To leave the group alone would wait for the others: NCCL destroys a communicator together, and the others
-    wait in a collective for this process.
+    Leaving the group would mean waiting for the others, because NCCL's communicators are destroyed together,
+    and the others wait in a collective for this process.
     """
     if is_in_group():
         with suppress(OSError):

@@ -140,13 +140,14 @@ def _assign_labels(found: dict[str, SplitFiles], val_fraction: float | None, see
     if val_fraction is not None:
         splits = _hold_out(splits["train"], val_fraction, seed)
     for split, images in splits.items():
-        if not images and val_fraction is not None:
+        if images:
+            continue
+        if split == "val" and val_fraction is not None and splits["train"]:
             raise SourceError(
-                f"--val-fraction {val_fraction:g} holds out no image of {train.location}, whose classes have "
-                "too few: use a larger fraction"
+                f"--val-fraction {val_fraction:g} holds out no image of {train.location}: add images, or use "
+                "a larger fraction"
             )
-        if not images:
-            raise SourceError(f"{found.get(split, train).location} has no files for the split '{split}'")
+        raise SourceError(f"{found.get(split, train).location} has no files for the split '{split}'")
     trained = {source.label for source in splits["train"]}
     untrained = [each for each in classes if labels[each] not in trained and each not in train.incomplete]
     if untrained:

@@ -136,7 +136,7 @@ def _columns(schema: "Schema", file: str) -> _Columns:
     }
     for name, names in labels.items():
         if not (isinstance(names, list) and all(isinstance(each, str) for each in names)):
-            raise SourceError(f"{file}: the names of classes of column {name} are not a list of texts")
+            raise SourceError(f"{file}: the names of classes of column {name} are not a list of strings")
     if "label" in schema.names:
         label = "label"
     elif len(labels) == 1:

@@ -240,8 +240,8 @@ def interrupted(*_: object) -> None:
     ("content", "names", "message"),
     [
         ("ff", ["a"], "the bytes in column image are of type string, not binary"),
-        (b"", [1, None], "the names of classes of column label are not a list of texts"),
-        (b"", "ab", "the names of classes of column label are not a list of texts"),
+        (b"", [1, None], "the names of classes of column label are not a list of strings"),
+        (b"", "ab", "the names of classes of column label are not a list of strings"),
     ],
 )
 def test_parquet_files_with_other_types_are_refused(tmp_path, content, names, message):

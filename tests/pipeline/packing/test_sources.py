@@ -106,7 +106,7 @@ ERRORS = {
         ["a/1.jpg", "b/1.jpg"],
         0.1,
         "",
-        "0.1 holds out no image .*a larger fraction",
+        "0.1 holds out no image .*: add images, or use a larger",
     ),
     "a class of val alone": (
         ["train/a/1", "val/a/1", "val/b/1"],

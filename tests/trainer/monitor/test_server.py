@@ -15,6 +15,8 @@ from trainer.monitor.meter import Interval
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.server import MetricsServer, start_server
 from trainer.processes.distributed import World
+from trainer.processes.stop import StopRequest
+from trainer.run import RunError
 from trainer.settings import Settings, SettingsError
 
 STALL_SECONDS = 900.0
@@ -46,7 +48,7 @@ def test_a_prometheus_that_has_scraped_sees_the_last_values(scrapes):
         for _ in range(scrapes):  # one may be a user's
             get(f"http://127.0.0.1:{server.port}/metrics")
         wait_until(lambda: server.served["/metrics"] == scrapes)
-        waiting = threading.Thread(target=server.wait_for_scrape)
+        waiting = threading.Thread(target=server.wait_for_scrape, args=(StopRequest(),))
         waiting.start()
         if scrapes == 2:
             waiting.join(0.5)
@@ -56,6 +58,14 @@ def test_a_prometheus_that_has_scraped_sees_the_last_values(scrapes):
         assert not waiting.is_alive()
     finally:
         server.close()
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_scrape():
+    server, stop = MetricsServer(Metrics(), "127.0.0.1", 0, STALL_SECONDS), StopRequest()
+    server.served["/metrics"] = 2
+    stop.error = RunError("asked to stop")
+    server.wait_for_scrape(stop)  # would take a minute
+    server.close()
 
 
 def test_health_follows_progress(served, monkeypatch):
@@ -204,5 +214,6 @@ def test_the_health_check_of_the_image_learns_the_address(tmp_path, monkeypatch,
     monkeypatch.setenv("container", "oci")
     settings = Settings(address=address, port=port - rank)
     server = start_server(Metrics(), settings, World(rank, 2, rank, torch.device("cpu")))
-    server.close()
     assert (file.read_text() if file.exists() else None) == (expected and f"{expected} {port}")
+    server.close()
+    assert not file.exists()
