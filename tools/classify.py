@@ -155,7 +155,7 @@ def drawings(sources: list[Source], folder: Path) -> dict[Source, Path]:
                 f"--overlay {folder}: {path} would be written twice, or over an input: classify these files "
                 "with commands of their own, or choose another folder"
             )
-        if path.exists():
+        if path.is_file():
             raise InputError(f"--overlay {folder}: {path} exists: delete it, or choose another folder")
         taken.add(path.resolve())
         drawn[source] = path

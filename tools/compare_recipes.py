@@ -59,7 +59,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     rates.add_arguments(parser)
     add(
         "--within",
-        type=within(float, 0, 100),
+        type=within(float, -100, 100),
         metavar="POINTS",
         help="exit with 1 if the first recipe is worse than another by more than this many percentage points",
     )

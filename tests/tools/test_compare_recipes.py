@@ -101,7 +101,7 @@ def test_an_impossible_comparison_is_refused_in_one_line(arguments, message, tmp
             ["--rates", "0.1", "--learning-rate", "0.2"],
             "--learning-rate would be the same for all runs: use --rates",
         ),
-        (["--within", "nan"], "nan is not between 0 and 100"),
+        (["--within", "nan"], "nan is not between -100 and 100"),
     ],
 )
 def test_what_would_undo_the_comparison_is_refused(call, arguments, message):

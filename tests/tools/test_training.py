@@ -50,7 +50,7 @@ def test_a_run_that_diverged_is_not_trained_again(failing, tmp_path):
 
 def begun(folder: Path, data: Path, *arguments: str) -> Run:
     """Begin a run of one step of 12 images at 4 images/s, which trained in bf16."""
-    settings = load_settings(["--data", str(data), "--recipe", "demo", "--batch", "12", *arguments])
+    settings = load_settings(["--data", str(data), "--recipe", "demo", "--batch", "12", "--crop", "64", *arguments])
     run = Run(folder)
     run.begin(settings, read_manifest(data)).close()
     run.keep_resolved(settings, {"device": "cpu", "precision": "bf16"})
@@ -62,7 +62,7 @@ def test_a_record_says_what_runs_have_in_common_and_in_what_they_differ(packed, 
     before = begun(tmp_path / "before", packed, "--seed", "7", "--learning-rate", "0.5", "--out", "elsewhere")
     after = begun(tmp_path / "after", packed, "--initial-weights", str(tmp_path / "before"), "--no-lrn")
     found = provenance([before, after])
-    common = {"recipe": "demo", "epochs": 3, "dropout": "off", "precision": "bf16", "crop": 112, "batch": 12}
+    common = {"recipe": "demo", "epochs": 3, "dropout": "off", "precision": "bf16", "crop": 64, "batch": 12}
     assert common.items() <= found["settings"].items()
     assert not {"out", "data", "seed", "learning_rate", "device"} & found["settings"].keys()
     first, second = found["runs"]

@@ -30,7 +30,7 @@ def machine(monkeypatch):
 
     def of(quota: int | None = None, rank: int = 0, processes: int = 1) -> None:
         monkeypatch.setattr(pipeline.machine, "cores", lambda: () if quota else (1, 3, 5, 7, 9, 11, 13, 15))
-        monkeypatch.setattr(pipeline.machine, "cpus", lambda: quota or 8)
+        monkeypatch.setattr(pipeline.machine, "share_of_cpus", lambda count: (quota or 8) // count)
         monkeypatch.setattr(build, "read_ranks", lambda: Ranks(rank, processes, rank, processes, True))
 
     return of
@@ -49,8 +49,10 @@ def test_each_thread_is_pinned_to_a_core_and_processes_use_different_cores(machi
     assert pinned_to() == (9, 11, 13, 15)
 
 
-def test_threads_are_not_pinned_on_a_gpu_or_unless_there_is_one_per_core(machine):
+def test_threads_are_not_pinned_on_a_gpu_or_unless_there_is_one_per_core(machine, monkeypatch):
     machine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pinned_to(device=torch.device("cuda", 0)) == ()
     assert pinned_to("--threads", "3") == ()
     machine(quota=3)

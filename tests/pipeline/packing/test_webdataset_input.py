@@ -255,7 +255,7 @@ FOLDERS = {
     "only val, and a fraction": (["val-0.tar"], 0.1, r"has val-0\.tar, but no tar is named train"),
     "val, and a fraction": (["train-0.tar", "val-0.tar"], 0.1, "omit --val-fraction"),
     "both in one name": (["train/val-0.tar", "val/1.tar"], None, "train/val-0.tar below --input names both"),
-    "too few to hold one out": (["0.tar"], 0.1, "no files for the split 'val'"),
+    "too few to hold one out": (["0.tar"], 0.1, "holds out no image .*: add images"),
 }
 
 
