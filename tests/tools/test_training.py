@@ -50,7 +50,8 @@ def test_a_run_that_diverged_is_not_trained_again(failing, tmp_path):
 
 def begun(folder: Path, data: Path, *arguments: str) -> Run:
     """Begin a run of one step of 12 images at 4 images/s, which trained in bf16."""
-    settings = load_settings(["--data", str(data), "--recipe", "demo", "--batch", "12", "--crop", "64", *arguments])
+    small = ["--recipe", "demo", "--batch", "12", "--crop", "64"]
+    settings = load_settings(["--data", str(data), *small, *arguments])
     run = Run(folder)
     run.begin(settings, read_manifest(data)).close()
     run.keep_resolved(settings, {"device": "cpu", "precision": "bf16"})
