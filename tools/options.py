@@ -70,6 +70,12 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=count, default=1, metavar="N", help=text)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    text = "device to run on (default: the GPU if there is one)"
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help=text)
+
+
 def program() -> str:
     """Return the name this command was started by: `alexnet-train NAME`, or the script's file name."""
     return Path(sys.argv[0]).name

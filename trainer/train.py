@@ -62,10 +62,10 @@ def train(settings: Settings, run: Run) -> None:
                 if settings.calibrate:
                     trainer.calibrate()
             trainer.run_to_end()
+            distributed.leave()
             if server is not None:
                 with trainer.stop:
                     server.wait_for_scrape(trainer.stop)
-            distributed.leave()
     finally:
         if server is not None:
             server.close()

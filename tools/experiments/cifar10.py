@@ -19,7 +19,7 @@ from pipeline.messages import pluralize
 from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Record, Row, TrainedRun, Wrong
 from tools.experiments.training import describe, packing
-from tools.options import add_jobs, add_seeds, command_line, count
+from tools.options import add_device, add_jobs, add_seeds, command_line, count
 from trainer.environment import environment
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
     add("--data", type=Path, default=Path("shards"), metavar="DIR", help="packed dataset (default shards)")
     text = f"number of epochs, to which the schedule of learning rates is stretched (default {epochs})"
     add("--epochs", type=count, default=epochs, metavar="N", help=text)
-    text = "device to train on (default: the GPU if there is one)"
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help=text)
+    add_device(parser)
     add_jobs(parser)
 
 

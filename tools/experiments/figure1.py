@@ -24,7 +24,7 @@ from pipeline.reader import ShardReader
 from tools.experiments.plotting import plot_file
 from tools.experiments.record import Figure, Record, Row, TrainedRun
 from tools.experiments.training import describe, packing
-from tools.options import add_jobs, add_seeds, command_line, count, positive
+from tools.options import add_device, add_jobs, add_seeds, command_line, count, positive
 from trainer.environment import environment
 
 if TYPE_CHECKING:
@@ -74,12 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PERCENT",
         help="training error to reach (default 25)",
     )
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="device to train on (default: the GPU if there is one)",
-    )
+    add_device(parser)
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from pipeline.locations import Location
 from pipeline.manifest import DatasetError, read_manifest
 from tools.experiments.training import describe, packing, provenance
-from tools.options import command_line
+from tools.options import add_device, command_line
 from trainer.environment import environment
 from trainer.run import Run
 from trainer.setting_groups import ALEXNET
@@ -77,12 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> Non
         default="newest",
         help="checkpoint of each run (default newest)",
     )
-    add(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="device to run on (default: the GPU if there is one)",
-    )
+    add_device(parser)
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:
