@@ -94,7 +94,7 @@ class Dataset:
     def composition(self, balance: float = 0.0) -> Composition | None:
         """Return the shares of datasets and classes in each epoch, or None if each image comes once.
 
-        balance: from 0, for the classes as they are, to 1, for equally many images of each class.
+        balance: from 0, for the classes as they are, to 1, for the same number of images of each class.
         """
         if len(self.sources) == 1 and not balance:
             return None

@@ -38,10 +38,10 @@ class Loader(Closable):
     colour_epochs: colour noise as in the AlexNet paper, `paper` or `code2012`, and after how many epochs it
     ends. shuffle_window: number of shards that are shuffled together, or 0 for all. crop_chunk: number of
     consecutive images that share crop and mirror. balance: from 0, for the classes as they are, to 1, for
-    equally many images of each class in an epoch (docs/operations.md). on_damage: called with each damaged
-    sample, whose place the next one takes; without it, damage raises DatasetError. rank, world: index of this
-    process and number of processes; by default those of torch.distributed or, before it is initialised, of
-    torchrun's environment.
+    the same number of images of each class in an epoch (docs/operations.md). on_damage: called with each
+    damaged sample, whose place the next one takes; without it, damage raises DatasetError. rank, world: index
+    of this process and number of processes; by default those of torch.distributed or, before it is
+    initialised, of torchrun's environment.
 
     Raises LoaderError if an argument cannot be used, DatasetError if the dataset cannot, and OutageError, a
     DatasetError, if the storage fails.

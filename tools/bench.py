@@ -149,13 +149,15 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--pack-peers",
         type=Path,
         metavar="PYTHON",
-        help="Python of `make .pack-peers`: .pack-peers/bin/python",
+        help="Python of the environment that `make .pack-peers` installs, .pack-peers/bin/python; the stage "
+        "pack then also measures the packers in it",
     )
     add(
         "--loader-peers",
         type=Path,
         metavar="PYTHON",
-        help="Python of `make .loader-peers`: .loader-peers/bin/python",
+        help="Python of the environment that `make .loader-peers` installs, .loader-peers/bin/python; the "
+        "stage peers needs it",
     )
     add("--resized-crops", action="store_true", help="take random resized crops in the stage peers")
     add(

@@ -6,7 +6,7 @@
 It looks at the machine, the dataset, the run folder and the ports, and then trains the beginning of the run
 for about a minute in a temporary folder, by the trainer's own loader, step, evaluation and checkpoint. From
 that, it computes the time of an epoch and of the whole recipe, and advises settings, each with its reason.
-Nothing is advised that was not measured or is not certain.
+It advises only what it has measured or what is certain.
 
 ! marks what is worth knowing, ✗ what would stop a run, and → what to do about it. The exit code is 0 if a run
 can work, 1 if something would stop it, and 2 for an impossible setting. All figures hold for the load on the

@@ -145,7 +145,7 @@ def _read_back(file: BinaryIO) -> None:
         with open(file.name, "rb") as written:
             _verify(written)
     except DamagedError as error:
-        raise OSError(errno.EIO, "reading it back gives other content than was written") from error
+        raise OSError(errno.EIO, "the content that was read back differs from what was written") from error
 
 
 def _link_or_copy(path: Path, name: Path) -> None:

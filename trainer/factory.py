@@ -36,7 +36,9 @@ def make_net(settings: Settings, classes: int) -> nn.Module:
             "with the number of classes"
         )
     if hasattr(net, _DIVISOR):
-        raise SettingsError(f"--net {settings.net} returns the same net again: it must make one at each call")
+        raise SettingsError(
+            f"--net {settings.net} returns the same net again: it must create a new one at each call"
+        )
     # A hook leaves the names of the weights as they are, and a traced net contains it.
     net.register_buffer(_DIVISOR, torch.tensor(settings.pixel_std).view(1, 3, 1, 1), persistent=False)
     net.register_forward_pre_hook(_divide)
@@ -113,10 +115,13 @@ def _outputs(net: nn.Module, pixels: Tensor, classes: int, label: str, mode: str
 def _check_weights(net: nn.Module, label: str) -> None:
     parameters = dict(net.named_parameters())
     if any(isinstance(value, nn.parameter.UninitializedParameter) for value in parameters.values()):
-        raise SettingsError(f"{label} has layers without a size: call the net once in its factory")
+        raise SettingsError(
+            f"{label} has layers without a size: call the net on a batch before the factory returns it"
+        )
     if wrong := [name for name, value in parameters.items() if value.dtype != torch.float32]:
         raise SettingsError(
-            f"{label} has weights that are not fp32: {join_names(wrong)}. --precision chooses it"
+            f"{label} has weights that are not fp32: {join_names(wrong)}. Create it in fp32, and choose the "
+            "precision of training with --precision"
         )
     if not any(value.requires_grad for value in parameters.values()):
         raise SettingsError(f"{label} has no weights that require a gradient, so it cannot be trained")

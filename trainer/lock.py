@@ -31,7 +31,7 @@ def open_locked(path: Path) -> TextIO:
         if error.errno in _LOCKED:
             with held_open(lock):
                 raise LockedError(_owner(lock)) from None
-        say(f"{path.parent} cannot be locked ({error.strerror}): make sure that nothing else trains it")
+        say(f"{path.parent} cannot be locked ({error.strerror}): make sure that no other process uses it")
     with suppress(OSError):  # the content is only for messages
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())

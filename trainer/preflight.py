@@ -42,12 +42,18 @@ def check_data(settings: Settings, processes: int) -> Manifest:
             "for runs with -v $PWD/runs:/runs. 'docker run alexnet-train demo' needs neither"
         )
     if settings.compare and not read_ranks().rank and not Run(settings.compare).begun:
-        raise SettingsError(f"--compare {settings.compare}: the folder holds no run")
+        raise SettingsError(
+            f"--compare {settings.compare}: the folder holds no run; give that of an earlier run, or omit "
+            "--compare"
+        )
     manifest = read_data(settings.data)
     for split in ("train", "val"):
         manifest.split(split)
     if settings.crop > manifest.size:
-        raise SettingsError(f"--crop {settings.crop} does not fit into images of {manifest.size} px")
+        raise SettingsError(
+            f"--crop {settings.crop} does not fit into images of {manifest.size} px: use "
+            f"{manifest.size} or less, or pack larger images"
+        )
     if settings.net != ALEXNET and not read_ranks().rank:
         from trainer.factory import check_net
 

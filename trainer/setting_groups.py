@@ -107,8 +107,8 @@ class DataAndRun(Group):
 
     data: MayChange[_Data] = Path("shards")
     """Folder or URL of the packed dataset, or several with the same classes, such as
-    photos=0.7,drawings=0.3. An epoch has as many images as all of them together, divided by these weights;
-    the first one is used for validation."""
+    photos=0.7,drawings=0.3. An epoch has as many images as all of them together, shared among the datasets
+    in proportion to these weights; the first one is used for validation."""
     cache: MayChange[Path | None] = None
     """Folder for the shards of a dataset behind a URL, which all processes of a machine share; by default, a
     folder in the user's cache."""
@@ -153,7 +153,7 @@ class Net(Group):
     without: PaperOnly[Literal["none", "conv2", "conv3", "conv4", "conv5"]] = "none"
     """Convolution to leave out of the net."""
     width: PaperOnly[Annotated[float, Field(gt=0, le=16), Metavar("FACTOR")]] = 1.0
-    """Factor on the number of kernels and units of each layer but the last; below 1, the net is smaller."""
+    """Factor by which the number of kernels and units of each layer but the last is multiplied."""
     initial_biases: PaperOnly[Literal["paper", "zeros"]] = "paper"
     """Initial biases: as in the paper, which sets those of some layers to 1 if the activation is relu, or all
     0."""
@@ -183,9 +183,9 @@ class BatchesAndAugmentation(Group):
     shuffle_window: NonNegativeInt = 0
     """Number of shards whose samples are shuffled together; 0 means all."""
     balance: Annotated[Fraction, Metavar("FRACTION")] = 0.0
-    """How far to balance the classes of each dataset: 0 takes each image once an epoch, and 1 takes equally
-    many images of each class. In between, a class of n images has a share in proportion to n to the power of
-    1 − balance."""
+    """How far to balance the classes of each dataset: 0 takes each image once an epoch, and 1 takes the
+    same number of images of each class. In between, a class of n images has a share in proportion to n to the
+    power of 1 − balance."""
 
 
 class Optimisation(Group):
@@ -236,10 +236,10 @@ class Optimisation(Group):
     layer_learning_rates: Annotated[
         dict[LayerFrom, NonNegativeFloat], NoDecode, Metavar("LAYER[@EPOCH]=FACTOR,…")
     ] = {}
-    """Factors on the learning rates of individual layers, from an epoch on if one is given. For example,
+    """Factors for the learning rates of individual layers, from an epoch on if one is given. For example,
     conv1=0.1,conv1@5=0 trains the first layer at a tenth of the learning rate and freezes it at epoch 5. With
     --bias-schedule constant, a factor concerns the layer's biases only if it is 0. The layers of another net
-    are its modules, such as layer4 or layer4.1; if several hold a weight, the innermost counts."""
+    are its modules, such as layer4 or layer4.1; of several around a weight, the innermost applies."""
     initial_weights: Path | None = None
     """Folder of a run from whose newest weights to start; the last layer (AlexNet's fc8) starts at random if
     the classes differ."""
@@ -303,8 +303,8 @@ class Monitoring(Group):
     address: MayChange[Annotated[str, Metavar("ADDRESS")]] = "0.0.0.0"
     """Address that the metrics server binds to."""
     compare: MayChange[Annotated[Path | None, Metavar("RUN")]] = None
-    """Folder of an earlier run that the live page compares this one with; by default, the run beside this one
-    that was begun last before it with the same recipe and dataset."""
+    """Run folder of an earlier run that the live page compares this one with; by default, the most recent one
+    in the same parent folder with the same recipe and dataset."""
     show_images: MayChange[bool] = True
     """Show a few images of the current batch, and their classes, on the live page."""
     calibrate: MayChange[bool] = False

@@ -117,9 +117,13 @@ class Settings(
     @model_validator(mode="after")
     def _has_what_its_options_are_for(self) -> Self:
         if self.optimizer != "lars" and self._differs("trust_coefficient"):
-            raise ValueError("--trust-coefficient is only for LARS: add --optimizer lars, or omit it")
+            raise ValueError(
+                "--trust-coefficient is only for LARS: add --optimizer lars, or omit --trust-coefficient"
+            )
         if self.rate_rule == "fixed" and self._differs("base_batch"):
-            raise ValueError("--base-batch has no effect: add --rate-rule sqrt or linear, or omit it")
+            raise ValueError(
+                "--base-batch has no effect: add --rate-rule sqrt or linear, or omit --base-batch"
+            )
         return self
 
     @model_validator(mode="after")
@@ -127,7 +131,7 @@ class Settings(
         if self.schedule == "plateau" and self.evaluate_epochs != 1:
             raise ValueError(
                 f"--evaluate-epochs {self.evaluate_epochs}: --schedule plateau needs each epoch's error; "
-                "omit it, or use --schedule steps or cosine"
+                "omit --evaluate-epochs, or use --schedule steps or cosine"
             )
         return self
 

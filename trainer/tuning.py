@@ -142,7 +142,9 @@ def load_or_measure(
             with atomic_write(path) as file:
                 file.write(json.dumps({**known, key: found}, indent=1).encode())
     except OSError as error:
-        notes = [f"this will be measured again at the next start: {error.filename}: {error.strerror}"]
+        notes = [
+            f"measured again at the next start, as this cannot be cached: {error.filename}: {error.strerror}"
+        ]
         return found or measure(), notes * write
     return found, []
 

@@ -141,8 +141,8 @@ def dask(scheduler: str) -> Iterator[Executor]:
             yield Executor(lambda task: workers.submit(pack_shard, task), concurrency)
         except KilledWorker as error:
             raise PackingError(
-                "several Dask workers died while packing the same shard, perhaps for lack of memory or of "
-                f"this version of alexnet-train ({error}); {_RESUMABLE}"
+                "several Dask workers died while packing the same shard: they may be out of memory, or may "
+                f"lack this version of alexnet-train ({error}); {_RESUMABLE}"
             ) from None
         except CancelledError:
             raise lost from None

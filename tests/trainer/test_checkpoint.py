@@ -190,7 +190,7 @@ def test_content_that_reads_back_differently_is_noticed(tmp_path, monkeypatch):
             file.write(b"\xff\x00\xff")
 
     monkeypatch.setattr(os, "posix_fadvise", forget)
-    with pytest.raises(OSError, match="reading it back gives other content"):
+    with pytest.raises(OSError, match="the content that was read back differs"):
         write(tmp_path, 2, state(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001.pt"]
 

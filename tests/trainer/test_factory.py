@@ -166,7 +166,7 @@ def test_a_factory_that_returns_the_same_net_again_is_refused(packed, tmp_path, 
     net = small_resnet.ResNet(10)
     monkeypatch.setattr(small_resnet, "ResNet", lambda classes: net)
     assert main(monkeypatch, command(packed, tmp_path / "run")) == 2
-    assert "returns the same net again: it must make one at each call" in capsys.readouterr().err
+    assert "returns the same net again: it must create a new one at each call" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("own", [torch.full((1, 3, 1, 1), 7.0), "an attribute"])

@@ -174,7 +174,7 @@ def test_an_unusable_cache_is_reported_and_does_no_harm(measured, tmp_path):
     (tmp_path / "cache").write_text("in the way")
     form, notes = fastest_form(Settings(**NARROW), GPU)
     assert form == "towers-s2d"
-    assert notes[1].startswith("this will be measured again at the next start: ")
+    assert notes[1].startswith("measured again at the next start, as this cannot be cached: ")
 
 
 @pytest.fixture

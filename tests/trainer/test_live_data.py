@@ -47,6 +47,7 @@ def test_a_run_to_compare_with_has_to_exist(packed, tmp_path, monkeypatch, capsy
     arguments = command(packed, tmp_path / "run", "--compare", str(tmp_path / "typo"))
     assert main(monkeypatch, arguments) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"alexnet-train: --compare {tmp_path / 'typo'}: the folder holds no run"
+        f"alexnet-train: --compare {tmp_path / 'typo'}: the folder holds no run; give that of an earlier "
+        "run, or omit --compare"
     ]
     assert not (tmp_path / "run").exists()

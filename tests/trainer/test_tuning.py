@@ -159,7 +159,7 @@ def test_an_unwritable_cache_is_reported_and_does_no_harm(on_gpu, dataset, tmp_p
     world, decoding = cuda()
     chosen, notes = tuning.tune(decoding, SETTINGS, dataset, world)
     assert chosen.threads == 6
-    assert notes[1].startswith("this will be measured again at the next start: ")
+    assert notes[1].startswith("measured again at the next start, as this cannot be cached: ")
 
 
 def test_a_user_without_a_home_directory_is_told_and_can_train(on_gpu, dataset, monkeypatch):

@@ -11,7 +11,7 @@ begins with an empty cache, and for the second.
 import argparse
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,10 +125,11 @@ def table(options: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add("--hosts", type=count, nargs="+", default=[1, 64], metavar="N", help="hosts (default 1 64)")
-    add("--batch", type=count, nargs="+", default=[1_024, 32_768], metavar="N", help="images in a step")
-    add("--shuffle-window", type=natural, nargs="+", default=[0, 16], metavar="N", help="0: a global shuffle")
-    add("--cache", type=float, nargs="+", default=[1.0, 1 / 3, 0.05], metavar="SHARE", help="of the dataset")
+    few: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    add("--hosts", type=count, default=[1, 64], help="numbers of hosts (default 1 64)", **few)
+    add("--batch", type=count, default=[1_024, 32_768], help="images in a step (default 1024 32768)", **few)
+    add("--shuffle-window", type=natural, default=[0, 16], help="shards shuffled together; 0: all", **few)
+    add("--cache", type=float, default=[1.0, 1 / 3, 0.05], help="sizes, as shares of the dataset", **few)
     add("--samples", type=count, default=1_281_167, metavar="N", help="samples (default: ImageNet's)")
     add("--shard-samples", type=count, default=1_000, metavar="N", help="samples in a shard (default 1000)")
     for line in table(parser.parse_args()):

@@ -17,7 +17,7 @@ LIMITS = {  # by the trainer's verdict
     "input-bound": "the loader: the device waits for images",
     "storage-bound": "the storage behind the URL, as long as shards still arrive",
     "host gap": "the host: images are ready, but the device waits for the host to start its work",
-    "mixed": "nothing alone: the device waits now for images, now for the host",
+    "mixed": "no single stage: the device sometimes waits for images, and sometimes for the host",
 }
 _LOST_SECONDS = 1800.0  # of work that a kill may cost before it is worth saving more often
 _SAVED_SECONDS = 600  # between checkpoints, where an epoch is longer than that
@@ -110,10 +110,12 @@ def _limit(measured: Calibration) -> str:
     loader, net = measured.training / measured.loader, measured.training / measured.net
     limit = LIMITS[measured.verdict]
     if measured.device == "CPU" and measured.verdict != "storage-bound":
-        limit = f"{'the loader' if loader > net else 'the net'}, which shares the cores with the other"
+        first, second = ("loader", "net") if loader > net else ("net", "loader")
+        limit = f"the {first}, which shares the cores with the {second}"
         if measured.processes > 1 and 1 - loader - net > max(loader, net):
             limit = "the exchange of gradients, for which the processes wait"
-    return f"{limit}; of this time, the loader alone would take {loader:.0%}, and the net alone {net:.0%}"
+    alone = f"the loader alone would take {loader:.0%}, and the net alone {net:.0%}"
+    return f"{limit}; of the time of a step, {alone}"
 
 
 def times(settings: Settings, measured: Calibration, expected: Forecast, data: Data) -> Iterator[Finding]:

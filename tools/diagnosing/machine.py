@@ -45,9 +45,9 @@ def processor(root: Path = ROOT) -> Iterator[Finding]:
     if waiting > _BUSY:
         yield Finding(
             "load",
-            f"programs waited for a CPU in {waiting:.0%} of the last {_BUSY_SECONDS} s",
+            f"programs were waiting for a CPU during {waiting:.0%} of the last {_BUSY_SECONDS} s",
             "note",
-            "stop what else runs here, because it slows down the measurement and a run",
+            "stop other programs: they slow down the measurement, and would slow down the run",
         )
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal() and 0 < int(threads) < count:

@@ -45,12 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=natural,
         nargs="+",
         metavar="N",
-        help=f"indices of query images (default: {QUERIES} others)",
+        help="indices of validation images whose nearest training images are shown "
+        f"(default: {QUERIES} others)",
     )
     add(
         "--classes", nargs="+", metavar="CLASS", help="show only images of these classes, given by name or ID"
     )
-    add("--seed", type=natural, default=0, metavar="N", help="seed of that random choice (default 0)")
+    add(
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="seed for choosing images and queries at random (default 0)",
+    )
 
 
 def run(options: argparse.Namespace, _settings: list[str]) -> Record:
@@ -110,7 +117,7 @@ def _checked(option: str, numbers: list[int], shown: np.ndarray, total: int) -> 
         if number >= total:
             raise SettingsError(f"{option} {number}: the indices of validation images are 0 to {total - 1}")
         if number not in shown:
-            raise SettingsError(f"{option} {number}: this image is of none of --classes")
+            raise SettingsError(f"{option} {number}: this image belongs to none of the classes in --classes")
     return numbers
 
 
