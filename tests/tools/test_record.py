@@ -44,8 +44,8 @@ def verdict(found: Record) -> str:
     [  # with five seeds, the interval is 1.24 standard deviations on either side of the mean
         ([1.0, 1.1, 0.9, 1.2, 0.8], "as published"),
         ([-1.0, -1.1, -0.9, -1.2, -0.8], "opposite"),
-        ([0.1, 0.1, 0.1, 0.1, 3.0], "not decided: the interval includes 0"),  # though all seeds agree
-        ([0.0, 0.0, 0.0, 0.0, 0.0], "not decided: the interval includes 0"),
+        ([0.1, 0.1, 0.1, 0.1, 3.0], "inconclusive: the interval includes 0"),  # though all seeds agree
+        ([0.0, 0.0, 0.0, 0.0, 0.0], "inconclusive: the interval includes 0"),
         ([1.0, 1.1, 0.9, 1.2], "fewer than five seeds"),
         ([1.0], "fewer than five seeds"),
     ],

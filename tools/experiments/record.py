@@ -186,5 +186,5 @@ class Result(NamedTuple):
             return "fewer than five seeds"
         _, low, high = self.interval
         if low <= 0 <= high:
-            return "not decided: the interval includes 0"
+            return "inconclusive: the interval includes 0"
         return "as published" if low * self.sign > 0 else "opposite"
