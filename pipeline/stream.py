@@ -167,7 +167,10 @@ class Stream:
         numbers = [number for request, _ in self.in_flight for number in request.samples.tolist()]
         jpegs = [jpeg for _, files in self.in_flight for jpeg in files.jpegs]
         sizes = self.reader.rows[["width", "height"]][numbers].tolist()
-        at_fault = find_undecodable(jpegs, sizes, self.options)
+        try:
+            at_fault = find_undecodable(jpegs, sizes, self.options)
+        except MemoryError:  # there is too little even for the plain images that it compares with
+            at_fault = []
         if not at_fault:
             raise DecodingMemoryError(
                 "DALI cannot decode a batch of intact images, probably because memory is short. Use a "
