@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.plan import Plan
-from tools.options import command_parser, count, natural
+from tools.options import command_parser, count, natural, positive
 
 SAMPLE_BYTES = 20_400  # of ImageNet's training images at 256 px, on average
 EPOCHS = 3  # the last one only provides the future of the second
@@ -128,8 +128,10 @@ def main() -> None:
     few: dict[str, Any] = {"nargs": "+", "metavar": "N"}
     add("--hosts", type=count, default=[1, 64], help="numbers of hosts (default 1 64)", **few)
     add("--batch", type=count, default=[1_024, 32_768], help="images in a step (default 1024 32768)", **few)
-    add("--shuffle-window", type=natural, default=[0, 16], help="shards shuffled together; 0: all", **few)
-    add("--cache", type=float, default=[1.0, 1 / 3, 0.05], help="sizes, as shares of the dataset", **few)
+    shuffled = "shards shuffled together; 0: all (default 0 16)"
+    add("--shuffle-window", type=natural, default=[0, 16], help=shuffled, **few)
+    shares = "sizes, as shares of the dataset (default 1 0.333 0.05)"
+    add("--cache", type=positive, nargs="+", default=[1.0, 1 / 3, 0.05], help=shares, metavar="F")
     add("--samples", type=count, default=1_281_167, metavar="N", help="samples (default: ImageNet's)")
     add("--shard-samples", type=count, default=1_000, metavar="N", help="samples in a shard (default 1000)")
     for line in table(parser.parse_args()):
