@@ -62,3 +62,4 @@ def test_the_first_system_is_at_the_top_and_one_seed_has_no_interval(tmp_path, d
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     bottom, top = axes.get_ylim()
     assert bottom > top
+    assert drawn[0].axes[0].yaxis_inverted()

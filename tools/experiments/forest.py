@@ -25,9 +25,9 @@ def forest(path: Path, record: Record, measure: str) -> Figure:
         axes.plot([], [], "D", color="C3", fillstyle="none", label="published")
         axes.set_yticks(range(len(rows)), [row.system for row in rows])
         axes.set_xlabel(f"{measure}: difference from {rows[0].than}")
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="x", alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # above all intervals
     caption = (
         f"Differences from {rows[0].than} in the {measure}, with 95 % intervals. Where the paper gives a "
         "difference, it is marked."
